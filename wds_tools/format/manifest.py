@@ -1,0 +1,169 @@
+"""The manifest of a data set: one row a shard, totals, what was rejected, and where everything came from.
+
+`manifest.json` is written last; its existence means that the data set is complete. `fingerprint()` hashes what training
+depends on (schema version, shard names, sample counts and content hashes, in order) and nothing else, so a data set that was
+copied elsewhere keeps it and one that was changed does not.
+Invariant: inputs = samples + rejects. Cost: about 250 bytes a shard.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import orjson
+
+from wds_tools.errors import FormatError
+from wds_tools.format.schema import SCHEMA_VERSION
+
+NAME = "manifest.json"
+FORMAT = "wds-tools"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardRow:
+    """What the manifest says of one shard."""
+
+    name: str
+    """File name relative to the data set, such as "shard-000000-0000.tar"."""
+    samples: int
+    bytes: int
+    """Size of the tar."""
+    sha256: str
+    """Of the tar's bytes, as `sha256sum` prints it."""
+    members: tuple[str, ...]
+    """Suffixes that its samples have, in file order."""
+    data_types: Mapping[str, int]
+    """Samples by data type."""
+    text_chars: int
+    num_codes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """A complete data set."""
+
+    shards: tuple[ShardRow, ...]
+    inputs: int
+    """Records read: samples + rejects."""
+    rejects: Mapping[str, int] = field(default_factory=dict)
+    """Records not taken, by reason; each has a line under rejects/."""
+    codes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Code column -> its provenance: tokenizer, codebook_size, stride, weights_hash, preprocessing_version, precision, ..."""
+    source: Mapping[str, Any] = field(default_factory=dict)
+    """What made it: command, settings, input files; for a pass over a data set, that one's fingerprint and own source."""
+    schema_version: int = SCHEMA_VERSION
+
+    @property
+    def samples(self) -> int:
+        """Samples over all shards."""
+        return sum(row.samples for row in self.shards)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all tars."""
+        return sum(row.bytes for row in self.shards)
+
+    @property
+    def data_types(self) -> dict[str, int]:
+        """Samples by data type over all shards."""
+        total: Counter[str] = Counter()
+        for row in self.shards:
+            total.update(row.data_types)
+        return dict(sorted(total.items()))
+
+    def fingerprint(self) -> str:
+        """ "sha256:<hex>" over what training depends on."""
+        digest = hashlib.sha256(f"{FORMAT} {self.schema_version}\n".encode())
+        for row in self.shards:
+            digest.update(f"{row.name} {row.samples} {row.sha256}\n".encode())
+        return f"sha256:{digest.hexdigest()}"
+
+
+def pack_manifest(manifest: Manifest) -> bytes:
+    """The bytes of manifest.json: indented, keys in a fixed order.
+
+    Raises:
+        FormatError: inputs are not samples + rejects.
+    """
+    check_counts(manifest)
+    record = {
+        "format": FORMAT,
+        "schema_version": manifest.schema_version,
+        "fingerprint": manifest.fingerprint(),
+        "inputs": manifest.inputs,
+        "samples": manifest.samples,
+        "bytes": manifest.bytes,
+        "data_types": manifest.data_types,
+        "rejects": dict(sorted(manifest.rejects.items())),
+        "codes": manifest.codes,
+        "source": manifest.source,
+        "shards": [asdict(row) for row in manifest.shards],
+    }
+    return orjson.dumps(record, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
+
+
+def unpack_manifest(data: bytes, name: str = NAME) -> Manifest:
+    """Read a manifest.
+
+    Raises:
+        FormatError: not a manifest, of a newer schema, or one that contradicts itself.
+    """
+    try:
+        record = orjson.loads(data)
+        if record["format"] != FORMAT:
+            raise FormatError(f"{name}: format {record['format']!r}, expected {FORMAT!r}")
+        if record["schema_version"] != SCHEMA_VERSION:
+            raise FormatError(f"{name}: schema version {record['schema_version']}, this release reads {SCHEMA_VERSION}")
+        manifest = Manifest(
+            shards=tuple(row_from_json(row) for row in record["shards"]),
+            inputs=record["inputs"],
+            rejects=record["rejects"],
+            codes=record["codes"],
+            source=record["source"],
+            schema_version=record["schema_version"],
+        )
+        stated = {key: record[key] for key in ("samples", "bytes", "data_types", "fingerprint")}
+    except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise FormatError(f"{name}: not a manifest of this format ({type(error).__name__}: {error})") from error
+    found = {
+        "samples": manifest.samples,
+        "bytes": manifest.bytes,
+        "data_types": manifest.data_types,
+        "fingerprint": manifest.fingerprint(),
+    }
+    for key, value in stated.items():
+        if value != found[key]:
+            raise FormatError(
+                f"{name}: states {key} {value!r}, but its shards add up to {found[key]!r}: it was edited or damaged"
+            )
+    check_counts(manifest, name)
+    return manifest
+
+
+def row_from_json(record: Mapping[str, Any]) -> ShardRow:
+    """A ShardRow from its JSON form.
+
+    Raises:
+        KeyError, TypeError: a field is missing or unknown.
+    """
+    return ShardRow(**{**record, "members": tuple(record["members"])})
+
+
+def check_counts(manifest: Manifest, name: str = NAME) -> None:
+    """Raise FormatError unless every input is accounted for and every shard has a name of its own."""
+    rejects = sum(manifest.rejects.values())
+    if manifest.inputs != manifest.samples + rejects:
+        raise FormatError(
+            f"{name}: {manifest.inputs} inputs are not {manifest.samples} samples + {rejects} rejects: "
+            f"{manifest.inputs - manifest.samples - rejects} records are unaccounted for"
+        )
+    if repeated := _repeated(row.name for row in manifest.shards):
+        raise FormatError(f"{name}: names the shard {repeated} more than once")
+
+
+def _repeated(names: Iterable[str]) -> str | None:
+    return next((name for name, count in Counter(names).items() if count > 1), None)

@@ -1,0 +1,129 @@
+"""What a sample is, and what makes one valid.
+
+A `Sample` is the one record that flows through the system: image-text pairs, documents and conversations share it. On disk it
+is a few tar members (see `format.shard`); here it is a value. Codes are raw codebook indices, never shifted into a text
+tokenizer's ids, and every grid keeps its (h, w).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wds_tools.errors import FormatError
+
+SCHEMA_VERSION = 1
+DATA_TYPES = ("image_text", "image_text_multi", "text_pretrain", "visual_sft")
+CODE_COLUMNS = ("vqcode_512", "vqcode_multi768")
+IMAGE_EXTENSIONS = ("jpg", "png", "webp", "gif", "bmp", "tif")
+JSON_FIELDS = ("data_type", "text", "length", "width", "height", "conversations")
+RESERVED_FIELDS = frozenset((*JSON_FIELDS, *CODE_COLUMNS, "cls", "id", "index", "inx"))
+"""Names that provenance may not use: the schema's own, and those that Hugging Face casts to integers."""
+CHARACTERS_PER_CODE = 4
+"""`length` counts a code as this many characters, as the reference pipeline does."""
+MAX_KEY_BYTES = 64
+_KEY_ALPHABET = frozenset("0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ_-")
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+Codes = NDArray[np.unsignedinteger[Any]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One training example."""
+
+    key: str
+    """Unique over the data set: letters, digits, '_' and '-', at most 64."""
+    data_type: str
+    """One of DATA_TYPES."""
+    text: str
+    """The caption or the document; empty for a conversation."""
+    width: int | None = None
+    """Width in pixels of the cropped image, for multi-ratio samples that are encoded; else None."""
+    height: int | None = None
+    codes: Mapping[str, Codes] = field(default_factory=lambda: _NOTHING)
+    """Column name -> (h, w) grid of codebook indices, uint16 or uint32, row-major."""
+    image: bytes | None = None
+    """The source image, byte for byte."""
+    image_extension: str | None = None
+    """One of IMAGE_EXTENSIONS; set exactly when `image` is."""
+    conversations: list[dict[str, str]] | None = None
+    """For visual_sft: [{"from": "human" | "gpt", "value": ...}, ...]."""
+    provenance: Mapping[str, Any] = field(default_factory=lambda: _NOTHING)
+    """Further JSON fields, such as a document's url."""
+
+    @property
+    def num_codes(self) -> int:
+        """Codes over all columns."""
+        return sum(int(grid_hw.size) for grid_hw in self.codes.values())
+
+    @property
+    def length(self) -> int:
+        """Characters of text + 4 x number of codes: the reference pipeline's measure of a sample."""
+        return len(self.text) + CHARACTERS_PER_CODE * self.num_codes
+
+
+def code_dtype(codebook_size: int) -> np.dtype[np.unsignedinteger[Any]]:
+    """The on-disk dtype of codes in [0, codebook_size): uint16 up to 65,536 entries, uint32 above (little-endian)."""
+    if not 0 < codebook_size <= 1 << 32:
+        raise FormatError(f"codebook_size={codebook_size} is not in 1 ... 2**32")
+    return np.dtype("<u2" if codebook_size <= 1 << 16 else "<u4")
+
+
+def code_column(data_type: str) -> str:
+    """The column that the codes of this kind of image sample go to.
+
+    Raises:
+        FormatError: the data type has no image.
+    """
+    match data_type:
+        case "image_text" | "visual_sft":
+            return "vqcode_512"
+        case "image_text_multi":
+            return "vqcode_multi768"
+        case _:
+            raise FormatError(f"data_type={data_type!r} has no codes: expected image_text, image_text_multi or visual_sft")
+
+
+def check_key(key: str) -> None:
+    """Raise FormatError unless `key` can name a sample (see Sample.key)."""
+    if not key or len(key) > MAX_KEY_BYTES or not _KEY_ALPHABET.issuperset(key):
+        raise FormatError(f"key {key[:80]!r}: expected 1 to {MAX_KEY_BYTES} letters, digits, '_' or '-'")
+
+
+def validate(sample: Sample) -> None:
+    """Check everything about a sample that its fields' types do not say.
+
+    Raises:
+        FormatError: names the key, the field, what was got and what is expected.
+    """
+    check_key(sample.key)
+    if sample.data_type not in DATA_TYPES:
+        raise FormatError(f"{sample.key}: data_type={sample.data_type!r} is not one of {', '.join(DATA_TYPES)}")
+    if not isinstance(sample.text, str):
+        raise FormatError(f"{sample.key}: text is a {type(sample.text).__name__}, expected a string")
+    for name, pixels in (("width", sample.width), ("height", sample.height)):
+        if pixels is not None and (type(pixels) is not int or pixels <= 0):
+            raise FormatError(f"{sample.key}: {name}={pixels!r} is not a positive number of pixels")
+    for column, grid_hw in sample.codes.items():
+        if not column.startswith("vqcode_"):
+            raise FormatError(f"{sample.key}: code column {column!r} does not start with 'vqcode_'")
+        if grid_hw.ndim != 2 or grid_hw.size == 0 or grid_hw.dtype.str not in ("<u2", "<u4"):
+            raise FormatError(
+                f"{sample.key}: {column} is {grid_hw.dtype.str} {grid_hw.shape}, expected a non-empty 2-D grid of <u2 or <u4"
+            )
+    if (sample.image is None) != (sample.image_extension is None):
+        raise FormatError(f"{sample.key}: image and image_extension must be given together")
+    if sample.image_extension is not None and sample.image_extension not in IMAGE_EXTENSIONS:
+        raise FormatError(f"{sample.key}: image_extension={sample.image_extension!r} is not one of {', '.join(IMAGE_EXTENSIONS)}")
+    if (sample.data_type == "visual_sft") != (sample.conversations is not None):
+        raise FormatError(f"{sample.key}: conversations belong to visual_sft, and to nothing else")
+    if sample.data_type == "text_pretrain" and (sample.codes or sample.image is not None):
+        raise FormatError(f"{sample.key}: text_pretrain has neither image nor codes")
+    if taken := RESERVED_FIELDS.intersection(sample.provenance):
+        raise FormatError(f"{sample.key}: provenance may not use the reserved names {', '.join(sorted(taken))}")

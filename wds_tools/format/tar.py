@@ -1,0 +1,306 @@
+"""Tar archives as bytes: headers out, members in. No files, no network, no `tarfile`.
+
+Writing: `header(name, size)` + payload + `padding(size)` per member, `END` behind the last. Ustar, mode 0644, owner and time
+zero, so equal input gives equal bytes.
+Reading: `TarReader.feed(bytes)` returns the members completed so far, however the bytes were cut; `close()` refuses an archive
+that simply stops. (CPython's tarfile reports no error for a tar that was cut at a header; here the end marker is required.)
+Understood beside plain ustar: GNU long names, base-256 sizes, pax `path` and `size`. Directories are passed over. What would
+lose data unseen (links, sparse and other special members, data behind the end) is a FormatError with the byte offset.
+Cost: one pass, each byte copied at most once; memory is what was fed plus one incomplete member, bounded by `max_member_bytes`.
+Layout: POSIX.1-2017, pax, "ustar Interchange Format".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from wds_tools.errors import FormatError
+
+BLOCK = 512
+END = bytes(2 * BLOCK)
+MAX_SIZE = 8**11 - 1
+MAX_MEMBER_BYTES = 4 << 30
+_MAX_EXTENSION_BYTES = 1 << 20
+
+_MODE_UID_GID = b"0000644\x00" + b"0000000\x00" * 2
+_AFTER_SIZE = b"\x00" + b"00000000000\x00"
+_TYPE_AND_LINK = b"0" + bytes(100)
+_MAGIC_TO_DEVICES = b"ustar\x0000" + bytes(64) + b"0000000\x00" * 2
+_CONSTANT_SUM = sum(_MODE_UID_GID + _AFTER_SIZE + _TYPE_AND_LINK + _MAGIC_TO_DEVICES) + 8 * 0x20
+_TAIL = bytes(12)
+_PADS = tuple(bytes(-n % BLOCK) for n in range(BLOCK))
+_KINDS = {
+    b"1": "a hard link",
+    b"2": "a symbolic link",
+    b"3": "a character device",
+    b"4": "a block device",
+    b"6": "a FIFO",
+    b"S": "a sparse file",
+    b"M": "a continued volume",
+    b"V": "a volume label",
+}
+
+
+class Member(NamedTuple):
+    """One regular file of a tar."""
+
+    name: str
+    payload: memoryview
+    start: int
+    """Offset of its first header block (a long-name or pax block, if it has one), in bytes from the archive's start."""
+    offset: int
+    """Offset of its payload."""
+
+    @property
+    def end(self) -> int:
+        """Offset behind its padding: where the next header starts."""
+        size = len(self.payload)
+        return self.offset + size + -size % BLOCK
+
+
+def padding(size: int) -> bytes:
+    """The zero bytes that fill `size` payload bytes up to a whole block."""
+    return _PADS[size % BLOCK]
+
+
+def header(name: str, size: int) -> bytes:
+    """The 512-byte ustar header of a regular file.
+
+    Args:
+        name: up to 100 bytes of UTF-8, or up to 255 if it can be split at a '/'.
+        size: payload bytes, 0 to 8 GiB - 1.
+
+    Raises:
+        FormatError: the name or the size does not fit a ustar header.
+    """
+    name_bytes = name.encode()
+    prefix = b""
+    if len(name_bytes) > 100:
+        name_bytes, prefix = _split_name(name_bytes)
+    if not 0 <= size <= MAX_SIZE:
+        raise FormatError(f"{name}: {size} bytes do not fit a ustar member (at most {MAX_SIZE})")
+    digits = b"%011o" % size
+    checksum = _CONSTANT_SUM + sum(name_bytes) + sum(digits) + sum(prefix)
+    return b"".join(
+        (
+            name_bytes.ljust(100, b"\0"),
+            _MODE_UID_GID,
+            digits,
+            _AFTER_SIZE,
+            b"%06o\x00 " % checksum,
+            _TYPE_AND_LINK,
+            _MAGIC_TO_DEVICES,
+            prefix.ljust(155, b"\0"),
+            _TAIL,
+        )
+    )
+
+
+def _split_name(name: bytes) -> tuple[bytes, bytes]:
+    cut = name.find(b"/", max(0, len(name) - 101))
+    if cut < 1 or cut > 155 or cut == len(name) - 1:
+        raise FormatError(f"{name.decode()!r} is {len(name)} bytes: a ustar name has at most 100 behind its last usable '/'")
+    return name[cut + 1 :], name[:cut]
+
+
+class TarReader:
+    """Members of an archive that arrives in pieces.
+
+    Args:
+        name: what error messages call the archive.
+        max_member_bytes: a member larger than this is refused: a header may claim anything.
+    """
+
+    def __init__(self, name: str = "tar", *, max_member_bytes: int = MAX_MEMBER_BYTES) -> None:
+        self._name = name
+        self._max_member_bytes = max_member_bytes
+        self._pieces: list[bytes | memoryview] = []
+        self._held = 0
+        self._needed = BLOCK
+        self._base = 0  # offset in the archive of the first held byte
+        self._start = -1  # start of a member whose extension blocks were seen, else -1
+        self._long_name: str | None = None
+        self._pax_size: int | None = None
+        self._ended = False
+
+    def feed(self, data: bytes | memoryview) -> list[Member]:
+        """Take the next bytes; return the members they complete (payloads are views of what was fed).
+
+        Raises:
+            FormatError: the archive is broken at a named byte, or holds a member that can't be represented.
+        """
+        if not data:
+            return []
+        self._pieces.append(data)
+        self._held += len(data)
+        if self._held < self._needed:
+            return []
+        buffer = memoryview(self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces))
+        members: list[Member] = []
+        at = self._consume(buffer, members)
+        rest = buffer[at:]
+        self._base += at
+        self._pieces = [rest] if len(rest) else []
+        self._held = len(rest)
+        return members
+
+    def close(self) -> None:
+        """Say that no more bytes follow.
+
+        Raises:
+            FormatError: the archive was cut: it lacks its end marker or part of a member.
+        """
+        if self._ended and not any(bytes(piece).strip(b"\0") for piece in self._pieces):
+            return
+        at = self._base + self._held
+        if self._held and any(bytes(piece).strip(b"\0") for piece in self._pieces):
+            raise FormatError(f"{self._name}: ends at byte {at} inside a member that starts at byte {self._base}: it was cut off")
+        raise FormatError(f"{self._name}: ends at byte {at} without the end-of-archive blocks: it was cut off or never finished")
+
+    def _consume(self, buffer: memoryview, members: list[Member]) -> int:
+        at, size = 0, len(buffer)
+        self._needed = BLOCK
+        while size - at >= BLOCK:
+            block = bytes(buffer[at : at + BLOCK])
+            if self._ended or not block.strip(b"\0"):
+                self._after_end(block, self._base + at)
+                at += BLOCK
+                continue
+            kind, length = self._parse_kind_and_size(block, self._base + at)
+            self._needed = BLOCK + length + -length % BLOCK
+            if size - at < self._needed:
+                return at
+            payload = buffer[at + BLOCK : at + BLOCK + length]
+            member = self._member(block, kind, payload, self._base + at)
+            if member is not None:
+                members.append(member)
+            at += self._needed
+            self._needed = BLOCK
+        return at
+
+    def _after_end(self, block: bytes, at: int) -> None:
+        if block.strip(b"\0"):
+            raise FormatError(
+                f"{self._name}: data behind the end of the archive at byte {at}: "
+                "concatenated tars hide their later members from most readers; join them with `tar --concatenate`"
+            )
+        if self._start >= 0:
+            raise FormatError(f"{self._name}: a long-name or pax block at byte {self._start} has no member behind it")
+        self._ended = True
+
+    def _parse_kind_and_size(self, block: bytes, at: int) -> tuple[bytes, int]:
+        stored = _octal(block[148:156])
+        if stored is None or stored != sum(block) - sum(block[148:156]) + 8 * 0x20:
+            raise FormatError(f"{self._name}: no tar header at byte {at} (its checksum is wrong): {_looks_like(block, at)}")
+        kind = block[156:157]
+        size = self._pax_size if self._pax_size is not None and kind in b"0\x007" else _number(block[124:136])
+        if size is None or size < 0:
+            raise FormatError(f"{self._name}: the header at byte {at} has an unreadable size {block[124:136]!r}")
+        if kind == b"5":
+            size = 0
+        limit = _MAX_EXTENSION_BYTES if kind in b"xgLK" else self._max_member_bytes
+        if size > limit:
+            raise FormatError(f"{self._name}: the member at byte {at} claims {size} bytes; at most {limit} are accepted")
+        return kind, size
+
+    def _member(self, block: bytes, kind: bytes, payload: memoryview, at: int) -> Member | None:
+        if kind in b"xgLK":
+            if kind == b"x":
+                self._take_pax(bytes(payload), at)
+            elif kind == b"g" and any(key in (b"path", b"size") for key, _ in self._pax_records(bytes(payload), at)):
+                raise FormatError(f"{self._name}: a global pax header at byte {at} renames every member: not supported")
+            elif kind == b"L":
+                self._long_name = self._text(bytes(payload).rstrip(b"\0"), at)
+            if self._start < 0:
+                self._start = at
+            return None
+        start = at if self._start < 0 else self._start
+        name = self._long_name
+        self._start, self._long_name, self._pax_size = -1, None, None
+        if kind == b"5":
+            return None
+        if kind not in b"0\x007":
+            what = _KINDS.get(kind, f"of the unknown type {kind!r}")
+            raise FormatError(f"{self._name}: the member at byte {at} is {what}; a shard holds regular files only")
+        if name is None:
+            name_bytes = block[:100].split(b"\0", 1)[0]
+            if block[257:263] == b"ustar\0" and block[345] != 0:
+                name_bytes = block[345:500].split(b"\0", 1)[0] + b"/" + name_bytes
+            name = self._text(name_bytes, at)
+        return Member(name, payload, start, at + BLOCK)
+
+    def _take_pax(self, payload: bytes, at: int) -> None:
+        for key, value in self._pax_records(payload, at):
+            if key == b"path":
+                self._long_name = self._text(value, at)
+            elif key == b"size":
+                if not value.isdigit() or len(value) > 18:
+                    raise FormatError(
+                        f"{self._name}: the pax block at byte {at} has the size {value[:40]!r}: not a number of bytes"
+                    )
+                self._pax_size = int(value)
+            elif key.startswith(b"GNU.sparse"):
+                raise FormatError(f"{self._name}: the member at byte {at} is a sparse file; a shard holds regular files only")
+
+    def _pax_records(self, payload: bytes, at: int) -> Iterator[tuple[bytes, bytes]]:
+        while payload:
+            digits, _, _ = payload.partition(b" ")
+            length = int(digits) if digits.isdigit() and len(digits) < 8 else 0
+            record = payload[len(digits) + 1 : length]
+            if not record.endswith(b"\n") or b"=" not in record:
+                raise FormatError(f"{self._name}: the pax block at byte {at} has a broken record {payload[:40]!r}")
+            key, _, value = record[:-1].partition(b"=")
+            yield key, value
+            payload = payload[length:]
+
+    def _text(self, name: bytes, at: int) -> str:
+        try:
+            return name.decode()
+        except UnicodeDecodeError as error:
+            raise FormatError(f"{self._name}: the member name {name!r} at byte {at} is not UTF-8") from error
+
+
+def read_members(archive: bytes | memoryview, name: str = "tar") -> list[Member]:
+    """All members of a complete archive in memory.
+
+    Raises:
+        FormatError: see TarReader.
+    """
+    reader = TarReader(name)
+    members = reader.feed(archive)
+    reader.close()
+    return members
+
+
+def _octal(field: bytes) -> int | None:
+    digits = field.split(b"\0", 1)[0].strip()
+    if not digits:
+        return 0
+    try:
+        return int(digits, 8) if digits.isdigit() else None
+    except ValueError:
+        return None
+
+
+def _number(field: bytes) -> int | None:
+    """A numeric header field: octal digits, or GNU's base-256 when the top bit is set (0xff: negative)."""
+    if field[0] & 0x80:
+        return None if field[0] == 0xFF else int.from_bytes(bytes([field[0] & 0x7F]) + field[1:], "big")
+    return _octal(field)
+
+
+def _looks_like(block: bytes, at: int) -> str:
+    if at:
+        return "the archive is damaged there or was cut and joined"
+    for magic, what in (
+        (b"\x1f\x8b", "this is gzip: unpack it first (gunzip); a shard is an uncompressed tar"),
+        (b"BZh", "this is bzip2: unpack it first (bunzip2); a shard is an uncompressed tar"),
+        (b"\x28\xb5\x2f\xfd", "this is zstd: unpack it first (unzstd); a shard is an uncompressed tar"),
+        (b"version https://git-lfs", "this is a Git LFS pointer: fetch the file itself with `git lfs pull`"),
+    ):
+        if block.startswith(magic):
+            return what
+    if block.lstrip()[:1] == b"<":
+        return "this looks like an HTML or XML page: the download failed"
+    return "this is not a tar"
