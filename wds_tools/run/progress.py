@@ -1,0 +1,72 @@
+"""How far a run is: a bar on a terminal, a plain line every ten seconds elsewhere.
+
+Shows samples, rejects, samples/s, and time left from the share of the work units (lines, bytes, images) that are done.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import Self, TextIO
+
+from tqdm import tqdm
+
+_LINE_EVERY_S = 10.0
+
+
+class Progress:
+    """A context manager; call it with (units done, samples, rejects) as they come.
+
+    Args:
+        title: what is going on, one word.
+        total: work units in all, 0 if unknown.
+        quiet: count, but show nothing.
+        stream: where to write; a bar if it is a terminal.
+    """
+
+    def __init__(self, title: str, total: int, *, quiet: bool = False, stream: TextIO | None = None) -> None:
+        self._title = title
+        self._total = total
+        self._quiet = quiet
+        self._stream = sys.stderr if stream is None else stream
+        self._done = self._samples = self._rejects = 0
+        self._begun = self._shown = time.monotonic()
+        self._bar: tqdm[None] | None = None
+
+    def __enter__(self) -> Self:
+        self._begun = self._shown = time.monotonic()
+        if self._stream.isatty() and not self._quiet:
+            layout = "{desc}: {percentage:3.0f}%|{bar}| {elapsed} elapsed, {remaining} left{postfix}"
+            self._bar = tqdm(total=self._total or None, desc=self._title, file=self._stream, bar_format=layout, leave=False)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        elif kind is None and self._shown != self._begun:
+            self._print_line()
+
+    def __call__(self, done: int, samples: int, rejects: int) -> None:
+        """Add to what is done."""
+        self._done += done
+        self._samples += samples
+        self._rejects += rejects
+        if self._bar is not None:
+            self._bar.set_postfix_str(self._counts(), refresh=False)
+            self._bar.update(done)
+        elif not self._quiet and time.monotonic() - self._shown >= _LINE_EVERY_S:
+            self._print_line()
+
+    def _counts(self) -> str:
+        elapsed_s = max(time.monotonic() - self._begun, 1e-6)
+        rejects = f", {self._rejects:,} rejects" if self._rejects else ""
+        return f"{self._samples:,} samples{rejects}, {self._samples / elapsed_s:,.0f} samples/s"
+
+    def _print_line(self) -> None:
+        self._shown = time.monotonic()
+        left = ""
+        if self._total and self._done:
+            left_s = (self._shown - self._begun) * max(self._total - self._done, 0) / self._done
+            left = f", {100 * self._done / self._total:.0f} % done, about {tqdm.format_interval(left_s)} left"
+        print(f"{self._title}: {self._counts()}{left}", file=self._stream, flush=True)

@@ -1,0 +1,247 @@
+"""What every backend shares: the Store and Writer interfaces, the rules for names, and URLs that are safe to show.
+
+Nothing here does I/O. check_name is the gate every name passes: relative, '/'-separated, no '..', no empty segment.
+What it lets through can't leave the root by its text; local.py adds the check against symlinks.
+"""
+
+import io
+import re
+from collections.abc import Iterator
+from types import TracebackType
+from typing import NamedTuple, Protocol, Self
+
+from wds_tools.errors import UsageError
+
+TEMP_FOLDER = ".tmp"  # under a local root: files being written; hidden from list(), refused as a name
+
+Buffer = bytes | bytearray | memoryview
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_USERINFO = re.compile(r"://[^/\s]*@")
+_QUERY = re.compile(r"(://[^\s?\"']*)\?[^\s,)\"']+")
+
+
+class Entry(NamedTuple):
+    """One file of a listing.
+
+    Attributes:
+        name: relative to the store's root, '/'-separated.
+        size: in bytes.
+    """
+
+    name: str
+    size: int
+
+
+class Writer(Protocol):
+    """A file being written; a context manager that publishes on a clean exit and leaves nothing visible otherwise."""
+
+    def write(self, data: Buffer, /) -> int:
+        """Append bytes; returns how many (always all of them)."""
+
+    def close(self) -> None:
+        """Publish under the name, atomically, replacing what was there. A second call does nothing."""
+
+    def abort(self) -> None:
+        """Give up: the name keeps what it had before. A second call, or one after close, does nothing."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None: ...
+
+
+class Store(Protocol):
+    """Files under one root. Every method may raise StorageError, and UsageError for a name that is refused.
+
+    Attributes:
+        url: the root as it was given, without credentials; safe to print.
+    """
+
+    url: str
+
+    def list(self, prefix: str = "") -> Iterator[Entry]:
+        """All files below the root whose name starts with `prefix` (text, not a pattern), sorted by name.
+
+        Args:
+            prefix: such as "rejects/" or "shard-"; only the folder it names is walked.
+
+        Returns:
+            The entries, recursively; none if nothing is there. Files under `.tmp/` are not shown.
+        """
+
+    def size(self, name: str) -> int:
+        """Size in bytes. Raises NotFound."""
+
+    def exists(self, name: str) -> bool:
+        """Whether the file is there (and therefore complete)."""
+
+    def read(self, name: str) -> bytes:
+        """The whole file. Raises NotFound."""
+
+    def read_range(self, name: str, start: int, end: int) -> bytes:
+        """Exactly the bytes [start, end).
+
+        Args:
+            name: the file.
+            start: first byte, from 0.
+            end: one past the last byte; end = start gives b"" and asks nobody.
+
+        Raises:
+            UsageError: not 0 <= start <= end.
+            NotFound: no such file.
+            StorageError: the file ends before `end`; the message names both.
+        """
+
+    def open(self, name: str) -> io.BufferedReader:
+        """Read from start to end in constant memory. Not seekable on every backend. Raises NotFound, at once."""
+
+    def put(self, name: str, data: Buffer) -> None:
+        """Publish `data` under the name, atomically. Raises OutOfSpace."""
+
+    def write(self, name: str) -> Writer:
+        """Start a file that appears under its name when the writer is closed. Raises OutOfSpace, as do its methods."""
+
+    def delete(self, name: str) -> None:
+        """Remove the file; nothing happens if there is none."""
+
+    def clean_temp(self) -> None:
+        """Remove what killed local writers left under `.tmp/`. Call it while nobody writes here: theirs would go too.
+
+        Elsewhere it does nothing. The parts of an unfinished multipart upload are invisible but may be billed: give the
+        bucket a lifecycle rule that aborts incomplete uploads after a day.
+        """
+
+
+class WriterBase:
+    """The part of a Writer that is the same everywhere: close or abort happens once, and an exception means abort."""
+
+    _done = False
+
+    def close(self) -> None:
+        if not self._done:
+            self._done = True
+            self._publish()
+
+    def abort(self) -> None:
+        if not self._done:
+            self._done = True
+            self._discard()
+
+    def _publish(self) -> None:
+        raise NotImplementedError
+
+    def _discard(self) -> None:
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None) -> None:
+        if exc_type is None:
+            self.close()
+        else:
+            self.abort()
+
+
+def check_name(name: str, url: str) -> str:
+    """Refuse a name that isn't a plain relative path.
+
+    Args:
+        name: from a manifest or a caller.
+        url: the store's, for the message.
+
+    Returns:
+        The name.
+
+    Raises:
+        UsageError: empty, absolute, with an empty, '.' or '..' segment, a backslash or control character; in `.tmp/`.
+    """
+    segments = name.split("/")
+    if any(segment in ("", ".", "..") for segment in segments):
+        problem = "is not a plain relative path (a/b.tar)"
+    elif "\\" in name or any(ord(character) < 32 or ord(character) == 127 for character in name):
+        problem = "has a backslash or a control character"
+    elif segments[0] == TEMP_FOLDER:
+        problem = f"lies in {TEMP_FOLDER}/, which is for files being written"
+    else:
+        return name
+    raise UsageError(f"the name {name!r} {problem}; names in {redact(url)} must stay inside it")
+
+
+def check_prefix(prefix: str, url: str) -> str:
+    """Check a prefix of list() by the rules for names.
+
+    Args:
+        prefix: what names must start with; "" for all.
+        url: the store's, for the message.
+
+    Returns:
+        The folder to walk, "" for the root, without a slash at its end.
+
+    Raises:
+        UsageError: the prefix could not begin a name.
+    """
+    folder = prefix.rpartition("/")[0]
+    if folder or prefix.startswith("/"):
+        check_name(folder, url)
+    return folder
+
+
+def check_range(name: str, start: int, end: int) -> None:
+    """Raise UsageError unless 0 <= start <= end."""
+    if not 0 <= start <= end:
+        raise UsageError(f"bytes [{start}, {end}) of {name}: expected 0 <= start <= end")
+
+
+def split_scheme(url: str) -> tuple[str, str]:
+    """`s3://b/x` -> ("s3", "b/x"); a plain path -> ("", path). The scheme is in lower case."""
+    match = _SCHEME.match(url)
+    return (match[1].lower(), url[match.end() :]) if match else ("", url)
+
+
+def redact(text: str) -> str:
+    """Text with the credentials of any URL in it taken out: `user:key@` and everything from `?` on."""
+    return _QUERY.sub(r"\1", _USERINFO.sub("://", text)) if "://" in text else text
+
+
+def cause(error: BaseException) -> BaseException:
+    """A foreign error as the cause of ours, or a stand-in if its message shows credentials (a signed URL)."""
+    text = str(error)
+    return error if redact(text) == text else RuntimeError(redact(text))
+
+
+def join(url: str, name: str) -> str:
+    """The URL (or path) of `name` under the root `url`, for messages and for other libraries.
+
+    Args:
+        url: a root as open_store takes it.
+        name: relative to it.
+
+    Returns:
+        `url` and `name` with exactly one slash between them.
+    """
+    return url + name if url.endswith("/") else f"{url}/{name}"
+
+
+def split_url(url: str) -> tuple[str, str]:
+    """Cut the URL of one file into its folder and its name: open_store takes the first, the store's methods the second.
+
+    Args:
+        url: `s3://bucket/set/a.tar`, `set/a.tar`, `a.tar`.
+
+    Returns:
+        Root and name: ("s3://bucket/set", "a.tar"), ("set", "a.tar"), (".", "a.tar").
+
+    Raises:
+        UsageError: there is no file name in it (`s3://bucket`, `set/`).
+    """
+    scheme, rest = split_scheme(url)
+    folder, slash, name = rest.rpartition("/")
+    host_is_root = scheme not in ("", "file", "memory")
+    if not name or (host_is_root and not folder):
+        raise UsageError(f"{redact(url)} names no file: expected something like folder/file.tar or s3://bucket/file.tar")
+    if scheme:
+        return f"{scheme}://{folder}{'/' if slash and not folder else ''}", name
+    return folder or ("/" if slash else "."), name

@@ -1,0 +1,252 @@
+"""Whatever obstore doesn't speak (hf://, abfs://, ftp://, ...), through fsspec and the package of that protocol.
+
+A writer spools to a temporary file and uploads it when closed, since not every fsspec backend can take back a file it
+has begun: it needs local disk for one file. The publish is as atomic as the backend's upload: one commit on the Hugging
+Face hub, one object on a cloud; on a plain file protocol (sftp, smb) a reader may catch the file half there.
+"""
+
+# A backend may raise anything; all of it becomes ours:
+# ruff: noqa: BLE001
+import importlib
+import io
+import os
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+from wds_tools.errors import MissingPackage, NotFound, StorageError, UsageError
+from wds_tools.storage.base import (
+    TEMP_FOLDER,
+    Buffer,
+    Entry,
+    WriterBase,
+    cause,
+    check_name,
+    check_prefix,
+    check_range,
+    join,
+    redact,
+    split_scheme,
+)
+from wds_tools.storage.local import translate
+
+BLOCK_BYTES = 8 << 20  # what a reader fetches at once
+_PACKAGES = {
+    "hf": "huggingface_hub",
+    "abfs": "adlfs",
+    "abfss": "adlfs",
+    "sftp": "paramiko",
+    "ssh": "paramiko",
+    "smb": "smbprotocol",
+}
+
+
+class FsspecStore:
+    """A folder of an fsspec file system. See Store for what the methods promise.
+
+    Args:
+        url: protocol://path; the protocol is one that fsspec knows.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = redact(url)
+        self._raw = url
+        self._fs: Any = None
+        self._root = ""
+        self._pid = 0
+
+    def __repr__(self) -> str:
+        return f"FsspecStore({self.url!r})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_fs": None, "_root": "", "_pid": 0}
+
+    def list(self, prefix: str = "") -> Iterator[Entry]:
+        folder = check_prefix(prefix, self.url)
+        fs = self._connect()
+        try:
+            fs.invalidate_cache()
+            files = fs.find(join(self._root, folder) if folder else self._root, detail=True)
+        except FileNotFoundError:
+            return iter(())
+        except Exception as error:
+            raise self._translate(error, "list", prefix) from error
+        skip = len(self._root.rstrip("/")) + 1
+        entries = (Entry(path[skip:], int(info["size"])) for path, info in files.items())
+        return iter(sorted(e for e in entries if e.name.startswith(prefix) and not e.name.startswith(TEMP_FOLDER + "/")))
+
+    def size(self, name: str) -> int:
+        path = self._path(name)
+        try:
+            self._connect().invalidate_cache()
+            info = self._connect().info(path)
+            if info["type"] != "file":
+                raise FileNotFoundError(name)
+            return int(info["size"])
+        except Exception as error:
+            raise self._translate(error, "look at", name) from cause(error)
+
+    def exists(self, name: str) -> bool:
+        try:
+            self.size(name)
+        except NotFound:
+            return False
+        return True
+
+    def read(self, name: str) -> bytes:
+        path = self._path(name)
+        try:
+            return bytes(self._connect().cat_file(path))
+        except Exception as error:
+            raise self._translate(error, "read", name) from cause(error)
+
+    def read_range(self, name: str, start: int, end: int) -> bytes:
+        check_range(name, start, end)
+        path = self._path(name)
+        if start == end:
+            return b""
+        if end - start > BLOCK_BYTES and (size := self.size(name)) < end:
+            raise self._short(name, start, end, size)  # some backends would set that much memory aside before they look
+        try:
+            data = bytes(self._connect().cat_file(path, start=start, end=end))
+        except Exception as error:
+            raise self._translate(error, "read", name) from cause(error)
+        if len(data) != end - start:
+            raise self._short(name, start, end, self.size(name))
+        return data
+
+    def open(self, name: str) -> io.BufferedReader:
+        path = self._path(name)
+        try:
+            file = self._connect().open(path, "rb", block_size=BLOCK_BYTES, cache_type="readahead")
+        except Exception as error:
+            raise self._translate(error, "read", name) from cause(error)
+        return io.BufferedReader(_Reader(self, name, file), 1 << 20)
+
+    def put(self, name: str, data: Buffer) -> None:
+        with self.write(name) as writer:
+            writer.write(data)
+
+    def write(self, name: str) -> "FsspecWriter":
+        self._path(name)
+        return FsspecWriter(self, name)
+
+    def delete(self, name: str) -> None:
+        path = self._path(name)
+        try:
+            self._connect().rm_file(path)
+        except FileNotFoundError:
+            pass
+        except Exception as error:
+            raise self._translate(error, "delete", name) from cause(error)
+
+    def clean_temp(self) -> None:
+        """Nothing to do: writers here leave nothing behind."""
+
+    def _short(self, name: str, start: int, end: int, size: int) -> StorageError:
+        return StorageError(
+            f"{join(self.url, name)}: wanted bytes [{start}, {end}), the file ends at {size}: "
+            "it was truncated or replaced, or its index is of another file"
+        )
+
+    def _path(self, name: str) -> str:
+        check_name(name, self.url)
+        self._connect()
+        return join(self._root, name) if self._root else name
+
+    def _connect(self) -> Any:
+        if self._pid == os.getpid():
+            return self._fs
+        core = importlib.import_module("fsspec.core")
+        scheme = split_scheme(self._raw)[0]
+        try:
+            self._fs, self._root = core.url_to_fs(self._raw)
+        except ImportError as error:
+            package = _PACKAGES.get(scheme, "")
+            fix = f"pip install {package}" if package else _one_line(error)
+            raise MissingPackage(f"{self.url}: {scheme}:// needs a package that isn't here: {fix}") from cause(error)
+        except ValueError as error:
+            raise UsageError(f"{self.url}: {scheme}:// is no protocol that fsspec knows: {_one_line(error)}") from cause(error)
+        except Exception as error:
+            raise self._translate(error, "open", "") from cause(error)
+        self._pid = os.getpid()
+        return self._fs
+
+    def _translate(self, error: Exception, verb: str, name: str) -> StorageError:
+        show = join(self.url, name) if name else self.url
+        if isinstance(error, OSError) and (error.errno is not None or isinstance(error, FileNotFoundError | StorageError)):
+            return translate(error, verb, show)
+        return StorageError(f"{show}: can't {verb}: {type(error).__name__}: {_one_line(error)}")
+
+
+class FsspecWriter(WriterBase):
+    """A file being spooled to a local temporary file. See Writer.
+
+    Args:
+        store: where to.
+        name: relative to the store.
+    """
+
+    def __init__(self, store: FsspecStore, name: str) -> None:
+        self._store, self._name = store, name
+        try:
+            self._file = tempfile.NamedTemporaryFile(prefix="wds-tools-")  # noqa: SIM115 - closed by close or abort
+        except OSError as error:
+            raise translate(error, "spool", join(store.url, name)) from error
+
+    def write(self, data: Buffer, /) -> int:
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            raise translate(error, f"spool to {tempfile.gettempdir()}", join(self._store.url, self._name)) from error
+
+    def _publish(self) -> None:
+        path = self._store._path(self._name)
+        try:
+            self._file.flush()
+            fs = self._store._connect()
+            fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+            fs.put_file(self._file.name, path)
+        except Exception as error:
+            raise self._store._translate(error, "write", self._name) from error
+        finally:
+            self._discard()
+
+    def _discard(self) -> None:
+        try:
+            self._file.close()
+        except OSError:
+            pass
+
+
+class _Reader(io.RawIOBase):
+    """An fsspec file whose errors are ours."""
+
+    def __init__(self, store: FsspecStore, name: str, file: Any) -> None:
+        self._store, self._name, self._file = store, name, file
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any, /) -> int:
+        try:
+            data = self._file.read(len(buffer))
+        except Exception as error:
+            raise self._store._translate(error, "read", self._name) from error
+        buffer[: len(data)] = data
+        return len(data)
+
+    def readall(self) -> bytes:
+        try:
+            return bytes(self._file.read())
+        except Exception as error:
+            raise self._store._translate(error, "read", self._name) from error
+
+    def close(self) -> None:
+        if not self.closed:
+            self._file.close()
+        super().close()
+
+
+def _one_line(error: BaseException) -> str:
+    return redact(" ".join(str(error).split()))[:300]

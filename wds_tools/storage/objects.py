@@ -1,0 +1,358 @@
+"""Object stores and web servers, through obstore: s3, gs, az, http(s), and one memory store a process for tests.
+
+A small object is one GET or one PUT. A large one is read as ranges of 8 MiB, two ahead of the reader, each retried by
+itself, so a slow consumer never meets a timeout; a writer sends parts of 8 MiB, two under way, and the object appears
+when the last is acknowledged. Either holds about 32 MiB. Failed requests are tried again for WDS_TOOLS_RETRY_S seconds
+(default 180) with growing pauses, then reported.
+
+A reader or writer doesn't cross a fork; a store does (client.py says how).
+"""
+
+import io
+import os
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from itertools import islice
+from typing import Any
+from urllib.parse import unquote
+
+from wds_tools.errors import NotFound, OutOfSpace, StorageError, UsageError
+from wds_tools.storage import client
+from wds_tools.storage.base import (
+    Buffer,
+    Entry,
+    WriterBase,
+    cause,
+    check_name,
+    check_prefix,
+    check_range,
+    join,
+    redact,
+    split_scheme,
+)
+
+SCHEMES = {
+    "s3": "s3",
+    "s3a": "s3",
+    "gs": "gs",
+    "gcs": "gs",
+    "az": "az",
+    "http": "http",
+    "https": "http",
+    "memory": "memory",
+}
+
+CHUNK_BYTES = 8 << 20  # of a ranged read, and of a part of a multipart upload (10,000 parts: objects up to 80 GiB)
+READ_AHEAD = 2  # chunks fetched while the reader works on another
+PARTS_UNDER_WAY = 2
+MAX_PUT_BYTES = 64 << 20  # a larger put() is sent as a multipart upload
+
+
+class ObjectStore:
+    """A prefix of a bucket, or a folder of a web server. See Store for what the methods promise.
+
+    Args:
+        url: scheme://bucket/prefix; its scheme is a key of SCHEMES.
+    """
+
+    def __init__(self, url: str) -> None:
+        scheme, rest = split_scheme(url)
+        self.url = redact(url)
+        self._kind = SCHEMES[scheme]
+        self._login: str | None = None
+        if "?" in rest or "#" in rest:
+            raise UsageError(f"{self.url}: a query or fragment can't be part of a root: give the plain address")
+        if self._kind == "memory":
+            self._bucket, path = "", rest
+        else:
+            self._bucket, _, path = rest.partition("/")
+            login, _, host = self._bucket.rpartition("@")
+            if not host:
+                raise UsageError(f"{self.url}: expected {scheme}://bucket/prefix")
+            if login and self._kind != "http":
+                raise UsageError(f"{self.url}: keys don't belong in a URL: {client.HINTS[self._kind]}")
+            if self._kind == "http":
+                self._login = login or None
+                self._bucket = f"{scheme}://{host}"
+                path = unquote(path)
+        self._prefix = path.strip("/")
+        if self._prefix:
+            check_name(self._prefix, url)
+        self._client: Any = None
+        self._pid = 0
+
+    def __repr__(self) -> str:
+        return f"ObjectStore({self.url!r})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_client": None, "_pid": 0}
+
+    def list(self, prefix: str = "") -> Iterator[Entry]:
+        folder = check_prefix(prefix, self.url)
+        if self._kind == "http":
+            raise StorageError(f"{self.url}: a web server can't be asked for a list: name the files, or use a manifest")
+        top = self._key(folder) if folder else self._prefix
+        skip = len(self._prefix) + 1 if self._prefix else 0
+        bucket = self._connect()
+        found: list[Entry] = []
+        try:
+            for page in client.obstore().list(bucket, top or None, chunk_size=1000):
+                found.extend(Entry(meta["path"][skip:], meta["size"]) for meta in page)
+        except client.foreign() as error:
+            raise self._translate(error, "list", prefix) from cause(error)
+        found.sort()
+        return (entry for entry in found if entry.name.startswith(prefix)) if prefix else iter(found)
+
+    def size(self, name: str) -> int:
+        key, bucket = self._key(name), self._connect()
+        try:
+            return int(client.obstore().head(bucket, key)["size"])
+        except client.foreign() as error:
+            raise self._translate(error, "look at", name) from cause(error)
+
+    def exists(self, name: str) -> bool:
+        try:
+            self.size(name)
+        except NotFound:
+            return False
+        return True
+
+    def read(self, name: str) -> bytes:
+        with self.open(name) as file:
+            return file.read()
+
+    def read_range(self, name: str, start: int, end: int) -> bytes:
+        check_range(name, start, end)
+        key = self._key(name)
+        if start == end:
+            return b""
+        bucket = self._connect()
+        try:
+            data = bytes(client.obstore().get_range(bucket, key, start=start, end=end))
+        except client.foreign() as error:
+            size = self._size_if_known(name) if self._is_about_range(error) else None
+            if size is not None and size < end:
+                raise self._short(name, start, end, size) from cause(error)
+            raise self._translate(error, "read", name) from cause(error)
+        if len(data) != end - start:
+            raise self._short(name, start, end, start + len(data))
+        return data
+
+    def open(self, name: str) -> io.BufferedReader:
+        return io.BufferedReader(_ChunkReader(self._chunks(name)), 1 << 20)
+
+    def put(self, name: str, data: Buffer) -> None:
+        key = self._key_to_write(name)
+        bucket = self._connect()
+        large = len(data) > MAX_PUT_BYTES
+        try:
+            client.obstore().put(bucket, key, data, use_multipart=large, chunk_size=CHUNK_BYTES, max_concurrency=PARTS_UNDER_WAY)
+        except client.foreign() as error:
+            raise self._translate(error, "write", name) from cause(error)
+
+    def write(self, name: str) -> "ObjectWriter":
+        return ObjectWriter(self, name)
+
+    def delete(self, name: str) -> None:
+        key, bucket = self._key_to_write(name), self._connect()
+        try:
+            client.obstore().delete(bucket, key)
+        except FileNotFoundError:
+            pass
+        except client.foreign() as error:
+            raise self._translate(error, "delete", name) from cause(error)
+
+    def clean_temp(self) -> None:
+        """Nothing to do: a bucket's lifecycle rule for incomplete multipart uploads is what clears those."""
+
+    def _chunks(self, name: str) -> Generator[memoryview, None, None]:
+        """The object's bytes in order, fetched up to READ_AHEAD chunks ahead of whoever takes them."""
+        key, bucket, obstore = self._key(name), self._connect(), client.obstore()
+
+        def fetch(start: int) -> tuple[memoryview, Any]:
+            try:
+                result = obstore.get(bucket, key, options={"range": (start, start + CHUNK_BYTES)})
+                return memoryview(result.bytes()), result.meta
+            except client.foreign() as error:
+                if start == 0 and self._has_no_ranges(name, error):
+                    raise _NoRangesError from error
+                raise self._translate(error, "read", name) from cause(error)
+
+        try:
+            data, meta = fetch(0)
+        except _NoRangesError:
+            yield from self._whole(name)
+            return
+        size, tag, position = int(meta["size"]), meta["e_tag"], len(data)
+        yield data
+        if position >= size:
+            return
+        with closing(_ahead(fetch, range(position, size, CHUNK_BYTES))) as ahead:
+            for data, meta in ahead:
+                if meta["size"] != size or meta["e_tag"] != tag:
+                    raise StorageError(f"{join(self.url, name)} was replaced while it was read: read it again")
+                end = min(position + CHUNK_BYTES, size)
+                if len(data) != end - position:
+                    raise self._short(name, position, end, position + len(data))
+                yield data
+                position = end
+
+    def _has_no_ranges(self, name: str, error: Exception) -> bool:
+        """Whether the first range was refused for being one: empty objects have none, some web servers know none."""
+        if type(error).__name__ == "NotSupportedError":
+            return True
+        return self._is_about_range(error) and self._size_if_known(name) == 0
+
+    def _is_about_range(self, error: Exception) -> bool:
+        """Whether it was the range that was refused: status 416, or the memory store's error without one."""
+        return client.status_of(error) == 416 or (self._kind == "memory" and not isinstance(error, FileNotFoundError))
+
+    def _whole(self, name: str) -> Iterator[memoryview]:
+        key, bucket = self._key(name), self._connect()
+        try:
+            for piece in client.obstore().get(bucket, key).stream(min_chunk_size=CHUNK_BYTES):
+                yield memoryview(piece)
+        except client.foreign() as error:
+            raise self._translate(error, "read", name) from cause(error)
+
+    def _size_if_known(self, name: str) -> int | None:
+        try:
+            return self.size(name)
+        except StorageError:
+            return None
+
+    def _short(self, name: str, start: int, end: int, size: int) -> StorageError:
+        return StorageError(
+            f"{join(self.url, name)}: wanted bytes [{start}, {end}), the object ends at {size}: "
+            "it was truncated or replaced, or its index is of another object"
+        )
+
+    def _key(self, name: str) -> str:
+        check_name(name, self.url)
+        return f"{self._prefix}/{name}" if self._prefix else name
+
+    def _key_to_write(self, name: str) -> str:
+        key = self._key(name)
+        if self._kind == "http":
+            raise StorageError(f"{join(self.url, name)}: http(s) addresses are read-only here: write to a folder or a bucket")
+        return key
+
+    def _connect(self) -> Any:
+        if self._pid != os.getpid():
+            self._client = client.client_of(self._kind, self._bucket, self._login)
+            self._pid = os.getpid()
+        return self._client
+
+    def _translate(self, error: Exception, verb: str, name: str) -> StorageError:
+        """Our error for one of obstore's, to be raised from it."""
+        show = join(self.url, name) if name else self.url
+        status = client.status_of(error)
+        reason = client.reason(error)
+        if isinstance(error, FileNotFoundError) or status == 404:
+            if "NoSuchBucket" in str(error):
+                return NotFound(f"{show}: can't {verb}, there is no bucket {self._bucket}: create it, or correct the URL")
+            return NotFound(f"{show}: can't {verb}, nothing is there")
+        if status == 507 or any(word in str(error) for word in ("StorageFull", "QuotaExceeded")):
+            return OutOfSpace(f"{show}: can't {verb}, the store says that it is full: {reason}")
+        if (
+            status in (401, 403)
+            or "169.254.169.254" in str(error)
+            or type(error).__name__ in ("PermissionDeniedError", "UnauthenticatedError")
+        ):
+            return StorageError(f"{show}: can't {verb}, access denied: {client.HINTS.get(self._kind, '')} ({reason})")
+        if client.is_unreachable(error):
+            where = "check the network" + (" and AWS_ENDPOINT_URL" if self._kind == "s3" else " and the address")
+            tried = f"no answer in {client.retry_s():g} s of trying ({client.RETRY_VARIABLE})"
+            return StorageError(f"{show}: can't {verb}, {tried}: {where} ({reason})")
+        if status == 301 and self._kind == "s3":
+            return StorageError(f"{show}: can't {verb}, the bucket is in another region: set AWS_REGION ({reason})")
+        return StorageError(f"{show}: can't {verb}: {reason}")
+
+
+class ObjectWriter(WriterBase):
+    """An object being uploaded. See Writer. Below CHUNK_BYTES it is one PUT at close, above it is a multipart upload.
+
+    Args:
+        store: where to.
+        name: relative to the store.
+    """
+
+    def __init__(self, store: ObjectStore, name: str) -> None:
+        self._store, self._name = store, name
+        self._file: Any = None
+        key, bucket = store._key_to_write(name), store._connect()
+        try:
+            self._file = client.obstore().open_writer(bucket, key, buffer_size=CHUNK_BYTES, max_concurrency=PARTS_UNDER_WAY)
+        except client.foreign() as error:
+            raise store._translate(error, "write", name) from cause(error)
+
+    def write(self, data: Buffer, /) -> int:
+        if self._done:
+            raise ValueError("write to a closed writer")
+        try:
+            self._file.write(data)
+        except client.foreign() as error:
+            raise self._store._translate(error, "write", self._name) from cause(error)
+        return len(data)
+
+    def _publish(self) -> None:
+        try:
+            self._file.close()
+        except client.foreign() as error:
+            raise self._store._translate(error, "write", self._name) from cause(error)
+        finally:
+            self._file = None
+
+    def _discard(self) -> None:
+        self._file = None  # never completed, so never visible
+
+
+class _NoRangesError(Exception):
+    """Read it with one plain GET."""
+
+
+def _ahead(
+    fetch: Callable[[int], tuple[memoryview, Any]], starts: Iterable[int]
+) -> Generator[tuple[memoryview, Any], None, None]:
+    """fetch(start) for each start, in order, with READ_AHEAD of them under way while the caller works on one."""
+    pool = ThreadPoolExecutor(READ_AHEAD, thread_name_prefix="wds-read")
+    try:
+        rest = iter(starts)
+        pending = deque(pool.submit(fetch, start) for start in islice(rest, READ_AHEAD))
+        while pending:
+            done = pending.popleft().result()
+            pending.extend(pool.submit(fetch, start) for start in islice(rest, 1))
+            yield done
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+class _ChunkReader(io.RawIOBase):
+    """A file over a generator of chunks; the first is taken at once, so that a missing object is noticed at open()."""
+
+    def __init__(self, chunks: Generator[memoryview, None, None]) -> None:
+        self._chunks = chunks
+        self._chunk = next(chunks, memoryview(b""))
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any, /) -> int:
+        if not self._chunk:
+            self._chunk = next(self._chunks, memoryview(b""))
+        count = min(len(buffer), len(self._chunk))
+        buffer[:count] = self._chunk[:count]
+        self._chunk = self._chunk[count:]
+        return count
+
+    def readall(self) -> bytes:
+        rest = b"".join((self._chunk, *self._chunks))
+        self._chunk = memoryview(b"")
+        return rest
+
+    def close(self) -> None:
+        self._chunk = memoryview(b"")
+        self._chunks.close()
+        super().close()
