@@ -1,0 +1,1 @@
+"""Out of this project's format, into those of others."""

@@ -1,0 +1,252 @@
+"""Data sets -> one globally shuffled Hugging Face data set, in constant memory.
+
+    samples of all inputs -> rows (`rows`) -> external shuffle (`shuffle`) -> equal files -> state.json
+
+`arrow` is what `datasets.load_from_disk` loads, `parquet` what `load_dataset` and pandas do. The same inputs and seed give the
+same bytes, and every sample is in exactly once.
+Invariant: an unfinished export can't be read as a finished one. Of `arrow`, state.json is written last; of `parquet`, the last
+file is begun as a line of text that no reader takes for Parquet.
+Cost: two passes, one core; about 300 MB of memory; temporary files of about 2 bytes a code plus the text, which shrink as the
+output grows. They lie in OUTPUT/.tmp if the output is a folder here, so that the next run clears what a killed one left, else in
+Python's temporary folder (TMPDIR).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import unquote, urlsplit
+
+import orjson
+
+from wds_tools.dataset.read import read_manifest, read_shard
+from wds_tools.errors import UsageError
+from wds_tools.export.rows import EXPORTED_TYPES, FEATURES, ROW_BYTES, Format, load_pyarrow, no_place, pack_row, write_part
+from wds_tools.export.shuffle import Shuffle
+from wds_tools.format.manifest import Manifest, ShardRow
+from wds_tools.run.progress import Progress
+from wds_tools.storage import Store, open_store
+from wds_tools.storage.base import TEMP_FOLDER, split_scheme
+from wds_tools.storage.local import translate
+
+BUCKET_BYTES = 64 << 20
+"""The shuffle sorts about this much at a time in memory."""
+STATE, INFO = "state.json", "dataset_info.json"
+_OURS = re.compile(rf"data-\d{{5}}-of-\d{{5}}\.arrow|{STATE}|{INFO}|data/train-\d{{5}}-of-\d{{5}}\.parquet")
+_UNFINISHED = b"This export is not finished: run the same command again with --overwrite.\n"
+_REPORT_EVERY = 256
+_ONE_TOKENIZER = ("tokenizer", "codebook_size", "weights_hash")
+_MAX_FILES = 99_999
+
+_Source = tuple[Store, Manifest]
+_Item = TypeVar("_Item")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Shuffle data sets together and write them as a Hugging Face data set."""
+
+    input: tuple[str, ...]
+    """One or more data sets: folders or URLs. One that is named twice is in twice."""
+    output: str
+    """Where the result goes: a directory or an object-store prefix, empty or absent."""
+    format: Format = "arrow"
+    """arrow: for datasets.load_from_disk. parquet: for load_dataset("parquet", ...), pandas and the hub."""
+    num_shards: int = 256
+    """Files to write; as many as there are samples, if those are fewer."""
+    seed: int = 42
+    """Of the shuffle: 0 to 2**64 - 1. The order depends on it and on the inputs, not on format or num_shards."""
+    overwrite: bool = False
+    """Remove the export that is at the output first, finished or not. Files of any other kind are never removed."""
+    quiet: bool = False
+    """Show no progress."""
+
+    def __post_init__(self) -> None:
+        if not self.input:
+            raise UsageError("--input: name at least one data set")
+        if self.format not in _NAMES:
+            raise UsageError(f"--format {self.format!r}: expected {' or '.join(_NAMES)}")
+        if not 1 <= self.num_shards <= _MAX_FILES:
+            raise UsageError(f"--num-shards {self.num_shards}: expected 1 to {_MAX_FILES}")
+        if not 0 <= self.seed < 1 << 64:
+            raise UsageError(f"--seed {self.seed}: expected 0 to 2**64 - 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportSummary:
+    """What an export wrote."""
+
+    rows: int
+    files: int
+    """Arrow or Parquet files, all of about the same number of rows, none empty."""
+    data_types: Mapping[str, int]
+    """Rows by data type."""
+
+
+_NAMES: Mapping[Format, str] = {
+    "arrow": "data-{:05d}-of-{:05d}.arrow",
+    "parquet": "data/train-{:05d}-of-{:05d}.parquet",
+}
+
+
+def export_hf(config: ExportConfig) -> ExportSummary:
+    """Export; returns what was written once it is complete.
+
+    Raises:
+        UsageError: the output is in the way, the inputs are empty, not encoded, or hold what these columns can't.
+        NotFound, FormatError, StorageError: an input can't be read.
+        MissingPackage: pyarrow is not installed.
+    """
+    load_pyarrow()
+    sources = [(store, read_manifest(store)) for store in map(open_store, config.input)]
+    _check_sources(sources)
+    rows = sum(manifest.samples for _, manifest in sources)
+    names = _part_names(config.format, min(config.num_shards, rows))
+    store = open_store(config.output)
+    _claim(store, config, names[-1])
+    with _scratch_folder(config.output) as folder:
+        size = sum(_record_bytes(row) for _, manifest in sources for row in manifest.shards)
+        shuffle = Shuffle(folder, seed=config.seed, num_buckets=-(-size // BUCKET_BYTES))
+        with Progress("export, 1 of 2: reading", rows, quiet=config.quiet) as progress:
+            data_types = _scatter(sources, shuffle, progress)
+        with Progress("export, 2 of 2: writing", rows, quiet=config.quiet) as progress:
+            _write_parts(store, names, rows, _counted(shuffle.drain(), progress), config.format)
+    if config.format == "arrow":
+        _write_state(store, names, _fingerprint(sources, config))
+    return ExportSummary(rows=rows, files=len(names), data_types=data_types)
+
+
+def _check_sources(sources: Sequence[_Source]) -> None:
+    """Refuse at once what the manifests show to be impossible."""
+    seen: dict[tuple[str, str], tuple[str, Any]] = {}
+    for store, manifest in sources:
+        for data_type in manifest.data_types:
+            if data_type not in EXPORTED_TYPES:
+                raise UsageError(f"{store.url}: {no_place(data_type)}")
+        for row in manifest.shards:
+            has_codes = any(member.startswith("vqcode_") for member in row.members)
+            if not has_codes and any(data_type != "text_pretrain" for data_type in row.data_types):
+                raise UsageError(f"{store.url}/{row.name} holds images without codes: run `wds-tools encode` first")
+        for column, provenance in manifest.codes.items():
+            for field in _ONE_TOKENIZER:
+                url, value = seen.setdefault((column, field), (store.url, provenance.get(field)))
+                if value != provenance.get(field):
+                    raise UsageError(
+                        f"the {column} of {url} and of {store.url} come from different tokenizers ({field} {value!r} and "
+                        f"{provenance.get(field)!r}), and rows don't say which: export them apart"
+                    )
+    if not any(manifest.samples for _, manifest in sources):
+        raise UsageError(f"{', '.join(store.url for store, _ in sources)}: no samples, nothing to export")
+
+
+def _claim(store: Store, config: ExportConfig, last_part: str) -> None:
+    """Make the output ours and unfinished: clear an earlier export, write what says that this one is under way."""
+    found = [entry.name for entry in store.list()]
+    foreign = [name for name in found if not _OURS.fullmatch(name)]
+    if foreign:
+        raise UsageError(
+            f"{store.url} holds {len(foreign)} files that no export writes, such as {foreign[0]}: choose another output"
+        )
+    if found and not config.overwrite:
+        raise UsageError(f"{store.url} holds an export already, finished or not: choose another output, or pass --overwrite")
+    store.clean_temp()
+    store.delete(STATE)
+    if config.format == "arrow":
+        claim = INFO
+        info = {"citation": "", "description": "", "features": FEATURES, "homepage": "", "license": ""}
+        store.put(claim, json.dumps(info, indent=2).encode())
+    else:
+        claim = last_part
+        store.put(claim, _UNFINISHED)
+    for name in found:
+        if name != claim:
+            store.delete(name)
+
+
+@contextmanager
+def _scratch_folder(output: str) -> Iterator[Path]:
+    """A folder for the shuffle, on the disk of a local output; gone afterwards, whatever happens."""
+    scheme = split_scheme(output)[0]
+    if scheme == "file":
+        output = unquote(urlsplit(output).path)
+    parent = Path(output).absolute() / TEMP_FOLDER if scheme in ("", "file") else None
+    try:
+        if parent is not None:
+            parent.mkdir(parents=True, exist_ok=True)
+        holder = tempfile.TemporaryDirectory(prefix="wds-tools-export-", dir=parent, ignore_cleanup_errors=True)
+    except OSError as error:
+        raise translate(error, "make a temporary folder", str(parent or "TMPDIR")) from error
+    try:
+        with holder as folder:
+            yield Path(folder)
+    finally:
+        if parent is not None:
+            with suppress(OSError):
+                parent.rmdir()
+
+
+def _record_bytes(row: ShardRow) -> int:
+    """What the rows of a shard come to in the shuffle, at most: the tar is larger, and so are 4 bytes a character and code."""
+    return min(row.bytes, 4 * (row.text_chars + row.num_codes) + (ROW_BYTES + 16) * row.samples)
+
+
+def _scatter(sources: Sequence[_Source], shuffle: Shuffle, progress: Progress) -> dict[str, int]:
+    data_types: Counter[str] = Counter()
+    for store, manifest in sources:
+        for row in manifest.shards:
+            for sample in _counted(read_shard(store, row), progress):
+                shuffle.add(pack_row(sample))
+                data_types[sample.data_type] += 1
+    return dict(sorted(data_types.items()))
+
+
+def _write_parts(store: Store, names: Sequence[str], rows: int, records: Iterator[bytes], file_format: Format) -> None:
+    """Cut the records into files whose row counts differ by one at most."""
+    each, more = divmod(rows, len(names))
+    for number, name in enumerate(names):
+        with store.write(name) as writer:
+            write_part(writer, islice(records, each + (number < more)), file_format)
+
+
+def _counted(items: Iterator[_Item], progress: Progress) -> Iterator[_Item]:
+    """The same items, reported as they pass."""
+    passed = 0
+    for item in items:
+        yield item
+        passed += 1
+        if passed == _REPORT_EVERY:
+            progress(passed, passed, 0)
+            passed = 0
+    progress(passed, passed, 0)
+
+
+def _write_state(store: Store, names: Sequence[str], fingerprint: str) -> None:
+    state: dict[str, Any] = {
+        "_data_files": [{"filename": name} for name in names],
+        "_fingerprint": fingerprint,
+        "_format_columns": None,
+        "_format_kwargs": {},
+        "_format_type": None,
+        "_output_all_columns": False,
+        "_split": None,
+    }
+    store.put(STATE, json.dumps(state, indent=2, sort_keys=True).encode())
+
+
+def _fingerprint(sources: Sequence[_Source], config: ExportConfig) -> str:
+    """What Hugging Face's caches know the rows by: equal for equal rows only."""
+    made_of = ["wds-tools export 1", config.seed, *(manifest.fingerprint() for _, manifest in sources)]
+    return hashlib.sha256(orjson.dumps(made_of)).hexdigest()[:16]
+
+
+def _part_names(file_format: Format, count: int) -> list[str]:
+    return [_NAMES[file_format].format(number, count) for number in range(count)]
