@@ -1,0 +1,1 @@
+"""Looks at data sets: verification."""

@@ -1,0 +1,206 @@
+"""Check that a data set is exactly what its manifest says.
+
+Every shard is read once, whole: size, SHA-256, tar structure, index against tar, every sample against the schema, codes
+against their codebook, counts. Then what needs the whole set: unique keys, files nobody mentions, rejects on disk.
+Cost: one pass over the bytes; memory is one shard a process, and 8 bytes a sample.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import orjson
+
+from wds_tools.dataset.read import read_manifest
+from wds_tools.dataset.write import REJECTS
+from wds_tools.errors import DataError, NotFound, UsageError
+from wds_tools.format import manifest as manifests
+from wds_tools.format.index import SUFFIX, IndexBuilder, check_fresh, pack_index, unpack_index
+from wds_tools.format.manifest import Manifest, ShardRow
+from wds_tools.format.schema import Sample, validate
+from wds_tools.format.shard import StoredSample, read_samples, sample_from_members
+from wds_tools.run.local import Report, run_tasks
+from wds_tools.run.progress import Progress
+from wds_tools.storage import Store, open_store
+
+_MAX_PROBLEMS_A_SHARD = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyConfig:
+    """Check that a data set is complete, undamaged and what its manifest says."""
+
+    input: str
+    """The data set: a directory or URL."""
+    workers: int = 1
+    """Processes to use."""
+    quiet: bool = False
+    """Show no progress."""
+
+    def __post_init__(self) -> None:
+        if self.workers < 1:
+            raise UsageError(f"--workers {self.workers}: at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyResult:
+    """What was found; `problems` is empty if all is well."""
+
+    manifest: Manifest
+    problems: tuple[str, ...]
+
+
+@dataclass
+class _ShardReport:
+    problems: list[str] = field(default_factory=list)
+    key_hashes: np.ndarray[Any, np.dtype[np.uint64]] | None = None
+    first_key: str = ""
+    last_key: str = ""
+    is_ascending: bool = True
+
+
+def verify(config: VerifyConfig) -> VerifyResult:
+    """Check a data set.
+
+    Raises:
+        NotFound: there is no manifest.
+        FormatError: the manifest is unreadable or contradicts itself.
+        StorageError: the storage does not answer.
+    """
+    store = open_store(config.input)
+    manifest = read_manifest(store)
+    with Progress("verify", manifest.samples, quiet=config.quiet) as progress:
+        check = _CheckShard(config.input, manifest.codes)
+        tasks = list(enumerate(manifest.shards))
+        reports = dict(run_tasks(check, tasks, workers=config.workers, on_report=progress))
+    problems = [problem for number in sorted(reports) for problem in reports[number].problems]
+    problems += _check_keys(manifest, [reports[number] for number in sorted(reports)])
+    problems += _check_files(store, manifest)
+    return VerifyResult(manifest=manifest, problems=tuple(problems))
+
+
+@dataclass(frozen=True)
+class _CheckShard:
+    """The check of one shard, in whatever process it runs."""
+
+    input: str
+    codes: Mapping[str, Mapping[str, Any]]
+
+    def __call__(self, numbered: tuple[int, ShardRow], progress: Report) -> tuple[int, _ShardReport]:
+        number, row = numbered
+        report = _ShardReport()
+        store = open_store(self.input)
+        try:
+            self._check(store, row, report, progress)
+        except (DataError, NotFound, UsageError) as error:  # UsageError: a name that leads out of the data set
+            report.problems.append(str(error))
+        return number, report
+
+    def _check(self, store: Store, row: ShardRow, report: _ShardReport, progress: Report) -> None:
+        tar = memoryview(store.read(row.name))
+        sha256 = hashlib.sha256(tar).hexdigest()
+        builder = IndexBuilder()
+        data_types: Counter[str] = Counter()
+        hashes: list[int] = []
+        chars = codes = num_unreadable = 0
+        for stored in read_samples(tar, row.name):
+            sample = self._check_sample(row, stored, report)
+            num_unreadable += sample is None
+            text_chars, num_codes = (len(sample.text), sample.num_codes) if sample else (0, 0)
+            members = [(suffix, member.offset - stored.start, len(member.payload)) for suffix, member in stored.members.items()]
+            span = tar[stored.start : stored.end]
+            builder.add(stored.start, len(span), members, zlib.crc32(span), text_chars, num_codes)
+            if sample:
+                data_types[sample.data_type] += 1
+            chars, codes = chars + text_chars, codes + num_codes
+            report.is_ascending &= stored.key > report.last_key
+            report.first_key = report.first_key or stored.key
+            report.last_key = stored.key
+            hashes.append(int.from_bytes(hashlib.blake2b(stored.key.encode(), digest_size=8).digest(), "little"))
+            progress(1, 1, 0)
+        rebuilt = builder.build(len(tar), sha256)
+        found: dict[str, Any] = {"bytes": len(tar), "sha256": sha256, "samples": len(hashes), "members": rebuilt.members}
+        if not num_unreadable:
+            found |= {"text_chars": chars, "num_codes": codes, "data_types": dict(sorted(data_types.items()))}
+        for name, value in found.items():
+            if getattr(row, name) != value:
+                report.problems.append(f"{row.name}: {name} is {value}, the manifest says {getattr(row, name)}")
+        report.key_hashes = np.array(hashes, np.uint64)
+        index_name = row.name + SUFFIX
+        index = unpack_index(store.read(index_name), index_name)
+        check_fresh(index, len(tar), sha256, index_name)
+        if not num_unreadable and pack_index(index) != pack_index(rebuilt):
+            report.problems.append(f"{index_name}: differs from an index rebuilt from the tar: rebuild it with `wds-tools index`")
+
+    def _check_sample(self, row: ShardRow, stored: StoredSample, report: _ShardReport) -> Sample | None:
+        """The sample, with its faults reported; None if it breaks the schema."""
+        valid = None
+        try:
+            sample = sample_from_members(stored.key, {suffix: member.payload for suffix, member in stored.members.items()})
+            validate(sample)
+            valid = sample
+            for column, grid_hw in sample.codes.items():
+                size = self.codes.get(column, {}).get("codebook_size")
+                if size is None:
+                    raise DataError(f"{sample.key}: {column} has no provenance in the manifest")
+                if int(grid_hw.max()) >= size:
+                    raise DataError(
+                        f"{sample.key}: {column} holds the code {int(grid_hw.max())}; the codebook has {size} entries"
+                    )
+        except DataError as error:
+            if len(report.problems) < _MAX_PROBLEMS_A_SHARD:
+                report.problems.append(f"{row.name}, byte {stored.start}: {error}")
+        return valid
+
+
+def _check_keys(manifest: Manifest, reports: Sequence[_ShardReport]) -> Iterator[str]:
+    """Keys that stand twice in the set. Keys that ascend all the way can't; else their hashes are compared."""
+    last = ""
+    for report in reports:
+        if not report.is_ascending or report.first_key <= last:
+            break
+        last = report.last_key
+    else:
+        return
+    hashes = np.concatenate(
+        [report.key_hashes for report in reports if report.key_hashes is not None] or [np.zeros(0, np.uint64)]
+    )
+    num_repeated = len(hashes) - len(np.unique(hashes))
+    if num_repeated:
+        where = [f"{manifest.shards[a].name} and {manifest.shards[b].name}" for a, b in _sharing(reports)[:5]]
+        yield f"{num_repeated} keys stand more than once in the data set: {'; '.join(where)}"
+
+
+def _sharing(reports: Sequence[_ShardReport]) -> list[tuple[int, int]]:
+    """Pairs of shards (a == b: one shard) that share a key."""
+    first: dict[int, int] = {}
+    pairs: dict[tuple[int, int], None] = {}
+    for number, report in enumerate(reports):
+        for value in report.key_hashes.tolist() if report.key_hashes is not None else ():
+            if value in first:
+                pairs[first[value], number] = None
+            first.setdefault(value, number)
+    return list(pairs)
+
+
+def _check_files(store: Store, manifest: Manifest) -> Iterator[str]:
+    """Files that the manifest does not know, and rejects that it counts but that are not written down."""
+    known = {manifests.NAME} | {row.name for row in manifest.shards} | {row.name + SUFFIX for row in manifest.shards}
+    rejects: Counter[str] = Counter()
+    for entry in store.list():
+        if entry.name.startswith(REJECTS):
+            lines = store.read(entry.name).splitlines()
+            try:
+                rejects.update(orjson.loads(line)["reason"] for line in lines)
+            except (orjson.JSONDecodeError, KeyError, TypeError):
+                yield f"{entry.name}: not a list of rejects"
+        elif entry.name not in known:
+            yield f"{entry.name}: not in the manifest: left by something else, or by a run that was interrupted"
+    if rejects != Counter(manifest.rejects):
+        yield f"{REJECTS} lists {dict(rejects)}, the manifest counts {dict(manifest.rejects)}"

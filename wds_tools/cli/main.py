@@ -1,0 +1,80 @@
+"""`wds-tools COMMAND ...`: find the command, make its config from the arguments, run it.
+
+A command is a module beside this one with `Config` (a frozen dataclass, which is the command line), `EXAMPLE` and
+`run(config) -> exit status`. It is imported only when it is called, so `wds-tools verify` starts without torch.
+Exit status: 0 done, 1 failed or problems found, 2 wrong arguments, 130 interrupted. Errors are one line on stderr.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+import tyro
+
+from wds_tools.errors import UsageError, WdsToolsError
+
+COMMANDS = {
+    ("convert", "image-pairs"): ("convert_image_pairs", "image-caption pairs (jsonl) to shards"),
+    ("convert", "dclm"): ("convert_dclm", "DCLM documents (.jsonl.zst) to shards"),
+    ("encode",): ("encode", "fill the VQ codes of a data set's images"),
+    ("export", "hf"): ("export_hf", "shards to a Hugging Face data set, shuffled"),
+    ("verify",): ("verify", "check a data set against its manifest"),
+    ("index",): ("index", "rebuild the index files of a data set"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line.
+
+    Args:
+        argv: the arguments behind the program's name; by default those of the process.
+
+    Returns:
+        The exit status.
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    words = next((words for words in COMMANDS if tuple(args[: len(words)]) == words), None)
+    if words is None:
+        return _no_command(args)
+    try:
+        module = importlib.import_module(f"wds_tools.cli.{COMMANDS[words][0]}")
+        config = tyro.cli(
+            module.Config,
+            prog=f"wds-tools {' '.join(words)}",
+            description=f"{module.Config.__doc__}\n\nExample:\n    {module.EXAMPLE}",
+            args=args[len(words) :],
+            config=(tyro.conf.FlagCreatePairsOff,),
+        )
+        status: int = module.run(config)
+    except UsageError as error:
+        print(f"wds-tools: {error}", file=sys.stderr)
+        return 2
+    except WdsToolsError as error:
+        print(f"wds-tools: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("wds-tools: interrupted; finished shards are kept, run again with --resume", file=sys.stderr)
+        return 130
+    return status
+
+
+def _no_command(args: list[str]) -> int:
+    lines = ["usage: wds-tools COMMAND [OPTIONS]     wds-tools COMMAND --help says more", ""]
+    lines += [f"  {' '.join(words):<22} {summary}" for words, (_, summary) in COMMANDS.items()]
+    asked = not args or not {"-h", "--help", "help"}.isdisjoint(args)
+    if args and args[0] == "--version":
+        from wds_tools import __version__
+
+        print(f"wds-tools {__version__}")
+        return 0
+    if not asked:
+        known = sorted({" ".join(words) for words in COMMANDS})
+        lines = [f"wds-tools: unknown command {' '.join(args[:2])!r}: the commands are {', '.join(known)}"]
+    print("\n".join(lines), file=sys.stdout if asked else sys.stderr)
+    return 0 if asked else 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,30 @@
+"""`wds-tools verify`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import tyro
+
+from wds_tools.check.verify import VerifyConfig, verify
+from wds_tools.cli.summary import print_data_set
+
+EXAMPLE = "wds-tools verify s3://bucket/pairs --workers 8"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(VerifyConfig):
+    """Check that a data set is complete, undamaged and what its manifest says. Exit status 1 if it is not."""
+
+    input: tyro.conf.Positional[str]
+    """The data set: a directory or URL."""
+
+
+def run(config: Config) -> int:
+    """Check, and list what is wrong."""
+    result = verify(config)
+    print_data_set(config.input, result.manifest)
+    for problem in result.problems:
+        print(f"WRONG  {problem}")
+    print(f"verify: {len(result.problems)} problems" if result.problems else "verify: all is well")
+    return 1 if result.problems else 0

@@ -1,0 +1,1 @@
+"""Source records -> samples: image-text pairs, DCLM documents."""

@@ -1,0 +1,193 @@
+"""Image-caption pairs (jsonl) -> image_text or image_text_multi samples that carry the source image.
+
+    lines, cut into ranges -> record -> fetch the image's bytes -> look at its header -> Sample(text, image) -> shards
+
+Only headers are looked at here: format, size, aspect ratio. Pixels are first decoded by the encoding pass, and what only that
+finds is a reject there. Images are fetched a few at a time ahead of their turn; the order of the lines is kept.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import posixpath
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from wds_tools.convert.lines import Line, LineRange, expand_inputs, parse_record, plan_lines, read_lines, required_text
+from wds_tools.dataset.write import TaskWriter
+from wds_tools.errors import FormatError, NotFound, Reject, StorageError, UsageError
+from wds_tools.format.manifest import Manifest
+from wds_tools.format.schema import RESERVED_FIELDS, Sample
+from wds_tools.images import ImageLimits, Mode, crop_for, probe
+from wds_tools.passes import PassOptions, Plan, run_pass
+from wds_tools.storage import Store, open_store, split_url
+
+_FETCH_AHEAD = 16
+_NO_SUCH_NAME = (errno.ENAMETOOLONG, errno.ELOOP)
+_DATA_TYPES = {"cc512": "image_text", "multi768": "image_text_multi"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImagePairsConfig(PassOptions):
+    """Convert image-caption pairs to shards; the images go in byte for byte, codes come with `wds-tools encode`."""
+
+    input: tuple[str, ...]
+    """.jsonl files, folders of them or brace patterns; one object a line with image_path and text_prompt (or text)."""
+    mode: Mode = "cc512"
+    """cc512: 512 px centre crop, for images up to 2:1. multi768: nearest of many shapes of about 768 x 768 pixels, up to 4:1."""
+    image_root: str | None = None
+    """Folder that image paths are relative to, and may not leave. Default: the jsonl's folder, which they may leave."""
+    max_pixels: int = ImageLimits.max_pixels
+    """Images with more pixels are rejected: decompression bombs."""
+    max_image_bytes: int = ImageLimits.max_bytes
+    """Image files with more bytes are rejected."""
+    min_side: int = ImageLimits.min_side
+    """Images with a shorter side than this, in pixels, are rejected."""
+    keep: tuple[str, ...] = ()
+    """Fields of the record to keep as provenance, such as url."""
+    task_lines: int = 2000
+    """A worker, and a resumed run, takes this many lines at a time; a shard holds no more."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.task_lines < 1:
+            raise UsageError(f"--task-lines {self.task_lines}: at least 1")
+        if taken := RESERVED_FIELDS.intersection(self.keep):
+            raise UsageError(f"--keep {', '.join(sorted(taken))}: these names are the schema's own, or not safe for readers")
+
+    @property
+    def limits(self) -> ImageLimits:
+        """What an image may be."""
+        return ImageLimits(max_pixels=self.max_pixels, max_bytes=self.max_image_bytes, min_side=self.min_side)
+
+
+def convert_image_pairs(config: ImagePairsConfig) -> Manifest:
+    """Convert; returns the manifest of the finished data set. Raises: see run_pass."""
+    files = expand_inputs(config.input, ".jsonl")
+    ranges = plan_lines(files, config.task_lines)
+    plan = Plan(
+        command="convert image-pairs",
+        settings={"mode": config.mode, "image_root": config.image_root, "keep": config.keep, **asdict(config.limits)},
+        tasks=ranges,
+        total=sum(span.num_lines for span in ranges),
+        source={"inputs": [{"url": file.url, "bytes": file.size} for file in files]},
+    )
+    return run_pass(plan, _ConvertLines(config.mode, config.image_root, config.limits, config.keep), config)
+
+
+class _Fetched(NamedTuple):
+    """One line, its record, and the image that it names, or why not."""
+
+    line: Line
+    text: str = ""
+    record: Mapping[str, Any] = MappingProxyType({})
+    image: bytes = b""
+    extension: str = ""
+    cause: Reject | None = None
+
+
+@dataclass(frozen=True)
+class _ConvertLines:
+    mode: Mode
+    image_root: str | None
+    limits: ImageLimits
+    keep: tuple[str, ...]
+
+    def __call__(self, task: LineRange, writer: TaskWriter, advance: Callable[[int], None]) -> int:
+        source = _ImageSource(task.url, self.image_root)
+        inputs = 0
+        with ThreadPoolExecutor(_FETCH_AHEAD) as pool:
+            for fetched in _in_order(pool, lambda line: self._fetch(line, source), read_lines(task)):
+                key = f"{writer.task:06d}-{fetched.line.number - task.first_line:08d}"
+                inputs += 1
+                advance(1)
+                if fetched.cause is not None:
+                    writer.reject(fetched.cause, source=task.url, line=fetched.line.number)
+                    continue
+                sample = Sample(
+                    key=key,
+                    data_type=_DATA_TYPES[self.mode],
+                    text=fetched.text,
+                    image=fetched.image,
+                    image_extension=fetched.extension,
+                    provenance={name: fetched.record[name] for name in self.keep if name in fetched.record},
+                )
+                try:
+                    writer.add(sample)
+                except FormatError as error:  # a kept field that is nested too deep to be written
+                    writer.reject(Reject("unwritable_record", str(error)), source=task.url, line=fetched.line.number)
+        return inputs
+
+    def _fetch(self, line: Line, source: _ImageSource) -> _Fetched:
+        try:
+            record = parse_record(line)
+            text = required_text(record, ("text_prompt", "text"))
+            image = source.read(required_text(record, ("image_path",)), self.limits.max_bytes)
+            info = probe(image, self.limits)
+            crop_for(self.mode, info.width, info.height)
+        except Reject as cause:
+            return _Fetched(line, cause=cause)
+        return _Fetched(line, text, record, image, info.extension)
+
+
+class _ImageSource:
+    """Finds the image of a path in a jsonl. Fenced, nothing outside of one folder is read, whatever the jsonl says."""
+
+    def __init__(self, jsonl_url: str, image_root: str | None) -> None:
+        self._folder = split_url(jsonl_url)[0] if image_root is None else image_root
+        self._is_local = "://" not in self._folder
+        self._is_fenced = image_root is not None or not self._is_local
+        if self._is_local:
+            self._folder = os.path.realpath(self._folder)
+        self._store: Store = open_store(self._folder if self._is_fenced else "/")
+
+    def read(self, image_path: str, max_bytes: int) -> bytes:
+        """The image's bytes, one more than max_bytes at most.
+
+        Raises:
+            Reject: "missing_image" or "outside_root".
+            StorageError: the storage does not answer; not the record's fault.
+        """
+        try:
+            with self._store.open(self._name(image_path)) as stream:
+                return stream.read(max_bytes + 1)
+        except NotFound as error:
+            raise Reject("missing_image", f"{image_path[:300]}: no such file") from error
+        except UsageError as error:
+            raise Reject("outside_root", f"{image_path[:300]}: not a path inside {self._folder}") from error
+        except StorageError as error:
+            if self._leads_out(image_path):
+                raise Reject("outside_root", f"{image_path[:300]}: a symlink that leads out of {self._folder}") from error
+            if isinstance(error.__cause__, OSError) and error.__cause__.errno in _NO_SUCH_NAME:
+                raise Reject("missing_image", f"{image_path[:300]}: {error.__cause__.strerror}") from error
+            raise
+
+    def _name(self, image_path: str) -> str:
+        path = image_path.removeprefix(self._folder.rstrip("/") + "/")
+        if "://" in path:
+            raise Reject("outside_root", f"{image_path[:300]}: not below {self._folder}; a URL is read only below --image-root")
+        if not self._is_fenced:
+            return posixpath.normpath(posixpath.join(self._folder, path)).lstrip("/")
+        return posixpath.normpath(path)
+
+    def _leads_out(self, image_path: str) -> bool:
+        if not (self._is_fenced and self._is_local):
+            return False
+        path = os.path.realpath(posixpath.join(self._folder, self._name(image_path)))
+        return not path.startswith(self._folder.rstrip("/") + "/")
+
+
+def _in_order(pool: ThreadPoolExecutor, fn: Callable[[Line], _Fetched], lines: Iterator[Line]) -> Iterator[_Fetched]:
+    """Results in the order of the lines, with a bounded number under way."""
+    under_way: deque[Future[_Fetched]] = deque()
+    for line in lines:
+        under_way.append(pool.submit(fn, line))
+        if len(under_way) >= _FETCH_AHEAD:
+            yield under_way.popleft().result()
+    while under_way:
+        yield under_way.popleft().result()

@@ -1,0 +1,227 @@
+"""Input files -> lines -> JSON records, with line numbers, in constant memory.
+
+Lines end at b"\\n" alone (U+2028 and friends are data). Blank lines are no records. `plan_lines` cuts big files into ranges that
+begin and end at a line, so that several workers can read one file and every reject still has its true line number.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import orjson
+from braceexpand import braceexpand
+
+from wds_tools.errors import NotFound, Reject, StorageError, UsageError
+from wds_tools.storage import join, open_store, split_url
+
+MAX_LINE_BYTES = 64 << 20
+_READ_BYTES = 4 << 20
+_RANGE_BYTES = 64 << 20
+
+
+class InputFile(NamedTuple):
+    """One file to read."""
+
+    url: str
+    size: int
+
+
+@dataclass(frozen=True)
+class LineRange:
+    """Consecutive lines of one file: bytes start ... end, which hold whole lines."""
+
+    url: str
+    start: int
+    end: int
+    first_line: int
+    """Number of the first line, from 1."""
+    num_lines: int
+
+
+class Line(NamedTuple):
+    """One line that is not blank. `data` is None if it is longer than MAX_LINE_BYTES."""
+
+    number: int
+    data: bytes | None
+
+
+def expand_inputs(inputs: Sequence[str], suffix: str) -> list[InputFile]:
+    """The files that are meant.
+
+    Args:
+        inputs: files, folders (all files below that end in `suffix`, sorted) and brace patterns such as part-{000..127}.jsonl.
+        suffix: such as ".jsonl.zst".
+
+    Raises:
+        UsageError: no inputs, or a broken pattern.
+        NotFound: something does not exist, or a folder has no such file.
+    """
+    files: list[InputFile] = []
+    for pattern in inputs:
+        for url in _expand_braces(pattern):
+            files.extend(_files_at(url, suffix))
+    if not files:
+        raise UsageError("no input: pass --input with files or folders")
+    return files
+
+
+def plan_lines(files: Sequence[InputFile], lines_per_range: int) -> list[LineRange]:
+    """Cut files into ranges of `lines_per_range` lines (fewer where lines are very long). Reads each file once.
+
+    A range holds at least one line, and blank lines count.
+
+    Raises:
+        UsageError: a file is UTF-16, or a JSON array instead of one object a line; or there is nothing in a range.
+    """
+    if lines_per_range < 1:
+        raise UsageError(f"lines_per_range={lines_per_range}: a range holds at least one line")
+    ranges: list[LineRange] = []
+    for file in files:
+        ranges.extend(_plan_file(file.url, lines_per_range))
+    return ranges
+
+
+def read_lines(span: LineRange) -> Iterator[Line]:
+    """The lines of a range."""
+    root, name = split_url(span.url)
+    store = open_store(root)
+    chunks = (store.read_range(name, at, min(at + _READ_BYTES, span.end)) for at in range(span.start, span.end, _READ_BYTES))
+    return number_lines(chunks, span.first_line)
+
+
+def number_lines(chunks: Iterable[bytes], first: int = 1) -> Iterator[Line]:
+    """Lines of a text that comes in chunks, numbered; blank ones are left out, a byte order mark is dropped."""
+    for number, data in enumerate(_split(chunks), first):
+        if number == 1 and data is not None:
+            data = data.removeprefix(b"\xef\xbb\xbf")
+        if data is None or (data and not data.isspace()):
+            yield Line(number, data)
+
+
+def parse_record(line: Line) -> dict[str, Any]:
+    """The JSON object of a line.
+
+    Raises:
+        Reject: "line_too_long", "invalid_utf8", "bad_json" or "not_an_object".
+    """
+    if line.data is None:
+        raise Reject("line_too_long", f"more than {MAX_LINE_BYTES} bytes")
+    try:
+        record = orjson.loads(line.data)
+    except orjson.JSONDecodeError as error:
+        try:
+            line.data.decode()
+        except UnicodeDecodeError as wrong:
+            raise Reject(
+                "invalid_utf8", f"byte {wrong.start} of the line is {line.data[wrong.start]:#04x}: {wrong.reason}"
+            ) from wrong
+        raise Reject("bad_json", str(error)) from error
+    if type(record) is not dict:
+        raise Reject("not_an_object", f"a JSON {type(record).__name__}, expected an object with fields")
+    return record
+
+
+def required_text(record: dict[str, Any], names: Sequence[str]) -> str:
+    """The first of these fields that is there and not null: a string with more than white space.
+
+    Raises:
+        Reject: "missing_field", "wrong_type" or "empty_text".
+    """
+    for name in names:
+        text = record.get(name)
+        if text is None:
+            continue
+        if type(text) is not str:
+            raise Reject("wrong_type", f"{name} is a {type(text).__name__}, expected a string")
+        if not text or text.isspace():
+            raise Reject("empty_text", f"{name} is empty")
+        return text
+    found = ", ".join(list(record)[:8]) or "none"
+    raise Reject("missing_field", f"no {' or '.join(names)}; the fields are: {found[:200]}")
+
+
+def _expand_braces(pattern: str) -> list[str]:
+    if os.path.lexists(pattern):
+        return [pattern]
+    try:
+        return list(braceexpand(pattern, escape=False))
+    except ValueError as error:
+        raise UsageError(f"--input {pattern!r}: unbalanced braces") from error
+
+
+def _files_at(url: str, suffix: str) -> Iterator[InputFile]:
+    try:
+        root, name = split_url(url)
+        yield InputFile(url, open_store(root).size(name))
+        return
+    except (UsageError, StorageError):
+        pass  # a bucket, or a folder: what is wrong with it shows when it is listed
+    entries = [entry for entry in open_store(url).list() if entry.name.endswith(suffix)]
+    if not entries:
+        raise NotFound(f"{url}: no such file, and no *{suffix} under a folder of that name")
+    for entry in entries:
+        yield InputFile(join(url, entry.name), entry.size)
+
+
+def _plan_file(url: str, lines_per_range: int) -> Iterator[LineRange]:
+    root, name = split_url(url)
+    at = start = 0
+    line = first_line = 1
+    last = b"\n"
+    with open_store(root).open(name) as stream:
+        while chunk := stream.read(_READ_BYTES):
+            if at == 0:
+                _check_encoding(chunk, url)
+            ends = np.flatnonzero(np.frombuffer(chunk, np.uint8) == 10) + (at + 1)
+            taken = 0
+            while taken < len(ends):
+                wanted = lines_per_range - (line - first_line)
+                stop = min(taken + wanted, len(ends))
+                if ends[stop - 1] - start > _RANGE_BYTES:  # very long lines: close early, but hold at least one
+                    stop = max(taken + 1, min(stop, int(np.searchsorted(ends, start + _RANGE_BYTES, "right"))))
+                line += stop - taken
+                end = int(ends[stop - 1])
+                taken = stop
+                if line - first_line >= lines_per_range or end - start >= _RANGE_BYTES:
+                    yield LineRange(url, start, end, first_line, line - first_line)
+                    start, first_line = end, line
+            at += len(chunk)
+            last = chunk[-1:]
+    if at > start:
+        yield LineRange(url, start, at, first_line, line - first_line + (last != b"\n"))
+
+
+def _check_encoding(head: bytes, url: str) -> None:
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in head[:2]:
+        raise UsageError(f"{url} is UTF-16: convert it first, with `iconv -f UTF-16 -t UTF-8`")
+    first = head.removeprefix(b"\xef\xbb\xbf").lstrip().partition(b"\n")[0].rstrip()
+    if first.startswith(b"["):
+        try:
+            is_array_of_objects = any(type(item) is dict for item in orjson.loads(first))
+        except orjson.JSONDecodeError:  # it goes on in the next line, or behind `head`
+            is_array_of_objects = first == b"[" or b"{" in first
+        if is_array_of_objects:
+            raise UsageError(f"{url} is a JSON array; expected one object a line: convert it with `jq -c '.[]'`")
+
+
+def _split(chunks: Iterable[bytes]) -> Iterator[bytes | None]:
+    pieces: list[bytes] = []  # of the line that is not at its end yet
+    held = 0  # its bytes so far, also those that are no longer kept since it is too long
+    for chunk in chunks:
+        *ends, tail = chunk.split(b"\n")
+        for end in ends:
+            held += len(end)
+            pieces.append(end)
+            yield b"".join(pieces) if held <= MAX_LINE_BYTES else None
+            pieces.clear()
+            held = 0
+        held += len(tail)
+        pieces.append(tail)
+        if held > MAX_LINE_BYTES:
+            pieces.clear()
+    if held:
+        yield b"".join(pieces) if held <= MAX_LINE_BYTES else None

@@ -1,0 +1,1 @@
+"""The encoding pass: fills the codes of a data set's images."""
