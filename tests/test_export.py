@@ -9,7 +9,6 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -111,15 +110,15 @@ def test_the_features_are_the_references_seven_in_its_order(source: Path, tmp_pa
         ),
         (text_sample(0, ""), {"data_type": "text_pretrain", "text": "", "length": 0}),
         (
-            replace(image_sample(0), text="a cat", codes={"vqcode_512": np.array([[1, 2], [3, 8191]], "<u2")}),
+            image_sample(0)._replace(text="a cat", codes={"vqcode_512": np.array([[1, 2], [3, 8191]], "<u2")}),
             {"data_type": "image_text", "text": "a cat", "length": 21, "vqcode_512": "[1, 2, 3, 8191]"},
         ),
         (
-            replace(image_sample(0), text="a cat", codes={"vqcode_512": np.array([[65_536, 262_143]], "<u4")}),
+            image_sample(0)._replace(text="a cat", codes={"vqcode_512": np.array([[65_536, 262_143]], "<u4")}),
             {"data_type": "image_text", "text": "a cat", "length": 13, "vqcode_512": "[65536, 262143]"},
         ),
         (
-            replace(multi_sample(0), text="far", width=768, height=32, codes={"vqcode_multi768": np.array([[7]], "<u2")}),
+            multi_sample(0)._replace(text="far", width=768, height=32, codes={"vqcode_multi768": np.array([[7]], "<u2")}),
             {
                 "data_type": "image_text_multi",
                 "text": "far",
@@ -130,8 +129,8 @@ def test_the_features_are_the_references_seven_in_its_order(source: Path, tmp_pa
             },
         ),
         (
-            replace(
-                image_sample(0), text="kept", codes={"vqcode_512": np.array([[5]], "<u2")}, image=b"...", image_extension="jpg"
+            image_sample(0)._replace(
+                text="kept", codes={"vqcode_512": np.array([[5]], "<u2")}, image=b"...", image_extension="jpg"
             ),
             {"data_type": "image_text", "text": "kept", "length": 8, "vqcode_512": "[5]"},
         ),
@@ -348,7 +347,7 @@ def conversation(number: int) -> Sample:
 
 
 def unencoded(number: int) -> Sample:
-    return replace(image_sample(number), codes={}, image=b"...", image_extension="png")
+    return image_sample(number)._replace(codes={}, image=b"...", image_extension="png")
 
 
 @pytest.mark.parametrize(
@@ -358,7 +357,7 @@ def unencoded(number: int) -> Sample:
         ([text_sample(0), conversation(1)], "visual_sft has no form in these columns"),
         ([unencoded(0)], "without codes: run `wds-tools encode` first"),
         ([image_sample(0), unencoded(1)], "image-00000001: .*without codes"),
-        ([replace(image_sample(0), codes={"vqcode_1024": random_codes(0, 2, 2)})], "there is none for vqcode_1024"),
+        ([image_sample(0)._replace(codes={"vqcode_1024": random_codes(0, 2, 2)})], "there is none for vqcode_1024"),
     ],
     ids=["nothing", "conversations", "images", "some-images", "another-column"],
 )
@@ -371,7 +370,7 @@ def test_samples_without_a_place_in_the_columns_are_refused(content: list[Sample
 
 
 def test_a_wide_image_without_its_size_is_refused(tmp_path: Path) -> None:
-    make_dataset(tmp_path / "in", [replace(multi_sample(3), width=None)])
+    make_dataset(tmp_path / "in", [multi_sample(3)._replace(width=None)])
     with pytest.raises(FormatError, match=r"multi-00000003: .*without width and height"):
         export(tmp_path / "in", tmp_path / "out")
 
@@ -516,7 +515,7 @@ def test_memory_does_not_grow_with_the_number_of_rows(tmp_path: Path, file_forma
     def peak_mb(times: int) -> float:
         pages = [f"page {number} " * 1500 for number in range(50)]
         documents = [text_sample(number, pages[number % 50]) for number in range(1500 * times)]
-        images = [replace(image_sample(number % 50, side=32), key=f"i{number}") for number in range(300 * times)]
+        images = [image_sample(number % 50, side=32)._replace(key=f"i{number}") for number in range(300 * times)]
         make_dataset(tmp_path / f"in-{times}", documents + images, shard_samples=400)
         command = [sys.executable, "-c", MEASURED, *(str(tmp_path / f"{name}-{times}") for name in ("in", "out")), file_format]
         return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout) / 1024

@@ -12,12 +12,13 @@ reader refuses an index that was made for other bytes.
     crc32      (N,)   CRC-32 (zlib) of bytes start ... start + size: headers, payloads and padding
     text_chars (N,)   characters of the sample's text
     num_codes  (N,)   codes over all its code members
-`start` and `size` are left out too where they follow: 20 bytes a sample for text, 24 with one code member.
+`start` and `size` are left out too where they follow: 16 bytes a sample for text, 20 with one code member.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -58,9 +59,8 @@ class IndexBuilder:
     """Collects samples in the order in which they lie in the tar."""
 
     def __init__(self) -> None:
-        self._columns: dict[str, int] = {}
         self._rows: list[tuple[int, int, int, int, int]] = []
-        self._members: list[tuple[tuple[int, int, int], ...]] = []
+        self._members: list[list[tuple[str, int, int]]] = []
 
     def add(
         self, start: int, size: int, members: list[tuple[str, int, int]], crc32: int, text_chars: int, num_codes: int
@@ -73,21 +73,24 @@ class IndexBuilder:
             crc32: of that byte range.
             text_chars, num_codes: see the module.
         """
-        columns = self._columns
         self._rows.append((start, size, crc32, text_chars, num_codes))
-        self._members.append(tuple((columns.setdefault(suffix, len(columns)), at, length) for suffix, at, length in members))
+        self._members.append(members)
 
     def build(self, tar_bytes: int, tar_sha256: str) -> ShardIndex:
         """The finished index of a tar of this size and hash."""
         rows = np.array(self._rows, dtype=np.uint64).reshape(-1, 5)
-        lengths = np.full((len(rows), len(self._columns)), ABSENT, dtype=np.uint64)
+        flat = list(chain.from_iterable(self._members))
+        columns = {suffix: column for column, suffix in enumerate(dict.fromkeys(suffix for suffix, _, _ in flat))}
+        place = (
+            np.repeat(np.arange(len(rows)), [len(members) for members in self._members]),
+            [columns[member[0]] for member in flat],
+        )
+        lengths = np.full((len(rows), len(columns)), ABSENT, dtype=np.uint64)
+        lengths[place] = [length for _, _, length in flat]
         offsets = np.zeros_like(lengths)
-        for row, members in enumerate(self._members):
-            for column, at, length in members:
-                lengths[row, column] = length
-                offsets[row, column] = at
+        offsets[place] = [at for _, at, _ in flat]
         return ShardIndex(
-            members=tuple(self._columns),
+            members=tuple(columns),
             start=_narrow(rows[:, 0]),
             size=_narrow(rows[:, 1]),
             lengths=_narrow(lengths),
@@ -126,31 +129,28 @@ def unpack_index(data: bytes, name: str = "index") -> ShardIndex:
         columns = safetensors.numpy.load(data)
         head_bytes = int.from_bytes(data[:8], "little")
         head = orjson.loads(orjson.loads(data[8 : 8 + head_bytes])["__metadata__"]["wds_tools_index"])
-        version, members = head["version"], tuple(head["members"])
+        version = head["version"]
         if version != INDEX_VERSION:
             raise FormatError(
                 f"{name}: index version {version}, this release reads {INDEX_VERSION}: rebuild it with `wds-tools index`"
             )
-        lengths = columns["lengths"]
-        num_samples, num_members = lengths.shape
+        if any(column.dtype.str not in ("<u4", "<u8") for column in columns.values()):
+            raise TypeError("a column is not <u4 or <u8")
         if "start" not in columns:
-            columns |= _layout(lengths)
+            columns |= _layout(columns["lengths"])
         index = ShardIndex(
-            members=members,
-            tar_bytes=int(head["tar_bytes"]),
-            tar_sha256=str(head["tar_sha256"]),
+            members=tuple(head["members"]),
+            tar_bytes=head["tar_bytes"],
+            tar_sha256=head["tar_sha256"],
             **{field: columns[field] for field in ("start", "size", "lengths", "offsets", "crc32", "text_chars", "num_codes")},
         )
-        flat = (index.start, index.size, index.crc32, index.text_chars, index.num_codes)
-        if num_members != len(members) or index.offsets.shape != lengths.shape or any(c.shape != (num_samples,) for c in flat):
-            raise FormatError(f"{name}: the index's columns disagree on the number of samples or members")
-    except (safetensors.SafetensorError, orjson.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        problem = _problem(index)
+    except (safetensors.SafetensorError, orjson.JSONDecodeError, KeyError, TypeError, AttributeError, ValueError) as error:
         if isinstance(error, FormatError):
             raise
         raise FormatError(f"{name}: not an index ({error}): rebuild it with `wds-tools index`") from error
-    ends = index.start.astype(np.uint64) + index.size
-    if num_samples and int(ends.max()) > index.tar_bytes:
-        raise FormatError(f"{name}: a sample ends at byte {int(ends.max())} of a tar of {index.tar_bytes} bytes")
+    if problem:
+        raise FormatError(f"{name}: {problem}: rebuild it with `wds-tools index`")
     return index
 
 
@@ -161,6 +161,31 @@ def check_fresh(index: ShardIndex, tar_bytes: int, tar_sha256: str, name: str) -
             f"{name}: the index is stale: made for {index.tar_bytes} bytes, sha256 {index.tar_sha256[:12]}; "
             f"the shard has {tar_bytes} bytes, sha256 {tar_sha256[:12]}: rebuild it with `wds-tools index`"
         )
+
+
+def _problem(index: ShardIndex) -> str | None:
+    """What is impossible about an index, or None. Differences are taken of what was compared: nothing wraps around."""
+    members, tar_bytes, lengths = index.members, index.tar_bytes, index.lengths
+    if type(tar_bytes) is not int or not 0 <= tar_bytes < 1 << 63 or type(index.tar_sha256) is not str:
+        return f"its tar has the size {tar_bytes!r} and the hash {index.tar_sha256!r}"
+    if not all(type(member) is str for member in members) or len(set(members)) < len(members):
+        return f"its members are {members!r}: expected different names"
+    num_samples = len(index)
+    flat = (index.start, index.size, index.crc32, index.text_chars, index.num_codes)
+    if any(column.shape != (num_samples,) for column in flat) or any(
+        column.shape != (num_samples, len(members)) for column in (lengths, index.offsets)
+    ):
+        return "its columns disagree on the number of samples or members"
+    start, size = index.start.astype(np.uint64), index.size.astype(np.uint64)
+    beyond = (start > tar_bytes) | (size > tar_bytes - np.minimum(start, tar_bytes))
+    if beyond.any():
+        return f"sample {int(beyond.argmax())} ends beyond its tar of {tar_bytes} bytes"
+    if (start[1:] < (start + size)[:-1]).any():
+        return "its samples overlap, or are not in the order of the tar"
+    room = size[:, None]
+    if ((lengths != ABSENT) & ((lengths > room) | (index.offsets > room - np.minimum(lengths, room)))).any():
+        return "a member lies outside its sample"
+    return None
 
 
 def _layout(lengths: _Array) -> dict[str, _Array]:

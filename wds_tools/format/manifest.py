@@ -9,6 +9,7 @@ Invariant: inputs = samples + rejects. Cost: about 250 bytes a shard.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -21,6 +22,7 @@ from wds_tools.format.schema import SCHEMA_VERSION
 
 NAME = "manifest.json"
 FORMAT = "wds-tools"
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +89,7 @@ def pack_manifest(manifest: Manifest) -> bytes:
     """The bytes of manifest.json: indented, keys in a fixed order.
 
     Raises:
-        FormatError: inputs are not samples + rejects.
+        FormatError: inputs are not samples + rejects, or a value is impossible (see check_counts).
     """
     check_counts(manifest)
     record = {
@@ -129,6 +131,7 @@ def unpack_manifest(data: bytes, name: str = NAME) -> Manifest:
         stated = {key: record[key] for key in ("samples", "bytes", "data_types", "fingerprint")}
     except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise FormatError(f"{name}: not a manifest of this format ({type(error).__name__}: {error})") from error
+    check_counts(manifest, name)
     found = {
         "samples": manifest.samples,
         "bytes": manifest.bytes,
@@ -140,21 +143,31 @@ def unpack_manifest(data: bytes, name: str = NAME) -> Manifest:
             raise FormatError(
                 f"{name}: states {key} {value!r}, but its shards add up to {found[key]!r}: it was edited or damaged"
             )
-    check_counts(manifest, name)
     return manifest
 
 
 def row_from_json(record: Mapping[str, Any]) -> ShardRow:
-    """A ShardRow from its JSON form.
+    """A ShardRow from its JSON form; its values are checked by `check_counts`.
 
     Raises:
         KeyError, TypeError: a field is missing or unknown.
     """
-    return ShardRow(**{**record, "members": tuple(record["members"])})
+    members = record["members"]
+    if not isinstance(members, list | tuple):
+        raise TypeError(f"members is a {type(members).__name__}, expected a list")
+    return ShardRow(**{**record, "members": tuple(members)})
 
 
 def check_counts(manifest: Manifest, name: str = NAME) -> None:
-    """Raise FormatError unless every input is accounted for and every shard has a name of its own."""
+    """Raise FormatError unless every value can be meant, every input is accounted for and every shard has a name of its own."""
+    for row in manifest.shards:
+        _check_row(row, name)
+    if not _is_count(manifest.inputs) or not _is_tally(manifest.rejects):
+        raise FormatError(f"{name}: inputs={manifest.inputs!r} and rejects={manifest.rejects!r} are not numbers of records")
+    if not isinstance(manifest.source, Mapping) or not isinstance(manifest.codes, Mapping):
+        raise FormatError(f"{name}: source and codes are {manifest.source!r} and {manifest.codes!r}, expected objects")
+    if not all(isinstance(provenance, Mapping) for provenance in manifest.codes.values()):
+        raise FormatError(f"{name}: codes is {manifest.codes!r}, expected an object with one of fields per column")
     rejects = sum(manifest.rejects.values())
     if manifest.inputs != manifest.samples + rejects:
         raise FormatError(
@@ -163,6 +176,39 @@ def check_counts(manifest: Manifest, name: str = NAME) -> None:
         )
     if repeated := _repeated(row.name for row in manifest.shards):
         raise FormatError(f"{name}: names the shard {repeated} more than once")
+
+
+def _check_row(row: ShardRow, name: str) -> None:
+    if not _is_plain_name(row.name):
+        raise FormatError(f"{name}: the shard name {row.name!r} is not a plain relative path, such as shard-000000-0000.tar")
+    where = f"{name}: {row.name}"
+    for what in ("samples", "bytes", "text_chars", "num_codes"):
+        if not _is_count(getattr(row, what)):
+            raise FormatError(f"{where}: {what}={getattr(row, what)!r} is not a number of {what}")
+    if not isinstance(row.sha256, str) or not _SHA256.fullmatch(row.sha256):
+        raise FormatError(f"{where}: sha256={row.sha256!r}, expected 64 hexadecimal digits")
+    if not all(isinstance(member, str) for member in row.members):
+        raise FormatError(f"{where}: members={row.members!r}, expected names")
+    if not _is_tally(row.data_types) or (row.data_types and sum(row.data_types.values()) != row.samples):
+        raise FormatError(f"{where}: data_types={row.data_types!r} do not add up to {row.samples} samples")
+
+
+def _is_plain_name(name: object) -> bool:
+    """A name that leads nowhere but to a file inside the data set, on every backend."""
+    return (
+        isinstance(name, str)
+        and all(segment not in ("", ".", "..") for segment in name.split("/"))
+        and name.isprintable()
+        and "\\" not in name
+    )
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 1 << 53  # what every JSON reader keeps exact
+
+
+def _is_tally(value: object) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(key, str) and _is_count(count) for key, count in value.items())
 
 
 def _repeated(names: Iterable[str]) -> str | None:

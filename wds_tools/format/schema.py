@@ -8,9 +8,8 @@ tokenizer's ids, and every grid keeps its (h, w).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,15 +26,16 @@ RESERVED_FIELDS = frozenset((*JSON_FIELDS, *CODE_COLUMNS, "cls", "id", "index", 
 CHARACTERS_PER_CODE = 4
 """`length` counts a code as this many characters, as the reference pipeline does."""
 MAX_KEY_BYTES = 64
+MAX_COLUMN_BYTES = 31
+"""With a key, two dots and "npy" 100 bytes: what fits the name of a ustar header."""
 _KEY_ALPHABET = frozenset("0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ_-")
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 Codes = NDArray[np.unsignedinteger[Any]]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sample:
-    """One training example."""
+class Sample(NamedTuple):
+    """One training example. A named tuple, since millions are made; give its fields by name."""
 
     key: str
     """Unique over the data set: letters, digits, '_' and '-', at most 64."""
@@ -46,7 +46,7 @@ class Sample:
     width: int | None = None
     """Width in pixels of the cropped image, for multi-ratio samples that are encoded; else None."""
     height: int | None = None
-    codes: Mapping[str, Codes] = field(default_factory=lambda: _NOTHING)
+    codes: Mapping[str, Codes] = _NOTHING
     """Column name -> (h, w) grid of codebook indices, uint16 or uint32, row-major."""
     image: bytes | None = None
     """The source image, byte for byte."""
@@ -54,13 +54,13 @@ class Sample:
     """One of IMAGE_EXTENSIONS; set exactly when `image` is."""
     conversations: list[dict[str, str]] | None = None
     """For visual_sft: [{"from": "human" | "gpt", "value": ...}, ...]."""
-    provenance: Mapping[str, Any] = field(default_factory=lambda: _NOTHING)
+    provenance: Mapping[str, Any] = _NOTHING
     """Further JSON fields, such as a document's url."""
 
     @property
     def num_codes(self) -> int:
         """Codes over all columns."""
-        return sum(int(grid_hw.size) for grid_hw in self.codes.values())
+        return sum(grid_hw.size for grid_hw in self.codes.values()) if self.codes else 0
 
     @property
     def length(self) -> int:
@@ -111,8 +111,11 @@ def validate(sample: Sample) -> None:
         if pixels is not None and (type(pixels) is not int or pixels <= 0):
             raise FormatError(f"{sample.key}: {name}={pixels!r} is not a positive number of pixels")
     for column, grid_hw in sample.codes.items():
-        if not column.startswith("vqcode_"):
-            raise FormatError(f"{sample.key}: code column {column!r} does not start with 'vqcode_'")
+        if not column.startswith("vqcode_") or len(column) > MAX_COLUMN_BYTES or not _KEY_ALPHABET.issuperset(column):
+            raise FormatError(
+                f"{sample.key}: code column {column[:80]!r}: expected 'vqcode_' and letters, digits, '_' or '-', "
+                f"at most {MAX_COLUMN_BYTES} in all"
+            )
         if grid_hw.ndim != 2 or grid_hw.size == 0 or grid_hw.dtype.str not in ("<u2", "<u4"):
             raise FormatError(
                 f"{sample.key}: {column} is {grid_hw.dtype.str} {grid_hw.shape}, expected a non-empty 2-D grid of <u2 or <u4"
@@ -123,7 +126,15 @@ def validate(sample: Sample) -> None:
         raise FormatError(f"{sample.key}: image_extension={sample.image_extension!r} is not one of {', '.join(IMAGE_EXTENSIONS)}")
     if (sample.data_type == "visual_sft") != (sample.conversations is not None):
         raise FormatError(f"{sample.key}: conversations belong to visual_sft, and to nothing else")
+    if sample.conversations is not None and not _are_turns(sample.conversations):
+        raise FormatError(f"{sample.key}: conversations are not a list of turns with a string 'from' and a string 'value'")
     if sample.data_type == "text_pretrain" and (sample.codes or sample.image is not None):
         raise FormatError(f"{sample.key}: text_pretrain has neither image nor codes")
     if taken := RESERVED_FIELDS.intersection(sample.provenance):
         raise FormatError(f"{sample.key}: provenance may not use the reserved names {', '.join(sorted(taken))}")
+
+
+def _are_turns(turns: Any) -> bool:
+    return isinstance(turns, list) and all(
+        isinstance(turn, dict) and isinstance(turn.get("from"), str) and isinstance(turn.get("value"), str) for turn in turns
+    )

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
+import re
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -28,10 +30,16 @@ from wds_tools.errors import FormatError
 from wds_tools.format.index import IndexBuilder, ShardIndex
 from wds_tools.format.manifest import ShardRow
 from wds_tools.format.schema import IMAGE_EXTENSIONS, JSON_FIELDS, Sample, validate
-from wds_tools.format.tar import BLOCK, END, Member, TarReader, header, padding
+from wds_tools.format.tar import BLOCK, END, Member, header, padding, read_members
 
-_NPY_MAGIC = b"\x93NUMPY"
+_NPY_BEGIN = {b"\x93NUMPY\x01\x00": 10, b"\x93NUMPY\x02\x00": 12, b"\x93NUMPY\x03\x00": 12}
 _MAX_NPY_HEADER_BYTES = 4096
+_NPY_HEADER = re.compile(
+    rb"\{(?=.*'descr': *'([^']*)')(?=.*'fortran_order': *(True|False))"
+    rb"(?=.*'shape': *\(((?:\d{1,18}, *){0,31}\d{0,18})\) *[,}]).*\} *\n?"
+)
+"""Keys in any order; (descr, fortran_order, shape). Matched, never evaluated: a header may be anything."""
+_NPY_DTYPES = ("|u1", "<u2", "<u4", "<u8")
 
 
 class StoredSample(NamedTuple):
@@ -126,7 +134,6 @@ class ShardBuilder:
         self._hash = hashlib.sha256()
         self._index = IndexBuilder()
         self._data_types: Counter[str] = Counter()
-        self._totals = [0, 0]  # characters, codes
         self.num_samples = 0
         self.num_bytes = 0
         """Bytes of the tar so far, without its end marker."""
@@ -142,20 +149,17 @@ class ShardBuilder:
         validate(sample)
         parts: list[bytes] = []
         members: list[tuple[str, int, int]] = []
-        at = 0
+        at = crc = 0
         for suffix, payload in encode_members(sample):
             length = len(payload)
-            pad = padding(length)
-            parts += (header(f"{sample.key}.{suffix}", length), payload, pad)
+            head, pad = header(f"{sample.key}.{suffix}", length), padding(length)
+            crc = zlib.crc32(pad, zlib.crc32(payload, zlib.crc32(head, crc)))
+            parts += (head, payload, pad)
             members.append((suffix, at + BLOCK, length))
             at += BLOCK + length + len(pad)
-        blob = b"".join(parts)
-        num_codes = sample.num_codes
-        self._index.add(self.num_bytes, at, members, zlib.crc32(blob), len(sample.text), num_codes)
-        self._pending.append(blob)
+        self._index.add(self.num_bytes, at, members, crc, len(sample.text), sample.num_codes)
+        self._pending += parts
         self._data_types[sample.data_type] += 1
-        self._totals[0] += len(sample.text)
-        self._totals[1] += num_codes
         self.num_samples += 1
         self.num_bytes += at
         self.pending_bytes += at
@@ -182,8 +186,8 @@ class ShardBuilder:
             sha256=sha256,
             members=index.members,
             data_types=dict(sorted(self._data_types.items())),
-            text_chars=self._totals[0],
-            num_codes=self._totals[1],
+            text_chars=int(index.text_chars.sum(dtype="u8")),
+            num_codes=int(index.num_codes.sum(dtype="u8")),
         )
         return data, index, row
 
@@ -192,15 +196,23 @@ def group_samples(members: Iterable[Member], name: str = "tar") -> Iterator[Stor
     """Group adjacent members by key, as WebDataset does: the key ends at the first dot of the file's own name.
 
     Raises:
-        FormatError: a name without a key or suffix, or the same suffix twice in one sample.
+        FormatError: a name without a key or suffix, the same suffix twice in one sample, or a key that comes back behind
+            other samples.
     """
     key: str | None = None
     group: dict[str, Member] = {}
+    seen: set[str] = set()
     for member in members:
         member_key, suffix = split_name(member.name, f"{name}, byte {member.start}")
         if member_key != key:
             if key is not None:
                 yield StoredSample(key, group)
+            if member_key in seen:
+                raise FormatError(
+                    f"{name}: {member.name!r} at byte {member.start} comes behind other samples than the rest of {member_key!r}: "
+                    "the members of a sample lie side by side, and keys are unique"
+                )
+            seen.add(member_key)
             key, group = member_key, {}
         if suffix in group:
             raise FormatError(f"{name}: {member.name!r} at byte {member.start} stands twice in one sample")
@@ -215,10 +227,7 @@ def read_samples(archive: bytes | memoryview, name: str = "tar") -> Iterator[Sto
     Raises:
         FormatError: see TarReader and group_samples.
     """
-    reader = TarReader(name)
-    members = reader.feed(archive)
-    reader.close()
-    yield from group_samples(members, name)
+    yield from group_samples(read_members(archive, name), name)
 
 
 def split_name(name: str, where: str) -> tuple[str, str]:
@@ -243,21 +252,24 @@ def parse_npy(data: bytes | memoryview, name: str) -> NDArray[Any]:
     """The array of an npy file, as a read-only view of `data`; C order, numbers only, never pickled objects.
 
     Raises:
-        FormatError: not an npy file of unsigned integers in C order, or its size does not match its header.
+        FormatError: not an npy file of little-endian unsigned integers in C order, or its size does not match its header.
     """
-    view = memoryview(data)
-    if bytes(view[:6]) != _NPY_MAGIC or len(view) < 12:
+    view = memoryview(data).toreadonly()
+    begin = _NPY_BEGIN.get(bytes(view[:8]))
+    if begin is None or len(view) < begin:
         raise FormatError(f"{name}: not an npy file")
-    wide = view[6] != 1
-    begin = 12 if wide else 10
     length = int.from_bytes(view[8:begin], "little")
     if length > _MAX_NPY_HEADER_BYTES:
         raise FormatError(f"{name}: an npy header of {length} bytes; at most {_MAX_NPY_HEADER_BYTES} are accepted")
-    dtype, shape = _parse_npy_header(bytes(view[: begin + length]), name)
-    expected = int(np.prod(shape, dtype=object)) * dtype.itemsize
-    if len(view) - begin - length != expected:
-        raise FormatError(f"{name}: {len(view) - begin - length} bytes of data, its header {dtype.str} {shape} needs {expected}")
-    return np.frombuffer(view, dtype, offset=begin + length).reshape(shape)
+    try:
+        dtype, shape = _parse_npy_header(bytes(view[begin : begin + length]))
+    except FormatError as error:
+        raise FormatError(f"{name}: {error}") from None
+    payload = view[begin + length :]
+    expected = math.prod(shape) * dtype.itemsize
+    if len(payload) != expected or max(shape, default=0) > len(view):
+        raise FormatError(f"{name}: {len(payload)} bytes of data, its header {dtype.str} {shape} needs {expected}")
+    return np.frombuffer(payload, dtype).reshape(shape)
 
 
 @lru_cache(maxsize=1024)
@@ -268,14 +280,13 @@ def _npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
 
 
 @lru_cache(maxsize=1024)
-def _parse_npy_header(head: bytes, name: str) -> tuple[np.dtype[Any], tuple[int, ...]]:
-    stream = io.BytesIO(head)
-    try:
-        version = np.lib.format.read_magic(stream)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran_order, dtype = read(stream, max_header_size=_MAX_NPY_HEADER_BYTES)
-    except (ValueError, SyntaxError, TypeError) as error:
-        raise FormatError(f"{name}: unreadable npy header: {error}") from error
-    if fortran_order or dtype.kind != "u" or dtype.hasobject:
-        raise FormatError(f"{name}: expected unsigned integers in C order, got {dtype}, fortran_order={fortran_order}")
-    return dtype, shape
+def _parse_npy_header(head: bytes) -> tuple[np.dtype[Any], tuple[int, ...]]:
+    match = _NPY_HEADER.fullmatch(head)
+    if match is None:
+        raise FormatError(f"unreadable npy header {head[:80]!r}")
+    descr, fortran_order, shape = (group.decode("latin-1") for group in match.groups())
+    if descr not in _NPY_DTYPES or fortran_order != "False":
+        raise FormatError(
+            f"expected little-endian unsigned integers in C order, got {descr[:40]!r}, fortran_order={fortran_order}"
+        )
+    return np.dtype(descr), tuple(int(size) for size in shape.split(",") if size.strip())

@@ -6,7 +6,8 @@ Reading: `TarReader.feed(bytes)` returns the members completed so far, however t
 that simply stops. (CPython's tarfile reports no error for a tar that was cut at a header; here the end marker is required.)
 Understood beside plain ustar: GNU long names, base-256 sizes, pax `path` and `size`. Directories are passed over. What would
 lose data unseen (links, sparse and other special members, data behind the end) is a FormatError with the byte offset.
-Cost: one pass, each byte copied at most once; memory is what was fed plus one incomplete member, bounded by `max_member_bytes`.
+Cost: one pass; only bytes of a member that was cut are copied, a few times at most. Memory is what was fed plus one incomplete
+member, bounded by `max_member_bytes`.
 Layout: POSIX.1-2017, pax, "ustar Interchange Format".
 """
 
@@ -20,15 +21,14 @@ from wds_tools.errors import FormatError
 BLOCK = 512
 END = bytes(2 * BLOCK)
 MAX_SIZE = 8**11 - 1
-MAX_MEMBER_BYTES = 4 << 30
+MAX_MEMBER_BYTES = (4 << 30) - 2
+"""Of a member that is read: what an index can state (2**32 - 1 means absent)."""
 _MAX_EXTENSION_BYTES = 1 << 20
 
 _MODE_UID_GID = b"0000644\x00" + b"0000000\x00" * 2
-_AFTER_SIZE = b"\x00" + b"00000000000\x00"
-_TYPE_AND_LINK = b"0" + bytes(100)
-_MAGIC_TO_DEVICES = b"ustar\x0000" + bytes(64) + b"0000000\x00" * 2
-_CONSTANT_SUM = sum(_MODE_UID_GID + _AFTER_SIZE + _TYPE_AND_LINK + _MAGIC_TO_DEVICES) + 8 * 0x20
-_TAIL = bytes(12)
+_MTIME = b"\x00" + b"00000000000\x00"
+_TYPE_TO_DEVICES = b"0" + bytes(100) + b"ustar\x0000" + bytes(64) + b"0000000\x00" * 2
+_CONSTANT_SUM = sum(_MODE_UID_GID + _MTIME + _TYPE_TO_DEVICES) + 8 * 0x20
 _PADS = tuple(bytes(-n % BLOCK) for n in range(BLOCK))
 _KINDS = {
     b"1": "a hard link",
@@ -74,31 +74,25 @@ def header(name: str, size: int) -> bytes:
     Raises:
         FormatError: the name or the size does not fit a ustar header.
     """
-    name_bytes = name.encode()
+    if not name or "\0" in name:
+        raise FormatError(f"the member name {name!r} is empty or has a NUL")
+    try:
+        name_bytes = name.encode()
+    except UnicodeEncodeError as error:
+        raise FormatError(f"the member name {name!r} can't be written as UTF-8") from error
     prefix = b""
     if len(name_bytes) > 100:
         name_bytes, prefix = _split_name(name_bytes)
     if not 0 <= size <= MAX_SIZE:
         raise FormatError(f"{name}: {size} bytes do not fit a ustar member (at most {MAX_SIZE})")
     digits = b"%011o" % size
-    checksum = _CONSTANT_SUM + sum(name_bytes) + sum(digits) + sum(prefix)
-    return b"".join(
-        (
-            name_bytes.ljust(100, b"\0"),
-            _MODE_UID_GID,
-            digits,
-            _AFTER_SIZE,
-            b"%06o\x00 " % checksum,
-            _TYPE_AND_LINK,
-            _MAGIC_TO_DEVICES,
-            prefix.ljust(155, b"\0"),
-            _TAIL,
-        )
-    )
+    checksum = b"%06o\x00 " % (_CONSTANT_SUM + sum(name_bytes) + sum(digits) + sum(prefix))
+    parts = (name_bytes.ljust(100, b"\0"), _MODE_UID_GID, digits, _MTIME, checksum, _TYPE_TO_DEVICES, prefix)
+    return b"".join(parts).ljust(BLOCK, b"\0")
 
 
 def _split_name(name: bytes) -> tuple[bytes, bytes]:
-    cut = name.find(b"/", max(0, len(name) - 101))
+    cut = name.find(b"/", max(1, len(name) - 101))
     if cut < 1 or cut > 155 or cut == len(name) - 1:
         raise FormatError(f"{name.decode()!r} is {len(name)} bytes: a ustar name has at most 100 behind its last usable '/'")
     return name[cut + 1 :], name[:cut]
@@ -151,12 +145,18 @@ class TarReader:
         Raises:
             FormatError: the archive was cut: it lacks its end marker or part of a member.
         """
-        if self._ended and not any(bytes(piece).strip(b"\0") for piece in self._pieces):
-            return
-        at = self._base + self._held
-        if self._held and any(bytes(piece).strip(b"\0") for piece in self._pieces):
+        rest = b"".join(self._pieces)
+        at = self._base + len(rest)
+        if self._ended:
+            self._after_end(rest, self._base)
+        elif not rest.strip(b"\0"):
+            raise FormatError(
+                f"{self._name}: ends at byte {at} without the end-of-archive blocks: it was cut off or never finished"
+            )
+        elif at < BLOCK:
+            raise FormatError(f"{self._name}: {at} bytes, less than one tar header: {_looks_like(rest, 0)}")
+        else:
             raise FormatError(f"{self._name}: ends at byte {at} inside a member that starts at byte {self._base}: it was cut off")
-        raise FormatError(f"{self._name}: ends at byte {at} without the end-of-archive blocks: it was cut off or never finished")
 
     def _consume(self, buffer: memoryview, members: list[Member]) -> int:
         at, size = 0, len(buffer)
@@ -194,6 +194,9 @@ class TarReader:
         if stored is None or stored != sum(block) - sum(block[148:156]) + 8 * 0x20:
             raise FormatError(f"{self._name}: no tar header at byte {at} (its checksum is wrong): {_looks_like(block, at)}")
         kind = block[156:157]
+        if kind not in b"0\x0075xgLK":
+            what = _KINDS.get(kind, f"of the unknown type {kind!r}")
+            raise FormatError(f"{self._name}: the member at byte {at} is {what}; a shard holds regular files only")
         size = self._pax_size if self._pax_size is not None and kind in b"0\x007" else _number(block[124:136])
         if size is None or size < 0:
             raise FormatError(f"{self._name}: the header at byte {at} has an unreadable size {block[124:136]!r}")
@@ -212,7 +215,7 @@ class TarReader:
                 raise FormatError(f"{self._name}: a global pax header at byte {at} renames every member: not supported")
             elif kind == b"L":
                 self._long_name = self._text(bytes(payload).rstrip(b"\0"), at)
-            if self._start < 0:
+            if self._start < 0 and kind != b"g":
                 self._start = at
             return None
         start = at if self._start < 0 else self._start
@@ -220,20 +223,19 @@ class TarReader:
         self._start, self._long_name, self._pax_size = -1, None, None
         if kind == b"5":
             return None
-        if kind not in b"0\x007":
-            what = _KINDS.get(kind, f"of the unknown type {kind!r}")
-            raise FormatError(f"{self._name}: the member at byte {at} is {what}; a shard holds regular files only")
         if name is None:
             name_bytes = block[:100].split(b"\0", 1)[0]
             if block[257:263] == b"ustar\0" and block[345] != 0:
                 name_bytes = block[345:500].split(b"\0", 1)[0] + b"/" + name_bytes
             name = self._text(name_bytes, at)
+        if kind == b"\0" and name.endswith("/") and not payload:  # a directory, before POSIX gave it a type
+            return None
         return Member(name, payload, start, at + BLOCK)
 
     def _take_pax(self, payload: bytes, at: int) -> None:
         for key, value in self._pax_records(payload, at):
             if key == b"path":
-                self._long_name = self._text(value, at)
+                self._long_name = self._text(value, at) or None
             elif key == b"size":
                 if not value.isdigit() or len(value) > 18:
                     raise FormatError(
@@ -248,7 +250,7 @@ class TarReader:
             digits, _, _ = payload.partition(b" ")
             length = int(digits) if digits.isdigit() and len(digits) < 8 else 0
             record = payload[len(digits) + 1 : length]
-            if not record.endswith(b"\n") or b"=" not in record:
+            if length > len(payload) or not record.endswith(b"\n") or b"=" not in record:
                 raise FormatError(f"{self._name}: the pax block at byte {at} has a broken record {payload[:40]!r}")
             key, _, value = record[:-1].partition(b"=")
             yield key, value
@@ -303,4 +305,4 @@ def _looks_like(block: bytes, at: int) -> str:
             return what
     if block.lstrip()[:1] == b"<":
         return "this looks like an HTML or XML page: the download failed"
-    return "this is not a tar"
+    return "this is not a tar, or only the first bytes of one"

@@ -3,7 +3,8 @@
 `run_tasks(fn, tasks, workers=n)` yields `fn(task, report)` for each task as it finishes. With one worker everything happens in
 this process. With more, `fn` is pickled once to each spawned process and kept there, so what it loads (a model) is loaded once.
 `report(done, samples, rejects)` may be called as often as fn likes; reports reach `on_report` in this process.
-Invariant: no worker outlives this process or the generator: each watches a pipe that closes with them, however they end.
+Invariant: no worker outlives this process or the generator: the generator kills those it leaves behind, and each worker watches
+a pipe that closes with this process, however it ends.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from itertools import islice
-from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as wait_for
 from typing import Any, TypeVar
 
@@ -53,17 +54,16 @@ def run_tasks(fn: Work[Task, Result], tasks: Sequence[Task], *, workers: int, on
             yield fn(task, on_report)
         return
     context = multiprocessing.get_context("spawn")
-    stop_reader, stop_writer = context.Pipe(duplex=False)
     reports = context.SimpleQueue()
-    pool = ProcessPoolExecutor(
-        min(workers, len(tasks)), mp_context=context, initializer=_start_worker, initargs=(fn, reports, stop_reader)
-    )
+    pool = ProcessPoolExecutor(min(workers, len(tasks)), mp_context=context, initializer=_start_worker, initargs=(fn, reports))
+    others = set(multiprocessing.active_children())
     waiting = iter(tasks)
     running: set[Future[Result]] = set()
     try:
         while True:
-            for task in islice(waiting, 2 * workers - len(running)):
-                running.add(pool.submit(_run_in_worker, task))
+            with _interrupts_blocked():
+                for task in islice(waiting, 2 * workers - len(running)):
+                    running.add(pool.submit(_run_in_worker, task))
             if not running:
                 break
             done, running = wait(running, timeout=_POLL_S, return_when=FIRST_COMPLETED)
@@ -80,17 +80,27 @@ def run_tasks(fn: Work[Task, Result], tasks: Sequence[Task], *, workers: int, on
             "Finished shards are kept: run again with --resume, and with fewer --workers if memory was short"
         ) from error
     finally:
-        stop_writer.close()
-        stop_reader.close()
-        pool.shutdown(wait=False, cancel_futures=True)
+        for process in set(multiprocessing.active_children()) - others:  # none if all went well
+            process.kill()
+        pool.shutdown(cancel_futures=True)
+        reports.close()
 
 
-def _start_worker(fn: Callable[..., Any], reports: Any, stop: Connection) -> None:
+@contextmanager
+def _interrupts_blocked() -> Iterator[None]:
+    """Processes that start in here never see Ctrl-C, not even while they start: it is their parent's, which stops them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _start_worker(fn: Callable[..., Any], reports: Any) -> None:
     global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which stops us
     parent = multiprocessing.parent_process()
     assert parent is not None
-    threading.Thread(target=_exit_with, args=(stop, parent.sentinel), daemon=True).start()
+    threading.Thread(target=_exit_with, args=(parent.sentinel,), daemon=True).start()
     _worker = (fn, lambda *counts: reports.put(counts))
 
 
@@ -100,6 +110,6 @@ def _run_in_worker(task: Any) -> Any:
     return fn(task, report)
 
 
-def _exit_with(stop: Connection, parent: int) -> None:
-    wait_for([stop, parent])
+def _exit_with(parent: int) -> None:
+    wait_for([parent])
     os._exit(1)

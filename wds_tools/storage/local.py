@@ -131,6 +131,7 @@ class LocalStore:
             pass
         except OSError as error:
             raise translate(error, "delete", self._show(name)) from error
+        self._drop_empty_folder(os.path.dirname(path))
 
     def clean_temp(self) -> None:
         try:
@@ -139,6 +140,14 @@ class LocalStore:
             pass
         except OSError as error:
             raise translate(error, "delete", self._show(TEMP_FOLDER)) from error
+
+    def _drop_empty_folder(self, folder: str) -> None:
+        """As on an object store, a folder below the root is there only for its files."""
+        if folder != self._root:
+            try:
+                os.rmdir(folder)
+            except OSError:
+                pass  # another file is in it
 
     def _show(self, name: str) -> str:
         return join(self.url, name)
@@ -319,10 +328,10 @@ def _is_inside(path: str, root: str) -> bool:
 def _create(path: str) -> int:
     """Open a new file in a folder that another writer may be removing at this moment, for being empty."""
     for attempt in range(100):
-        os.makedirs(os.path.dirname(path), exist_ok=True)
         try:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
             return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        except FileNotFoundError:
+        except (FileNotFoundError, FileExistsError):  # the latter from makedirs, where the folder goes while it looks at it
             if attempt == 99:
                 raise
     raise AssertionError("unreachable")

@@ -1,0 +1,335 @@
+"""The manifest: round trip, what its fingerprint stands for, and manifests that were edited, damaged or made to harm."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from wds_tools.errors import FormatError
+from wds_tools.format.manifest import Manifest, ShardRow, pack_manifest, unpack_manifest
+
+
+def row(number: int, samples: int = 5, **changes: Any) -> ShardRow:
+    fields: dict[str, Any] = {
+        "name": f"shard-{number:06d}-0000.tar",
+        "samples": samples,
+        "bytes": 4096 * samples + 1024,
+        "sha256": f"{number:064x}",
+        "members": ("json", "vqcode_512.npy"),
+        "data_types": {"image_text": samples} if samples else {},
+        "text_chars": 100,
+        "num_codes": 1024 * samples,
+    }
+    return ShardRow(**{**fields, **changes})
+
+
+MANIFEST = Manifest(
+    shards=(row(0), row(1, 3, data_types={"image_text": 1, "text_pretrain": 2})),
+    inputs=11,
+    rejects={"truncated_image": 2, "bad_json": 1},
+    codes={"vqcode_512": {"tokenizer": "tiny", "codebook_size": 8192, "stride": 16}},
+    source={"command": "convert pairs", "plan": {"seed": None, "files": ["a.jsonl"]}},
+)
+
+
+def edited(change: Callable[[Any], Any]) -> bytes:
+    """The manifest's bytes after a change to its JSON."""
+    record = json.loads(pack_manifest(MANIFEST))
+    change(record)
+    return json.dumps(record).encode()
+
+
+# --- Round trip and fingerprint ------------------------------------------------------------------------------------
+
+
+def test_a_manifest_survives() -> None:
+    data = pack_manifest(MANIFEST)
+    found = unpack_manifest(data)
+    assert found == MANIFEST
+    assert pack_manifest(found) == data
+    assert (found.samples, found.bytes) == (8, 4096 * 8 + 2048)
+    assert found.data_types == {"image_text": 6, "text_pretrain": 2}
+
+
+NAMES = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+ROWS = st.builds(
+    row,
+    st.integers(0, 10**6),
+    st.integers(0, 10**9),
+    members=st.lists(NAMES, max_size=3).map(tuple),
+    text_chars=st.integers(0, (1 << 53) - 1),
+    sha256=st.text("0123456789abcdef", min_size=64, max_size=64),
+)
+
+
+@given(
+    st.lists(ROWS, max_size=5, unique_by=lambda shard: shard.name),
+    st.dictionaries(NAMES, st.integers(0, 10**9), max_size=3),
+    st.dictionaries(NAMES, st.dictionaries(NAMES, st.integers(0, 9) | NAMES | st.none(), max_size=3), max_size=2),
+)
+@settings(max_examples=100, deadline=None)
+def test_any_manifest_survives(shards: list[ShardRow], rejects: dict[str, int], codes: dict[str, Any]) -> None:
+    inputs = sum(shard.samples for shard in shards) + sum(rejects.values())
+    manifest = Manifest(shards=tuple(shards), inputs=inputs, rejects=rejects, codes=codes, source=dict(codes))
+    assert unpack_manifest(pack_manifest(manifest)) == manifest
+
+
+def test_an_empty_data_set_has_a_manifest() -> None:
+    manifest = Manifest(shards=(), inputs=0)
+    assert unpack_manifest(pack_manifest(manifest)) == manifest
+
+
+def test_a_shard_of_unknown_data_types_is_accepted() -> None:
+    manifest = Manifest(shards=(row(0, data_types={}),), inputs=5)
+    assert unpack_manifest(pack_manifest(manifest)) == manifest
+
+
+def test_the_fingerprint_is_pinned() -> None:
+    assert MANIFEST.fingerprint() == "sha256:2ecac3760369b005271e0a7d82ff8474beb3344abfcdfdeb6618e8782bba7d6f"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"source": {}},
+        {"codes": {}},
+        {"rejects": {}, "inputs": 8},
+        {"shards": (row(0, members=("json",), text_chars=1, num_codes=1, bytes=1, data_types={}), MANIFEST.shards[1])},
+    ],
+    ids=["source", "codes", "rejects", "what follows from the bytes"],
+)
+def test_the_fingerprint_ignores_provenance(change: dict[str, Any]) -> None:
+    assert replace(MANIFEST, **change).fingerprint() == MANIFEST.fingerprint()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"shards": MANIFEST.shards[::-1]},
+        {"shards": MANIFEST.shards[:1]},
+        {"shards": (row(0, name="other.tar"), MANIFEST.shards[1])},
+        {"shards": (row(0, samples=6), MANIFEST.shards[1])},
+        {"shards": (row(0, sha256="f" * 64), MANIFEST.shards[1])},
+        {"schema_version": 2},
+    ],
+    ids=["order", "number", "name", "samples", "hash", "schema"],
+)
+def test_the_fingerprint_depends_on_what_is_trained_on(change: dict[str, Any]) -> None:
+    assert replace(MANIFEST, **change).fingerprint() != MANIFEST.fingerprint()
+
+
+# --- Manifests that contradict themselves --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("samples", 9),
+        ("samples", "8"),
+        ("bytes", 1),
+        ("data_types", {"image_text": 8}),
+        ("data_types", None),
+        ("fingerprint", "sha256:" + "0" * 64),
+        ("fingerprint", None),
+    ],
+)
+def test_a_stated_total_that_is_not_the_sum_is_refused(key: str, value: Any) -> None:
+    with pytest.raises(FormatError, match=f"^m.json: states {key} .*it was edited or damaged"):
+        unpack_manifest(edited(lambda record: record.update({key: value})), "m.json")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda record: record["shards"].pop(),
+        lambda record: record["shards"].reverse(),
+        lambda record: record["shards"][0].update(name="other.tar"),
+        lambda record: record["shards"][0].update(sha256="f" * 64),
+        lambda record: record["shards"][0].update(samples=6, data_types={"image_text": 6}),
+        lambda record: record["shards"][0].update(bytes=5),
+    ],
+    ids=["shard gone", "order", "name", "hash", "samples", "bytes"],
+)
+def test_a_tampered_shard_row_is_refused(change: Callable[[Any], Any]) -> None:
+    with pytest.raises(FormatError, match=r"it was edited or damaged|records are unaccounted for"):
+        unpack_manifest(edited(change))
+
+
+@pytest.mark.parametrize("inputs", [10, 12, 8, 0])
+def test_inputs_are_samples_and_rejects(inputs: int) -> None:
+    with pytest.raises(FormatError, match=rf"{inputs} inputs are not 8 samples \+ 3 rejects: {inputs - 11} records"):
+        pack_manifest(replace(MANIFEST, inputs=inputs))
+    with pytest.raises(FormatError, match=f"{inputs - 11} records are unaccounted for"):
+        unpack_manifest(edited(lambda record: record.update(inputs=inputs)))
+
+
+# --- Manifests that are something else -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("data", "problem"),
+    [
+        (b"", "not a manifest"),
+        (b"{}", "KeyError: 'format'"),
+        (b"[]", "not a manifest"),
+        (b"null", "not a manifest"),
+        (b'"x"', "not a manifest"),
+        (b"\xff", "not a manifest"),
+        (b"[" * 100_000, "not a manifest"),
+        (edited(lambda record: record.update(format="parquet")), "format 'parquet', expected 'wds-tools'"),
+        (edited(lambda record: record.update(schema_version=2)), "schema version 2, this release reads 1"),
+        (edited(lambda record: record.update(schema_version=None)), "schema version None"),
+        (pack_manifest(MANIFEST)[:-3], "not a manifest"),
+    ],
+)
+def test_what_is_no_manifest_of_this_release_is_refused(data: bytes, problem: str) -> None:
+    with pytest.raises(FormatError, match=f"^manifest.json: .*{problem}"):
+        unpack_manifest(data)
+
+
+@pytest.mark.parametrize("key", json.loads(pack_manifest(MANIFEST)))
+def test_a_missing_field_is_refused(key: str) -> None:
+    with pytest.raises(FormatError, match=f"KeyError: '{key}'"):
+        unpack_manifest(edited(lambda record: record.pop(key)))
+
+
+@pytest.mark.parametrize("key", json.loads(pack_manifest(MANIFEST))["shards"][0])
+def test_a_missing_or_unknown_field_of_a_shard_is_refused(key: str) -> None:
+    with pytest.raises(FormatError, match="not a manifest"):
+        unpack_manifest(edited(lambda record: record["shards"][0].pop(key)))
+    with pytest.raises(FormatError, match="not a manifest"):
+        unpack_manifest(edited(lambda record: record["shards"][0].update({f"{key}2": 1})))
+
+
+BAD_NAMES = [
+    "",
+    ".",
+    "..",
+    "../shard.tar",
+    "a/../../shard.tar",
+    "a/./shard.tar",
+    "/etc/passwd",
+    "a//b.tar",
+    "a/",
+    "s3://bucket/shard.tar",
+    "..\\shard.tar",
+    "C:\\shard.tar",
+    "a\0.tar",
+    "a\n.tar",
+    "a.tar 5 " + "0" * 64 + "\nb.tar",
+    "a\x1b[31m.tar",
+    "a\u202egpj.tar",
+    None,
+    5,
+    ["a.tar"],
+]
+
+
+@pytest.mark.parametrize("name", BAD_NAMES, ids=repr)
+def test_a_shard_name_that_leads_elsewhere_is_refused(name: Any) -> None:
+    with pytest.raises(FormatError, match="is not a plain relative path"):
+        unpack_manifest(edited(lambda record: record["shards"][0].update(name=name)))
+    with pytest.raises(FormatError, match="is not a plain relative path"):
+        pack_manifest(replace(MANIFEST, shards=(row(0, name=name), MANIFEST.shards[1])))
+
+
+@pytest.mark.parametrize("name", ["a.tar", "train/a.tar", "..a.tar", "a b.tar", "日本.tar", ".hidden.tar"])
+def test_a_plain_shard_name_is_accepted(name: str) -> None:
+    manifest = Manifest(shards=(row(0, name=name),), inputs=5)
+    assert unpack_manifest(pack_manifest(manifest)) == manifest
+
+
+def test_a_shard_named_twice_is_refused() -> None:
+    with pytest.raises(FormatError, match=r"names the shard shard-000000-0000\.tar more than once"):
+        pack_manifest(Manifest(shards=(row(0), row(0)), inputs=10))
+    with pytest.raises(FormatError, match="more than once"):
+        unpack_manifest(edited(lambda record: record["shards"][1].update(name="shard-000000-0000.tar")))
+
+
+NO_COUNTS = [-1, 1.0, "5", True, None, [], {}, 1 << 53, 1 << 70]
+
+
+@pytest.mark.parametrize("key", ["samples", "bytes", "text_chars", "num_codes"])
+@pytest.mark.parametrize("value", NO_COUNTS, ids=repr)
+def test_a_count_of_a_shard_that_is_none_is_refused(key: str, value: Any) -> None:
+    with pytest.raises(FormatError, match=f"shard-000000-0000.tar: {key}=.* is not a number of {key}"):
+        unpack_manifest(edited(lambda record: record["shards"][0].update({key: value})))
+
+
+HOSTILE: dict[str, Callable[[Any], Any]] = {
+    "shards is a number": lambda record: record.update(shards=1),
+    "shards is an object": lambda record: record.update(shards={"a": 1}),
+    "a shard is a string": lambda record: record["shards"].append("a.tar"),
+    "a shard is null": lambda record: record["shards"].append(None),
+    "members is a string": lambda record: record["shards"][0].update(members="json"),
+    "members is null": lambda record: record["shards"][0].update(members=None),
+    "members are numbers": lambda record: record["shards"][0].update(members=[1]),
+    "data types is a list": lambda record: record["shards"][0].update(data_types=["image_text"]),
+    "data types is null": lambda record: record["shards"][0].update(data_types=None),
+    "data types are strings": lambda record: record["shards"][0].update(data_types={"image_text": "5"}),
+    "data types below zero": lambda record: record["shards"][0].update(data_types={"a": 6, "b": -1}),
+    "data types that do not add up": lambda record: record["shards"][0].update(data_types={"image_text": 4}),
+    "a hash that is short": lambda record: record["shards"][0].update(sha256="0" * 63),
+    "a hash in capitals": lambda record: record["shards"][0].update(sha256="A" * 64),
+    "a hash with a line end": lambda record: record["shards"][0].update(sha256="0" * 64 + "\n"),
+    "a hash that is a number": lambda record: record["shards"][0].update(sha256=0),
+    "inputs below zero": lambda record: record.update(inputs=-1),
+    "inputs is a string": lambda record: record.update(inputs="11"),
+    "inputs is null": lambda record: record.update(inputs=None),
+    "rejects is a list": lambda record: record.update(rejects=[3]),
+    "rejects is a number": lambda record: record.update(rejects=3),
+    "rejects below zero": lambda record: record.update(rejects={"a": 4, "b": -1}),
+    "rejects are strings": lambda record: record.update(rejects={"a": "3"}),
+    "rejects are null": lambda record: record.update(rejects={"a": None}),
+    "codes is a list": lambda record: record.update(codes=[]),
+    "codes are strings": lambda record: record.update(codes={"vqcode_512": "tiny"}),
+    "source is a list": lambda record: record.update(source=[]),
+    "source is null": lambda record: record.update(source=None),
+}
+
+
+@pytest.mark.parametrize("change", HOSTILE.values(), ids=HOSTILE)
+def test_values_of_a_wrong_kind_are_a_format_error(change: Callable[[Any], Any]) -> None:
+    with pytest.raises(FormatError, match=r"^m\.json: "):
+        unpack_manifest(edited(change), "m.json")
+
+
+@given(
+    st.lists(st.sampled_from(["shards", "inputs", "rejects", "codes", "source", "samples", "bytes", "fingerprint"]), max_size=2),
+    st.lists(st.sampled_from(["name", "samples", "bytes", "sha256", "members", "data_types", "text_chars"]), max_size=2),
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=4),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+        max_leaves=4,
+    ),
+)
+@settings(max_examples=300, deadline=None)
+def test_any_value_anywhere_is_read_or_a_format_error(keys: list[str], row_keys: list[str], value: Any) -> None:
+    def change(record: Any) -> None:
+        for key in row_keys:
+            record["shards"][0][key] = value
+        for key in keys:
+            record[key] = value
+
+    try:
+        unpack_manifest(edited(change))
+    except FormatError:
+        pass
+
+
+@given(st.lists(st.tuples(st.integers(0, 3000), st.integers(0, 255)), min_size=1, max_size=4))
+@settings(max_examples=300, deadline=None)
+def test_a_mutated_manifest_is_read_or_a_format_error(changes: list[tuple[int, int]]) -> None:
+    bad = bytearray(pack_manifest(MANIFEST))
+    for at, value in changes:
+        bad[at % len(bad)] = value
+    try:
+        unpack_manifest(bytes(bad))
+    except FormatError:
+        pass

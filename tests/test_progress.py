@@ -1,0 +1,75 @@
+"""Progress: a bar on a terminal, plain lines elsewhere, nothing when quiet."""
+
+from __future__ import annotations
+
+import io
+import os
+import pty
+
+import pytest
+
+from wds_tools.run import progress
+from wds_tools.run.progress import Progress
+
+
+@pytest.fixture
+def every_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain lines come at every report instead of every ten seconds."""
+    monkeypatch.setattr(progress, "_LINE_EVERY_S", 0.0)
+
+
+@pytest.mark.usefixtures("every_time")
+def test_plain_lines_say_samples_rejects_rate_share_and_time_left() -> None:
+    out = io.StringIO()
+    with Progress("convert dclm", 200, stream=out) as report:
+        report(50, 1234, 0)
+        report(50, 0, 7)
+    first, second, last = out.getvalue().splitlines()
+    assert first.startswith("convert dclm: 1,234 samples, ")
+    assert "samples/s, 25 % done, about 00:00 left" in first
+    assert second.startswith("convert dclm: 1,234 samples, 7 rejects, ")
+    assert "50 % done" in second
+    assert last.startswith("convert dclm: 1,234 samples, 7 rejects, ")
+
+
+@pytest.mark.usefixtures("every_time")
+def test_an_unknown_total_promises_no_time() -> None:
+    out = io.StringIO()
+    with Progress("encode", 0, stream=out) as report:
+        report(5, 5, 0)
+    assert "left" not in out.getvalue()
+    assert "%" not in out.getvalue()
+
+
+@pytest.mark.usefixtures("every_time")
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_quiet_shows_nothing(is_terminal: bool) -> None:
+    leader, follower = pty.openpty()
+    with os.fdopen(follower, "w") as terminal:
+        out = terminal if is_terminal else io.StringIO()
+        with Progress("encode", 10, quiet=True, stream=out) as report:
+            report(5, 5, 0)
+        os.write(follower, b".")
+        assert os.read(leader, 100) == b"."
+        if isinstance(out, io.StringIO):
+            assert out.getvalue() == ""
+    os.close(leader)
+
+
+def test_a_terminal_gets_a_bar() -> None:
+    leader, follower = pty.openpty()
+    with os.fdopen(follower, "w") as terminal, Progress("encode", 10, stream=terminal) as report:
+        report(5, 5, 1)
+        report(5, 5, 0)
+        shown = os.read(leader, 10_000).decode()
+    os.close(leader)
+    assert "encode" in shown
+    assert "left" in shown
+    assert "|" in shown
+
+
+def test_a_short_run_prints_no_line_at_all() -> None:
+    out = io.StringIO()
+    with Progress("encode", 10, stream=out) as report:
+        report(10, 10, 0)
+    assert out.getvalue() == ""

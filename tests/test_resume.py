@@ -1,0 +1,295 @@
+"""Killed at any moment and run again, the bytes are those of an undisturbed run, and nothing is left behind."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+from commands import (
+    image_bytes,
+    last_line,
+    session,
+    start,
+    tree,
+    wait_until,
+    wds_tools,
+    write_documents,
+    write_jsonl,
+    write_pairs,
+)
+
+SEED = 20261122
+NUM_FILES = 4
+PAIRS_PER_FILE = 30
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of several jsonl files; every tenth line is unusable."""
+    folder = tmp_path_factory.mktemp("pairs")
+    for file in range(NUM_FILES):
+        path = write_pairs(folder / str(file), PAIRS_PER_FILE)
+        lines = path.read_bytes().splitlines()
+        lines[::10] = [b'{"image_path": "nowhere.jpg", "text_prompt": "x"}'] * len(lines[::10])
+        write_jsonl(path, lines)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of many small .jsonl.zst files."""
+    folder = tmp_path_factory.mktemp("texts")
+    rng = random.Random(SEED)
+    for file in range(30):
+        words = ("".join(rng.choices("abcdefgh ", k=60)) for _ in range(200))
+        write_documents(folder / f"{file:03d}.jsonl.zst", ({"text": word if i % 20 else ""} for i, word in enumerate(words)))
+    return folder
+
+
+def convert_pairs(pairs: Path) -> list[str]:
+    return ["convert", "image-pairs", "--input", str(pairs), "--task-lines", "6", "--shard-samples", "4"]
+
+
+def convert_dclm(texts: Path) -> list[str]:
+    return ["convert", "dclm", "--input", str(texts), "--task-bytes", "1", "--shard-samples", "70"]
+
+
+@pytest.fixture(scope="module")
+def raw(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set to encode, of many shards, with one image that does not decode."""
+    folder = tmp_path_factory.mktemp("raw")
+    path = write_pairs(folder / "in", 40)
+    (folder / "in/images/7.jpg").write_bytes(image_bytes(7, 200, 150)[:2000])
+    wds_tools("convert", "image-pairs", "--input", path, "--output", folder / "out", "--task-lines", "4", "--workers", "2")
+    return folder / "out"
+
+
+def encode(raw: Path) -> list[str]:
+    return ["encode", "--input", str(raw), "--device", "cpu", "--shard-samples", "4"]
+
+
+def disturb(args: Sequence[str], output: Path, *, workers: int, num_kills: int, work_s: float, rng: random.Random) -> None:
+    """Run a command and kill it some time after it began with the output, several times; then let it end."""
+    again: list[str] = []
+    for _ in range(num_kills):
+        process = start(*args, "--output", str(output), "--workers", str(workers), *again)
+        wait_until(lambda: (output / "_work/plan.json").exists() or process.poll() is not None, "the run begins")  # noqa: B023
+        time.sleep(rng.uniform(0, work_s))
+        process.kill()
+        process.communicate()
+        wait_until(lambda: not session(process.pid), "the workers of a killed run are gone", 20)  # noqa: B023
+        again = ["--resume"]
+    wds_tools(*args, "--output", output, "--workers", str(workers), *again)
+
+
+@pytest.fixture(scope="module")
+def peace(tmp_path_factory: pytest.TempPathFactory) -> Callable[[list[str]], tuple[dict[str, bytes | None], float]]:
+    """What a command makes when nobody disturbs it, and how long it works at most; run once."""
+    known: dict[tuple[str, ...], tuple[dict[str, bytes | None], float]] = {}
+
+    def run(args: list[str]) -> tuple[dict[str, bytes | None], float]:
+        if tuple(args) not in known:
+            output = tmp_path_factory.mktemp("peace") / "out"
+            begun = time.monotonic()
+            wds_tools(*args, "--output", output)
+            known[tuple(args)] = (tree(output), time.monotonic() - begun)
+            assert not [name for name in tree(output) if name.startswith(("_work", ".tmp"))]
+        return known[tuple(args)]
+
+    return run
+
+
+Peace = Callable[[list[str]], tuple[dict[str, bytes | None], float]]
+
+
+def check_kills(args: list[str], peace: Peace, tmp_path: Path, *, workers: int, num_kills: int = 2, rounds: int = 1) -> None:
+    expected, work_s = peace(args)
+    print("seed of the kills:", SEED)
+    rng = random.Random(f"{SEED} {args[1]} {workers}")
+    for number in range(rounds):
+        output = tmp_path / f"killed-{number}"
+        disturb(args, output, workers=workers, num_kills=num_kills, work_s=work_s, rng=rng)
+        found = tree(output)
+        assert list(found) == list(expected)
+        assert found == expected
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_killed_conversion_of_pairs_resumes_to_the_same_bytes(pairs: Path, peace: Peace, tmp_path: Path, workers: int) -> None:
+    check_kills(convert_pairs(pairs), peace, tmp_path, workers=workers)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_killed_conversion_of_documents_resumes_to_the_same_bytes(
+    texts: Path, peace: Peace, tmp_path: Path, workers: int
+) -> None:
+    check_kills(convert_dclm(texts), peace, tmp_path, workers=workers)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_killed_encoding_resumes_to_the_same_bytes(raw: Path, peace: Peace, tmp_path: Path, workers: int) -> None:
+    check_kills(encode(raw), peace, tmp_path, workers=workers, num_kills=1)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("workers", [1, 2])
+def test_many_kills_of_every_command_resume_to_the_same_bytes(
+    pairs: Path, texts: Path, raw: Path, peace: Peace, tmp_path: Path, workers: int
+) -> None:
+    check_kills(convert_pairs(pairs), peace, tmp_path / "pairs", workers=workers, rounds=8)
+    check_kills(convert_dclm(texts), peace, tmp_path / "dclm", workers=workers, rounds=8)
+    check_kills(encode(raw), peace, tmp_path / "encode", workers=workers, rounds=4)
+
+
+def test_a_run_killed_after_its_manifest_leaves_no_working_files_behind(texts: Path, peace: Peace, tmp_path: Path) -> None:
+    expected, _ = peace(convert_dclm(texts))
+    output = tmp_path / "out"
+    wds_tools(*convert_dclm(texts), "--output", output)
+    (output / "_work").mkdir()
+    (output / "_work/task-000003.json").write_bytes(b"{}")
+    (output / ".tmp").mkdir()
+    (output / ".tmp/0123").write_bytes(b"half a file")
+    wds_tools(*convert_dclm(texts), "--output", output, "--resume")
+    assert tree(output) == expected
+
+
+def test_a_resumed_run_first_removes_what_a_killed_writer_left(texts: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    (output / ".tmp").mkdir(parents=True)
+    (output / ".tmp/0123").write_bytes(b"half a file")
+    wds_tools(*convert_dclm(texts), "--output", output, "--max-rejects", "0", status=1)
+    assert (output / ".tmp/0123").exists()
+    wds_tools(*convert_dclm(texts), "--output", output, "--max-rejects", "0", "--resume", status=1)
+    assert not (output / ".tmp").exists()
+
+
+def test_resume_of_a_complete_set_does_nothing(texts: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    first = wds_tools(*convert_dclm(texts), "--output", output)
+    times = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
+    again = wds_tools(*convert_dclm(texts), "--output", output, "--resume")
+    assert again.stdout == first.stdout
+    assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == times
+
+
+@pytest.mark.parametrize("is_complete", [True, False])
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        (["--shard-samples", "5"], "shard_samples was 70, is now 5"),
+        (["--keep", "url"], 'keep was [], is now ["url"]'),
+        (["--task-bytes", "100000000"], "num_tasks was 30, is now 1"),
+    ],
+)
+def test_resume_with_other_settings_is_refused_and_names_them(
+    texts: Path, tmp_path: Path, is_complete: bool, changed: list[str], named: str
+) -> None:
+    output = tmp_path / "out"
+    budget = "100%" if is_complete else "0"
+    wds_tools(*convert_dclm(texts), "--output", output, "--max-rejects", budget, status=0 if is_complete else 1)
+    before = tree(output)
+    refused = wds_tools(*convert_dclm(texts), *changed, "--output", output, "--resume", status=2)
+    assert named in refused.stderr
+    assert len(refused.stderr.splitlines()) == 1
+    assert tree(output) == before
+
+
+def test_resume_with_other_inputs_is_refused(tmp_path: Path) -> None:
+    path = write_documents(tmp_path / "a.jsonl.zst", [{"text": "a"}, {"text": ""}])
+    args = ["convert", "dclm", "--input", str(path), "--output", str(tmp_path / "out")]
+    wds_tools(*args, status=1)
+    write_documents(path, [{"text": "abcdefgh"}, {"text": ""}])
+    refused = wds_tools(*args, "--resume", status=2)
+    assert "inputs_sha256 was" in refused.stderr
+
+
+def workers_of(process: subprocess.Popen[str]) -> list[int]:
+    """The worker processes of a run (not multiprocessing's resource tracker)."""
+    return [pid for pid in session(process.pid) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def begin(args: Sequence[str], output: Path, num_done: int) -> subprocess.Popen[str]:
+    """Start a run and come back when so many of its tasks are done and it goes on."""
+    process = start(*args, "--output", str(output))
+    wait_until(lambda: len(list(output.glob("_work/task-*"))) >= num_done or process.poll() is not None, "tasks get done")
+    assert process.poll() is None, "it was done before it could be disturbed"
+    return process
+
+
+def test_a_killed_worker_ends_the_run_with_one_line(texts: Path, peace: Peace, tmp_path: Path) -> None:
+    args, output = [*convert_dclm(texts), "--workers", "2"], tmp_path / "out"
+    process = begin(args, output, 2)
+    os.kill(workers_of(process)[0], signal.SIGKILL)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 1, said
+    assert "a worker process ended without a word" in last_line(said)
+    assert "--resume" in last_line(said)
+    assert len(said.splitlines()) == 1, said
+    wait_until(lambda: not session(process.pid), "no process is left", 20)
+    wds_tools(*args, "--output", output, "--resume")
+    assert tree(output) == peace(convert_dclm(texts))[0]
+
+
+def test_workers_end_when_their_parent_is_killed(texts: Path, tmp_path: Path) -> None:
+    process = begin([*convert_dclm(texts), "--workers", "2"], tmp_path / "out", 1)
+    assert len(workers_of(process)) == 2
+    process.kill()
+    process.communicate()
+    wait_until(lambda: not session(process.pid), "no process is left", 10)
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_ctrl_c_ends_the_run_with_one_line_and_no_orphans(texts: Path, peace: Peace, tmp_path: Path, workers: str) -> None:
+    args, output = [*convert_dclm(texts), "--workers", workers], tmp_path / "out"
+    process = begin(args, output, 1)
+    os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to all processes
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 130, said
+    assert said.splitlines() == ["wds-tools: interrupted; finished shards are kept, run again with --resume"]
+    wait_until(lambda: not session(process.pid), "no process is left", 10)
+    assert not (output / "manifest.json").exists()
+    wds_tools(*args, "--output", output, "--resume")
+    assert tree(output) == peace(convert_dclm(texts))[0]
+
+
+def test_ctrl_c_while_the_workers_start_says_one_line_too(texts: Path, tmp_path: Path) -> None:
+    process = start(*convert_dclm(texts), "--output", str(tmp_path / "out"), "--workers", "4")
+    wait_until(lambda: workers_of(process) or process.poll() is not None, "workers start")
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 130, said
+    assert len(said.splitlines()) == 1, said
+    wait_until(lambda: not session(process.pid), "no process is left", 10)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 256 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)], capture_output=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f"mounting a small disk is not permitted here: {mounted.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_space(
+    texts: Path, peace: Peace, small_disk: Path, workers: str
+) -> None:
+    args, output = [*convert_dclm(texts), "--workers", workers], small_disk / "out"
+    full = wds_tools(*args, "--output", output, status=1)
+    assert "the disk is full" in full.stderr
+    assert len(full.stderr.splitlines()) == 1, full.stderr
+    assert not (output / "manifest.json").exists()
+    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    wds_tools(*args, "--output", output, "--resume")
+    assert tree(output) == peace(convert_dclm(texts))[0]

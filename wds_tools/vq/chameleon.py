@@ -1,0 +1,257 @@
+"""Chameleon's VQGAN: a folder with `vqgan.yaml` and `vqgan.ckpt`, run as a `diffusers.VQModel`.
+
+Flow: yaml -> `VqganConfig` -> an empty VQModel -> its tensor names translated to those of the checkpoint -> weights
+copied over -> a `CodebookTokenizer`. Names in the checkpoint are those of taming-transformers (Esser et al. 2021,
+arXiv:2012.09841), under `state_dict`. Invariants: only tensors are ever unpickled (`weights_only=True`); a checkpoint
+loads completely or not at all (`loss.*` aside); whatever does not fit is one TokenizerError. Cost: about 540 GFLOP to
+encode 512 x 512 pixels, 0.3 GB of weights, float32.
+
+diffusers and yaml are imported when a model is loaded, here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wds_tools.errors import MissingPackage, TokenizerError
+from wds_tools.vq.quantize import CodebookTokenizer, Precision, hash_files
+
+CONFIG_NAME = "vqgan.yaml"
+WEIGHTS_NAME = "vqgan.ckpt"
+_NORM_GROUPS = 32
+_LIMITS = {"n_embed": 1 << 20, "num_res_blocks": 16}  # far beyond any real one; a typo is not worth an hour
+
+
+@dataclass(frozen=True, kw_only=True)
+class VqganConfig:
+    """What the yaml says, as far as the network's shape goes. Raises TokenizerError for what VQModel can't be."""
+
+    n_embed: int
+    """Codebook entries."""
+    embed_dim: int
+    """Numbers per entry."""
+    z_channels: int
+    """Channels between encoder and quant_conv."""
+    ch: int
+    """Channels at full resolution."""
+    ch_mult: tuple[int, ...]
+    """Channels per level as multiples of `ch`; each level but the last halves the resolution."""
+    num_res_blocks: int
+    """Residual blocks per level of the encoder (the decoder has one more)."""
+    in_channels: int = 3
+    out_ch: int = 3
+    double_z: bool = False
+    attn_resolutions: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("n_embed", "embed_dim", "z_channels", "ch", "num_res_blocks", "in_channels", "out_ch"):
+            value = getattr(self, name)
+            if type(value) is not int or not 1 <= value <= _LIMITS.get(name, 65536):
+                raise TokenizerError(f"{name} is {value!r}: expected a whole number from 1 to {_LIMITS.get(name, 65536)}")
+        if self.double_z is not False:
+            raise TokenizerError(f"double_z is {self.double_z!r}: expected false; a VQ model has no mean and variance")
+        if self.attn_resolutions:
+            raise TokenizerError(
+                f"attn_resolutions is {list(self.attn_resolutions)}: expected []; attention is supported in the middle block only"
+            )
+        if self.in_channels != 3 or self.out_ch != 3:
+            raise TokenizerError(f"in_channels is {self.in_channels} and out_ch is {self.out_ch}: expected 3 (RGB)")
+        if not 1 <= len(self.ch_mult) <= 8 or any(type(mult) is not int or not 1 <= mult <= 64 for mult in self.ch_mult):
+            raise TokenizerError(f"ch_mult is {list(self.ch_mult)}: expected 1 to 8 whole numbers from 1 to 64")
+        if self.ch_mult[0] != 1:
+            raise TokenizerError(
+                f"ch_mult is {list(self.ch_mult)}: expected it to start with 1, diffusers' VQModel has no other form"
+            )
+        if self.ch % _NORM_GROUPS:
+            raise TokenizerError(f"ch is {self.ch}: expected a multiple of {_NORM_GROUPS}, the number of norm groups")
+
+    @property
+    def stride(self) -> int:
+        """Pixels per code along each side."""
+        return 1 << (len(self.ch_mult) - 1)
+
+
+def load_chameleon(folder: Path, *, device: torch.device | str = "cpu", precision: Precision = "fp32") -> CodebookTokenizer:
+    """Load the tokenizer from a folder with `vqgan.yaml` and `vqgan.ckpt`.
+
+    Args:
+        folder: where the two files are.
+        device: where the network and the codebook go.
+        precision: "fp32", or "bf16" for autocast of the network.
+
+    Raises:
+        TokenizerError: a file is missing, can't be read safely, or the weights do not fit the configuration.
+        MissingPackage: diffusers or yaml is not installed.
+    """
+    config_path, weights_path = folder / CONFIG_NAME, folder / WEIGHTS_NAME
+    for path in (config_path, weights_path):
+        if not path.is_file():
+            raise TokenizerError(f"{path} is missing: the folder needs {CONFIG_NAME} and {WEIGHTS_NAME}")
+    try:
+        config = read_config(config_path)
+        network = _Vqgan(config)
+        network.fill(_read_state(weights_path))
+    except TokenizerError as error:
+        raise TokenizerError(f"{folder}: {error}") from error.__cause__
+    network.model.requires_grad_(False).eval().to(device=device, memory_format=torch.channels_last)
+    return CodebookTokenizer(
+        name="chameleon",
+        stride=config.stride,
+        weights_hash=hash_files(config_path, weights_path),
+        network=network,
+        codebook_KD=network.model.quantize.embedding.weight.detach(),
+        precision=precision,
+    )
+
+
+def read_config(path: Path) -> VqganConfig:
+    """Read a vqgan.yaml: n_embed, embed_dim and ddconfig under `model.params` (Lightning), `params`, or at the top."""
+    yaml = _yaml()
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise TokenizerError(f"{path.name} is not yaml: {_one_line(error)}") from error
+    params = tree
+    for key in ("model", "params"):
+        params = params[key] if isinstance(params, dict) and key in params else params
+    ddconfig = params.get("ddconfig") if isinstance(params, dict) else None
+    if not isinstance(params, dict) or not isinstance(ddconfig, dict):
+        raise TokenizerError(f"{path.name} has no ddconfig under model.params: expected taming-transformers' layout")
+    values: dict[str, Any] = {key: params[key] for key in ("n_embed", "embed_dim") if key in params}
+    for key in ("z_channels", "ch", "num_res_blocks", "in_channels", "out_ch", "double_z"):
+        if key in ddconfig:
+            values[key] = ddconfig[key]
+    for key in ("ch_mult", "attn_resolutions"):
+        found = ddconfig.get(key, [])
+        if not isinstance(found, list):
+            raise TokenizerError(f"{path.name}: {key} is {found!r}: expected a list")
+        values[key] = tuple(found)
+    missing = [name for name in ("n_embed", "embed_dim", "z_channels", "ch", "num_res_blocks") if name not in values]
+    if missing:
+        raise TokenizerError(f"{path.name} does not say {', '.join(missing)}")
+    try:
+        return VqganConfig(**values)
+    except TokenizerError as error:
+        raise TokenizerError(f"{path.name}: {error}") from None
+
+
+def _read_state(path: Path) -> dict[str, Tensor]:
+    """Read the tensors under `state_dict`, without `loss.*`; nothing else in the file is ever built."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise TokenizerError(
+            f"{path.name} is damaged or holds more than tensors, and was not loaded ({_one_line(error)})"
+        ) from error
+    state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+        raise TokenizerError(f"{path.name} has no `state_dict` of named tensors")
+    wrong = [key for key, value in state.items() if not isinstance(value, Tensor)]
+    if wrong:
+        raise TokenizerError(f"{path.name}: {wrong[0]} is {type(state[wrong[0]]).__name__}: expected a tensor")
+    return {key: value for key, value in state.items() if not key.startswith("loss.")}
+
+
+class _Vqgan:
+    """A `diffusers.VQModel` under the names of the checkpoint."""
+
+    def __init__(self, config: VqganConfig) -> None:
+        levels = len(config.ch_mult)
+        self.levels = levels
+        vq_model = _vq_model_class()
+        with torch.device("meta"):  # shapes only: the weights come with `fill`
+            self.model = vq_model(
+                down_block_types=("DownEncoderBlock2D",) * levels,
+                up_block_types=("UpDecoderBlock2D",) * levels,
+                block_out_channels=tuple(config.ch * mult for mult in config.ch_mult),
+                layers_per_block=config.num_res_blocks,
+                latent_channels=config.z_channels,
+                num_vq_embeddings=config.n_embed,
+                vq_embed_dim=config.embed_dim,
+                norm_num_groups=_NORM_GROUPS,
+            )
+
+    def fill(self, state: dict[str, Tensor]) -> None:
+        """Give the model the checkpoint's tensors, as float32; all of them, and each of the right shape."""
+        own = self.model.state_dict()
+        names = {name: checkpoint_name(name, self.levels) for name in own}
+        missing = sorted(set(names.values()) - set(state))
+        unexpected = sorted(set(state) - set(names.values()))
+        for problem, keys in (("lacks", missing), ("has the unexpected", unexpected)):
+            if keys:
+                more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+                raise TokenizerError(f"{WEIGHTS_NAME} {problem} {', '.join(keys[:3])}{more}: it does not fit {CONFIG_NAME}")
+        filled: dict[str, Tensor] = {}
+        for name, tensor in own.items():
+            found = state[names[name]]
+            if tensor.ndim == 2 and found.shape[2:] == (1, 1):  # attention: 1 x 1 convolutions there, matrices here
+                found = found[:, :, 0, 0]
+            if found.shape != tensor.shape or not found.dtype.is_floating_point:
+                raise TokenizerError(
+                    f"{WEIGHTS_NAME}: {names[name]} is {found.dtype} {tuple(found.shape)}, but {CONFIG_NAME} asks for "
+                    f"floating point {tuple(tensor.shape)}"
+                )
+            filled[name] = found.float()
+        self.model.load_state_dict(filled, assign=True)
+
+    def latents(self, pixels_BCHW: Tensor) -> Tensor:
+        """Encoder and quant_conv."""
+        pixels_BCHW = pixels_BCHW.contiguous(memory_format=torch.channels_last)
+        latents_BDhw: Tensor = self.model.quant_conv(self.model.encoder(pixels_BCHW))
+        return latents_BDhw
+
+    def image(self, latents_BDhw: Tensor) -> Tensor:
+        """post_quant_conv and decoder."""
+        latents_BDhw = latents_BDhw.contiguous(memory_format=torch.channels_last)
+        pixels_BCHW: Tensor = self.model.decoder(self.model.post_quant_conv(latents_BDhw))
+        return pixels_BCHW
+
+
+_RENAMES = (
+    (r"\.conv_norm_out\.", ".norm_out."),
+    (r"\.down_blocks\.(\d+)\.resnets\.", r".down.\1.block."),
+    (r"\.down_blocks\.(\d+)\.downsamplers\.0\.", r".down.\1.downsample."),
+    (r"\.up_blocks\.(\d+)\.resnets\.", r".up.\1.block."),
+    (r"\.up_blocks\.(\d+)\.upsamplers\.0\.", r".up.\1.upsample."),
+    (r"\.conv_shortcut\.", ".nin_shortcut."),
+    (r"\.mid_block\.resnets\.0\.", ".mid.block_1."),
+    (r"\.mid_block\.resnets\.1\.", ".mid.block_2."),
+    (r"\.mid_block\.attentions\.0\.group_norm\.", ".mid.attn_1.norm."),
+    (r"\.mid_block\.attentions\.0\.to_([qkv])\.", r".mid.attn_1.\1."),
+    (r"\.mid_block\.attentions\.0\.to_out\.0\.", ".mid.attn_1.proj_out."),
+)
+
+
+def checkpoint_name(name: str, levels: int) -> str:
+    """Translate the name of a VQModel's tensor to the checkpoint's, where `up.0` is the highest resolution."""
+    for pattern, replacement in _RENAMES:
+        name = re.sub(pattern, replacement, name)
+    return re.sub(r"\.up\.(\d+)\.", lambda match: f".up.{levels - 1 - int(match[1])}.", name)
+
+
+def _one_line(error: Exception) -> str:
+    """The error's type and the first line of what it says."""
+    first = str(error).strip().partition("\n")[0].partition(". ")[0]
+    return f"{type(error).__name__}: {first[:200]}" if first else type(error).__name__
+
+
+def _vq_model_class() -> Any:
+    try:
+        from diffusers import VQModel
+    except ImportError as error:
+        raise MissingPackage("Chameleon's VQGAN needs diffusers: pip install 'wds-tools[convert]'") from error
+    return VQModel
+
+
+def _yaml() -> Any:
+    try:
+        import yaml
+    except ImportError as error:
+        raise MissingPackage(f"reading {CONFIG_NAME} needs pyyaml: pip install 'wds-tools[convert]'") from error
+    return yaml
