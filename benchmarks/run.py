@@ -62,9 +62,8 @@ def main(out: Path) -> None:
     print(f"  floor (decompress, parse)      {speed['floor']:>9,.0f} documents/s")
     print(f"  json + webdataset TarWriter    {speed['plain']:>9,.0f} documents/s")
     print(f"  wds-tools convert dclm         {speed['ours']:>9,.0f} documents/s   ", end="")
-    print(
-        f"{speed['ours'] / speed['plain']:.1f} x the plain way (bar: 4), {speed['ours'] / speed['floor']:.2f} of the floor (bar: 0.5)"
-    )
+    print(f"{speed['ours'] / speed['plain']:.1f} x the plain way (bar: 4), ", end="")
+    print(f"{speed['ours'] / speed['floor']:.2f} of the floor (bar: 0.5)")
     print("\nBytes on disk per 512 px sample, 40-word caption")
     print(f"  reference's Hugging Face set   {size['reference']:>9,.0f}")
     print(f"  webdataset TarWriter           {size['webdataset']:>9,.0f}")

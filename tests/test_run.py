@@ -16,7 +16,6 @@ from commands import environment, session, wait_until
 
 from wds_tools.errors import MissingPackage, NotFound, OutOfSpace, Reject, TokenizerError, UsageError, WorkerDied
 from wds_tools.run.local import Report, run_tasks
-from wds_tools.run.progress import Progress
 
 SERIAL_AND_PARALLEL = pytest.mark.parametrize("workers", [1, 2])
 ERRORS: dict[str, Exception] = {
@@ -149,28 +148,3 @@ def test_workers_die_with_their_parent_however_it_ends(tmp_path: Path, how: sign
         process.send_signal(how)
         process.wait(30)
         wait_until(lambda: not session(process.pid), "the workers are gone", 10)
-
-
-def test_progress_counts_and_says_how_long_it_takes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    now = [0.0]
-    monkeypatch.setattr("wds_tools.run.progress.time.monotonic", lambda: now[0])
-    with Progress("convert", 100) as progress:
-        for now[0] in (5.0, 10.0, 15.0):
-            progress(10, 20, 1)
-        now[0] = 20.0
-    assert capsys.readouterr().err.splitlines() == [
-        "convert: 40 samples, 2 rejects, 4 samples/s, 20 % done, about 00:40 left",
-        "convert: 60 samples, 3 rejects, 3 samples/s, 30 % done, about 00:46 left",
-    ]
-
-
-@pytest.mark.parametrize("seconds", [5.0, 100.0])
-def test_quiet_progress_and_short_runs_say_nothing(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], seconds: float
-) -> None:
-    now = [0.0]
-    monkeypatch.setattr("wds_tools.run.progress.time.monotonic", lambda: now[0])
-    with Progress("convert", 100, quiet=seconds > 10) as progress:
-        now[0] = seconds
-        progress(10, 20, 1)
-    assert capsys.readouterr().err == ""

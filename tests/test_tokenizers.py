@@ -218,7 +218,7 @@ def check_against_plain(folder: Path, state: dict[str, Tensor], config: dict[str
         expected = plain.codes(pixels_BHWC)
         pixels = plain.pixels(codes)
     assert codes.dtype == torch.int64
-    assert len(codes.unique()) > 20, "a comparison of constant codes would prove nothing"
+    assert len(set(codes.flatten().tolist())) > 20, "a comparison of constant codes would prove nothing"
     assert torch.equal(codes, expected)
     assert (tokenizer.decode(codes).float() - pixels).abs().max() < 0.51  # rounding to uint8
 
@@ -413,7 +413,7 @@ def test_tiny_gives_photographs_back_above_the_stated_psnr(name: str, tiny: Imag
 
 def test_tiny_uses_much_of_its_codebook(tiny: ImageTokenizer) -> None:
     codes = tiny.encode(torch.stack([photo(name) for name in PHOTOS]))
-    assert len(codes.unique()) > 1200  # of 5120 codes
+    assert len(set(codes.flatten().tolist())) > 1200  # of 5120 codes
 
 
 def test_tiny_gives_the_same_codes_in_any_batch_and_order(tiny: ImageTokenizer) -> None:
@@ -521,7 +521,7 @@ def test_tiny_weights_that_do_not_fit_are_refused_in_one_line(tmp_path: Path) ->
 )
 def test_what_the_registry_does_not_know_is_refused(name: str, settings: dict[str, str], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        load_tokenizer(name, **settings)  # type: ignore[arg-type]
+        load_tokenizer(name, **settings)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")

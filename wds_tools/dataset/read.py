@@ -63,7 +63,11 @@ def read_shard(store: Store, row: ShardRow) -> Iterator[Sample]:
     """
     for stored in read_stored(store, row):
         payloads = {suffix: member.payload for suffix, member in stored.members.items()}
-        yield sample_from_members(stored.key, payloads)
+        try:
+            sample = sample_from_members(stored.key, payloads)
+        except FormatError as error:
+            raise FormatError(f"{store.url}/{row.name}, byte {stored.start}: {error}") from error
+        yield sample
 
 
 def read_stored(store: Store, row: ShardRow) -> Iterator[StoredSample]:

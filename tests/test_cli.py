@@ -1,0 +1,234 @@
+"""The command line: help, exit statuses, one-line errors, summaries that are true, and nothing heavy where it isn't needed."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from commands import environment, image_bytes, last_line, wds_tools, write_documents, write_jsonl, write_pairs
+from factory import make_dataset, text_sample
+
+from wds_tools.cli.main import COMMANDS, main
+from wds_tools.dataset.read import read_manifest
+from wds_tools.storage import open_store
+
+EVERY_COMMAND = pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+
+
+@EVERY_COMMAND
+def test_help_shows_what_it_does_an_example_and_every_option(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([*words, "--help"])
+    assert stopped.value.code == 0
+    shown = " ".join(re.sub(r"[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
+    module = importlib.import_module(f"wds_tools.cli.{COMMANDS[words][0]}")
+    assert module.EXAMPLE in shown
+    assert module.EXAMPLE.startswith(f"wds-tools {' '.join(words)} ")
+    assert " ".join(module.Config.__doc__.split()) in shown
+    for field in dataclasses.fields(module.Config):
+        assert field.name.replace("_", "-") in shown.lower() or field.name.upper() in shown, field.name
+
+
+@EVERY_COMMAND
+def test_every_option_is_explained(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    import inspect
+
+    with pytest.raises(SystemExit):
+        main([*words, "--help"])
+    shown = " ".join(re.sub(r"[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
+    module = importlib.import_module(f"wds_tools.cli.{COMMANDS[words][0]}")
+    for base in module.Config.__mro__[:-1]:
+        for docs in re.findall(r'^    \w+:[^\n]*\n    """(.*?)"""', inspect.getsource(base), re.MULTILINE | re.DOTALL):
+            assert " ".join(docs.split()) in shown or base is not module.Config, docs
+
+
+@pytest.mark.parametrize("args", [[], ["--help"], ["-h"], ["help"], ["convert", "--help"], ["export", "-h"]])
+def test_help_without_a_command_lists_them_all(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(args) == 0
+    shown = capsys.readouterr().out
+    assert all(" ".join(words) in shown and summary in shown for words, (_, summary) in COMMANDS.items())
+
+
+def test_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
+    from wds_tools import __version__
+
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"wds-tools {__version__}\n"
+
+
+@pytest.mark.parametrize("args", [["bake"], ["convert"], ["convert", "cake"], ["--frobnicate"], ["verfy", "x"]])
+def test_an_unknown_command_is_status_2_and_names_the_known(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(args) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "convert image-pairs" in line
+    assert args[0] in line
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["convert", "dclm"],
+        ["convert", "dclm", "--input", "a"],
+        ["convert", "dclm", "--input", "a", "--output", "b", "--workers", "many"],
+        ["convert", "image-pairs", "--input", "a", "--output", "b", "--mode", "square"],
+        ["convert", "image-pairs", "--input", "a", "--output", "b", "--bogus"],
+        ["encode", "--input", "a", "--output", "b", "--precision", "fp64"],
+        ["verify"],
+        ["index"],
+        ["export", "hf"],
+    ],
+)
+def test_wrong_arguments_are_status_2_without_a_traceback(args: list[str]) -> None:
+    said = wds_tools(*args, status=2)
+    assert said.stderr.strip()
+    assert said.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("args", "status", "message"),
+    [
+        (["convert", "dclm", "--input", "IN", "--output", "OUT", "--workers", "0"], 2, "--workers 0: at least 1"),
+        (["convert", "dclm", "--input", "IN", "--output", "OUT", "--max-rejects", "few"], 2, "--max-rejects 'few'"),
+        (["convert", "dclm", "--input", "IN", "--output", "OUT", "--resume", "--overwrite"], 2, "exclude each other"),
+        (["convert", "dclm", "--input", "IN", "--output", "OUT", "--keep", "id"], 2, "--keep id"),
+        (["convert", "dclm", "--input", "IN{", "--output", "OUT"], 2, "unbalanced braces"),
+        (["convert", "dclm", "--input", "nowhere", "--output", "OUT"], 1, "nowhere: no such file"),
+        (["convert", "dclm", "--input", "IN", "--output", "IN"], 1, "can't list a file"),
+        (["convert", "dclm", "--input", "IN", "--output", "IN/deeper"], 1, "a part of this path is a file"),
+        (["convert", "dclm", "--input", "s3://", "--output", "OUT"], 2, "s3://"),
+        (["convert", "dclm", "--input", "nope://a/b", "--output", "OUT"], 2, "nope"),
+        (["verify", "nowhere"], 1, "nowhere has no manifest.json"),
+        (["index", "nowhere"], 1, "nowhere has no manifest.json"),
+        (["encode", "--input", "nowhere", "--output", "OUT"], 1, "nowhere has no manifest.json"),
+        (["encode", "--input", "OUT", "--output", "OUT/"], 2, "--output is --input"),
+    ],
+)
+def test_an_error_is_one_line_with_the_right_status(
+    tmp_path: Path,
+    args: list[str],
+    status: int,
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_documents(tmp_path / "in.jsonl.zst", [{"text": "a"}])
+    assert main([word.replace("IN", "in.jsonl.zst").replace("OUT", "out") for word in args]) == status
+    said = capsys.readouterr()
+    assert said.out == ""
+    (line,) = said.err.splitlines()
+    assert line.startswith("wds-tools: ")
+    assert message in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_may_not_be_written_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_documents(tmp_path / "in.jsonl.zst", [{"text": "a"}])
+    tmp_path.chmod(0o500)
+    assert main(["convert", "dclm", "--input", str(path), "--output", str(tmp_path / "out")]) == 1
+    assert "permission denied" in capsys.readouterr().err
+
+
+def test_file_names_that_are_no_utf_8_are_refused_in_one_line(tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"caf\xe9.jsonl.zst")
+    try:
+        write_documents(path, [{"text": "a"}])
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    said = wds_tools("convert", "dclm", "--input", tmp_path, "--output", tmp_path / "out", status=2)
+    assert "not UTF-8" in said.stderr
+    assert len(said.stderr.splitlines()) == 1
+
+
+def test_names_with_spaces_and_umlauts_are_fine(tmp_path: Path) -> None:
+    write_documents(tmp_path / "über uns/ä b.jsonl.zst", [{"text": "a"}])
+    wds_tools("convert", "dclm", "--input", tmp_path / "über uns", "--output", tmp_path / "ö ö")
+    assert "verify: all is well" in wds_tools("verify", tmp_path / "ö ö").stdout
+
+
+def test_the_summary_of_a_conversion_is_true(tmp_path: Path) -> None:
+    path = write_pairs(tmp_path / "in", 3)
+    (tmp_path / "in/images/1.jpg").write_bytes(image_bytes(1, 200, 20))
+    write_jsonl(path, [*path.read_bytes().splitlines(), b"broken"])
+    out = tmp_path / "out"
+    said = wds_tools("convert", "image-pairs", "--input", path, "--output", out, "--max-rejects", "1").stdout
+    manifest = read_manifest(open_store(str(out)))
+    size = sum(file.stat().st_size for file in out.glob("*.tar"))
+    assert said.splitlines() == [
+        f"data set     {out}",
+        "samples      2 of 4 inputs (2 image_text)",
+        f"rejects      2 (1 aspect_ratio, 1 bad_json), listed in {out}/rejects/",
+        f"shards       1, {size / 1e6:,.1f} MB, {size / 2:,.0f} bytes a sample",
+        f"fingerprint  {manifest.fingerprint()}",
+    ]
+    encoded = wds_tools("encode", "--input", out, "--output", tmp_path / "codes", "--device", "cpu").stdout
+    assert "samples      2 of 2 inputs (2 image_text)" in encoded
+    assert "rejects      none" in encoded
+    assert "vqcode_512   tiny, 4,096 codes, fp32" in encoded
+
+
+def test_verify_says_all_is_well_or_lists_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_dataset(tmp_path / "set", [text_sample(1)])
+    assert main(["verify", str(tmp_path / "set")]) == 0
+    assert last_line(capsys.readouterr().out) == "verify: all is well"
+    (tmp_path / "set/extra").write_text("")
+    assert main(["verify", str(tmp_path / "set")]) == 1
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        "WRONG  extra: not in the manifest: left by something else, or by a run that was interrupted",
+        "verify: 1 problems",
+    ]
+
+
+def test_a_reader_that_goes_away_is_no_traceback(tmp_path: Path) -> None:
+    make_dataset(tmp_path / "set", [text_sample(1)])
+    process = subprocess.Popen(
+        [sys.executable, "-m", "wds_tools.cli.main", "verify", str(tmp_path / "set")],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.stderr is not None
+    assert process.stderr.read() == b""
+    process.stderr.close()
+    process.wait(30)
+
+
+HEAVY = ("torch", "PIL", "datasets", "diffusers", "transformers", "webdataset", "pandas", "ray")
+
+
+@pytest.mark.parametrize(
+    ("args", "allowed"),
+    [
+        (["verify", "SET"], ()),
+        (["index", "SET"], ()),
+        (["convert", "dclm", "--input", "IN", "--output", "OUT"], ()),
+        (["convert", "image-pairs", "--input", "PAIRS", "--output", "OUT"], ("PIL",)),
+        (["--help"], ()),
+    ],
+)
+def test_commands_import_only_what_they_need(tmp_path: Path, args: list[str], allowed: tuple[str, ...]) -> None:
+    make_dataset(tmp_path / "set", [text_sample(1)])
+    write_documents(tmp_path / "in.jsonl.zst", [{"text": "a"}])
+    write_pairs(tmp_path / "pairs", 1)
+    names = {"SET": "set", "IN": "in.jsonl.zst", "PAIRS": "pairs/pairs.jsonl", "OUT": "out"}
+    code = "import sys; from wds_tools.cli.main import main; assert main(sys.argv[1:]) == 0; print('|', *sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *(names.get(word, word) for word in args)],
+        env=environment(),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    loaded = done.stdout.rpartition("|")[2].split()
+    assert [name for name in HEAVY if name in loaded and name not in allowed] == []
