@@ -236,6 +236,14 @@ def test_folders_brace_patterns_and_several_files_are_read_in_order(tmp_path: Pa
     assert captions(read_samples(tmp_path / "out")) == ["b/0", "b/sub/1", "a/1", "a/0"]
 
 
+def test_rejects_of_a_data_set_below_an_input_folder_are_no_input_unless_named(half_bad: Path, tmp_path: Path) -> None:
+    folder = half_bad.parent
+    first = convert(folder / "out", folder)
+    for flags in ({"resume": True}, {"overwrite": True}):
+        assert convert(folder / "out", folder, **flags).source["inputs"] == first.source["inputs"]
+    assert convert(tmp_path / "named", folder / "out/rejects/task-000000.jsonl").rejects == {"missing_field": 6}
+
+
 @pytest.mark.parametrize("missing", ["nowhere.jsonl", "empty_folder", "in/{0..1}.jsonl"])
 def test_an_input_that_is_not_there_is_named(tmp_path: Path, missing: str) -> None:
     (tmp_path / "empty_folder").mkdir()
@@ -329,7 +337,7 @@ def half_bad(tmp_path: Path) -> Path:
 def test_one_reject_too_many_stops_the_run_with_counts_and_a_way_on(half_bad: Path, tmp_path: Path, budget: str) -> None:
     out = tmp_path / "out"
     with pytest.raises(TooManyRejects) as stopped:
-        convert(out, half_bad, max_rejects=budget)
+        convert(f"{out}/", half_bad, max_rejects=budget)
     message = str(stopped.value)
     assert message.startswith(f"5 of 10 inputs can't be used, allowed are {budget} (5 missing_image)")
     assert f"{out}/rejects/" in message

@@ -147,7 +147,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         lambda i: image(i, image_bytes(i, 120, 64), data_type="image_text_multi"),
         lambda i: image(i, JPEG[:900] if i == 7 else None),
     ]
-    make_dataset(folder, (kinds[i % len(kinds)](i) for i in range(14)), shard_samples=3)
+    make_dataset(folder, (kinds[i % len(kinds)](i) for i in range(9)), shard_samples=3)
     return folder
 
 
@@ -163,11 +163,11 @@ def test_texts_pass_through_a_mixed_set_unchanged(mixed: Path, tmp_path: Path) -
 
 
 def test_codes_depend_neither_on_batches_nor_on_workers(mixed: Path, tmp_path: Path) -> None:
-    first = fill(mixed, tmp_path / "first", shard_samples=4)
+    first = fill(mixed, tmp_path / "first", shard_samples=3)
     expected = tree(tmp_path / "first")
     assert len(first.shards) > 2
     for name, settings in {"batch": {"batch_size": 1}, "workers": {"workers": 2, "batch_size": 5}}.items():
-        fill(mixed, tmp_path / name, shard_samples=4, **settings)
+        fill(mixed, tmp_path / name, shard_samples=3, **settings)
         assert tree(tmp_path / name) == expected
 
 

@@ -26,14 +26,15 @@ GRID_HW = np.arange(16, dtype="<u2").reshape(4, 4)
 
 def shard(texts: list[str], *, with_codes: bool = True, last_has_image: bool = False) -> tuple[bytes, ShardIndex]:
     builder = ShardBuilder()
+    archive = b""
     for n, text in enumerate(texts):
         image: dict[str, Any] = (
             {"image": text.encode(), "image_extension": "jpg"} if last_has_image and n == len(texts) - 1 else {}
         )
         codes = {"vqcode_512": GRID_HW} if with_codes else {}
-        builder.add(Sample(key=f"{n:08d}", data_type="image_text", text=text, codes=codes, **image))
-    archive, index, _ = builder.finish("shard.tar")
-    return archive, index
+        archive += builder.add(Sample(key=f"{n:08d}", data_type="image_text", text=text, codes=codes, **image))
+    end, index, _ = builder.finish("shard.tar")
+    return archive + end, index
 
 
 def rebuild(archive: bytes) -> ShardIndex:

@@ -23,7 +23,7 @@ from wds_tools.errors import TooManyRejects, UsageError
 from wds_tools.format.manifest import Manifest
 from wds_tools.run.local import Report, run_tasks
 from wds_tools.run.progress import Progress
-from wds_tools.storage import open_store
+from wds_tools.storage import join, open_store
 
 FILTER_REASONS = frozenset({"aspect_ratio"})
 """Rejects that the user's own settings ask for: counted and written down, but no fault, so not held against `max_rejects`."""
@@ -124,7 +124,7 @@ class RejectBudget:
             counts = Counter({reason: count for reason, count in rejects.items() if reason not in FILTER_REASONS})
             reasons = ", ".join(f"{count} {reason}" for reason, count in counts.most_common(6))
             raise TooManyRejects(
-                f"{faults} of {inputs} inputs can't be used, allowed are {allowed} ({reasons}): see {where}/{REJECTS}; "
+                f"{faults} of {inputs} inputs can't be used, allowed are {allowed} ({reasons}): see {join(where, REJECTS)}; "
                 "then repair the input, or go on with --resume and a larger --max-rejects"
             )
 
@@ -142,11 +142,15 @@ def run_pass(plan: Plan, work: Work, options: PassOptions) -> Manifest:
     store = open_store(options.output)
     limits = ShardLimits(samples=options.shard_samples, bytes=options.shard_bytes)
     budget = RejectBudget.parse(options.max_rejects)
+    try:
+        tasks_json = orjson.dumps(plan.tasks)
+    except TypeError as error:
+        raise UsageError("the name of an input file is not UTF-8, and can't be written down in a manifest: rename it") from error
     fixed = {
         "command": plan.command,
         "settings": {**plan.settings, "shard_samples": limits.samples, "shard_bytes": limits.bytes},
         "num_tasks": len(plan.tasks),
-        "inputs_sha256": hashlib.sha256(orjson.dumps(plan.tasks)).hexdigest(),
+        "inputs_sha256": hashlib.sha256(tasks_json).hexdigest(),
     }
     complete = begin(store, fixed, resume=options.resume, overwrite=options.overwrite)
     if complete is not None:

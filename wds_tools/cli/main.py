@@ -2,12 +2,14 @@
 
 A command is a module beside this one with `Config` (a frozen dataclass, which is the command line), `EXAMPLE` and
 `run(config) -> exit status`. It is imported only when it is called, so `wds-tools verify` starts without torch.
-Exit status: 0 done, 1 failed or problems found, 2 wrong arguments, 130 interrupted. Errors are one line on stderr.
+Exit status: 0 done, 1 failed or problems found, 2 wrong arguments, 130 interrupted. Errors are one line on stderr,
+but for wrong arguments, which tyro puts in a box.
 """
 
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -48,6 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             config=(tyro.conf.FlagCreatePairsOff,),
         )
         status: int = module.run(config)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read our output has left, as in `wds-tools ... | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except UsageError as error:
         print(f"wds-tools: {error}", file=sys.stderr)
         return 2

@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import os
 import posixpath
+import re
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,6 +29,8 @@ from wds_tools.passes import PassOptions, Plan, run_pass
 from wds_tools.storage import Store, open_store, split_url
 
 _FETCH_AHEAD = 16
+_OUR_REJECTS = re.compile(r"(^|/)rejects/task-\d{6,}\.jsonl$")
+"""What lies in a data set that an input folder holds, perhaps the output itself: no input, unless it is named."""
 _NO_SUCH_NAME = (errno.ENAMETOOLONG, errno.ELOOP)
 _DATA_TYPES = {"cc512": "image_text", "multi768": "image_text_multi"}
 
@@ -68,7 +71,8 @@ class ImagePairsConfig(PassOptions):
 
 def convert_image_pairs(config: ImagePairsConfig) -> Manifest:
     """Convert; returns the manifest of the finished data set. Raises: see run_pass."""
-    files = expand_inputs(config.input, ".jsonl")
+    found = expand_inputs(config.input, ".jsonl")
+    files = [file for file in found if file.url in config.input or not _OUR_REJECTS.search(file.url)]
     ranges = plan_lines(files, config.task_lines)
     plan = Plan(
         command="convert image-pairs",

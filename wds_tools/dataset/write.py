@@ -33,7 +33,6 @@ from wds_tools.storage import Store, Writer
 WORK = "_work/"
 PLAN = WORK + "plan.json"
 REJECTS = "rejects/"
-_FLUSH_BYTES = 1 << 20
 _PARALLEL_READS = 16
 _OURS = re.compile(r"shard-\d{6,}-\d{4,}\.tar(\.idx)?|rejects/task-\d{6,}\.jsonl|_work/(plan|task-\d{6,})\.json")
 """The files of a data set, but for the manifest. Only these are ever removed."""
@@ -102,15 +101,13 @@ class TaskWriter:
             StorageError: the shard can't be written.
         """
         builder = self._builder or ShardBuilder()
-        builder.add(sample)
-        if self._builder is None:
+        data = builder.add(sample)
+        if self._writer is None:
             self._builder, self._writer = builder, self._store.write(self._next_name())
+        self._writer.write(data)
         self.num_samples += 1
         if builder.num_samples >= self._limits.samples or builder.num_bytes >= self._limits.bytes:
             self._close_shard()
-        elif builder.pending_bytes >= _FLUSH_BYTES:
-            assert self._writer is not None
-            self._writer.write(builder.take())
 
     def reject(self, cause: Reject, *, source: str, line: int | None = None, key: str | None = None) -> None:
         """Record an input that becomes no sample: its source, line or key, reason and detail."""

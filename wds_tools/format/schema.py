@@ -130,7 +130,7 @@ def validate(sample: Sample) -> None:
         raise FormatError(f"{sample.key}: conversations are not a list of turns with a string 'from' and a string 'value'")
     if sample.data_type == "text_pretrain" and (sample.codes or sample.image is not None):
         raise FormatError(f"{sample.key}: text_pretrain has neither image nor codes")
-    if taken := RESERVED_FIELDS.intersection(sample.provenance):
+    if sample.provenance and (taken := RESERVED_FIELDS.intersection(sample.provenance)):
         raise FormatError(f"{sample.key}: provenance may not use the reserved names {', '.join(sorted(taken))}")
 
 

@@ -1,13 +1,13 @@
 """A shard: samples <-> the members of one tar. Sans-I/O; the caller moves the bytes.
 
-Writing: `ShardBuilder.add(sample)` per sample, `take()` for the bytes made so far, `finish()` for the rest, the index and the
+Writing: `ShardBuilder.add(sample)` gives the bytes of a sample, `finish()` those behind the last, the index and the
 manifest row. A sample's members lie side by side, json first:
 
     KEY.json   KEY.vqcode_512.npy | KEY.vqcode_multi768.npy   KEY.jpg | .png | ...
 
 Reading: `group_samples` turns members into (key, members), `sample_from_members` turns those into a Sample.
 Nothing is ever unpickled: npy members are parsed here and object arrays are refused.
-Cost: one CRC-32 and one SHA-256 over the bytes; memory is what was added since the last `take()` plus the index's columns.
+Cost: one CRC-32 and one SHA-256 over the bytes; memory is one sample and the index's columns.
 """
 
 from __future__ import annotations
@@ -130,18 +130,18 @@ class ShardBuilder:
     """Turns samples into the bytes of one tar, its index and its manifest row."""
 
     def __init__(self) -> None:
-        self._pending: list[bytes] = []
         self._hash = hashlib.sha256()
         self._index = IndexBuilder()
         self._data_types: Counter[str] = Counter()
         self.num_samples = 0
         self.num_bytes = 0
         """Bytes of the tar so far, without its end marker."""
-        self.pending_bytes = 0
-        """Bytes that the next `take()` returns."""
 
-    def add(self, sample: Sample) -> None:
+    def add(self, sample: Sample) -> bytes:
         """Append a valid sample.
+
+        Returns:
+            Its bytes in the tar, to be written next.
 
         Raises:
             FormatError: the sample breaks the schema; nothing was appended.
@@ -149,32 +149,23 @@ class ShardBuilder:
         validate(sample)
         parts: list[bytes] = []
         members: list[tuple[str, int, int]] = []
-        at = crc = 0
+        at = 0
         for suffix, payload in encode_members(sample):
             length = len(payload)
-            head, pad = header(f"{sample.key}.{suffix}", length), padding(length)
-            crc = zlib.crc32(pad, zlib.crc32(payload, zlib.crc32(head, crc)))
-            parts += (head, payload, pad)
+            pad = padding(length)
+            parts += (header(f"{sample.key}.{suffix}", length), payload, pad)
             members.append((suffix, at + BLOCK, length))
             at += BLOCK + length + len(pad)
-        self._index.add(self.num_bytes, at, members, crc, len(sample.text), sample.num_codes)
-        self._pending += parts
+        data = b"".join(parts)
+        self._hash.update(data)
+        self._index.add(self.num_bytes, at, members, zlib.crc32(data), len(sample.text), sample.num_codes)
         self._data_types[sample.data_type] += 1
         self.num_samples += 1
         self.num_bytes += at
-        self.pending_bytes += at
-
-    def take(self) -> bytes:
-        """The tar bytes added since the last call."""
-        data = b"".join(self._pending)
-        self._pending.clear()
-        self.pending_bytes = 0
-        self._hash.update(data)
         return data
 
     def finish(self, name: str) -> tuple[bytes, ShardIndex, ShardRow]:
-        """The last bytes of the tar, its index, and its row for the manifest, under this name."""
-        data = self.take() + END
+        """The end marker to be written last, the index, and the row for the manifest, under this name."""
         self._hash.update(END)
         sha256 = self._hash.hexdigest()
         tar_bytes = self.num_bytes + len(END)
@@ -189,7 +180,7 @@ class ShardBuilder:
             text_chars=int(index.text_chars.sum(dtype="u8")),
             num_codes=int(index.num_codes.sum(dtype="u8")),
         )
-        return data, index, row
+        return END, index, row
 
 
 def group_samples(members: Iterable[Member], name: str = "tar") -> Iterator[StoredSample]:

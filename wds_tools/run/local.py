@@ -61,7 +61,7 @@ def run_tasks(fn: Work[Task, Result], tasks: Sequence[Task], *, workers: int, on
     running: set[Future[Result]] = set()
     try:
         while True:
-            with _interrupts_blocked():
+            with _interrupts_held():
                 for task in islice(waiting, 2 * workers - len(running)):
                     running.add(pool.submit(_run_in_worker, task))
             if not running:
@@ -87,13 +87,21 @@ def run_tasks(fn: Work[Task, Result], tasks: Sequence[Task], *, workers: int, on
 
 
 @contextmanager
-def _interrupts_blocked() -> Iterator[None]:
-    """Processes that start in here never see Ctrl-C, not even while they start: it is their parent's, which stops them."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+def _interrupts_held() -> Iterator[None]:
+    """Ctrl-C waits until this is over, so that no process is left half started; and processes that start in here never see it,
+    from birth: it is their parent's, which stops them."""
+    pressed: list[int] = []
+    is_main = threading.current_thread() is threading.main_thread()
+    handler = signal.signal(signal.SIGINT, lambda number, _: pressed.append(number)) if is_main else None
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # is inherited, which a handler isn't
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if handler is not None:
+            signal.signal(signal.SIGINT, handler)
+        if pressed:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _start_worker(fn: Callable[..., Any], reports: Any) -> None:
