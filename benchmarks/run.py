@@ -22,7 +22,7 @@ ROUNDS = 5
 WAYS = ("floor", "plain", "ours")
 
 
-def conversion_speed(out: Path, num_documents: int = 20_000) -> dict[str, float]:
+def conversion_speed(out: Path, num_documents: int = 60_000) -> dict[str, float]:
     """Documents per second of each way, median over the rounds."""
     write_documents(out / "documents", num_documents)
     speeds: dict[str, list[float]] = {way: [] for way in WAYS}

@@ -10,7 +10,7 @@ import orjson
 import zstandard
 
 CODEBOOK_SIZE = 8192
-_TEXT_SUFFIXES = (".md", ".rst", ".txt", ".py", ".pyi")
+_PROSE = (".md", ".rst", ".txt", "METADATA")
 _CORPUS_CHARS = 200_000_000
 _WRAPPER = {
     "bff_contained_ngram_count_before_dedupe": 20,
@@ -36,8 +36,8 @@ _WRAPPER = {
 
 
 def corpus(num_chars: int) -> str:
-    """Text and sources that the installed packages bring, one file after the other, in a fixed order."""
-    found = sorted(str(path) for path in Path(sysconfig.get_paths()["purelib"]).rglob("*") if path.suffix in _TEXT_SUFFIXES)
+    """Prose that the installed packages bring (READMEs, licences, notes), one file after the other, in a fixed order."""
+    found = sorted(str(path) for path in Path(sysconfig.get_paths()["purelib"]).rglob("*") if path.name.endswith(_PROSE))
     texts: list[str] = []
     held = 0
     for name in np.random.default_rng(0).permutation(found).tolist():

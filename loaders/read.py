@@ -5,13 +5,13 @@ Cost: a request for each block, and one for each shard's index (the last `_INDEX
 
 from __future__ import annotations
 
-import zlib
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 
 from loaders.plan import Block
 from wds_tools.errors import FormatError
 from wds_tools.format import manifest as manifests
+from wds_tools.format.checksum import crc32
 from wds_tools.format.index import ABSENT, SUFFIX, ShardIndex, check_fresh, unpack_index
 from wds_tools.format.manifest import Manifest, unpack_manifest
 from wds_tools.format.schema import Sample
@@ -60,7 +60,7 @@ class BlockReader:
         lengths = index.lengths[block.first : block.last].tolist()
         for row in rows:
             sample = data[starts[row] : starts[row] + sizes[row]]
-            if self._check_crc and zlib.crc32(sample) != index.crc32[block.first + row]:
+            if self._check_crc and crc32(sample) != index.crc32[block.first + row]:
                 raise FormatError(f"{self._store.url}/{shard.name}: the sample at byte {begin + starts[row]} is damaged (CRC-32)")
             members = {
                 suffix: sample[at : at + length]
@@ -76,7 +76,7 @@ class BlockReader:
         row = self._manifest.shards[number]
         name = row.name + SUFFIX
         index = unpack_index(self._store.read(name), f"{self._store.url}/{name}")
-        check_fresh(index, row.bytes, row.sha256, f"{self._store.url}/{name}")
+        check_fresh(index, row.bytes, row.xxh128, f"{self._store.url}/{name}")
         if len(index) != row.samples:
             raise FormatError(f"{self._store.url}/{name}: {len(index)} samples, the manifest says {row.samples}")
         self._indices[number] = index

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import tarfile
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
+import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -52,7 +52,7 @@ def rebuild(archive: bytes) -> ShardIndex:
             len(sample.text) if sample else 0,
             sample.num_codes if sample else 0,
         )
-    return builder.build(len(archive), hashlib.sha256(archive).hexdigest())
+    return builder.build(len(archive), xxhash.xxh3_128_hexdigest(archive))
 
 
 def equal(a: ShardIndex, b: ShardIndex) -> bool:
@@ -175,10 +175,10 @@ def test_a_missing_member_alone_needs_no_offsets() -> None:
 
 def test_a_stale_index_is_refused() -> None:
     archive, index = shard(["one", "two"])
-    check_fresh(index, len(archive), hashlib.sha256(archive).hexdigest(), "shard.tar.idx")
-    for tar_bytes, sha256 in ((len(archive) + 512, index.tar_sha256), (len(archive), "0" * 64)):
+    check_fresh(index, len(archive), xxhash.xxh3_128_hexdigest(archive), "shard.tar.idx")
+    for tar_bytes, xxh128 in ((len(archive) + 512, index.tar_xxh128), (len(archive), "0" * 32)):
         with pytest.raises(FormatError, match=r"shard.tar.idx: the index is stale: .*rebuild it with `wds-tools index`"):
-            check_fresh(index, tar_bytes, sha256, "shard.tar.idx")
+            check_fresh(index, tar_bytes, xxh128, "shard.tar.idx")
 
 
 def test_a_cut_index_is_a_format_error_at_every_byte() -> None:
@@ -242,7 +242,7 @@ IMPOSSIBLE: dict[str, dict[str, Any]] = {
     "tar of True bytes": {"tar_bytes": True},
     "tar of 2**63 bytes": {"tar_bytes": 1 << 63},
     "tar that is too small": {"tar_bytes": GOOD.tar_bytes - 1025},
-    "hash that is a number": {"tar_sha256": 5},
+    "hash that is a number": {"tar_xxh128": 5},
     "too few members": {"members": ("json",)},
     "a member twice": {"members": ("json", "json")},
     "a member that is a number": {"members": ("json", 1)},
@@ -268,10 +268,10 @@ IMPOSSIBLE: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("change", IMPOSSIBLE.values(), ids=IMPOSSIBLE)
 def test_an_impossible_index_is_a_format_error(change: dict[str, Any]) -> None:
     bad = replace(GOOD, **change)
-    head = {"version": 1, "members": list(bad.members), "tar_bytes": bad.tar_bytes, "tar_sha256": bad.tar_sha256}
+    head = {"version": 1, "members": list(bad.members), "tar_bytes": bad.tar_bytes, "tar_xxh128": bad.tar_xxh128}
     names = {"lengths", "crc32", "text_chars", "num_codes"}
     for explicit in ({"start", "size", "offsets"}, set()):
-        if not explicit and not names & set(change) and not {"tar_bytes", "tar_sha256", "members"} & set(change):
+        if not explicit and not names & set(change) and not {"tar_bytes", "tar_xxh128", "members"} & set(change):
             continue
         columns = {name: np.ascontiguousarray(getattr(bad, name)) for name in names | explicit}
         data = safetensors.numpy.save(columns, {"wds_tools_index": json.dumps(head)})

@@ -45,7 +45,7 @@ def keys(dataset: Any) -> list[str]:
 
 
 def row(samples: int, size: int) -> ShardRow:
-    return ShardRow(name="s.tar", samples=samples, bytes=size, sha256="", members=(), data_types={}, text_chars=0, num_codes=0)
+    return ShardRow(name="s.tar", samples=samples, bytes=size, xxh128="", members=(), data_types={}, text_chars=0, num_codes=0)
 
 
 @given(st.lists(st.tuples(st.integers(0, 60), st.integers(1, 100_000)), max_size=8), st.integers(1, 10_000))

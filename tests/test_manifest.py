@@ -20,7 +20,7 @@ def row(number: int, samples: int = 5, **changes: Any) -> ShardRow:
         "name": f"shard-{number:06d}-0000.tar",
         "samples": samples,
         "bytes": 4096 * samples + 1024,
-        "sha256": f"{number:064x}",
+        "xxh128": f"{number:032x}",
         "members": ("json", "vqcode_512.npy"),
         "data_types": {"image_text": samples} if samples else {},
         "text_chars": 100,
@@ -64,7 +64,7 @@ ROWS = st.builds(
     st.integers(0, 10**9),
     members=st.lists(NAMES, max_size=3).map(tuple),
     text_chars=st.integers(0, (1 << 53) - 1),
-    sha256=st.text("0123456789abcdef", min_size=64, max_size=64),
+    xxh128=st.text("0123456789abcdef", min_size=32, max_size=32),
 )
 
 
@@ -91,7 +91,7 @@ def test_a_shard_of_unknown_data_types_is_accepted() -> None:
 
 
 def test_the_fingerprint_is_pinned() -> None:
-    assert MANIFEST.fingerprint() == "sha256:2ecac3760369b005271e0a7d82ff8474beb3344abfcdfdeb6618e8782bba7d6f"
+    assert MANIFEST.fingerprint() == "sha256:b2098b2187180c70c80c05ffcd277673259620aaf990d7ecf049162ab04a799a"
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_the_fingerprint_ignores_provenance(change: dict[str, Any]) -> None:
         {"shards": MANIFEST.shards[:1]},
         {"shards": (row(0, name="other.tar"), MANIFEST.shards[1])},
         {"shards": (row(0, samples=6), MANIFEST.shards[1])},
-        {"shards": (row(0, sha256="f" * 64), MANIFEST.shards[1])},
+        {"shards": (row(0, xxh128="f" * 32), MANIFEST.shards[1])},
         {"schema_version": 2},
     ],
     ids=["order", "number", "name", "samples", "hash", "schema"],
@@ -150,7 +150,7 @@ def test_a_stated_total_that_is_not_the_sum_is_refused(key: str, value: Any) -> 
         lambda record: record["shards"].pop(),
         lambda record: record["shards"].reverse(),
         lambda record: record["shards"][0].update(name="other.tar"),
-        lambda record: record["shards"][0].update(sha256="f" * 64),
+        lambda record: record["shards"][0].update(xxh128="f" * 32),
         lambda record: record["shards"][0].update(samples=6, data_types={"image_text": 6}),
         lambda record: record["shards"][0].update(bytes=5),
     ],
@@ -275,10 +275,10 @@ HOSTILE: dict[str, Callable[[Any], Any]] = {
     "data types are strings": lambda record: record["shards"][0].update(data_types={"image_text": "5"}),
     "data types below zero": lambda record: record["shards"][0].update(data_types={"a": 6, "b": -1}),
     "data types that do not add up": lambda record: record["shards"][0].update(data_types={"image_text": 4}),
-    "a hash that is short": lambda record: record["shards"][0].update(sha256="0" * 63),
-    "a hash in capitals": lambda record: record["shards"][0].update(sha256="A" * 64),
-    "a hash with a line end": lambda record: record["shards"][0].update(sha256="0" * 64 + "\n"),
-    "a hash that is a number": lambda record: record["shards"][0].update(sha256=0),
+    "a hash that is short": lambda record: record["shards"][0].update(xxh128="0" * 31),
+    "a hash in capitals": lambda record: record["shards"][0].update(xxh128="A" * 32),
+    "a hash with a line end": lambda record: record["shards"][0].update(xxh128="0" * 32 + "\n"),
+    "a hash that is a number": lambda record: record["shards"][0].update(xxh128=0),
     "inputs below zero": lambda record: record.update(inputs=-1),
     "inputs is a string": lambda record: record.update(inputs="11"),
     "inputs is null": lambda record: record.update(inputs=None),
@@ -302,7 +302,7 @@ def test_values_of_a_wrong_kind_are_a_format_error(change: Callable[[Any], Any])
 
 @given(
     st.lists(st.sampled_from(["shards", "inputs", "rejects", "codes", "source", "samples", "bytes", "fingerprint"]), max_size=2),
-    st.lists(st.sampled_from(["name", "samples", "bytes", "sha256", "members", "data_types", "text_chars"]), max_size=2),
+    st.lists(st.sampled_from(["name", "samples", "bytes", "xxh128", "members", "data_types", "text_chars"]), max_size=2),
     st.recursive(
         st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=4),
         lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),

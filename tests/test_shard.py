@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -160,7 +161,7 @@ def test_a_shard_knows_its_size_hash_and_contents() -> None:
     assert end == END
     assert archive == build(batch)
     assert (row.name, row.samples, row.bytes) == ("shard-000000-0000.tar", 3, len(archive))
-    assert row.sha256 == index.tar_sha256 == hashlib.sha256(archive).hexdigest()
+    assert row.xxh128 == index.tar_xxh128 == xxhash.xxh3_128_hexdigest(archive)
     assert row.data_types == {"image_text": 3}
     assert row.members == ("json", "vqcode_512.npy")
     assert (row.text_chars, row.num_codes) == (sum(len(sample.text) for sample in batch), 3 * 1024)

@@ -112,7 +112,7 @@ DAMAGE: Mapping[str, tuple[Callable[[Path], object], str]] = {
     "missing rejects": (lambda f: shutil.rmtree(f / "rejects"), "rejects/ lists {}"),
     "a reject too few": (lambda f: cut_rejects(f), "rejects/ lists {'bad_json': 1}"),
     "broken rejects": (lambda f: (f / "rejects/task-000000.jsonl").write_text("["), "rejects/task-000000.jsonl: not a list"),
-    "a wrong sha256": (lambda f: change_manifest(f, change_row(sha256="0" * 64)), f"{SHARD}: sha256 is"),
+    "a wrong hash": (lambda f: change_manifest(f, change_row(xxh128="0" * 32)), f"{SHARD}: xxh128 is"),
     "a wrong size": (lambda f: change_manifest(f, change_row(bytes=5)), f"{SHARD}: bytes is"),
     "a wrong number of samples": (
         lambda f: change_manifest(f, change_row(samples=3, data_types={"image_text": 3})),

@@ -1,6 +1,6 @@
 """Check that a data set is exactly what its manifest says.
 
-Every shard is read once, whole: size, SHA-256, tar structure, index against tar, every sample against the schema, codes
+Every shard is read once, whole: size, XXH3-128, tar structure, index against tar, every sample against the schema, codes
 against their codebook, counts. Then what needs the whole set: unique keys, files nobody mentions, rejects on disk.
 Cost: one pass over the bytes; memory is one shard a process, and 8 bytes a sample.
 """
@@ -8,7 +8,6 @@ Cost: one pass over the bytes; memory is one shard a process, and 8 bytes a samp
 from __future__ import annotations
 
 import hashlib
-import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from wds_tools.dataset.read import read_manifest
 from wds_tools.dataset.write import REJECTS
 from wds_tools.errors import DataError, NotFound, UsageError
 from wds_tools.format import manifest as manifests
+from wds_tools.format.checksum import content_hash, crc32
 from wds_tools.format.index import SUFFIX, IndexBuilder, check_fresh, pack_index, unpack_index
 from wds_tools.format.manifest import Manifest, ShardRow
 from wds_tools.format.schema import Sample, validate
@@ -104,7 +104,7 @@ class _CheckShard:
 
     def _check(self, store: Store, row: ShardRow, report: _ShardReport, progress: Report) -> None:
         tar = memoryview(store.read(row.name))
-        sha256 = hashlib.sha256(tar).hexdigest()
+        xxh128 = content_hash(tar).hexdigest()
         builder = IndexBuilder()
         data_types: Counter[str] = Counter()
         hashes: list[int] = []
@@ -115,7 +115,7 @@ class _CheckShard:
             text_chars, num_codes = (len(sample.text), sample.num_codes) if sample else (0, 0)
             members = [(suffix, member.offset - stored.start, len(member.payload)) for suffix, member in stored.members.items()]
             span = tar[stored.start : stored.end]
-            builder.add(stored.start, len(span), members, zlib.crc32(span), text_chars, num_codes)
+            builder.add(stored.start, len(span), members, crc32(span), text_chars, num_codes)
             if sample:
                 data_types[sample.data_type] += 1
             chars, codes = chars + text_chars, codes + num_codes
@@ -124,8 +124,8 @@ class _CheckShard:
             report.last_key = stored.key
             hashes.append(int.from_bytes(hashlib.blake2b(stored.key.encode(), digest_size=8).digest(), "little"))
             progress(1, 1, 0)
-        rebuilt = builder.build(len(tar), sha256)
-        found: dict[str, Any] = {"bytes": len(tar), "sha256": sha256, "samples": len(hashes), "members": rebuilt.members}
+        rebuilt = builder.build(len(tar), xxh128)
+        found: dict[str, Any] = {"bytes": len(tar), "xxh128": xxh128, "samples": len(hashes), "members": rebuilt.members}
         if not num_unreadable:
             found |= {"text_chars": chars, "num_codes": codes, "data_types": dict(sorted(data_types.items()))}
         for name, value in found.items():
@@ -134,7 +134,7 @@ class _CheckShard:
         report.key_hashes = np.array(hashes, np.uint64)
         index_name = row.name + SUFFIX
         index = unpack_index(store.read(index_name), index_name)
-        check_fresh(index, len(tar), sha256, index_name)
+        check_fresh(index, len(tar), xxh128, index_name)
         if not num_unreadable and pack_index(index) != pack_index(rebuilt):
             report.problems.append(f"{index_name}: differs from an index rebuilt from the tar: rebuild it with `wds-tools index`")
 

@@ -5,11 +5,9 @@ Every shard is first checked against the manifest, so a rebuilt index never bles
 
 from __future__ import annotations
 
-import hashlib
-import zlib
-
 from wds_tools.dataset.read import read_manifest
 from wds_tools.errors import FormatError
+from wds_tools.format.checksum import content_hash, crc32
 from wds_tools.format.index import SUFFIX, IndexBuilder, ShardIndex, pack_index
 from wds_tools.format.shard import read_samples, sample_from_members
 from wds_tools.storage import Store
@@ -27,11 +25,11 @@ def rebuild_indices(store: Store) -> int:
     manifest = read_manifest(store)
     for row in manifest.shards:
         tar = memoryview(store.read(row.name))
-        sha256 = hashlib.sha256(tar).hexdigest()
-        if (len(tar), sha256) != (row.bytes, row.sha256):
+        xxh128 = content_hash(tar).hexdigest()
+        if (len(tar), xxh128) != (row.bytes, row.xxh128):
             raise FormatError(
-                f"{store.url}/{row.name}: {len(tar)} bytes, sha256 {sha256[:12]}; the manifest says "
-                f"{row.bytes} bytes, sha256 {row.sha256[:12]}: the shard was changed or damaged"
+                f"{store.url}/{row.name}: {len(tar)} bytes, xxh128 {xxh128[:12]}; the manifest says "
+                f"{row.bytes} bytes, xxh128 {row.xxh128[:12]}: the shard was changed or damaged"
             )
         store.put(row.name + SUFFIX, pack_index(index_of(tar, row.name)))
     return len(manifest.shards)
@@ -48,5 +46,5 @@ def index_of(tar: memoryview, name: str) -> ShardIndex:
         sample = sample_from_members(stored.key, {suffix: member.payload for suffix, member in stored.members.items()})
         members = [(suffix, member.offset - stored.start, len(member.payload)) for suffix, member in stored.members.items()]
         span = tar[stored.start : stored.end]
-        builder.add(stored.start, len(span), members, zlib.crc32(span), len(sample.text), sample.num_codes)
-    return builder.build(len(tar), hashlib.sha256(tar).hexdigest())
+        builder.add(stored.start, len(span), members, crc32(span), len(sample.text), sample.num_codes)
+    return builder.build(len(tar), content_hash(tar).hexdigest())

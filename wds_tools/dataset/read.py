@@ -1,17 +1,17 @@
 """Read a data set: manifest -> shards -> samples, in order, streaming.
 
-Invariant: a shard that is not byte for byte what the manifest says (size, SHA-256, number of samples) is refused, at the
+Invariant: a shard that is not byte for byte what the manifest says (size, XXH3-128, number of samples) is refused, at the
 latest when its last byte was read. Memory is one read buffer plus one sample.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from typing import BinaryIO
 
 from wds_tools.errors import FormatError, NotFound
 from wds_tools.format import manifest as manifests
+from wds_tools.format.checksum import content_hash
 from wds_tools.format.index import SUFFIX, ShardIndex, check_fresh, unpack_index
 from wds_tools.format.manifest import Manifest, ShardRow, unpack_manifest
 from wds_tools.format.schema import Sample
@@ -48,7 +48,7 @@ def read_index(store: Store, row: ShardRow) -> ShardIndex:
     """
     name = row.name + SUFFIX
     index = unpack_index(store.read(name), f"{store.url}/{name}")
-    check_fresh(index, row.bytes, row.sha256, f"{store.url}/{name}")
+    check_fresh(index, row.bytes, row.xxh128, f"{store.url}/{name}")
     if len(index) != row.samples:
         raise FormatError(f"{store.url}/{name}: {len(index)} samples, the manifest says {row.samples}")
     return index
@@ -84,15 +84,15 @@ def read_stored(store: Store, row: ShardRow) -> Iterator[StoredSample]:
 
 def _members(stream: BinaryIO, row: ShardRow, name: str) -> Iterator[Member]:
     reader = TarReader(name, max_member_bytes=row.bytes)
-    digest = hashlib.sha256()
+    digest = content_hash()
     size = 0
     while data := stream.read(_READ_BYTES):
         digest.update(data)
         size += len(data)
         yield from reader.feed(data)
     reader.close()
-    if (size, digest.hexdigest()) != (row.bytes, row.sha256):
+    if (size, digest.hexdigest()) != (row.bytes, row.xxh128):
         raise FormatError(
-            f"{name}: {size} bytes, sha256 {digest.hexdigest()[:12]}; the manifest says {row.bytes} bytes, sha256 "
-            f"{row.sha256[:12]}: the shard was changed or damaged"
+            f"{name}: {size} bytes, xxh128 {digest.hexdigest()[:12]}; the manifest says {row.bytes} bytes, xxh128 "
+            f"{row.xxh128[:12]}: the shard was changed or damaged"
         )

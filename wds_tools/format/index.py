@@ -1,7 +1,7 @@
 """The index of one shard: where each sample lies and what it holds, as columns.
 
 On disk (`SHARD.tar.idx`) it is a safetensors file, readable without this project: a JSON head and raw little-endian arrays, so
-it decodes in well under a millisecond for 10,000 samples and can be memory-mapped. It carries the tar's size and SHA-256; a
+it decodes in well under a millisecond for 10,000 samples and can be memory-mapped. It carries the tar's size and XXH3-128; a
 reader refuses an index that was made for other bytes.
 
     start      (N,)   offset of the sample's first header block
@@ -18,7 +18,6 @@ reader refuses an index that was made for other bytes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -49,7 +48,7 @@ class ShardIndex:
     text_chars: _Array
     num_codes: _Array
     tar_bytes: int
-    tar_sha256: str
+    tar_xxh128: str
 
     def __len__(self) -> int:
         return len(self.crc32)
@@ -60,7 +59,8 @@ class IndexBuilder:
 
     def __init__(self) -> None:
         self._rows: list[tuple[int, int, int, int, int]] = []
-        self._members: list[list[tuple[str, int, int]]] = []
+        self._members: list[tuple[str, int, int]] = []
+        self._counts: list[int] = []
 
     def add(
         self, start: int, size: int, members: list[tuple[str, int, int]], crc32: int, text_chars: int, num_codes: int
@@ -74,15 +74,16 @@ class IndexBuilder:
             text_chars, num_codes: see the module.
         """
         self._rows.append((start, size, crc32, text_chars, num_codes))
-        self._members.append(members)
+        self._members += members
+        self._counts.append(len(members))
 
-    def build(self, tar_bytes: int, tar_sha256: str) -> ShardIndex:
+    def build(self, tar_bytes: int, tar_xxh128: str) -> ShardIndex:
         """The finished index of a tar of this size and hash."""
         rows = np.array(self._rows, dtype=np.uint64).reshape(-1, 5)
-        flat = list(chain.from_iterable(self._members))
+        flat = self._members
         columns = {suffix: column for column, suffix in enumerate(dict.fromkeys(suffix for suffix, _, _ in flat))}
         place = (
-            np.repeat(np.arange(len(rows)), [len(members) for members in self._members]),
+            np.repeat(np.arange(len(rows)), self._counts),
             [columns[member[0]] for member in flat],
         )
         lengths = np.full((len(rows), len(columns)), ABSENT, dtype=np.uint64)
@@ -99,7 +100,7 @@ class IndexBuilder:
             text_chars=_narrow(rows[:, 3]),
             num_codes=_narrow(rows[:, 4]),
             tar_bytes=tar_bytes,
-            tar_sha256=tar_sha256,
+            tar_xxh128=tar_xxh128,
         )
 
 
@@ -112,7 +113,7 @@ def pack_index(index: ShardIndex) -> bytes:
         "version": INDEX_VERSION,
         "members": list(index.members),
         "tar_bytes": index.tar_bytes,
-        "tar_sha256": index.tar_sha256,
+        "tar_xxh128": index.tar_xxh128,
     }
     # One metadata key: safetensors does not promise an order between several.
     contiguous = {name: np.ascontiguousarray(column) for name, column in columns.items()}
@@ -141,7 +142,7 @@ def unpack_index(data: bytes, name: str = "index") -> ShardIndex:
         index = ShardIndex(
             members=tuple(head["members"]),
             tar_bytes=head["tar_bytes"],
-            tar_sha256=head["tar_sha256"],
+            tar_xxh128=head["tar_xxh128"],
             **{field: columns[field] for field in ("start", "size", "lengths", "offsets", "crc32", "text_chars", "num_codes")},
         )
         problem = _problem(index)
@@ -154,20 +155,20 @@ def unpack_index(data: bytes, name: str = "index") -> ShardIndex:
     return index
 
 
-def check_fresh(index: ShardIndex, tar_bytes: int, tar_sha256: str, name: str) -> None:
+def check_fresh(index: ShardIndex, tar_bytes: int, tar_xxh128: str, name: str) -> None:
     """Raise FormatError unless the index was made for a tar of this size and hash."""
-    if (index.tar_bytes, index.tar_sha256) != (tar_bytes, tar_sha256):
+    if (index.tar_bytes, index.tar_xxh128) != (tar_bytes, tar_xxh128):
         raise FormatError(
-            f"{name}: the index is stale: made for {index.tar_bytes} bytes, sha256 {index.tar_sha256[:12]}; "
-            f"the shard has {tar_bytes} bytes, sha256 {tar_sha256[:12]}: rebuild it with `wds-tools index`"
+            f"{name}: the index is stale: made for {index.tar_bytes} bytes, xxh128 {index.tar_xxh128[:12]}; "
+            f"the shard has {tar_bytes} bytes, xxh128 {tar_xxh128[:12]}: rebuild it with `wds-tools index`"
         )
 
 
 def _problem(index: ShardIndex) -> str | None:
     """What is impossible about an index, or None. Differences are taken of what was compared: nothing wraps around."""
     members, tar_bytes, lengths = index.members, index.tar_bytes, index.lengths
-    if type(tar_bytes) is not int or not 0 <= tar_bytes < 1 << 63 or type(index.tar_sha256) is not str:
-        return f"its tar has the size {tar_bytes!r} and the hash {index.tar_sha256!r}"
+    if type(tar_bytes) is not int or not 0 <= tar_bytes < 1 << 63 or type(index.tar_xxh128) is not str:
+        return f"its tar has the size {tar_bytes!r} and the hash {index.tar_xxh128!r}"
     if not all(type(member) is str for member in members) or len(set(members)) < len(members):
         return f"its members are {members!r}: expected different names"
     num_samples = len(index)

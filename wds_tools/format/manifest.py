@@ -22,7 +22,7 @@ from wds_tools.format.schema import SCHEMA_VERSION
 
 NAME = "manifest.json"
 FORMAT = "wds-tools"
-_SHA256 = re.compile("[0-9a-f]{64}")
+_XXH128 = re.compile("[0-9a-f]{32}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,8 +34,8 @@ class ShardRow:
     samples: int
     bytes: int
     """Size of the tar."""
-    sha256: str
-    """Of the tar's bytes, as `sha256sum` prints it."""
+    xxh128: str
+    """XXH3-128 of the tar's bytes, as `xxh128sum` prints it."""
     members: tuple[str, ...]
     """Suffixes that its samples have, in file order."""
     data_types: Mapping[str, int]
@@ -81,7 +81,7 @@ class Manifest:
         """ "sha256:<hex>" over what training depends on."""
         digest = hashlib.sha256(f"{FORMAT} {self.schema_version}\n".encode())
         for row in self.shards:
-            digest.update(f"{row.name} {row.samples} {row.sha256}\n".encode())
+            digest.update(f"{row.name} {row.samples} {row.xxh128}\n".encode())
         return f"sha256:{digest.hexdigest()}"
 
 
@@ -185,8 +185,8 @@ def _check_row(row: ShardRow, name: str) -> None:
     for what in ("samples", "bytes", "text_chars", "num_codes"):
         if not _is_count(getattr(row, what)):
             raise FormatError(f"{where}: {what}={getattr(row, what)!r} is not a number of {what}")
-    if not isinstance(row.sha256, str) or not _SHA256.fullmatch(row.sha256):
-        raise FormatError(f"{where}: sha256={row.sha256!r}, expected 64 hexadecimal digits")
+    if not isinstance(row.xxh128, str) or not _XXH128.fullmatch(row.xxh128):
+        raise FormatError(f"{where}: xxh128={row.xxh128!r}, expected 32 hexadecimal digits")
     if not all(isinstance(member, str) for member in row.members):
         raise FormatError(f"{where}: members={row.members!r}, expected names")
     if not _is_tally(row.data_types) or (row.data_types and sum(row.data_types.values()) != row.samples):

@@ -107,10 +107,10 @@ def validate(sample: Sample) -> None:
         raise FormatError(f"{sample.key}: data_type={sample.data_type!r} is not one of {', '.join(DATA_TYPES)}")
     if not isinstance(sample.text, str):
         raise FormatError(f"{sample.key}: text is a {type(sample.text).__name__}, expected a string")
-    for name, pixels in (("width", sample.width), ("height", sample.height)):
+    for pixels in (sample.width, sample.height):
         if pixels is not None and (type(pixels) is not int or pixels <= 0):
-            raise FormatError(f"{sample.key}: {name}={pixels!r} is not a positive number of pixels")
-    for column, grid_hw in sample.codes.items():
+            raise FormatError(f"{sample.key}: width={sample.width!r}, height={sample.height!r}: not a positive number of pixels")
+    for column, grid_hw in sample.codes.items() if sample.codes else ():
         if not column.startswith("vqcode_") or len(column) > MAX_COLUMN_BYTES or not _KEY_ALPHABET.issuperset(column):
             raise FormatError(
                 f"{sample.key}: code column {column[:80]!r}: expected 'vqcode_' and letters, digits, '_' or '-', "

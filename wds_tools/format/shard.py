@@ -7,16 +7,14 @@ manifest row. A sample's members lie side by side, json first:
 
 Reading: `group_samples` turns members into (key, members), `sample_from_members` turns those into a Sample.
 Nothing is ever unpickled: npy members are parsed here and object arrays are refused.
-Cost: one CRC-32 and one SHA-256 over the bytes; memory is one sample and the index's columns.
+Cost: one CRC-32 and one XXH3-128 over the bytes; memory is one sample and the index's columns.
 """
 
 from __future__ import annotations
 
-import hashlib
 import io
 import math
 import re
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
@@ -27,6 +25,7 @@ import orjson
 from numpy.typing import NDArray
 
 from wds_tools.errors import FormatError
+from wds_tools.format.checksum import content_hash, crc32
 from wds_tools.format.index import IndexBuilder, ShardIndex
 from wds_tools.format.manifest import ShardRow
 from wds_tools.format.schema import IMAGE_EXTENSIONS, JSON_FIELDS, Sample, validate
@@ -130,7 +129,7 @@ class ShardBuilder:
     """Turns samples into the bytes of one tar, its index and its manifest row."""
 
     def __init__(self) -> None:
-        self._hash = hashlib.sha256()
+        self._hash = content_hash()
         self._index = IndexBuilder()
         self._data_types: Counter[str] = Counter()
         self.num_samples = 0
@@ -158,7 +157,7 @@ class ShardBuilder:
             at += BLOCK + length + len(pad)
         data = b"".join(parts)
         self._hash.update(data)
-        self._index.add(self.num_bytes, at, members, zlib.crc32(data), len(sample.text), sample.num_codes)
+        self._index.add(self.num_bytes, at, members, crc32(data), len(sample.text), sample.num_codes)
         self._data_types[sample.data_type] += 1
         self.num_samples += 1
         self.num_bytes += at
@@ -167,14 +166,14 @@ class ShardBuilder:
     def finish(self, name: str) -> tuple[bytes, ShardIndex, ShardRow]:
         """The end marker to be written last, the index, and the row for the manifest, under this name."""
         self._hash.update(END)
-        sha256 = self._hash.hexdigest()
+        xxh128 = self._hash.hexdigest()
         tar_bytes = self.num_bytes + len(END)
-        index = self._index.build(tar_bytes, sha256)
+        index = self._index.build(tar_bytes, xxh128)
         row = ShardRow(
             name=name,
             samples=self.num_samples,
             bytes=tar_bytes,
-            sha256=sha256,
+            xxh128=xxh128,
             members=index.members,
             data_types=dict(sorted(self._data_types.items())),
             text_chars=int(index.text_chars.sum(dtype="u8")),
