@@ -460,6 +460,14 @@ def test_a_relative_root_stays_put_when_the_folder_changes(tmp_path: Path, monke
     assert (tmp_path / "set" / "a").exists()
 
 
+def test_a_folder_or_a_fifo_is_no_file_and_nobody_waits_for_it(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "fifo")
+    for name in ("folder", "fifo"):
+        with pytest.raises(NotFound, match="not a file"):
+            open_store(str(tmp_path)).open(name)
+
+
 def test_a_file_in_the_way_of_a_folder_is_an_error(tmp_path: Path) -> None:
     store = open_store(str(tmp_path))
     store.put("a", b"1")

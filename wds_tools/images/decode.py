@@ -11,6 +11,7 @@ it, to 4 GiB by default.
 """
 
 import io
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
@@ -26,6 +27,9 @@ try:
     from PIL import Image, ImageFile, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin  # noqa: F401
 except ImportError as error:
     raise MissingPackage("reading images needs Pillow: pip install 'wds-tools[convert]'") from error
+
+# Pillow logs some damage as an error, which Python prints where nobody has set up logging; the Reject says it already.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 REASONS: Final = (
     "empty_image",  # zero bytes

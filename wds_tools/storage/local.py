@@ -15,6 +15,7 @@ import errno
 import io
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -112,9 +113,11 @@ class LocalStore:
     def open(self, name: str) -> io.BufferedReader:
         path = self._existing(name)
         try:
-            return io.BufferedReader(_File(path, self._show(name)), BUFFER_BYTES)
+            if stat.S_ISREG(os.stat(path).st_mode):  # opening a FIFO would wait for somebody to write to it
+                return io.BufferedReader(_File(path, self._show(name)), BUFFER_BYTES)
         except OSError as error:
             raise translate(error, "read", self._show(name)) from error
+        raise NotFound(f"{self._show(name)}: can't read, this is a folder or a device, not a file")
 
     def put(self, name: str, data: Buffer) -> None:
         with self.write(name) as writer:
