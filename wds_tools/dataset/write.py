@@ -16,7 +16,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ import orjson
 
 from wds_tools.errors import FormatError, NotFound, Reject, UsageError
 from wds_tools.format import manifest as manifests
-from wds_tools.format.index import SUFFIX, pack_index
+from wds_tools.format.index import SUFFIX, ShardIndex, pack_index
 from wds_tools.format.manifest import Manifest, ShardRow, pack_manifest, row_from_json
 from wds_tools.format.schema import Sample
 from wds_tools.format.shard import ShardBuilder
@@ -67,6 +67,8 @@ class TaskResult:
 class TaskWriter:
     """Writes the shards and rejects of one task. Use as a context manager; `finish` publishes, an exception discards.
 
+    A full shard is published (flushed to the disk, or its upload completed) in a thread while the next one fills.
+
     Args:
         store: the data set.
         task: its number in the plan.
@@ -79,6 +81,8 @@ class TaskWriter:
         self._limits = limits
         self._builder: ShardBuilder | None = None
         self._writer: Writer | None = None
+        self._publisher = ThreadPoolExecutor(1)
+        self._publishing: Future[None] | None = None
         self._shards: list[ShardRow] = []
         self._reject_lines: list[bytes] = []
         self._rejects: Counter[str] = Counter()
@@ -89,6 +93,7 @@ class TaskWriter:
         return self
 
     def __exit__(self, *failure: object) -> None:
+        self._publisher.shutdown()
         if self._writer is not None:
             self._writer.abort()
             self._writer = None
@@ -131,6 +136,7 @@ class TaskWriter:
                 "came out: this is a bug of the converter"
             )
         self._close_shard()
+        self._wait_for_publication()
         if self._reject_lines:
             self._store.put(f"{REJECTS}task-{self.task:06d}.jsonl", b"\n".join(self._reject_lines) + b"\n")
         result = TaskResult(
@@ -148,10 +154,19 @@ class TaskWriter:
         name = self._next_name()
         data, index, row = self._builder.finish(name)
         self._writer.write(data)
-        self._writer.close()
+        self._wait_for_publication()
+        self._publishing = self._publisher.submit(self._publish, self._writer, index, name + SUFFIX)
         self._builder = self._writer = None
-        self._store.put(name + SUFFIX, pack_index(index))
         self._shards.append(row)
+
+    def _publish(self, writer: Writer, index: ShardIndex, index_name: str) -> None:
+        writer.close()
+        self._store.put(index_name, pack_index(index))
+
+    def _wait_for_publication(self) -> None:
+        if self._publishing is not None:
+            self._publishing.result()
+            self._publishing = None
 
 
 def begin(store: Store, plan: Mapping[str, Any], *, resume: bool, overwrite: bool) -> Manifest | None:

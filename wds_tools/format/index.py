@@ -17,6 +17,7 @@ reader refuses an index that was made for other bytes.
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,12 +56,13 @@ class ShardIndex:
 
 
 class IndexBuilder:
-    """Collects samples in the order in which they lie in the tar."""
+    """Collects samples in the order in which they lie in the tar. Keeps 40 bytes a sample and 16 a member: no objects."""
 
     def __init__(self) -> None:
-        self._rows: list[tuple[int, int, int, int, int]] = []
-        self._members: list[tuple[str, int, int]] = []
-        self._counts: list[int] = []
+        self._columns: dict[str, int] = {}
+        self._rows = array("Q")
+        self._members = array("Q")
+        self._places = array("L")
 
     def add(
         self, start: int, size: int, members: list[tuple[str, int, int]], crc32: int, text_chars: int, num_codes: int
@@ -73,23 +75,22 @@ class IndexBuilder:
             crc32: of that byte range.
             text_chars, num_codes: see the module.
         """
-        self._rows.append((start, size, crc32, text_chars, num_codes))
-        self._members += members
-        self._counts.append(len(members))
+        row = len(self._rows) // 5
+        self._rows.extend((start, size, crc32, text_chars, num_codes))
+        columns = self._columns
+        for suffix, offset, length in members:
+            self._places.extend((row, columns.setdefault(suffix, len(columns))))
+            self._members.extend((offset, length))
 
     def build(self, tar_bytes: int, tar_xxh128: str) -> ShardIndex:
         """The finished index of a tar of this size and hash."""
-        rows = np.array(self._rows, dtype=np.uint64).reshape(-1, 5)
-        flat = self._members
-        columns = {suffix: column for column, suffix in enumerate(dict.fromkeys(suffix for suffix, _, _ in flat))}
-        place = (
-            np.repeat(np.arange(len(rows)), self._counts),
-            [columns[member[0]] for member in flat],
-        )
-        lengths = np.full((len(rows), len(columns)), ABSENT, dtype=np.uint64)
-        lengths[place] = [length for _, _, length in flat]
+        rows = np.array(self._rows, np.uint64).reshape(-1, 5)
+        members = np.array(self._members, np.uint64).reshape(-1, 2)
+        row, column = np.array(self._places, np.int64).reshape(-1, 2).T
+        lengths = np.full((len(rows), len(self._columns)), ABSENT, dtype=np.uint64)
         offsets = np.zeros_like(lengths)
-        offsets[place] = [at for _, at, _ in flat]
+        offsets[row, column], lengths[row, column] = members.T
+        columns = self._columns
         return ShardIndex(
             members=tuple(columns),
             start=_narrow(rows[:, 0]),
