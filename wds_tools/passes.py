@@ -12,9 +12,9 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import orjson
 
@@ -24,6 +24,8 @@ from wds_tools.format.manifest import Manifest
 from wds_tools.run.local import Report, run_tasks
 from wds_tools.run.progress import Progress
 from wds_tools.storage import join, open_store
+
+Item = TypeVar("Item")
 
 FILTER_REASONS = frozenset({"aspect_ratio"})
 """Rejects that the user's own settings ask for: counted and written down, but no fault, so not held against `max_rejects`."""
@@ -171,6 +173,20 @@ def run_pass(plan: Plan, work: Work, options: PassOptions) -> Manifest:
     budget.check(rejects, inputs, final=True, where=store.url)
     source = {"plan": fixed, "python": sys.version.split()[0], **plan.source}
     return finish(store, len(plan.tasks), codes=plan.codes, source=source)
+
+
+def group_to_limit(items: Sequence[Item], size: Callable[[Item], int], limit: int) -> Iterator[list[Item]]:
+    """Cut items into runs whose sizes add up to `limit` at most; a larger item is a run of its own."""
+    group: list[Item] = []
+    held = 0
+    for item in items:
+        if group and held + size(item) > limit:
+            yield group
+            group, held = [], 0
+        group.append(item)
+        held += size(item)
+    if group:
+        yield group
 
 
 def _share(plan: Plan, todo: Sequence[Any]) -> int:

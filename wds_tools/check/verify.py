@@ -113,9 +113,8 @@ class _CheckShard:
             sample = self._check_sample(row, stored, report)
             num_unreadable += sample is None
             text_chars, num_codes = (len(sample.text), sample.num_codes) if sample else (0, 0)
-            members = [(suffix, member.offset - stored.start, len(member.payload)) for suffix, member in stored.members.items()]
             span = tar[stored.start : stored.end]
-            builder.add(stored.start, len(span), members, crc32(span), text_chars, num_codes)
+            builder.add(stored.start, len(span), stored.layout, crc32(span), text_chars, num_codes)
             if sample:
                 data_types[sample.data_type] += 1
             chars, codes = chars + text_chars, codes + num_codes
@@ -142,7 +141,7 @@ class _CheckShard:
         """The sample, with its faults reported; None if it breaks the schema."""
         valid = None
         try:
-            sample = sample_from_members(stored.key, {suffix: member.payload for suffix, member in stored.members.items()})
+            sample = sample_from_members(stored.key, stored.payloads)
             validate(sample)
             valid = sample
             for column, grid_hw in sample.codes.items():

@@ -10,15 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-from wds_tools.convert.lines import InputFile, Line, expand_inputs, number_lines, parse_record, required_text
+from wds_tools.convert.lines import Line, check_kept_fields, expand_inputs, kept_fields, number_lines, parse_record, required_text
 from wds_tools.convert.zstd import decompress
 from wds_tools.dataset.write import TaskWriter
 from wds_tools.errors import FormatError, Reject, UsageError
 from wds_tools.format.manifest import Manifest
-from wds_tools.format.schema import RESERVED_FIELDS, Sample
-from wds_tools.passes import PassOptions, Plan, run_pass
+from wds_tools.format.schema import Sample
+from wds_tools.passes import PassOptions, Plan, group_to_limit, run_pass
 from wds_tools.storage import open_store, split_url
 
 
@@ -46,33 +46,11 @@ def convert_dclm(config: DclmConfig) -> Manifest:
     plan = Plan(
         command="convert dclm",
         settings={"keep": config.keep},
-        tasks=[list(map(tuple, group)) for group in _group(files, config.task_bytes)],
+        tasks=[list(map(tuple, group)) for group in group_to_limit(files, lambda file: file.size, config.task_bytes)],
         total=sum(file.size for file in files),
         source={"inputs": [{"url": file.url, "bytes": file.size} for file in files]},
     )
     return run_pass(plan, _ConvertFiles(config.keep), config)
-
-
-def check_kept_fields(keep: Sequence[str]) -> None:
-    """Raise UsageError if a field can't be kept under its own name."""
-    if taken := RESERVED_FIELDS.intersection(keep):
-        raise UsageError(f"--keep {', '.join(sorted(taken))}: these names are the schema's own, or not safe for readers")
-
-
-def kept_fields(record: dict[str, Any], keep: Sequence[str]) -> dict[str, Any]:
-    """The fields of a record that are kept."""
-    return {name: record[name] for name in keep if name in record}
-
-
-def _group(files: Sequence[InputFile], max_bytes: int) -> Iterator[list[InputFile]]:
-    group: list[InputFile] = []
-    for file in files:
-        if group and sum(member.size for member in group) + file.size > max_bytes:
-            yield group
-            group = []
-        group.append(file)
-    if group:
-        yield group
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,21 @@ from dataclasses import asdict, dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from wds_tools.convert.lines import Line, LineRange, expand_inputs, parse_record, plan_lines, read_lines, required_text
+from wds_tools.convert.lines import (
+    Line,
+    LineRange,
+    check_kept_fields,
+    expand_inputs,
+    kept_fields,
+    parse_record,
+    plan_lines,
+    read_lines,
+    required_text,
+)
 from wds_tools.dataset.write import TaskWriter
 from wds_tools.errors import FormatError, NotFound, Reject, StorageError, UsageError
 from wds_tools.format.manifest import Manifest
-from wds_tools.format.schema import RESERVED_FIELDS, Sample
+from wds_tools.format.schema import Sample
 from wds_tools.images import ImageLimits, Mode, crop_for, probe
 from wds_tools.passes import PassOptions, Plan, run_pass
 from wds_tools.storage import Store, open_store, split_url
@@ -60,8 +70,7 @@ class ImagePairsConfig(PassOptions):
         super().__post_init__()
         if self.task_lines < 1:
             raise UsageError(f"--task-lines {self.task_lines}: at least 1")
-        if taken := RESERVED_FIELDS.intersection(self.keep):
-            raise UsageError(f"--keep {', '.join(sorted(taken))}: these names are the schema's own, or not safe for readers")
+        check_kept_fields(self.keep)
 
     @property
     def limits(self) -> ImageLimits:
@@ -119,7 +128,7 @@ class _ConvertLines:
                     text=fetched.text,
                     image=fetched.image,
                     image_extension=fetched.extension,
-                    provenance={name: fetched.record[name] for name in self.keep if name in fetched.record},
+                    provenance=kept_fields(fetched.record, self.keep),
                 )
                 try:
                     writer.add(sample)

@@ -7,7 +7,7 @@ begin and end at a line, so that several workers can read one file and every rej
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ import orjson
 from braceexpand import braceexpand
 
 from wds_tools.errors import NotFound, Reject, StorageError, UsageError
+from wds_tools.format.schema import RESERVED_FIELDS
 from wds_tools.storage import join, open_store, split_url
 
 MAX_LINE_BYTES = 64 << 20
@@ -142,6 +143,17 @@ def required_text(record: dict[str, Any], names: Sequence[str]) -> str:
         return text
     found = ", ".join(list(record)[:8]) or "none"
     raise Reject("missing_field", f"no {' or '.join(names)}; the fields are: {found[:200]}")
+
+
+def check_kept_fields(keep: Sequence[str]) -> None:
+    """Raise UsageError if a field can't be kept under its own name."""
+    if taken := RESERVED_FIELDS.intersection(keep):
+        raise UsageError(f"--keep {', '.join(sorted(taken))}: these names are the schema's own, or not safe for readers")
+
+
+def kept_fields(record: Mapping[str, Any], keep: Sequence[str]) -> dict[str, Any]:
+    """The fields of a record that are kept."""
+    return {name: record[name] for name in keep if name in record}
 
 
 def _expand_braces(pattern: str) -> list[str]:

@@ -31,11 +31,11 @@ def rebuild_indices(store: Store) -> int:
                 f"{store.url}/{row.name}: {len(tar)} bytes, xxh128 {xxh128[:12]}; the manifest says "
                 f"{row.bytes} bytes, xxh128 {row.xxh128[:12]}: the shard was changed or damaged"
             )
-        store.put(row.name + SUFFIX, pack_index(index_of(tar, row.name)))
+        store.put(row.name + SUFFIX, pack_index(_index_of(tar, xxh128, row.name)))
     return len(manifest.shards)
 
 
-def index_of(tar: memoryview, name: str) -> ShardIndex:
+def _index_of(tar: memoryview, xxh128: str, name: str) -> ShardIndex:
     """The index of a complete shard in memory.
 
     Raises:
@@ -43,8 +43,7 @@ def index_of(tar: memoryview, name: str) -> ShardIndex:
     """
     builder = IndexBuilder()
     for stored in read_samples(tar, name):
-        sample = sample_from_members(stored.key, {suffix: member.payload for suffix, member in stored.members.items()})
-        members = [(suffix, member.offset - stored.start, len(member.payload)) for suffix, member in stored.members.items()]
+        sample = sample_from_members(stored.key, stored.payloads)
         span = tar[stored.start : stored.end]
-        builder.add(stored.start, len(span), members, crc32(span), len(sample.text), sample.num_codes)
-    return builder.build(len(tar), content_hash(tar).hexdigest())
+        builder.add(stored.start, len(span), stored.layout, crc32(span), len(sample.text), sample.num_codes)
+    return builder.build(len(tar), xxh128)

@@ -12,7 +12,6 @@ from typing import BinaryIO
 from wds_tools.errors import FormatError, NotFound
 from wds_tools.format import manifest as manifests
 from wds_tools.format.checksum import content_hash
-from wds_tools.format.index import SUFFIX, ShardIndex, check_fresh, unpack_index
 from wds_tools.format.manifest import Manifest, ShardRow, unpack_manifest
 from wds_tools.format.schema import Sample
 from wds_tools.format.shard import StoredSample, group_samples, sample_from_members
@@ -39,21 +38,6 @@ def read_manifest(store: Store) -> Manifest:
     return unpack_manifest(data, f"{store.url}/{manifests.NAME}")
 
 
-def read_index(store: Store, row: ShardRow) -> ShardIndex:
-    """The index of a shard, checked against the manifest.
-
-    Raises:
-        NotFound: there is no index file.
-        FormatError: it is damaged, or was made for other bytes.
-    """
-    name = row.name + SUFFIX
-    index = unpack_index(store.read(name), f"{store.url}/{name}")
-    check_fresh(index, row.bytes, row.xxh128, f"{store.url}/{name}")
-    if len(index) != row.samples:
-        raise FormatError(f"{store.url}/{name}: {len(index)} samples, the manifest says {row.samples}")
-    return index
-
-
 def read_shard(store: Store, row: ShardRow) -> Iterator[Sample]:
     """The samples of a shard in order.
 
@@ -62,9 +46,8 @@ def read_shard(store: Store, row: ShardRow) -> Iterator[Sample]:
         StorageError: it can't be read.
     """
     for stored in read_stored(store, row):
-        payloads = {suffix: member.payload for suffix, member in stored.members.items()}
         try:
-            sample = sample_from_members(stored.key, payloads)
+            sample = sample_from_members(stored.key, stored.payloads)
         except FormatError as error:
             raise FormatError(f"{store.url}/{row.name}, byte {stored.start}: {error}") from error
         yield sample

@@ -27,7 +27,7 @@ from wds_tools.errors import FormatError, Reject, UsageError
 from wds_tools.format.manifest import Manifest, ShardRow, row_from_json
 from wds_tools.format.schema import Sample, code_column, code_dtype
 from wds_tools.images import PREPROCESSING_VERSION, ImageLimits, Mode, prepare
-from wds_tools.passes import PassOptions, Plan, run_pass
+from wds_tools.passes import PassOptions, Plan, group_to_limit, run_pass
 from wds_tools.storage import open_store
 from wds_tools.storage.base import split_scheme
 from wds_tools.vq.base import ImageTokenizer
@@ -101,7 +101,11 @@ def encode(config: EncodeConfig) -> Manifest:
             "max_pixels": config.max_pixels,
             **provenance,
         },
-        tasks=[[asdict(row) for row in group] for group in _group(manifest.shards, config.shard_samples)],
+        # About one output shard's samples a task: without their images, shards are small.
+        tasks=[
+            [asdict(row) for row in group]
+            for group in group_to_limit(manifest.shards, lambda row: row.samples, config.shard_samples)
+        ],
         total=manifest.samples,
         codes={column: {**provenance, "libraries": libraries} for column in columns},
         source={
@@ -121,18 +125,6 @@ def _place(url: str) -> str:
     """The same for two spellings of one place."""
     scheme, path = split_scheme(url)
     return f"{scheme}://{path.rstrip('/')}" if scheme not in ("", "file") else os.path.realpath(unquote(path) if scheme else path)
-
-
-def _group(rows: Sequence[ShardRow], max_samples: int) -> Iterator[list[ShardRow]]:
-    """Consecutive shards of about one output shard's samples: without their images they are small."""
-    group: list[ShardRow] = []
-    for row in rows:
-        if group and sum(member.samples for member in group) + row.samples > max_samples:
-            yield group
-            group = []
-        group.append(row)
-    if group:
-        yield group
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,17 @@ class StoredSample(NamedTuple):
     """Suffix (without the leading dot) -> member, in file order."""
 
     @property
+    def payloads(self) -> dict[str, memoryview]:
+        """Suffix -> payload, as sample_from_members takes them."""
+        return {suffix: member.payload for suffix, member in self.members.items()}
+
+    @property
+    def layout(self) -> list[tuple[str, int, int]]:
+        """(suffix, payload offset from `start`, payload bytes) of each member, as IndexBuilder.add takes them."""
+        start = self.start
+        return [(suffix, member.offset - start, len(member.payload)) for suffix, member in self.members.items()]
+
+    @property
     def start(self) -> int:
         """Offset of the sample's first byte in the tar."""
         return min(member.start for member in self.members.values())
