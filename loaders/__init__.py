@@ -3,7 +3,10 @@
 docs/flow.md says how the modules fit together.
 """
 
+from loaders.config import LoaderConfig, Source, World
 from loaders.jsonl import JsonlDataset
+from loaders.loader import Loader, build_loader
 from loaders.shards import ShardDataset
+from loaders.tars import TarDataset
 
-__all__ = ["JsonlDataset", "ShardDataset"]
+__all__ = ["JsonlDataset", "Loader", "LoaderConfig", "ShardDataset", "Source", "TarDataset", "World", "build_loader"]

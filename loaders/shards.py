@@ -1,43 +1,57 @@
 """One data set as a torch IterableDataset on webdataset's pipeline: shuffled, decoded samples, each once an epoch.
 
-    plan (blocks, permuted) -> dealt to ranks and workers -> BlockReader -> dicts -> .map / .shuffle / .batched / WebLoader
+    Stream (the order) -> this rank's and worker's positions -> Reader -> dicts -> .map / .batched / WebLoader / DataLoader
 
-Blocks and the rows in them are permuted by (seed, epoch); webdataset's own `.shuffle(n)` may follow for a wider mix. Blocks are
-dealt round robin to rank x worker, so an epoch sees every sample exactly once, but ranks may get different numbers of them.
+Position p belongs to rank p mod world_size, and worker w of n takes every n-th of a rank's. Rows are read and decoded
+`_CHUNK` at a time; what comes out are single samples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 import webdataset as wds
 from torch.utils.data import get_worker_info
 
-from loaders.plan import cut_blocks, epoch_order, row_order
-from loaders.read import BlockReader, read_manifest
-from wds_tools.errors import UsageError
-from wds_tools.format.schema import Sample
-from wds_tools.storage import open_store
+from loaders.cache import BlockCache
+from loaders.collate import Sample, read_samples
+from loaders.config import LoaderConfig, Source, Tail, World
+from loaders.decode import Decoder
+from loaders.prefetch import Part, Reader
+from loaders.state import check_data, check_recipe, pack_state, unpack_state
+from loaders.steps import Steps
+from loaders.stream import Stream, open_source
 
-_BLOCK_BYTES = 4 << 20
+_CHUNK = 256
+_LANES = 1024
 
 
 class ShardDataset(wds.DataPipeline, wds.compat.FluidInterface):  # type: ignore[misc]  # webdataset has no types
     """Samples of a data set, as dicts.
 
-    A sample has `__key__`, `__url__`, `data_type`, `text`, and what it has of: `codes` (int32 tensor (h, w) of codebook
-    indices), `width` and `height` (pixels), `conversations`, `image` (encoded bytes), and its provenance fields.
+    A sample has `__key__`, `__url__`, `data_type`, `text`, and what it has of: `codes` (int32 tensor (h, w) of codebook indices),
+    `width` and `height` (pixels), `conversations`, `image` (encoded bytes), and its provenance fields. Tars made elsewhere, once
+    `wds-tools index` has been there, give `__key__`, `__url__` and the members' bytes by suffix, as webdataset does.
+
+    An iteration is an epoch; `set_epoch` chooses the order of the next, and is called before each. `state_dict` stands behind
+    the last sample that came out, so it is exact for stages that keep nothing back (`map`, `select`; not `shuffle` or
+    `batched`), and under torchdata's StatefulDataLoader, which asks each worker. For batches, mixtures and receipts see build_loader.
 
     Args:
         url: the data set: a directory or URL.
-        shuffle: permute blocks and rows; else the order of the shards.
+        shuffle: permute the samples; else the order of the shards.
         seed: of the permutation.
         epoch: of the permutation; see `set_epoch`.
         rank: this process among `world_size`.
         world_size: training processes; each sample goes to one of them.
-        block_bytes: how much is read, and permuted, at a time.
+        tail: what becomes of the last samples, fewer than world_size: `short` hands them out, so that ranks may differ by one;
+            `drop` leaves them out; `wrap` fills up from the beginning of the next epoch.
+        lanes: parts of the data that are read side by side.
+        memory_bytes: what a process keeps of the data that it has fetched.
+        cache_dir: a folder on a local disk that keeps what was fetched from object storage.
+        cache_bytes: size limit of that folder.
         check_crc: compare every sample's bytes with its CRC-32.
 
     Raises:
@@ -54,64 +68,95 @@ class ShardDataset(wds.DataPipeline, wds.compat.FluidInterface):  # type: ignore
         epoch: int = 0,
         rank: int = 0,
         world_size: int = 1,
-        block_bytes: int = _BLOCK_BYTES,
+        tail: Tail = "short",
+        lanes: int = _LANES,
+        memory_bytes: int = 1 << 30,
+        cache_dir: str | None = None,
+        cache_bytes: int = 100 << 30,
         check_crc: bool = False,
     ) -> None:
-        if not 0 <= rank < world_size:
-            raise UsageError(f"rank={rank} is not in 0 ... world_size - 1 = {world_size - 1}")
-        self._source = _Samples(url, shuffle, seed, epoch, rank, world_size, block_bytes, check_crc)
+        world = World(rank=rank, world_size=world_size)
+        config = LoaderConfig(
+            sources=(Source(url),),
+            batch_size=world_size,
+            seed=seed,
+            shuffle=shuffle,
+            tail=tail,
+            lanes=lanes,
+            memory_bytes=memory_bytes,
+            cache_dir=cache_dir,
+            cache_bytes=cache_bytes,
+            check_crc=check_crc,
+        )
+        self._source = _Samples(config, world, epoch)
         super().__init__(self._source)
 
     @property
     def num_samples(self) -> int:
         """Samples of an epoch over all ranks."""
-        return self._source.manifest.samples
+        return self._source.stream.length
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order the next iteration takes. Call it before the workers start."""
-        self._source.epoch = epoch
+        """Choose the epoch whose order the next iteration takes, from its start. Call it before the workers start."""
+        self._source.epoch, self._source.position, self._source.start = epoch, 0, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where this process stands: small JSON, the same on every rank that has handed out as many samples."""
+        return pack_state(self._source.stream, self._source.epoch, self._source.position)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state with the next iteration.
+
+        Raises:
+            UsageError: the data or the recipe is another; says what differs.
+        """
+        self._source.load_state_dict(state)
 
 
 class _Samples:
     """The first stage of the pipeline: called for each iteration, in the process that iterates."""
 
-    def __init__(
-        self, url: str, shuffle: bool, seed: int, epoch: int, rank: int, world_size: int, block_bytes: int, check_crc: bool
-    ) -> None:
-        self._url = url
-        self._shuffle = shuffle
-        self._seed = seed
+    def __init__(self, config: LoaderConfig, world: World, epoch: int) -> None:
+        self._config = config
+        self._world = world
+        self._opened = open_source(config.sources[0])
+        self.stream = Stream([self._opened], config)
         self.epoch = epoch
-        self._rank = rank
-        self._world_size = world_size
-        self._check_crc = check_crc
-        self._store = open_store(url)
-        self.manifest = read_manifest(self._store)
-        self._blocks = cut_blocks(self.manifest.shards, block_bytes)
+        self.start = 0
+        """Position at which the next iteration begins."""
+        self.position = 0
+        """Of the stream's epoch, behind the samples handed out: a multiple of what all ranks and workers take in turn."""
 
-    def __call__(self) -> Iterator[dict[str, Any]]:
-        worker = get_worker_info()
-        worker_id, num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        part, num_parts = self._rank * num_workers + worker_id, self._world_size * num_workers
-        reader = BlockReader(self._store, self.manifest, check_crc=self._check_crc)
-        num_blocks = len(self._blocks)
-        order = epoch_order(num_blocks, self._seed, self.epoch).tolist() if self._shuffle else range(num_blocks)
-        for number in order[part::num_parts]:
-            block = self._blocks[number]
-            num_rows = block.last - block.first
-            rows = row_order(number, num_rows, self._seed, self.epoch).tolist() if self._shuffle else range(num_rows)
-            url = f"{self._url.rstrip('/')}/{self.manifest.shards[block.shard].name}"
-            for sample in reader.read(block, rows):
-                yield _as_dict(sample, url)
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        order, step_samples, epoch, position = unpack_state(state, self._config)
+        check_data(state, [self._opened], self.stream.fingerprints)
+        stream = Stream([self._opened], self._config, order, step_samples)
+        check_recipe(state, stream)
+        self.stream, self.epoch, self.position, self.start = stream, epoch, position, position
 
+    def __call__(self) -> Iterator[Sample]:
+        info = get_worker_info()
+        worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
+        rank, world_size = self._world.rank, self._world.world_size
+        stride = world_size * num_workers
+        self.position, self.start = self.start, 0
+        steps = Steps(self.stream.length, self.position, world_size, self._config.tail)
+        end = self.position + len(steps) * world_size
+        if self._config.tail == "short":
+            end = min(end, self.stream.length)
+        own = range(self.position + rank + world_size * worker, end, stride)
+        chunks = range(0, len(own), _CHUNK)
+        lanes = self.stream.order.lanes
+        cache = BlockCache(self._config.cache_dir, self._config.cache_bytes) if self._config.cache_dir else None
+        reader = Reader(self.stream, lanes // math.gcd(lanes, stride), self._config.memory_bytes, cache)
+        decoder = Decoder(check_crc=self._config.check_crc, substitute=False)
+        for number, at in enumerate(chunks):
+            upcoming = (self._part(own[later : later + _CHUNK]) for later in chunks[number + 1 :])
+            located, rows = reader.rows(self._part(own[at : at + _CHUNK]), upcoming)
+            samples, _, _ = decoder.decode(located, rows, read_samples)
+            for sample in samples:
+                self.position += stride
+                yield sample
 
-def _as_dict(sample: Sample, url: str) -> dict[str, Any]:
-    record: dict[str, Any] = {"__key__": sample.key, "__url__": url, "data_type": sample.data_type, "text": sample.text}
-    for codes_hw in sample.codes.values():
-        record["codes"] = torch.from_numpy(codes_hw.astype("i4"))
-    for name in ("width", "height", "conversations", "image"):
-        value = getattr(sample, name)
-        if value is not None:
-            record[name] = value
-    record.update(sample.provenance)
-    return record
+    def _part(self, positions: range) -> Part:
+        return Part(self.epoch, positions.start, positions.stop, positions.step)

@@ -9,22 +9,24 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from operator import lt
 from typing import Any
 
 import numpy as np
 import orjson
 
-from wds_tools.dataset.read import read_manifest
+from wds_tools.dataset.index import Contents
+from wds_tools.dataset.read import ShardBytes, read_manifest
 from wds_tools.dataset.write import REJECTS
 from wds_tools.errors import DataError, NotFound, UsageError
 from wds_tools.format import manifest as manifests
-from wds_tools.format.checksum import content_hash, crc32
-from wds_tools.format.index import SUFFIX, IndexBuilder, check_fresh, pack_index, unpack_index
+from wds_tools.format.index import SUFFIX, check_fresh, pack_index, unpack_index
 from wds_tools.format.manifest import Manifest, ShardRow
-from wds_tools.format.schema import Sample, validate
-from wds_tools.format.shard import StoredSample, read_samples, sample_from_members
+from wds_tools.format.scan import Scan, scan_tar
+from wds_tools.format.schema import ANY_MEMBERS, Sample, validate
+from wds_tools.format.shard import sample_from_members
 from wds_tools.run.local import Report, run_tasks
 from wds_tools.run.progress import Progress
 from wds_tools.storage import Store, open_store
@@ -64,6 +66,13 @@ class _ShardReport:
     last_key: str = ""
     is_ascending: bool = True
 
+    def take_keys(self, keys: list[str]) -> None:
+        """Remember what is needed to find keys that stand twice in the set."""
+        hashes = [int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") for key in keys]
+        self.key_hashes = np.array(hashes, np.uint64)
+        self.is_ascending = all(map(lt, keys, keys[1:]))
+        self.first_key, self.last_key = (keys[0], keys[-1]) if keys else ("", "")
+
 
 def verify(config: VerifyConfig) -> VerifyResult:
     """Check a data set.
@@ -74,9 +83,9 @@ def verify(config: VerifyConfig) -> VerifyResult:
         StorageError: the storage does not answer.
     """
     store = open_store(config.input)
-    manifest = read_manifest(store)
+    manifest = read_manifest(store, any_members=True)
     with Progress("verify", manifest.samples, quiet=config.quiet) as progress:
-        check = _CheckShard(config.input, manifest.codes)
+        check = _CheckShard(config.input, replace(manifest, shards=()))
         tasks = list(enumerate(manifest.shards))
         reports = dict(run_tasks(check, tasks, workers=config.workers, on_report=progress))
     problems = [problem for number in sorted(reports) for problem in reports[number].problems]
@@ -90,7 +99,9 @@ class _CheckShard:
     """The check of one shard, in whatever process it runs."""
 
     input: str
-    codes: Mapping[str, Mapping[str, Any]]
+    manifest: Manifest
+    """Without its shards."""
+    shards: ShardBytes = field(default_factory=ShardBytes)
 
     def __call__(self, numbered: tuple[int, ShardRow], progress: Report) -> tuple[int, _ShardReport]:
         number, row = numbered
@@ -103,49 +114,55 @@ class _CheckShard:
         return number, report
 
     def _check(self, store: Store, row: ShardRow, report: _ShardReport, progress: Report) -> None:
-        tar = memoryview(store.read(row.name))
-        xxh128 = content_hash(tar).hexdigest()
-        builder = IndexBuilder()
-        data_types: Counter[str] = Counter()
-        hashes: list[int] = []
-        chars = codes = num_unreadable = 0
-        for stored in read_samples(tar, row.name):
-            sample = self._check_sample(row, stored, report)
-            num_unreadable += sample is None
-            text_chars, num_codes = (len(sample.text), sample.num_codes) if sample else (0, 0)
-            span = tar[stored.start : stored.end]
-            builder.add(stored.start, len(span), stored.layout, crc32(span), text_chars, num_codes)
-            if sample:
-                data_types[sample.data_type] += 1
-            chars, codes = chars + text_chars, codes + num_codes
-            report.is_ascending &= stored.key > report.last_key
-            report.first_key = report.first_key or stored.key
-            report.last_key = stored.key
-            hashes.append(int.from_bytes(hashlib.blake2b(stored.key.encode(), digest_size=8).digest(), "little"))
-            progress(1, 1, 0)
-        rebuilt = builder.build(len(tar), xxh128)
-        found: dict[str, Any] = {"bytes": len(tar), "xxh128": xxh128, "samples": len(hashes), "members": rebuilt.members}
-        if not num_unreadable:
-            found |= {"text_chars": chars, "num_codes": codes, "data_types": dict(sorted(data_types.items()))}
+        tar, xxh128 = self.shards.read(store, row.name, row.bytes)
+        scan = scan_tar(tar, row.name)
+        contents = self._check_samples(row, scan, tar, report, progress)
+        found: dict[str, Any] = {"bytes": len(tar), "xxh128": xxh128, "samples": len(scan.keys), "members": scan.suffixes}
+        if contents is not None:
+            found |= contents.totals()
         for name, value in found.items():
             if getattr(row, name) != value:
                 report.problems.append(f"{row.name}: {name} is {value}, the manifest says {getattr(row, name)}")
-        report.key_hashes = np.array(hashes, np.uint64)
+        if not self.manifest.is_indexed:
+            report.take_keys(scan.keys)
         index_name = row.name + SUFFIX
         index = unpack_index(store.read(index_name), index_name)
-        check_fresh(index, len(tar), xxh128, index_name)
-        if not num_unreadable and pack_index(index) != pack_index(rebuilt):
-            report.problems.append(f"{index_name}: differs from an index rebuilt from the tar: rebuild it with `wds-tools index`")
+        check_fresh(index, samples=len(scan.keys), tar_bytes=len(tar), xxh128=xxh128, name=index_name)
+        if contents is not None:
+            rebuilt = scan.index(tar, xxh128, contents.text_chars, contents.num_codes)
+            if pack_index(index) != pack_index(rebuilt):
+                report.problems.append(
+                    f"{index_name}: differs from an index rebuilt from the tar: rebuild it with `wds-tools index`"
+                )
 
-    def _check_sample(self, row: ShardRow, stored: StoredSample, report: _ShardReport) -> Sample | None:
+    def _check_samples(
+        self, row: ShardRow, scan: Scan, tar: memoryview, report: _ShardReport, progress: Report
+    ) -> Contents | None:
+        """What the samples hold, with their faults reported; None if one breaks the schema."""
+        contents = Contents()
+        if self.manifest.schema_version == ANY_MEMBERS:
+            progress(len(scan.keys), len(scan.keys), 0)
+            return contents
+        for key, start, payloads in zip(scan.keys, scan.start.tolist(), scan.payloads(tar), strict=True):
+            sample = self._check_sample(row, key, start, payloads, report)
+            if sample is not None:
+                contents.add(sample)
+            progress(1, 1, 0)
+        return contents if len(contents.text_chars) == len(scan.keys) else None
+
+    def _check_sample(
+        self, row: ShardRow, key: str, start: int, payloads: dict[str, memoryview], report: _ShardReport
+    ) -> Sample | None:
         """The sample, with its faults reported; None if it breaks the schema."""
         valid = None
         try:
-            sample = sample_from_members(stored.key, stored.payloads)
+            sample = sample_from_members(key, payloads)
             validate(sample)
             valid = sample
             for column, grid_hw in sample.codes.items():
-                size = self.codes.get(column, {}).get("codebook_size")
+                size = self.manifest.codes.get(column, {}).get("codebook_size")
+                if size is None and self.manifest.is_indexed:
+                    continue
                 if size is None:
                     raise DataError(f"{sample.key}: {column} has no provenance in the manifest")
                 if int(grid_hw.max()) >= size:
@@ -154,12 +171,17 @@ class _CheckShard:
                     )
         except DataError as error:
             if len(report.problems) < _MAX_PROBLEMS_A_SHARD:
-                report.problems.append(f"{row.name}, byte {stored.start}: {error}")
+                report.problems.append(f"{row.name}, byte {start}: {error}")
         return valid
 
 
 def _check_keys(manifest: Manifest, reports: Sequence[_ShardReport]) -> Iterator[str]:
-    """Keys that stand twice in the set. Keys that ascend all the way can't; else their hashes are compared."""
+    """Keys that stand twice in the set. Keys that ascend all the way can't; else their hashes are compared.
+
+    Between the shards of others this is their business: an index knows each sample by its place.
+    """
+    if manifest.is_indexed:
+        return
     last = ""
     for report in reports:
         if not report.is_ascending or report.first_key <= last:
@@ -189,10 +211,15 @@ def _sharing(reports: Sequence[_ShardReport]) -> list[tuple[int, int]]:
 
 
 def _check_files(store: Store, manifest: Manifest) -> Iterator[str]:
-    """Files that the manifest does not know, and rejects that it counts but that are not written down."""
+    """Files that the manifest does not know, and rejects that it counts but that are not written down.
+
+    Beside the tars of others anything may lie, but for tars that were not indexed.
+    """
     known = {manifests.NAME} | {row.name for row in manifest.shards} | {row.name + SUFFIX for row in manifest.shards}
     rejects: Counter[str] = Counter()
     for entry in store.list():
+        if manifest.is_indexed and not entry.name.endswith((".tar", ".tar" + SUFFIX)):
+            continue
         if entry.name.startswith(REJECTS):
             lines = store.read(entry.name).splitlines()
             try:

@@ -2,26 +2,47 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 import tyro
 
-from wds_tools.dataset.index import rebuild_indices
+from wds_tools.cli.summary import describe_samples
+from wds_tools.dataset.index import index_tars, rebuild_indices
+from wds_tools.errors import UsageError
+from wds_tools.format import manifest as manifests
 from wds_tools.storage import open_store
 
-EXAMPLE = "wds-tools index s3://bucket/pairs"
+EXAMPLE = "wds-tools index s3://bucket/tars --workers 8"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Rebuild the index files (.tar.idx) of a data set from its shards."""
+    """Write the index files (.tar.idx) of a data set anew; of a folder of any WebDataset tars, write them and a manifest."""
 
     input: tyro.conf.Positional[str]
-    """The data set: a directory or URL."""
+    """The data set, or the folder or prefix of the tars: a directory or URL. Everything is written there, beside the tars."""
+    workers: int = 1
+    """Processes to use."""
+    quiet: bool = False
+    """Show no progress."""
+
+    def __post_init__(self) -> None:
+        if self.workers < 1:
+            raise UsageError(f"--workers {self.workers}: at least 1")
 
 
 def run(config: Config) -> int:
-    """Rebuild, and say how many."""
-    count = rebuild_indices(open_store(config.input))
-    print(f"index: rebuilt {count} index files of {config.input}")
+    """Index, and say what was found and how fast."""
+    store = open_store(config.input)
+    begun = time.monotonic()
+    is_set = store.exists(manifests.NAME)
+    manifest = (rebuild_indices if is_set else index_tars)(store, workers=config.workers, quiet=config.quiet)
+    elapsed_s = time.monotonic() - begun
+    what = f"rebuilt {len(manifest.shards):,} index files" if is_set else f"indexed {len(manifest.shards):,} tars"
+    print(
+        f"index: {what} of {config.input}: {manifest.samples:,} samples, {manifest.bytes / 1e6:,.1f} MB, "
+        f"{manifest.samples / elapsed_s:,.0f} samples/s"
+    )
+    print(f"schema: {describe_samples(manifest)}")
     return 0

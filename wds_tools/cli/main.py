@@ -12,6 +12,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import tyro
 
@@ -23,7 +24,9 @@ COMMANDS = {
     ("encode",): ("encode", "fill the VQ codes of a data set's images"),
     ("export", "hf"): ("export_hf", "shards to a Hugging Face data set, shuffled"),
     ("verify",): ("verify", "check a data set against its manifest"),
-    ("index",): ("index", "rebuild the index files of a data set"),
+    ("index",): ("index", "index the tars of a data set, or of others"),
+    ("audit",): ("audit", "compare receipts of a training run with the manifests"),
+    ("simulate",): ("simulate", "what a training run will cost, from the manifests alone"),
 }
 
 
@@ -40,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = next((words for words in COMMANDS if tuple(args[: len(words)]) == words), None)
     if words is None:
         return _no_command(args)
+    config: Any = None
     try:
         module = importlib.import_module(f"wds_tools.cli.{COMMANDS[words][0]}")
         config = tyro.cli(
@@ -61,7 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"wds-tools: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("wds-tools: interrupted; finished shards are kept, run again with --resume", file=sys.stderr)
+        can_resume = hasattr(config, "resume")
+        how = "finished shards are kept, run again with --resume" if can_resume else "run the same command again"
+        print(f"wds-tools: interrupted; {how}", file=sys.stderr)
         return 130
     return status
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from wds_tools.dataset.write import REJECTS
 from wds_tools.format.manifest import Manifest
+from wds_tools.format.schema import ANY_MEMBERS
 
 
 def print_data_set(url: str, manifest: Manifest) -> None:
@@ -13,7 +14,7 @@ def print_data_set(url: str, manifest: Manifest) -> None:
     rejected = sum(manifest.rejects.values())
     facts = {
         "data set": url,
-        "samples": f"{manifest.samples:,} of {manifest.inputs:,} inputs ({_counts(manifest.data_types)})",
+        "samples": f"{manifest.samples:,} of {manifest.inputs:,} inputs ({describe_samples(manifest)})",
         "rejects": f"{rejected:,} ({_counts(manifest.rejects)}), listed in {url.rstrip('/')}/{REJECTS}" if rejected else "none",
         "shards": f"{len(manifest.shards):,}, {manifest.bytes / 1e6:,.1f} MB, {_per_sample(manifest)}",
     }
@@ -23,6 +24,13 @@ def print_data_set(url: str, manifest: Manifest) -> None:
     width = max(map(len, facts))
     for name, fact in facts.items():
         print(f"{name:<{width}}  {fact}")
+
+
+def describe_samples(manifest: Manifest) -> str:
+    """What kind of samples a data set holds."""
+    if manifest.schema_version != ANY_MEMBERS:
+        return _counts(manifest.data_types)
+    return f"WebDataset samples of any members: {', '.join(manifest.members) or 'none'}"
 
 
 def _counts(counts: Mapping[str, int]) -> str:

@@ -90,7 +90,8 @@ def read_lines(span: LineRange) -> Iterator[Line]:
     """The lines of a range."""
     root, name = split_url(span.url)
     store = open_store(root)
-    chunks = (store.read_range(name, at, min(at + _READ_BYTES, span.end)) for at in range(span.start, span.end, _READ_BYTES))
+    starts = range(span.start, span.end, _READ_BYTES)
+    chunks = (bytes(store.read_range(name, at, min(at + _READ_BYTES, span.end))) for at in starts)
     return number_lines(chunks, span.first_line)
 
 

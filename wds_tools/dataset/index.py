@@ -1,49 +1,230 @@
-"""Rebuild what can be derived: the index files of a data set, from its shards.
+"""Index tars: write the index file of each beside it; for tars that have no manifest, also that.
 
-Every shard is first checked against the manifest, so a rebuilt index never blesses a damaged shard.
+    rebuild_indices   the shards of a data set: each is checked against the manifest first, so that no index blesses damage
+    index_tars        a folder of any WebDataset tars: what their manifest says is what was found
+
+Killed on the way, either leaves whole index files and no new manifest; the same call begins anew.
+Invariant: an index is a function of its tar and of the schema of the set. Memory is one shard a process.
 """
 
 from __future__ import annotations
 
-from wds_tools.dataset.read import read_manifest
-from wds_tools.errors import FormatError
-from wds_tools.format.checksum import content_hash, crc32
-from wds_tools.format.index import SUFFIX, IndexBuilder, ShardIndex, pack_index
-from wds_tools.format.shard import read_samples, sample_from_members
-from wds_tools.storage import Store
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+import numpy as np
+
+from wds_tools.dataset.read import ShardBytes, check_unchanged, read_manifest
+from wds_tools.dataset.write import PLAN
+from wds_tools.errors import FormatError, NotFound, OutOfSpace, StorageError, UsageError, WorkerDied
+from wds_tools.format import manifest as manifests
+from wds_tools.format.index import SUFFIX, pack_index, unpack_index
+from wds_tools.format.manifest import INDEX_COMMAND, Manifest, ShardRow, is_plain_name, pack_manifest
+from wds_tools.format.scan import Scan, scan_tar
+from wds_tools.format.schema import ANY_MEMBERS, SCHEMA_VERSION, Sample, validate
+from wds_tools.format.shard import sample_from_members
+from wds_tools.run.local import Report, Work, run_tasks
+from wds_tools.run.progress import Progress
+from wds_tools.storage import Store, join
+
+_TAR = ".tar"
+_COMPRESSED = {
+    ".tar.gz": "gunzip",
+    ".tgz": "gunzip -S .tgz",
+    ".tar.bz2": "bunzip2",
+    ".tar.xz": "unxz",
+    ".tar.zst": "unzstd",
+    ".tar.lz4": "unlz4",
+}
+_Task = TypeVar("_Task")
 
 
-def rebuild_indices(store: Store) -> int:
-    """Write the index of every shard anew.
+@dataclass(frozen=True)
+class Contents:
+    """What the samples of a shard hold; nothing is known of any if they are not of this project's schema."""
+
+    data_types: Counter[str] = field(default_factory=Counter)
+    text_chars: list[int] = field(default_factory=list)
+    """Of each sample, as are `num_codes`."""
+    num_codes: list[int] = field(default_factory=list)
+
+    def add(self, sample: Sample) -> None:
+        """Count the next sample."""
+        self.data_types[sample.data_type] += 1
+        self.text_chars.append(len(sample.text))
+        self.num_codes.append(sample.num_codes)
+
+    def totals(self) -> dict[str, Any]:
+        """As a manifest row has them."""
+        data_types = dict(sorted(self.data_types.items()))
+        return {"data_types": data_types, "text_chars": sum(self.text_chars), "num_codes": sum(self.num_codes)}
+
+
+def rebuild_indices(store: Store, *, workers: int = 1, quiet: bool = True) -> Manifest:
+    """Write the index of every shard of a data set anew.
+
+    Args:
+        store: the data set.
+        workers: processes to use.
+        quiet: show no progress.
 
     Returns:
-        Number of index files written.
+        Its manifest.
 
     Raises:
-        FormatError: a shard is not what the manifest says.
+        NotFound: there is no manifest.
+        FormatError: a shard is not what the manifest says; or other tars lie where indexed ones did.
+        StorageError: see index_tars.
     """
-    manifest = read_manifest(store)
-    for row in manifest.shards:
-        tar = memoryview(store.read(row.name))
-        xxh128 = content_hash(tar).hexdigest()
-        if (len(tar), xxh128) != (row.bytes, row.xxh128):
-            raise FormatError(
-                f"{store.url}/{row.name}: {len(tar)} bytes, xxh128 {xxh128[:12]}; the manifest says "
-                f"{row.bytes} bytes, xxh128 {row.xxh128[:12]}: the shard was changed or damaged"
+    manifest = read_manifest(store, any_members=True)
+    if manifest.is_indexed and (changed := {row.name for row in manifest.shards}.symmetric_difference(_tars(store))):
+        raise FormatError(
+            f"{store.url}: {len(changed)} tars came or went since it was indexed ({min(changed)}): "
+            f"remove its {manifests.NAME} to index what is there now"
+        )
+    _run(_Rebuild(store, manifest.schema_version), manifest.shards, manifest.bytes, workers, quiet)
+    store.clean_temp()
+    return manifest
+
+
+def index_tars(store: Store, *, workers: int = 1, quiet: bool = True) -> Manifest:
+    """Make a data set of all tars below a folder or prefix.
+
+    Args:
+        store: the folder. Index files are written beside the tars, and the manifest last.
+        workers: processes to use.
+        quiet: show no progress.
+
+    Returns:
+        The manifest. Its shards are in the order of their names; its schema version is this project's if that of every sample
+        is, else ANY_MEMBERS.
+
+    Raises:
+        NotFound: there are no tars.
+        UsageError: there are compressed ones, or the beginnings of a data set.
+        FormatError: a tar is damaged, or no WebDataset tar.
+        StorageError: a tar can't be read, or nothing can be written beside it.
+    """
+    if store.exists(PLAN):
+        raise UsageError(f"{store.url} holds an unfinished data set: repeat the command that began it, with --resume")
+    sizes = _tars(store)
+    found = {row.name: row for row in _run(_IndexTar(store), list(sizes.items()), sum(sizes.values()), workers, quiet)}
+    is_ours = all(row.data_types or not row.samples for row in found.values())
+    rows = tuple(found[name] if is_ours else _without_contents(store, found[name]) for name in sizes)
+    manifest = Manifest(
+        shards=rows,
+        inputs=sum(row.samples for row in rows),
+        source={"command": INDEX_COMMAND, "python": sys.version.split()[0]},
+        schema_version=SCHEMA_VERSION if is_ours else ANY_MEMBERS,
+    )
+    _put(store, manifests.NAME, pack_manifest(manifest))
+    store.clean_temp()
+    return manifest
+
+
+@dataclass(frozen=True)
+class _Rebuild:
+    """The index of one shard that the manifest describes, in whatever process it runs."""
+
+    store: Store
+    schema_version: int
+    shards: ShardBytes = field(default_factory=ShardBytes)
+
+    def __call__(self, row: ShardRow, report: Report) -> ShardRow:
+        where = join(self.store.url, row.name)
+        tar, xxh128 = self.shards.read(self.store, row.name, row.bytes)
+        check_unchanged(row, tar_bytes=len(tar), xxh128=xxh128, name=where)
+        scan = scan_tar(tar, where)
+        contents = Contents() if self.schema_version == ANY_MEMBERS else _contents(scan, tar)
+        index = scan.index(tar, xxh128, contents.text_chars, contents.num_codes)
+        _put(self.store, row.name + SUFFIX, pack_index(index))
+        report(row.bytes, len(index), 0)
+        return row
+
+
+@dataclass(frozen=True)
+class _IndexTar:
+    """The index of one tar that nothing is known of, and the manifest row for it."""
+
+    store: Store
+    shards: ShardBytes = field(default_factory=ShardBytes)
+
+    def __call__(self, entry: tuple[str, int], report: Report) -> ShardRow:
+        name, size = entry
+        where = join(self.store.url, name)
+        tar, xxh128 = self.shards.read(self.store, name, size)
+        scan = scan_tar(tar, where)
+        try:
+            contents = _contents(scan, tar)
+        except FormatError:  # of the first sample that isn't ours: nothing is lost by trying
+            contents = Contents()
+        index = scan.index(tar, xxh128, contents.text_chars, contents.num_codes)
+        _put(self.store, name + SUFFIX, pack_index(index))
+        report(size, len(index), 0)
+        totals = contents.totals()
+        return ShardRow(name=name, samples=len(index), bytes=len(tar), xxh128=xxh128, members=index.members, **totals)
+
+
+def _contents(scan: Scan, tar: memoryview) -> Contents:
+    """What the samples hold.
+
+    Raises:
+        FormatError: one is not of this project's schema.
+    """
+    contents = Contents()
+    for key, payloads in zip(scan.keys, scan.payloads(tar), strict=True):
+        sample = sample_from_members(key, payloads)
+        validate(sample)
+        contents.add(sample)
+    return contents
+
+
+def _without_contents(store: Store, row: ShardRow) -> ShardRow:
+    """The row of a shard that is of this project's schema, in a set that isn't; its index is written again."""
+    if row.data_types:
+        index = unpack_index(store.read(row.name + SUFFIX), join(store.url, row.name + SUFFIX))
+        none = np.zeros(len(index), "<u4")
+        _put(store, row.name + SUFFIX, pack_index(replace(index, text_chars=none, num_codes=none)))
+    return replace(row, **Contents().totals())
+
+
+def _tars(store: Store) -> dict[str, int]:
+    """The tars below the root, sorted by name, and their sizes. Raises NotFound, UsageError: see index_tars."""
+    sizes = {}
+    for entry in store.list():
+        compressed = next((suffix for suffix in _COMPRESSED if entry.name.endswith(suffix)), None)
+        if compressed:
+            raise UsageError(
+                f"{join(store.url, entry.name)} is compressed, and can't be read from the middle: "
+                f"unpack it (and its like) with `{_COMPRESSED[compressed]}`, or move it away"
             )
-        store.put(row.name + SUFFIX, pack_index(_index_of(tar, xxh128, row.name)))
-    return len(manifest.shards)
+        if entry.name.endswith(_TAR):
+            if not is_plain_name(entry.name):
+                raise UsageError(f"{store.url}: the name {entry.name!r} can't be written down in a manifest: rename the file")
+            sizes[entry.name] = entry.size
+    if not sizes:
+        raise NotFound(f"{store.url} has no {manifests.NAME} and no {_TAR} files: give the folder of a data set, or of tars")
+    return sizes
 
 
-def _index_of(tar: memoryview, xxh128: str, name: str) -> ShardIndex:
-    """The index of a complete shard in memory.
+def _run(work: Work[_Task, ShardRow], tasks: Sequence[_Task], num_bytes: int, workers: int, quiet: bool) -> list[ShardRow]:
+    with Progress("index", num_bytes, quiet=quiet) as progress:
+        try:
+            return list(run_tasks(work, tasks, workers=workers, on_report=progress))
+        except WorkerDied as error:
+            raise WorkerDied(
+                "a worker process ended without a word: it was killed, or memory ran out. Each holds a whole shard: "
+                "run again, with fewer --workers if memory was short"
+            ) from error
 
-    Raises:
-        FormatError: the tar or a sample in it is broken.
-    """
-    builder = IndexBuilder()
-    for stored in read_samples(tar, name):
-        sample = sample_from_members(stored.key, stored.payloads)
-        span = tar[stored.start : stored.end]
-        builder.add(stored.start, len(span), stored.layout, crc32(span), len(sample.text), sample.num_codes)
-    return builder.build(len(tar), xxh128)
+
+def _put(store: Store, name: str, data: bytes) -> None:
+    try:
+        store.put(name, data)
+    except OutOfSpace:
+        raise
+    except StorageError as error:
+        raise StorageError(f"{error}; an index lies beside its tar: index a copy of the tars where you may write") from error

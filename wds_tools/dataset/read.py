@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from wds_tools.errors import FormatError, NotFound
+import numpy as np
+
+from wds_tools.errors import FormatError, NotFound, UsageError
 from wds_tools.format import manifest as manifests
 from wds_tools.format.checksum import content_hash
 from wds_tools.format.manifest import Manifest, ShardRow, unpack_manifest
-from wds_tools.format.schema import Sample
+from wds_tools.format.schema import ANY_MEMBERS, Sample
 from wds_tools.format.shard import StoredSample, group_samples, sample_from_members
 from wds_tools.format.tar import Member, TarReader
 from wds_tools.storage import Store
@@ -21,12 +23,17 @@ from wds_tools.storage import Store
 _READ_BYTES = 4 << 20
 
 
-def read_manifest(store: Store) -> Manifest:
+def read_manifest(store: Store, *, any_members: bool = False) -> Manifest:
     """The manifest of a complete data set.
+
+    Args:
+        store: the data set.
+        any_members: take indexed tars of others too, whose samples are not of this project's schema.
 
     Raises:
         NotFound: there is none: not a data set, or one that is not finished.
         FormatError: see unpack_manifest.
+        UsageError: it is one of any members, and the caller needs the schema.
     """
     try:
         data = store.read(manifests.NAME)
@@ -35,7 +42,48 @@ def read_manifest(store: Store) -> Manifest:
             f"{store.url} has no {manifests.NAME}: it is not a data set, or its conversion did not finish "
             "(run the same command with --resume)"
         ) from error
-    return unpack_manifest(data, f"{store.url}/{manifests.NAME}")
+    manifest = unpack_manifest(data, f"{store.url}/{manifests.NAME}")
+    if manifest.schema_version == ANY_MEMBERS and not any_members:
+        raise UsageError(
+            f"{store.url} is indexed WebDataset data of any members ({', '.join(manifest.members)}): not in this project's "
+            "schema; loaders can stream it, this command can't"
+        )
+    return manifest
+
+
+class ShardBytes:
+    """Reads shards whole, one after the other, into the same memory: fresh memory would take longer than the reading."""
+
+    def __init__(self) -> None:
+        self._buffer = np.empty(0, np.uint8)
+
+    def read(self, store: Store, name: str, likely_bytes: int) -> tuple[memoryview, str]:
+        """A shard's bytes, which are good until the next call, and their XXH3-128.
+
+        Args:
+            store, name: where it is.
+            likely_bytes: what it has, as far as is known.
+
+        Raises:
+            NotFound: there is no such shard.
+            StorageError: it can't be read.
+        """
+        size = 0
+        digest = content_hash()
+        self._grow(likely_bytes + 1, keep=0)
+        with store.open(name) as stream:
+            while count := stream.readinto(piece := self._buffer.data[size : size + _READ_BYTES]):
+                digest.update(piece[:count])
+                size += count
+                if size == len(self._buffer):
+                    self._grow(2 * size, keep=size)
+        return self._buffer.data[:size].toreadonly(), digest.hexdigest()
+
+    def _grow(self, size: int, *, keep: int) -> None:
+        if size > len(self._buffer):
+            grown = np.empty(size, np.uint8)
+            grown[:keep] = self._buffer[:keep]
+            self._buffer = grown
 
 
 def read_shard(store: Store, row: ShardRow) -> Iterator[Sample]:
@@ -74,8 +122,13 @@ def _members(stream: BinaryIO, row: ShardRow, name: str) -> Iterator[Member]:
         size += len(data)
         yield from reader.feed(data)
     reader.close()
-    if (size, digest.hexdigest()) != (row.bytes, row.xxh128):
+    check_unchanged(row, tar_bytes=size, xxh128=digest.hexdigest(), name=name)
+
+
+def check_unchanged(row: ShardRow, *, tar_bytes: int, xxh128: str, name: str) -> None:
+    """Raise FormatError unless a shard's bytes are those that its manifest row describes; `name` is for the message."""
+    if (tar_bytes, xxh128) != (row.bytes, row.xxh128):
         raise FormatError(
-            f"{name}: {size} bytes, xxh128 {digest.hexdigest()[:12]}; the manifest says {row.bytes} bytes, xxh128 "
-            f"{row.xxh128[:12]}: the shard was changed or damaged"
+            f"{name}: {tar_bytes} bytes, xxh128 {xxh128[:12]}; the manifest says {row.bytes} bytes, xxh128 {row.xxh128[:12]}: "
+            "the shard was changed or damaged"
         )

@@ -266,15 +266,23 @@ def remove(store: Store) -> None:
 
 
 def _has_manifest(store: Store) -> bool:
-    """Whether a manifest of this project is there, readable or not. Raises UsageError if it is somebody else's."""
+    """Whether a manifest of this project is there, readable or not.
+
+    Raises:
+        UsageError: it is somebody else's, or that of somebody else's tars.
+    """
     if not store.exists(manifests.NAME):
         return False
     try:
-        is_ours = orjson.loads(store.read(manifests.NAME))["format"] == manifests.FORMAT
+        record = orjson.loads(store.read(manifests.NAME))
+        is_ours = record["format"] == manifests.FORMAT
     except (orjson.JSONDecodeError, KeyError, TypeError):
         is_ours = False
     if not is_ours:
         raise UsageError(f"{store.url}/{manifests.NAME} is not a manifest of this project: choose another output")
+    source = record.get("source")
+    if isinstance(source, dict) and source.get("command") == manifests.INDEX_COMMAND:
+        raise UsageError(f"{store.url} holds tars that were indexed where they lay, not made here: choose another output")
     return True
 
 

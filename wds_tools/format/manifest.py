@@ -18,10 +18,12 @@ from typing import Any
 import orjson
 
 from wds_tools.errors import FormatError
-from wds_tools.format.schema import SCHEMA_VERSION
+from wds_tools.format.schema import ANY_MEMBERS, SCHEMA_VERSION
 
 NAME = "manifest.json"
 FORMAT = "wds-tools"
+INDEX_COMMAND = "index"
+"""As `source["command"]`: see Manifest.is_indexed."""
 _XXH128 = re.compile("[0-9a-f]{32}")
 
 
@@ -58,6 +60,7 @@ class Manifest:
     source: Mapping[str, Any] = field(default_factory=dict)
     """What made it: command, settings, input files; for a pass over a data set, that one's fingerprint and own source."""
     schema_version: int = SCHEMA_VERSION
+    """Of its samples; ANY_MEMBERS if they are WebDataset samples of other kinds: then nothing is counted but them."""
 
     @property
     def samples(self) -> int:
@@ -76,6 +79,16 @@ class Manifest:
         for row in self.shards:
             total.update(row.data_types)
         return dict(sorted(total.items()))
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """Suffixes over all shards, in the order of their first shard."""
+        return tuple(dict.fromkeys(member for row in self.shards for member in row.members))
+
+    @property
+    def is_indexed(self) -> bool:
+        """Whether `wds-tools index` found the tars and wrote this manifest for them: no pass of this project made them."""
+        return self.source.get("command") == INDEX_COMMAND
 
     def fingerprint(self) -> str:
         """ "sha256:<hex>" over what training depends on."""
@@ -118,7 +131,7 @@ def unpack_manifest(data: bytes, name: str = NAME) -> Manifest:
         record = orjson.loads(data)
         if record["format"] != FORMAT:
             raise FormatError(f"{name}: format {record['format']!r}, expected {FORMAT!r}")
-        if record["schema_version"] != SCHEMA_VERSION:
+        if record["schema_version"] not in (ANY_MEMBERS, SCHEMA_VERSION):
             raise FormatError(f"{name}: schema version {record['schema_version']}, this release reads {SCHEMA_VERSION}")
         manifest = Manifest(
             shards=tuple(row_from_json(row) for row in record["shards"]),
@@ -178,8 +191,18 @@ def check_counts(manifest: Manifest, name: str = NAME) -> None:
         raise FormatError(f"{name}: names the shard {repeated} more than once")
 
 
+def is_plain_name(name: object) -> bool:
+    """Whether it can name a shard: it leads nowhere but to a file inside the data set, on every backend."""
+    return (
+        isinstance(name, str)
+        and all(segment not in ("", ".", "..") for segment in name.split("/"))
+        and name.isprintable()
+        and "\\" not in name
+    )
+
+
 def _check_row(row: ShardRow, name: str) -> None:
-    if not _is_plain_name(row.name):
+    if not is_plain_name(row.name):
         raise FormatError(f"{name}: the shard name {row.name!r} is not a plain relative path, such as shard-000000-0000.tar")
     where = f"{name}: {row.name}"
     for what in ("samples", "bytes", "text_chars", "num_codes"):
@@ -191,16 +214,6 @@ def _check_row(row: ShardRow, name: str) -> None:
         raise FormatError(f"{where}: members={row.members!r}, expected names")
     if not _is_tally(row.data_types) or (row.data_types and sum(row.data_types.values()) != row.samples):
         raise FormatError(f"{where}: data_types={row.data_types!r} do not add up to {row.samples} samples")
-
-
-def _is_plain_name(name: object) -> bool:
-    """A name that leads nowhere but to a file inside the data set, on every backend."""
-    return (
-        isinstance(name, str)
-        and all(segment not in ("", ".", "..") for segment in name.split("/"))
-        and name.isprintable()
-        and "\\" not in name
-    )
 
 
 def _is_count(value: object) -> bool:

@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 from wds_tools.errors import FormatError
 
 SCHEMA_VERSION = 1
+ANY_MEMBERS = 0
+"""The schema version of indexed tars of others: WebDataset samples of any members, which nothing here but the loaders can use."""
 DATA_TYPES = ("image_text", "image_text_multi", "text_pretrain", "visual_sft")
 CODE_COLUMNS = ("vqcode_512", "vqcode_multi768")
 IMAGE_EXTENSIONS = ("jpg", "png", "webp", "gif", "bmp", "tif")

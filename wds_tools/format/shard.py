@@ -29,7 +29,7 @@ from wds_tools.format.checksum import content_hash, crc32
 from wds_tools.format.index import IndexBuilder, ShardIndex
 from wds_tools.format.manifest import ShardRow
 from wds_tools.format.schema import IMAGE_EXTENSIONS, JSON_FIELDS, Sample, validate
-from wds_tools.format.tar import BLOCK, END, Member, header, padding, read_members
+from wds_tools.format.tar import BLOCK, END, Member, header, padding
 
 _NPY_BEGIN = {b"\x93NUMPY\x01\x00": 10, b"\x93NUMPY\x02\x00": 12, b"\x93NUMPY\x03\x00": 12}
 _MAX_NPY_HEADER_BYTES = 4096
@@ -222,15 +222,6 @@ def group_samples(members: Iterable[Member], name: str = "tar") -> Iterator[Stor
         yield StoredSample(key, group)
 
 
-def read_samples(archive: bytes | memoryview, name: str = "tar") -> Iterator[StoredSample]:
-    """The stored samples of a complete archive in memory.
-
-    Raises:
-        FormatError: see TarReader and group_samples.
-    """
-    yield from group_samples(read_members(archive, name), name)
-
-
 def split_name(name: str, where: str) -> tuple[str, str]:
     """A member's name as (key, suffix): "a/b.x.npy" is ("a/b", "x.npy"). The leading "./" of some tars is dropped.
 
@@ -259,18 +250,17 @@ def parse_npy(data: bytes | memoryview, name: str) -> NDArray[Any]:
     begin = _NPY_BEGIN.get(bytes(view[:8]))
     if begin is None or len(view) < begin:
         raise FormatError(f"{name}: not an npy file")
-    length = int.from_bytes(view[8:begin], "little")
-    if length > _MAX_NPY_HEADER_BYTES:
-        raise FormatError(f"{name}: an npy header of {length} bytes; at most {_MAX_NPY_HEADER_BYTES} are accepted")
+    at = begin + int.from_bytes(view[8:begin], "little")
+    if at - begin > _MAX_NPY_HEADER_BYTES:
+        raise FormatError(f"{name}: an npy header of {at - begin} bytes; at most {_MAX_NPY_HEADER_BYTES} are accepted")
     try:
-        dtype, shape = _parse_npy_header(bytes(view[begin : begin + length]))
+        dtype, shape, expected = _parse_npy_header(bytes(view[begin:at]))
     except FormatError as error:
         raise FormatError(f"{name}: {error}") from None
-    payload = view[begin + length :]
-    expected = math.prod(shape) * dtype.itemsize
-    if len(payload) != expected or max(shape, default=0) > len(view):
-        raise FormatError(f"{name}: {len(payload)} bytes of data, its header {dtype.str} {shape} needs {expected}")
-    return np.frombuffer(payload, dtype).reshape(shape)
+    found = len(view) - at
+    if found != expected or (not expected and max(shape, default=0) > len(view)):
+        raise FormatError(f"{name}: {max(found, 0)} bytes of data, its header {dtype.str} {shape} needs {expected}")
+    return np.ndarray(shape, dtype, view, at)
 
 
 @lru_cache(maxsize=1024)
@@ -281,7 +271,8 @@ def _npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
 
 
 @lru_cache(maxsize=1024)
-def _parse_npy_header(head: bytes) -> tuple[np.dtype[Any], tuple[int, ...]]:
+def _parse_npy_header(head: bytes) -> tuple[np.dtype[Any], tuple[int, ...], int]:
+    """The dtype and the shape that it states, and the bytes that these take."""
     match = _NPY_HEADER.fullmatch(head)
     if match is None:
         raise FormatError(f"unreadable npy header {head[:80]!r}")
@@ -290,4 +281,5 @@ def _parse_npy_header(head: bytes) -> tuple[np.dtype[Any], tuple[int, ...]]:
         raise FormatError(
             f"expected little-endian unsigned integers in C order, got {descr[:40]!r}, fortran_order={fortran_order}"
         )
-    return np.dtype(descr), tuple(int(size) for size in shape.split(",") if size.strip())
+    dtype, sizes = np.dtype(descr), tuple(int(size) for size in shape.split(",") if size.strip())
+    return dtype, sizes, math.prod(sizes) * dtype.itemsize

@@ -210,8 +210,8 @@ class TarReader:
     def _member(self, block: bytes, kind: bytes, payload: memoryview, at: int) -> Member | None:
         if kind in b"xgLK":
             if kind == b"x":
-                self._take_pax(bytes(payload), at)
-            elif kind == b"g" and any(key in (b"path", b"size") for key, _ in self._pax_records(bytes(payload), at)):
+                self._take_pax(payload, at)
+            elif kind == b"g" and any(key in (b"path", b"size") for key, _ in self._pax_records(payload, at)):
                 raise FormatError(f"{self._name}: a global pax header at byte {at} renames every member: not supported")
             elif kind == b"L":
                 self._long_name = self._text(bytes(payload).rstrip(b"\0"), at)
@@ -232,7 +232,7 @@ class TarReader:
             return None
         return Member(name, payload, start, at + BLOCK)
 
-    def _take_pax(self, payload: bytes, at: int) -> None:
+    def _take_pax(self, payload: memoryview, at: int) -> None:
         for key, value in self._pax_records(payload, at):
             if key == b"path":
                 self._long_name = self._text(value, at) or None
@@ -245,16 +245,8 @@ class TarReader:
             elif key.startswith(b"GNU.sparse"):
                 raise FormatError(f"{self._name}: the member at byte {at} is a sparse file; a shard holds regular files only")
 
-    def _pax_records(self, payload: bytes, at: int) -> Iterator[tuple[bytes, bytes]]:
-        while payload:
-            digits, _, _ = payload.partition(b" ")
-            length = int(digits) if digits.isdigit() and len(digits) < 8 else 0
-            record = payload[len(digits) + 1 : length]
-            if length > len(payload) or not record.endswith(b"\n") or b"=" not in record:
-                raise FormatError(f"{self._name}: the pax block at byte {at} has a broken record {payload[:40]!r}")
-            key, _, value = record[:-1].partition(b"=")
-            yield key, value
-            payload = payload[length:]
+    def _pax_records(self, payload: memoryview, at: int) -> Iterator[tuple[bytes, bytes]]:
+        return pax_records(bytes(payload), f"{self._name}: the pax block at byte {at}")
 
     def _text(self, name: bytes, at: int) -> str:
         try:
@@ -273,6 +265,28 @@ def read_members(archive: bytes | memoryview, name: str = "tar") -> list[Member]
     members = reader.feed(archive)
     reader.close()
     return members
+
+
+def pax_records(payload: bytes, where: str) -> Iterator[tuple[bytes, bytes]]:
+    """The (key, value) pairs of a pax block; TarReader minds those that `changes_member` names.
+
+    Raises:
+        FormatError: a record is broken; the message begins with `where`.
+    """
+    while payload:
+        digits, _, _ = payload.partition(b" ")
+        length = int(digits) if digits.isdigit() and len(digits) < 8 else 0
+        record = payload[len(digits) + 1 : length]
+        if length > len(payload) or not record.endswith(b"\n") or b"=" not in record:
+            raise FormatError(f"{where} has a broken record {payload[:40]!r}")
+        key, _, value = record[:-1].partition(b"=")
+        yield key, value
+        payload = payload[length:]
+
+
+def changes_member(pax_key: bytes) -> bool:
+    """Whether a pax record of this key says something of its member that a reader may not pass over."""
+    return pax_key in (b"path", b"size") or pax_key.startswith(b"GNU.sparse")
 
 
 def _octal(field: bytes) -> int | None:

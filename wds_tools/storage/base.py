@@ -80,8 +80,8 @@ class Store(Protocol):
     def read(self, name: str) -> bytes:
         """The whole file. Raises NotFound."""
 
-    def read_range(self, name: str, start: int, end: int) -> bytes:
-        """Exactly the bytes [start, end).
+    def read_range(self, name: str, start: int, end: int) -> Buffer:
+        """Exactly the bytes [start, end), not to be written to. On an object store from as many threads as you like.
 
         Args:
             name: the file.

@@ -1,4 +1,10 @@
-"""obstore itself: its module, its clients, and what its errors say. objects.py makes a Store of it.
+"""obstore itself: its module, its clients, how bytes are got from them, and what its errors say. objects.py makes a Store of it.
+
+obstore tries again by itself, and resumes a body at the byte reached if the object has a tag, both for as long as its client's
+budget lasts from the request's first moment: one that has run for longer dies of any fault, however well it went. So reads go
+through fetch(), with clients of their own that have a quarter of the budget, WDS_TOOLS_RETRY_S (default 180 seconds), and a
+day for a body, and call a connection dead that brings no byte for WDS_TOOLS_STALL_S (default 20 seconds). What obstore gives
+up, fetch() goes on with, until nothing has come for the whole budget. The rest of the requests are obstore's alone.
 
 obstore's I/O threads don't survive a fork, while its epoll descriptor is shared by it: used in a forked child, it hangs the
 child and can crash the parent (seen with 0.12). So obstore() gives a forked child a copy of its own, and nothing of the
@@ -10,18 +16,25 @@ import importlib
 import importlib.machinery
 import importlib.util
 import os
+import random
 import re
 import sys
 import threading
+import time
 from datetime import timedelta
 from typing import Any
 from urllib.parse import unquote
 
 from wds_tools.errors import MissingPackage, StorageError, UsageError
-from wds_tools.storage.base import cause, redact
+from wds_tools.storage.base import Buffer, cause, redact
 
 RETRY_VARIABLE = "WDS_TOOLS_RETRY_S"
 RETRY_S = 180.0  # obstore advises to stay below 5 minutes: a retried request keeps its credentials
+STALL_VARIABLE = "WDS_TOOLS_STALL_S"
+STALL_S = 20.0
+FIRST_PAUSE_S = 0.1
+LONGEST_PAUSE_S = 15.0
+ROUNDS = 4  # a read's budget over that of one request
 
 HINTS = {
     "s3": "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY (and AWS_SESSION_TOKEN), and that they may use the bucket "
@@ -112,54 +125,66 @@ if hasattr(os, "register_at_fork"):
 
 def retry_s() -> float:
     """The budget for retries in seconds, from WDS_TOOLS_RETRY_S; 0 means a single try. Raises UsageError."""
-    value = os.environ.get(RETRY_VARIABLE, "")
+    return _seconds(RETRY_VARIABLE, RETRY_S, 0)
+
+
+def stall_s() -> float:
+    """After how many seconds without a byte a read is cut and resumed, from WDS_TOOLS_STALL_S. Raises UsageError."""
+    return _seconds(STALL_VARIABLE, STALL_S, 0.1)
+
+
+def _seconds(variable: str, default: float, least: float) -> float:
+    value = os.environ.get(variable, "")
     try:
-        seconds = float(value) if value else RETRY_S
+        seconds = float(value) if value else default
     except ValueError:
         seconds = -1
-    if not 0 <= seconds <= 3600:
-        raise UsageError(f"{RETRY_VARIABLE}={value!r}: expected a number of seconds from 0 to 3600")
+    if not least <= seconds <= 3600:
+        raise UsageError(f"{variable}={value!r}: expected a number of seconds from {least:g} to 3600")
     return seconds
 
 
-def client_of(kind: str, bucket: str, login: str | None) -> Any:
+def client_of(kind: str, bucket: str, login: str | None, *, reading: bool = False) -> Any:
     """The client of a bucket: one per process and environment, so that all stores in it share its connections.
 
     Args:
         kind: "s3", "gs", "az", "http" or "memory".
         bucket: its name; the container for az, scheme://host for http, "" for memory.
         login: user:password of an http address, percent-encoded.
+        reading: for fetch(), see above.
 
     Returns:
         An obstore store.
 
     Raises:
         StorageError: obstore refuses the settings it finds in the environment.
-        UsageError: WDS_TOOLS_RETRY_S is no number of seconds.
+        UsageError: WDS_TOOLS_RETRY_S or WDS_TOOLS_STALL_S is no number of seconds.
         MissingPackage: AWS_PROFILE is set, and boto3 isn't here to read it.
     """
     store = obstore().store
     settings = {
         name: value
         for name, value in os.environ.items()
-        if name.startswith(("AWS_", "AZURE_", "GOOGLE_")) or name == RETRY_VARIABLE
+        if name.startswith(("AWS_", "AZURE_", "GOOGLE_")) or name in (RETRY_VARIABLE, STALL_VARIABLE)
     }
-    key = (kind,) if kind == "memory" else (kind, bucket, login, *sorted(settings.items()))
+    key = (kind,) if kind == "memory" else (kind, bucket, login, reading, *sorted(settings.items()))
     with _lock:
         if key not in _clients:
-            _clients[key] = store.MemoryStore() if kind == "memory" else _new(store, kind, bucket, login, settings)
+            _clients[key] = store.MemoryStore() if kind == "memory" else _new(store, kind, bucket, login, reading, settings)
         return _clients[key]
 
 
-def _new(store: Any, kind: str, bucket: str, login: str | None, settings: dict[str, str]) -> Any:
-    budget = retry_s()
+def _new(store: Any, kind: str, bucket: str, login: str | None, reading: bool, settings: dict[str, str]) -> Any:
+    budget = retry_s() / ROUNDS if reading else retry_s()
     options: dict[str, Any] = {"connect_timeout": "10s", "read_timeout": "60s", "timeout": "120s"}
+    if reading:
+        options |= {"read_timeout": f"{stall_s() * 1000:.0f}ms", "timeout": "1day"}
     retry = {
         "max_retries": 1000 if budget else 0,  # time is the limit, not the count
         "retry_timeout": timedelta(seconds=budget),
         "backoff": {
-            "init_backoff": timedelta(milliseconds=100),
-            "max_backoff": timedelta(seconds=min(15.0, max(0.1, budget / 4))),
+            "init_backoff": timedelta(seconds=FIRST_PAUSE_S),
+            "max_backoff": timedelta(seconds=min(LONGEST_PAUSE_S, max(0.1, budget / 4))),
             "base": 2,
         },
     }
@@ -188,9 +213,106 @@ def _profile() -> Any:
         raise MissingPackage("AWS_PROFILE is set, and reading profiles takes boto3: pip install boto3") from error
 
 
+class FetchError(Exception):
+    """What fetch() finds out by itself; its cause, if any, is the last of obstore's errors."""
+
+
+class Stuck(FetchError):
+    """No byte came in the time that may be spent on waiting for one.
+
+    Attributes:
+        start: first byte wanted.
+        end: one past the last.
+        reached: the first that didn't come.
+        seconds: how long it was tried to get that one.
+    """
+
+    def __init__(self, start: int, end: int, reached: int, seconds: float) -> None:
+        super().__init__(f"bytes [{start}, {end}): stuck at {reached} for {seconds:.1f} s")
+        self.start, self.end, self.reached, self.seconds = start, end, reached, seconds
+
+
+class Replaced(FetchError):
+    """The object is no longer the one whose first bytes are here."""
+
+
+def fetch(bucket: Any, key: str, start: int, end: int) -> tuple[Buffer, Any]:
+    """Bytes of an object, however often the connection breaks on the way.
+
+    The first request is obstore's: it copies nothing into Python, and resumes by itself; what it got is lost if it fails in
+    the end. What follows is taken piece by piece, so that no byte of it is asked for twice, and only of the same version of
+    the object. Before it is a pause: anything up to 0.1 s, doubled with every failure in a row, 15 s at most.
+
+    Args:
+        bucket: a client for reading.
+        key: the object's.
+        start: first byte.
+        end: one past the last, more than `start`; the object may end before.
+
+    Returns:
+        The bytes, read-only, and obstore's metadata of the object.
+
+    Raises:
+        Stuck: nothing came for so long that another round would exceed retry_s().
+        Replaced: the object changed on the way.
+        foreign(): what trying again would not mend.
+    """
+    get, errors = obstore().get, foreign()
+    round_s = retry_s() / ROUNDS
+    options: dict[str, Any] = {"range": (start, end)}
+    meta: Any = None
+    data = memoryview(b"")
+    reached, last = start, end  # the object may end before `end`
+    num_failures, progress_s = 0, time.monotonic()
+    while True:
+        is_first = meta is None
+        try:
+            result = get(bucket, key, options=options)
+            if is_first:
+                meta, last = result.meta, result.range[1]
+                return memoryview(result.bytes()), meta
+            if _version(result.meta) != _version(meta):
+                raise Replaced(f"{key}: {_version(meta)} became {_version(result.meta)}")
+            for piece in result.stream(min_chunk_size=1):
+                data[reached - start : reached - start + len(piece)] = piece
+                reached += len(piece)
+                num_failures, progress_s = 0, time.monotonic()
+            if reached < last:
+                raise ConnectionError(f"the response ended at byte {reached}, it was to end at {last}")
+            return data.toreadonly(), meta
+        except errors as error:
+            if meta is not None and status_of(error) in (412, 416):  # If-Match failed, or the object got shorter
+                raise Replaced(f"{key}: {_version(meta)} is gone") from cause(error)
+            if not may_pass(error):
+                raise
+            if is_first and meta is not None:  # bytes did come, a round ago at most
+                data, progress_s = memoryview(bytearray(last - start)), time.monotonic()
+            waited_s = time.monotonic() - progress_s
+            left_s = (ROUNDS - 1) * round_s - waited_s
+            if left_s <= 0:
+                raise Stuck(start, end, reached, waited_s) from cause(error)
+        time.sleep(min(_jitter.uniform(0, min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** min(num_failures, 20))), left_s))
+        num_failures += 1
+        options = {"range": (reached, last)}
+        if meta is not None and not (meta["e_tag"] or "W/").startswith("W/"):  # a weak tag matches nothing
+            options["if_match"] = meta["e_tag"]
+
+
+_jitter = random.SystemRandom()  # of the caller's random numbers none is used up, and forked processes don't pause in step
+
+
+def _version(meta: Any) -> tuple[Any, ...]:
+    return meta["e_tag"] or meta["last_modified"], meta["size"]
+
+
 def foreign() -> tuple[type[Exception], ...]:
     """What obstore raises: its own errors and, for some, Python's. For `except`."""
     return (obstore().exceptions.BaseError, OSError, ValueError)
+
+
+def failures() -> tuple[type[Exception], ...]:
+    """What fetch() raises. For `except`."""
+    return (FetchError, *foreign())
 
 
 def reason(error: BaseException) -> str:
@@ -209,3 +331,11 @@ def status_of(error: BaseException) -> int | None:
 def is_unreachable(error: BaseException) -> bool:
     """Whether nobody answered, as opposed to an answer we don't like."""
     return any(mark in str(error) for mark in ("kind: Connect", "kind: Timeout", "error sending request"))
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether the same request may do better: nobody answered, the connection broke, or the server is overloaded or broken."""
+    status = status_of(error)
+    if status is not None:
+        return status in (408, 429) or (status >= 500 and status not in (501, 505))
+    return isinstance(error, ConnectionError) or "HTTP error: " in str(error)

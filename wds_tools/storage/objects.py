@@ -1,9 +1,9 @@
 """Object stores and web servers, through obstore: s3, gs, az, http(s), and one memory store a process for tests.
 
-A small object is one GET or one PUT. A large one is read as ranges of 8 MiB, two ahead of the reader, each retried by
-itself, so a slow consumer never meets a timeout; a writer sends parts of 8 MiB, two under way, and the object appears
-when the last is acknowledged. Either holds about 32 MiB. Failed requests are tried again for WDS_TOOLS_RETRY_S seconds
-(default 180) with growing pauses, then reported.
+A small object is one GET or one PUT. A large one is read as ranges of 8 MiB, two ahead of the reader, so a slow consumer
+never meets a timeout; a writer sends parts of 8 MiB, two under way, and the object appears when the last is acknowledged.
+Either holds about 32 MiB. A range whose connection breaks or stalls is resumed at the byte reached (client.fetch). What fails
+is tried again with growing pauses, for WDS_TOOLS_RETRY_S seconds (default 180) without progress, then reported.
 
 A reader or writer doesn't cross a fork; a store does (client.py says how).
 """
@@ -80,14 +80,14 @@ class ObjectStore:
         self._prefix = path.strip("/")
         if self._prefix:
             check_name(self._prefix, url)
-        self._client: Any = None
+        self._clients: dict[bool, Any] = {}
         self._pid = 0
 
     def __repr__(self) -> str:
         return f"ObjectStore({self.url!r})"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_client": None, "_pid": 0}
+        return {**self.__dict__, "_clients": {}, "_pid": 0}
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
         folder = check_prefix(prefix, self.url)
@@ -123,21 +123,21 @@ class ObjectStore:
         with self.open(name) as file:
             return file.read()
 
-    def read_range(self, name: str, start: int, end: int) -> bytes:
+    def read_range(self, name: str, start: int, end: int) -> Buffer:
         check_range(name, start, end)
         key = self._key(name)
         if start == end:
             return b""
-        bucket = self._connect()
+        bucket = self._connect(reading=True)
         try:
-            data = bytes(client.obstore().get_range(bucket, key, start=start, end=end))
-        except client.foreign() as error:
+            data, meta = client.fetch(bucket, key, start, end)
+        except client.failures() as error:
             size = self._size_if_known(name) if self._is_about_range(error) else None
             if size is not None and size < end:
                 raise self._short(name, start, end, size) from cause(error)
             raise self._translate(error, "read", name) from cause(error)
         if len(data) != end - start:
-            raise self._short(name, start, end, start + len(data))
+            raise self._short(name, start, end, meta["size"])
         return data
 
     def open(self, name: str) -> io.BufferedReader:
@@ -169,13 +169,13 @@ class ObjectStore:
 
     def _chunks(self, name: str) -> Generator[memoryview, None, None]:
         """The object's bytes in order, fetched up to READ_AHEAD chunks ahead of whoever takes them."""
-        key, bucket, obstore = self._key(name), self._connect(), client.obstore()
+        key, bucket = self._key(name), self._connect(reading=True)
 
         def fetch(start: int) -> tuple[memoryview, Any]:
             try:
-                result = obstore.get(bucket, key, options={"range": (start, start + CHUNK_BYTES)})
-                return memoryview(result.bytes()), result.meta
-            except client.foreign() as error:
+                data, meta = client.fetch(bucket, key, start, start + CHUNK_BYTES)
+                return memoryview(data), meta
+            except client.failures() as error:
                 if start == 0 and self._has_no_ranges(name, error):
                     raise _NoRangesError from error
                 raise self._translate(error, "read", name) from cause(error)
@@ -192,7 +192,7 @@ class ObjectStore:
         with closing(_ahead(fetch, range(position, size, CHUNK_BYTES))) as ahead:
             for data, meta in ahead:
                 if meta["size"] != size or meta["e_tag"] != tag:
-                    raise StorageError(f"{join(self.url, name)} was replaced while it was read: read it again")
+                    raise self._translate(client.Replaced(), "read", name)
                 end = min(position + CHUNK_BYTES, size)
                 if len(data) != end - position:
                     raise self._short(name, position, end, position + len(data))
@@ -239,15 +239,27 @@ class ObjectStore:
             raise StorageError(f"{join(self.url, name)}: http(s) addresses are read-only here: write to a folder or a bucket")
         return key
 
-    def _connect(self) -> Any:
+    def _connect(self, *, reading: bool = False) -> Any:
+        """The client of this process: one for client.fetch, one for everything else."""
         if self._pid != os.getpid():
-            self._client = client.client_of(self._kind, self._bucket, self._login)
+            self._clients = {}
             self._pid = os.getpid()
-        return self._client
+        if reading not in self._clients:
+            self._clients[reading] = client.client_of(self._kind, self._bucket, self._login, reading=reading)
+        return self._clients[reading]
 
-    def _translate(self, error: Exception, verb: str, name: str) -> StorageError:
-        """Our error for one of obstore's, to be raised from it."""
+    def _translate(self, error: BaseException, verb: str, name: str) -> StorageError:
+        """Our error for one of obstore's or of client.fetch, to be raised from it."""
         show = join(self.url, name) if name else self.url
+        tried = f"no answer in {client.retry_s():g} s of trying ({client.RETRY_VARIABLE})"
+        stuck = isinstance(error, client.Stuck)
+        if isinstance(error, client.Replaced):
+            return StorageError(f"{show} was replaced while it was read: read it again")
+        if isinstance(error, client.Stuck):
+            verb = f"{verb} bytes [{error.start}, {error.end})"
+            nothing = f"nothing from byte {error.reached} on" if error.reached > error.start else "no answer"
+            tried = f"{nothing} in {round(error.seconds, 1):g} s of trying ({client.RETRY_VARIABLE})"
+            error = error.__cause__ or error
         status = client.status_of(error)
         reason = client.reason(error)
         if isinstance(error, FileNotFoundError) or status == 404:
@@ -262,9 +274,10 @@ class ObjectStore:
             or type(error).__name__ in ("PermissionDeniedError", "UnauthenticatedError")
         ):
             return StorageError(f"{show}: can't {verb}, access denied: {client.HINTS.get(self._kind, '')} ({reason})")
-        if client.is_unreachable(error):
+        if stuck and status is not None:
+            return StorageError(f"{show}: can't {verb}, {tried}: the server is overloaded or broken ({reason})")
+        if stuck or client.is_unreachable(error):
             where = "check the network" + (" and AWS_ENDPOINT_URL" if self._kind == "s3" else " and the address")
-            tried = f"no answer in {client.retry_s():g} s of trying ({client.RETRY_VARIABLE})"
             return StorageError(f"{show}: can't {verb}, {tried}: {where} ({reason})")
         if status == 301 and self._kind == "s3":
             return StorageError(f"{show}: can't {verb}, the bucket is in another region: set AWS_REGION ({reason})")

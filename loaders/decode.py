@@ -1,0 +1,127 @@
+"""Rows in memory -> columns, and what to do about a row that can't be read.
+
+An unreadable row stops the run, or its position is filled by the next readable row of the same block, so that no rank ever
+takes a different number of steps.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import orjson
+
+from loaders.collate import check_crc, read_columns
+from loaders.read import LoadedRows
+from loaders.stream import Located
+from wds_tools.errors import DataError, FormatError
+
+_T = TypeVar("_T")
+_READING_ERRORS = (DataError, KeyError, IndexError, ValueError, TypeError)
+
+
+class Substitution(NamedTuple):
+    """A position whose own sample could not be read."""
+
+    source: int
+    shard: int
+    row: int
+    by_row: int
+    reason: str
+    """crc32, json or format."""
+
+
+class Decoder:
+    """Turns rows into columns.
+
+    Args:
+        check_crc: compare every row's bytes with the index.
+        substitute: replace a row that can't be read; else it is a FormatError.
+    """
+
+    def __init__(self, *, check_crc: bool, substitute: bool) -> None:
+        self._check_crc = check_crc
+        self._substitute = substitute
+
+    def decode(
+        self, located: Located, rows: list[LoadedRows], parse: Callable[[Sequence[LoadedRows], Sequence[int]], _T]
+    ) -> tuple[_T, list[Substitution], Located]:
+        """These rows parsed, what was substituted, and those of `located` that were not.
+
+        Args:
+            located: where the positions lead.
+            rows: what holds the row of each.
+            parse: collate.read_columns or collate.read_samples.
+
+        Raises:
+            FormatError: a row can't be read, and was not to be replaced or no other of its block can be read either.
+        """
+        with _paused_gc():
+            return self._decode(located, rows, parse)
+
+    def _decode(
+        self, located: Located, rows: list[LoadedRows], parse: Callable[[Sequence[LoadedRows], Sequence[int]], _T]
+    ) -> tuple[_T, list[Substitution], Located]:
+        numbers = located.row.tolist()
+        try:
+            return self._parsed(rows, numbers, parse), [], located
+        except _READING_ERRORS:
+            substitutions = self._replace_bad(located, rows, numbers)
+            good = Located(*(column[located.row == np.array(numbers)] for column in located))
+            return self._parsed(rows, numbers, parse), substitutions, good
+
+    def _parsed(
+        self,
+        rows: Sequence[LoadedRows],
+        numbers: Sequence[int],
+        parse: Callable[[Sequence[LoadedRows], Sequence[int]], _T],
+    ) -> _T:
+        if self._check_crc:
+            check_crc(rows, numbers)
+        return parse(rows, numbers)
+
+    def _replace_bad(self, located: Located, rows: list[LoadedRows], numbers: list[int]) -> list[Substitution]:
+        """Put another row of its block in place of each that can't be read; stop at the first if that was not asked for."""
+        substitutions = []
+        for at, (held, row) in enumerate(zip(rows, numbers, strict=True)):
+            error = self._problem(held, row)
+            if error is None:
+                continue
+            what = f"{held.where(row)}: {error}"
+            if not self._substitute:
+                raise FormatError(f"{what}. on_error='substitute' goes on without it") from error
+            first, num_rows = int(located.first[at]), int(located.num_rows[at])
+            others = (first + (row - first + step) % num_rows for step in range(1, num_rows))
+            by_row = next((other for other in others if self._problem(held, other) is None), None)
+            if by_row is None:
+                raise FormatError(f"{what}; nor can any other of the {num_rows} samples of its block be read") from error
+            numbers[at] = by_row
+            substitutions.append(Substitution(int(located.source[at]), held.shard, row, by_row, _reason(error)))
+        return substitutions
+
+    def _problem(self, held: LoadedRows, row: int) -> Exception | None:
+        try:
+            self._parsed([held], [row], read_columns)
+        except _READING_ERRORS as error:
+            return error
+        return None
+
+
+def _reason(error: Exception) -> str:
+    """A short word for a count."""
+    return "crc32" if "CRC-32" in str(error) else "json" if isinstance(error, orjson.JSONDecodeError) else "format"
+
+
+@contextmanager
+def _paused_gc() -> Iterator[None]:
+    """Thousands of views live for a moment here; letting the cycle collector look at them costs a fifth of the time."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()

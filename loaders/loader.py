@@ -1,0 +1,269 @@
+"""build_loader: a config and a place in the world -> batches, with state, receipt and statistics.
+
+    Loader -> errands (steps of the epoch) -> PartReader, here or in worker processes -> parcels -> batches
+
+The main process counts: a batch is consumed when it is handed over, not when it was prefetched. All that workers need is in the
+errand, so they keep nothing between batches but what they read ahead.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from typing import Any
+
+import numpy as np
+import torch
+
+from loaders.collate import Batch
+from loaders.config import LoaderConfig, World
+from loaders.receipt import MODULUS, pack_receipt
+from loaders.state import check_data, check_recipe, pack_state, unpack_state
+from loaders.steps import Steps
+from loaders.stream import Stream, open_source
+from loaders.work import Errand, Parcel, PartReader
+from wds_tools.errors import DataError, UsageError, WdsToolsError, WorkerDied
+
+_WAITS_KEPT = 10_000
+
+
+def build_loader(config: LoaderConfig, world: World | None = None) -> Loader:
+    """Open the sources and make the loader of this process.
+
+    Args:
+        config: what to read.
+        world: this process among the training processes; by default World.detect().
+
+    Raises:
+        NotFound, FormatError: a source is no data set.
+        UsageError: the settings do not fit the data or the world.
+    """
+    return Loader(config, world or World.detect())
+
+
+class Loader:
+    """Batches of this rank. Iterating gives the rest of the current epoch; the next iteration the next epoch.
+
+    A batch is a dict: `__key__`, `__source__`, `data_type` and `text` are lists of str; `codes` is an int32 tensor (B, h, w)
+    where all samples have grids of one size, else a list of (h, w) tensors, None for a sample without; a batch without any codes
+    has none. Samples with encoded images or conversations add `image` (bytes) and `conversations`. Sources without our schema
+    give `__key__`, `__source__` and the members' bytes by suffix, as lists.
+    A loop that was left goes on where it stopped. Use from one thread.
+    """
+
+    def __init__(self, config: LoaderConfig, world: World) -> None:
+        if config.batch_size < world.world_size:
+            raise UsageError(f"batch_size={config.batch_size} is less than one sample for each of {world.world_size} ranks")
+        self.config = config
+        self.world = world
+        self._sources = [open_source(source) for source in config.sources]
+        if len({opened.has_schema for opened in self._sources}) > 1:
+            raise UsageError("sources of this project's schema can't be mixed with indexed tars of any members")
+        self._stream = Stream(self._sources, config)
+        if config.tail == "drop" and self._stream.length < config.batch_size:
+            raise UsageError(
+                f"an epoch of {self._stream.length} samples is less than a batch of {config.batch_size}, and tail='drop' "
+                "leaves it out: choose a smaller batch_size, or tail='short' or 'wrap'"
+            )
+        self.epoch = 0
+        """The epoch that the next batch belongs to."""
+        self._position = 0
+        self._begin()
+        self._spans: list[tuple[int, int, int, int]] = []
+        self._hash_total = 0
+        self._num_samples = 0
+        self._num_batches = 0
+        self._dropped = 0
+        self._substitutions: list[dict[str, Any]] = []
+        self._bad: Counter[str] = Counter()
+        self._waits: deque[float] = deque(maxlen=_WAITS_KEPT)
+        self._counts: dict[int, dict[str, int]] = {}
+
+    def _begin(self) -> None:
+        """Set up reading for the present stream."""
+        self._parts = PartReader(self._stream, self.config, self.world)
+        self._workers: Any = None
+        self._errands = _Errands()
+
+    def __len__(self) -> int:
+        """Batches that the next iteration gives: those left of the epoch. The same on every rank."""
+        return len(self._steps())
+
+    @property
+    def position(self) -> int:
+        """Samples of the epoch that were handed over, over all ranks."""
+        return self._position
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of an epoch over all ranks."""
+        return self._stream.length
+
+    def __iter__(self) -> Iterator[Batch]:
+        steps, epoch = self._steps(), self.epoch
+        self._errands.set(epoch, steps, max(self.config.num_workers, 1))
+        parcels = iter(self._parcels())
+        for step in range(len(steps)):
+            if (self.epoch, self._position) != (epoch, steps.start + step * steps.batch_size):
+                raise UsageError("another loop over this loader, or load_state_dict, has moved it since this loop began")
+            started = time.perf_counter()
+            parcel = self._next(parcels)
+            self._waits.append(time.perf_counter() - started)
+            batch = self._batch(parcel)
+            self._hand_over(parcel, steps, step)
+            yield batch
+        if self.epoch == epoch:
+            self._dropped += steps.dropped
+            self.epoch, self._position = epoch + 1, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the run stands behind the last batch handed over: small, JSON, the same on every rank."""
+        epoch, position = self.epoch, self._position
+        if not len(self._steps()):
+            epoch, position = epoch + 1, 0
+        return pack_state(self._stream, epoch, position)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state, of any number of ranks, workers, or batch size. Costs an assignment.
+
+        Raises:
+            UsageError: the data or the recipe is another, or the state is none; says what differs.
+        """
+        order, step_samples, epoch, position = unpack_state(state, self.config)
+        check_data(state, self._sources, self._stream.fingerprints)
+        stream = Stream(self._sources, self.config, order, step_samples)
+        check_recipe(state, stream)
+        if position >= stream.length:
+            epoch, position = epoch + position // stream.length, 0
+        self.close()
+        self._stream = stream
+        self._begin()
+        self.epoch, self._position = epoch, position
+
+    def receipt(self) -> dict[str, Any]:
+        """What this rank has handed over since it was made: small JSON for `wds-tools audit`."""
+        return pack_receipt(
+            self._stream,
+            self.world,
+            self.config.tail,
+            self._spans,
+            self._num_samples,
+            self._hash_total,
+            self._substitutions,
+        )
+
+    def stats(self) -> dict[str, float]:
+        """Numbers for a training log. Of this rank, since it was made.
+
+        Returns:
+            epoch, position; batches, samples, dropped; bad and bad_REASON; wait_p50_s and wait_p99_s (seconds the trainer waited
+            for a batch, of the last 10,000); requests, bytes (of data fetched from object storage), evicted, cache_*.
+        """
+        waits = np.array(self._waits or [0.0])
+        totals: Counter[str] = Counter()
+        for counts in self._counts.values():
+            totals.update(counts)
+        return {
+            "epoch": self.epoch,
+            "position": self._position,
+            "batches": self._num_batches,
+            "samples": self._num_samples,
+            "dropped": self._dropped,
+            "bad": self._bad.total(),
+            **{f"bad_{reason}": count for reason, count in sorted(self._bad.items())},
+            "wait_p50_s": float(np.percentile(waits, 50)),
+            "wait_p99_s": float(np.percentile(waits, 99)),
+            **totals,
+        }
+
+    def close(self) -> None:
+        """End the worker processes. The loader can be used again."""
+        workers, self._workers = self._workers, None
+        if workers is not None and workers._iterator is not None:
+            workers._iterator._shutdown_workers()
+
+    def _steps(self) -> Steps:
+        return Steps(self._stream.length, self._position, self.config.batch_size, self.config.tail)
+
+    def _parcels(self) -> Iterable[Parcel | WdsToolsError]:
+        if not self.config.num_workers:
+            return (self._parts[errand] for errand in self._errands)
+        if self._workers is None:
+            self._workers = torch.utils.data.DataLoader(
+                self._parts,
+                sampler=self._errands,
+                batch_size=None,
+                num_workers=self.config.num_workers,
+                prefetch_factor=self.config.prefetch,
+                persistent_workers=True,
+                collate_fn=_as_it_is,
+                multiprocessing_context=self.config.start_method,
+            )
+        return self._workers  # type: ignore[no-any-return]
+
+    def _next(self, parcels: Iterator[Parcel | WdsToolsError]) -> Parcel:
+        try:
+            parcel = next(parcels)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            self.close()
+            raise WorkerDied(f"a worker process ended ({error}); {self._whence()}") from error
+        if isinstance(parcel, WdsToolsError):
+            raise type(parcel)(f"{parcel}; {self._whence()}") from parcel
+        return parcel
+
+    def _whence(self) -> str:
+        return f"everything before epoch {self.epoch}, position {self._position} was handed over: state_dict() goes on there"
+
+    def _batch(self, parcel: Parcel) -> Batch:
+        lists = parcel.columns.lists
+        names = [opened.name for opened in self._sources]
+        batch: Batch = {"__key__": lists["__key__"], "__source__": [names[number] for number in parcel.sources], **lists}
+        if parcel.columns.codes is not None:
+            batch["codes"] = parcel.columns.codes.unpack()
+        return batch
+
+    def _hand_over(self, parcel: Parcel, steps: Steps, step: int) -> None:
+        low, high = steps.start + step * steps.batch_size, steps.end(step)
+        for bad in parcel.substitutions:
+            self._bad[bad.reason] += 1
+            self._substitutions.append({"epoch": self.epoch, **bad._asdict()})
+        if len(self._substitutions) > self.config.max_bad:
+            raise DataError(
+                f"{len(self._substitutions)} unreadable samples, max_bad={self.config.max_bad}: {dict(self._bad)}; "
+                f"run `wds-tools verify`; {self._whence()}"
+            )
+        spans = self._spans
+        if spans and spans[-1][0] == self.epoch and spans[-1][2] == low and spans[-1][3] == steps.batch_size:
+            spans[-1] = (self.epoch, spans[-1][1], high, steps.batch_size)
+        else:
+            spans.append((self.epoch, low, high, steps.batch_size))
+        self._hash_total = (self._hash_total + parcel.hash_total) % MODULUS
+        self._num_samples += len(parcel.sources)
+        self._num_batches += 1
+        self._counts[parcel.worker] = parcel.counts
+        self._position = low + steps.batch_size
+
+
+class _Errands(Sized, Iterable[Errand]):
+    """The sampler of the DataLoader: the steps of the epoch at hand."""
+
+    def __init__(self) -> None:
+        self._what: tuple[int, Steps, int] | None = None
+
+    def set(self, epoch: int, steps: Steps, stride: int) -> None:
+        self._what = epoch, steps, stride
+
+    def __len__(self) -> int:
+        return len(self._what[1]) if self._what else 0
+
+    def __iter__(self) -> Iterator[Errand]:
+        if self._what:
+            epoch, steps, stride = self._what
+            yield from (Errand(epoch, steps, step, stride) for step in range(len(steps)))
+
+
+def _as_it_is(parcel: Any) -> Any:
+    return parcel

@@ -1,0 +1,93 @@
+"""WebDataset tars as they are, without index or manifest: read from start to end, at a weaker promise than ShardDataset's.
+
+    *.tar below the URL, permuted -> dealt out to ranks and workers, whole -> samples in file order -> .shuffle / .decode / ...
+
+What it promises: an epoch has every sample once over all ranks and workers, and which shards a worker reads, in which order, is
+a function of (seed, epoch). What it doesn't: ranks get different numbers of samples, samples are mixed only by a `.shuffle(n)`
+behind it, and there is no resume. `wds-tools index` makes an index once, and ShardDataset and build_loader give all that.
+Memory: a remote shard and the next one; a local shard is mapped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import webdataset as wds
+from torch.utils.data import get_worker_info
+
+from loaders.config import World
+from loaders.plan import shuffled
+from wds_tools.errors import NotFound
+from wds_tools.format.scan import scan_tar
+from wds_tools.storage import LocalStore, join, open_store
+
+
+class TarDataset(wds.DataPipeline, wds.compat.FluidInterface):  # type: ignore[misc]  # webdataset has no types
+    """Samples of all tars below a URL, as webdataset gives them: `__key__`, `__url__` and the members' bytes by suffix.
+
+    Args:
+        url: a directory or URL; every `*.tar` below it is read, so it can't be a web server, which has no listings.
+        shuffle: permute the shards.
+        seed: of the permutation.
+        epoch: of the permutation; see `set_epoch`.
+        rank: this process among `world_size`.
+        world_size: training processes; each shard goes to one of them.
+
+    Raises:
+        NotFound: there is no tar.
+        UsageError: rank and world_size don't fit.
+    """
+
+    def __init__(
+        self, url: str, *, shuffle: bool = True, seed: int = 42, epoch: int = 0, rank: int = 0, world_size: int = 1
+    ) -> None:
+        self._source = _Tars(url, shuffle, seed, epoch, World(rank=rank, world_size=world_size))
+        super().__init__(self._source)
+
+    @property
+    def num_shards(self) -> int:
+        """Tars below the URL."""
+        return len(self._source.names)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order the next iteration takes. Call it before the workers start."""
+        self._source.epoch = epoch
+
+
+class _Tars:
+    """The first stage of the pipeline: called for each iteration, in the process that iterates."""
+
+    def __init__(self, url: str, shuffle: bool, seed: int, epoch: int, world: World) -> None:
+        self._store = open_store(url)
+        self._shuffle = shuffle
+        self._seed = seed
+        self.epoch = epoch
+        self._world = world
+        self.names = [entry.name for entry in self._store.list() if entry.name.endswith(".tar")]
+        if not self.names:
+            raise NotFound(f"{self._store.url} has no *.tar: give the folder that holds the shards")
+
+    def __call__(self) -> Iterator[dict[str, Any]]:
+        info = get_worker_info()
+        worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
+        order = shuffled(len(self.names), self._seed, self.epoch) if self._shuffle else np.arange(len(self.names))
+        own = order[self._world.rank * num_workers + worker :: self._world.world_size * num_workers].tolist()
+        with ThreadPoolExecutor(1, thread_name_prefix="wds-tar") as pool:
+            following = pool.submit(self._read, self.names[own[0]]) if own else None
+            for number, shard in enumerate(own):
+                assert following is not None
+                tar = following.result()
+                if number + 1 < len(own):
+                    following = pool.submit(self._read, self.names[own[number + 1]])
+                url = join(self._store.url, self.names[shard])
+                found = scan_tar(tar, url)
+                for key, payloads in zip(found.keys, found.payloads(tar), strict=True):
+                    sample: dict[str, Any] = {"__key__": key, "__url__": url}
+                    sample.update((suffix, bytes(payload)) for suffix, payload in payloads.items())
+                    yield sample
+
+    def _read(self, name: str) -> memoryview:
+        return self._store.map(name) if isinstance(self._store, LocalStore) else memoryview(self._store.read(name))

@@ -1,0 +1,113 @@
+"""The resume conformance check: for this project's tests, and for users who build a stage with state of their own.
+
+`check_resume` saves a run at every step, restores each state on every topology, and demands the uninterrupted sequence.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from loaders.config import World
+
+
+class Stateful(Protocol):
+    """What is checked: an iterable over the rest of an epoch that can say and take where it stands."""
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+    def state_dict(self) -> Mapping[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+class Topology(NamedTuple):
+    """Under which a run goes on."""
+
+    batch_size: int
+    world_size: int = 1
+    num_workers: int = 0
+
+
+Make = Callable[[Topology, World], Stateful]
+
+
+def check_resume(
+    make: Make,
+    topologies: Sequence[Topology],
+    *,
+    items: Callable[[Any], Iterable[Any]] = lambda batch: batch["__key__"],
+    every: int = 1,
+) -> list[Any]:
+    """Save at every step under every topology, restore under every other; the sequence must stay what it is.
+
+    Args:
+        make: a fresh stage for one rank, whose epoch loses nothing (tail="short").
+        topologies: between which runs are moved; the first gives the reference.
+        items: what to compare of a batch, in order.
+        every: restore only every so many steps.
+
+    Returns:
+        The items of an uninterrupted epoch.
+
+    Raises:
+        AssertionError: a restored run differs, ranks disagree on their state or on the number of steps; says where.
+    """
+    reference, _ = run(make, topologies[0], None, items)
+    for before in topologies:
+        whole, states = run(make, before, None, items)
+        assert whole == reference, f"{before} reads another sequence than {topologies[0]}: {_difference(whole, reference)}"
+        for step in range(0, len(states), every):
+            seen, state = states[step]
+            for after in topologies:
+                rest, _ = run(make, after, state, items)
+                expected = reference[seen:] if seen < len(reference) else None
+                assert expected is None or rest == expected, (
+                    f"saved under {before} after step {step + 1} ({seen} items), restored under {after}: "
+                    f"{_difference(rest, expected)}"
+                )
+    return reference
+
+
+def run(
+    make: Make, topology: Topology, state: Mapping[str, Any] | None, items: Callable[[Any], Iterable[Any]]
+) -> tuple[list[Any], list[tuple[int, Mapping[str, Any]]]]:
+    """All ranks of a topology in step, to the end of the epoch.
+
+    Args:
+        make, topology, items: see check_resume.
+        state: to begin from.
+
+    Returns:
+        The items in global order, and behind each step how many they were and the state.
+    """
+    ranks = [make(topology, World(rank=rank, world_size=topology.world_size)) for rank in range(topology.world_size)]
+    if state is not None:
+        for rank in ranks:
+            rank.load_state_dict(json.loads(json.dumps(state)))
+    found: list[Any] = []
+    states: list[tuple[int, Mapping[str, Any]]] = []
+    iterators = [iter(rank) for rank in ranks]
+    while True:
+        batches = [next(iterator, None) for iterator in iterators]
+        ended = [batch is None for batch in batches]
+        assert all(ended) or not any(ended), f"{topology}: after {len(states)} steps some ranks have ended and some have not"
+        if any(ended):
+            break
+        found += [item for batch in batches for item in items(batch)]
+        saved = [rank.state_dict() for rank in ranks]
+        assert all(other == saved[0] for other in saved), f"{topology}: ranks disagree on the state after step {len(states) + 1}"
+        states.append((len(found), saved[0]))
+    for rank in ranks:
+        if close := getattr(rank, "close", None):
+            close()
+    return found, states
+
+
+def _difference(found: Sequence[Any], expected: Sequence[Any] | None) -> str:
+    assert expected is not None
+    at = next((at for at, pair in enumerate(zip(found, expected, strict=False)) if pair[0] != pair[1]), None)
+    if at is None:
+        return f"{len(found)} items instead of {len(expected)}"
+    return f"item {at} is {found[at]!r} instead of {expected[at]!r}"

@@ -1,0 +1,119 @@
+"""`wds-tools audit`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+import orjson
+import tyro
+
+from loaders.audit import Audit, audit, read_receipts
+from loaders.tally import EpochAudit, Ranges
+from wds_tools.errors import UsageError
+from wds_tools.storage import join
+
+EXAMPLE = "wds-tools audit s3://bucket/run-7/receipts --complete"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Compare what a training run has handed over, by its receipts, with the manifests: every sample of an epoch once.
+
+    Exit status 1 if anything is missing or repeated."""
+
+    input: tyro.conf.Positional[tuple[str, ...]]
+    """Receipts of all ranks and restarts: .json files, or folders or URLs of them."""
+    epoch: int | None = None
+    """Report this epoch only. Receipts are added up over all of theirs."""
+    source: tuple[str, ...] = ()
+    """Where data of the run lies that is no longer at the URL in the receipts. It is recognised by its fingerprint."""
+    complete: bool = False
+    """The last epoch has to be complete too; without, it may end where the run stood."""
+    quick: bool = False
+    """Compare positions only; do not add up the hashes of the samples, about a minute for 100 million."""
+    show: int = 20
+    """Ranges to list of each kind. What is not listed is counted."""
+    json: bool = False
+    """Print one JSON object. Ranges in it are [first, behind the last]."""
+
+    def __post_init__(self) -> None:
+        if not self.input:
+            raise UsageError("name the receipts of the run: files or folders")
+        if self.show < 0:
+            raise UsageError(f"--show {self.show}: 0 or more")
+
+
+def run(config: Config) -> int:
+    """Audit, and list what is missing or repeated."""
+    result = audit(read_receipts(config.input), config.source, complete=config.complete, quick=config.quick, show=config.show)
+    epochs = [one for one in result.epochs if config.epoch in (None, one.epoch)]
+    if not epochs:
+        named = f"{result.epochs[0].epoch} to {result.epochs[-1].epoch}" if result.epochs else "none: nothing was handed over"
+        raise UsageError(f"no epoch {config.epoch or 0} in these receipts; they have {named}")
+    is_exact = result.is_exact(config.epoch)
+    if config.json:
+        record = {**asdict(result), "epochs": [asdict(one) for one in epochs], "is_exact": is_exact}
+        print(orjson.dumps(record, option=orjson.OPT_INDENT_2).decode())
+        return 0 if is_exact else 1
+    lines = [line for one in epochs for line in _describe(one)]
+    wrong = sum(not one.is_exact for one in epochs)
+    print("\n".join([*_describe_receipts(result, config), *lines, *(f"WRONG     {problem}" for problem in result.problems)]))
+    print("audit: all is well" if is_exact else f"audit: {wrong} epochs not exact, {len(result.problems)} wrong totals")
+    return 0 if is_exact else 1
+
+
+def _describe_receipts(result: Audit, config: Config) -> Iterator[str]:
+    yield f"receipts  {result.num_receipts:,}" + (
+        f", {len(result.superseded):,} more that later ones of the same loader contain" if result.superseded else ""
+    )
+    hidden = max(len(result.superseded) - config.show, 0)
+    yield from (f"          {earlier} is contained in {later}" for earlier, later in result.superseded[: config.show])
+    yield from [f"          and {hidden:,} more"] * (hidden > 0)
+    yield (
+        "hashes    not compared (--quick)"
+        if config.quick
+        else f"hashes    of every receipt, and of {result.totals_compared:,} complete epochs, compared with the manifests"
+    )
+    yield from (f"ABSENT    {what}" for what in result.absent[: config.show])
+    hidden = max(len(result.absent) - config.show, 0)
+    yield from [f"          and {hidden:,} more"] * (hidden > 0)
+
+
+def _describe(one: EpochAudit) -> Iterator[str]:
+    counts = {
+        "expected": one.expected,
+        "handed over": one.handed_over,
+        "missing": one.missing.samples,
+        "repeated": one.repeated.samples,
+        "dropped": one.dropped,
+        "wrapped": one.wrapped,
+        "substituted": sum(one.substituted.values()),
+    }
+    verdict = "NOT exact" if not one.is_exact else "exact"
+    seen = f" up to position {one.expected - one.unseen:,}, {one.unseen:,} to come" if one.unseen else ""
+    yield f"epoch {one.epoch:<3} {', '.join(f'{count:,} {what}' for what, count in counts.items())}: {verdict}{seen}"
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in one.substituted.items())
+    yield from _describe_ranges(f"MISSING   epoch {one.epoch}", one.missing, ())
+    yield from _describe_ranges(f"REPEATED  epoch {one.epoch}", one.repeated, one.repeated_by)
+    yield from _describe_ranges(f"REPLACED  epoch {one.epoch} ({reasons})", one.substituted_rows, ())
+
+
+def _describe_ranges(title: str, ranges: Ranges, by: tuple[tuple[str, ...], ...]) -> Iterator[str]:
+    if not ranges.samples:
+        return
+    yield f"{title}: {ranges.samples:,} samples"
+    for number, (low, high) in enumerate(ranges.positions):
+        yield f"          position {_range(low, high)}" + (f", by {' and '.join(by[number])}" if by else "")
+    if hidden := ranges.num_ranges - len(ranges.positions):
+        yield f"          and {hidden:,} more ranges of positions"
+    for rows in ranges.rows:
+        yield f"          {join(rows.source, rows.shard)} row {_range(rows.first, rows.last)}"
+    if hidden := ranges.num_row_ranges - len(ranges.rows):
+        yield f"          and {hidden:,} more ranges of rows"
+    if ranges.untraced:
+        yield f"          and the rows of {ranges.untraced:,} more samples"
+
+
+def _range(low: int, high: int) -> str:
+    return f"{low:,}" if high - low == 1 else f"{low:,} to {high - 1:,}"

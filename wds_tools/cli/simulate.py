@@ -1,0 +1,145 @@
+"""`wds-tools simulate`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+import orjson
+import tyro
+
+from loaders.config import LoaderConfig, Source
+from loaders.replay import ProcessCost
+from loaders.simulate import Simulation, imagined_source, simulate
+from loaders.stream import open_source
+from wds_tools.errors import UsageError
+
+EXAMPLE = "wds-tools simulate --samples 10e9 --sample-bytes 4100 --batch-size 4096 --world 512 --workers 4"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Say what training from data sets will cost: steps, requests, bytes, memory, and how well samples are mixed.
+
+    Reads manifests and nothing else; with --samples, not even these."""
+
+    input: tyro.conf.Positional[tuple[str, ...]] = ()
+    """The data sets: directories or URLs."""
+    samples: float | None = None
+    """Instead of data sets: samples of one that does not exist yet. 10e9 is ten billion."""
+    sample_bytes: float = 4100.0
+    """With --samples: bytes of a sample in its tar, headers and padding included."""
+    shard_samples: int = 10_000
+    """With --samples: samples of a shard."""
+    batch_size: int
+    """Samples of a batch over all ranks."""
+    world: int = 1
+    """Ranks."""
+    workers: int = 0
+    """Worker processes of a rank that read; 0: the rank reads by itself."""
+    weights: tuple[float, ...] = ()
+    """Shares of the data sets in the mixture, in their order; without, every sample of each once an epoch."""
+    tail: Literal["drop", "short", "wrap"] = "drop"
+    """What becomes of a last part of a batch."""
+    lanes: int | None = None
+    """Parts of the data that are read side by side; by default 8 x the batch size."""
+    memory_bytes: int = 2 << 30
+    """What one process may keep of the data that it has read."""
+    seed: int = 42
+    """Of the order."""
+    remote: bool = False
+    """Count local files as if they were fetched from object storage."""
+    json: bool = False
+    """Print one JSON object."""
+
+    def __post_init__(self) -> None:
+        if bool(self.input) == (self.samples is not None):
+            raise UsageError("name data sets, or give --samples for one that does not exist yet; not both")
+        if self.weights and len(self.weights) != max(len(self.input), 1):
+            raise UsageError(f"{len(self.weights)} weights for {max(len(self.input), 1)} data sets")
+        if self.world < 1:
+            raise UsageError(f"--world {self.world}: 1 or more")
+
+
+def run(config: Config) -> int:
+    """Simulate, and print what came out."""
+    weights = config.weights or (None,) * max(len(config.input), 1)
+    sources = tuple(Source(url, weight=weight) for url, weight in zip(config.input or ("imagined",), weights, strict=True))
+    settings = LoaderConfig(
+        sources=sources,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        tail=config.tail,
+        lanes=config.lanes,
+        num_workers=config.workers,
+        memory_bytes=config.memory_bytes,
+    )
+    if config.samples is None:
+        opened = [open_source(source) for source in sources]
+    else:
+        opened = [imagined_source(int(config.samples), config.sample_bytes, config.shard_samples)]
+    result = simulate(opened, settings, config.world, as_remote=config.remote)
+    if config.json:
+        print(orjson.dumps(asdict(result), option=orjson.OPT_INDENT_2).decode())
+    else:
+        facts = list(_describe(result, config))
+        print("\n".join(f"{name:<12}{fact}" for name, fact in facts))
+    return 0
+
+
+def _describe(result: Simulation, config: Config) -> Iterator[tuple[str, str]]:
+    count = result.samples
+    plan = "" if result.plan_bytes is None else f", {_bytes(result.plan_bytes)} of memory"
+    yield "data", f"{count:,} samples, {_bytes(result.bytes)}, {result.shards:,} shards"
+    left = f", {result.dropped:,} samples left over" if result.dropped else ""
+    yield "epoch", f"{result.epoch_samples:,} samples: {result.steps:,} steps of {config.batch_size:,}{left}"
+    yield (
+        "order",
+        f"{result.lanes:,} lanes; {result.extents:,} extents of {_bytes(result.extent_bytes)}, read in blocks of "
+        f"{_bytes(result.block_bytes)}",
+    )
+    yield "plan", f"{result.start_s:.2f} s at the start, {result.epoch_s:.2f} s each epoch{plan}"
+    mixing = result.mixing
+    yield (
+        "mixing",
+        f"a batch has samples of {mixing.batch_extents:,.0f} extents in {mixing.batch_shards:,.0f} shards "
+        f"(the more, the better mixed; at most {config.batch_size:,})",
+    )
+    yield (
+        "",
+        "neighbours in a shard are wherever chance puts them (extents are single samples)"
+        if mixing.neighbours_median is None or mixing.neighbours_p5 is None
+        else f"neighbours in a shard are {mixing.neighbours_median:,.0f} samples apart in the order (median; the closest 5 %: "
+        f"{mixing.neighbours_p5:,.0f}), that is {mixing.neighbours_median / config.batch_size:,.0f} steps",
+    )
+    yield from _describe_process(result.process, config)
+    yield from (("WARNING", warning) for warning in result.warnings)
+
+
+def _describe_process(cost: ProcessCost, config: Config) -> Iterator[tuple[str, str]]:
+    processes = config.world * max(config.workers, 1)
+    how = "in full" if cost.is_whole else f"for {cost.replayed_steps:,} steps at the start and in the middle, and extrapolated"
+    yield "process", f"one of {processes:,}: {cost.samples:,} samples an epoch, from {cost.lanes:,} lanes; replayed {how}"
+    if not cost.requests:
+        yield "  requests", "none: local files are mapped (--remote counts them as if they were fetched)"
+        return
+    yield "  requests", f"{cost.requests:,.0f} an epoch, of {_bytes(cost.bytes / cost.requests)} on average"
+    yield "  bytes", f"{_bytes(cost.bytes)} an epoch, {cost.amplification:.2f} x those of its samples"
+    yield "  indices", f"{cost.index_requests:,.0f} requests, {_bytes(cost.index_bytes)} an epoch"
+    yield "  first batch", f" waits for {cost.first_batch_requests:,} requests, {_bytes(cost.first_batch_bytes)}"
+    yield (
+        "  memory",
+        f"{_bytes(cost.peak_bytes)} at most, in {cost.peak_blocks:,} open blocks; {_bytes(config.memory_bytes)} allowed",
+    )
+    yield "  evicted", f"{cost.evicted:,.0f} requests an epoch"
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < 1000:
+            break
+        count /= 1000
+    else:
+        unit = "PB"
+    return f"{count:,.0f} {unit}" if count >= 100 or unit == "B" else f"{count:,.1f} {unit}"

@@ -1,0 +1,274 @@
+"""Where the samples of a complete tar lie, found for all members at once: numpy over header blocks instead of a loop.
+
+    candidates   the blocks that say "ustar" where a header does
+    chain        from block 0 to the block behind its payload, and so on to the end marker: these are headers, any other
+                 candidate is payload
+    names        cut into key and suffix; neighbours of one key are a sample
+
+Invariant: the result is that of `group_samples(read_members(archive))`. Only plain archives are read here: regular files and
+folders in ustar or GNU headers, and pax blocks that neither rename nor resize what follows (webdataset's writer puts one before
+every member, for a mtime). Any other archive, odd or damaged, goes through those two, whose result or error the caller gets.
+Cost: about 4 us a sample of two members, where those two take 17 to 35. Memory beside the archive: 300 bytes a member.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wds_tools.errors import FormatError
+from wds_tools.format.checksum import crc32
+from wds_tools.format.index import ShardIndex, make_index
+from wds_tools.format.shard import group_samples
+from wds_tools.format.tar import BLOCK, MAX_MEMBER_BYTES, changes_member, pax_records, read_members
+
+_Array = NDArray[Any]
+_MAGIC = np.frombuffer(b"ustar", np.uint8)
+_MAGIC_AT = 257
+_HEADER = np.dtype(
+    {
+        "names": ["name", "size", "checksum", "kind", "magic", "prefix"],
+        "formats": ["(100,)u1", "(12,)u1", "(8,)u1", "u1", "(6,)u1", "u1"],
+        "offsets": [0, 124, 148, 156, _MAGIC_AT, 345],
+        "itemsize": BLOCK,
+    }
+)
+_FILE, _FOLDER, _PAX = b"05x"
+_SUM_BLOCKS = 4096
+"""Headers whose checksums are added up at a time: 2 MiB, which stay in the cache."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scan:
+    """The N samples of a tar and their K members, in file order; arrays are of int64."""
+
+    keys: list[str]
+    start: _Array
+    """(N,) Offset of the sample's first header block."""
+    size: _Array
+    """(N,) Bytes from there to behind the padding of its last member."""
+    suffixes: tuple[str, ...]
+    """All that occur, in the order in which they first do."""
+    sample: _Array
+    """(K,) The member's sample, as a position in `keys`, ..."""
+    suffix: _Array
+    """(K,) ... its suffix, as a position in `suffixes`, ..."""
+    offset: _Array
+    """(K,) ... where its payload begins in the tar, ..."""
+    length: _Array
+    """(K,) ... and the bytes that it has."""
+
+    def payloads(self, tar: memoryview) -> Iterator[dict[str, memoryview]]:
+        """For each sample its members, suffix -> payload, in file order."""
+        suffixes = self.suffixes
+        members = zip(self.suffix.tolist(), self.offset.tolist(), (self.offset + self.length).tolist(), strict=True)
+        for count in np.bincount(self.sample, minlength=len(self.keys)).tolist():
+            sample = {}
+            for _ in range(count):
+                suffix, begin, end = next(members)
+                sample[suffixes[suffix]] = tar[begin:end]
+            yield sample
+
+    def index(self, tar: memoryview, xxh128: str, text_chars: Sequence[int] = (), num_codes: Sequence[int] = ()) -> ShardIndex:
+        """The index of the tar that was scanned.
+
+        Args:
+            tar, xxh128: its bytes and their hash.
+            text_chars, num_codes: of each sample; zeros by default.
+
+        Raises:
+            FormatError: see make_index.
+        """
+        spans = zip(self.start.tolist(), (self.start + self.size).tolist(), strict=True)
+        none = np.zeros(len(self.keys), np.int64)
+        return make_index(
+            members=self.suffixes,
+            sample=self.sample,
+            suffix=self.suffix,
+            offset=self.offset - self.start[self.sample],
+            length=self.length,
+            start=self.start,
+            size=self.size,
+            crc32=np.array([crc32(tar[begin:end]) for begin, end in spans], np.int64),
+            text_chars=np.array(text_chars, np.int64) if text_chars else none,
+            num_codes=np.array(num_codes, np.int64) if num_codes else none,
+            tar_bytes=len(tar),
+            tar_xxh128=xxh128,
+        )
+
+
+def scan_tar(archive: bytes | memoryview, name: str = "tar") -> Scan:
+    """The samples of a complete archive in memory.
+
+    Raises:
+        FormatError: see TarReader and group_samples.
+    """
+    return _scan_plain(archive) or _scan_any(archive, name)
+
+
+def _scan_any(archive: bytes | memoryview, name: str) -> Scan:
+    """One member after the other."""
+    keys: list[str] = []
+    suffixes: dict[str, int] = {}
+    samples: list[tuple[int, int]] = []
+    members: list[tuple[int, int, int, int]] = []
+    for stored in group_samples(read_members(archive, name), name):
+        for suffix, member in stored.members.items():
+            members.append((len(keys), suffixes.setdefault(suffix, len(suffixes)), member.offset, len(member.payload)))
+        keys.append(stored.key)
+        samples.append((stored.start, stored.end - stored.start))
+    start, size = np.array(samples, np.int64).reshape(-1, 2).T
+    sample, column, offset, length = np.array(members, np.int64).reshape(-1, 4).T
+    return Scan(keys, start, size, tuple(suffixes), sample, column, offset, length)
+
+
+def _scan_plain(archive: bytes | memoryview) -> Scan | None:
+    """All members at once; None if the archive is not plain."""
+    blocks = np.frombuffer(archive, np.uint8, len(archive) // BLOCK * BLOCK).reshape(-1, BLOCK)
+    headers = blocks.view(_HEADER)[:, 0]
+    at, lengths = _chain(blocks, headers)
+    if not len(at) or not _are_plain(blocks, headers, at, lengths):
+        return None
+    end = int(_next(at, lengths)[-1]) * BLOCK
+    if len(archive) - end < BLOCK or np.frombuffer(archive, np.uint8, offset=end).any():
+        return None
+    kinds = headers["kind"][at]
+    is_pax, is_file = kinds == _PAX, kinds == _FILE
+    if is_pax[-1] or (is_pax[1:] & is_pax[:-1]).any() or not _keep_names(blocks, at[is_pax], lengths[is_pax]):
+        return None
+    first = at.copy()
+    first[1:][is_pax[:-1]] = at[:-1][is_pax[:-1]]
+    return _group(headers["name"][at[is_file]], first[is_file] * BLOCK, at[is_file] * BLOCK + BLOCK, lengths[is_file])
+
+
+def _chain(blocks: _Array, headers: _Array) -> tuple[_Array, _Array]:
+    """The numbers of the header blocks, as far as one leads to the next, and the bytes of payload behind each."""
+    at = np.flatnonzero(blocks[:, _MAGIC_AT] == _MAGIC[0])
+    at = at[(headers["magic"][at, : len(_MAGIC)] == _MAGIC).all(axis=1)]
+    lengths = _octal(headers["size"][at, :11])
+    lengths[headers["kind"][at] == _FOLDER] = 0
+    follows = _next(at, lengths)
+    if len(at) and at[0] == 0 and (follows[:-1] == at[1:]).all():
+        return at, lengths
+    places = np.searchsorted(at, follows)  # some candidates are payload, or the chain breaks off
+    places[at[np.minimum(places, len(at) - 1)] != follows] = len(at)
+    following = places.tolist()
+    visited = []
+    place = 0 if len(at) and at[0] == 0 else len(at)
+    while place < len(at):
+        visited.append(place)
+        place = following[place]
+    return at[visited], lengths[visited]
+
+
+def _next(at: _Array, lengths: _Array) -> _Array:
+    """The blocks behind the payloads of these headers."""
+    behind: _Array = at + 1 + (lengths + BLOCK - 1) // BLOCK
+    return behind
+
+
+def _are_plain(blocks: _Array, headers: _Array, at: _Array, lengths: _Array) -> bool:
+    """Whether each header is sound, written in the usual way, and of a kind that is understood here."""
+    sizes, checksums, kinds = headers["size"][at], headers["checksum"][at], headers["kind"][at]
+    sums = [blocks[at[n : n + _SUM_BLOCKS]].sum(axis=1, dtype=np.uint32) for n in range(0, len(at), _SUM_BLOCKS)]
+    stated = np.concatenate(sums) - checksums.sum(axis=1, dtype=np.uint32) + checksums.shape[1] * 0x20
+    return bool(
+        _are_octal(sizes[:, :11])
+        and ((sizes[:, 11] == 0) | (sizes[:, 11] == 0x20)).all()
+        and _are_octal(checksums[:, :6])
+        and (checksums[:, 6] == 0).all()
+        and (_octal(checksums[:, :6]) == stated).all()
+        and ((kinds == _FILE) | (kinds == _FOLDER) | (kinds == _PAX)).all()
+        and (lengths <= MAX_MEMBER_BYTES).all()
+        and not ((headers["magic"][at, 5] == 0) & (headers["prefix"][at] != 0)).any()
+    )
+
+
+def _octal(digits: _Array) -> _Array:
+    """The numbers that these digits, most significant first, make; anything if they are no digits."""
+    numbers: _Array = (digits - np.uint8(ord("0"))) @ (8 ** np.arange(digits.shape[1] - 1, -1, -1, dtype=np.int64))
+    return numbers
+
+
+def _are_octal(digits: _Array) -> bool:
+    return bool(((digits >= ord("0")) & (digits <= ord("7"))).all())
+
+
+def _keep_names(blocks: _Array, at: _Array, lengths: _Array) -> bool:
+    """Whether these pax blocks are sound and say nothing about names and sizes.
+
+    One of each length is parsed; it speaks for those that differ in values only.
+    """
+    if lengths.max(initial=0) > BLOCK:
+        return False
+    for length in np.unique(lengths).tolist():
+        payloads = blocks[:, :length][at[lengths == length] + 1]
+        while len(payloads):
+            model = payloads[0].tobytes()
+            is_head = np.ones(length, bool)
+            end = 0
+            try:
+                for key, value in pax_records(model, "pax"):
+                    if changes_member(key):
+                        return False
+                    begin = model.index(b"=", end) + 1
+                    end = begin + len(value) + 1
+                    is_head[begin : end - 1] = False
+            except FormatError:
+                return False
+            payloads = payloads[(payloads[:, is_head] != payloads[0, is_head]).any(axis=1)]
+    return True
+
+
+def _group(names: _Array, begin: _Array, offset: _Array, length: _Array) -> Scan | None:
+    """The samples of these members; None where group_samples finds a fault.
+
+    Args:
+        names: (K, 100) bytes, zeros behind the name.
+        begin: offset of the member's first header block.
+        offset, length: of its payload.
+    """
+    if not len(names):
+        return None
+    is_dotted = (names[:, 0] == ord(".")) & (names[:, 1] == ord("/"))
+    if is_dotted.any():
+        names[is_dotted] = np.pad(names[is_dotted, 2:], ((0, 0), (0, 2)))
+    name_ends = (names != 0).sum(axis=1)
+    names = np.ascontiguousarray(names[:, : name_ends.max() or 1])
+    if ((names[:, 1:] != 0) & (names[:, :-1] == 0)).any():  # something stands behind the name
+        return None
+    columns = np.arange(names.shape[1], dtype=np.uint8)
+    base = ((names == ord("/")) * (columns + np.uint8(1))).max(axis=1)
+    is_dot = (names == ord(".")) & (columns >= base[:, None])
+    dot = is_dot.argmax(axis=1)
+    if not ((dot > base) & (dot + 1 < name_ends)).all():  # a name without a dot has 0 here
+        return None
+    keys = names * (columns < dot[:, None])
+    is_first = np.ones(len(names), bool)
+    is_first[1:] = (keys[1:] != keys[:-1]).any(axis=1)
+    firsts = np.flatnonzero(is_first)
+    sample = is_first.cumsum() - 1
+    suffixes: dict[bytes, int] = {}
+    name_bytes = zip(_as_bytes(names), (dot + 1).tolist(), strict=True)
+    suffix = np.array([suffixes.setdefault(name[at:], len(suffixes)) for name, at in name_bytes])
+    try:
+        key_texts = b"\0".join(_as_bytes(keys[firsts])).decode().split("\0")
+        suffix_texts = tuple(text.decode() for text in suffixes)
+    except UnicodeDecodeError:
+        return None
+    if len(set(key_texts)) < len(key_texts) or len(np.unique(sample * len(suffixes) + suffix)) < len(names):
+        return None
+    lasts = np.append(firsts[1:], len(names)) - 1
+    start = begin[firsts]
+    size = offset[lasts] + -(-length[lasts] // BLOCK) * BLOCK - start
+    return Scan(key_texts, start, size, suffix_texts, sample, suffix, offset, length)
+
+
+def _as_bytes(rows: _Array) -> list[bytes]:
+    """Each row without the zeros at its end."""
+    texts: list[bytes] = rows.view(f"S{rows.shape[1]}")[:, 0].tolist()
+    return texts
