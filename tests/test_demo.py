@@ -36,7 +36,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 def test_the_demo_converts_encodes_verifies_streams_and_exports(demo: tuple[Path, str]) -> None:
     folder, printed = demo
     assert printed.count("verify: all is well") == 3
-    assert printed.count("once each in") == 3
+    assert printed.count("streamed once each") == 3
     for name, column, pairs in (("pairs-512", "vqcode_512", 18), ("pairs-multi", "vqcode_multi768", 20)):
         manifest = read_manifest(open_store(str(folder / "demo-out" / name)))
         assert set(manifest.codes) == {column}
