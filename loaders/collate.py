@@ -40,7 +40,7 @@ class Codes(NamedTuple):
 
     def unpack(self) -> torch.Tensor | list[torch.Tensor | None]:
         """(B, h, w) int32 if every row has the same grid, else a list of (h, w), None for a row without codes."""
-        flat = self.flat.to(torch.int32)
+        flat = torch.from_numpy(self.flat.numpy().astype(np.int32))  # torch would wake its threads for it
         if isinstance(self.shapes, tuple):
             return flat.view(-1, *self.shapes)
         sizes = [shape[0] * shape[1] if shape else 0 for shape in self.shapes]

@@ -4,7 +4,8 @@ obstore tries again by itself, and resumes a body at the byte reached if the obj
 budget lasts from the request's first moment: one that has run for longer dies of any fault, however well it went. So reads go
 through fetch(), with clients of their own that have a quarter of the budget, WDS_TOOLS_RETRY_S (default 180 seconds), and a
 day for a body, and call a connection dead that brings no byte for WDS_TOOLS_STALL_S (default 20 seconds). What obstore gives
-up, fetch() goes on with, until nothing has come for the whole budget. The rest of the requests are obstore's alone.
+up, fetch() goes on with, round after round, until nothing has come for so long that one more would exceed the budget. All
+other requests are obstore's alone, for the whole budget.
 
 obstore's I/O threads don't survive a fork, while its epoll descriptor is shared by it: used in a forked child, it hangs the
 child and can crash the parent (seen with 0.12). So obstore() gives a forked child a copy of its own, and nothing of the
@@ -264,7 +265,7 @@ def fetch(bucket: Any, key: str, start: int, end: int) -> tuple[Buffer, Any]:
     data = memoryview(b"")
     reached, last = start, end  # the object may end before `end`
     num_failures, progress_s = 0, time.monotonic()
-    while True:
+    while reached < last:
         is_first = meta is None
         try:
             result = get(bucket, key, options=options)
@@ -279,7 +280,6 @@ def fetch(bucket: Any, key: str, start: int, end: int) -> tuple[Buffer, Any]:
                 num_failures, progress_s = 0, time.monotonic()
             if reached < last:
                 raise ConnectionError(f"the response ended at byte {reached}, it was to end at {last}")
-            return data.toreadonly(), meta
         except errors as error:
             if meta is not None and status_of(error) in (412, 416):  # If-Match failed, or the object got shorter
                 raise Replaced(f"{key}: {_version(meta)} is gone") from cause(error)
@@ -291,11 +291,13 @@ def fetch(bucket: Any, key: str, start: int, end: int) -> tuple[Buffer, Any]:
             left_s = (ROUNDS - 1) * round_s - waited_s
             if left_s <= 0:
                 raise Stuck(start, end, reached, waited_s) from cause(error)
-        time.sleep(min(_jitter.uniform(0, min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** min(num_failures, 20))), left_s))
-        num_failures += 1
-        options = {"range": (reached, last)}
-        if meta is not None and not (meta["e_tag"] or "W/").startswith("W/"):  # a weak tag matches nothing
-            options["if_match"] = meta["e_tag"]
+            longest_s = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** min(num_failures, 20))
+            time.sleep(min(_jitter.uniform(0, longest_s), left_s))
+            num_failures += 1
+            options = {"range": (reached, last)}
+            if meta is not None and not (meta["e_tag"] or "W/").startswith("W/"):  # a weak tag matches nothing
+                options["if_match"] = meta["e_tag"]
+    return data.toreadonly(), meta
 
 
 _jitter = random.SystemRandom()  # of the caller's random numbers none is used up, and forked processes don't pause in step
