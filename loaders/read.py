@@ -103,11 +103,9 @@ class SourceReader:
         if self._cache is not None:
             regions = range(begin // _CACHE_REGION_BYTES * _CACHE_REGION_BYTES, end, _CACHE_REGION_BYTES)
             parts = [self._region(shard, at, min(at + _CACHE_REGION_BYTES, row.bytes)) for at in regions]
-            if len(parts) == 1:
-                return parts[0][begin - regions[0] : end - regions[0]]
-            parts[0] = parts[0][begin - regions[0] :]
             parts[-1] = parts[-1][: end - regions[-1]]
-            return memoryview(b"".join(parts))
+            parts[0] = parts[0][begin - regions[0] :]
+            return memoryview(b"".join(parts))  # a copy, so that a small piece does not keep its whole region
         return self._fetch(row.name, begin, end)
 
     def _region(self, shard: int, begin: int, end: int) -> memoryview:

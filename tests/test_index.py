@@ -17,9 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wds_tools.errors import FormatError
-from wds_tools.format.index import ABSENT, IndexBuilder, ShardIndex, check_fresh, pack_index, unpack_index
+from wds_tools.format.index import ABSENT, IndexBuilder, ShardIndex, check_fresh, pack_index, read_rows, unpack_index
 from wds_tools.format.schema import Sample
-from wds_tools.format.shard import ShardBuilder, read_samples, sample_from_members
+from wds_tools.format.shard import ShardBuilder, group_samples, sample_from_members
+from wds_tools.format.tar import read_members
 
 GRID_HW = np.arange(16, dtype="<u2").reshape(4, 4)
 
@@ -40,7 +41,7 @@ def shard(texts: list[str], *, with_codes: bool = True, last_has_image: bool = F
 def rebuild(archive: bytes) -> ShardIndex:
     """The index of a tar, from nothing but the tar."""
     builder = IndexBuilder()
-    for stored in read_samples(archive):
+    for stored in group_samples(read_members(archive)):
         start, end = stored.start, stored.end
         payloads = {suffix: member.payload for suffix, member in stored.members.items()}
         sample = sample_from_members(stored.key, payloads) if "json" in payloads else None
@@ -115,11 +116,10 @@ ROWS = st.lists(
     ),
     max_size=6,
 )
+Row = tuple[int, dict[str, int], int, int]
 
 
-@given(ROWS, st.sampled_from([0, 1 << 33]))
-@settings(max_examples=100, deadline=None)
-def test_any_layout_survives(rows: list[tuple[int, dict[str, int], int, int]], base: int) -> None:
+def index_of(rows: list[Row], base: int) -> ShardIndex:
     builder = IndexBuilder()
     at = base
     for gap, lengths, crc32, text_chars in rows:
@@ -130,7 +130,13 @@ def test_any_layout_survives(rows: list[tuple[int, dict[str, int], int, int]], b
             size = members[-1][1] + length
         builder.add(at, size, members, crc32, text_chars, 0)
         at += size
-    index = builder.build(at, "0" * 64)
+    return builder.build(at, "0" * 32)
+
+
+@given(ROWS, st.sampled_from([0, 1 << 33]))
+@settings(max_examples=100, deadline=None)
+def test_any_layout_survives(rows: list[Row], base: int) -> None:
+    index = index_of(rows, base)
     assert equal(unpack_index(pack_index(index)), index)
 
 
@@ -175,10 +181,47 @@ def test_a_missing_member_alone_needs_no_offsets() -> None:
 
 def test_a_stale_index_is_refused() -> None:
     archive, index = shard(["one", "two"])
-    check_fresh(index, len(archive), xxhash.xxh3_128_hexdigest(archive), "shard.tar.idx")
-    for tar_bytes, xxh128 in ((len(archive) + 512, index.tar_xxh128), (len(archive), "0" * 32)):
-        with pytest.raises(FormatError, match=r"shard.tar.idx: the index is stale: .*rebuild it with `wds-tools index`"):
-            check_fresh(index, tar_bytes, xxh128, "shard.tar.idx")
+    shard_is: dict[str, Any] = {
+        "samples": 2,
+        "tar_bytes": len(archive),
+        "xxh128": xxhash.xxh3_128_hexdigest(archive),
+        "name": "shard.tar.idx",
+    }
+    for found in (index, unpack_index(pack_index(index)), read_rows(pack_index(index), 1, 2)):
+        check_fresh(found, **shard_is)
+        for change in ({"tar_bytes": len(archive) + 512}, {"xxh128": "0" * 32}, {"samples": 3}):
+            with pytest.raises(FormatError, match=r"^shard.tar.idx: the index is stale: .*rebuild it with `wds-tools index`"):
+                check_fresh(found, **shard_is | change)
+
+
+@given(ROWS, st.sampled_from([0, 1 << 33]), st.tuples(st.integers(0, 6), st.integers(0, 6)))
+@settings(max_examples=200, deadline=None)
+def test_rows_are_read_as_they_stand_in_the_whole(rows: list[Row], base: int, cut: tuple[int, int]) -> None:
+    index = index_of(rows, base)
+    data = pack_index(index)
+    first, last = sorted(min(at, len(index)) for at in cut)
+    whole, part = unpack_index(data), read_rows(memoryview(data), first, last)
+    assert len(part) == last - first
+    for field in fields(ShardIndex):
+        value = getattr(whole, field.name)
+        expected = value[first:last] if isinstance(value, np.ndarray) else value
+        assert np.array_equal(getattr(part, field.name), expected), field.name
+
+
+def test_rows_of_this_projects_own_layout_are_read_as_they_stand_in_the_whole() -> None:
+    _, index = shard([n * "text " for n in range(700)], last_has_image=True)
+    for first, last in ((0, 700), (0, 0), (350, 351), (699, 700), (700, 700)):
+        part = read_rows(pack_index(index), first, last)
+        assert part.start.tolist() == index.start[first:last].tolist()
+        assert part.offsets.tolist() == index.offsets[first:last].tolist()
+        assert len(part) == last - first
+        assert part.samples == 700
+
+
+@pytest.mark.parametrize(("first", "last"), [(0, 3), (2, 3), (-1, 1), (2, 1), (1 << 70, (1 << 70) + 1)])
+def test_rows_that_an_index_does_not_have_are_a_format_error(first: int, last: int) -> None:
+    with pytest.raises(FormatError, match=r"^a.idx: has 2 samples, asked for were .*rebuild it with `wds-tools index`"):
+        read_rows(pack_index(shard(["one", "two"])[1]), first, last, "a.idx")
 
 
 def test_a_cut_index_is_a_format_error_at_every_byte() -> None:
@@ -200,17 +243,19 @@ INDICES = [
 @given(
     st.sampled_from(INDICES),
     st.lists(st.tuples(st.integers(0, 2000), st.integers(0, 255)), min_size=1, max_size=6),
+    st.sampled_from([(0, 0), (0, 1), (1, 2), (1, 3), (2, 3)]),
 )
 @settings(max_examples=1000, deadline=None)
-def test_a_mutated_index_is_possible_or_a_format_error(data: bytes, changes: list[tuple[int, int]]) -> None:
+def test_a_mutated_index_is_possible_or_a_format_error(data: bytes, changes: list[tuple[int, int]], cut: tuple[int, int]) -> None:
     bad = bytearray(data)
     for at, value in changes:
         bad[at % len(bad)] = value
-    try:
-        index = unpack_index(bytes(bad))
-    except FormatError:
-        return
-    check_possible(index)
+    for read in (unpack_index, lambda data: read_rows(data, *cut)):
+        try:
+            index = read(bytes(bad))
+        except FormatError:
+            continue
+        check_possible(index)
 
 
 def check_possible(index: ShardIndex) -> None:

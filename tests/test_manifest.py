@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from wds_tools.errors import FormatError
 from wds_tools.format.manifest import Manifest, ShardRow, pack_manifest, unpack_manifest
+from wds_tools.format.schema import ANY_MEMBERS
 
 
 def row(number: int, samples: int = 5, **changes: Any) -> ShardRow:
@@ -88,6 +89,17 @@ def test_an_empty_data_set_has_a_manifest() -> None:
 def test_a_shard_of_unknown_data_types_is_accepted() -> None:
     manifest = Manifest(shards=(row(0, data_types={}),), inputs=5)
     assert unpack_manifest(pack_manifest(manifest)) == manifest
+
+
+def test_a_manifest_of_any_members_survives_and_has_a_fingerprint_of_its_own() -> None:
+    rows = tuple(row(n, data_types={}, text_chars=0, num_codes=0, members=("jpg", f"{n}.txt")) for n in range(2))
+    ours = Manifest(shards=rows, inputs=10, source={"command": "index"})
+    any_members = replace(ours, schema_version=ANY_MEMBERS)
+    assert unpack_manifest(pack_manifest(any_members)) == any_members
+    assert any_members.fingerprint() != ours.fingerprint()
+    assert any_members.members == ("jpg", "0.txt", "1.txt")
+    assert any_members.is_indexed
+    assert not MANIFEST.is_indexed
 
 
 def test_the_fingerprint_is_pinned() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import pickle
 import tarfile
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import xxhash
+from factory import image_sample
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -24,10 +26,10 @@ from wds_tools.format.schema import DATA_TYPES, IMAGE_EXTENSIONS, Sample, code_c
 from wds_tools.format.shard import (
     ShardBuilder,
     encode_members,
+    form_of,
     group_samples,
     npy_bytes,
     parse_npy,
-    read_samples,
     sample_from_members,
     split_name,
 )
@@ -50,7 +52,7 @@ def build(samples: list[Sample]) -> bytes:
 def read_back(archive: bytes) -> list[Sample]:
     return [
         sample_from_members(stored.key, {suffix: member.payload for suffix, member in stored.members.items()})
-        for stored in read_samples(archive)
+        for stored in group_samples(read_members(archive))
     ]
 
 
@@ -144,7 +146,7 @@ def test_members_lie_json_first_and_the_length_counts_codes_as_four_characters()
     sample = Sample(
         key="k", data_type="image_text", text="four", codes={"vqcode_512": CODES_HW}, image=b"jpeg", image_extension="jpg"
     )
-    (stored,) = read_samples(build([sample]))
+    (stored,) = group_samples(read_members(build([sample])))
     assert list(stored.members) == ["json", "vqcode_512.npy", "jpg"]
     assert (stored.start, stored.end) == (0, stored.members["jpg"].end)
     record = json.loads(bytes(stored.members["json"].payload))
@@ -543,10 +545,86 @@ def test_a_key_that_comes_back_is_refused(order: str) -> None:
             yield f"{key}.m{n}", b""
 
     with pytest.raises(FormatError, match=r"'a.m\d' at byte \d+ comes behind other samples than the rest of 'a'"):
-        list(read_samples(tar_of(dict(members()))))
+        list(group_samples(read_members(tar_of(dict(members())))))
 
 
 def test_encoded_members_are_what_the_tar_holds() -> None:
     sample = three_samples()[0]
-    (stored, *_) = read_samples(build([sample]))
+    (stored, *_) = group_samples(read_members(build([sample])))
     assert [(suffix, bytes(member.payload)) for suffix, member in stored.members.items()] == encode_members(sample)
+
+
+# ---- Forms ----
+
+RECORD = {"data_type": "image_text", "text": "a caption", "length": 9, "width": None, "height": None}
+FIELDS: dict[str, list[Any]] = {
+    "data_type": ["text_pretrain", "visual_sft", "x", None, ["image_text"]],
+    "text": ["", "another", None, 1],
+    "width": [1, True, 1.0, 0, -1, [1]],
+    "height": [512, "512"],
+    "conversations": [None, [], [{"from": "human", "value": "?"}], ["?"]],
+    "jpg": ["a field, and no member"],
+    "id": [1],
+}
+GRID = npy_bytes(np.zeros((4, 4), "<u2"))
+
+
+def npy_with_header(version: int, text: bytes) -> bytes:
+    return b"\x93NUMPY" + bytes([version, 0]) + len(text).to_bytes(2 if version == 1 else 4, "little") + text + bytes(32)
+
+
+BEGIN = b"{'descr': '<u2', 'fortran_order': False, "
+PAYLOADS: list[tuple[str, bytes]] = [
+    *(
+        ("vqcode_512.npy", npy_bytes(np.zeros(shape, dtype)))
+        for shape in ((4, 4), (2, 8), (16,), (0, 4))
+        for dtype in ("<u2", ">u2")
+    ),
+    ("vqcode_512.npy", npy_bytes(np.zeros((4, 2), "<u4"))),
+    ("vqcode_512.npy", npy_bytes(np.ones((4, 4), "<u2"))),
+    ("vqcode_512.npy", GRID[:-1]),
+    ("vqcode_512.npy", GRID[:100]),
+    ("vqcode_512.npy", b""),
+    *(("vqcode_512.npy", npy_with_header(1, BEGIN + b" " * 100 + shape)) for shape in (b"'shape': (4, 4)}", b"'shape': (16, )}")),
+    *(("vqcode_512.npy", npy_with_header(2, (BEGIN + b"'shape': (4, 4)").ljust(117) + end)) for end in (b"}", b"x")),
+    ("other.npy", GRID),
+    ("jpg", b""),
+    ("jpg", b"x"),
+    ("png", b"x"),
+    ("txt", b"x"),
+]
+
+
+def samples_that_differ_a_little() -> Iterator[dict[str, bytes]]:
+    changes = [(name, value) for name, values in FIELDS.items() for value in values]
+    pairs = itertools.product(changes, changes)
+    records = [RECORD, *(RECORD | {name: value} for name, value in changes), *(RECORD | dict(pair) for pair in pairs)]
+    members = [[], *([payload] for payload in PAYLOADS), [("vqcode_512.npy", GRID), ("jpg", b"x")]]
+    for record, others in itertools.product(records, members):
+        own = [("json", json.dumps(record).encode())]
+        yield dict(own + others)
+        yield dict(others + own)
+
+
+def test_samples_of_one_form_are_all_valid_or_none() -> None:
+    verdicts: dict[Any, int | None] = {}
+    for members in samples_that_differ_a_little():
+        form, text = form_of(members) or (None, "")
+        if form is None:
+            continue
+        try:
+            sample = sample_from_members("key", members)
+            validate(sample)
+        except FormatError:
+            verdict = None
+        else:
+            verdict = sample.num_codes
+            assert text == sample.text
+        assert verdicts.setdefault(form, verdict) == verdict, members
+    assert len(set(verdicts.values())) > 2
+
+
+def test_usual_samples_have_a_form_and_share_it() -> None:
+    forms = {form_of(dict(encode_members(image_sample(number)))) for number in range(5)}
+    assert len({form for form, _ in forms}) == 1  # type: ignore[misc]
+    assert form_of({"txt": b"a caption"}) is None

@@ -262,7 +262,7 @@ def test_no_single_byte_of_a_set_can_change_unnoticed(original: Path, tmp_path: 
 def test_index_brings_a_lost_index_back_byte_for_byte(folder: Path, original: Path, harm: Callable[[Path], object]) -> None:
     harm(folder / INDEX)
     said = wds_tools("index", folder)
-    assert said.stdout == f"index: rebuilt 3 index files of {folder}\n"
+    assert said.stdout.startswith(f"index: rebuilt 3 index files of {folder}: 10 samples, ")
     assert tree(folder) == tree(original)
 
 

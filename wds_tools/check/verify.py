@@ -146,7 +146,7 @@ class _CheckShard:
         for key, start, payloads in zip(scan.keys, scan.start.tolist(), scan.payloads(tar), strict=True):
             sample = self._check_sample(row, key, start, payloads, report)
             if sample is not None:
-                contents.add(sample)
+                contents.add(sample.data_type, len(sample.text), sample.num_codes)
             progress(1, 1, 0)
         return contents if len(contents.text_chars) == len(scan.keys) else None
 

@@ -31,7 +31,7 @@ class Config:
     complete: bool = False
     """The last epoch has to be complete too; without, it may end where the run stood."""
     quick: bool = False
-    """Compare positions only; do not add up the hashes of the samples, about a minute for 100 million."""
+    """Compare positions only; do not add up the hashes of the samples: half a minute for 100 million."""
     show: int = 20
     """Ranges to list of each kind. What is not listed is counted."""
     json: bool = False

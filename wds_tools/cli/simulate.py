@@ -16,6 +16,7 @@ from loaders.stream import open_source
 from wds_tools.errors import UsageError
 
 EXAMPLE = "wds-tools simulate --samples 10e9 --sample-bytes 4100 --batch-size 4096 --world 512 --workers 4"
+_UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +121,7 @@ def _describe(result: Simulation, config: Config) -> Iterator[tuple[str, str]]:
 def _describe_process(cost: ProcessCost, config: Config) -> Iterator[tuple[str, str]]:
     processes = config.world * max(config.workers, 1)
     how = "in full" if cost.is_whole else f"for {cost.replayed_steps:,} steps at the start and in the middle, and extrapolated"
+    how += ", roughly: it reads far ahead" if cost.is_rough else ""
     yield "process", f"one of {processes:,}: {cost.samples:,} samples an epoch, from {cost.lanes:,} lanes; replayed {how}"
     if not cost.requests:
         yield "  requests", "none: local files are mapped (--remote counts them as if they were fetched)"
@@ -132,14 +134,12 @@ def _describe_process(cost: ProcessCost, config: Config) -> Iterator[tuple[str, 
         "  memory",
         f"{_bytes(cost.peak_bytes)} at most, in {cost.peak_blocks:,} open blocks; {_bytes(config.memory_bytes)} allowed",
     )
-    yield "  evicted", f"{cost.evicted:,.0f} requests an epoch"
+    yield "  late", f"{cost.late:.0%} of the steps ask for what they need only when they are due"
+    yield "  evicted", f"{cost.evicted:,.0f} requests an epoch, whose rows are not used up"
 
 
 def _bytes(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if count < 1000:
-            break
-        count /= 1000
-    else:
-        unit = "PB"
-    return f"{count:,.0f} {unit}" if count >= 100 or unit == "B" else f"{count:,.1f} {unit}"
+    power = 0
+    while count >= 1000 and power < len(_UNITS) - 1:
+        count, power = count / 1000, power + 1
+    return f"{count:,.{1 if power and count < 100 else 0}f} {_UNITS[power]}"

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -24,8 +24,8 @@ from wds_tools.format import manifest as manifests
 from wds_tools.format.index import SUFFIX, pack_index, unpack_index
 from wds_tools.format.manifest import INDEX_COMMAND, Manifest, ShardRow, is_plain_name, pack_manifest
 from wds_tools.format.scan import Scan, scan_tar
-from wds_tools.format.schema import ANY_MEMBERS, SCHEMA_VERSION, Sample, validate
-from wds_tools.format.shard import sample_from_members
+from wds_tools.format.schema import ANY_MEMBERS, SCHEMA_VERSION, check_key, validate
+from wds_tools.format.shard import form_of, sample_from_members
 from wds_tools.run.local import Report, Work, run_tasks
 from wds_tools.run.progress import Progress
 from wds_tools.storage import Store, join
@@ -51,11 +51,11 @@ class Contents:
     """Of each sample, as are `num_codes`."""
     num_codes: list[int] = field(default_factory=list)
 
-    def add(self, sample: Sample) -> None:
+    def add(self, data_type: str, text_chars: int, num_codes: int) -> None:
         """Count the next sample."""
-        self.data_types[sample.data_type] += 1
-        self.text_chars.append(len(sample.text))
-        self.num_codes.append(sample.num_codes)
+        self.data_types[data_type] += 1
+        self.text_chars.append(text_chars)
+        self.num_codes.append(num_codes)
 
     def totals(self) -> dict[str, Any]:
         """As a manifest row has them."""
@@ -169,16 +169,25 @@ class _IndexTar:
 
 
 def _contents(scan: Scan, tar: memoryview) -> Contents:
-    """What the samples hold.
+    """What the samples hold; of each form the first is parsed and validated, and speaks for the others.
 
     Raises:
         FormatError: one is not of this project's schema.
     """
     contents = Contents()
+    known: dict[Hashable, tuple[str, int]] = {}
     for key, payloads in zip(scan.keys, scan.payloads(tar), strict=True):
-        sample = sample_from_members(key, payloads)
-        validate(sample)
-        contents.add(sample)
+        form, text = form_of(payloads) or (None, "")
+        if form in known:
+            check_key(key)
+            data_type, num_codes = known[form]
+            contents.add(data_type, len(text), num_codes)
+        else:
+            sample = sample_from_members(key, payloads)
+            validate(sample)
+            contents.add(sample.data_type, len(sample.text), sample.num_codes)
+            if form is not None:
+                known[form] = (sample.data_type, sample.num_codes)
     return contents
 
 

@@ -21,6 +21,8 @@ from wds_tools.format.tar import Member, TarReader
 from wds_tools.storage import Store
 
 _READ_BYTES = 4 << 20
+_MAX_EXPECTED_BYTES = 1 << 30
+"""More of a shard than this is believed when it arrives: a manifest may claim anything."""
 
 
 def read_manifest(store: Store, *, any_members: bool = False) -> Manifest:
@@ -70,7 +72,7 @@ class ShardBytes:
         """
         size = 0
         digest = content_hash()
-        self._grow(likely_bytes + 1, keep=0)
+        self._grow(min(likely_bytes, _MAX_EXPECTED_BYTES) + 1, keep=0)
         with store.open(name) as stream:
             while count := stream.readinto(piece := self._buffer.data[size : size + _READ_BYTES]):
                 digest.update(piece[:count])
