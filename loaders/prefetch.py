@@ -117,9 +117,11 @@ class Reader:
         Raises:
             FormatError, StorageError: see SourceReader.load.
         """
-        if not self._planned or self._planned[0].part != part:
+        expected = self._planned[0].part if self._planned else next(self._upcoming, None)
+        if expected != part:
             self.forget()
             self._upcoming = upcoming
+        if not self._planned:
             self._plan([part])
         self._plan_ahead()
         planned = self._planned.popleft()
