@@ -82,7 +82,7 @@ class LoaderConfig:
     check_crc: bool = False
     """Compare every sample's bytes with the CRC-32 of the index."""
     on_error: Literal["raise", "substitute"] = "raise"
-    """An unreadable sample stops the run, or is replaced by the next readable one of its block, counted and reported."""
+    """An unreadable sample stops the run, or is replaced by the next readable one of its shard, counted and reported."""
     max_bad: int = 100
     """With substitute: more unreadable samples than this, on one rank, stop the run."""
 

@@ -1,6 +1,6 @@
 """Rows in memory -> columns, and what to do about a row that can't be read.
 
-An unreadable row stops the run, or its position is filled by the next readable row of the same block, so that no rank ever
+An unreadable row stops the run, or its position is filled by the next readable row of its shard, so that no rank ever
 takes a different number of steps.
 """
 
@@ -19,6 +19,7 @@ from loaders.read import LoadedRows
 from loaders.stream import Located
 from wds_tools.errors import DataError, FormatError
 
+_MOST_TRIED = 64
 _T = TypeVar("_T")
 _READING_ERRORS = (DataError, KeyError, IndexError, ValueError, TypeError)
 
@@ -57,7 +58,7 @@ class Decoder:
             parse: collate.read_columns or collate.read_samples.
 
         Raises:
-            FormatError: a row can't be read, and was not to be replaced or no other of its block can be read either.
+            FormatError: a row can't be read, and was not to be replaced or none of the next 64 of its shard can be read either.
         """
         with _paused_gc():
             return self._decode(located, rows, parse)
@@ -84,7 +85,7 @@ class Decoder:
         return parse(rows, numbers)
 
     def _replace_bad(self, located: Located, rows: list[LoadedRows], numbers: list[int]) -> list[Substitution]:
-        """Put another row of its block in place of each that can't be read; stop at the first if that was not asked for."""
+        """Put another row of its shard in place of each that can't be read; stop at the first if that was not asked for."""
         substitutions = []
         for at, (held, row) in enumerate(zip(rows, numbers, strict=True)):
             error = self._problem(held, row)
@@ -93,14 +94,27 @@ class Decoder:
             what = f"{held.where(row)}: {error}"
             if not self._substitute:
                 raise FormatError(f"{what}. on_error='substitute' goes on without it") from error
-            first, num_rows = int(located.first[at]), int(located.num_rows[at])
-            others = (first + (row - first + step) % num_rows for step in range(1, num_rows))
-            by_row = next((other for other in others if self._problem(held, other) is None), None)
-            if by_row is None:
-                raise FormatError(f"{what}; nor can any other of the {num_rows} samples of its block be read") from error
+            num_rows = held.reader.opened.manifest.shards[held.shard].samples
+            others = ((row + step) % num_rows for step in range(1, min(num_rows, _MOST_TRIED + 1)))
+            found = next(((rows[at], other) for other in others if self._put(rows, at, other)), None)
+            if found is None:
+                raise FormatError(
+                    f"{what}; nor can any of the next {min(num_rows - 1, _MOST_TRIED)} of its shard be read"
+                ) from error
+            by_row = found[1]
             numbers[at] = by_row
             substitutions.append(Substitution(int(located.source[at]), held.shard, row, by_row, _reason(error)))
         return substitutions
+
+    def _put(self, rows: list[LoadedRows], at: int, row: int) -> bool:
+        """Make `rows[at]` what holds this row of the same shard; whether the row can be read."""
+        held = rows[at]
+        if not held.first <= row < held.last:
+            held = held.reader.load(held.shard, row, row + 1)
+        if self._problem(held, row) is not None:
+            return False
+        rows[at] = held
+        return True
 
     def _problem(self, held: LoadedRows, row: int) -> Exception | None:
         try:

@@ -8,6 +8,7 @@ errand, so they keep nothing between batches but what they read ahead.
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sized
@@ -18,7 +19,7 @@ import torch
 
 from loaders.collate import Batch
 from loaders.config import LoaderConfig, World
-from loaders.receipt import MODULUS, pack_receipt
+from loaders.receipt import MODULUS, Span, pack_receipt
 from loaders.state import check_data, check_recipe, pack_state, unpack_state
 from loaders.steps import Steps
 from loaders.stream import Stream, open_source
@@ -70,12 +71,10 @@ class Loader:
         """The epoch that the next batch belongs to."""
         self._position = 0
         self._begin()
-        self._spans: list[tuple[int, int, int, int]] = []
-        self._hash_total = 0
-        self._num_samples = 0
+        self._begin_receipt()
         self._num_batches = 0
+        self._num_handed_over = 0
         self._dropped = 0
-        self._substitutions: list[dict[str, Any]] = []
         self._bad: Counter[str] = Counter()
         self._waits: deque[float] = deque(maxlen=_WAITS_KEPT)
         self._counts: dict[int, dict[str, int]] = {}
@@ -85,6 +84,13 @@ class Loader:
         self._parts = PartReader(self._stream, self.config, self.world)
         self._workers: Any = None
         self._errands = _Errands()
+
+    def _begin_receipt(self) -> None:
+        self._run = secrets.token_hex(8)
+        self._spans: list[Span] = []
+        self._hash_total = 0
+        self._num_samples = 0
+        self._substitutions: list[dict[str, Any]] = []
 
     def __len__(self) -> int:
         """Batches that the next iteration gives: those left of the epoch. The same on every rank."""
@@ -140,9 +146,10 @@ class Loader:
         self._stream = stream
         self._begin()
         self.epoch, self._position = epoch, position
+        self._begin_receipt()
 
     def receipt(self) -> dict[str, Any]:
-        """What this rank has handed over since it was made: small JSON for `wds-tools audit`."""
+        """What this rank has handed over since it was made, or took a state: small JSON for `wds-tools audit`."""
         return pack_receipt(
             self._stream,
             self.world,
@@ -151,6 +158,7 @@ class Loader:
             self._num_samples,
             self._hash_total,
             self._substitutions,
+            self._run,
         )
 
     def stats(self) -> dict[str, float]:
@@ -168,7 +176,7 @@ class Loader:
             "epoch": self.epoch,
             "position": self._position,
             "batches": self._num_batches,
-            "samples": self._num_samples,
+            "samples": self._num_handed_over,
             "dropped": self._dropped,
             "bad": self._bad.total(),
             **{f"bad_{reason}": count for reason, count in sorted(self._bad.items())},
@@ -227,14 +235,13 @@ class Loader:
 
     def _hand_over(self, parcel: Parcel, steps: Steps, step: int) -> None:
         low, high = steps.start + step * steps.batch_size, steps.end(step)
-        for bad in parcel.substitutions:
-            self._bad[bad.reason] += 1
-            self._substitutions.append({"epoch": self.epoch, **bad._asdict()})
-        if len(self._substitutions) > self.config.max_bad:
+        self._bad.update(bad.reason for bad in parcel.substitutions)
+        if self._bad.total() > self.config.max_bad:
             raise DataError(
-                f"{len(self._substitutions)} unreadable samples, max_bad={self.config.max_bad}: {dict(self._bad)}; "
+                f"{self._bad.total()} unreadable samples, max_bad={self.config.max_bad}: {dict(self._bad)}; "
                 f"run `wds-tools verify`; {self._whence()}"
             )
+        self._substitutions += [{"epoch": self.epoch, **bad._asdict()} for bad in parcel.substitutions]
         spans = self._spans
         if spans and spans[-1][0] == self.epoch and spans[-1][2] == low and spans[-1][3] == steps.batch_size:
             spans[-1] = (self.epoch, spans[-1][1], high, steps.batch_size)
@@ -242,6 +249,7 @@ class Loader:
             spans.append((self.epoch, low, high, steps.batch_size))
         self._hash_total = (self._hash_total + parcel.hash_total) % MODULUS
         self._num_samples += len(parcel.sources)
+        self._num_handed_over += len(parcel.sources)
         self._num_batches += 1
         self._counts[parcel.worker] = parcel.counts
         self._position = low + steps.batch_size

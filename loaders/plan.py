@@ -26,7 +26,7 @@ ORDER_VERSION = 1
 """Counts changes of the order. A state saved under another one is refused."""
 MAX_EXTENT_BYTES = 4 << 20
 MIN_BLOCK_BYTES = 128 << 10
-OPEN_BYTES = 2 << 30
+OPEN_BYTES = 1 << 30
 """What the open blocks of all processes together take, if the data set is large and the lanes are not too many."""
 LANES_PER_BATCH = 8
 _EXTENTS = 1024
@@ -85,7 +85,7 @@ def default_order(total_bytes: int, batch_size: int, seed: int, *, lanes: int | 
 
     Lanes: 8 x the batch, so that up to 8 workers of a rank have lanes of their own. Up to 256 MiB an extent is a sample; above,
     there are about 1,024 extents, until they have 4 MiB: small data sets are mixed finely, large ones are read in large
-    requests. A block is what keeps all open blocks within 2 GiB, and at least 128 KiB.
+    requests. A block is what keeps all open blocks within 1 GiB, and at least 128 KiB.
     """
     if not shuffle:
         return Order(seed=seed, lanes=1, block_bytes=MIN_BLOCK_BYTES, extent_bytes=MIN_BLOCK_BYTES, shuffle=False)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -91,8 +92,8 @@ class Reader:
         share = own_lanes / stream.order.lanes
         self._region_rows = [self._rows_of_region(source, share) for source in self.sources]
         self._region_base = np.cumsum([0] + [len(source.opened.manifest.shards) for source in self.sources])
-        lane_bytes = memory_bytes / 2 / max(own_lanes, 1) / max(len(self.sources), 1)
-        self._ahead_bytes = int(min(max(lane_bytes, stream.order.block_bytes), MAX_EXTENT_BYTES))
+        lane_bytes = memory_bytes // 2 // max(own_lanes, 1) // len(self.sources)
+        self._ahead_bytes = min(max(lane_bytes - stream.order.block_bytes, 0), MAX_EXTENT_BYTES)
         self._row_bytes = [max(opened.manifest.bytes // max(opened.manifest.samples, 1), 1) for opened in stream.sources]
         self._loaded: dict[int, LoadedRows | Future[LoadedRows]] = {}
         self._held_bytes = 0
@@ -101,6 +102,14 @@ class Reader:
         self._num_planned = 0
         self._own_lanes = own_lanes
         self._in_flight: deque[Future[LoadedRows]] = deque()
+        pieces = not all(self._region_rows) and self._any_remote
+        if pieces and own_lanes * stream.order.block_bytes * len(self.sources) > memory_bytes * 3 // 4:
+            warnings.warn(
+                f"memory_bytes={memory_bytes:,} does not hold a block of {stream.order.block_bytes:,} bytes for each of the "
+                f"{own_lanes:,} lanes that this process reads: it will fetch much of the data more than once. Give it more "
+                "memory, use more processes, or a batch size and workers that divide the lanes (wds-tools simulate shows the cost)",
+                stacklevel=2,
+            )
         self._pool: ThreadPoolExecutor | None = None
         self._pid = os.getpid()
         self.num_evicted = 0
@@ -168,7 +177,7 @@ class Reader:
     def _is_full(self) -> bool:
         while self._in_flight and self._in_flight[0].done():
             self._in_flight.popleft()
-        return len(self._in_flight) >= _IN_FLIGHT or self._held_bytes > self._memory_bytes // 2
+        return len(self._in_flight) >= _IN_FLIGHT or self._held_bytes > self._memory_bytes * 3 // 4
 
     def _plan(self, parts: Sequence[Part]) -> None:
         """Locate the positions of these parts, and ask for what is not in memory. Small parts are dear one by one."""
@@ -233,7 +242,7 @@ class Reader:
             keys = key[begin:end]
             left = sum(num_rows[begin:end]) - sum(done[begin:end])
             last = end - 1
-            beyond = min(run[last], num_rows[last] + max(self._ahead_bytes // row_bytes, 1)) - num_rows[last]
+            beyond = min(run[last], num_rows[last] + self._ahead_bytes // row_bytes) - num_rows[last]
             if key[last] >= 0 and not reader.is_mapped and self._num_planned > self._own_lanes:  # first a little of each lane
                 row = reader.opened.manifest.shards[where[1]]
                 block = block_rows(row.samples, row.bytes, self._stream.order)
@@ -301,12 +310,17 @@ class Reader:
         if self._held_bytes <= self._memory_bytes:
             return
         wanted = {key for planned in self._planned for key in planned.counts}
-        for rows in list(self._loaded.values()):
-            if isinstance(rows, LoadedRows) and rows.num_bytes and rows.keys[0] in self._loaded and wanted.isdisjoint(rows.keys):
-                self._drop(rows)
-                self.num_evicted += 1
-                if self._held_bytes <= self._memory_bytes * 3 // 4:
-                    return
+        enough = self._held_bytes - self._memory_bytes * 7 // 8
+        dropped: dict[int, LoadedRows] = {}
+        for rows in self._loaded.values():
+            if isinstance(rows, LoadedRows) and rows.num_bytes and id(rows) not in dropped and wanted.isdisjoint(rows.keys):
+                dropped[id(rows)] = rows
+                enough -= rows.num_bytes
+                if enough <= 0:
+                    break
+        for rows in dropped.values():
+            self._drop(rows)
+        self.num_evicted += len(dropped)
 
     def _rows_of_region(self, source: SourceReader, share: float) -> int:
         """Rows of a region where a source is kept whole, or 0 where it is read in pieces.

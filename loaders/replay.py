@@ -11,6 +11,7 @@ Cost: a few seconds, whatever the length of the epoch.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -165,7 +166,9 @@ class _CountingProcess(Reader):
         """Its steps."""
         low, high = steps.part(0, world)
         self.own_lanes = lanes_of(stream.order.lanes, high - low, self.numbers.step * steps.batch_size)
-        super().__init__(stream, self.own_lanes, config.memory_bytes, open_reader=partial(_CountingReader, as_remote))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what a run would warn of is among the results
+            super().__init__(stream, self.own_lanes, config.memory_bytes, open_reader=partial(_CountingReader, as_remote))
         self._pool = _AtOnce()
         self._steps = steps
         self._world = world

@@ -8,7 +8,6 @@ Position p belongs to rank p mod world_size, and worker w of n takes every n-th 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -19,7 +18,7 @@ from loaders.cache import BlockCache
 from loaders.collate import Sample, read_samples
 from loaders.config import LoaderConfig, Source, Tail, World
 from loaders.decode import Decoder
-from loaders.prefetch import Part, Reader
+from loaders.prefetch import Part, Reader, lanes_of
 from loaders.state import check_data, check_recipe, pack_state, unpack_state
 from loaders.steps import Steps
 from loaders.stream import Stream, open_source
@@ -37,7 +36,7 @@ class ShardDataset(wds.DataPipeline, wds.compat.FluidInterface):  # type: ignore
 
     An iteration is an epoch; `set_epoch` chooses the order of the next, and is called before each. `state_dict` stands behind
     the last sample that came out, so it is exact for stages that keep nothing back (`map`, `select`; not `shuffle` or
-    `batched`), and under torchdata's StatefulDataLoader, which asks each worker. For batches, mixtures and receipts see build_loader.
+    `batched`), and under torchdata's StatefulDataLoader, which asks each worker. For batches, mixtures, receipts: build_loader.
 
     Args:
         url: the data set: a directory or URL.
@@ -148,7 +147,7 @@ class _Samples:
         chunks = range(0, len(own), _CHUNK)
         lanes = self.stream.order.lanes
         cache = BlockCache(self._config.cache_dir, self._config.cache_bytes) if self._config.cache_dir else None
-        reader = Reader(self.stream, lanes // math.gcd(lanes, stride), self._config.memory_bytes, cache)
+        reader = Reader(self.stream, lanes_of(lanes, 1, stride), self._config.memory_bytes, cache)
         decoder = Decoder(check_crc=self._config.check_crc, substitute=False)
         for number, at in enumerate(chunks):
             upcoming = (self._part(own[later : later + _CHUNK]) for later in chunks[number + 1 :])

@@ -5,7 +5,6 @@ The errand says all: which positions, and which come after them. A process keeps
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from loaders.cache import BlockCache
 from loaders.collate import Columns, read_columns
 from loaders.config import LoaderConfig, World
 from loaders.decode import Decoder, Substitution
-from loaders.prefetch import Part, Reader
+from loaders.prefetch import Part, Reader, lanes_of
 from loaders.receipt import SampleHash, total_of
 from loaders.steps import Steps
 from loaders.stream import Stream
@@ -108,8 +107,7 @@ class PartReader(torch.utils.data.Dataset["Parcel | WdsToolsError"]):
         if self._reader is None or self._pid != os.getpid():
             config, lanes = self._config, self._stream.order.lanes
             low, high = errand.steps.part(0, self._world)
-            cycle = lanes // math.gcd(lanes, errand.stride * errand.steps.batch_size)
-            own_lanes = min(lanes, max(high - low, 1) * cycle)
+            own_lanes = lanes_of(lanes, max(high - low, 1), errand.stride * errand.steps.batch_size)
             cache = BlockCache(config.cache_dir, config.cache_bytes) if config.cache_dir else None
             self._reader, self._pid = Reader(self._stream, own_lanes, config.memory_bytes, cache), os.getpid()
         return self._reader

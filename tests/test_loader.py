@@ -430,17 +430,22 @@ def test_an_unreadable_sample_stops_the_run_with_where_it_lies(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_an_unreadable_sample_is_replaced_by_the_next_of_its_block_when_asked(tmp_path: Path, num_workers: int) -> None:
+def test_an_unreadable_sample_is_replaced_by_the_next_of_its_shard_when_asked(tmp_path: Path, num_workers: int) -> None:
+    whole = keys(loader(make_pairs(tmp_path / "good", 30)))
     url = make_pairs(tmp_path / "set", 30)
-    damage(url, "p-00013", b"NUMPY", b"NOMPY")
-    settings: dict[str, Any] = {"on_error": "substitute", "num_workers": num_workers, "lanes": 2}
-    sources = Source(url)
-    made = build_loader(config(sources, **settings), World())
-    order = made._stream.order  # small sets are permuted sample by sample: a block of one has nobody to step in
-    assert order.block_bytes == 1
-    with pytest.raises(FormatError, match="nor can any other of the 1 samples"):
-        keys(made)
+    damage(url, "p-00019", b"NUMPY", b"NOMPY")  # the last of its shard: the first steps in
+    made = loader(url, on_error="substitute", num_workers=num_workers)
+    assert keys(made) == ["p-00010" if key == "p-00019" else key for key in whole]
+    assert [(bad["row"], bad["by_row"]) for bad in made.receipt()["substitutions"]] == [(9, 0)]
     made.close()
+
+
+def test_a_shard_without_a_readable_sample_stops_the_run_all_the_same(tmp_path: Path) -> None:
+    url = make_pairs(tmp_path / "set", 3)
+    for key in ("p-00000", "p-00001", "p-00002"):
+        damage(url, key, b"NUMPY", b"NOMPY")
+    with pytest.raises(FormatError, match="nor can any of the next 2 of its shard"):
+        keys(loader(url, on_error="substitute"))
 
 
 def test_bad_samples_are_counted_by_reason_and_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -501,7 +506,8 @@ def test_less_memory_reads_more_often_and_never_changes_the_order(tmp_path: Path
     order = keys(whole)
     assert sorted(order) == [f"p-{number:05d}" for number in range(300)]
     tight = loader("memory://sets/less", lanes=16, memory_bytes=20_000)
-    assert keys(tight) == order
+    with pytest.warns(UserWarning, match=r"memory_bytes=20,000 does not hold .* 16 lanes"):
+        assert keys(tight) == order
     assert tight.stats()["requests"] > whole.stats()["requests"]
 
 

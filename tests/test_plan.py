@@ -156,11 +156,11 @@ def test_the_order_is_pinned() -> None:
 
 
 def test_defaults_follow_the_size_of_the_data() -> None:
-    small, middle, large = (default_order(size, 1024, 42) for size in (10 << 20, 10 << 30, 10 << 40))
+    small, middle, large = (default_order(size, 1024, 42) for size in (10 << 20, 1 << 30, 10 << 40))
     assert small.extent_bytes == 1  # every sample by itself
     assert MIN_BLOCK_BYTES < middle.extent_bytes < MAX_EXTENT_BYTES
     assert large.extent_bytes == MAX_EXTENT_BYTES
-    assert large.block_bytes == 256 << 10
+    assert large.block_bytes == 128 << 10
     assert small.lanes == middle.lanes == large.lanes == 8192
 
 
