@@ -2,15 +2,18 @@
 # make test     all tests               make test-slow   those that take minutes
 # make check    what CI runs: lint, types, tests
 # make bench    throughput against the plain way
+# make bench-loader   the loader against its peers (15 minutes; bench-peers builds their environment, 7 GB, when it is missing)
 # make convert-pairs|convert-dclm|encode|export INPUT=... OUTPUT=... [ARGS="--workers 4"]
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+PEERS := .venv-peers
+PEERS_READY := $(PEERS)/.ready
 ARGS ?=
 
-.PHONY: setup demo test test-slow check lint types bench convert-pairs convert-dclm encode export clean
+.PHONY: setup demo test test-slow check lint types bench bench-loader bench-peers convert-pairs convert-dclm encode export clean
 
 setup: $(READY)
 
@@ -42,6 +45,20 @@ check: lint types test
 bench: $(READY)
 	$(BIN)/python -m benchmarks.run
 
+bench-loader: $(READY) $(PEERS_READY)
+	$(BIN)/python -m benchmarks.loader --peers $(PEERS)/bin/python $(ARGS)
+
+bench-peers: $(PEERS_READY)
+
+# All at once, so that one numpy fits all; if that fails, one by one, and the benchmark reports those that are missing.
+$(PEERS_READY): benchmarks/peers/requirements.txt constraints.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --upgrade pip
+	$(PEERS)/bin/python -m pip install --quiet --constraint constraints.txt --requirement benchmarks/peers/requirements.txt || \
+	while read -r peer; do $(PEERS)/bin/python -m pip install --quiet --constraint constraints.txt "$$peer" || \
+	echo "$$peer: not installed" >&2; done < benchmarks/peers/requirements.txt
+	touch $@
+
 need-in-out:
 	@test -n "$(INPUT)" && test -n "$(OUTPUT)" || { echo 'pass INPUT=... OUTPUT=...' >&2; exit 2; }
 .PHONY: need-in-out
@@ -59,4 +76,4 @@ export: $(READY) need-in-out
 	$(BIN)/wds-tools export hf --input $(INPUT) --output $(OUTPUT) $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info demo-out bench-out .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PEERS) build dist *.egg-info demo-out bench-out .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -15,7 +15,7 @@ import orjson
 import torch
 from numpy.typing import NDArray
 
-from loaders.read import CODES, CODES_END, JSON, JSON_END, LoadedRows
+from loaders.read import LoadedRows
 from wds_tools.errors import FormatError
 from wds_tools.format.checksum import crc32
 from wds_tools.format.index import ABSENT
@@ -62,7 +62,7 @@ def check_crc(rows: Sequence[LoadedRows], numbers: Sequence[int]) -> None:
     """Raise FormatError for the first of these rows whose bytes are not those of the index."""
     for held, row in zip(rows, numbers, strict=True):
         number = row - held.first
-        start, end = held.places[0][number], held.places[1][number]
+        start, end = held.start[number], held.end[number]
         if crc32(held.data[start:end]) != held.index.crc32[number]:
             raise FormatError(f"{held.where(row)} is damaged: its bytes have another CRC-32 than the index says")
 
@@ -122,15 +122,10 @@ def read_samples(rows: Sequence[LoadedRows], numbers: Sequence[int]) -> list[Sam
 
 def read_records(rows: Sequence[LoadedRows], numbers: Sequence[int]) -> tuple[list[str], list[dict[str, Any]], Codes | None]:
     """The keys, the parsed json, and the codes of rows that follow our schema. Raises as read_columns."""
-    headers: list[memoryview] = []
-    json: list[memoryview] = []
-    codes: list[memoryview] = []
-    for held, row in zip(rows, numbers, strict=True):
-        number, data, places = row - held.first, held.data, held.places
-        at = places[JSON][number]
-        headers.append(data[at - BLOCK : at - BLOCK + _NAME_BYTES])
-        json.append(data[at : places[JSON_END][number]])
-        codes.append(data[places[CODES][number] : places[CODES_END][number]])
+    places = [(held, row - held.first) for held, row in zip(rows, numbers, strict=True)]
+    headers = [held.data[held.json[n] - BLOCK : held.json[n] - BLOCK + _NAME_BYTES] for held, n in places]
+    json = [held.data[held.json[n] : held.json_end[n]] for held, n in places]
+    codes = [held.data[held.codes[n] : held.codes_end[n]] for held, n in places]
     records = orjson.loads(b"[%b]" % b",".join(json))
     if len(records) != len(rows):
         raise FormatError("a json member is not one object")
@@ -143,7 +138,7 @@ def _image(held: LoadedRows, row: int) -> bytes | None:
     for column, suffix in enumerate(held.index.members):
         length = int(held.index.lengths[number, column])
         if suffix in IMAGE_EXTENSIONS and length != ABSENT:
-            at = held.places[0][number] + int(held.index.offsets[number, column])
+            at = held.start[number] + int(held.index.offsets[number, column])
             return bytes(held.data[at : at + length])
     return None
 
@@ -152,7 +147,7 @@ def _members(held: LoadedRows, row: int) -> dict[str, Any]:
     """A row of a source without our schema: `__key__` and, by suffix, the members' bytes."""
     number = row - held.first
     index = held.index
-    start = held.places[0][number]
+    start = held.start[number]
     sample: dict[str, Any] = {"__key__": ""}
     for column, suffix in enumerate(index.members):
         length = int(index.lengths[number, column])
@@ -204,11 +199,11 @@ def _tensor(flat: NDArray[Any]) -> torch.Tensor:
 
 def _member_name(held: LoadedRows, row: int, at: int) -> str:
     """The full name of the member whose payload begins at `at`."""
-    start = held.places[0][row - held.first]
+    start = held.start[row - held.first]
     if at - start > BLOCK:  # a pax or long-name header stands before it
         blocks = bytes(held.data[start:at])
         if b"path=" in blocks or blocks[156:157] == b"L":
-            members = TarReader(held.where(row)).feed(bytes(held.data[start : held.places[1][row - held.first]]))
+            members = TarReader(held.where(row)).feed(bytes(held.data[start : held.end[row - held.first]]))
             return members[0].name.removeprefix("./")
     header = bytes(held.data[at - BLOCK : at])
     name = header[:_NAME_BYTES].split(b"\0", 1)[0]

@@ -228,7 +228,7 @@ class Loader:
     def _batch(self, parcel: Parcel) -> Batch:
         lists = parcel.columns.lists
         names = [opened.name for opened in self._sources]
-        batch: Batch = {"__key__": lists["__key__"], "__source__": [names[number] for number in parcel.sources], **lists}
+        batch: Batch = {"__key__": lists["__key__"], "__source__": list(map(names.__getitem__, parcel.sources)), **lists}
         if parcel.columns.codes is not None:
             batch["codes"] = parcel.columns.codes.unpack()
         return batch

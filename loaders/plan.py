@@ -172,7 +172,7 @@ class SourcePlan:
         num_rows = np.minimum(block + block_rows, end) - piece
         first = (extent - self._extents_before[shard]) * self._extent_rows[shard] + piece - start
         inside = at - piece
-        if order.shuffle:
+        if order.shuffle and num_rows.max(initial=1) > 1:
             inside = _permuted(inside, num_rows, _key(order.seed, epoch), piece)
         return Rows(shard, first + inside, piece, first, num_rows, at - piece, end - piece)
 

@@ -30,7 +30,6 @@ _MAX_REQUEST_BYTES = 8 << 20
 _PARTS_AHEAD = 64
 _PLANNED_AT_ONCE = 1024
 """Positions."""
-_MAPPED_PARTS_AHEAD = 2
 _ROW_BYTES = 64
 """What a row of a mapped shard takes in memory."""
 
@@ -101,13 +100,16 @@ class Reader:
         self._upcoming: Iterator[Part] = iter(())
         self._num_planned = 0
         self._own_lanes = own_lanes
+        self._at_once = _PLANNED_AT_ONCE
+        if self._any_remote:
+            self._at_once = min(_PLANNED_AT_ONCE, max(memory_bytes // 8 // stream.order.block_bytes, 1))
         self._in_flight: deque[Future[LoadedRows]] = deque()
         pieces = not all(self._region_rows) and self._any_remote
         if pieces and own_lanes * stream.order.block_bytes * len(self.sources) > memory_bytes * 3 // 4:
             warnings.warn(
                 f"memory_bytes={memory_bytes:,} does not hold a block of {stream.order.block_bytes:,} bytes for each of the "
-                f"{own_lanes:,} lanes that this process reads: it will fetch much of the data more than once. Give it more "
-                "memory, use more processes, or a batch size and workers that divide the lanes (wds-tools simulate shows the cost)",
+                f"{own_lanes:,} lanes that this process reads: it will fetch data more than once. Give it more "
+                "memory, use more processes, or a batch size and workers that divide the lanes; see `wds-tools simulate`",
                 stacklevel=2,
             )
         self._pool: ThreadPoolExecutor | None = None
@@ -126,13 +128,20 @@ class Reader:
         Raises:
             FormatError, StorageError: see SourceReader.load.
         """
-        expected = self._planned[0].part if self._planned else next(self._upcoming, None)
+        if self._planned:
+            expected = self._planned[0].part
+        else:
+            expected = next(self._upcoming, None)
         if expected != part:
             self.forget()
             self._upcoming = upcoming
-        if not self._planned:
-            self._plan([part])
-        self._plan_ahead()
+            self._plan([part])  # alone, so that the first batch comes soon
+        elif not self._planned:
+            self._plan([part, *self._next_parts(0 if self._is_full() else self._at_once - part.num_positions)])
+        while self._any_remote and len(self._planned) <= _PARTS_AHEAD and not self._is_full():
+            if not (parts := self._next_parts(self._at_once)):
+                break
+            self._plan(parts)
         planned = self._planned.popleft()
         try:
             return planned.located, self._take(planned)
@@ -160,19 +169,13 @@ class Reader:
         self._held_bytes = 0
         self._num_planned = 0
 
-    def _plan_ahead(self) -> None:
-        limit = _PARTS_AHEAD if self._any_remote else _MAPPED_PARTS_AHEAD
-        while len(self._planned) <= limit and not self._is_full():
-            parts: list[Part] = []
-            size = 0
-            for part in self._upcoming:
-                parts.append(part)
-                size += part.num_positions
-                if size >= _PLANNED_AT_ONCE:
-                    break
-            if not parts:
-                return
-            self._plan(parts)
+    def _next_parts(self, num_positions: int) -> list[Part]:
+        """The parts that come up, until they have so many positions."""
+        parts: list[Part] = []
+        while num_positions > 0 and (part := next(self._upcoming, None)) is not None:
+            parts.append(part)
+            num_positions -= max(part.num_positions, 1)
+        return parts
 
     def _is_full(self) -> bool:
         while self._in_flight and self._in_flight[0].done():

@@ -27,16 +27,30 @@ _INDEX_ROWS = 2048
 _INDEX_BYTES = 128 << 20
 _OPEN_SHARDS = 4096
 _CACHE_REGION_BYTES = 4 << 20
-START, END, JSON, JSON_END, CODES, CODES_END = range(6)
-"""Columns of LoadedRows.places."""
-
 _V = TypeVar("_V")
 
 
 class LoadedRows:
     """Rows [first, last) of a shard."""
 
-    __slots__ = ("data", "first", "index", "keys", "last", "left", "num_bytes", "places", "reader", "shard", "url")
+    __slots__ = (
+        "codes",
+        "codes_end",
+        "data",
+        "end",
+        "first",
+        "index",
+        "json",
+        "json_end",
+        "keys",
+        "last",
+        "left",
+        "num_bytes",
+        "reader",
+        "shard",
+        "start",
+        "url",
+    )
 
     def __init__(self, reader: SourceReader, shard: int, first: int, last: int, data: memoryview, index: ShardIndex) -> None:
         self.reader = reader
@@ -52,7 +66,8 @@ class LoadedRows:
         """Rows that are still to be handed out; kept by whoever holds this."""
         self.keys: list[int] = []
         """Of the pieces it holds; kept by whoever holds this."""
-        self.places = _places(index)
+        self.start, self.end, self.json, self.json_end, self.codes, self.codes_end = _places(index)
+        """Offsets in `data` by row, from `first` on: of the sample, its json, and the first codes it has (0, 0: none)."""
         self.url = join(reader.opened.store.url, reader.opened.manifest.shards[shard].name)
         """Of the shard."""
 
@@ -205,14 +220,13 @@ def _with_columns(index: ShardIndex, columns: dict[str, Any]) -> ShardIndex:
 
 
 def _places(index: ShardIndex) -> list[array[int]]:
-    """Six columns of offsets from the first row's start: of the sample, its json, and the first codes it has (0, 0: none)."""
+    """See LoadedRows.start. Arrays, since taking one number from a numpy column costs four times as much."""
     start = index.start.astype(np.int64)
     start -= start[0]
     out = np.zeros((6, len(start)), np.int64)
-    out[START] = start
-    out[END] = start + index.size
+    out[0], out[1] = start, start + index.size
     for column, suffix in reversed(list(enumerate(index.members))):
-        low = JSON if suffix == "json" else CODES if suffix.endswith(".npy") else None
+        low = 2 if suffix == "json" else 4 if suffix.endswith(".npy") else None
         if low is not None:
             lengths = index.lengths[:, column]
             present = lengths != ABSENT

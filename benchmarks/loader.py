@@ -1,0 +1,226 @@
+"""`make bench-loader`: the loader against its peers, every figure in the same run, on the same samples.
+
+    speed     samples/s of every way to read, one process on one core          peers/NAME.py, loader_workload.py
+    index     `wds-tools index` against `energon prepare` on the same tars      here
+    s3        bytes/s from S3 against bare GETs                                 loader_s3.py
+    restore   first batch after a restore; plan; memory over epochs             loader_restore.py
+
+Everything is measured in rounds in which the ways take turns, each in a process of its own; the figures are medians.
+Writes OUT/loader.json and OUT/loader.svg, prints a table; `--publish` puts both into docs/ (loader_report.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks import loader_report, loader_restore, loader_s3
+from benchmarks.loader_workload import KINDS, NUM_SAMPLES, digest, read_source, write_source
+
+ROOT = Path(__file__).parents[1]
+ROUNDS = 3
+PARTS = ("speed", "index", "s3", "restore")
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to read the samples: benchmarks/peers/MODULE.py."""
+
+    module: str
+    title: str
+    packages: tuple[str, ...]
+    """Whose versions are reported."""
+    is_peer: bool = False
+    """Lives in the peers' environment."""
+
+
+WAYS = (  # a way that reads another's files comes after it
+    Way("ours", "wds-tools", ("torch", "numpy")),
+    Way("shard_dataset", "wds-tools, ShardDataset", ("webdataset",)),
+    Way("webdataset", "webdataset", ("webdataset",)),
+    Way("hf_webdataset", "Hugging Face over webdataset tars", ("datasets",)),
+    Way("hf_map", "Hugging Face map-style, JSON codes", ("datasets",)),
+    Way("hf_iterable", "Hugging Face iterable, JSON codes", ("datasets",)),
+    Way("hf_arrow", "Hugging Face, uint16 column, Arrow tables", ("datasets", "pyarrow")),
+    Way("mosaicml", "MosaicML Streaming", ("mosaicml-streaming", "torch", "numpy"), is_peer=True),
+    Way("litdata", "litData", ("litdata", "torch", "numpy"), is_peer=True),
+    Way("array_record", "ArrayRecord, batches of 1,024", ("array_record",), is_peer=True),
+    Way("grain", "Grain over ArrayRecord", ("grain",), is_peer=True),
+    Way("energon", "Megatron-Energon", ("megatron-energon",), is_peer=True),
+)
+
+
+class Bench:
+    """Runs ways as processes. `missing` says which could not be run, and why: a peer that is not installed is no failure."""
+
+    def __init__(self, out: Path, peers_python: Path) -> None:
+        self.data = out / "data"
+        self._peers_python = peers_python
+        self._env = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(ROOT),
+            "HF_HOME": str(out / "hf"),
+            "HF_DATASETS_OFFLINE": "1",
+            "LITDATA_DISABLE_VERSION_CHECK": "1",
+        }
+        self.missing: dict[str, str] = {}
+
+    def python(self, way: Way) -> str:
+        """The interpreter that has its packages."""
+        return str(self._peers_python) if way.is_peer else sys.executable
+
+    def run(self, way: Way, command: str) -> list[dict[str, Any]]:
+        """What `python -m benchmarks.peers.NAME command` prints; [] and an entry in `missing` if it fails twice."""
+        if way.module in self.missing:
+            return []
+        arguments = [self.python(way), "-m", f"benchmarks.peers.{way.module}", command, str(self.data)]
+        for _ in range(2):  # once more: Python 3.11 itself fails now and then where threads parse npy headers
+            try:
+                done = subprocess.run(arguments, cwd=ROOT, env=self._env, capture_output=True, text=True, check=True)
+                return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+            except FileNotFoundError:
+                why = f"no {arguments[0]}: run `make bench-peers`"
+            except subprocess.CalledProcessError as error:
+                if way.module == "ours":
+                    raise RuntimeError(f"{way.title} failed:\n{error.stderr}") from error
+                why = (error.stderr.strip().splitlines() or ["failed without a word"])[-1]
+        self.missing[way.module] = why
+        _say(f"{way.title}: {why}")
+        return []
+
+
+def write(bench: Bench) -> None:
+    """The samples, in every way's format."""
+    write_source(bench.data)
+    for way in WAYS:
+        _say(f"writing for {way.title}")
+        bench.run(way, "write")
+
+
+def speed(bench: Bench) -> dict[str, dict[str, float]]:
+    """Samples per second of each way and measure ("pairs/samples", ...): median of the rounds."""
+    _say("verifying that every way yields every sample exactly once")
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # not timed, so they may share the machine; the slowest first
+        ways = WAYS[::-1]
+        for way, results in zip(ways, pool.map(lambda way: bench.run(way, "verify"), ways), strict=True):
+            for result in results:
+                _check(way, result, _expected(bench.data, result["kind"]))
+    speeds: dict[str, dict[str, list[float]]] = {}
+    for number in range(ROUNDS):
+        for way in WAYS:
+            _say(f"round {number + 1} of {ROUNDS}: {way.title}")
+            for result in bench.run(way, "time"):
+                measured = speeds.setdefault(way.module, {}).setdefault(f"{result['kind']}/{result['unit']}", [])
+                measured.append(result["samples"] / result["seconds"])
+    return {
+        module: {measure: statistics.median(values) for measure, values in measures.items()}
+        for module, measures in speeds.items()
+        if module not in bench.missing
+    }
+
+
+def _expected(data: Path, kind: str) -> dict[str, int]:
+    return {"samples": NUM_SAMPLES[kind], "checksum": sum(digest(*sample) for sample in read_source(data / kind)) % 2**64}
+
+
+def _check(way: Way, result: dict[str, Any], expected: dict[str, int]) -> None:
+    found = {name: result[name] for name in expected}
+    if found != expected:
+        raise RuntimeError(f"{way.title}, {result['kind']} as {result['unit']}: read {found}, expected {expected}")
+
+
+def index_speed(bench: Bench) -> dict[str, float]:
+    """Samples per second of indexing webdataset's tars, as the user's command: start-up, all cores, defaults."""
+    tars = sorted((bench.data / "pairs" / "tars").glob("*.tar"))
+    energon = Path(bench.python(next(way for way in WAYS if way.module == "energon"))).parent / "energon"
+    prepare = [str(energon), "prepare", "--non-interactive", "--no-progress", "--split-ratio", "1,0,0"]
+    commands = {
+        "ours": [sys.executable, "-m", "wds_tools.cli.main", "index"],
+        "energon": [*prepare, "--sample-type", "CrudeWebdataset"],
+    }
+    if "energon" in bench.missing:
+        del commands["energon"]
+    seconds: dict[str, list[float]] = {way: [] for way in commands}
+    for _ in range(ROUNDS):
+        for way, command in commands.items():
+            _say(f"indexing with {way}")
+            folder = bench.data / "to_index"
+            folder.mkdir()
+            for tar in tars:
+                os.link(tar, folder / tar.name)
+            begun = time.perf_counter()
+            subprocess.run([*command, str(folder)], cwd=ROOT, check=True, capture_output=True)
+            seconds[way].append(time.perf_counter() - begun)
+            shutil.rmtree(folder)
+    return {way: NUM_SAMPLES["pairs"] / statistics.median(values) for way, values in seconds.items()}
+
+
+def _versions(bench: Bench) -> dict[str, str]:
+    code = "import sys, importlib.metadata as m; print(*(name + ' ' + m.version(name) for name in sys.argv[1:]), sep='\\n')"
+    versions = {"Python": platform.python_version()}
+    for way in WAYS:
+        if way.module not in bench.missing:
+            command = [bench.python(way), "-c", code, *way.packages]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            for line in done.stdout.splitlines():
+                name, version = line.split()
+                versions[f"{name} (peers)" if way.is_peer and versions.get(name, version) != version else name] = version
+    return versions
+
+
+def _machine() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return f"{len(os.sched_getaffinity(0))} cores ({cpu or platform.machine()}), {memory:.0f} GB, {platform.system()}"
+
+
+def _say(what: str) -> None:
+    print(f"[{time.strftime('%H:%M:%S')}] {what}", file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    """Run the parts asked for, report, and leave OUT with the results alone."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("bench-out"))
+    parser.add_argument("--peers", type=Path, default=Path(".venv-peers/bin/python"), help="Python of the peers' environment")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--publish", action="store_true", help="write the section and the plot in docs/")
+    arguments = parser.parse_args()
+    out = arguments.out.resolve() / "loader"
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    bench = Bench(out, arguments.peers.absolute())
+    results: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "machine": _machine(), "rounds": ROUNDS}
+    if set(arguments.parts) != {"s3"}:
+        write(bench)
+    if "speed" in arguments.parts:
+        results["speed"] = speed(bench)
+    if "index" in arguments.parts:
+        results["index"] = index_speed(bench)
+    if "restore" in arguments.parts:
+        _say("restore, plan, memory")
+        results["restore"] = loader_restore.measure(bench.data / KINDS[0] / "ours", out / "restore")
+    if "s3" in arguments.parts:
+        _say("S3")
+        results["s3"] = loader_s3.measure(out / "s3", ROUNDS)
+    results |= {"versions": _versions(bench), "missing": bench.missing, "titles": {way.module: way.title for way in WAYS}}
+    (out.parent / "loader.json").write_text(json.dumps(results, indent=2) + "\n")
+    loader_report.report(results, out.parent, ROOT / "docs" if arguments.publish else None)
+    shutil.rmtree(out)
+
+
+if __name__ == "__main__":
+    main()
