@@ -128,10 +128,7 @@ class Reader:
         Raises:
             FormatError, StorageError: see SourceReader.load.
         """
-        if self._planned:
-            expected = self._planned[0].part
-        else:
-            expected = next(self._upcoming, None)
+        expected = self._planned[0].part if self._planned else next(self._upcoming, None)
         if expected != part:
             self.forget()
             self._upcoming = upcoming
