@@ -8,10 +8,13 @@ errand, so they keep nothing between batches but what they read ahead.
 
 from __future__ import annotations
 
+import atexit
 import secrets
 import time
+import weakref
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sized
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -109,7 +112,8 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         steps, epoch = self._steps(), self.epoch
         self._errands.set(epoch, steps, max(self.config.num_workers, 1))
-        parcels = iter(self._parcels())
+        with self._named_death():
+            parcels = iter(self._parcels())
         for step in range(len(steps)):
             if (self.epoch, self._position) != (epoch, steps.start + step * steps.batch_size):
                 raise UsageError("another loop over this loader, or load_state_dict, has moved it since this loop began")
@@ -208,19 +212,28 @@ class Loader:
                 collate_fn=_as_it_is,
                 multiprocessing_context=self.config.start_method,
             )
+            atexit.register(_close, weakref.ref(self))  # in good order, before multiprocessing kills them
         return self._workers  # type: ignore[no-any-return]
 
     def _next(self, parcels: Iterator[Parcel | WdsToolsError]) -> Parcel:
-        try:
+        with self._named_death():
             parcel = next(parcels)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            self.close()
-            raise WorkerDied(f"a worker process ended ({error}); {self._whence()}") from error
         if isinstance(parcel, WdsToolsError):
             raise type(parcel)(f"{parcel}; {self._whence()}") from parcel
         return parcel
+
+    @contextmanager
+    def _named_death(self) -> Iterator[None]:
+        """DataLoader tells of a dead worker by a RuntimeError, or fails to get the tensors that it had sent."""
+        try:
+            yield
+        except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
+            if isinstance(error, WdsToolsError) or not (
+                "DataLoader worker" in str(error) or isinstance(error, OSError | EOFError)
+            ):
+                raise
+            self.close()
+            raise WorkerDied(f"a worker process ended ({error}); {self._whence()}") from error
 
     def _whence(self) -> str:
         return f"everything before epoch {self.epoch}, position {self._position} was handed over: state_dict() goes on there"
@@ -271,6 +284,11 @@ class _Errands(Sized, Iterable[Errand]):
         if self._what:
             epoch, steps, stride = self._what
             yield from (Errand(epoch, steps, step, stride) for step in range(len(steps)))
+
+
+def _close(loader: weakref.ref[Loader]) -> None:
+    if (held := loader()) is not None:
+        held.close()
 
 
 def _as_it_is(parcel: Any) -> Any:
