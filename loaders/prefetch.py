@@ -102,7 +102,7 @@ class Reader:
         self._own_lanes = own_lanes
         self._at_once = _PLANNED_AT_ONCE
         if self._any_remote:
-            self._at_once = min(_PLANNED_AT_ONCE, max(memory_bytes // 8 // stream.order.block_bytes, 1))
+            self._at_once = min(_PLANNED_AT_ONCE, max(memory_bytes // 8 // max(stream.order.block_bytes, *self._row_bytes), 1))
         self._in_flight: deque[Future[LoadedRows]] = deque()
         pieces = not all(self._region_rows) and self._any_remote
         if pieces and own_lanes * stream.order.block_bytes * len(self.sources) > memory_bytes * 3 // 4:

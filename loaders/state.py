@@ -56,7 +56,8 @@ def unpack_state(state: Mapping[str, Any], config: LoaderConfig) -> tuple[Order,
             raise UsageError(f"the state has step_samples, epoch, position = {numbers}: expected numbers of 0 or more")
     except (KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"not the state of a loader ({type(error).__name__}: {error})") from error
-    if (order.seed, order.shuffle) != (config.seed, config.shuffle) or config.lanes not in (None, order.lanes):
+    other_lanes = order.shuffle and config.lanes not in (None, order.lanes)
+    if (order.seed, order.shuffle) != (config.seed, config.shuffle) or other_lanes:
         raise UsageError(
             f"the state was saved under seed={order.seed}, shuffle={order.shuffle}, lanes={order.lanes}; the config says "
             f"seed={config.seed}, shuffle={config.shuffle}, lanes={config.lanes}: keep the recipe of the run, or start a new one"
