@@ -253,8 +253,8 @@ def test_workers_of_a_killed_run_end_by_themselves_and_leave_nothing(
     ("sleeping", "to_all"),
     [
         pytest.param(False, False, id="busy"),
-        pytest.param(True, True, id="in the training step, and its workers too, as Ctrl-C does"),
-        pytest.param(False, True, id="busy, and its workers too", marks=pytest.mark.slow),
+        pytest.param(False, True, id="busy, and its workers too, as Ctrl-C does", marks=pytest.mark.slow),
+        pytest.param(True, True, id="in the training step, and its workers too", marks=pytest.mark.slow),
         pytest.param(True, False, id="in the training step", marks=pytest.mark.slow),
     ],
 )
@@ -272,8 +272,8 @@ def test_an_interrupt_ends_the_run_and_its_workers(
             process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=WATCHDOG_S)
         assert process.returncode in (130, -signal.SIGINT), err
-        assert err.count("Traceback") == 1, err  # the run's own
-        assert err.strip().endswith("KeyboardInterrupt")
+        assert "\nKeyboardInterrupt" in err
+        assert "loaders/work.py" not in err, err  # what workers do; multiprocessing may tell of a broken connection
         wait_until(lambda: not session(process.pid), "the workers end", WATCHDOG_S)
     assert shared_memory([process.pid, *workers]) == []
     assert list(temp.rglob("*")) == []
@@ -427,11 +427,11 @@ made.close()
 """
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("num_workers", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_resident_memory_is_flat_over_many_epochs(tmp_path: Path, num_workers: int) -> None:
     make_dataset(tmp_path / "set", (image_sample(n, side=16) for n in range(1000)), shard_samples=300)
     done = subprocess.run(
-        [sys.executable, "-c", MEMORY, str(tmp_path / "set"), str(num_workers), "16"],
+        [sys.executable, "-c", MEMORY, str(tmp_path / "set"), str(num_workers), "12"],
         env=environment(),
         capture_output=True,
         text=True,
@@ -439,7 +439,7 @@ def test_resident_memory_is_flat_over_many_epochs(tmp_path: Path, num_workers: i
         timeout=90,
     )
     epochs = [list(map(int, line.split())) for line in done.stdout.splitlines()]
-    assert len(epochs) == 16
+    assert len(epochs) == 12
     assert len(epochs[1]) == 1 + num_workers
     for early, late in zip(epochs[3], epochs[-1], strict=True):
         assert late <= 1.05 * early, epochs
