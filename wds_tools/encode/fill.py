@@ -12,55 +12,39 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from functools import cached_property, partial
-from importlib.metadata import version
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 from urllib.parse import unquote
-
-import torch
 
 from wds_tools.dataset.read import read_manifest, read_shard
 from wds_tools.dataset.write import TaskWriter
-from wds_tools.encode.batches import Prepare, encode_in_batches
-from wds_tools.errors import FormatError, Reject, UsageError
+from wds_tools.encode.filler import MODES, Filler
+from wds_tools.encode.options import TokenizerOptions
+from wds_tools.errors import UsageError
 from wds_tools.format.manifest import Manifest, ShardRow, row_from_json
-from wds_tools.format.schema import Sample, code_column, code_dtype
-from wds_tools.images import PREPROCESSING_VERSION, ImageLimits, Mode, prepare
+from wds_tools.format.schema import Sample
+from wds_tools.images import ImageLimits
 from wds_tools.passes import PassOptions, Plan, group_to_limit, run_pass
 from wds_tools.storage import open_store
 from wds_tools.storage.base import split_scheme
-from wds_tools.vq.base import ImageTokenizer
-from wds_tools.vq.registry import load_tokenizer
-
-_MODES: dict[str, Mode] = {"image_text": "cc512", "image_text_multi": "multi768", "visual_sft": "cc512"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncodeConfig(PassOptions):
+class EncodeConfig(PassOptions, TokenizerOptions):
     """Fill the codes of a data set's images with an image tokenizer."""
 
     input: str
     """The data set to encode: a directory or URL."""
     tokenizer: str = "tiny"
-    """tiny (bundled, for trials) or chameleon (needs --weights)."""
-    weights: str | None = None
-    """Folder of the tokenizer's weights."""
-    device: str = "auto"
-    """auto (a GPU if there is one), cpu, cuda or cuda:N."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16 is faster and changes some codes."""
-    batch_size: int = 16
-    """Images per forward pass."""
+    """tiny (bundled, for trials), chameleon, or one of the others in docs/tokenizers.md; these need --weights."""
     keep_images: bool = False
     """Keep the source images beside the codes."""
     max_pixels: int = ImageLimits.max_pixels
     """Images with more pixels are rejected: decompression bombs."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.batch_size < 1:
-            raise UsageError(f"--batch-size {self.batch_size}: at least 1")
+        PassOptions.__post_init__(self)
+        TokenizerOptions.__post_init__(self)
         if _place(self.input) == _place(self.output):
             raise UsageError("--output is --input: the encoded data set needs a place of its own")
 
@@ -77,29 +61,21 @@ def encode(config: EncodeConfig) -> Manifest:
     """
     store = open_store(config.input)
     manifest = read_manifest(store)
-    columns = sorted({code_column(data_type) for data_type in manifest.data_types if data_type in _MODES})
-    if not columns:
+    types = [data_type for data_type in manifest.data_types if data_type in MODES]
+    if not types:
         raise UsageError(f"{config.input} has no images to encode: it holds {', '.join(manifest.data_types) or 'nothing'}")
     if manifest.codes:
         raise UsageError(f"{config.input} is encoded already ({', '.join(manifest.codes)})")
-    work = _FillShards(config)
-    tokenizer = work.tokenizer
-    provenance = {
-        "tokenizer": tokenizer.name,
-        "codebook_size": tokenizer.codebook_size,
-        "stride": tokenizer.stride,
-        "weights_hash": tokenizer.weights_hash,
-        "preprocessing_version": PREPROCESSING_VERSION,
-        "precision": config.precision,
-    }
-    libraries = {name: version(name) for name in ("torch", "pillow", "numpy")}
+    limits = ImageLimits(max_pixels=config.max_pixels, min_side=1, max_bytes=sys.maxsize)  # else as converted
+    filler = Filler(config.tokenizer, config, workers=config.workers, keep_images=config.keep_images, limits=limits)
+    settings, codes = filler.provenance(types)
     plan = Plan(
         command="encode",
         settings={
             "input": manifest.fingerprint(),
             "keep_images": config.keep_images,
             "max_pixels": config.max_pixels,
-            **provenance,
+            **settings,
         },
         # About one output shard's samples a task: without their images, shards are small.
         tasks=[
@@ -107,7 +83,7 @@ def encode(config: EncodeConfig) -> Manifest:
             for group in group_to_limit(manifest.shards, lambda row: row.samples, config.shard_samples)
         ],
         total=manifest.samples,
-        codes={column: {**provenance, "libraries": libraries} for column in columns},
+        codes=codes,
         source={
             "input": {
                 "url": config.input,
@@ -118,7 +94,7 @@ def encode(config: EncodeConfig) -> Manifest:
             }
         },
     )
-    return run_pass(plan, work, config)
+    return run_pass(plan, _FillShards(config.input, filler), replace(config, workers=filler.workers))
 
 
 def _place(url: str) -> str:
@@ -129,56 +105,24 @@ def _place(url: str) -> str:
 
 @dataclass(frozen=True)
 class _FillShards:
-    """The work on one group of shards; loads the tokenizer once a process."""
+    """The work on one group of shards."""
 
-    config: EncodeConfig
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _FillShards, (self.config,)  # without the tokenizer: a worker loads its own
-
-    @cached_property
-    def tokenizer(self) -> ImageTokenizer:
-        config = self.config
-        if config.workers > 1:
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // config.workers))
-        return load_tokenizer(config.tokenizer, weights=config.weights, device=config.device, precision=config.precision)
+    input: str
+    filler: Filler
 
     def __call__(self, task: Sequence[dict[str, Any]], writer: TaskWriter, advance: Callable[[int], None]) -> int:
         inputs = 0
-        dtype = code_dtype(self.tokenizer.codebook_size)
-        jobs = self._jobs([row_from_json(row) for row in task])
-        threads = max(1, (os.cpu_count() or 1) // self.config.workers)
-        batches = encode_in_batches(jobs, self.tokenizer, batch_size=self.config.batch_size, threads=threads)
-        for (shard, sample), outcome in batches:
+        for shard, sample, cause in self.filler.fill(self._samples([row_from_json(row) for row in task])):
             inputs += 1
-            if isinstance(outcome, Reject):
-                writer.reject(outcome, source=shard, key=sample.key)
-            elif outcome is None:
+            if cause is None:
                 writer.add(sample)
             else:
-                writer.add(self._filled(sample, outcome.astype(dtype)))
+                writer.reject(cause, source=shard, key=sample.key)
             advance(1)
         return inputs
 
-    def _jobs(self, rows: Sequence[ShardRow]) -> Iterator[tuple[tuple[str, Sample], Prepare | None]]:
-        store = open_store(self.config.input)
-        limits = ImageLimits(max_pixels=self.config.max_pixels, min_side=1, max_bytes=sys.maxsize)  # else as converted
+    def _samples(self, rows: Sequence[ShardRow]) -> Iterator[tuple[str, Sample]]:
+        store = open_store(self.input)
         for row in rows:
             for sample in read_shard(store, row):
-                if sample.image is not None:
-                    yield (row.name, sample), partial(prepare, sample.image, _MODES[sample.data_type], limits)
-                elif sample.data_type in _MODES and sample.data_type != "visual_sft":
-                    raise FormatError(f"{row.name}: {sample.key} is {sample.data_type} but has no image")
-                else:
-                    yield (row.name, sample), None
-
-    def _filled(self, sample: Sample, codes_hw: Any) -> Sample:
-        height, width = (side * self.tokenizer.stride for side in codes_hw.shape)
-        is_multi = sample.data_type == "image_text_multi"
-        return sample._replace(
-            codes={code_column(sample.data_type): codes_hw},
-            width=width if is_multi else None,
-            height=height if is_multi else None,
-            image=sample.image if self.config.keep_images else None,
-            image_extension=sample.image_extension if self.config.keep_images else None,
-        )
+                yield row.name, sample

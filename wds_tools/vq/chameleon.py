@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from wds_tools.errors import MissingPackage, TokenizerError
+from wds_tools.vq.norm import use_right_norms
 from wds_tools.vq.quantize import CodebookTokenizer, Precision, hash_files
 
 CONFIG_NAME = "vqgan.yaml"
@@ -99,6 +100,7 @@ def load_chameleon(folder: Path, *, device: torch.device | str = "cpu", precisio
         network.fill(_read_state(weights_path))
     except TokenizerError as error:
         raise TokenizerError(f"{folder}: {error}") from error.__cause__
+    use_right_norms(network.model)
     network.model.requires_grad_(False).eval().to(device=device, memory_format=torch.channels_last)
     return CodebookTokenizer(
         name="chameleon",
