@@ -46,6 +46,7 @@ HEAVY = {
     "PIL": {"wds_tools.images"},
     "torch": {"wds_tools.vq", "wds_tools.encode", "loaders"},
     "diffusers": {"wds_tools.vq"},
+    "transformers": {"wds_tools.vq"},
     "datasets": {"wds_tools.export"},
     "pyarrow": {"wds_tools.export"},
     "webdataset": {"loaders"},
@@ -107,7 +108,7 @@ def test_every_room_has_a_rule() -> None:
         ("wds_tools", ("torch", "PIL", "obstore", "zstandard")),
         ("wds_tools.storage", ("torch", "obstore", "fsspec")),
         ("wds_tools.convert.dclm", ("torch", "PIL", "datasets")),
-        ("wds_tools.vq", ("diffusers",)),
+        ("wds_tools.vq", ("diffusers", "transformers")),
         ("loaders", ("PIL", "diffusers", "datasets", "ray", "tyro")),
     ],
 )

@@ -515,7 +515,7 @@ def test_tiny_weights_that_do_not_fit_are_refused_in_one_line(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        ("vqgan", {}, "unknown tokenizer 'vqgan': expected one of chameleon, tiny"),
+        ("vqgan", {}, "unknown tokenizer 'vqgan': expected one of chameleon, emu3, janus, tiny, vqmodel"),
         ("tiny", {"device": "tpu"}, "unknown device 'tpu'"),
         ("tiny", {"precision": "fp8"}, "unknown precision 'fp8': expected one of fp32, tf32, bf16, fp16"),
         ("chameleon", {}, r"a folder with vqgan\.yaml and vqgan\.ckpt"),

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from wds_tools.errors import MissingPackage, TokenizerError
+from wds_tools.vq import huggingface
 from wds_tools.vq.norm import use_right_norms
 from wds_tools.vq.quantize import CodebookTokenizer, Precision, hash_files
 
@@ -79,7 +80,7 @@ class VqganConfig:
 
 
 def load_chameleon(folder: Path, *, device: torch.device | str = "cpu", precision: Precision = "fp32") -> CodebookTokenizer:
-    """Load the tokenizer from a folder with `vqgan.yaml` and `vqgan.ckpt`.
+    """Load the tokenizer from a folder with `vqgan.yaml` and `vqgan.ckpt`, or from one that transformers wrote.
 
     Args:
         folder: where the two files are.
@@ -91,6 +92,8 @@ def load_chameleon(folder: Path, *, device: torch.device | str = "cpu", precisio
         MissingPackage: diffusers or yaml is not installed.
     """
     config_path, weights_path = folder / CONFIG_NAME, folder / WEIGHTS_NAME
+    if not config_path.exists() and (folder / huggingface.CONFIG_NAME).exists():
+        return huggingface.load_chameleon_vqvae(folder, device=device, precision=precision)
     for path in (config_path, weights_path):
         if not path.is_file():
             raise TokenizerError(f"{path} is missing: the folder needs {CONFIG_NAME} and {WEIGHTS_NAME}")

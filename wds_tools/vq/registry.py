@@ -20,9 +20,10 @@ from typing import cast, get_args
 
 import torch
 
-from wds_tools.errors import TokenizerError, UsageError
+from wds_tools.errors import TokenizerError, UsageError, WdsToolsError
 from wds_tools.vq.base import ImageTokenizer
 from wds_tools.vq.chameleon import load_chameleon
+from wds_tools.vq.huggingface import load_emu3, load_janus, load_vq_model
 from wds_tools.vq.quantize import CodebookTokenizer, Precision
 from wds_tools.vq.tiny import BUNDLED, load_tiny
 
@@ -59,7 +60,12 @@ def load_tokenizer(
     found = find_device(device)
     if precision == "tf32" and found.type != "cuda":
         raise UsageError(f"precision tf32 is a mode of NVIDIA GPUs, and the device is {found}: use fp32 or bf16")
-    tokenizer = loader(None if weights is None else Path(weights), found, cast(Precision, precision))
+    try:
+        tokenizer = loader(None if weights is None else Path(weights), found, cast(Precision, precision))
+    except (WdsToolsError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise TokenizerError(f"tokenizer {name!r}: its loader failed ({_short(error)})") from error
     if not isinstance(tokenizer, ImageTokenizer):
         raise TokenizerError(f"tokenizer {name!r}: its loader gave a {type(tokenizer).__name__}, which is no ImageTokenizer")
     if compile:
@@ -100,13 +106,15 @@ def _loader(name: str) -> Loader:
     try:
         return cast(Loader, entry.load())
     except Exception as error:
-        raise TokenizerError(
-            f"tokenizer {name!r} of {entry.value} can't be imported ({type(error).__name__}: {' '.join(str(error).split())})"
-        ) from error
+        raise TokenizerError(f"tokenizer {name!r} of {entry.value} can't be imported ({_short(error)})") from error
 
 
 def _others() -> dict[str, EntryPoint]:
     return {entry.name: entry for entry in entry_points(group=ENTRY_POINTS)}
+
+
+def _short(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def _tiny(weights: Path | None, device: torch.device, precision: Precision) -> ImageTokenizer:
@@ -124,6 +132,9 @@ def _from_folder(name: str, load: Callable[..., ImageTokenizer], files: str) -> 
 
 LOADERS: dict[str, Loader] = {
     "tiny": _tiny,
-    "chameleon": _from_folder("chameleon", load_chameleon, "vqgan.yaml and vqgan.ckpt"),
+    "chameleon": _from_folder("chameleon", load_chameleon, "vqgan.yaml and vqgan.ckpt, or of transformers"),
+    "emu3": _from_folder("emu3", load_emu3, "transformers' Emu3VQVAE"),
+    "janus": _from_folder("janus", load_janus, "transformers' JanusVQVAE"),
+    "vqmodel": _from_folder("vqmodel", load_vq_model, "a diffusers VQModel"),
 }
 """Name -> loader; the one place to add a tokenizer of ours."""
