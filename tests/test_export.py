@@ -357,7 +357,10 @@ def unencoded(number: int) -> Sample:
         ([text_sample(0), conversation(1)], "visual_sft has no form in these columns"),
         ([unencoded(0)], "without codes: run `wds-tools encode` first"),
         ([image_sample(0), unencoded(1)], "image-00000001: .*without codes"),
-        ([image_sample(0)._replace(codes={"vqcode_1024": random_codes(0, 2, 2)})], "there is none for vqcode_1024"),
+        (
+            [image_sample(0)._replace(codes={"vqcode_1024": random_codes(0, 2, 2)})],
+            r"no codes without a name .*, but vqcode_1024: choose",
+        ),
     ],
     ids=["nothing", "conversations", "images", "some-images", "another-column"],
 )

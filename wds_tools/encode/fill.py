@@ -20,9 +20,9 @@ from wds_tools.dataset.read import read_manifest, read_shard
 from wds_tools.dataset.write import TaskWriter
 from wds_tools.encode.filler import MODES, Filler
 from wds_tools.encode.options import TokenizerOptions
-from wds_tools.errors import UsageError
+from wds_tools.errors import Reject, UsageError
 from wds_tools.format.manifest import Manifest, ShardRow, row_from_json
-from wds_tools.format.schema import Sample
+from wds_tools.format.schema import IMAGE_EXTENSIONS, Sample, code_column
 from wds_tools.images import ImageLimits
 from wds_tools.passes import PassOptions, Plan, group_to_limit, run_pass
 from wds_tools.storage import open_store
@@ -64,8 +64,11 @@ def encode(config: EncodeConfig) -> Manifest:
     types = [data_type for data_type in manifest.data_types if data_type in MODES]
     if not types:
         raise UsageError(f"{config.input} has no images to encode: it holds {', '.join(manifest.data_types) or 'nothing'}")
-    if manifest.codes:
-        raise UsageError(f"{config.input} is encoded already ({', '.join(manifest.codes)})")
+    has_codes = sorted({code_column(data_type, config.codes) for data_type in types}.intersection(manifest.codes))
+    if has_codes:
+        raise UsageError(f"{config.input} is encoded already ({', '.join(has_codes)}); --codes NAME adds codes of another name")
+    if manifest.codes and not set(IMAGE_EXTENSIONS).intersection(manifest.members):
+        raise UsageError(f"{config.input} has codes, but its images were not kept: encode its source again, with --keep-images")
     limits = ImageLimits(max_pixels=config.max_pixels, min_side=1, max_bytes=sys.maxsize)  # else as converted
     filler = Filler(config.tokenizer, config, workers=config.workers, keep_images=config.keep_images, limits=limits)
     settings, codes = filler.provenance(types)
@@ -75,6 +78,7 @@ def encode(config: EncodeConfig) -> Manifest:
             "input": manifest.fingerprint(),
             "keep_images": config.keep_images,
             "max_pixels": config.max_pixels,
+            "codes": config.codes,
             **settings,
         },
         # About one output shard's samples a task: without their images, shards are small.
@@ -83,7 +87,7 @@ def encode(config: EncodeConfig) -> Manifest:
             for group in group_to_limit(manifest.shards, lambda row: row.samples, config.shard_samples)
         ],
         total=manifest.samples,
-        codes=codes,
+        codes={**manifest.codes, **codes},
         source={
             "input": {
                 "url": config.input,
@@ -112,17 +116,17 @@ class _FillShards:
 
     def __call__(self, task: Sequence[dict[str, Any]], writer: TaskWriter, advance: Callable[[int], None]) -> int:
         inputs = 0
-        for shard, sample, cause in self.filler.fill(self._samples([row_from_json(row) for row in task])):
+        for (shard, key), filled in self.filler.fill(self._samples([row_from_json(row) for row in task])):
             inputs += 1
-            if cause is None:
-                writer.add(sample)
+            if isinstance(filled, Reject):
+                writer.reject(filled, source=shard, key=key)
             else:
-                writer.reject(cause, source=shard, key=sample.key)
+                writer.add(filled)
             advance(1)
         return inputs
 
-    def _samples(self, rows: Sequence[ShardRow]) -> Iterator[tuple[str, Sample]]:
+    def _samples(self, rows: Sequence[ShardRow]) -> Iterator[tuple[tuple[str, str], Sample]]:
         store = open_store(self.input)
         for row in rows:
             for sample in read_shard(store, row):
-                yield row.name, sample
+                yield (row.name, sample.key), sample

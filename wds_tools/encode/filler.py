@@ -106,37 +106,42 @@ class Filler:
         if self.options.compile:
             settings["compile"] = True
         libraries = {name: version(name) for name in ("torch", "pillow", "numpy")}
-        columns = sorted({code_column(data_type) for data_type in column_types})
+        columns = sorted({code_column(data_type, self.options.codes) for data_type in column_types})
         return settings, {column: {**settings, "libraries": libraries} for column in columns}
 
-    def fill(self, samples: Iterable[tuple[Place, Sample]]) -> Iterator[tuple[Place, Sample, Reject | None]]:
-        """Fill the codes of samples; those without an image pass through.
+    def fill(self, samples: Iterable[tuple[Place, Sample | Reject]]) -> Iterator[tuple[Place, Sample | Reject]]:
+        """Fill the codes of samples, beside those that they have. What has no image passes through, and so do rejects.
+
+        Args:
+            samples: (where it comes from, the sample).
 
         Yields:
-            (place, the filled sample, None), or (place, the sample as it came, why it can't be used).
+            The same in the same order, filled, or as a Reject that says why it can't be used.
 
         Raises:
             FormatError: a sample that has to have an image has none.
         """
         device = self.device
         dtype = code_dtype(device.tokenizer.codebook_size)
-        jobs = self._jobs(samples)
-        for (place, sample), outcome in encode_in_batches(
-            jobs, device, batch_size=self.options.batch_size, threads=self._threads
-        ):
+        batches = encode_in_batches(self._jobs(samples), device, batch_size=self.options.batch_size, threads=self._threads)
+        for (place, sample), outcome in batches:
             if isinstance(outcome, Reject):
-                yield place, sample, outcome
-            elif outcome is None:
-                yield place, sample, None
+                yield place, outcome
+            elif outcome is None or isinstance(sample, Reject):
+                yield place, sample
             else:
-                yield place, self._filled(sample, outcome.astype(dtype)), None
+                yield place, self._filled(sample, outcome.astype(dtype))
 
-    def _jobs(self, samples: Iterable[tuple[Place, Sample]]) -> Iterator[tuple[tuple[Place, Sample], Prepare | None]]:
+    def _jobs(
+        self, samples: Iterable[tuple[Place, Sample | Reject]]
+    ) -> Iterator[tuple[tuple[Place, Sample | Reject], Prepare | None]]:
         for place, sample in samples:
-            if sample.image is not None:
+            if isinstance(sample, Reject):
+                yield (place, sample), None
+            elif sample.image is not None:
                 yield (place, sample), partial(prepare, sample.image, MODES[sample.data_type], self._limits)
             elif sample.data_type in MODES and sample.data_type != "visual_sft":
-                raise FormatError(f"{place}: {sample.key} is {sample.data_type} but has no image")
+                raise FormatError(f"{sample.key} is {sample.data_type} but has no image")
             else:
                 yield (place, sample), None
 
@@ -144,7 +149,7 @@ class Filler:
         height, width = (side * self.device.tokenizer.stride for side in codes_hw.shape)
         is_multi = sample.data_type == "image_text_multi"
         return sample._replace(
-            codes={code_column(sample.data_type): codes_hw},
+            codes={**sample.codes, code_column(sample.data_type, self.options.codes): codes_hw},
             width=width if is_multi else None,
             height=height if is_multi else None,
             image=sample.image if self._keep_images else None,

@@ -6,7 +6,8 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from wds_tools.errors import UsageError
+from wds_tools.errors import FormatError, UsageError
+from wds_tools.format.schema import CODE_COLUMNS, named_column
 
 _SEVERAL_GPUS = re.compile(r"cuda:\d{1,3}(,\d{1,3})+")
 
@@ -26,9 +27,16 @@ class TokenizerOptions:
     batch_size: int = 16
     """Images of 512 x 512 pixels in a batch; fewer of larger ones. Halved where memory runs out."""
 
+    codes: str = ""
+    """Name of these codes, where a data set gets several: their columns are then vqcode_512-NAME and vqcode_multi768-NAME."""
+
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise UsageError(f"--batch-size {self.batch_size}: at least 1")
+        try:
+            named_column(CODE_COLUMNS[0], self.codes)
+        except FormatError as error:
+            raise UsageError(f"--codes: {error}") from None
         repeated = [device for device in self.devices if device != "cpu" and self.devices.count(device) > 1]
         if repeated:
             raise UsageError(f"--device {self.device}: names {repeated[0]} twice")
