@@ -2,6 +2,7 @@
 # make test     all tests               make test-slow   those that take minutes
 # make check    what CI runs: lint, types, tests
 # make bench    throughput against the plain way
+# make bench-encode   encoding against one image at a time (4 minutes, on a CPU)
 # make bench-loader   the loader against its peers (15 minutes; bench-peers builds their environment, 7 GB, when it is missing)
 # make convert-pairs|convert-dclm|encode|export INPUT=... OUTPUT=... [ARGS="--workers 4"]
 
@@ -13,7 +14,7 @@ PEERS := .venv-peers
 PEERS_READY := $(PEERS)/.ready
 ARGS ?=
 
-.PHONY: setup demo test test-slow check lint types bench bench-loader bench-peers convert-pairs convert-dclm encode export clean
+.PHONY: setup demo test test-slow check lint types bench bench-encode bench-loader bench-peers convert-pairs convert-dclm encode export clean
 
 setup: $(READY)
 
@@ -44,6 +45,9 @@ check: lint types test
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.run
+
+bench-encode: $(READY)
+	$(BIN)/python -m benchmarks.encode $(ARGS)
 
 bench-loader: $(READY) $(PEERS_READY)
 	$(BIN)/python -m benchmarks.loader --peers $(PEERS)/bin/python $(ARGS)

@@ -1,6 +1,6 @@
 """What another precision, tokenizer setting or machine does to codes: two sets of codes of the same images, side by side.
 
-    samples of A and B, joined by key (both are in the order of their keys) -> equal codes; some decoded -> how far apart pictures are
+    samples of A and B, joined by key (both are in the order of their keys) -> equal codes; some, decoded -> PSNR
 
 Cost: one pass over both data sets, and the tokenizer's decoder for the pictures that are looked at.
 """
@@ -74,7 +74,7 @@ class Comparison:
     pictures: int = 0
     """That were decoded."""
     psnr_between_db: float | None = None
-    """Of B's pictures against A's, from the squared error over all of them; infinite if they are equal, None if none was decoded."""
+    """Of B's pictures against A's, from the squared error over all of them; infinite if equal, None if none was decoded."""
     psnr_a_db: float | None = None
     """Of A's pictures against the photographs; None if these were not kept."""
     psnr_b_db: float | None = None
@@ -126,9 +126,8 @@ def _check(config: CompareConfig, a: Manifest, b: Manifest) -> dict[str, Any]:
     facts = [next(iter(codes.values())) for _, codes in known]
     for name in _SAME:
         if facts[0].get(name) != facts[1].get(name):
-            raise UsageError(
-                f"the codes of {config.a} and {config.b} can't be compared: {name} is {facts[0].get(name)!r} and {facts[1].get(name)!r}"
-            )
+            values = f"{facts[0].get(name)!r} and {facts[1].get(name)!r}"
+            raise UsageError(f"the codes of {config.a} and {config.b} can't be compared: {name} is {values}")
     return dict(facts[0])
 
 

@@ -98,7 +98,7 @@ def encode(config: EncodeConfig) -> Manifest:
             }
         },
     )
-    return run_pass(plan, _FillShards(config.input, filler), replace(config, workers=filler.workers))
+    return run_pass(plan, FillShards(config.input, filler), replace(config, workers=filler.workers))
 
 
 def _place(url: str) -> str:
@@ -108,7 +108,7 @@ def _place(url: str) -> str:
 
 
 @dataclass(frozen=True)
-class _FillShards:
+class FillShards:
     """The work on one group of shards."""
 
     input: str
