@@ -123,16 +123,10 @@ class Loader:
             batch = self._batch(parcel)
             self._hand_over(parcel, steps, step)
             yield batch
-        if self.epoch == epoch:
-            self._dropped += steps.dropped
-            self.epoch, self._position = epoch + 1, 0
 
     def state_dict(self) -> dict[str, Any]:
         """Where the run stands behind the last batch handed over: small, JSON, the same on every rank."""
-        epoch, position = self.epoch, self._position
-        if not len(self._steps()):
-            epoch, position = epoch + 1, 0
-        return pack_state(self._stream, epoch, position)
+        return pack_state(self._stream, self.epoch, self._position)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state, of any number of ranks, workers, or batch size. Costs an assignment.
@@ -144,12 +138,11 @@ class Loader:
         check_data(state, self._sources, self._stream.fingerprints)
         stream = Stream(self._sources, self.config, order, step_samples)
         check_recipe(state, stream)
-        if position >= stream.length:
-            epoch, position = epoch + position // stream.length, 0
         self.close()
         self._stream = stream
         self._begin()
         self.epoch, self._position = epoch, position
+        self._end_epoch_if_done()
         self._begin_receipt()
 
     def receipt(self) -> dict[str, Any]:
@@ -266,6 +259,14 @@ class Loader:
         self._num_batches += 1
         self._counts[parcel.worker] = parcel.counts
         self._position = low + steps.batch_size
+        self._end_epoch_if_done()
+
+    def _end_epoch_if_done(self) -> None:
+        """Go over to the next epoch behind the last batch: whoever counts batches never asks for one too many."""
+        steps = self._steps()
+        if not len(steps):
+            self._dropped += steps.dropped
+            self.epoch, self._position = self.epoch + 1, 0
 
 
 class _Errands(Sized, Iterable[Errand]):

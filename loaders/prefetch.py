@@ -15,12 +15,13 @@ import os
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import NamedTuple
 
 import numpy as np
 
 from loaders.cache import BlockCache
+from loaders.fetch import Fetcher
 from loaders.plan import MAX_EXTENT_BYTES, SMALL_BYTES, block_rows
 from loaders.read import LoadedRows, SourceReader
 from loaders.stream import Located, OpenSource, Stream
@@ -93,7 +94,6 @@ class Reader:
         self._region_base = np.cumsum([0] + [len(source.opened.manifest.shards) for source in self.sources])
         lane_bytes = memory_bytes // 2 // max(own_lanes, 1) // len(self.sources)
         self._ahead_bytes = min(max(lane_bytes - stream.order.block_bytes, 0), MAX_EXTENT_BYTES)
-        self._row_bytes = [max(opened.manifest.bytes // max(opened.manifest.samples, 1), 1) for opened in stream.sources]
         self._loaded: dict[int, LoadedRows | Future[LoadedRows]] = {}
         self._held_bytes = 0
         self._planned: deque[_Planned] = deque()
@@ -102,7 +102,10 @@ class Reader:
         self._own_lanes = own_lanes
         self._at_once = _PLANNED_AT_ONCE
         if self._any_remote:
-            self._at_once = min(_PLANNED_AT_ONCE, max(memory_bytes // 8 // max(stream.order.block_bytes, *self._row_bytes), 1))
+            largest = max(
+                source.row_bytes(shard) for source in self.sources for shard in range(len(source.opened.manifest.shards))
+            )
+            self._at_once = min(_PLANNED_AT_ONCE, max(memory_bytes // 8 // max(stream.order.block_bytes, largest), 1))
         self._in_flight: deque[Future[LoadedRows]] = deque()
         pieces = not all(self._region_rows) and self._any_remote
         if pieces and own_lanes * stream.order.block_bytes * len(self.sources) > memory_bytes * 3 // 4:
@@ -112,7 +115,7 @@ class Reader:
                 "memory, use more processes, or a batch size and workers that divide the lanes; see `wds-tools simulate`",
                 stacklevel=2,
             )
-        self._pool: ThreadPoolExecutor | None = None
+        self._pool: Fetcher[LoadedRows] | None = None
         self._pid = os.getpid()
         self.num_evicted = 0
         """Runs of rows that were dropped for want of memory and may be fetched again."""
@@ -232,8 +235,8 @@ class Reader:
         begin = 0
         while begin < len(source):
             where = source[begin], shard[begin]
-            row_bytes = self._row_bytes[where[0]]
             reader = self.sources[where[0]]
+            row_bytes = reader.row_bytes(where[1])
             end, stop = begin + 1, first[begin] + num_rows[begin]
             most = first[begin] + max(_MAX_REQUEST_BYTES // row_bytes, 1)
             while end < len(source) and (source[end], shard[end]) == where and first[end] == stop and stop < most:
@@ -272,9 +275,9 @@ class Reader:
             return
         self._make_room()
         if self._pool is None or self._pid != os.getpid():
-            self._pool, self._pid = ThreadPoolExecutor(_IN_FLIGHT, thread_name_prefix="wds-fetch"), os.getpid()
+            self._pool, self._pid = Fetcher(_IN_FLIGHT), os.getpid()
         future = self._pool.submit(load)
-        self._held_bytes += (last - first) * self._row_bytes[self.sources.index(reader)]
+        self._held_bytes += (last - first) * reader.row_bytes(shard)
         self._in_flight.append(future)
         for key in keys:
             self._loaded[key] = future
@@ -303,7 +306,7 @@ class Reader:
         for key in rows.keys:
             self._loaded.pop(key, None)
         if not rows.reader.is_mapped:
-            self._held_bytes -= (rows.last - rows.first) * self._row_bytes[self.sources.index(rows.reader)]
+            self._held_bytes -= (rows.last - rows.first) * rows.reader.row_bytes(rows.shard)
 
     def _make_room(self) -> None:
         """Drop what was loaded longest ago and is not wanted by a planned part, until memory is within its bound."""

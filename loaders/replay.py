@@ -13,15 +13,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from loaders.cache import BlockCache
 from loaders.config import LoaderConfig, World
+from loaders.fetch import Fetcher
 from loaders.plan import block_rows
 from loaders.prefetch import Part, Reader, lanes_of
 from loaders.read import LoadedRows, SourceReader
@@ -36,8 +37,6 @@ _ENOUGH_EVICTED = 5_000
 _SHARE_SAMPLES = 1 << 16
 _INDEX_ROW_BYTES = 20
 """Of a sample in an index file (docs/format.md)."""
-
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,12 +123,15 @@ class _CountingReader(SourceReader):
         return range(num_bytes)  # something of that length
 
 
-class _AtOnce(ThreadPoolExecutor):
+class _AtOnce(Fetcher[LoadedRows]):
     """Does what is submitted there and then."""
 
-    def submit(self, fn: Callable[..., _T], /, *args: Any, **kwargs: Any) -> Future[_T]:
-        future: Future[_T] = Future()
-        future.set_result(fn(*args, **kwargs))
+    def __init__(self) -> None:
+        super().__init__(1)
+
+    def submit(self, task: Callable[[], LoadedRows]) -> Future[LoadedRows]:
+        future: Future[LoadedRows] = Future()
+        future.set_result(task())
         return future
 
 
@@ -170,6 +172,7 @@ class _CountingProcess(Reader):
             warnings.simplefilter("ignore")  # what a run would warn of is among the results
             super().__init__(stream, self.own_lanes, config.memory_bytes, open_reader=partial(_CountingReader, as_remote))
         self._pool = _AtOnce()
+        self._row_bytes = [max(opened.manifest.bytes // max(opened.manifest.samples, 1), 1) for opened in stream.sources]
         self._steps = steps
         self._world = world
         self._num_steps = self._num_late = self._num_asked = self._samples = self._sample_bytes = 0

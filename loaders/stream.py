@@ -26,6 +26,9 @@ from wds_tools.format.schema import ANY_MEMBERS
 from wds_tools.storage import Store, open_store
 
 _PIECE_BITS = 40
+_KIND_BITS = 23
+"""With the bits of a piece they fill a positive int64. Sources x epochs go round in them: pieces that are in use at one time
+lie a few epochs apart."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +158,7 @@ class Stream:
         epoch, number = divmod(kind, len(self._groups))
         group = self._groups[number]
         rows: Rows = group.plan.locate(epoch, positions)
-        key = rows.piece + (kind << _PIECE_BITS)
+        key = rows.piece + (kind % (1 << _KIND_BITS) << _PIECE_BITS)
         return Located(
             group.source[rows.shard],
             group.shard[rows.shard],
