@@ -16,6 +16,7 @@ import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -189,7 +190,7 @@ class Reader:
         located = self._stream.locate(epoch, np.concatenate(ranges))
         to_load = self._with_regions(located)
         self._num_planned += len(located.row)
-        begin = 0
+        begin, first_new = 0, len(self._planned)
         for part, positions in zip(parts, ranges, strict=True):
             own = slice(begin, begin := begin + len(positions))
             keys = to_load.key[own].tolist()
@@ -201,7 +202,8 @@ class Reader:
                 Counter(keys),
             )
             self._planned.append(planned)
-        self._request_missing(to_load)
+        if any(not self._loaded.keys() >= planned.counts.keys() for planned in islice(self._planned, first_new, None)):
+            self._request_missing(to_load)
 
     def _with_regions(self, located: Located) -> Located:
         """The same, with regions in place of pieces for sources that are kept whole."""
