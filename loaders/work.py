@@ -107,9 +107,10 @@ class PartReader(torch.utils.data.Dataset["Parcel | WdsToolsError"]):
         if self._reader is None or self._pid != os.getpid():
             config, lanes = self._config, self._stream.order.lanes
             low, high = errand.steps.part(0, self._world)
-            own_lanes = lanes_of(lanes, max(high - low, 1), errand.stride * errand.steps.batch_size)
+            part = max(high - low, 1)
+            own_lanes = lanes_of(lanes, part, errand.stride * errand.steps.batch_size)
             cache = BlockCache(config.cache_dir, config.cache_bytes) if config.cache_dir else None
-            self._reader, self._pid = Reader(self._stream, own_lanes, config.memory_bytes, cache), os.getpid()
+            self._reader, self._pid = Reader(self._stream, own_lanes, part, config.memory_bytes, cache), os.getpid()
         return self._reader
 
 
