@@ -14,11 +14,9 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib.metadata import version
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xxhash
 
 from wds_tools.dataset.read import read_manifest, read_stored
 from wds_tools.dataset.write import TaskWriter
@@ -102,8 +100,7 @@ def pack(config: PackConfig) -> Manifest:
     vocabulary = builder.vocabulary
     total = sum(manifest.samples for manifest in manifests)
     num_tasks = -(-total // config.task_samples)
-    settings = asdict(config.sequences) | {"seed": config.seed, "epoch": config.epoch, "codebook_size": size}
-    settings |= {"tokenizer": _content(builder), "prompts": _content_of(config.prompts)}
+    settings = builder.recipe | {"seed": config.seed, "epoch": config.epoch}
     rows = {"length": config.seq_len, "vocabulary_size": vocabulary.size, "text_size": vocabulary.text_size}
     plan = Plan(
         command="pack",
@@ -218,12 +215,3 @@ def _read(url: str, ranges: Sequence[Sequence[Any]]) -> Iterator[tuple[str, Samp
         for number, stored in enumerate(read_stored(store, row)):  # to its end, where its hash is compared
             if first <= number < last:
                 yield row.name, sample_from_members(stored.key, stored.payloads)
-
-
-def _content(builder: ExampleBuilder) -> str:
-    """What the tokenizer is, wherever it lies."""
-    return xxhash.xxh3_128_hexdigest(builder.tokenizer.backend.to_str().encode())
-
-
-def _content_of(path: str | None) -> str | None:
-    return None if path is None else xxhash.xxh3_128_hexdigest(Path(path).read_bytes())

@@ -15,10 +15,12 @@ Cost: all texts of a call are tokenized at once; the rest is about 15 us a sampl
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from wds_tools.errors import Reject
@@ -77,6 +79,7 @@ class ExampleBuilder:
         self.tokenizer = TextTokenizer(config.tokenizer)
         self.vocabulary = find_vocabulary(self.tokenizer, config, config.codebook_size or codebook_size)
         prompts = read_prompts(config.prompts)
+        self._prompts = asdict(prompts)
         encode = self.tokenizer.encode_template
         self._draw = [encode(text) for text in prompts.draw]
         self._describe = [encode(text) for text in prompts.describe]
@@ -91,6 +94,13 @@ class ExampleBuilder:
         self._unconditional = _ids(vocabulary.unconditional)
         longest = (max(map(len, wordings)) for wordings in (self._draw, self._describe))
         self._around_image = max(longest) + 5  # BOS, <boi>, <eoi>, EOS, and a token of text
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """All that examples depend on beside seed, epoch and sample, as plain JSON values, wherever the files lie."""
+        content = {"tokenizer": self.tokenizer.backend.to_str().encode(), "prompts": repr(self._prompts).encode()}
+        hashes = {name: xxhash.xxh3_128_hexdigest(data) for name, data in content.items()}
+        return {**asdict(self.config), **hashes, "codebook_size": self.vocabulary.codebook_size}
 
     def check(self, sample: Sample) -> None:
         """Raise Reject if no example can be made of a valid sample, whatever chance says."""

@@ -37,7 +37,9 @@ class Row(NamedTuple):
     segments: list[int]
     """Tokens of each example, or piece of a document, in order; the padding is what is left of L."""
     keys: list[str]
-    """Of the samples."""
+    """Of the sample of each segment."""
+    numbers: list[int]
+    """Of the example of each."""
     ended: list[int]
     """Numbers of the examples whose last token is here."""
 
@@ -143,6 +145,7 @@ class Packer:
             loss,
             [length for _, _, length in pieces],
             [waiting.example.key for _, waiting, _ in pieces],
+            [number for number, _, _ in pieces],
             [number for number, waiting, length in pieces if waiting.left == length],
         )
 

@@ -96,9 +96,7 @@ def add_tokens(path: str, output: str, names: Sequence[str]) -> TextTokenizer:
     if target.exists():
         raise UsageError(f"--output {output} exists already: choose a new folder")
     tokenizer = load_backend(source)
-    from tokenizers import AddedToken
-
-    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
+    tokenizer.add_special_tokens(list(names))
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as temp:
         folder = Path(temp) / "tokenizer"
