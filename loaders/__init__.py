@@ -7,7 +7,8 @@ from loaders.config import LoaderConfig, Source, World
 from loaders.jsonl import JsonlDataset
 from loaders.loader import Loader, build_loader
 from loaders.packing import merge_states
-from loaders.rows import flatten
+from loaders.rounds import Rounds
+from loaders.rows import flatten, model_inputs
 from loaders.shards import ShardDataset
 from loaders.tars import TarDataset
 from wds_tools.sequences.config import SequenceConfig
@@ -16,6 +17,7 @@ __all__ = [
     "JsonlDataset",
     "Loader",
     "LoaderConfig",
+    "Rounds",
     "SequenceConfig",
     "ShardDataset",
     "Source",
@@ -24,4 +26,5 @@ __all__ = [
     "build_loader",
     "flatten",
     "merge_states",
+    "model_inputs",
 ]

@@ -163,6 +163,11 @@ def check_packed_ahead(sources: Sequence[OpenSource]) -> bool:
     return bool(made and made[0])
 
 
+def model_inputs(batch: dict[str, Any]) -> dict[str, Any]:
+    """What a causal language model of transformers takes of a batch: ids, labels, and what keeps tokens apart."""
+    return {name: batch[name] for name in ("input_ids", "labels", "attention_mask", "position_ids") if name in batch}
+
+
 def flatten(batch: dict[str, Any]) -> dict[str, Any]:
     """A batch of packed rows in the form of transformers' DataCollatorWithFlattening(return_flash_attn_kwargs=True).
 
