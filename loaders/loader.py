@@ -32,6 +32,7 @@ from loaders.steps import Steps
 from loaders.stream import Stream, open_source
 from loaders.work import Errand, Parcel, PartReader
 from wds_tools.errors import DataError, UsageError, WdsToolsError, WorkerDied
+from wds_tools.sequences.vocabulary import Vocabulary
 
 _WAITS_KEPT = 10_000
 
@@ -137,6 +138,17 @@ class Loader:
             batch = self._batch(parcel)
             self._hand_over(parcel, steps, step)
             yield batch
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The ids of token rows that are built on the fly: `vocabulary.size` is the least vocab_size of a model.
+
+        Raises:
+            UsageError: none are built; for rows packed ahead the manifest says it.
+        """
+        if self._maker is None:
+            raise UsageError("no token rows are built here: give sequences=SequenceConfig(...)")
+        return self._maker.builder.vocabulary
 
     def state_dict(self) -> dict[str, Any]:
         """Where the run stands behind the last batch handed over: small, JSON, the same on every rank.
