@@ -1,4 +1,5 @@
 # make demo     the whole job on real input, into demo-out/
+# make train-demo   train from an S3 server on this machine: killed, resumed, audited; into train-demo-out/
 # make test     all tests               make test-slow   those that take minutes
 # make check    what CI runs: lint, types, tests
 # make bench    throughput against the plain way
@@ -13,7 +14,7 @@ PEERS := .venv-peers
 PEERS_READY := $(PEERS)/.ready
 ARGS ?=
 
-.PHONY: setup demo test test-slow check lint types bench bench-loader bench-peers convert-pairs convert-dclm encode export clean
+.PHONY: setup demo train-demo test test-slow check lint types bench bench-loader bench-peers convert-pairs convert-dclm encode export clean
 
 setup: $(READY)
 
@@ -26,6 +27,9 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py demo-out
+
+train-demo: $(READY)
+	$(BIN)/python examples/train_demo.py train-demo-out
 
 test: $(READY)
 	$(BIN)/python -m pytest -m "not slow" tests
@@ -76,4 +80,4 @@ export: $(READY) need-in-out
 	$(BIN)/wds-tools export hf --input $(INPUT) --output $(OUTPUT) $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(PEERS) build dist *.egg-info demo-out bench-out .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PEERS) build dist *.egg-info demo-out train-demo-out bench-out .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -51,7 +51,7 @@ class Part(NamedTuple):
         return len(range(self.low, self.high, self.stride))
 
 
-class _Planned(NamedTuple):
+class Planned(NamedTuple):
     part: Part
     located: Located
     to_load: Located
@@ -101,7 +101,7 @@ class Reader:
         self._ahead_bytes = min(max(lane_bytes - stream.order.block_bytes, 0), MAX_EXTENT_BYTES)
         self._loaded: dict[int, LoadedRows | Future[LoadedRows]] = {}
         self._held_bytes = 0
-        self._planned: deque[_Planned] = deque()
+        self._planned: deque[Planned] = deque()
         self._upcoming: Iterator[Part] = iter(())
         self._num_planned = 0
         self._own_lanes = own_lanes
@@ -154,6 +154,18 @@ class Reader:
             self.forget()
             raise
 
+    def ask(self, parts: Sequence[Part]) -> list[Planned]:
+        """Ask for parts, whenever they will be wanted: `answer` takes each, in any order. Not to be mixed with `rows`."""
+        before = len(self._planned)
+        if parts:
+            self._plan(parts)
+        return list(self._planned)[before:]
+
+    def answer(self, planned: Planned) -> tuple[Located, list[LoadedRows]]:
+        """What `rows` would return for a part that was asked for."""
+        self._planned = deque(other for other in self._planned if other is not planned)
+        return planned.located, self._take(planned)
+
     def counts(self) -> dict[str, int]:
         """What this process has read since it started: requests, bytes, cache hits and misses, runs of rows dropped too early."""
         counts = {"requests": 0, "bytes": 0, "evicted": self.num_evicted}
@@ -198,7 +210,7 @@ class Reader:
         for part, positions in zip(parts, ranges, strict=True):
             own = slice(begin, begin := begin + len(positions))
             keys = to_load.key[own].tolist()
-            planned = _Planned(
+            planned = Planned(
                 part,
                 Located(*(column[own] for column in located)),
                 Located(*(column[own] for column in to_load)),
@@ -289,7 +301,7 @@ class Reader:
         for key in keys:
             self._loaded[key] = future
 
-    def _take(self, planned: _Planned) -> list[LoadedRows]:
+    def _take(self, planned: Planned) -> list[LoadedRows]:
         """What holds each of a part's rows. Waits for what is in flight; drops what is handed out in full."""
         loaded = self._loaded
         if not loaded.keys() >= planned.counts.keys():
