@@ -18,7 +18,7 @@ EXAMPLE = "wds-tools index s3://bucket/tars --workers 8"
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Write the index files (.tar.idx) of a data set anew; of a folder of any WebDataset tars, write them and a manifest."""
+    """Write the index files (.tar.index) of a data set anew; of a folder of any WebDataset tars, write them and a manifest."""
 
     input: tyro.conf.Positional[str]
     """The data set, or the folder or prefix of the tars: a directory or URL. Everything is written there, beside the tars."""
