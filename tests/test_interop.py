@@ -185,7 +185,7 @@ def write_files(folder: Path, count: int = 12) -> Path:
     for number in range(count):
         path = folder / ("a-long-name-" * 9) / ("b" * 120) / f"{number:04d}"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.with_suffix(".txt").write_text(f"caption {number} – ü")
+        path.with_suffix(".txt").write_text(f"caption {number}: ü")
         path.with_suffix(".jpg").write_bytes(os.urandom(700 * number + 1))
     return folder
 
