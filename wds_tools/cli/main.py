@@ -21,6 +21,7 @@ from wds_tools.errors import UsageError, WdsToolsError
 COMMANDS = {
     ("convert", "image-pairs"): ("convert_image_pairs", "image-caption pairs (jsonl) to shards"),
     ("convert", "dclm"): ("convert_dclm", "DCLM documents (.jsonl.zst) to shards"),
+    ("convert", "hf"): ("convert_hf", "the reference's Hugging Face folders and jsonl, codes included, to shards"),
     ("encode",): ("encode", "fill the VQ codes of a data set's images"),
     ("export", "hf"): ("export_hf", "shards to a Hugging Face data set, shuffled"),
     ("verify",): ("verify", "check a data set against its manifest"),

@@ -233,11 +233,13 @@ def finish(store: Store, num_tasks: int, *, codes: Mapping[str, Mapping[str, Any
     rejects: Counter[str] = Counter()
     for result in results.values():
         rejects.update(result.rejects)
+    shards = tuple(row for task in range(num_tasks) for row in results[task].shards)
+    members = {member for row in shards for member in row.members}
     manifest = Manifest(
-        shards=tuple(row for task in range(num_tasks) for row in results[task].shards),
+        shards=shards,
         inputs=sum(result.inputs for result in results.values()),
         rejects=dict(sorted(rejects.items())),
-        codes=codes,
+        codes={column: provenance for column, provenance in codes.items() if f"{column}.npy" in members},
         source=source,
     )
     store.put(manifests.NAME, pack_manifest(manifest))
