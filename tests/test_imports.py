@@ -47,6 +47,7 @@ HEAVY = {
     "torch": {"wds_tools.vq", "wds_tools.encode", "loaders"},
     "diffusers": {"wds_tools.vq"},
     "datasets": {"wds_tools.export"},
+    "huggingface_hub": {"wds_tools.export"},
     "pyarrow": {"wds_tools.export", "wds_tools.convert"},
     "webdataset": {"loaders"},
     "obstore": {"wds_tools.storage"},

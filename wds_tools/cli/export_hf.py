@@ -23,5 +23,6 @@ def run(config: Config) -> int:
         return 0
     kinds = ", ".join(f"{count:,} {name}" for name, count in sorted(summary.data_types.items()))
     how = "datasets.load_from_disk" if config.format == "arrow" else 'load_dataset("parquet", ...)'
-    print(f"exported   {config.output}\nrows       {summary.rows:,} ({kinds})\nfiles      {summary.files:,}, for {how}")
+    pushed = "" if summary.pushed is None else f"\npushed     {summary.pushed:,} files to hf://datasets/{config.push_to_hub}"
+    print(f"exported   {config.output}\nrows       {summary.rows:,} ({kinds})\nfiles      {summary.files:,}, for {how}{pushed}")
     return 0
