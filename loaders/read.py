@@ -18,7 +18,7 @@ import numpy as np
 
 from loaders.cache import BlockCache
 from loaders.stream import OpenSource
-from wds_tools.errors import FormatError
+from wds_tools.errors import FormatError, NotFound
 from wds_tools.format.index import ABSENT, SUFFIX, ShardIndex, check_fresh, read_rows
 from wds_tools.format.schema import IMAGE_EXTENSIONS
 from wds_tools.storage import LocalStore, join
@@ -173,7 +173,10 @@ class SourceReader:
         return index
 
     def _index_file(self, name: str) -> Any:
-        data = self._store.read(name)
+        try:
+            data = self._store.read(name)
+        except NotFound as error:
+            raise NotFound(f"{join(self._store.url, name)}: the index is missing: write it with `wds-tools index`") from error
         if not self.is_mapped:
             self.num_requests += 1
             self.num_bytes += len(data)

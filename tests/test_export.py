@@ -187,7 +187,7 @@ def test_neither_format_nor_number_of_files_nor_size_of_buckets_changes_the_orde
     export(source, tmp_path / "small", num_shards=7)
     assert load(tmp_path / "small") == expected
     export(source, tmp_path / "parquet", format="parquet", num_shards=3)
-    assert pd.read_parquet(tmp_path / "parquet").to_dict("records") == expected
+    assert pd.read_parquet(tmp_path / "parquet/data").to_dict("records") == expected
 
 
 def test_several_inputs_are_mixed_through_and_through(tmp_path: Path) -> None:
@@ -269,6 +269,7 @@ def test_the_files_beside_the_data_are_those_that_save_to_disk_writes(source: Pa
     datasets.Dataset.from_list(rows, features=datasets.Features(SCHEMA)).save_to_disk(str(tmp_path / "theirs"), num_shards=4)
     export(source, tmp_path / "ours")
     ours, theirs = files(tmp_path / "ours"), files(tmp_path / "theirs")
+    assert "wds-tools" in ours.pop("README.md").decode()
     assert sorted(ours) == sorted(theirs)
     assert ours["dataset_info.json"] == theirs["dataset_info.json"]
     our_state, their_state = json.loads(ours["state.json"]), json.loads(theirs["state.json"])
@@ -294,7 +295,8 @@ def test_two_exports_are_concatenated_as_the_reference_trainer_does(tmp_path: Pa
 
 def test_parquet_is_read_by_pandas_and_load_dataset_and_comes_alone(source: Path, tmp_path: Path) -> None:
     export(source, tmp_path / "out", format="parquet")
-    assert sorted(files(tmp_path / "out")) == [f"data/train-0000{number}-of-00004.parquet" for number in range(4)]
+    parts = [f"data/train-0000{number}-of-00004.parquet" for number in range(4)]
+    assert sorted(files(tmp_path / "out")) == ["README.md", *parts]
     expected = multiset([row(sample) for sample in samples()])
     assert multiset(pd.read_parquet(tmp_path / "out" / "data").to_dict("records")) == expected
     cache = str(tmp_path / "cache")
@@ -311,7 +313,7 @@ def test_files_have_equal_shares_and_are_never_empty(source: Path, tmp_path: Pat
     assert counts == [9, 9, 9, 9, 8, 8, 8]
     make_dataset(tmp_path / "three", samples(3))
     assert export(tmp_path / "three", tmp_path / "few", num_shards=256).files == 3
-    assert sorted(files(tmp_path / "few"))[:3] == [f"data-0000{number}-of-00003.arrow" for number in range(3)]
+    assert sorted(files(tmp_path / "few"))[1:4] == [f"data-0000{number}-of-00003.arrow" for number in range(3)]
     assert len(load(tmp_path / "few")) == 3
 
 
@@ -448,7 +450,7 @@ def test_a_failure_leaves_no_temporary_files_and_nothing_that_looks_complete(
         export(tmp_path / "in", url)
     assert not list(scratch.iterdir())
     assert not (tmp_path / "out" / ".tmp").exists()
-    assert [entry.name for entry in open_store(url).list()] == ["dataset_info.json"]
+    assert [entry.name for entry in open_store(url).list()] == ["README.md", "dataset_info.json"]
 
 
 KILLED = """
@@ -474,7 +476,7 @@ export_hf(ExportConfig(input=(sys.argv[1],), output=sys.argv[2], format=sys.argv
     [
         ("arrow", datasets.load_from_disk),
         ("parquet", partial(datasets.load_dataset, download_mode="force_redownload")),
-        ("parquet", pd.read_parquet),
+        ("parquet", lambda out: pd.read_parquet(f"{out}/data")),
     ],
     ids=["load_from_disk", "load_dataset", "pandas"],
 )

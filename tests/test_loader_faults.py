@@ -400,8 +400,8 @@ def test_a_shard_replaced_while_a_piece_of_it_is_on_its_way_is_named(
 
 def test_an_index_replaced_by_that_of_another_shard_is_named(remote: str, proxy: FaultProxy) -> None:
     store = open_store(remote)
-    store.put("shard-000000-0002.tar.idx", store.read("shard-000000-0001.tar.idx"))
-    with pytest.raises(FormatError, match=rf"{remote}/shard-000000-0002\.tar\.idx: the index is stale"):
+    store.put("shard-000000-0002.tar.index", store.read("shard-000000-0001.tar.index"))
+    with pytest.raises(FormatError, match=rf"{remote}/shard-000000-0002\.tar\.index: the index is stale"):
         rows(loader(remote))
 
 

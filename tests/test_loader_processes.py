@@ -364,7 +364,7 @@ def linked_set(folder: Path, num_shards: int) -> str:
     for row in rows:
         if row.name != tar.name:
             os.link(tar, folder / row.name)
-            os.link(f"{tar}.idx", folder / f"{row.name}.idx")
+            os.link(f"{tar}.index", folder / f"{row.name}.index")
     store.put("manifest.json", pack_manifest(replace(manifest, shards=tuple(rows), inputs=400 * num_shards)))
     return str(folder)
 

@@ -86,7 +86,7 @@ def test_steps_and_what_is_dropped_are_those_of_the_loader(tmp_path: Path) -> No
 def test_neither_shards_nor_indices_are_read(tmp_path: Path) -> None:
     url = str(tmp_path / "set")
     make_dataset(url, (text_sample(number) for number in range(100)), shard_samples=10)
-    for path in (*Path(url).glob("*.tar"), *Path(url).glob("*.idx")):
+    for path in (*Path(url).glob("*.tar"), *Path(url).glob("*.index")):
         path.unlink()
     local = simulate([open_source(Source(url))], config(batch_size=10))
     assert (local.process.requests, local.process.bytes) == (0, 0)

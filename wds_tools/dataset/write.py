@@ -2,7 +2,7 @@
 
     begin(plan)       _work/plan.json            what is being made; a rerun must match it
     TaskWriter        shard-TTTTTT-PPPP.tar      part P of task T: closes at a count or a size
-                      shard-TTTTTT-PPPP.tar.idx
+                      shard-TTTTTT-PPPP.tar.index
                       rejects/task-TTTTTT.jsonl  only if something was rejected
                       _work/task-TTTTTT.json     written last: its existence means that the task is done
     finish(...)       manifest.json              written last of all; then _work/ goes
@@ -34,7 +34,7 @@ WORK = "_work/"
 PLAN = WORK + "plan.json"
 REJECTS = "rejects/"
 _PARALLEL_READS = 16
-_OURS = re.compile(r"shard-\d{6,}-\d{4,}\.tar(\.idx)?|rejects/task-\d{6,}\.jsonl|_work/(plan|task-\d{6,})\.json")
+_OURS = re.compile(r"shard-\d{6,}-\d{4,}\.tar(\.index)?|rejects/task-\d{6,}\.jsonl|_work/(plan|task-\d{6,})\.json")
 """The files of a data set, but for the manifest. Only these are ever removed."""
 
 
@@ -260,11 +260,13 @@ def finish(
     for result in results.values():
         rejects.update(result.rejects)
         counts.update(result.counts)
+    shards = tuple(row for task in range(num_tasks) for row in results[task].shards)
+    members = {member for row in shards for member in row.members}
     manifest = Manifest(
-        shards=tuple(row for task in range(num_tasks) for row in results[task].shards),
+        shards=shards,
         inputs=sum(result.inputs for result in results.values()),
         rejects=dict(sorted(rejects.items())),
-        codes=codes,
+        codes={column: provenance for column, provenance in codes.items() if f"{column}.npy" in members},
         source={**source, "counts": dict(sorted(counts.items()))} if counts else source,
         schema_version=schema_version,
     )

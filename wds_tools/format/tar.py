@@ -312,6 +312,7 @@ def _looks_like(block: bytes, at: int) -> str:
     for magic, what in (
         (b"\x1f\x8b", "this is gzip: unpack it first (gunzip); a shard is an uncompressed tar"),
         (b"BZh", "this is bzip2: unpack it first (bunzip2); a shard is an uncompressed tar"),
+        (b"\xfd7zXZ\0", "this is xz: unpack it first (unxz); a shard is an uncompressed tar"),
         (b"\x28\xb5\x2f\xfd", "this is zstd: unpack it first (unzstd); a shard is an uncompressed tar"),
         (b"version https://git-lfs", "this is a Git LFS pointer: fetch the file itself with `git lfs pull`"),
     ):
