@@ -21,7 +21,7 @@ from loaders.plan import Ints
 from loaders.read import LoadedRows
 from loaders.stream import OpenSource
 from wds_tools.errors import FormatError, UsageError
-from wds_tools.format.schema import Sample
+from wds_tools.format.schema import Codes, Sample, join_grids
 from wds_tools.format.shard import parse_npy
 from wds_tools.sequences.build import Example, ExampleBuilder
 from wds_tools.sequences.config import SequenceConfig
@@ -72,19 +72,8 @@ class RowMaker:
         if not rows:
             return []
         keys, records, codes = read_records(rows, numbers)
-        grids = codes.arrays() if codes is not None else [None] * len(keys)
-        samples = [
-            Sample(
-                key=key,
-                data_type=record["data_type"],
-                text=record["text"],
-                width=record["width"],
-                height=record["height"],
-                codes={} if grid_hw is None else {"codes": grid_hw},
-                conversations=record.get("conversations"),
-            )
-            for key, record, grid_hw in zip(keys, records, grids, strict=True)
-        ]
+        grids: Sequence[Sequence[Codes]] = codes.arrays() if codes is not None else [()] * len(keys)
+        samples = [_sample(key, record, own) for key, record, own in zip(keys, records, grids, strict=True)]
         for sample in samples:
             self.builder.check(sample)
         return samples
@@ -120,6 +109,17 @@ class RowMaker:
     def count(self, rows: int, tokens: int, padding: int) -> None:
         """Add to the counts."""
         self.counts.update({"rows": rows, "tokens": tokens, "padding": padding})
+
+
+def _sample(key: str, record: dict[str, Any], grids: Sequence[Codes]) -> Sample:
+    """What examples are made of."""
+    fields: dict[str, Any] = {name: record[name] for name in ("data_type", "text", "width", "height")}
+    if len(grids) == 1:
+        fields["codes"] = {"codes": grids[0]}
+    elif grids:
+        codes, shapes = join_grids(grids, grids[0].dtype)
+        fields |= {"codes": {"codes": codes}, "grids": {"codes": shapes}}
+    return Sample(key=key, conversations=record.get("conversations"), **fields)
 
 
 def read_token_rows(rows: Sequence[LoadedRows], numbers: Sequence[int]) -> Columns:
