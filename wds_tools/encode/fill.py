@@ -126,6 +126,7 @@ def encode(config: EncodeConfig) -> Manifest:
             for group in group_to_limit(manifest.shards, lambda row: row.samples, config.shard_samples)
         ],
         total=manifest.samples,
+        device=config.device,
         codes={column: {**provenance, "libraries": libraries} for column in columns},
         source={
             "input": {
