@@ -15,6 +15,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import redirect_stdout
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -73,34 +74,51 @@ def run_on_ray(
             ray.init(address=address, log_to_driver=False, logging_level="ERROR", configure_logging=False)
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise UsageError(f"--ray-address {address}: no Ray cluster answers there ({str(error).splitlines()[0]})") from error
+    try:
+        with redirect_stdout(sys.stderr):  # Ray tells of dead workers on standard output, which is for what a command found
+            yield from _run(ray, fn, tasks, cpus, gpus, device, on_report)
+    finally:
+        if is_ours:
+            ray.shutdown()
+
+
+def _run(
+    ray: Any,
+    fn: Work[Task, Result],
+    tasks: Sequence[Task],
+    cpus: float,
+    gpus: float | None,
+    device: str,
+    on_report: Report,
+) -> Iterator[Result]:
+    """See run_on_ray; connected."""
+    if gpus is None:
+        gpus = float(device.startswith("cuda") or (device == "auto" and ray.cluster_resources().get("GPU", 0) > 0))
+    _check_room(ray, cpus, gpus)
+    # Ray would give a GPU task a new process each time; kept, the model stays loaded.
+    remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=_RETRIES, max_calls=0)(_run_in_worker)
+    here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    board = ray.remote(num_cpus=0, scheduling_strategy=here)(_Board).remote()
+    box = [ray.put(fn)]
+    tally = _Tally(on_report)
+    waiting = enumerate(tasks)
     pending: dict[Any, int] = {}
     try:
-        if gpus is None:
-            gpus = float(device.startswith("cuda") or (device == "auto" and ray.cluster_resources().get("GPU", 0) > 0))
-        _check_room(ray, cpus, gpus)
-        # Ray would give a GPU task a new process each time; kept, the model stays loaded.
-        remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=_RETRIES, max_calls=0)(_run_in_worker)
-        here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        board = ray.remote(num_cpus=0, scheduling_strategy=here)(_Board).remote()
-        box = [ray.put(fn)]
-        tally = _Tally(on_report)
-        waiting = enumerate(tasks)
         while True:
-            for place, task in islice(waiting, max(_room(ray, cpus, gpus), _MIN_AHEAD) - len(pending)):
+            for place, task in islice(waiting, max(_room(ray, cpus, gpus) - len(pending), 0)):
                 pending[remote.remote(box, board, place, task)] = place
             if not pending:
-                break
+                return
             done, _ = ray.wait(list(pending), timeout=_POLL_S)
             tally.take(ray.get(board.read.remote()))
             for ref in done:
-                result, counts = _get(ray, ref, pending.pop(ref))
+                place = pending.pop(ref)
+                result, counts = _get(ray, ref, place)
                 tally.close(place, counts)
                 yield result
     finally:
         for ref in pending:
             ray.cancel(ref, force=True)
-        if is_ours:
-            ray.shutdown()
 
 
 class _Board:
@@ -179,7 +197,7 @@ def _room(ray: Any, cpus: float, gpus: float) -> int:
     """How many tasks are kept with Ray: twice what fits, so that none waits for the driver."""
     has = ray.cluster_resources()
     fits = [has.get(name, 0) / need for name, need in (("CPU", cpus), ("GPU", gpus)) if need]
-    return int(2 * min(fits, default=_MIN_AHEAD))
+    return max(_MIN_AHEAD, int(2 * min(fits, default=0)))
 
 
 def _check_address(address: str | None) -> None:
