@@ -122,11 +122,11 @@ def test_one_bad_image_rejects_its_conversation_and_no_other(tmp_path: Path) -> 
 
 
 def test_an_index_is_rebuilt_as_it_was(encoded: Path) -> None:
-    before = {path.name: path.read_bytes() for path in encoded.glob("*.idx")}
-    for path in encoded.glob("*.idx"):
+    before = {path.name: path.read_bytes() for path in encoded.glob("*.index")}
+    for path in encoded.glob("*.index"):
         path.unlink()
     wds_tools("index", encoded, "--quiet")
-    assert {path.name: path.read_bytes() for path in encoded.glob("*.idx")} == before
+    assert {path.name: path.read_bytes() for path in encoded.glob("*.index")} == before
     assert problems(encoded) == ()
 
 

@@ -20,7 +20,7 @@ from commands import ROOT, environment, last_line, start, tree, wait_until, wds_
 from wds_tools.convert.image_pairs import ImagePairsConfig, convert_image_pairs
 from wds_tools.encode.fill import EncodeConfig, encode
 from wds_tools.errors import UsageError
-from wds_tools.passes import PassOptions
+from wds_tools.passes import PassOptions, Plan, run_pass
 from wds_tools.run.ray_cluster import _Tally
 
 pytest.importorskip("ray", reason="needs pip install 'wds-tools[ray]'")
@@ -252,6 +252,13 @@ def test_an_address_where_nobody_answers_is_refused_at_once(convert: list[str], 
 def test_options_that_would_have_no_effect_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         PassOptions(output="out", **options)
+
+
+def test_a_device_by_number_is_refused_since_ray_deals_them_out(tmp_path: Path) -> None:
+    options = PassOptions(output=str(tmp_path / "out"), executor="ray")
+    with pytest.raises(UsageError, match="each task gets a GPU of its own, so give --device cuda"):
+        run_pass(Plan(command="x", settings={}, tasks=[], total=0, device="cuda:1"), lambda *_: 0, options)
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_a_lost_task_had_reported_is_taken_back() -> None:

@@ -183,6 +183,8 @@ def run_pass(plan: Plan, work: Work, options: PassOptions) -> Manifest:
         UsageError: the output is in the way.
         TooManyRejects: finished tasks stay, so that a run with --resume and a larger budget goes on from there.
     """
+    if options.executor == "ray" and ":" in plan.device:
+        raise UsageError(f"--device {plan.device} with --executor ray: each task gets a GPU of its own, so give --device cuda")
     store = open_store(options.output)
     limits = ShardLimits(samples=options.shard_samples, bytes=options.shard_bytes)
     budget = RejectBudget.parse(options.max_rejects)
