@@ -25,7 +25,7 @@ from wds_tools.format.tar import BLOCK, TarReader
 
 Batch = dict[str, Any]
 Sample = dict[str, Any]
-_NAME_BYTES = 100
+NAME_BYTES = 100
 _CACHE_BYTES = 256 << 10
 _PLAIN_FIELDS = 5
 """data_type, text, length, width, height."""
@@ -94,7 +94,7 @@ def read_columns(rows: Sequence[LoadedRows], numbers: Sequence[int]) -> Columns:
     if not rows:
         return Columns({"__key__": [], "data_type": [], "text": []}, None)
     if not rows[0].reader.has_schema:
-        samples = [read_members(held, row) for held, row in zip(rows, numbers, strict=True)]
+        samples = [_members(held, row) for held, row in zip(rows, numbers, strict=True)]
         names = dict.fromkeys(name for sample in samples for name in sample)
         return Columns({name: [sample.get(name) for sample in samples] for name in names}, None)
     readers = {held.reader for held in rows}
@@ -116,7 +116,7 @@ def read_samples(rows: Sequence[LoadedRows], numbers: Sequence[int]) -> list[Sam
     if not rows:
         return []
     if not rows[0].reader.has_schema:
-        return [read_members(held, row) | {"__url__": held.url} for held, row in zip(rows, numbers, strict=True)]
+        return [_members(held, row) | {"__url__": held.url} for held, row in zip(rows, numbers, strict=True)]
     keys, records, codes = read_records(rows, numbers)
     samples = []
     for held, row, key, record in zip(rows, numbers, keys, records, strict=True):
@@ -137,7 +137,7 @@ def read_samples(rows: Sequence[LoadedRows], numbers: Sequence[int]) -> list[Sam
 def read_records(rows: Sequence[LoadedRows], numbers: Sequence[int]) -> tuple[list[str], list[dict[str, Any]], Codes | None]:
     """The keys, the parsed json, and the codes of rows that follow our schema. Raises as read_columns."""
     places = [(held, row - held.first) for held, row in zip(rows, numbers, strict=True)]
-    headers = [held.data[held.json[n] - BLOCK : held.json[n] - BLOCK + _NAME_BYTES] for held, n in places]
+    headers = [held.data[held.json[n] - BLOCK : held.json[n] - BLOCK + NAME_BYTES] for held, n in places]
     json = [held.data[held.json[n] : held.json_end[n]] for held, n in places]
     codes = [held.data[held.codes[n] : held.codes_end[n]] for held, n in places]
     records: list[dict[str, Any]] = []
@@ -145,7 +145,7 @@ def read_records(rows: Sequence[LoadedRows], numbers: Sequence[int]) -> tuple[li
         records += orjson.loads(b"[%b]" % b",".join(own))
     if len(records) != len(rows):
         raise FormatError("a json member is not one object")
-    return _keys(headers), records, _codes(codes)
+    return read_keys(headers), records, _codes(codes)
 
 
 def _image(held: LoadedRows, row: int) -> bytes | None:
@@ -159,7 +159,7 @@ def _image(held: LoadedRows, row: int) -> bytes | None:
     return None
 
 
-def read_members(held: LoadedRows, row: int) -> dict[str, Any]:
+def _members(held: LoadedRows, row: int) -> dict[str, Any]:
     """A row of a source without our schema: `__key__` and, by suffix, the members' bytes."""
     number = row - held.first
     index = held.index
@@ -183,15 +183,15 @@ def _in_cache(members: Sequence[memoryview]) -> Iterator[Sequence[memoryview]]:
         yield members[start : start + size]
 
 
-def _keys(headers: Sequence[memoryview]) -> list[str]:
+def read_keys(headers: Sequence[memoryview]) -> list[str]:
     """The keys in tar headers of json members: up to the first dot. Our schema's keys are ASCII without dots."""
     joined = b"".join(headers)
-    names = np.frombuffer(joined, np.uint8).reshape(len(headers), _NAME_BYTES)
+    names = np.frombuffer(joined, np.uint8).reshape(len(headers), NAME_BYTES)
     ends = (names == ord(".")).argmax(1)
     if not ends.all():  # "./KEY.json", as `tar c .` writes
         return [bytes(header).removeprefix(b"./").partition(b".")[0].decode("ascii", "replace") for header in headers]
     text = joined.decode("latin-1")
-    starts = range(0, len(joined), _NAME_BYTES)
+    starts = range(0, len(joined), NAME_BYTES)
     return [text[start : start + end] for start, end in zip(starts, ends.tolist(), strict=True)]
 
 
@@ -199,25 +199,32 @@ def _codes(members: Sequence[memoryview]) -> Codes | None:
     lengths = set(map(len, members))
     if lengths == {0}:
         return None
-    if len(lengths) == 1:
-        first = parse_npy(members[0], "codes")
-        skip = len(members[0]) - first.nbytes
-        head = np.frombuffer(members[0], np.uint8, skip)
-        grids_BM = np.empty((len(members), first.nbytes), np.uint8)
-        done, same = 0, first.ndim == 2
-        for own in _in_cache(members):
-            raw_BM = np.frombuffer(b"".join(own), np.uint8).reshape(len(own), -1)
-            same = same and bool((raw_BM[:, :skip] == head).all())
-            grids_BM[done : done + len(own)] = raw_BM[:, skip:]
-            done += len(own)
-        if same:
-            return Codes(_tensor(grids_BM.reshape(-1).view(first.dtype)), (first.shape[0], first.shape[1]))
+    stacked_BHW = stack_npy(members)
+    if stacked_BHW is not None and stacked_BHW.ndim == 3:
+        return Codes(_tensor(stacked_BHW.reshape(-1)), (stacked_BHW.shape[1], stacked_BHW.shape[2]))
     grids_hw = [parse_npy(member, "codes") if len(member) else None for member in members]
     if any(grid is not None and grid.ndim != 2 for grid in grids_hw):
         raise FormatError("codes are not a 2-D grid")
     flat = np.concatenate([grid.reshape(-1) for grid in grids_hw if grid is not None])
     shapes = [(grid.shape[0], grid.shape[1]) if grid is not None else None for grid in grids_hw]
     return Codes(_tensor(flat), shapes[0] if shapes[0] and len(set(shapes)) == 1 else shapes)
+
+
+def stack_npy(members: Sequence[memoryview]) -> NDArray[Any] | None:
+    """The arrays of npy members, side by side in a first dimension; None if they differ in type or shape."""
+    if len(set(map(len, members))) > 1:
+        return None
+    first = parse_npy(members[0], "an npy member")
+    skip = len(members[0]) - first.nbytes
+    head = np.frombuffer(members[0], np.uint8, skip)
+    stacked_BM = np.empty((len(members), first.nbytes), np.uint8)
+    done, same = 0, True
+    for own in _in_cache(members):
+        raw_BM = np.frombuffer(b"".join(own), np.uint8).reshape(len(own), -1)
+        same = same and bool((raw_BM[:, :skip] == head).all())
+        stacked_BM[done : done + len(own)] = raw_BM[:, skip:]
+        done += len(own)
+    return stacked_BM.reshape(-1).view(first.dtype).reshape(len(members), *first.shape) if same else None
 
 
 def _tensor(flat: NDArray[Any]) -> torch.Tensor:
@@ -235,7 +242,7 @@ def _member_name(held: LoadedRows, row: int, at: int) -> str:
             members = TarReader(held.where(row)).feed(bytes(held.data[start : held.end[row - held.first]]))
             return members[0].name.removeprefix("./")
     header = bytes(held.data[at - BLOCK : at])
-    name = header[:_NAME_BYTES].split(b"\0", 1)[0]
+    name = header[:NAME_BYTES].split(b"\0", 1)[0]
     if header[257:263] == b"ustar\0" and header[345]:
         name = header[345:500].split(b"\0", 1)[0] + b"/" + name
     return name.decode("utf-8", "replace").removeprefix("./")
