@@ -4,6 +4,7 @@
 # make check    what CI runs: lint, types, tests
 # make bench    throughput against the plain way
 # make bench-loader   the loader against its peers (15 minutes; bench-peers builds their environment, 7 GB, when it is missing)
+# make bench-sequences   token rows against the straightforward collator (6 minutes)
 # make convert-pairs|convert-dclm|encode|export INPUT=... OUTPUT=... [ARGS="--workers 4"]
 
 PYTHON ?= python3
@@ -14,7 +15,7 @@ PEERS := .venv-peers
 PEERS_READY := $(PEERS)/.ready
 ARGS ?=
 
-.PHONY: setup demo train-demo test test-slow check lint types bench bench-loader bench-peers convert-pairs convert-dclm encode export clean
+.PHONY: setup demo train-demo test test-slow check lint types bench bench-loader bench-sequences bench-peers convert-pairs convert-dclm encode export clean
 
 setup: $(READY)
 
@@ -51,6 +52,9 @@ bench: $(READY)
 
 bench-loader: $(READY) $(PEERS_READY)
 	$(BIN)/python -m benchmarks.loader --peers $(PEERS)/bin/python $(ARGS)
+
+bench-sequences: $(READY)
+	$(BIN)/python -m benchmarks.sequences $(ARGS)
 
 bench-peers: $(PEERS_READY)
 

@@ -26,7 +26,7 @@ from wds_tools.format.tar import BLOCK, TarReader
 
 Batch = dict[str, Any]
 Sample = dict[str, Any]
-_NAME_BYTES = 100
+NAME_BYTES = 100
 _CACHE_BYTES = 256 << 10
 _PLAIN_FIELDS = 5
 """data_type, text, length, width, height."""
@@ -101,7 +101,7 @@ def read_columns(rows: Sequence[LoadedRows], numbers: Sequence[int]) -> Columns:
     if not rows:
         return Columns({"__key__": [], "data_type": [], "text": []}, None)
     if not rows[0].reader.has_schema:
-        samples = [read_members(held, row) for held, row in zip(rows, numbers, strict=True)]
+        samples = [_members(held, row) for held, row in zip(rows, numbers, strict=True)]
         names = dict.fromkeys(name for sample in samples for name in sample)
         return Columns({name: [sample.get(name) for sample in samples] for name in names}, None)
     readers = {held.reader for held in rows}
@@ -123,7 +123,7 @@ def read_samples(rows: Sequence[LoadedRows], numbers: Sequence[int]) -> list[Sam
     if not rows:
         return []
     if not rows[0].reader.has_schema:
-        return [read_members(held, row) | {"__url__": held.url} for held, row in zip(rows, numbers, strict=True)]
+        return [_members(held, row) | {"__url__": held.url} for held, row in zip(rows, numbers, strict=True)]
     keys, records, codes = read_records(rows, numbers)
     samples = []
     for held, row, key, record in zip(rows, numbers, keys, records, strict=True):
@@ -144,7 +144,7 @@ def read_samples(rows: Sequence[LoadedRows], numbers: Sequence[int]) -> list[Sam
 def read_records(rows: Sequence[LoadedRows], numbers: Sequence[int]) -> tuple[list[str], list[dict[str, Any]], Codes | None]:
     """The keys, the parsed json, and the codes of rows that follow our schema. Raises as read_columns."""
     places = [(held, row - held.first) for held, row in zip(rows, numbers, strict=True)]
-    headers = [held.data[held.json[n] - BLOCK : held.json[n] - BLOCK + _NAME_BYTES] for held, n in places]
+    headers = [held.data[held.json[n] - BLOCK : held.json[n] - BLOCK + NAME_BYTES] for held, n in places]
     json = [held.data[held.json[n] : held.json_end[n]] for held, n in places]
     codes = [held.data[held.codes[n] : held.codes_end[n]] for held, n in places]
     records: list[dict[str, Any]] = []
@@ -155,7 +155,7 @@ def read_records(rows: Sequence[LoadedRows], numbers: Sequence[int]) -> tuple[li
     grids = None
     if any(held.reader.has_conversations for held in rows):
         grids = [_grids(held, row, record) for held, row, record in zip(rows, numbers, records, strict=True)]
-    return _keys(headers), records, _codes(codes, grids)
+    return read_keys(headers), records, _codes(codes, grids)
 
 
 def _image(held: LoadedRows, row: int, record: dict[str, Any]) -> bytes | list[bytes] | None:
@@ -187,7 +187,7 @@ def _payloads(held: LoadedRows, row: int) -> Iterator[tuple[str, int, int]]:
             yield suffix, start + offset, start + offset + length
 
 
-def read_members(held: LoadedRows, row: int) -> dict[str, Any]:
+def _members(held: LoadedRows, row: int) -> dict[str, Any]:
     """A row of a source without our schema: `__key__` and, by suffix, the members' bytes."""
     sample: dict[str, Any] = {"__key__": ""}
     for suffix, at, end in _payloads(held, row):
@@ -204,15 +204,15 @@ def _in_cache(members: Sequence[memoryview]) -> Iterator[Sequence[memoryview]]:
         yield members[start : start + size]
 
 
-def _keys(headers: Sequence[memoryview]) -> list[str]:
+def read_keys(headers: Sequence[memoryview]) -> list[str]:
     """The keys in tar headers of json members: up to the first dot. Our schema's keys are ASCII without dots."""
     joined = b"".join(headers)
-    names = np.frombuffer(joined, np.uint8).reshape(len(headers), _NAME_BYTES)
+    names = np.frombuffer(joined, np.uint8).reshape(len(headers), NAME_BYTES)
     ends = (names == ord(".")).argmax(1)
     if not ends.all():  # "./KEY.json", as `tar c .` writes
         return [bytes(header).removeprefix(b"./").partition(b".")[0].decode("ascii", "replace") for header in headers]
     text = joined.decode("latin-1")
-    starts = range(0, len(joined), _NAME_BYTES)
+    starts = range(0, len(joined), NAME_BYTES)
     return [text[start : start + end] for start, end in zip(starts, ends.tolist(), strict=True)]
 
 
@@ -220,19 +220,9 @@ def _codes(members: Sequence[memoryview], grids: Sequence[list[Shape] | None] | 
     lengths = set(map(len, members))
     if lengths == {0}:
         return None
-    if len(lengths) == 1 and not grids:
-        grid_hw = parse_npy(members[0], "codes")
-        skip = len(members[0]) - grid_hw.nbytes
-        head = np.frombuffer(members[0], np.uint8, skip)
-        grids_BM = np.empty((len(members), grid_hw.nbytes), np.uint8)
-        done, same = 0, grid_hw.ndim == 2
-        for own in _in_cache(members):
-            raw_BM = np.frombuffer(b"".join(own), np.uint8).reshape(len(own), -1)
-            same = same and bool((raw_BM[:, :skip] == head).all())
-            grids_BM[done : done + len(own)] = raw_BM[:, skip:]
-            done += len(own)
-        if same:
-            return Codes(_tensor(grids_BM.reshape(-1).view(grid_hw.dtype)), (grid_hw.shape[0], grid_hw.shape[1]))
+    stacked_BHW = stack_npy(members) if not grids else None
+    if stacked_BHW is not None and stacked_BHW.ndim == 3:
+        return Codes(_tensor(stacked_BHW.reshape(-1)), (stacked_BHW.shape[1], stacked_BHW.shape[2]))
     arrays = [parse_npy(member, "codes") if len(member) else None for member in members]
     shapes: list[Shape | list[Shape] | None] = []
     for array, of_images in zip(arrays, grids or [None] * len(arrays), strict=True):
@@ -244,6 +234,23 @@ def _codes(members: Sequence[memoryview], grids: Sequence[list[Shape] | None] | 
     flat = np.concatenate([array.reshape(-1) for array in arrays if array is not None])
     first = shapes[0]
     return Codes(_tensor(flat), first if isinstance(first, tuple) and shapes.count(first) == len(shapes) else shapes)
+
+
+def stack_npy(members: Sequence[memoryview]) -> NDArray[Any] | None:
+    """The arrays of npy members, side by side in a first dimension; None if they differ in type or shape."""
+    if len(set(map(len, members))) > 1:
+        return None
+    first = parse_npy(members[0], "an npy member")
+    skip = len(members[0]) - first.nbytes
+    head = np.frombuffer(members[0], np.uint8, skip)
+    stacked_BM = np.empty((len(members), first.nbytes), np.uint8)
+    done, same = 0, True
+    for own in _in_cache(members):
+        raw_BM = np.frombuffer(b"".join(own), np.uint8).reshape(len(own), -1)
+        same = same and bool((raw_BM[:, :skip] == head).all())
+        stacked_BM[done : done + len(own)] = raw_BM[:, skip:]
+        done += len(own)
+    return stacked_BM.reshape(-1).view(first.dtype).reshape(len(members), *first.shape) if same else None
 
 
 def _tensor(flat: NDArray[Any]) -> torch.Tensor:
@@ -261,7 +268,7 @@ def _member_name(held: LoadedRows, row: int, at: int) -> str:
             members = TarReader(held.where(row)).feed(bytes(held.data[start : held.end[row - held.first]]))
             return members[0].name.removeprefix("./")
     header = bytes(held.data[at - BLOCK : at])
-    name = header[:_NAME_BYTES].split(b"\0", 1)[0]
+    name = header[:NAME_BYTES].split(b"\0", 1)[0]
     if header[257:263] == b"ustar\0" and header[345]:
         name = header[345:500].split(b"\0", 1)[0] + b"/" + name
     return name.decode("utf-8", "replace").removeprefix("./")
