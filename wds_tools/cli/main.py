@@ -25,6 +25,7 @@ COMMANDS = {
     ("export", "hf"): ("export_hf", "shards to a Hugging Face data set, shuffled"),
     ("verify",): ("verify", "check a data set against its manifest"),
     ("stats",): ("stats", "lengths, codebook use, duplicates, drift: a table, or a page"),
+    ("view",): ("view", "look at a data set in a browser"),
     ("index",): ("index", "index the tars of a data set, or of others"),
     ("audit",): ("audit", "compare receipts of a training run with the manifests"),
     ("simulate",): ("simulate", "what a training run will cost, from the manifests alone"),
