@@ -145,6 +145,11 @@ class Rows:
             rows += self.read(shard, row, last, wanted, max_member_bytes=max_member_bytes)
         return rows
 
+    def one(self, number: int, wanted: Wanted, *, max_member_bytes: int = ABSENT) -> Row:
+        """One sample; see `read`. Raises UsageError too, see `locate`."""
+        shard, row = self.locate(number)
+        return self.read(shard, row, row + 1, wanted, max_member_bytes=max_member_bytes)[0]
+
     def read(self, shard: int, first: int, last: int, wanted: Wanted, *, max_member_bytes: int = ABSENT) -> list[Row]:
         """The rows [first, last) of a shard.
 
@@ -178,8 +183,7 @@ class Rows:
 
     def key_of(self, number: int) -> str:
         """The key of a sample: one GET of a header."""
-        shard, row = self.locate(number)
-        return self.read(shard, row, row + 1, lambda _: False)[0].key
+        return self.one(number, lambda _: False).key
 
     def _piece(self, shard: int, first: int, last: int, wanted: Wanted) -> list[Row]:
         if first >= last:

@@ -196,10 +196,13 @@ def sample_stats(url: str, rows: Rows, blocks: int = 32, block_samples: int = 12
     if len(starts) > blocks:
         starts = [at * (total - block_samples) // (blocks - 1) for at in range(blocks)]
     parts: dict[int, Part] = {}
-    for first in starts:
-        shard, row = rows.locate(first)
-        last = min(row + block_samples, rows.manifest.shards[shard].samples)
-        parts.setdefault(shard, Part(shard=shard)).merge(count_rows(rows, shard, row, last, lambda *_: None))
+    for at in starts:
+        last = min(at + block_samples, total)
+        while at < last:
+            shard, row = rows.locate(at)
+            end = min(row + last - at, rows.manifest.shards[shard].samples)
+            parts.setdefault(shard, Part(shard=shard)).merge(count_rows(rows, shard, row, end, lambda *_: None))
+            at += end - row
     return _describe(url, rows, parts.values(), blocks * block_samples)
 
 
@@ -324,7 +327,7 @@ def _largest(rows: Rows, repeats: Repeats) -> list[tuple[int, str, str]]:
     """(copies, key, the text's beginning) of the largest groups; a sample each is read for it."""
     found = []
     for copies, number in repeats.largest:
-        (row,) = rows.page(number, 1, is_text, max_member_bytes=PIECE_BYTES)
+        row = rows.one(number, is_text, max_member_bytes=PIECE_BYTES)
         try:
             record = orjson.loads(row.payloads["json"])
             turns = record.get("conversations") or ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 import webbrowser
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ def run(config: Config) -> int:
     print(f"view: {config.input} at {server.url} (Ctrl-C ends)", flush=True)
     if config.open:
         threading.Thread(target=webbrowser.open, args=(server.url,), daemon=True).start()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does, with what it has started
     try:
         server.serve_forever()
     except KeyboardInterrupt:

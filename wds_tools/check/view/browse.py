@@ -48,15 +48,15 @@ class Query:
     data_type: str = ""
 
 
-def page(rows: Rows, first: int, count: int) -> dict[str, Any]:
-    """The cards of `count` samples from number `first` on."""
+def page(rows: Rows, first: int, count: int, needle: str = "") -> dict[str, Any]:
+    """The cards of `count` samples from number `first` on; see `card`."""
     found = rows.page(first, min(count, MAX_COUNT), is_small, max_member_bytes=MAX_MEMBER_BYTES)
-    return {"first": first, "total": len(rows), "samples": [card(row, rows.manifest.schema_version) for row in found]}
+    return {"first": first, "total": len(rows), "samples": [card(row, rows.manifest.schema_version, needle) for row in found]}
 
 
 def sample(rows: Rows, number: int) -> dict[str, Any]:
     """One sample in full, but for its source image."""
-    (row,) = rows.page(number, 1, is_small, max_member_bytes=MAX_MEMBER_BYTES)
+    row = rows.one(number, is_small, max_member_bytes=MAX_MEMBER_BYTES)
     shown = card(row, rows.manifest.schema_version)
     texts = {suffix: _decode(payload) for suffix, payload in row.payloads.items() if is_text(suffix)}
     shown |= {
@@ -82,8 +82,8 @@ def sample(rows: Rows, number: int) -> dict[str, Any]:
     return shown
 
 
-def card(row: Row, schema_version: int) -> dict[str, Any]:
-    """A sample as it stands in a list."""
+def card(row: Row, schema_version: int, needle: str = "") -> dict[str, Any]:
+    """A sample as it stands in a list: with the beginning of its text, or with what stands around `needle` in it."""
     shown: dict[str, Any] = {"number": row.number, "key": "", "bytes": row.size, "chars": row.text_chars, "codes": row.num_codes}
     image = next((suffix for suffix in row.lengths if is_image(suffix)), None)
     shown |= {"image": image, "columns": {}, "type": None, "text": "", "turns_count": 0}
@@ -94,13 +94,13 @@ def card(row: Row, schema_version: int) -> dict[str, Any]:
     parsed, problem = _parse(row, schema_version)
     if parsed is None:
         text = "\n".join(_decode(payload) for suffix, payload in row.payloads.items() if is_text(suffix))
-        shown |= {"text": text[:CARD_TEXT_CHARS], "chars": len(text)}
+        shown |= {"text": _excerpt(text, needle), "chars": len(text)}
         return shown | ({"problem": problem} if problem else {})
     turns = _turns(parsed)
     text = parsed.text or "\n".join(turn["value"] for turn in turns)
     return shown | {
         "type": parsed.data_type,
-        "text": text[:CARD_TEXT_CHARS],
+        "text": _excerpt(text, needle),
         "chars": len(text),
         "turns_count": len(turns),
         "columns": {column: list(codes.shape) for column, codes in parsed.codes.items()},
@@ -114,7 +114,7 @@ def codes_of(rows: Rows, number: int, column: str) -> NDArray[Any]:
         UsageError: there is no such sample.
         DataError: it has no such grid, or one too large to be drawn.
     """
-    (row,) = rows.page(number, 1, is_small, max_member_bytes=MAX_MEMBER_BYTES)
+    row = rows.one(number, is_small, max_member_bytes=MAX_MEMBER_BYTES)
     parsed, problem = _parse(row, rows.manifest.schema_version)
     codes = None if parsed is None else parsed.codes.get(column)
     if codes is None:
@@ -151,15 +151,20 @@ def search(rows: Rows, query: Query, after: int, limit: int, budget_s: float = S
             break
     else:
         at = len(rows)
-    return {"samples": _cards(rows, found), "next": None if at >= len(rows) else at, "looked_at": at - after, "total": len(rows)}
+    return {
+        "samples": _cards(rows, found, query.text),
+        "next": None if at >= len(rows) else at,
+        "looked_at": at - after,
+        "total": len(rows),
+    }
 
 
-def _cards(rows: Rows, numbers: Sequence[int]) -> list[dict[str, Any]]:
+def _cards(rows: Rows, numbers: Sequence[int], needle: str) -> list[dict[str, Any]]:
     """The cards of these samples, in ascending order; neighbours are read together."""
     cards: list[dict[str, Any]] = []
     for _, run in groupby(enumerate(numbers), lambda numbered: numbered[1] - numbered[0]):
         members = list(run)
-        cards += page(rows, members[0][1], len(members))["samples"]
+        cards += page(rows, members[0][1], len(members), needle)["samples"]
     return cards
 
 
@@ -228,6 +233,13 @@ def _is_intact(rows: Rows, row: Row) -> bool | None:
         return None
     data = rows.store.read_range(row.shard, row.start, row.start + row.size)
     return int(crc32(data)) == row.crc32
+
+
+def _excerpt(text: str, needle: str) -> str:
+    at = text.lower().find(needle.lower()) if needle else 0
+    if at < CARD_TEXT_CHARS // 4:
+        return text[:CARD_TEXT_CHARS]
+    return "… " + text[at - CARD_TEXT_CHARS // 8 :][:CARD_TEXT_CHARS]
 
 
 def _value(value: Any) -> str:

@@ -222,7 +222,7 @@ class Pages:
 
     def _image(self, _: Request, number: str) -> Answer:
         """The source image, piece by piece as it is sent."""
-        (row,) = self.rows.page(int(number), 1, lambda _: False, max_member_bytes=0)
+        row = self.rows.one(int(number), lambda _: False)
         suffix = next(filter(is_image, row.spans), None)
         if suffix is None:
             raise DataError(f"sample {int(number):,} has no source image")

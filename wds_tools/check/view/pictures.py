@@ -64,6 +64,7 @@ class Pictures:
         self._device = device
         self._turn = threading.Lock()
         self._process: ProcessPoolExecutor | None = None
+        self._is_closed = False
         self._cache: OrderedDict[Hashable, bytes] = OrderedDict()
         self._cached_bytes = 0
         self._lock = threading.Lock()
@@ -96,16 +97,18 @@ class Pictures:
         if png is None:
             decoder = self._decoder(column)
             with self._turn:
-                if not is_wanted():
+                if self._is_closed or not is_wanted():
                     return b""
                 png = self._ask(decoder, codes_hw, is_small)
             self._keep(name, png)
         return png
 
     def close(self) -> None:
-        """End the process that decodes."""
-        if self._process is not None:
-            self._process.shutdown(cancel_futures=True)
+        """End the process that decodes, when its picture is done."""
+        with self._turn:
+            self._is_closed = True
+            if self._process is not None:
+                self._process.shutdown()
 
     def _decoder(self, column: str) -> Decoder:
         provenance = self._codes.get(column) or {}
@@ -149,10 +152,9 @@ def code_map(codes_hw: NDArray[Any]) -> bytes:
 
 
 def _begin() -> None:
-    """In the new process: pages go first, and it ends with the viewer, however that ends."""
+    """In the new process: a core is left to the pages, and it ends with the viewer, however that ends."""
     import torch
 
-    os.nice(5)
     torch.set_num_threads(max(1, (os.cpu_count() or 1) - 1))
     parent = multiprocessing.parent_process()
     assert parent is not None

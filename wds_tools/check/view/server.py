@@ -31,6 +31,7 @@ from wds_tools.storage import open_store
 
 MAX_CONNECTIONS = 64
 IDLE_S = 30.0
+_MAX_FIELDS = 16
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
@@ -134,20 +135,26 @@ class _Handler(BaseHTTPRequestHandler):
             return self._fail(*refusal)
         path, _, query = self.path.partition("?")
         try:
-            request = Request(query=dict(parse_qsl(query, max_num_fields=16)), is_wanted=self._is_connected)
-            answer = self.server.pages.answer(path, request)
+            fields = dict(parse_qsl(query, max_num_fields=_MAX_FIELDS))
+        except ValueError:
+            return self._fail(400, "the query can't be read")
+        try:
+            answer = self.server.pages.answer(path, Request(query=fields, is_wanted=self._is_connected))
             if answer is None:
                 return self._fail(404, "there is nothing at this address")
         except WdsToolsError as error:
             return self._fail(_status(error), str(error))
-        except ValueError:
-            return self._fail(400, "the query can't be read")
         except Exception:  # noqa: BLE001 (our own mistake: said here, in full, and never to the browser)
             traceback.print_exc()
             return self._fail(500, "a fault of the viewer: its terminal says more")
         return self._send(200, answer, is_fixed=answer.is_fixed and f"v={self.server.pages.version}" in query)
 
     do_HEAD = do_GET  # noqa: N815
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:  # noqa: ARG002
+        """What http.server refuses by itself: other methods, broken requests. Without its HTML."""
+        self.close_connection = True
+        self._fail(int(code), message or "a request that can't be answered")
 
     def _refusal(self) -> tuple[int, str] | None:
         """Why a request is not looked at, if so."""
