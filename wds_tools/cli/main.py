@@ -32,6 +32,8 @@ COMMANDS = {
     ("finalize",): ("finalize", "write the manifest of what was made in parts (--part)"),
     ("export", "hf"): ("export_hf", "shards to a Hugging Face data set, shuffled"),
     ("verify",): ("verify", "check a data set against its manifest"),
+    ("stats",): ("stats", "lengths, codebook use, duplicates, drift: a table, or a page"),
+    ("view",): ("view", "look at a data set in a browser"),
     ("index",): ("index", "index the tars of a data set, or of others"),
     ("audit",): ("audit", "compare receipts of a training run with the manifests"),
     ("doctor",): ("doctor", "what is installed, what devices there are, what can be read"),
