@@ -2,6 +2,8 @@
 # make test     all tests               make test-slow   those that take minutes
 # make check    what CI runs: lint, types, tests
 # make bench    throughput against the plain way
+# make docs     the documentation as a site, into site/
+# make dist     source distribution and wheel, into dist/
 # make bench-loader   the loader against its peers (15 minutes; bench-peers builds their environment, 7 GB, when it is missing)
 # make convert-pairs|convert-dclm|encode|export INPUT=... OUTPUT=... [ARGS="--workers 4"]
 
@@ -13,7 +15,7 @@ PEERS := .venv-peers
 PEERS_READY := $(PEERS)/.ready
 ARGS ?=
 
-.PHONY: setup demo test test-slow check lint types bench bench-loader bench-peers convert-pairs convert-dclm encode export clean
+.PHONY: setup demo test test-slow check lint types docs dist bench bench-loader bench-peers convert-pairs convert-dclm encode export clean
 
 setup: $(READY)
 
@@ -41,6 +43,13 @@ types: $(READY)
 	$(BIN)/mypy
 
 check: lint types test
+
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --clean
+
+dist: $(READY)
+	rm -rf build dist
+	$(BIN)/python -m build --installer pip --outdir dist
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.run
@@ -76,4 +85,4 @@ export: $(READY) need-in-out
 	$(BIN)/wds-tools export hf --input $(INPUT) --output $(OUTPUT) $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(PEERS) build dist *.egg-info demo-out bench-out .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PEERS) build dist site *.egg-info demo-out bench-out .mypy_cache .pytest_cache .ruff_cache .hypothesis
