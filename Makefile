@@ -1,5 +1,5 @@
 # make demo     the whole job on real input, into demo-out/
-# make test     all tests               make test-slow   those that take minutes
+# make test     all quick tests, two at a time (JOBS=N)      make test-slow   those that take minutes
 # make check    what CI runs: lint, types, tests
 # make bench    throughput against the plain way
 # make docs     the documentation as a site, into site/
@@ -13,6 +13,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PEERS := .venv-peers
 PEERS_READY := $(PEERS)/.ready
+JOBS ?= 2
 ARGS ?=
 
 .PHONY: setup demo test test-slow check lint types docs dist bench bench-loader bench-peers convert-pairs convert-dclm encode export clean
@@ -30,7 +31,7 @@ demo: $(READY)
 	$(BIN)/python examples/demo.py demo-out
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not slow" tests
+	$(BIN)/python -m pytest -m "not slow" --numprocesses $(JOBS) --dist loadfile tests
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow tests
