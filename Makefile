@@ -1,9 +1,13 @@
 # make demo     the whole job on real input, into demo-out/
-# make test     all tests               make test-slow   those that take minutes
+# make train-demo   train from an S3 server on this machine: killed, resumed, audited; into train-demo-out/
+# make test     all quick tests, two at a time (JOBS=N)      make test-slow   those that take minutes
 # make check    what CI runs: lint, types, tests
 # make bench    throughput against the plain way
 # make bench-encode   encoding against one image at a time (4 minutes, on a CPU)
+# make docs     the documentation as a site, into site/
+# make dist     source distribution and wheel, into dist/
 # make bench-loader   the loader against its peers (15 minutes; bench-peers builds their environment, 7 GB, when it is missing)
+# make bench-sequences   token rows against the straightforward collator (6 minutes)
 # make convert-pairs|convert-dclm|encode|export INPUT=... OUTPUT=... [ARGS="--workers 4"]
 
 PYTHON ?= python3
@@ -12,9 +16,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PEERS := .venv-peers
 PEERS_READY := $(PEERS)/.ready
+JOBS ?= 2
 ARGS ?=
 
-.PHONY: setup demo test test-slow check lint types bench bench-encode bench-loader bench-peers convert-pairs convert-dclm encode export clean
+.PHONY: setup demo train-demo test test-slow check lint types docs dist bench bench-encode bench-loader bench-sequences bench-peers convert-pairs convert-dclm encode export clean
 
 setup: $(READY)
 
@@ -28,8 +33,11 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	$(BIN)/python examples/demo.py demo-out
 
+train-demo: $(READY)
+	$(BIN)/python examples/train_demo.py train-demo-out
+
 test: $(READY)
-	$(BIN)/python -m pytest -m "not slow" tests
+	$(BIN)/python -m pytest -m "not slow" --numprocesses $(JOBS) --dist loadfile tests
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow tests
@@ -43,6 +51,13 @@ types: $(READY)
 
 check: lint types test
 
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --clean
+
+dist: $(READY)
+	rm -rf build dist
+	$(BIN)/python -m build --installer pip --outdir dist
+
 bench: $(READY)
 	$(BIN)/python -m benchmarks.run
 
@@ -51,6 +66,9 @@ bench-encode: $(READY)
 
 bench-loader: $(READY) $(PEERS_READY)
 	$(BIN)/python -m benchmarks.loader --peers $(PEERS)/bin/python $(ARGS)
+
+bench-sequences: $(READY)
+	$(BIN)/python -m benchmarks.sequences $(ARGS)
 
 bench-peers: $(PEERS_READY)
 
@@ -80,4 +98,4 @@ export: $(READY) need-in-out
 	$(BIN)/wds-tools export hf --input $(INPUT) --output $(OUTPUT) $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(PEERS) build dist *.egg-info demo-out bench-out .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PEERS) build dist site *.egg-info demo-out train-demo-out bench-out .mypy_cache .pytest_cache .ruff_cache .hypothesis

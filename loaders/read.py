@@ -18,7 +18,7 @@ import numpy as np
 
 from loaders.cache import BlockCache
 from loaders.stream import OpenSource
-from wds_tools.errors import FormatError
+from wds_tools.errors import FormatError, NotFound
 from wds_tools.format.index import ABSENT, SUFFIX, ShardIndex, check_fresh, read_rows
 from wds_tools.format.schema import IMAGE_EXTENSIONS
 from wds_tools.storage import LocalStore, join
@@ -99,6 +99,11 @@ class SourceReader:
         self.num_requests = 0
         self.num_bytes = 0
 
+    def row_bytes(self, shard: int) -> int:
+        """Bytes of a row of a shard, on average."""
+        row = self.opened.manifest.shards[shard]
+        return max(row.bytes // max(row.samples, 1), 1)
+
     def load(self, shard: int, first: int, last: int) -> LoadedRows:
         """Rows [first, last) of a shard.
 
@@ -121,19 +126,20 @@ class SourceReader:
             parts[-1] = parts[-1][: end - regions[-1]]
             parts[0] = parts[0][begin - regions[0] :]
             return memoryview(b"".join(parts))  # a copy, so that a small piece does not keep its whole region
-        return self._fetch(row.name, begin, end)
+        return self._fetch(shard, begin, end)
 
     def _region(self, shard: int, begin: int, end: int) -> memoryview:
         assert self._cache is not None
         row = self.opened.manifest.shards[shard]
         data = self._cache.read(row.xxh128, begin, end)
         if data is None:
-            data = self._fetch(row.name, begin, end)
+            data = self._fetch(shard, begin, end)
             self._cache.write(row.xxh128, begin, end, data)
         return memoryview(data)
 
-    def _fetch(self, name: str, begin: int, end: int) -> memoryview:
-        data = memoryview(self._store.read_range(name, begin, end))
+    def _fetch(self, shard: int, begin: int, end: int) -> memoryview:
+        row = self.opened.manifest.shards[shard]
+        data = memoryview(self._store.read_range(row.name, begin, end, row.bytes))
         self.num_requests += 1
         self.num_bytes += end - begin
         return data
@@ -167,7 +173,10 @@ class SourceReader:
         return index
 
     def _index_file(self, name: str) -> Any:
-        data = self._store.read(name)
+        try:
+            data = self._store.read(name)
+        except NotFound as error:
+            raise NotFound(f"{join(self._store.url, name)}: the index is missing: write it with `wds-tools index`") from error
         if not self.is_mapped:
             self.num_requests += 1
             self.num_bytes += len(data)

@@ -13,15 +13,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from loaders.cache import BlockCache
 from loaders.config import LoaderConfig, World
+from loaders.fetch import Fetcher
 from loaders.plan import block_rows
 from loaders.prefetch import Part, Reader, lanes_of
 from loaders.read import LoadedRows, SourceReader
@@ -36,8 +37,6 @@ _ENOUGH_EVICTED = 5_000
 _SHARE_SAMPLES = 1 << 16
 _INDEX_ROW_BYTES = 20
 """Of a sample in an index file (docs/format.md)."""
-
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,12 +123,15 @@ class _CountingReader(SourceReader):
         return range(num_bytes)  # something of that length
 
 
-class _AtOnce(ThreadPoolExecutor):
+class _AtOnce(Fetcher[LoadedRows]):
     """Does what is submitted there and then."""
 
-    def submit(self, fn: Callable[..., _T], /, *args: Any, **kwargs: Any) -> Future[_T]:
-        future: Future[_T] = Future()
-        future.set_result(fn(*args, **kwargs))
+    def __init__(self) -> None:
+        super().__init__(1)
+
+    def submit(self, task: Callable[[], LoadedRows]) -> Future[LoadedRows]:
+        future: Future[LoadedRows] = Future()
+        future.set_result(task())
         return future
 
 
@@ -168,8 +170,10 @@ class _CountingProcess(Reader):
         self.own_lanes = lanes_of(stream.order.lanes, high - low, self.numbers.step * steps.batch_size)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what a run would warn of is among the results
-            super().__init__(stream, self.own_lanes, config.memory_bytes, open_reader=partial(_CountingReader, as_remote))
+            reader = partial(_CountingReader, as_remote)
+            super().__init__(stream, self.own_lanes, high - low, config.memory_bytes, open_reader=reader)
         self._pool = _AtOnce()
+        self._row_bytes = [max(opened.manifest.bytes // max(opened.manifest.samples, 1), 1) for opened in stream.sources]
         self._steps = steps
         self._world = world
         self._num_steps = self._num_late = self._num_asked = self._samples = self._sample_bytes = 0
@@ -221,7 +225,7 @@ class _CountingProcess(Reader):
         rows = [1.0]
         for opened, share, row_bytes in zip(self._stream.sources, shares.tolist(), self._row_bytes, strict=True):
             shard = max(opened.manifest.shards, key=lambda row: row.samples)
-            block = block_rows(shard.samples, shard.bytes, order)
+            block = int(block_rows(np.array(shard.samples), np.array(shard.bytes), order))
             most = min(max(order.extent_bytes // row_bytes, block), block + max(self._ahead_bytes // row_bytes, 1), shard.samples)
             rows.append(most / (share or 1))
         return min(max(rows), depth)

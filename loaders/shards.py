@@ -31,8 +31,9 @@ class ShardDataset(wds.DataPipeline, wds.compat.FluidInterface):  # type: ignore
     """Samples of a data set, as dicts.
 
     A sample has `__key__`, `__url__`, `data_type`, `text`, and what it has of: `codes` (int32 tensor (h, w) of codebook indices),
-    `width` and `height` (pixels), `conversations`, `image` (encoded bytes), and its provenance fields. Tars made elsewhere, once
-    `wds-tools index` has been there, give `__key__`, `__url__` and the members' bytes by suffix, as webdataset does.
+    `width` and `height` (pixels), `conversations`, `image` (encoded bytes), and its provenance fields. Of a conversation,
+    `codes` and `image` are lists, one entry an image. Tars made elsewhere, once `wds-tools index` has been there, give `__key__`,
+    `__url__` and the members' bytes by suffix, as webdataset does.
 
     An iteration is an epoch; `set_epoch` chooses the order of the next, and is called before each. `state_dict` stands behind
     the last sample that came out, so it is exact for stages that keep nothing back (`map`, `select`; not `shuffle` or
@@ -147,7 +148,7 @@ class _Samples:
         chunks = range(0, len(own), _CHUNK)
         lanes = self.stream.order.lanes
         cache = BlockCache(self._config.cache_dir, self._config.cache_bytes) if self._config.cache_dir else None
-        reader = Reader(self.stream, lanes_of(lanes, 1, stride), self._config.memory_bytes, cache)
+        reader = Reader(self.stream, lanes_of(lanes, 1, stride), 1, self._config.memory_bytes, cache)
         decoder = Decoder(check_crc=self._config.check_crc, substitute=False)
         for number, at in enumerate(chunks):
             upcoming = (self._part(own[later : later + _CHUNK]) for later in chunks[number + 1 :])

@@ -16,6 +16,8 @@ from loaders.stream import OpenSource, Stream
 from wds_tools.errors import UsageError
 
 STATE_VERSION = 1
+_MOST = 1 << 40
+"""No epoch, position or size of a real run comes near; sums and products of a few of them stay within int64."""
 
 
 def pack_state(stream: Stream, epoch: int, position: int) -> dict[str, Any]:
@@ -52,8 +54,16 @@ def unpack_state(state: Mapping[str, Any], config: LoaderConfig) -> tuple[Order,
             )
         order = Order(**state["order"])
         numbers = [state[name] for name in ("step_samples", "epoch", "position")]
-        if any(type(number) is not int or number < 0 for number in numbers):
-            raise UsageError(f"the state has step_samples, epoch, position = {numbers}: expected numbers of 0 or more")
+        sizes = [order.lanes, order.block_bytes, order.extent_bytes]
+        if any(type(number) is not int or not 0 <= number < _MOST for number in (*numbers, *sizes)):
+            raise UsageError(
+                f"the state has step_samples, epoch, position = {numbers}, lanes, block_bytes, extent_bytes = {sizes}: expected "
+                f"numbers of 0 to {_MOST:,}"
+            )
+        if not isinstance(state["recipe"], Mapping):
+            raise TypeError(f"its recipe is {state['recipe']!r}")
+        for source in state["sources"]:
+            source["fingerprint"][:0], source["samples"], source["url"]
     except (KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"not the state of a loader ({type(error).__name__}: {error})") from error
     other_lanes = order.shuffle and config.lanes not in (None, order.lanes)
@@ -81,6 +91,8 @@ def check_data(state: Mapping[str, Any], sources: Sequence[OpenSource], fingerpr
 
 def check_recipe(state: Mapping[str, Any], stream: Stream) -> None:
     """Raise UsageError unless the config makes the same stream of the data as the run that saved the state."""
+    if (state["epoch"] + 2) * stream.length >= 1 << 62:
+        raise UsageError(f"the state is at epoch {state['epoch']} of {stream.length} samples each: more than can be counted")
     saved = state["recipe"]
     differing = [name for name, value in stream.recipe.items() if saved.get(name) != value]
     if differing:

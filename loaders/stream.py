@@ -26,6 +26,9 @@ from wds_tools.format.schema import ANY_MEMBERS
 from wds_tools.storage import Store, open_store
 
 _PIECE_BITS = 40
+_KIND_BITS = 23
+"""With the bits of a piece they fill a positive int64. Sources x epochs go round in them: pieces that are in use at one time
+lie a few epochs apart."""
 
 
 @dataclass(frozen=True)
@@ -151,11 +154,15 @@ class Stream:
                 column[here] = values
         return Located(*out)
 
+    def source_epochs(self, epoch: int, positions: Ints) -> Ints:
+        """Which epoch of its source each of these positions is in; see `locate`."""
+        return self._mixture.locate(epoch * self.length + positions).epoch
+
     def _rows(self, kind: int, positions: Ints) -> Located:
         epoch, number = divmod(kind, len(self._groups))
         group = self._groups[number]
         rows: Rows = group.plan.locate(epoch, positions)
-        key = rows.piece + (kind << _PIECE_BITS)
+        key = rows.piece + (kind % (1 << _KIND_BITS) << _PIECE_BITS)
         return Located(
             group.source[rows.shard],
             group.shard[rows.shard],

@@ -404,7 +404,11 @@ def test_many_processes_hammer_one_small_cache_and_some_are_killed(folder: Path)
             victim.kill()
             victim.communicate()
             num_killed += 1
+        for process in processes:  # a walk while they write would see bytes that were never there at one time
+            process.send_signal(signal.SIGSTOP)
         peak = max(peak, total_bytes(folder))
+        for process in processes:
+            process.send_signal(signal.SIGCONT)
         time.sleep(0.02)
     counts = []
     for process in processes:

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import importlib.metadata
 import inspect
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from commands import environment, image_bytes, last_line, wds_tools, write_documents, write_jsonl, write_pairs
 from factory import make_dataset, text_sample
+from s3 import S3Server
 
 from wds_tools.cli.main import COMMANDS, main
 from wds_tools.dataset.read import read_manifest
@@ -39,9 +44,9 @@ def test_help_shows_what_it_does_an_example_and_every_option(words: tuple[str, .
     assert module.EXAMPLE in shown
     assert module.EXAMPLE.startswith(f"wds-tools {' '.join(words)} ")
     assert " ".join(module.Config.__doc__.split()) in shown
-    options = set(re.findall(r"--([a-z-]+)", shown))
+    options = set(re.findall(r"--([a-z0-9-]+)", shown))
     names = {field.name.replace("_", "-") for field in dataclasses.fields(module.Config)}
-    assert names - options <= ({"input", "a", "b"} if "positional arguments" in shown else set())
+    assert names - options <= ({"input", "shell", "a", "b"} if "positional arguments" in shown else set())
 
 
 @EVERY_COMMAND
@@ -96,10 +101,41 @@ def test_an_unknown_command_is_status_2_and_names_the_known(args: list[str], cap
         ["export", "hf"],
     ],
 )
-def test_wrong_arguments_are_status_2_without_a_traceback(args: list[str]) -> None:
-    said = wds_tools(*args, status=2)
-    assert said.stderr.strip()
-    assert said.stdout == ""
+def test_wrong_arguments_are_status_2_without_a_traceback(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(args) == 2
+    said = capsys.readouterr()
+    (line,) = said.err.splitlines()
+    assert line.startswith("wds-tools: ")
+    assert line.endswith(" --help says more)")
+    assert said.out == ""
+
+
+@pytest.mark.parametrize(
+    ("args", "line"),
+    [
+        (["verify"], "missing: STR The data set: a directory or URL. (required) (wds-tools verify --help says more)"),
+        (
+            ["export", "hf", "--input", "a", "--output", "b", "--format", "x"],
+            "invalid choice 'x' for argument '--format'. Expected one of ('arrow', 'parquet'). "
+            "(wds-tools export hf --help says more)",
+        ),
+    ],
+)
+def test_wrong_arguments_are_one_line_however_wide_the_terminal_is(
+    args: list[str], line: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for width in ("40", "200"):
+        monkeypatch.setenv("COLUMNS", width)
+        assert main(args) == 2
+        assert capsys.readouterr().err == f"wds-tools: {line}\n"
+
+
+@pytest.mark.parametrize(
+    ("said", "meant"), [("verfy x", "verify"), ("convert dlcm", "convert dclm"), ("exprot hf", "export hf"), ("idx", "index")]
+)
+def test_a_slip_of_the_fingers_is_answered_with_what_was_meant(said: str, meant: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(said.split()) == 2
+    assert f"did you mean {meant}? " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -144,10 +180,10 @@ def test_an_error_is_one_line_with_the_right_status(
 def test_a_wrong_value_is_status_2_and_says_what_is_wrong(
     args: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        main(args)
-    assert stopped.value.code == 2
-    assert message in " ".join(capsys.readouterr().err.split())
+    assert main(args) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"wds-tools: {message}")
+    assert line.endswith("--help says more)")
 
 
 @pytest.mark.skipif(os.getuid() == 0, reason="root may write anywhere")
@@ -222,6 +258,115 @@ def test_a_reader_that_goes_away_is_no_traceback(tmp_path: Path) -> None:
     assert process.stderr.read() == b""
     process.stderr.close()
     process.wait(30)
+
+
+NO_RECORD = {"completion", "view"}
+"""Commands whose output is no record: a script, a web page."""
+
+
+@EVERY_COMMAND
+def test_every_command_can_answer_with_one_json_object(words: tuple[str, ...]) -> None:
+    config = importlib.import_module(f"wds_tools.cli.{COMMANDS[words][0]}").Config
+    assert ("json" in {field.name for field in dataclasses.fields(config)}) == (words[0] not in NO_RECORD)
+
+
+def test_json_says_what_the_lines_say(tmp_path: Path) -> None:
+    write_documents(tmp_path / "in.jsonl.zst", [{"text": "one"}, {"text": "two"}, {"no": "text"}])
+    out = tmp_path / "set"
+
+    def said(*args: str | Path, status: int = 0) -> dict[str, Any]:
+        record: dict[str, Any] = json.loads(wds_tools(*args, "--json", status=status).stdout)
+        return record
+
+    made = said("convert", "dclm", "--input", tmp_path / "in.jsonl.zst", "--output", out, "--max-rejects", "1")
+    manifest = read_manifest(open_store(str(out)))
+    assert made["fingerprint"] == manifest.fingerprint()
+    assert (made["inputs"], made["samples"], made["rejects"], made["shards"]) == (3, 2, {"missing_field": 1}, 1)
+    assert said("index", out) == made
+    assert said("verify", out) == {**made, "problems": []}
+    (out / "extra").write_text("")
+    assert len(said("verify", out, status=1)["problems"]) == 1
+    (out / "extra").unlink()
+    exported = said("export", "hf", "--input", out, "--output", tmp_path / "hf")
+    assert (exported["rows"], exported["files"], exported["data_types"]) == (2, 2, {"text_pretrain": 2})
+
+
+# ---- doctor ----
+
+
+def test_doctor_says_what_is_installed_and_what_can_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_dataset(tmp_path / "set", [text_sample(1)])
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files/a.txt").write_text("a")
+    assert main(["doctor", f"{tmp_path}/set", f"{tmp_path}/files", f"{tmp_path}/new", "--write"]) == 0
+    shown = capsys.readouterr().out
+    assert f"numpy {importlib.metadata.version('numpy')}" in shown
+    assert re.search(r"set +readable in .* ms: a data set of 1 samples in 1 shards; writable in ", shown)
+    assert re.search(r"files +readable in .*: no data set, but files such as a.txt; writable", shown)
+    assert re.search(r"new +readable in .*: nothing is there; writable", shown)
+    assert shown.endswith("doctor: all is well\n")
+    assert [path.name for path in (tmp_path / "files").iterdir() if path.is_file()] == ["a.txt"]
+
+
+def test_doctor_shows_no_secret(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AZURE_STORAGE_SAS_KEY", "HF_TOKEN", "AWS_ACCESS_KEY_ID"):
+        monkeypatch.setenv(name, "hunter2")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://me:hunter2@127.0.0.1:9/")
+    main(["doctor"])
+    shown = capsys.readouterr().out
+    assert "hunter2" not in shown
+    assert re.search(r"AWS_SECRET_ACCESS_KEY +set\n", shown)
+    assert re.search(r"AWS_ENDPOINT_URL +http://127.0.0.1:9/\n", shown)
+
+
+def test_doctor_names_a_bucket_that_cannot_be_read(s3: S3Server, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", f"s3://{s3.bucket}/nothing-yet", "--write"]) == 0
+    assert "doctor: all is well" in capsys.readouterr().out
+    assert main(["doctor", "s3://no-such-bucket/set", "--json"]) == 1
+    said = json.loads(capsys.readouterr().out)
+    assert said["problems"][0].startswith("s3://no-such-bucket/set: ")
+    assert said["facts"][-1]["is_fine"] is False
+
+
+# ---- Completion ----
+
+
+def script_for(shell: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> Path:
+    assert main(["completion", shell]) == 0
+    path = folder / f"completion.{shell}"
+    path.write_text(capsys.readouterr().out)
+    return path
+
+
+def completed(script: Path, *words: str) -> list[str]:
+    """What bash offers for the last word."""
+    asked = 'source "$0"; COMP_WORDS=("$@"); COMP_CWORD=$(($#-1)); _wds_tools; echo "${COMPREPLY[*]}"'
+    return subprocess.run(
+        ["bash", "-c", asked, script, "wds-tools", *words], capture_output=True, text=True, check=True
+    ).stdout.split()
+
+
+def test_bash_completes_commands_options_and_what_an_option_may_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    script = script_for("bash", tmp_path, capsys)
+    assert {words[0] for words in COMMANDS} == set(completed(script, ""))
+    assert completed(script, "comp") == ["completion"]
+    assert completed(script, "convert", "dc") == ["dclm"]
+    assert completed(script, "convert", "dclm", "--inp") == ["--input"]
+    assert completed(script, "export", "hf", "--format", "") == ["arrow", "parquet"]
+    assert completed(script, "export", "hf", "--input", "x", "--fo") == ["--format"]
+    assert completed(script, "completion", "z") == ["zsh"]
+    assert completed(script, "verify", "") == []  # then bash offers files
+    assert completed(script, "nonsense", "--") == []
+
+
+@pytest.mark.parametrize(("shell", "check"), [("zsh", ["zsh", "-n"]), ("fish", ["fish", "--no-execute"])])
+def test_scripts_for_other_shells_name_every_command_and_parse(
+    tmp_path: Path, shell: str, check: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = script_for(shell, tmp_path, capsys)
+    assert all(word in script.read_text() for words in COMMANDS for word in words)
+    if shutil.which(shell):
+        subprocess.run([*check, script], check=True)
 
 
 HEAVY = ("torch", "PIL", "datasets", "diffusers", "transformers", "webdataset", "pandas", "ray")

@@ -124,7 +124,11 @@ def test_damage_keeps_what_comes_before_it_and_the_other_files(tmp_path: Path, r
 
 @pytest.mark.parametrize(
     ("data", "hint"),
-    [(gzip.compress(b'{"text": "a"}\n'), "gunzip"), (b'{"text": "a"}\n', "plain JSON"), (image_bytes(0), "not a zstd file")],
+    [
+        (gzip.compress(b'{"text": "a"}\n', mtime=0), "gunzip"),
+        (b'{"text": "a"}\n', "plain JSON"),
+        (image_bytes(0), "not a zstd file"),
+    ],
 )
 def test_a_file_that_is_no_zstd_is_a_reject_that_says_what_it_is(tmp_path: Path, data: bytes, hint: str) -> None:
     (tmp_path / "a.jsonl.zst").write_bytes(data)

@@ -47,6 +47,13 @@ def samples(count: int = NUM_SAMPLES) -> list[Sample]:
     return [makers[number % 3](number) for number in range(count)]
 
 
+TURNS = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]
+
+
+def conversation(**fields: Any) -> Sample:
+    return Sample(key="talk", data_type="visual_sft", text="", conversations=TURNS, **fields)
+
+
 def row(sample: Sample) -> Row:
     """The row that a sample must become, put together in the plainest way."""
     grids = {column: json.dumps(grid.ravel().tolist()) for column, grid in sample.codes.items()}
@@ -134,8 +141,30 @@ def test_the_features_are_the_references_seven_in_its_order(source: Path, tmp_pa
             ),
             {"data_type": "image_text", "text": "kept", "length": 8, "vqcode_512": "[5]"},
         ),
+        (
+            conversation(codes={"vqcode_512": np.array([[1, 2, 3]], "<u2")}, grids={"vqcode_512": [[2, 1], [1, 1]]}),
+            {
+                "data_type": "visual_sft",
+                "text": json.dumps({"conversations": TURNS, "grids": {"vqcode_512": [[2, 1], [1, 1]]}}, separators=(",", ":")),
+                "length": 2 + 5 + 12,
+                "vqcode_512": "[1, 2, 3]",
+            },
+        ),
+        (
+            conversation(),
+            {"data_type": "visual_sft", "text": json.dumps({"conversations": TURNS}, separators=(",", ":")), "length": 7},
+        ),
     ],
-    ids=["document", "empty-text", "square-image", "large-codebook", "wide-image", "image-beside-its-codes"],
+    ids=[
+        "document",
+        "empty-text",
+        "square-image",
+        "large-codebook",
+        "wide-image",
+        "image-beside-its-codes",
+        "two-images",
+        "conversation",
+    ],
 )
 def test_a_sample_becomes_exactly_this_row_and_what_it_lacks_is_the_word_no(
     sample: Sample, expected: Row, tmp_path: Path
@@ -187,7 +216,7 @@ def test_neither_format_nor_number_of_files_nor_size_of_buckets_changes_the_orde
     export(source, tmp_path / "small", num_shards=7)
     assert load(tmp_path / "small") == expected
     export(source, tmp_path / "parquet", format="parquet", num_shards=3)
-    assert pd.read_parquet(tmp_path / "parquet").to_dict("records") == expected
+    assert pd.read_parquet(tmp_path / "parquet/data").to_dict("records") == expected
 
 
 def test_several_inputs_are_mixed_through_and_through(tmp_path: Path) -> None:
@@ -269,6 +298,7 @@ def test_the_files_beside_the_data_are_those_that_save_to_disk_writes(source: Pa
     datasets.Dataset.from_list(rows, features=datasets.Features(SCHEMA)).save_to_disk(str(tmp_path / "theirs"), num_shards=4)
     export(source, tmp_path / "ours")
     ours, theirs = files(tmp_path / "ours"), files(tmp_path / "theirs")
+    assert "wds-tools" in ours.pop("README.md").decode()
     assert sorted(ours) == sorted(theirs)
     assert ours["dataset_info.json"] == theirs["dataset_info.json"]
     our_state, their_state = json.loads(ours["state.json"]), json.loads(theirs["state.json"])
@@ -294,7 +324,8 @@ def test_two_exports_are_concatenated_as_the_reference_trainer_does(tmp_path: Pa
 
 def test_parquet_is_read_by_pandas_and_load_dataset_and_comes_alone(source: Path, tmp_path: Path) -> None:
     export(source, tmp_path / "out", format="parquet")
-    assert sorted(files(tmp_path / "out")) == [f"data/train-0000{number}-of-00004.parquet" for number in range(4)]
+    parts = [f"data/train-0000{number}-of-00004.parquet" for number in range(4)]
+    assert sorted(files(tmp_path / "out")) == ["README.md", *parts]
     expected = multiset([row(sample) for sample in samples()])
     assert multiset(pd.read_parquet(tmp_path / "out" / "data").to_dict("records")) == expected
     cache = str(tmp_path / "cache")
@@ -311,7 +342,7 @@ def test_files_have_equal_shares_and_are_never_empty(source: Path, tmp_path: Pat
     assert counts == [9, 9, 9, 9, 8, 8, 8]
     make_dataset(tmp_path / "three", samples(3))
     assert export(tmp_path / "three", tmp_path / "few", num_shards=256).files == 3
-    assert sorted(files(tmp_path / "few"))[:3] == [f"data-0000{number}-of-00003.arrow" for number in range(3)]
+    assert sorted(files(tmp_path / "few"))[1:4] == [f"data-0000{number}-of-00003.arrow" for number in range(3)]
     assert len(load(tmp_path / "few")) == 3
 
 
@@ -341,11 +372,6 @@ def test_an_object_store_gets_the_same_bytes_and_the_temporary_folder_is_emptied
 # What is refused
 
 
-def conversation(number: int) -> Sample:
-    turns = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]
-    return Sample(key=f"talk-{number}", data_type="visual_sft", text="", conversations=turns)
-
-
 def unencoded(number: int) -> Sample:
     return image_sample(number)._replace(codes={}, image=b"...", image_extension="png")
 
@@ -354,7 +380,7 @@ def unencoded(number: int) -> Sample:
     ("content", "message"),
     [
         ([], "no samples"),
-        ([text_sample(0), conversation(1)], "visual_sft has no form in these columns"),
+        ([text_sample(0), conversation(image=b"...", image_extension="png")], "without codes: run"),
         ([unencoded(0)], "without codes: run `wds-tools encode` first"),
         ([image_sample(0), unencoded(1)], "image-00000001: .*without codes"),
         (
@@ -362,7 +388,7 @@ def unencoded(number: int) -> Sample:
             "without a name .* but vqcode_1024",
         ),
     ],
-    ids=["nothing", "conversations", "images", "some-images", "another-column"],
+    ids=["nothing", "images-of-conversations", "images", "some-images", "another-column"],
 )
 def test_samples_without_a_place_in_the_columns_are_refused(content: list[Sample], message: str, tmp_path: Path) -> None:
     make_dataset(tmp_path / "in", content)
@@ -451,7 +477,7 @@ def test_a_failure_leaves_no_temporary_files_and_nothing_that_looks_complete(
         export(tmp_path / "in", url)
     assert not list(scratch.iterdir())
     assert not (tmp_path / "out" / ".tmp").exists()
-    assert [entry.name for entry in open_store(url).list()] == ["dataset_info.json"]
+    assert [entry.name for entry in open_store(url).list()] == ["README.md", "dataset_info.json"]
 
 
 KILLED = """
@@ -477,7 +503,7 @@ export_hf(ExportConfig(input=(sys.argv[1],), output=sys.argv[2], format=sys.argv
     [
         ("arrow", datasets.load_from_disk),
         ("parquet", partial(datasets.load_dataset, download_mode="force_redownload")),
-        ("parquet", pd.read_parquet),
+        ("parquet", lambda out: pd.read_parquet(f"{out}/data")),
     ],
     ids=["load_from_disk", "load_dataset", "pandas"],
 )

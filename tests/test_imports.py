@@ -28,12 +28,16 @@ ALLOWED = {
     "wds_tools.dataset": FORMAT | STORAGE | {"wds_tools.run"},
     "wds_tools.run": BASE,
     "wds_tools.passes": PASSES,
+    "wds_tools.sequences": FORMAT,
     "wds_tools.convert": PASSES | {"wds_tools.images"},
     "wds_tools.encode": PASSES | {"wds_tools.images", "wds_tools.vq"},
+    "wds_tools.pack": PASSES | {"wds_tools.sequences"},
     "wds_tools.export": DATASET,
-    "wds_tools.check": DATASET,
-    "wds_tools.cli": PASSES | {f"wds_tools.{room}" for room in ("convert", "encode", "export", "check")} | {"wds_tools"},
-    "loaders": FORMAT | STORAGE | {"wds_tools.images"},
+    "wds_tools.check": DATASET | {"wds_tools.images", "wds_tools.vq"},
+    "wds_tools.cli": PASSES
+    | {f"wds_tools.{room}" for room in ("convert", "encode", "pack", "sequences", "export", "check")}
+    | {"wds_tools"},
+    "loaders": FORMAT | STORAGE | {"wds_tools.images", "wds_tools.sequences"},
 }
 # module -> rooms that it may import from beside those of its own room
 ALSO_ALLOWED = {
@@ -44,16 +48,21 @@ ALSO_ALLOWED = {
 # heavy package -> the only places that import it
 HEAVY = {
     "PIL": {"wds_tools.images"},
-    "torch": {"wds_tools.vq", "wds_tools.encode", "loaders"},
+    "torch": {"wds_tools.vq", "wds_tools.encode", "wds_tools.check", "loaders"},
     "diffusers": {"wds_tools.vq"},
-    "transformers": {"wds_tools.vq"},
     "datasets": {"wds_tools.export"},
-    "pyarrow": {"wds_tools.export"},
+    "huggingface_hub": {"wds_tools.export"},
+    "pyarrow": {"wds_tools.export", "wds_tools.convert"},
     "webdataset": {"loaders"},
     "obstore": {"wds_tools.storage"},
     "fsspec": {"wds_tools.storage"},
+    "ray": {"wds_tools.run"},
     "tyro": {"wds_tools.cli"},
     "zstandard": {"wds_tools.convert"},
+    "tokenizers": {"wds_tools.sequences"},
+    "transformers": {"wds_tools.vq", "wds_tools.sequences", "loaders"},
+    "accelerate": set(),
+    "lightning": set(),
     "tarfile": set(),
     "pickle": set(),
 }
@@ -107,7 +116,8 @@ def test_every_room_has_a_rule() -> None:
     [
         ("wds_tools", ("torch", "PIL", "obstore", "zstandard")),
         ("wds_tools.storage", ("torch", "obstore", "fsspec")),
-        ("wds_tools.convert.dclm", ("torch", "PIL", "datasets")),
+        ("wds_tools.convert.dclm", ("torch", "PIL", "datasets", "ray")),
+        ("wds_tools.check.view.server", ("torch", "PIL", "obstore")),
         ("wds_tools.vq", ("diffusers", "transformers")),
         ("loaders", ("PIL", "diffusers", "datasets", "ray", "tyro")),
     ],

@@ -185,12 +185,12 @@ def test_a_stale_index_is_refused() -> None:
         "samples": 2,
         "tar_bytes": len(archive),
         "xxh128": xxhash.xxh3_128_hexdigest(archive),
-        "name": "shard.tar.idx",
+        "name": "shard.tar.index",
     }
     for found in (index, unpack_index(pack_index(index)), read_rows(pack_index(index), 1, 2)):
         check_fresh(found, **shard_is)
         for change in ({"tar_bytes": len(archive) + 512}, {"xxh128": "0" * 32}, {"samples": 3}):
-            with pytest.raises(FormatError, match=r"^shard.tar.idx: the index is stale: .*rebuild it with `wds-tools index`"):
+            with pytest.raises(FormatError, match=r"^shard.tar.index: the index is stale: .*rebuild it with `wds-tools index`"):
                 check_fresh(found, **shard_is | change)
 
 
@@ -220,8 +220,8 @@ def test_rows_of_this_projects_own_layout_are_read_as_they_stand_in_the_whole() 
 
 @pytest.mark.parametrize(("first", "last"), [(0, 3), (2, 3), (-1, 1), (2, 1), (1 << 70, (1 << 70) + 1)])
 def test_rows_that_an_index_does_not_have_are_a_format_error(first: int, last: int) -> None:
-    with pytest.raises(FormatError, match=r"^a.idx: has 2 samples, asked for were .*rebuild it with `wds-tools index`"):
-        read_rows(pack_index(shard(["one", "two"])[1]), first, last, "a.idx")
+    with pytest.raises(FormatError, match=r"^a.index: has 2 samples, asked for were .*rebuild it with `wds-tools index`"):
+        read_rows(pack_index(shard(["one", "two"])[1]), first, last, "a.index")
 
 
 def test_a_cut_index_is_a_format_error_at_every_byte() -> None:
@@ -320,8 +320,8 @@ def test_an_impossible_index_is_a_format_error(change: dict[str, Any]) -> None:
             continue
         columns = {name: np.ascontiguousarray(getattr(bad, name)) for name in names | explicit}
         data = safetensors.numpy.save(columns, {"wds_tools_index": json.dumps(head)})
-        with pytest.raises(FormatError, match=r"^a.idx: .*rebuild it with `wds-tools index`"):
-            unpack_index(data, "a.idx")
+        with pytest.raises(FormatError, match=r"^a.index: .*rebuild it with `wds-tools index`"):
+            unpack_index(data, "a.index")
 
 
 @pytest.mark.parametrize("head", ["", "[]", "1", "null", "{}", '{"version": 1}', '{"version": 2, "members": []}', "not json"])

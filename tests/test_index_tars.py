@@ -100,7 +100,7 @@ def test_tars_of_webdatasets_writer_become_a_data_set_of_any_members(tars: Path)
         tar = (tars / row.name).read_bytes()
         assert (row.bytes, row.xxh128) == (len(tar), content_hash(tar).hexdigest())
         assert (row.text_chars, row.num_codes) == (0, 0)
-    written = {"manifest.json", *(f"{row.name}.idx" for row in manifest.shards)}
+    written = {"manifest.json", *(f"{row.name}.index" for row in manifest.shards)}
     assert tree(tars) == {**before, **{name: (tars / name).read_bytes() for name in written}}
     assert problems(tars) == ()
 
@@ -108,7 +108,7 @@ def test_tars_of_webdatasets_writer_become_a_data_set_of_any_members(tars: Path)
 def test_every_member_of_every_sample_lies_where_the_index_says(tars: Path) -> None:
     for number, row in enumerate(index(tars).shards):
         tar = (tars / row.name).read_bytes()
-        found = unpack_index((tars / f"{row.name}.idx").read_bytes())
+        found = unpack_index((tars / f"{row.name}.index").read_bytes())
         for sample, start_at, offsets, lengths in zip(
             some_samples(10 * number, 10), found.start.tolist(), found.offsets.tolist(), found.lengths.tolist(), strict=True
         ):
@@ -124,7 +124,7 @@ def test_tars_of_this_projects_schema_become_the_data_set_that_they_were(tmp_pat
     folder = tmp_path / "set"
     original = make_dataset(folder, [*map(image_sample, range(25)), *map(text_sample, range(25))], shard_samples=20)
     before = tree(folder)
-    for path in [folder / "manifest.json", *folder.glob("*.idx")]:
+    for path in [folder / "manifest.json", *folder.glob("*.index")]:
         path.unlink()
     manifest = index(folder)
     assert manifest.shards == original.shards
@@ -141,7 +141,7 @@ def test_one_sample_of_another_kind_makes_the_set_one_of_any_members(tars: Path)
     assert manifest.schema_version == ANY_MEMBERS
     ours = manifest.shards[-1]
     assert (ours.name, ours.data_types, ours.text_chars, ours.num_codes) == ("ours/shard-000000-0000.tar", {}, 0, 0)
-    found = unpack_index((tars / f"{ours.name}.idx").read_bytes())
+    found = unpack_index((tars / f"{ours.name}.index").read_bytes())
     assert not found.text_chars.any()
     assert not found.num_codes.any()
     assert problems(tars) == ()
@@ -179,8 +179,8 @@ def test_tars_without_samples_are_indexed_too(tmp_path: Path) -> None:
 def test_an_index_that_is_lost_comes_back(tars: Path) -> None:
     index(tars)
     before = tree(tars)
-    (tars / "00001.tar.idx").unlink()
-    assert "00001.tar.idx" in "".join(problems(tars))
+    (tars / "00001.tar.index").unlink()
+    assert "00001.tar.index" in "".join(problems(tars))
     said = wds_tools("index", tars, "--workers", "2")
     assert said.stdout.startswith(f"index: rebuilt 3 index files of {tars}: 30 samples, ")
     assert said.stdout.endswith("\nschema: WebDataset samples of any members: jpg, txt, cls\n")
@@ -215,7 +215,7 @@ def test_a_run_that_was_killed_is_simply_run_again(tars: Path, tmp_path: Path) -
     (tars / ".tmp").mkdir()
     (tars / ".tmp/left-by-an-earlier-one").write_bytes(b"half")
     process = start("index", tars)
-    wait_until(lambda: list(tars.glob("*.idx")) or process.poll() is not None, "the first index file")
+    wait_until(lambda: list(tars.glob("*.index")) or process.poll() is not None, "the first index file")
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     if not (tars / "manifest.json").exists():  # else it was done before it could be killed
@@ -238,7 +238,7 @@ def test_compressed_tars_are_refused_with_what_unpacks_them(tars: Path, suffix: 
     (tars / f"more{suffix}").write_bytes(b"x")
     with pytest.raises(UsageError, match=rf"more\{suffix} is compressed, .* unpack it .* with `{tool}`"):
         index(tars)
-    assert not list(tars.rglob("*.idx"))
+    assert not list(tars.rglob("*.index"))
 
 
 @pytest.mark.parametrize(
@@ -279,7 +279,7 @@ def test_a_name_that_a_manifest_cannot_hold_is_refused_before_any_work(tars: Pat
     (tars / "00001.tar").rename(tars / "a\\b.tar")
     with pytest.raises(UsageError, match=r"the name 'a\\\\b.tar' can't be written down in a manifest: rename the file"):
         index(tars)
-    assert not list(tars.rglob("*.idx"))
+    assert not list(tars.rglob("*.index"))
 
 
 def test_a_folder_that_may_not_be_written_says_that_the_index_lies_beside_the_tars(tars: Path) -> None:
@@ -349,8 +349,8 @@ def test_no_pass_writes_among_tars_that_were_indexed(tars: Path, tmp_path: Path,
     [
         (lambda tars: change_byte(tars / "00000.tar", 700), "00000.tar"),
         (lambda tars: (tars / "00000.tar").unlink(), "00000.tar"),
-        (lambda tars: (tars / "00000.tar.idx").write_bytes(b""), "00000.tar.idx: not an index"),
-        (lambda tars: shutil.copy(tars / "00001.tar.idx", tars / "00000.tar.idx"), "00000.tar.idx: the index is stale"),
+        (lambda tars: (tars / "00000.tar.index").write_bytes(b""), "00000.tar.index: not an index"),
+        (lambda tars: shutil.copy(tars / "00001.tar.index", tars / "00000.tar.index"), "00000.tar.index: the index is stale"),
         (lambda tars: shutil.copy(tars / "00001.tar", tars / "new.tar"), "new.tar: not in the manifest"),
     ],
 )

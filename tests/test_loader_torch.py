@@ -134,7 +134,6 @@ def test_ranks_of_a_process_group_end_together_and_have_every_sample(
         assert set(counts) <= set(all_keys)
 
 
-@pytest.mark.xfail(strict=True, reason="loaders/loader.py: the next iteration is what is left of the old epoch, which is nothing")
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_epochs_that_are_taken_by_count_follow_each_other(url: str, all_keys: list[str], num_workers: int) -> None:
     """As trainers do that stop at len(loader) and never ask for a batch too many (Lightning's fetcher, zip with a range)."""
@@ -348,9 +347,6 @@ def test_keys_with_folders_dots_and_long_names_are_webdatasets(tmp_path: Path, f
     assert found == expected
 
 
-@pytest.mark.xfail(
-    strict=True, reason="loaders/state.py looks at sources and recipe without knowing that they are what they were"
-)
 @pytest.mark.parametrize(
     "change",
     [
@@ -375,7 +371,6 @@ def test_a_state_that_was_edited_is_refused(url: str, change: dict[str, Any]) ->
         made.load_state_dict({**state, **change, "order": order})
 
 
-@pytest.mark.xfail(strict=True, reason="loaders/stream.py gives 40 bits to a piece, which leaves 23 for sources and epochs")
 def test_a_small_source_of_a_long_mixture_may_have_any_number_of_epochs(url: str, tmp_path: Path) -> None:
     make_dataset(tmp_path / "tiny", map(text_sample, range(5)))
     sources = Source(url, weight=0.9), Source(str(tmp_path / "tiny"), weight=0.1)

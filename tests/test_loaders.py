@@ -142,7 +142,7 @@ def test_a_truncated_shard_is_named(pairs: str) -> None:
 
 def test_an_index_of_other_bytes_is_refused(pairs: str) -> None:
     folder = Path(pairs)
-    (folder / "shard-000000-0001.tar.idx").write_bytes((folder / "shard-000000-0000.tar.idx").read_bytes())
+    (folder / "shard-000000-0001.tar.index").write_bytes((folder / "shard-000000-0000.tar.index").read_bytes())
     with pytest.raises(FormatError, match="stale"):
         keys(ShardDataset(pairs))
 

@@ -94,7 +94,7 @@ def test_documents_on_s3_are_those_of_a_local_run_and_an_index_comes_back(bucket
     found = files(f"{bucket}/out")
     assert without_rejects(found) == without_rejects(files(tmp_path / "out"))
     store = open_store(f"{bucket}/out")
-    name = "shard-000001-0001.tar.idx"
+    name = "shard-000001-0001.tar.index"
     store.delete(name)
     wds_tools("verify", f"{bucket}/out", status=1)
     wds_tools("index", f"{bucket}/out")
@@ -127,7 +127,7 @@ def test_overwrite_on_s3_removes_only_its_own_files_and_not_a_neighbours(bucket:
     wds_tools(*args, status=2)
     open_store(f"{bucket}/out").put("notes.txt", b"mine")
     wds_tools(*args, "--overwrite")
-    assert sorted(files(f"{bucket}/out")) == ["notes.txt", "shard-000000-0000.tar", "shard-000000-0000.tar.idx"]
+    assert sorted(files(f"{bucket}/out")) == ["notes.txt", "shard-000000-0000.tar", "shard-000000-0000.tar.index"]
     assert files(f"{bucket}/out-2") == neighbour
 
 

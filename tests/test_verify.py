@@ -55,7 +55,7 @@ def folder(original: Path, tmp_path: Path) -> Path:
 
 
 SHARD = "shard-000000-0001.tar"
-INDEX = f"{SHARD}.idx"
+INDEX = f"{SHARD}.index"
 
 
 def change_byte(path: Path, at: int) -> None:
@@ -102,7 +102,7 @@ DAMAGE: Mapping[str, tuple[Callable[[Path], object], str]] = {
     "a missing shard": (lambda f: (f / SHARD).unlink(), SHARD),
     "two shards exchanged": (lambda f: shutil.copy(f / "shard-000000-0000.tar", f / SHARD), SHARD),
     "a missing index": (lambda f: (f / INDEX).unlink(), INDEX),
-    "a stale index": (lambda f: shutil.copy(f / "shard-000000-0000.tar.idx", f / INDEX), f"{INDEX}: the index is stale"),
+    "a stale index": (lambda f: shutil.copy(f / "shard-000000-0000.tar.index", f / INDEX), f"{INDEX}: the index is stale"),
     "a truncated index": (lambda f: (f / INDEX).write_bytes((f / INDEX).read_bytes()[:-5]), INDEX),
     "an empty index": (lambda f: (f / INDEX).write_bytes(b""), INDEX),
     "an edited index": (lambda f: change_index(f), f"{INDEX}: differs from an index rebuilt"),
@@ -250,7 +250,7 @@ def test_no_single_byte_of_a_set_can_change_unnoticed(original: Path, tmp_path: 
     folder = tmp_path / "copy"
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(original, folder)
-    path = folder / data.draw(st.sampled_from(["shard-000000-0000.tar", "shard-000000-0000.tar.idx", SHARD]))
+    path = folder / data.draw(st.sampled_from(["shard-000000-0000.tar", "shard-000000-0000.tar.index", SHARD]))
     change_byte(path, data.draw(st.integers(0, path.stat().st_size - 1)))
     assert any(path.name in problem for problem in problems(folder))
 

@@ -32,6 +32,8 @@ from wds_tools.run.progress import Progress
 from wds_tools.storage import Store, open_store
 
 _MAX_PROBLEMS_A_SHARD = 20
+_ENERGON_FOLDER, _ENERGON_SUFFIX = ".nv-meta/", ".idx"
+"""What Megatron-Energon writes beside shards: no part of the data set, and no fault."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +148,7 @@ class _CheckShard:
         for key, start, payloads in zip(scan.keys, scan.start.tolist(), scan.payloads(tar), strict=True):
             sample = self._check_sample(row, key, start, payloads, report)
             if sample is not None:
-                contents.add(sample.data_type, len(sample.text), sample.num_codes)
+                contents.add(sample.data_type, sample.text_chars, sample.num_codes)
             progress(1, 1, 0)
         return contents if len(contents.text_chars) == len(scan.keys) else None
 
@@ -165,10 +167,9 @@ class _CheckShard:
                     continue
                 if size is None:
                     raise DataError(f"{sample.key}: {column} has no provenance in the manifest")
-                if int(grid_hw.max()) >= size:
-                    raise DataError(
-                        f"{sample.key}: {column} holds the code {int(grid_hw.max())}; the codebook has {size} entries"
-                    )
+                highest = int(grid_hw.max(initial=0))
+                if highest >= size:
+                    raise DataError(f"{sample.key}: {column} holds the code {highest}; the codebook has {size} entries")
         except DataError as error:
             if len(report.problems) < _MAX_PROBLEMS_A_SHARD:
                 report.problems.append(f"{row.name}, byte {start}: {error}")
@@ -213,9 +214,10 @@ def _sharing(reports: Sequence[_ShardReport]) -> list[tuple[int, int]]:
 def _check_files(store: Store, manifest: Manifest) -> Iterator[str]:
     """Files that the manifest does not know, and rejects that it counts but that are not written down.
 
-    Beside the tars of others anything may lie, but for tars that were not indexed.
+    Beside the tars of others anything may lie, but for tars that were not indexed; beside any, what `energon prepare` writes.
     """
-    known = {manifests.NAME} | {row.name for row in manifest.shards} | {row.name + SUFFIX for row in manifest.shards}
+    shards = {row.name for row in manifest.shards}
+    known = {manifests.NAME} | shards | {name + suffix for name in shards for suffix in (SUFFIX, _ENERGON_SUFFIX)}
     rejects: Counter[str] = Counter()
     for entry in store.list():
         if manifest.is_indexed and not entry.name.endswith((".tar", ".tar" + SUFFIX)):
@@ -226,7 +228,7 @@ def _check_files(store: Store, manifest: Manifest) -> Iterator[str]:
                 rejects.update(orjson.loads(line)["reason"] for line in lines)
             except (orjson.JSONDecodeError, KeyError, TypeError):
                 yield f"{entry.name}: not a list of rejects"
-        elif entry.name not in known:
+        elif entry.name not in known and not entry.name.startswith(_ENERGON_FOLDER):
             yield f"{entry.name}: not in the manifest: left by something else, or by a run that was interrupted"
     if rejects != Counter(manifest.rejects):
         yield f"{REJECTS} lists {dict(rejects)}, the manifest counts {dict(manifest.rejects)}"

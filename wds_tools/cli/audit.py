@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
-import orjson
 import tyro
 
 from loaders.audit import Audit, audit, read_receipts
 from loaders.tally import EpochAudit, Ranges
+from wds_tools.cli.summary import Printed, print_json
 from wds_tools.errors import UsageError
 from wds_tools.storage import join
 
@@ -17,7 +17,7 @@ EXAMPLE = "wds-tools audit s3://bucket/run-7/receipts --complete"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Printed):
     """Compare what a training run has handed over, by its receipts, with the manifests: every sample of an epoch once.
 
     Exit status 1 if anything is missing or repeated."""
@@ -33,9 +33,7 @@ class Config:
     quick: bool = False
     """Compare positions only; do not add up the hashes of the samples: half a minute for 100 million."""
     show: int = 20
-    """Ranges to list of each kind. What is not listed is counted."""
-    json: bool = False
-    """Print one JSON object. Ranges in it are [first, behind the last]."""
+    """Ranges to list of each kind. What is not listed is counted. With --json they are [first, behind the last]."""
 
     def __post_init__(self) -> None:
         if not self.input:
@@ -53,8 +51,7 @@ def run(config: Config) -> int:
         raise UsageError(f"no epoch {config.epoch or 0} in these receipts; they have {named}")
     is_exact = result.is_exact(config.epoch)
     if config.json:
-        record = {**asdict(result), "epochs": [asdict(one) for one in epochs], "is_exact": is_exact}
-        print(orjson.dumps(record, option=orjson.OPT_INDENT_2).decode())
+        print_json({**asdict(result), "epochs": [asdict(one) for one in epochs], "is_exact": is_exact})
         return 0 if is_exact else 1
     lines = [line for one in epochs for line in _describe(one)]
     wrong = sum(not one.is_exact for one in epochs)

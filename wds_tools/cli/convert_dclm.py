@@ -1,15 +1,19 @@
 """`wds-tools convert dclm`."""
 
-from wds_tools.cli.summary import print_data_set
-from wds_tools.convert.dclm import DclmConfig as Config
-from wds_tools.convert.dclm import convert_dclm
+from dataclasses import dataclass
 
-__all__ = ["EXAMPLE", "Config", "run"]
+from wds_tools.cli.summary import Printed, print_data_set
+from wds_tools.convert.dclm import DclmConfig, convert_dclm
 
 EXAMPLE = "wds-tools convert dclm --input dclm/ --output s3://bucket/dclm --workers 8"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Config(Printed, DclmConfig):
+    """Convert DCLM-style documents to shards."""
+
+
 def run(config: Config) -> int:
     """Convert, and say what came of it."""
-    print_data_set(config.output, convert_dclm(config))
+    print_data_set(config.output, convert_dclm(config), json=config.json)
     return 0

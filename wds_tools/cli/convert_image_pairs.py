@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from wds_tools.cli.summary import print_data_set
+from wds_tools.cli.summary import Printed, print_data_set
 from wds_tools.convert.image_pairs import ImagePairsConfig, convert_image_pairs
 from wds_tools.encode.options import TokenizerOptions
 from wds_tools.errors import UsageError
@@ -13,7 +13,7 @@ EXAMPLE = "wds-tools convert image-pairs --input pairs.jsonl --output s3://bucke
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(ImagePairsConfig, TokenizerOptions):
+class Config(Printed, ImagePairsConfig, TokenizerOptions):
     """Convert image-caption pairs to shards. The images go in byte for byte, and codes come with `wds-tools encode`; or codes
     instead of images in one go, with --encode."""
 
@@ -38,5 +38,5 @@ def run(config: Config) -> int:
         from wds_tools.encode.filler import Filler  # with torch, which converting alone does without
 
         filler = Filler(config.encode, config, workers=config.workers, keep_images=config.keep_images, limits=config.limits)
-    print_data_set(config.output, convert_image_pairs(config, filler))
+    print_data_set(config.output, convert_image_pairs(config, filler), json=config.json)
     return 0

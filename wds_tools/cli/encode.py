@@ -1,15 +1,19 @@
 """`wds-tools encode`."""
 
-from wds_tools.cli.summary import print_data_set
-from wds_tools.encode.fill import EncodeConfig as Config
-from wds_tools.encode.fill import encode
+from dataclasses import dataclass
 
-__all__ = ["EXAMPLE", "Config", "run"]
+from wds_tools.cli.summary import Printed, print_data_set
+from wds_tools.encode.fill import EncodeConfig, encode
 
 EXAMPLE = "wds-tools encode --input pairs-raw --output pairs --tokenizer chameleon --weights vqgan/ --device cuda"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Config(Printed, EncodeConfig):
+    """Fill the codes of a data set's images with an image tokenizer."""
+
+
 def run(config: Config) -> int:
     """Encode, and say what came of it."""
-    print_data_set(config.output, encode(config))
+    print_data_set(config.output, encode(config), json=config.json)
     return 0

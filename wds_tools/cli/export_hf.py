@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from wds_tools.export.hf import ExportConfig as Config
-from wds_tools.export.hf import export_hf
+from dataclasses import asdict, dataclass
 
-__all__ = ["EXAMPLE", "Config", "run"]
+from wds_tools.cli.summary import Printed, print_json
+from wds_tools.export.hf import ExportConfig, export_hf
 
 EXAMPLE = "wds-tools export hf --input s3://bucket/pairs s3://bucket/dclm --output liquid-data --num-shards 256"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Printed, ExportConfig):
+    """Shuffle data sets together and write them as a Hugging Face data set."""
 
 
 def run(config: Config) -> int:
     """Export, and say what came of it."""
     summary = export_hf(config)
+    if config.json:
+        print_json({"output": config.output, "format": config.format, **asdict(summary)})
+        return 0
     kinds = ", ".join(f"{count:,} {name}" for name, count in sorted(summary.data_types.items()))
     how = "datasets.load_from_disk" if config.format == "arrow" else 'load_dataset("parquet", ...)'
-    print(f"exported   {config.output}\nrows       {summary.rows:,} ({kinds})\nfiles      {summary.files:,}, for {how}")
+    pushed = "" if summary.pushed is None else f"\npushed     {summary.pushed:,} files to hf://datasets/{config.push_to_hub}"
+    print(f"exported   {config.output}\nrows       {summary.rows:,} ({kinds})\nfiles      {summary.files:,}, for {how}{pushed}")
     return 0

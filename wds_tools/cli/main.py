@@ -2,14 +2,17 @@
 
 A command is a module beside this one with `Config` (a frozen dataclass, which is the command line), `EXAMPLE` and
 `run(config) -> exit status`. It is imported only when it is called, so `wds-tools verify` starts without torch.
-Exit status: 0 done, 1 failed or problems found, 2 wrong arguments, 130 interrupted. Errors are one line on stderr,
-but for wrong arguments, which tyro puts in a box.
+Exit status: 0 done, 1 failed or problems found, 2 wrong arguments, 130 interrupted. Errors are one line on stderr.
 """
 
 from __future__ import annotations
 
+import contextlib
+import difflib
 import importlib
+import io
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -21,12 +24,21 @@ from wds_tools.errors import UsageError, WdsToolsError
 COMMANDS = {
     ("convert", "image-pairs"): ("convert_image_pairs", "image-caption pairs (jsonl) to shards"),
     ("convert", "dclm"): ("convert_dclm", "DCLM documents (.jsonl.zst) to shards"),
+    ("convert", "sft"): ("convert_sft", "conversations about images (LLaVA's json) to shards"),
+    ("convert", "hf"): ("convert_hf", "the reference's Hugging Face folders and jsonl, codes included, to shards"),
     ("encode",): ("encode", "fill the VQ codes of a data set's images"),
     ("compare-codes",): ("compare_codes", "what another precision does to codes: two encodings side by side"),
+    ("vocabulary",): ("vocabulary", "special tokens of a text tokenizer, and the model size that it needs"),
+    ("pack",): ("pack", "data sets to shards of token rows, ready to train on"),
+    ("finalize",): ("finalize", "write the manifest of what was made in parts (--part)"),
     ("export", "hf"): ("export_hf", "shards to a Hugging Face data set, shuffled"),
     ("verify",): ("verify", "check a data set against its manifest"),
+    ("stats",): ("stats", "lengths, codebook use, duplicates, drift: a table, or a page"),
+    ("view",): ("view", "look at a data set in a browser"),
     ("index",): ("index", "index the tars of a data set, or of others"),
     ("audit",): ("audit", "compare receipts of a training run with the manifests"),
+    ("doctor",): ("doctor", "what is installed, what devices there are, what can be read"),
+    ("completion",): ("completion", "make a shell complete these commands"),
     ("simulate",): ("simulate", "what a training run will cost, from the manifests alone"),
 }
 
@@ -47,13 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config: Any = None
     try:
         module = importlib.import_module(f"wds_tools.cli.{COMMANDS[words][0]}")
-        config = tyro.cli(
-            module.Config,
-            prog=f"wds-tools {' '.join(words)}",
-            description=f"{module.Config.__doc__}\n\nExample:\n    {module.EXAMPLE}",
-            args=args[len(words) :],
-            config=(tyro.conf.FlagCreatePairsOff,),
-        )
+        config = _parse(module, words, args[len(words) :])
         status: int = module.run(config)
         sys.stdout.flush()
     except BrokenPipeError:  # whoever read our output has left, as in `wds-tools ... | head -1`
@@ -73,6 +79,45 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
+def _parse(module: Any, words: tuple[str, ...], args: Sequence[str]) -> Any:
+    """The command's config.
+
+    Raises:
+        UsageError: the arguments are wrong; one line, where tyro would print a box.
+    """
+    command = f"wds-tools {' '.join(words)}"
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(
+                module.Config,
+                prog=command,
+                description=f"{module.Config.__doc__}\n\nExample:\n    {module.EXAMPLE}",
+                args=args,
+                config=(tyro.conf.FlagCreatePairsOff,),
+            )
+    except SystemExit as stopped:
+        if not stopped.code:  # --help
+            raise
+        what = _first_usage_error(stopped) or _in_one_line(said.getvalue())
+    raise UsageError(f"{what} ({command} --help says more)")
+
+
+def _first_usage_error(error: BaseException | None) -> str:
+    """What a config found wrong with its values, if that is why tyro stopped."""
+    while error is not None and not isinstance(error, UsageError):
+        error = error.__context__
+    return "" if error is None else str(error)
+
+
+def _in_one_line(box: str) -> str:
+    """What tyro's box says: a title, and sections under rules, the last of which points to the help."""
+    words = " ".join(re.sub("[│╭╮╰╯]", " ", box).split())
+    _, *sections = (section.strip() for section in re.split("[─-]{4,}", words))
+    text = "; ".join(section for section in sections if section and not section.startswith("For full helptext"))
+    return re.sub(r"^Missing from [^:]*:", "missing:", text)
+
+
 def _no_command(args: list[str]) -> int:
     lines = ["usage: wds-tools COMMAND [OPTIONS]     wds-tools COMMAND --help says more", ""]
     lines += [f"  {' '.join(words):<22} {summary}" for words, (_, summary) in COMMANDS.items()]
@@ -84,7 +129,9 @@ def _no_command(args: list[str]) -> int:
         return 0
     if not asked:
         known = sorted({" ".join(words) for words in COMMANDS})
-        lines = [f"wds-tools: unknown command {' '.join(args[:2])!r}: the commands are {', '.join(known)}"]
+        close = difflib.get_close_matches(" ".join(args[:2]), known, 1) or difflib.get_close_matches(args[0], known, 1)
+        meant = f"did you mean {close[0]}? " if close else ""
+        lines = [f"wds-tools: unknown command {' '.join(args[:2])!r}: {meant}The commands are {', '.join(known)}"]
     print("\n".join(lines), file=sys.stdout if asked else sys.stderr)
     return 0 if asked else 2
 

@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-import orjson
 import tyro
 
 from loaders.config import LoaderConfig, Source
 from loaders.replay import ProcessCost
 from loaders.simulate import Simulation, imagined_source, simulate
 from loaders.stream import open_source
+from wds_tools.cli.summary import Printed, print_json
 from wds_tools.errors import UsageError
 
 EXAMPLE = "wds-tools simulate --samples 10e9 --sample-bytes 4100 --batch-size 4096 --world 512 --workers 4"
@@ -20,7 +20,7 @@ _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Printed):
     """Say what training from data sets will cost: steps, requests, bytes, memory, and how well samples are mixed.
 
     Reads manifests and nothing else; with --samples, not even these."""
@@ -51,8 +51,6 @@ class Config:
     """Of the order."""
     remote: bool = False
     """Count local files as if they were fetched from object storage."""
-    json: bool = False
-    """Print one JSON object."""
 
     def __post_init__(self) -> None:
         if bool(self.input) == (self.samples is not None):
@@ -82,7 +80,7 @@ def run(config: Config) -> int:
         opened = [imagined_source(int(config.samples), config.sample_bytes, config.shard_samples)]
     result = simulate(opened, settings, config.world, as_remote=config.remote)
     if config.json:
-        print(orjson.dumps(asdict(result), option=orjson.OPT_INDENT_2).decode())
+        print_json(asdict(result))
     else:
         facts = list(_describe(result, config))
         print("\n".join(f"{name:<12}{fact}" for name, fact in facts))

@@ -1,16 +1,52 @@
-"""What a finished pass says on standard output: a few aligned lines, the same for every command."""
+"""What commands say on standard output: a few aligned lines for people, or with --json one object, the same for every command."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
 
 from wds_tools.dataset.write import REJECTS
 from wds_tools.format.manifest import Manifest
 from wds_tools.format.schema import ANY_MEMBERS
 
 
-def print_data_set(url: str, manifest: Manifest) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Printed:
+    """How a command says what came of it."""
+
+    json: bool = False
+    """Print one JSON object instead of lines."""
+
+
+def print_json(record: Mapping[str, Any]) -> None:
+    """One object on standard output, indented."""
+    print(orjson.dumps(record, option=orjson.OPT_INDENT_2).decode())
+
+
+def data_set_record(url: str, manifest: Manifest) -> dict[str, Any]:
+    """What `print_data_set` says, for machines."""
+    return {
+        "data_set": url,
+        "inputs": manifest.inputs,
+        "samples": manifest.samples,
+        "data_types": manifest.data_types,
+        "members": manifest.members,
+        "rejects": manifest.rejects,
+        "shards": len(manifest.shards),
+        "bytes": manifest.bytes,
+        "codes": manifest.codes,
+        **({"part": part} if (part := manifest.source.get("part")) else {"fingerprint": manifest.fingerprint()}),
+    }
+
+
+def print_data_set(url: str, manifest: Manifest, *, json: bool = False) -> None:
     """Say what a data set holds and where it is."""
+    if json:
+        print_json(data_set_record(url, manifest))
+        return
     rejected = sum(manifest.rejects.values())
     facts = {
         "data set": url,
@@ -20,7 +56,10 @@ def print_data_set(url: str, manifest: Manifest) -> None:
     }
     for column, provenance in manifest.codes.items():
         facts[column] = f"{provenance['tokenizer']}, {provenance['codebook_size']:,} codes, {provenance['precision']}"
-    facts["fingerprint"] = manifest.fingerprint()
+    if part := manifest.source.get("part"):
+        facts["part"] = f"{part}, nothing else is counted here; when all parts are through: wds-tools finalize --output {url}"
+    else:
+        facts["fingerprint"] = manifest.fingerprint()
     width = max(map(len, facts))
     for name, fact in facts.items():
         print(f"{name:<{width}}  {fact}")
@@ -28,6 +67,8 @@ def print_data_set(url: str, manifest: Manifest) -> None:
 
 def describe_samples(manifest: Manifest) -> str:
     """What kind of samples a data set holds."""
+    if rows := manifest.source.get("rows"):
+        return f"token rows of {rows['length']:,}"
     if manifest.schema_version != ANY_MEMBERS:
         return _counts(manifest.data_types)
     return f"WebDataset samples of any members: {', '.join(manifest.members) or 'none'}"

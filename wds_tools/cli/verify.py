@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import tyro
 
 from wds_tools.check.verify import VerifyConfig, verify
-from wds_tools.cli.summary import print_data_set
+from wds_tools.cli.summary import Printed, data_set_record, print_data_set, print_json
 
 EXAMPLE = "wds-tools verify s3://bucket/pairs --workers 8"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(VerifyConfig):
+class Config(Printed, VerifyConfig):
     """Check that a data set is complete, undamaged and what its manifest says. Exit status 1 if it is not."""
 
     input: tyro.conf.Positional[str]
@@ -23,6 +23,9 @@ class Config(VerifyConfig):
 def run(config: Config) -> int:
     """Check, and list what is wrong."""
     result = verify(config)
+    if config.json:
+        print_json({**data_set_record(config.input, result.manifest), "problems": result.problems})
+        return 1 if result.problems else 0
     print_data_set(config.input, result.manifest)
     for problem in result.problems:
         print(f"WRONG  {problem}")

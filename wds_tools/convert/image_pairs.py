@@ -9,17 +9,14 @@ time ahead of their turn; the order of the lines is kept.
 
 from __future__ import annotations
 
-import errno
-import os
-import posixpath
 import re
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
+from wds_tools.convert.image_source import FETCH_AHEAD, ImageSource, in_order
 from wds_tools.convert.lines import (
     Line,
     LineRange,
@@ -32,17 +29,14 @@ from wds_tools.convert.lines import (
     required_text,
 )
 from wds_tools.dataset.write import TaskWriter
-from wds_tools.errors import FormatError, NotFound, Reject, StorageError, UsageError
+from wds_tools.errors import FormatError, Reject, UsageError
 from wds_tools.format.manifest import Manifest
 from wds_tools.format.schema import Sample
 from wds_tools.images import ImageLimits, Mode, crop_for, probe
 from wds_tools.passes import PassOptions, Plan, run_pass
-from wds_tools.storage import Store, open_store, split_url
 
-_FETCH_AHEAD = 16
 _OUR_REJECTS = re.compile(r"(^|/)rejects/task-\d{6,}\.jsonl$")
 """What lies in a data set that an input folder holds, perhaps the output itself: no input, unless it is named."""
-_NO_SUCH_NAME = (errno.ENAMETOOLONG, errno.ELOOP)
 _DATA_TYPES = {"cc512": "image_text", "multi768": "image_text_multi"}
 
 
@@ -83,9 +77,14 @@ class Filler(Protocol):
     """What fills the codes of samples on the way; see wds_tools.encode.filler."""
 
     workers: int
+    options: Any
 
-    def provenance(self, column_types: Iterable[str]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-        """What decides on the codes, and the provenance of each code column."""
+    def column_of(self, data_type: str) -> str:
+        """Where the codes of such a sample go."""
+        ...
+
+    def provenance(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What decides on the codes, for the plan; the same and more, for the manifest."""
         ...
 
     def fill(self, samples: Iterable[tuple[int, Sample | Reject]]) -> Iterator[tuple[int, Sample | Reject]]:
@@ -101,14 +100,15 @@ def convert_image_pairs(config: ImagePairsConfig, filler: Filler | None = None) 
     settings = {"mode": config.mode, "image_root": config.image_root, "keep": config.keep, **asdict(config.limits)}
     codes: dict[str, dict[str, Any]] = {}
     if filler is not None:
-        decides, codes = filler.provenance([_DATA_TYPES[config.mode]])
-        settings["encode"] = decides
+        settings["encode"], provenance = filler.provenance()
+        codes = {filler.column_of(_DATA_TYPES[config.mode]): provenance}
     plan = Plan(
         command="convert image-pairs",
         settings=settings,
         tasks=ranges,
         total=sum(span.num_lines for span in ranges),
         codes=codes,
+        device="cpu" if filler is None else filler.options.device,
         source={"inputs": [{"url": file.url, "bytes": file.size} for file in files]},
     )
     work = _ConvertLines(config.mode, config.image_root, config.limits, config.keep, filler)
@@ -151,9 +151,9 @@ class _ConvertLines:
 
     def _samples(self, task: LineRange, number: int) -> Iterator[tuple[int, Sample | Reject]]:
         """(line, what it is) in the order of the lines."""
-        source = _ImageSource(task.url, self.image_root)
-        with ThreadPoolExecutor(_FETCH_AHEAD) as pool:
-            for fetched in _in_order(pool, lambda line: self._fetch(line, source), read_lines(task)):
+        source = ImageSource(task.url, self.image_root)
+        with ThreadPoolExecutor(FETCH_AHEAD) as pool:
+            for fetched in in_order(pool, lambda line: self._fetch(line, source), read_lines(task)):
                 if fetched.cause is not None:
                     yield fetched.line.number, fetched.cause
                     continue
@@ -169,7 +169,7 @@ class _ConvertLines:
                     ),
                 )
 
-    def _fetch(self, line: Line, source: _ImageSource) -> _Fetched:
+    def _fetch(self, line: Line, source: ImageSource) -> _Fetched:
         try:
             record = parse_record(line)
             text = required_text(record, ("text_prompt", "text"))
@@ -179,61 +179,3 @@ class _ConvertLines:
         except Reject as cause:
             return _Fetched(line, cause=cause)
         return _Fetched(line, text, record, image, info.extension)
-
-
-class _ImageSource:
-    """Finds the image of a path in a jsonl. Fenced, nothing outside of one folder is read, whatever the jsonl says."""
-
-    def __init__(self, jsonl_url: str, image_root: str | None) -> None:
-        self._folder = split_url(jsonl_url)[0] if image_root is None else image_root
-        self._is_local = "://" not in self._folder
-        self._is_fenced = image_root is not None or not self._is_local
-        if self._is_local:
-            self._folder = os.path.realpath(self._folder)
-        self._store: Store = open_store(self._folder if self._is_fenced else "/")
-
-    def read(self, image_path: str, max_bytes: int) -> bytes:
-        """The image's bytes, one more than max_bytes at most.
-
-        Raises:
-            Reject: "missing_image" or "outside_root".
-            StorageError: the storage does not answer; not the record's fault.
-        """
-        try:
-            with self._store.open(self._name(image_path)) as stream:
-                return stream.read(max_bytes + 1)
-        except NotFound as error:
-            raise Reject("missing_image", f"{image_path[:300]}: no such file") from error
-        except UsageError as error:
-            raise Reject("outside_root", f"{image_path[:300]}: not a path inside {self._folder}") from error
-        except StorageError as error:
-            if self._leads_out(image_path):
-                raise Reject("outside_root", f"{image_path[:300]}: a symlink that leads out of {self._folder}") from error
-            if isinstance(error.__cause__, OSError) and error.__cause__.errno in _NO_SUCH_NAME:
-                raise Reject("missing_image", f"{image_path[:300]}: {error.__cause__.strerror}") from error
-            raise
-
-    def _name(self, image_path: str) -> str:
-        path = image_path.removeprefix(self._folder.rstrip("/") + "/")
-        if "://" in path:
-            raise Reject("outside_root", f"{image_path[:300]}: not below {self._folder}; a URL is read only below --image-root")
-        if not self._is_fenced:
-            return posixpath.normpath(posixpath.join(self._folder, path)).lstrip("/")
-        return posixpath.normpath(path)
-
-    def _leads_out(self, image_path: str) -> bool:
-        if not (self._is_fenced and self._is_local):
-            return False
-        path = os.path.realpath(posixpath.join(self._folder, self._name(image_path)))
-        return not path.startswith(self._folder.rstrip("/") + "/")
-
-
-def _in_order(pool: ThreadPoolExecutor, fn: Callable[[Line], _Fetched], lines: Iterator[Line]) -> Iterator[_Fetched]:
-    """Results in the order of the lines, with a bounded number under way."""
-    under_way: deque[Future[_Fetched]] = deque()
-    for line in lines:
-        under_way.append(pool.submit(fn, line))
-        if len(under_way) >= _FETCH_AHEAD:
-            yield under_way.popleft().result()
-    while under_way:
-        yield under_way.popleft().result()

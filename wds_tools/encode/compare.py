@@ -17,17 +17,18 @@ import torch
 from numpy.typing import NDArray
 
 from wds_tools.dataset.read import read_manifest, read_shard
-from wds_tools.encode.filler import MODES
 from wds_tools.errors import FormatError, UsageError
 from wds_tools.format.manifest import Manifest
 from wds_tools.format.schema import CODE_COLUMNS, Codes, Sample, codes_named, named_column
-from wds_tools.images import prepare
+from wds_tools.images import Mode, prepare
 from wds_tools.run.progress import Progress
 from wds_tools.storage import Store, open_store
 from wds_tools.vq.base import ImageTokenizer
 from wds_tools.vq.registry import load_tokenizer
 
 _SAME = ("tokenizer", "codebook_size", "weights_hash", "preprocessing_version")
+_MODES: dict[str, Mode] = {"image_text": "cc512", "image_text_multi": "multi768"}
+"""What is decoded: the codes of conversations, any number of images end to end, are only counted."""
 _REPORT_EVERY = 64
 
 
@@ -173,12 +174,14 @@ def _count(result: Comparison, sample: Sample, codes_a: Codes, codes_b: Codes) -
 
 def _look(result: Comparison, tokenizer: ImageTokenizer, sample: Sample, codes_a: Codes, codes_b: Codes) -> None:
     """Decode both, and compare the pictures with each other and with the photograph."""
+    if sample.data_type not in _MODES:
+        return
     both_Bhw = torch.from_numpy(np.stack([codes_a, codes_b]).astype(np.int64))
     pictures: dict[str, NDArray[Any]] = dict(zip("ab", tokenizer.decode(both_Bhw).cpu().numpy(), strict=True))
     result.pictures += 1
     pairs = {"between": (pictures["a"], pictures["b"])}
     if sample.image is not None:
-        photograph = prepare(sample.image, MODES[sample.data_type])
+        photograph = prepare(sample.image, _MODES[sample.data_type])
         pairs |= {"a": (pictures["a"], photograph), "b": (pictures["b"], photograph)}
     for name, (one, two) in pairs.items():
         error = float(np.square(one.astype(np.float32) - two).mean())

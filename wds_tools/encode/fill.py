@@ -3,7 +3,8 @@
     input shards, grouped into tasks -> samples -> encode_in_batches -> Sample(codes) or a reject -> output shards
 
 A sample keeps its key, text and provenance. Pixels are decoded for the first time here, so what only that finds (a JPEG that
-breaks off) is a reject of this pass. Samples without an image pass through unchanged.
+breaks off) is a reject of this pass; of a conversation with several images one such rejects it. Documents pass through
+unchanged; a conversation without images gets an empty row of codes, so that all samples have the same members.
 Cost: the tokenizer's; see docs/tokenizers.md.
 """
 
@@ -18,12 +19,12 @@ from urllib.parse import unquote
 
 from wds_tools.dataset.read import read_manifest, read_shard
 from wds_tools.dataset.write import TaskWriter
-from wds_tools.encode.filler import MODES, Filler
+from wds_tools.encode.filler import Filler
 from wds_tools.encode.options import TokenizerOptions
 from wds_tools.errors import Reject, UsageError
 from wds_tools.format.manifest import Manifest, ShardRow, row_from_json
-from wds_tools.format.schema import IMAGE_EXTENSIONS, Sample, code_column
-from wds_tools.images import ImageLimits
+from wds_tools.format.schema import IMAGE_EXTENSIONS, Sample
+from wds_tools.images import ImageLimits, Mode
 from wds_tools.passes import PassOptions, Plan, group_to_limit, run_pass
 from wds_tools.storage import open_store
 from wds_tools.storage.base import split_scheme
@@ -39,6 +40,8 @@ class EncodeConfig(PassOptions, TokenizerOptions):
     """tiny (bundled, for trials), chameleon, or one of the others in docs/tokenizers.md; these need --weights."""
     keep_images: bool = False
     """Keep the source images beside the codes."""
+    sft_mode: Mode = "cc512"
+    """How images of conversations are cropped: cc512 to a 512 px square, multi768 to the nearest of many shapes."""
     max_pixels: int = ImageLimits.max_pixels
     """Images with more pixels are rejected: decompression bombs."""
 
@@ -61,22 +64,31 @@ def encode(config: EncodeConfig) -> Manifest:
     """
     store = open_store(config.input)
     manifest = read_manifest(store)
-    types = [data_type for data_type in manifest.data_types if data_type in MODES]
-    if not types:
+    limits = ImageLimits(max_pixels=config.max_pixels, min_side=1, max_bytes=sys.maxsize)  # else as converted
+    filler = Filler(
+        config.tokenizer,
+        config,
+        workers=config.workers,
+        keep_images=config.keep_images,
+        sft_mode=config.sft_mode,
+        limits=limits,
+    )
+    columns = sorted({filler.column_of(data_type) for data_type in manifest.data_types if filler.mode_of(data_type)})
+    if not columns:
         raise UsageError(f"{config.input} has no images to encode: it holds {', '.join(manifest.data_types) or 'nothing'}")
-    has_codes = sorted({code_column(data_type, config.codes) for data_type in types}.intersection(manifest.codes))
-    if has_codes:
-        raise UsageError(f"{config.input} is encoded already ({', '.join(has_codes)}); --codes NAME adds codes of another name")
+    if again := [column for column in columns if column in manifest.codes]:
+        raise UsageError(f"{config.input} is encoded already ({', '.join(again)}); --codes NAME adds codes of another name")
     if manifest.codes and not set(IMAGE_EXTENSIONS).intersection(manifest.members):
         raise UsageError(f"{config.input} has codes, but its images were not kept: encode its source again, with --keep-images")
-    limits = ImageLimits(max_pixels=config.max_pixels, min_side=1, max_bytes=sys.maxsize)  # else as converted
-    filler = Filler(config.tokenizer, config, workers=config.workers, keep_images=config.keep_images, limits=limits)
-    settings, codes = filler.provenance(types)
+    if config.executor == "ray" and len(config.devices) > 1:
+        raise UsageError(f"--device {config.device} is for one machine: Ray gives each task its GPU (--device cuda)")
+    settings, provenance = filler.provenance()
     plan = Plan(
         command="encode",
         settings={
             "input": manifest.fingerprint(),
             "keep_images": config.keep_images,
+            "sft_mode": config.sft_mode,
             "max_pixels": config.max_pixels,
             "codes": config.codes,
             **settings,
@@ -87,7 +99,8 @@ def encode(config: EncodeConfig) -> Manifest:
             for group in group_to_limit(manifest.shards, lambda row: row.samples, config.shard_samples)
         ],
         total=manifest.samples,
-        codes={**manifest.codes, **codes},
+        device=config.device,
+        codes={**manifest.codes, **dict.fromkeys(columns, provenance)},
         source={
             "input": {
                 "url": config.input,

@@ -1,11 +1,11 @@
 """Data sets -> one globally shuffled Hugging Face data set, in constant memory.
 
-    samples of all inputs -> rows (`rows`) -> external shuffle (`shuffle`) -> equal files -> state.json
+    samples of all inputs -> rows (`rows`) -> external shuffle (`shuffle`) -> equal files -> state.json [-> the Hub (`push`)]
 
 `arrow` is what `datasets.load_from_disk` loads, `parquet` what `load_dataset` and pandas do. The same inputs and seed give the
 same bytes, and every sample is in exactly once.
 Invariant: an unfinished export can't be read as a finished one. Of `arrow`, state.json is written last; of `parquet`, the last
-file is begun as a line of text that no reader takes for Parquet.
+file is begun as a line of text that no reader takes for Parquet. By the data set card beside them (`card`), --resume knows them.
 Cost: two passes, one core; about 300 MB of memory; temporary files of about 2 bytes a code plus the text, which shrink as the
 output grows. They lie in OUTPUT/.tmp if the output is a folder here, so that the next run clears what a killed one left, else in
 Python's temporary folder (TMPDIR).
@@ -30,19 +30,23 @@ import orjson
 
 from wds_tools.dataset.read import read_manifest, read_shard
 from wds_tools.errors import UsageError
-from wds_tools.export.rows import EXPORTED_TYPES, FEATURES, ROW_BYTES, Format, load_pyarrow, no_place, pack_row, write_part
+from wds_tools.export.card import NAME as CARD
+from wds_tools.export.card import TAG, pack_card
+from wds_tools.export.push import push
+from wds_tools.export.rows import FEATURES, ROW_BYTES, Format, load_pyarrow, pack_row, write_part
 from wds_tools.export.shuffle import Shuffle
 from wds_tools.format.manifest import Manifest, ShardRow
-from wds_tools.format.schema import CODE_COLUMNS, codes_named
+from wds_tools.format.schema import CODE_COLUMNS, IMAGE_EXTENSIONS, codes_named
 from wds_tools.run.progress import Progress
-from wds_tools.storage import Store, open_store
+from wds_tools.storage import LocalStore, Store, open_store
 from wds_tools.storage.base import TEMP_FOLDER, split_scheme
 from wds_tools.storage.local import translate
 
 BUCKET_BYTES = 64 << 20
 """The shuffle sorts about this much at a time in memory."""
 STATE, INFO = "state.json", "dataset_info.json"
-_OURS = re.compile(rf"data-\d{{5}}-of-\d{{5}}\.arrow|{STATE}|{INFO}|data/train-\d{{5}}-of-\d{{5}}\.parquet")
+_OURS = re.compile(rf"data-\d{{5}}-of-\d{{5}}\.arrow|{STATE}|{INFO}|{CARD}|data/train-\d{{5}}-of-\d{{5}}\.parquet")
+_PARQUET = b"PAR1"
 _UNFINISHED = b"This export is not finished: run the same command again with --overwrite.\n"
 _REPORT_EVERY = 256
 _ONE_TOKENIZER = ("tokenizer", "codebook_size", "weights_hash")
@@ -68,6 +72,16 @@ class ExportConfig:
     """Name of the codes to export, where data sets have several (see `wds-tools encode --codes`)."""
     seed: int = 42
     """Of the shuffle: 0 to 2**64 - 1. The order depends on it and on the inputs, not on format or num_shards."""
+    license: str | None = None
+    """Of the rows, for the data set card, as the Hub names it: cc-by-4.0, apache-2.0, other ..."""
+    push_to_hub: str | None = None
+    """Upload the finished export to this data set repository of the Hugging Face Hub (OWNER/NAME), made if need be. With --format
+    parquet and a local output. The token is that of Hugging Face's own tools: HF_TOKEN, or `hf auth login`."""
+    private: bool = False
+    """With --push-to-hub: make the repository a private one."""
+    resume: bool = False
+    """Go on after an interruption: a finished export of the same command is kept, an unfinished one begun anew, and the Hub gets
+    the files that it does not have yet."""
     overwrite: bool = False
     """Remove the export that is at the output first, finished or not. Files of any other kind are never removed."""
     quiet: bool = False
@@ -82,6 +96,14 @@ class ExportConfig:
             raise UsageError(f"--num-shards {self.num_shards}: expected 1 to {_MAX_FILES}")
         if not 0 <= self.seed < 1 << 64:
             raise UsageError(f"--seed {self.seed}: expected 0 to 2**64 - 1")
+        if self.resume and self.overwrite:
+            raise UsageError("--resume and --overwrite exclude each other: keep what is there, or remove it")
+        if self.push_to_hub is None and self.private:
+            raise UsageError("--private is for the repository of --push-to-hub")
+        if self.push_to_hub is not None and (self.format != "parquet" or not isinstance(open_store(self.output), LocalStore)):
+            raise UsageError("--push-to-hub uploads Parquet files from a folder here: --format parquet, and a local --output")
+        if self.push_to_hub is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.push_to_hub):
+            raise UsageError(f"--push-to-hub {self.push_to_hub!r}: expected OWNER/NAME")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +115,8 @@ class ExportSummary:
     """Arrow or Parquet files, all of about the same number of rows, none empty."""
     data_types: Mapping[str, int]
     """Rows by data type."""
+    pushed: int | None = None
+    """Files sent to the Hub, if that was asked for; those that it had are not sent."""
 
 
 _NAMES: Mapping[Format, str] = {
@@ -113,31 +137,47 @@ def export_hf(config: ExportConfig) -> ExportSummary:
     sources = [(store, read_manifest(store)) for store in map(open_store, config.input)]
     _check_sources(sources, config.codes)
     rows = sum(manifest.samples for _, manifest in sources)
+    data_types = sum((Counter(manifest.data_types) for _, manifest in sources), Counter[str]())
     names = _part_names(config.format, min(config.num_shards, rows))
+    fingerprint = _fingerprint(sources, config)
+    page = pack_card(
+        [manifest for _, manifest in sources],
+        config.format,
+        files=len(names),
+        seed=config.seed,
+        fingerprint=fingerprint,
+        license_id=config.license,
+    )
     store = open_store(config.output)
-    _claim(store, config, names[-1])
+    if not (config.resume and _is_complete(store, config.format, page, names)):
+        _claim(store, config, page, names[-1])
+        _write(store, sources, config, names, rows)
+        if config.format == "arrow":
+            _write_state(store, names, fingerprint)
+    pushed = None
+    if config.push_to_hub is not None:
+        pushed = push(Path(_local_path(config.output)), config.push_to_hub, private=config.private, quiet=config.quiet)
+    return ExportSummary(rows=rows, files=len(names), data_types=dict(sorted(data_types.items())), pushed=pushed)
+
+
+def _write(store: Store, sources: Sequence[_Source], config: ExportConfig, names: Sequence[str], rows: int) -> None:
     with _scratch_folder(config.output) as folder:
         size = sum(_record_bytes(row) for _, manifest in sources for row in manifest.shards)
         shuffle = Shuffle(folder, seed=config.seed, num_buckets=-(-size // BUCKET_BYTES))
         with Progress("export, 1 of 2: reading", rows, quiet=config.quiet) as progress:
-            data_types = _scatter(sources, config.codes, shuffle, progress)
+            _scatter(sources, config.codes, shuffle, progress)
         with Progress("export, 2 of 2: writing", rows, quiet=config.quiet) as progress:
             _write_parts(store, names, rows, _counted(shuffle.drain(), progress), config.format)
-    if config.format == "arrow":
-        _write_state(store, names, _fingerprint(sources, config))
-    return ExportSummary(rows=rows, files=len(names), data_types=data_types)
 
 
 def _check_sources(sources: Sequence[_Source], codes: str) -> None:
     """Refuse at once what the manifests show to be impossible."""
     seen: dict[tuple[str, str], tuple[str, Any]] = {}
     for store, manifest in sources:
-        for data_type in manifest.data_types:
-            if data_type not in EXPORTED_TYPES:
-                raise UsageError(f"{store.url}: {no_place(data_type)}")
         for row in manifest.shards:
             has_codes = any(member.startswith("vqcode_") for member in row.members)
-            if not has_codes and any(data_type != "text_pretrain" for data_type in row.data_types):
+            has_images = any(member in IMAGE_EXTENSIONS for member in row.members)
+            if not has_codes and (has_images or not {"image_text", "image_text_multi"}.isdisjoint(row.data_types)):
                 raise UsageError(f"{store.url}/{row.name} holds images without codes: run `wds-tools encode` first")
         columns = [member.removesuffix(".npy") for member in manifest.members if member.startswith("vqcode_")]
         if columns and not codes_named(dict.fromkeys(columns), codes):
@@ -155,16 +195,37 @@ def _check_sources(sources: Sequence[_Source], codes: str) -> None:
         raise UsageError(f"{', '.join(store.url for store, _ in sources)}: no samples, nothing to export")
 
 
-def _claim(store: Store, config: ExportConfig, last_part: str) -> None:
+def _is_complete(store: Store, file_format: Format, page: bytes, names: Sequence[str]) -> bool:
+    """Whether this very export lies there, finished.
+
+    Raises:
+        UsageError: another one does, finished or not.
+    """
+    if file_format == "arrow":
+        is_finished = store.exists(STATE)
+    else:
+        is_finished = store.exists(names[-1]) and bytes(store.read_range(names[-1], 0, 4)) == _PARQUET
+    has_card = store.exists(CARD)
+    if (has_card or is_finished) and not (has_card and store.read(CARD) == page):
+        raise UsageError(f"{store.url} holds another export, or one of other data: choose another output, or pass --overwrite")
+    return is_finished
+
+
+def _claim(store: Store, config: ExportConfig, page: bytes, last_part: str) -> None:
     """Make the output ours and unfinished: clear an earlier export, write what says that this one is under way."""
     found = [entry.name for entry in store.list()]
     foreign = [name for name in found if not _OURS.fullmatch(name)]
+    if CARD in found and TAG.encode() not in store.read(CARD):
+        foreign.append(CARD)
     if foreign:
         raise UsageError(
             f"{store.url} holds {len(foreign)} files that no export writes, such as {foreign[0]}: choose another output"
         )
-    if found and not config.overwrite:
-        raise UsageError(f"{store.url} holds an export already, finished or not: choose another output, or pass --overwrite")
+    if found and not (config.overwrite or config.resume):
+        raise UsageError(
+            f"{store.url} holds an export already, finished or not: choose another output, or pass --overwrite, or --resume to "
+            "go on with the same"
+        )
     store.clean_temp()
     store.delete(STATE)
     if config.format == "arrow":
@@ -174,18 +235,17 @@ def _claim(store: Store, config: ExportConfig, last_part: str) -> None:
     else:
         claim = last_part
         store.put(claim, _UNFINISHED)
+    store.put(CARD, page)
     for name in found:
-        if name != claim:
+        if name not in (claim, CARD):
             store.delete(name)
 
 
 @contextmanager
 def _scratch_folder(output: str) -> Iterator[Path]:
     """A folder for the shuffle, on the disk of a local output; gone afterwards, whatever happens."""
-    scheme = split_scheme(output)[0]
-    if scheme == "file":
-        output = unquote(urlsplit(output).path)
-    parent = Path(output).absolute() / TEMP_FOLDER if scheme in ("", "file") else None
+    is_local = split_scheme(output)[0] in ("", "file")
+    parent = Path(_local_path(output)).absolute() / TEMP_FOLDER if is_local else None
     try:
         if parent is not None:
             parent.mkdir(parents=True, exist_ok=True)
@@ -201,19 +261,25 @@ def _scratch_folder(output: str) -> Iterator[Path]:
                 parent.rmdir()
 
 
+def _local_path(url: str) -> str:
+    """The path of a folder that is given as one, or as file://."""
+    return unquote(urlsplit(url).path) if split_scheme(url)[0] == "file" else url
+
+
 def _record_bytes(row: ShardRow) -> int:
-    """What the rows of a shard come to in the shuffle, at most: the tar is larger, and so are 4 bytes a character and code."""
+    """What the rows of a shard come to in the shuffle, at most: the tar is larger, and so are 4 bytes a character and code,
+    unless the text becomes JSON."""
+    if "visual_sft" in row.data_types:
+        return row.bytes
     return min(row.bytes, 4 * (row.text_chars + row.num_codes) + (ROW_BYTES + 16) * row.samples)
 
 
-def _scatter(sources: Sequence[_Source], codes: str, shuffle: Shuffle, progress: Progress) -> dict[str, int]:
-    data_types: Counter[str] = Counter()
+def _scatter(sources: Sequence[_Source], codes: str, shuffle: Shuffle, progress: Progress) -> None:
     for store, manifest in sources:
         for row in manifest.shards:
             for sample in _counted(read_shard(store, row), progress):
-                shuffle.add(pack_row(sample._replace(codes=codes_named(sample.codes, codes))))
-                data_types[sample.data_type] += 1
-    return dict(sorted(data_types.items()))
+                grids = None if sample.grids is None else codes_named(sample.grids, codes)
+                shuffle.add(pack_row(sample._replace(codes=codes_named(sample.codes, codes), grids=grids)))
 
 
 def _write_parts(store: Store, names: Sequence[str], rows: int, records: Iterator[bytes], file_format: Format) -> None:

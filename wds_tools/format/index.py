@@ -1,6 +1,6 @@
 """The index of one shard: where each sample lies and what it holds, as columns.
 
-On disk (`SHARD.tar.idx`) it is a safetensors file, readable without this project: a JSON head and raw little-endian arrays, so
+On disk (`SHARD.tar.index`) it is a safetensors file, readable without this project: a JSON head and raw little-endian arrays, so
 it decodes in well under a millisecond for 10,000 samples and can be memory-mapped. It carries the tar's size and XXH3-128; a
 reader refuses an index that was made for other bytes.
 
@@ -31,7 +31,8 @@ from wds_tools.errors import FormatError
 from wds_tools.format.tar import BLOCK
 
 INDEX_VERSION = 1
-SUFFIX = ".idx"
+SUFFIX = ".index"
+"""Of the tar's name. Not ".idx": Megatron-Energon writes a file of that name beside each tar, for its own use."""
 ABSENT = 0xFFFFFFFF
 _MAX_CELLS = 1 << 25
 """Samples times suffixes, where most samples have few of these: an index of 256 MiB."""

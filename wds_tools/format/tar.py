@@ -267,6 +267,28 @@ def read_members(archive: bytes | memoryview, name: str = "tar") -> list[Member]
     return members
 
 
+def first_name(blocks: bytes | memoryview, name: str, at: int) -> str:
+    """The name of a regular file, from its header blocks alone: long-name and pax blocks, if it has any, and its header.
+
+    Args:
+        blocks: these blocks, whole.
+        name, at: the archive and the byte in it where they begin, for messages.
+
+    Raises:
+        FormatError: they are not that.
+    """
+    reader = TarReader(name)
+    reader._base = at
+    reader.feed(blocks[:-BLOCK])
+    block = bytes(blocks[-BLOCK:])
+    begin = at + max(len(blocks) - BLOCK, 0)
+    kind, _ = reader._parse_kind_and_size(block.ljust(BLOCK, b"\0"), begin)
+    member = None if reader._held else reader._member(block, kind, memoryview(b""), begin)
+    if member is None:
+        raise FormatError(f"{name}: no regular file at byte {begin}")
+    return member.name
+
+
 def pax_records(payload: bytes, where: str) -> Iterator[tuple[bytes, bytes]]:
     """The (key, value) pairs of a pax block; TarReader minds those that `changes_member` names.
 
@@ -312,6 +334,7 @@ def _looks_like(block: bytes, at: int) -> str:
     for magic, what in (
         (b"\x1f\x8b", "this is gzip: unpack it first (gunzip); a shard is an uncompressed tar"),
         (b"BZh", "this is bzip2: unpack it first (bunzip2); a shard is an uncompressed tar"),
+        (b"\xfd7zXZ\0", "this is xz: unpack it first (unxz); a shard is an uncompressed tar"),
         (b"\x28\xb5\x2f\xfd", "this is zstd: unpack it first (unzstd); a shard is an uncompressed tar"),
         (b"version https://git-lfs", "this is a Git LFS pointer: fetch the file itself with `git lfs pull`"),
     ):

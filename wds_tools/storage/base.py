@@ -80,18 +80,19 @@ class Store(Protocol):
     def read(self, name: str) -> bytes:
         """The whole file. Raises NotFound."""
 
-    def read_range(self, name: str, start: int, end: int) -> Buffer:
+    def read_range(self, name: str, start: int, end: int, size: int | None = None) -> Buffer:
         """Exactly the bytes [start, end), not to be written to. On an object store from as many threads as you like.
 
         Args:
             name: the file.
             start: first byte, from 0.
             end: one past the last byte; end = start gives b"" and asks nobody.
+            size: what the file should have in all, if that is to be checked. Costs a request through fsspec, nothing elsewhere.
 
         Raises:
             UsageError: not 0 <= start <= end.
             NotFound: no such file.
-            StorageError: the file ends before `end`; the message names both.
+            StorageError: the file ends before `end`, or has another size; the message names both.
         """
 
     def open(self, name: str) -> io.BufferedReader:
@@ -193,6 +194,11 @@ def check_range(name: str, start: int, end: int) -> None:
     """Raise UsageError unless 0 <= start <= end."""
     if not 0 <= start <= end:
         raise UsageError(f"bytes [{start}, {end}) of {name}: expected 0 <= start <= end")
+
+
+def other_size(where: str, found: int, expected: int | None) -> str:
+    """What to say of a file that has another size than it should."""
+    return f"{where}: {found} bytes, expected {expected}: it was cut off or replaced"
 
 
 def split_scheme(url: str) -> tuple[str, str]:

@@ -25,6 +25,7 @@ from wds_tools.storage.base import (
     check_prefix,
     check_range,
     join,
+    other_size,
     redact,
     split_scheme,
 )
@@ -100,13 +101,16 @@ class FsspecStore:
         except Exception as error:
             raise self._translate(error, "read", name) from cause(error)
 
-    def read_range(self, name: str, start: int, end: int) -> bytes:
+    def read_range(self, name: str, start: int, end: int, size: int | None = None) -> bytes:
         check_range(name, start, end)
         path = self._path(name)
         if start == end:
             return b""
-        if end - start > BLOCK_BYTES and (size := self.size(name)) < end:
-            raise self._short(name, start, end, size)  # some backends would set that much memory aside before they look
+        if size is not None or end - start > BLOCK_BYTES:
+            if (found := self.size(name)) < end:
+                raise self._short(name, start, end, found)  # some backends would set that much memory aside before they look
+            if size not in (None, found):
+                raise StorageError(other_size(join(self.url, name), found, size))
         try:
             data = bytes(self._connect().cat_file(path, start=start, end=end))
         except Exception as error:

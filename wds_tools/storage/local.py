@@ -31,6 +31,7 @@ from wds_tools.storage.base import (
     check_prefix,
     check_range,
     join,
+    other_size,
     redact,
     split_scheme,
 )
@@ -90,7 +91,7 @@ class LocalStore:
         with self.open(name) as file:
             return file.read()
 
-    def read_range(self, name: str, start: int, end: int) -> bytes:
+    def read_range(self, name: str, start: int, end: int, size: int | None = None) -> bytes:
         check_range(name, start, end)
         path = self._existing(name)
         if start == end:
@@ -98,17 +99,19 @@ class LocalStore:
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             try:
-                size = os.fstat(descriptor).st_size
-                data = _pread(descriptor, start, end) if end <= size else b""
+                found = os.fstat(descriptor).st_size
+                data = _pread(descriptor, start, end) if end <= found else b""
             finally:
                 os.close(descriptor)
         except OSError as error:
             raise translate(error, "read", self._show(name)) from error
         if len(data) != end - start:
             raise StorageError(
-                f"{self._show(name)}: wanted bytes [{start}, {end}), the file ends at {size}: "
+                f"{self._show(name)}: wanted bytes [{start}, {end}), the file ends at {found}: "
                 "it was truncated or replaced, or its index is of another file"
             )
+        if size not in (None, found):
+            raise StorageError(other_size(self._show(name), found, size))
         return data
 
     def map(self, name: str) -> memoryview:

@@ -29,6 +29,7 @@ from wds_tools.storage.base import (
     check_prefix,
     check_range,
     join,
+    other_size,
     redact,
     split_scheme,
 )
@@ -123,7 +124,7 @@ class ObjectStore:
         with self.open(name) as file:
             return file.read()
 
-    def read_range(self, name: str, start: int, end: int) -> Buffer:
+    def read_range(self, name: str, start: int, end: int, size: int | None = None) -> Buffer:
         check_range(name, start, end)
         key = self._key(name)
         if start == end:
@@ -132,12 +133,14 @@ class ObjectStore:
         try:
             data, meta = client.fetch(bucket, key, start, end)
         except client.failures() as error:
-            size = self._size_if_known(name) if self._is_about_range(error) else None
-            if size is not None and size < end:
-                raise self._short(name, start, end, size) from cause(error)
+            found = self._size_if_known(name) if self._is_about_range(error) else None
+            if found is not None and found < end:
+                raise self._short(name, start, end, found) from cause(error)
             raise self._translate(error, "read", name) from cause(error)
         if len(data) != end - start:
             raise self._short(name, start, end, meta["size"])
+        if size not in (None, meta["size"]):
+            raise StorageError(other_size(join(self.url, name), meta["size"], size))
         return data
 
     def open(self, name: str) -> io.BufferedReader:

@@ -1,0 +1,133 @@
+"""Every block of the documentation that is marked `python` or `bash` runs, page by page, in a folder such as the pages speak of.
+
+That of the README is the path of a newcomer: in a folder with pictures and captions, what it says, in its order, nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import webdataset as wds
+from commands import ROOT, image_bytes, write_documents, write_jsonl
+from factory import image_sample, make_dataset, text_sample
+from s3 import S3Server
+
+from wds_tools.export.hf import ExportConfig, export_hf
+from wds_tools.storage import open_store
+
+NOT_RUN = {
+    "docs/scaling.md": "its commands need a cluster; tests of the executors run them on one machine",
+    "docs/training.md": "run by the tests of the training recipes",
+}
+PAGES = sorted(
+    page.relative_to(ROOT).as_posix()
+    for folder in (ROOT, ROOT / "docs", ROOT / "docs/decisions")
+    for page in folder.glob("*.md")
+    if page.relative_to(ROOT).as_posix() not in NOT_RUN
+)
+_BLOCK = re.compile(r"^```(\S*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page: str) -> list[tuple[str, str]]:
+    """Language and content of a page's blocks."""
+    return _BLOCK.findall((ROOT / page).read_text())
+
+
+def script(page: str) -> str:
+    """A program that runs the page's blocks in their order: Python here, bash in a shell."""
+    lines = ["import subprocess as _subprocess"]
+    for language, content in blocks(page):
+        if language == "python":
+            lines.append(content)
+        elif language == "bash":
+            lines.append(f"_subprocess.run(['bash', '-euc', {content!r}], check=True)")
+    return "\n".join(lines)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What pages use of `make demo`."""
+    folder = tmp_path_factory.mktemp("demo") / "demo-out"
+    make_dataset(folder / "pairs-512", [image_sample(number, side=32) for number in range(20)])
+    make_dataset(folder / "dclm", [text_sample(number) for number in range(20)])
+    return folder
+
+
+@pytest.fixture
+def place(tmp_path: Path, demo: Path) -> Path:
+    """Pictures with captions, documents, somebody's tars, a Hugging Face folder, and a pair of which half is broken."""
+    (tmp_path / "photos").mkdir()
+    for number in range(12):
+        (tmp_path / f"photos/{number:04d}.jpg").write_bytes(image_bytes(number, 600, 520))
+        (tmp_path / f"photos/{number:04d}.txt").write_text(f"picture {number}\n")
+    write_documents(tmp_path / "dclm/a.jsonl.zst", [{"text": f"document {number}"} for number in range(30)])
+    lines = [{"image_path": f"photos/{number:04d}.jpg", "text": f"picture {number}"} for number in range(0, 24, 3)]
+    write_jsonl(tmp_path / "mixed.jsonl", lines)
+    (tmp_path / "any-webdataset-tars").mkdir()
+    with wds.TarWriter(str(tmp_path / "any-webdataset-tars/0.tar")) as writer:
+        writer.write({"__key__": "0", "txt": "caption"})
+    (tmp_path / "demo-out").symlink_to(demo)
+    export_hf(ExportConfig(input=(str(demo / "pairs-512"),), output=str(tmp_path / "liquid-data"), num_shards=2, quiet=True))
+    (tmp_path / "bin").mkdir()
+    command = tmp_path / "bin/wds-tools"
+    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m wds_tools.cli.main "$@"\n')
+    command.chmod(0o755)
+    return tmp_path
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("page", [page for page in PAGES if any(kind in ("python", "bash") for kind, _ in blocks(page))])
+def test_every_block_of_a_page_runs(page: str, place: Path, s3: S3Server) -> None:
+    open_store("s3://bucket").put("made", b"")  # the server makes buckets on the way
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "PATH": f"{place / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_CACHE": str(place / "cache"),
+    }
+    program = place / "page.py"
+    program.write_text(script(page))
+    done = subprocess.run([sys.executable, program], cwd=place, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    if page == "README.md":
+        first = done.stdout.partition("verify: all is well")[2].splitlines()[1]
+        assert re.fullmatch(r"\['picture \d+'(, 'picture \d+'){3}\] \[torch.Size\(\[32, 32\]\)(, .*){3}\]", first)
+
+
+def test_the_readme_begins_with_a_newcomers_path_from_pictures_to_a_batch() -> None:
+    section = (ROOT / "README.md").read_text().partition("to a training batch\n")[2].partition("\n## ")[0]
+    path = _BLOCK.findall(section)
+    assert path == blocks("README.md")[:3]
+    assert [language for language, _ in path] == ["python", "bash", "python"]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_blocks_say_what_they_are_and_none_hides_a_command_by_its_indent(page: str) -> None:
+    assert {language for language, _ in blocks(page)} <= {"python", "bash", "text", "json", "yaml"}
+    text = _BLOCK.sub("", (ROOT / page).read_text())
+    assert re.findall(r"^ {4,}(?:wds-tools|pip|make|python|torchrun) .*$", text, re.MULTILINE) == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_to_files_that_are_there(page: str) -> None:
+    targets = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", (ROOT / page).read_text())
+    assert [target for target in targets if not ((ROOT / page).parent / target).exists()] == []
+
+
+def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs", reason="pip install 'wds-tools[docs]'")
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", str(tmp_path / "site")]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+    front = (tmp_path / "site/index.html").read_text()
+    assert "From a folder of pictures to a training batch" in front
+    pages = "".join(page.read_text() for page in (tmp_path / "site").rglob("*.html"))
+    loaded = re.findall(r'(?:<script[^>]* src|<img[^>]* src|<link[^>]*stylesheet"? href)="?(https?://[^" >]+)', pages)
+    assert loaded == [], "pages that load anything from elsewhere do not work offline"

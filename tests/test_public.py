@@ -1,0 +1,112 @@
+"""What is public: the lists, their types, and a distribution that installs with what training needs and nothing more."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import subprocess
+import sys
+import tarfile
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+from commands import ROOT
+from factory import make_dataset, text_sample
+
+import wds_tools
+
+PUBLIC = {
+    "loaders": ["JsonlDataset", "Loader", "LoaderConfig", "ShardDataset", "Source", "TarDataset", "World", "build_loader"],
+    "wds_tools": ["Manifest", "Sample", "WdsToolsError", "__version__"],
+    "wds_tools.storage": ["Entry", "LocalStore", "Store", "Writer", "join", "open_store", "redact", "split_url"],
+    "wds_tools.vq": ["ImageTokenizer", "load_tokenizer", "nearest"],
+}
+TRAIN = """
+from loaders import LoaderConfig, Source, build_loader
+
+loader = build_loader(LoaderConfig(sources=(Source("set"),), batch_size=4, num_workers=0))
+print(sum(len(batch["text"]) for batch in loader))
+"""
+ONLY_FOR_TRAINING = "import sys, importlib.util as u; sys.exit(any(map(u.find_spec, sys.argv[1:])))"
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_the_list_of_a_module_is_what_it_was_and_what_the_documentation_names(module: str) -> None:
+    listed = importlib.import_module(module).__all__
+    assert listed == PUBLIC[module], "a change of what is public belongs in this test, docs/stability.md and CHANGELOG.md"
+    (row,) = re.findall(rf"^\| `{re.escape(module)}` \| (.*) \|$", (ROOT / "docs/stability.md").read_text(), re.MULTILINE)
+    assert row == ", ".join(f"`{name}`" for name in listed if not name.startswith("__"))
+
+
+@pytest.mark.parametrize("module", [*PUBLIC, "wds_tools.errors", "loaders.testing"])
+def test_what_is_listed_is_there_and_says_what_it_is(module: str) -> None:
+    found = importlib.import_module(module)
+    for name in getattr(found, "__all__", ()):
+        thing = getattr(found, name)
+        assert isinstance(thing, str) or thing.__doc__, f"{module}.{name} has no docstring"
+    assert found.__doc__
+
+
+def test_the_version_is_one_and_the_change_log_has_it() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["version"] == wds_tools.__version__
+    assert re.search(rf"^## {re.escape(wds_tools.__version__)}\b", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A source distribution and a wheel, built as `make dist` does, from a copy, with the setuptools that is installed."""
+    folder = tmp_path_factory.mktemp("dist")
+    source = folder / "source"
+    files = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if files.returncode:
+        pytest.skip("needs a git checkout")
+    for name in files.stdout.splitlines():
+        if (ROOT / name).is_file():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes((ROOT / name).read_bytes())
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder / "dist"), str(source)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder / "dist"
+
+
+@pytest.mark.timeout(240)
+def test_the_wheel_has_all_of_the_packages_and_nothing_else(built: Path) -> None:
+    (wheel,) = built.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    expected = {
+        path.relative_to(ROOT).as_posix()
+        for package in ("wds_tools", "loaders")
+        for path in (ROOT / package).rglob("*")
+        if path.is_file() and path.suffix != ".pyc"
+    }
+    assert {"wds_tools/py.typed", "loaders/py.typed", "wds_tools/vq/weights/tiny.safetensors"} <= names
+    assert {name for name in names if ".dist-info/" not in name} == expected
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    with tarfile.open(next(built.glob("*.tar.gz"))) as archive:
+        assert any(name.endswith("/pyproject.toml") for name in archive.getnames())
+
+
+@pytest.mark.slow  # a minute: it installs torch
+@pytest.mark.timeout(900)
+def test_the_wheel_installs_alone_and_trains(built: Path, tmp_path: Path) -> None:
+    make_dataset(tmp_path / "set", [text_sample(number) for number in range(20)])
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    python = tmp_path / "venv/bin/python"
+    (wheel,) = built.glob("*.whl")
+    subprocess.run([python, "-m", "pip", "install", "--quiet", "--upgrade", "pip"], check=True)
+    subprocess.run([python, "-m", "pip", "install", "--quiet", "-c", ROOT / "constraints.txt", wheel], check=True)
+    heavy = ("PIL", "diffusers", "datasets", "transformers", "pyarrow", "ray", "pandas", "torchvision", "pytest")
+    subprocess.run([python, "-c", ONLY_FOR_TRAINING, *heavy], cwd=tmp_path, check=True)
+    assert subprocess.run([python, "-c", TRAIN], cwd=tmp_path, capture_output=True, text=True, check=True).stdout == "20\n"
+    for words in (["verify", "set"], ["doctor", "set"], ["index", "set"], ["simulate", "set", "--batch-size", "4"], ["--help"]):
+        subprocess.run([tmp_path / "venv/bin/wds-tools", *words], cwd=tmp_path, capture_output=True, text=True, check=True)
+    command = [tmp_path / "venv/bin/wds-tools", "export", "hf", "--input", "set", "--output", "out"]
+    said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert said.returncode == 1
+    assert said.stderr == "wds-tools: exporting needs pyarrow: pip install 'wds-tools[convert]'\n"

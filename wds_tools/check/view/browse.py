@@ -1,0 +1,256 @@
+"""What the page shows of samples, as JSON values: pages of cards, one sample in full, a search.
+
+    page(first, count)     a few index rows and one range        card: number, key, type, the text's beginning, sizes
+    sample(number)         one sample without its source image   card + whole text, turns, code grids, members, CRC
+    search(query, after)   shards from a number on, piece by piece, for a quarter of a second; says where to go on
+
+Invariant: every value is data. Nothing is markup; the page puts texts into text nodes only. A sample that breaks the schema
+is shown as one that does, with the reason, and its neighbours as usual.
+Cost: memory is a page, or two pieces of a search; texts beyond MAX_TEXT_CHARS and members beyond MAX_MEMBER_BYTES stay behind.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+
+from wds_tools.check.rows import Row, Rows, is_image, is_small, is_text
+from wds_tools.errors import DataError, FormatError
+from wds_tools.format.checksum import crc32
+from wds_tools.format.schema import ANY_MEMBERS, Sample, validate
+from wds_tools.format.shard import sample_from_members
+
+MAX_MEMBER_BYTES = 16 << 20
+"""Of a text or a code grid that is fetched to be shown."""
+MAX_TEXT_CHARS = 200_000
+MAX_GRID_CODES = 1 << 16
+"""A picture of 4096 x 4096 px at stride 16: larger grids are neither drawn nor decoded."""
+CARD_TEXT_CHARS = 400
+MAX_COUNT = 200
+SEARCH_S = 0.25
+
+
+@dataclass(frozen=True, kw_only=True)
+class Query:
+    """What to look for; empty fields match everything."""
+
+    text: str = ""
+    """Contained in the text or a turn, whatever the case."""
+    key: str = ""
+    """Contained in the key."""
+    data_type: str = ""
+
+
+def page(rows: Rows, first: int, count: int, needle: str = "") -> dict[str, Any]:
+    """The cards of `count` samples from number `first` on; see `card`."""
+    found = rows.page(first, min(count, MAX_COUNT), is_small, max_member_bytes=MAX_MEMBER_BYTES)
+    return {"first": first, "total": len(rows), "samples": [card(row, rows.manifest.schema_version, needle) for row in found]}
+
+
+def sample(rows: Rows, number: int) -> dict[str, Any]:
+    """One sample in full, but for its source image."""
+    row = rows.one(number, is_small, max_member_bytes=MAX_MEMBER_BYTES)
+    shown = card(row, rows.manifest.schema_version)
+    texts = {suffix: _decode(payload) for suffix, payload in row.payloads.items() if is_text(suffix)}
+    shown |= {
+        "shard": row.shard,
+        "row": row.row,
+        "start": row.start,
+        "members": [{"suffix": suffix, "bytes": length} for suffix, length in row.lengths.items()],
+        "intact": _is_intact(rows, row),
+        "raw": {suffix: text[:MAX_TEXT_CHARS] for suffix, text in texts.items()},
+        "total": len(rows),
+    }
+    parsed, _ = _parse(row, rows.manifest.schema_version)
+    if parsed is not None:
+        shown |= {
+            "text": parsed.text[:MAX_TEXT_CHARS],
+            "turns": _turns(parsed),
+            "provenance": {name: _value(value) for name, value in parsed.provenance.items()},
+            "width": parsed.width,
+            "height": parsed.height,
+            "length": parsed.length,
+            "grids": {column: _grid(codes) for column, codes in parsed.codes.items() if codes.size <= MAX_GRID_CODES},
+        }
+    return shown
+
+
+def card(row: Row, schema_version: int, needle: str = "") -> dict[str, Any]:
+    """A sample as it stands in a list: with the beginning of its text, or with what stands around `needle` in it."""
+    shown: dict[str, Any] = {"number": row.number, "key": "", "bytes": row.size, "chars": row.text_chars, "codes": row.num_codes}
+    image = next((suffix for suffix in row.lengths if is_image(suffix)), None)
+    shown |= {"image": image, "columns": {}, "type": None, "text": "", "turns_count": 0}
+    try:
+        shown["key"] = row.key
+    except FormatError as error:
+        return shown | {"problem": str(error)}
+    parsed, problem = _parse(row, schema_version)
+    if parsed is None:
+        text = "\n".join(_decode(payload) for suffix, payload in row.payloads.items() if is_text(suffix))
+        shown |= {"text": _excerpt(text, needle), "chars": len(text)}
+        return shown | ({"problem": problem} if problem else {})
+    turns = _turns(parsed)
+    text = parsed.text or "\n".join(turn["value"] for turn in turns)
+    return shown | {
+        "type": parsed.data_type,
+        "text": _excerpt(text, needle),
+        "chars": len(text),
+        "turns_count": len(turns),
+        "columns": {column: list(codes.shape) for column, codes in parsed.codes.items()},
+    }
+
+
+def codes_of(rows: Rows, number: int, column: str) -> NDArray[Any]:
+    """The code grid of a sample.
+
+    Raises:
+        UsageError: there is no such sample.
+        DataError: it has no such grid, or one too large to be drawn.
+    """
+    row = rows.one(number, is_small, max_member_bytes=MAX_MEMBER_BYTES)
+    parsed, problem = _parse(row, rows.manifest.schema_version)
+    codes = None if parsed is None else parsed.codes.get(column)
+    if codes is None:
+        raise DataError(problem or f"sample {number:,} has no {column}")
+    if codes.size > MAX_GRID_CODES:
+        raise DataError(f"a grid of {codes.shape[0]:,} x {codes.shape[1]:,} codes; at most {MAX_GRID_CODES:,} codes are drawn")
+    return codes
+
+
+def search(rows: Rows, query: Query, after: int, limit: int, budget_s: float = SEARCH_S) -> dict[str, Any]:
+    """The next samples that match, as many as are found in the time that there is.
+
+    Args:
+        rows: the data set.
+        query: what to look for.
+        after: the number of the first sample to look at.
+        limit: at most so many.
+        budget_s: when it is used up, the piece at hand is finished and no other begun.
+
+    Returns:
+        Cards; `next`, the number to go on from, None at the end; `looked_at`, how many samples this call has passed.
+    """
+    deadline = time.monotonic() + budget_s
+    found: list[int] = []
+    at = after
+    for piece, at in _pieces(rows, query, after):
+        for row in piece:
+            if _matches(row, query, rows.manifest.schema_version):
+                found.append(row.number)
+                if len(found) >= limit:
+                    at = row.number + 1
+                    break
+        if len(found) >= limit or time.monotonic() >= deadline:
+            break
+    else:
+        at = len(rows)
+    return {
+        "samples": _cards(rows, found, query.text),
+        "next": None if at >= len(rows) else at,
+        "looked_at": at - after,
+        "total": len(rows),
+    }
+
+
+def _cards(rows: Rows, numbers: Sequence[int], needle: str) -> list[dict[str, Any]]:
+    """The cards of these samples, in ascending order; neighbours are read together."""
+    cards: list[dict[str, Any]] = []
+    for _, run in groupby(enumerate(numbers), lambda numbered: numbered[1] - numbered[0]):
+        members = list(run)
+        cards += page(rows, members[0][1], len(members), needle)["samples"]
+    return cards
+
+
+def _pieces(rows: Rows, query: Query, after: int) -> Iterator[tuple[list[Row], int]]:
+    """The samples that may match, and the number behind them. Shards without the data type asked for are passed unread."""
+    if after >= len(rows):
+        return
+    shard, first = rows.locate(after)
+    for number in range(shard, len(rows.manifest.shards)):
+        described = rows.manifest.shards[number]
+        if query.data_type and described.data_types and query.data_type not in described.data_types:
+            yield [], rows.first_of(number) + described.samples
+        else:
+            for piece in rows.scan(number, first, is_text):
+                yield piece, piece[-1].number + 1
+        first = 0
+
+
+def _matches(row: Row, query: Query, schema_version: int) -> bool:
+    if query.key:
+        try:
+            if query.key not in row.key:
+                return False
+        except FormatError:
+            return False
+    if not (query.text or query.data_type):
+        return True
+    needle = query.text.lower()
+    if schema_version == ANY_MEMBERS:
+        return not query.data_type and any(needle in _decode(payload).lower() for payload in row.payloads.values())
+    try:
+        record = orjson.loads(row.payloads["json"])
+        texts = [record["text"], *(turn["value"] for turn in record.get("conversations") or ())]
+        if query.data_type and record["data_type"] != query.data_type:
+            return False
+        return any(needle in text.lower() for text in texts)
+    except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def _parse(row: Row, schema_version: int) -> tuple[Sample | None, str | None]:
+    """The sample, or why it is none; neither for WebDataset samples of other kinds."""
+    if schema_version == ANY_MEMBERS:
+        return None, None
+    if too_large := [suffix for suffix in row.lengths if is_small(suffix) and suffix not in row.payloads]:
+        return None, f"{too_large[0]} is larger than the {MAX_MEMBER_BYTES >> 20} MiB that are shown here"
+    try:
+        parsed = sample_from_members(row.key, row.payloads)
+        validate(parsed)
+    except DataError as error:
+        return None, str(error)
+    return parsed, None
+
+
+def _turns(parsed: Sample) -> list[dict[str, str]]:
+    return [{"from": turn["from"], "value": turn["value"][:MAX_TEXT_CHARS]} for turn in parsed.conversations or ()]
+
+
+def _grid(codes: NDArray[Any]) -> dict[str, Any]:
+    return {"height": codes.shape[0], "width": codes.shape[1], "distinct": len(np.unique(codes)), "codes": codes.ravel().tolist()}
+
+
+def _is_intact(rows: Rows, row: Row) -> bool | None:
+    """Whether the sample's bytes have the CRC-32 of its index; None if they are too many to read for this."""
+    if row.size > MAX_MEMBER_BYTES:
+        return None
+    data = rows.store.read_range(row.shard, row.start, row.start + row.size)
+    return int(crc32(data)) == row.crc32
+
+
+def _excerpt(text: str, needle: str) -> str:
+    at = text.lower().find(needle.lower()) if needle else 0
+    if at < CARD_TEXT_CHARS // 4:
+        return text[:CARD_TEXT_CHARS]
+    return "… " + text[at - CARD_TEXT_CHARS // 8 :][:CARD_TEXT_CHARS]
+
+
+def _value(value: Any) -> str:
+    """A field of provenance as a line of text."""
+    if isinstance(value, str):
+        return value[:CARD_TEXT_CHARS]
+    try:
+        return orjson.dumps(value).decode()[:CARD_TEXT_CHARS]
+    except TypeError:  # nested deeper than orjson writes
+        return "..."
+
+
+def _decode(payload: memoryview) -> str:
+    return bytes(payload).decode(errors="replace")

@@ -1,0 +1,192 @@
+"""Codes -> pictures, as PNG files.
+
+    decoded    the picture that the tokenizer makes of a grid; the tokenizer is the one that the manifest names
+    code_map   one pixel a code, coloured by its number: what can be shown when there is no tokenizer
+
+Decoding has a process of its own, started by the first picture: importing torch takes seconds and half a GiB, and the pages
+must not wait for either. Invariant: a picture is shown only if the tokenizer's weights are those that made the codes (their hash
+is in the manifest). Weights come from the command line, never from the data.
+Cost: one decode at a time, on all cores but one; the last CACHE_BYTES of pictures are kept.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from functools import lru_cache
+from multiprocessing.connection import wait
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wds_tools.check.png import png_bytes
+from wds_tools.errors import DataError, UsageError, WorkerDied
+
+if TYPE_CHECKING:
+    from wds_tools.vq import ImageTokenizer
+
+CACHE_BYTES = 48 << 20
+_HUE_STEP = 0.618033988749895
+"""The golden ratio's: neighbours in number get colours far apart."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoder:
+    """Which tokenizer decodes a column; equal ones are loaded once."""
+
+    name: str
+    """As load_tokenizer takes it, like the next two."""
+    weights: str | None
+    device: str
+    weights_hash: str | None
+    """What made the codes; None if the manifest does not say."""
+
+
+class Pictures:
+    """Makes and keeps pictures, for many threads.
+
+    Args:
+        codes: the manifest's provenance of the code columns.
+        weights: path of the tokenizer's weights; None for those that come with it.
+        device: what decodes, as load_tokenizer takes it.
+    """
+
+    def __init__(self, codes: Mapping[str, Mapping[str, Any]], weights: str | None, device: str) -> None:
+        self._codes = codes
+        self._weights = weights
+        self._device = device
+        self._turn = threading.Lock()
+        self._process: ProcessPoolExecutor | None = None
+        self._is_closed = False
+        self._cache: OrderedDict[Hashable, bytes] = OrderedDict()
+        self._cached_bytes = 0
+        self._lock = threading.Lock()
+
+    def decoded(
+        self,
+        number: int,
+        column: str,
+        codes_hw: NDArray[Any],
+        *,
+        is_small: bool = False,
+        is_wanted: Callable[[], bool] = lambda: True,
+    ) -> bytes:
+        """The picture of a sample's codes.
+
+        Args:
+            number, column: of the sample and its grid, by which the picture is kept.
+            codes_hw: the grid.
+            is_small: at half the size, for lists.
+            is_wanted: asked when it is this picture's turn; if not, there is none: b"".
+
+        Raises:
+            UsageError: the manifest names no tokenizer for the column, or one that needs other weights.
+            DataError: a code is outside the codebook.
+            TokenizerError, MissingPackage: the tokenizer can't be loaded.
+            WorkerDied: the process that decodes was killed; the next picture starts another.
+        """
+        name = (number, column, is_small)
+        png = self._kept(name)
+        if png is None:
+            decoder = self._decoder(column)
+            with self._turn:
+                if self._is_closed or not is_wanted():
+                    return b""
+                png = self._ask(decoder, codes_hw, is_small)
+            self._keep(name, png)
+        return png
+
+    def close(self) -> None:
+        """End the process that decodes, when its picture is done."""
+        with self._turn:
+            self._is_closed = True
+            if self._process is not None:
+                self._process.shutdown()
+
+    def _decoder(self, column: str) -> Decoder:
+        provenance = self._codes.get(column) or {}
+        name, weights_hash = provenance.get("tokenizer"), provenance.get("weights_hash")
+        if not isinstance(name, str):
+            raise UsageError(f"the manifest does not say which tokenizer made {column}: its pictures can't be decoded")
+        stated = None if weights_hash is None else str(weights_hash)
+        return Decoder(name=name, weights=self._weights, device=self._device, weights_hash=stated)
+
+    def _ask(self, decoder: Decoder, codes_hw: NDArray[Any], is_small: bool) -> bytes:
+        if self._process is None:
+            self._process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _begin)
+        try:
+            return self._process.submit(_picture, decoder, codes_hw, is_small).result()
+        except BrokenProcessPool as error:
+            self._process = None
+            raise WorkerDied(
+                "the process that decodes pictures was killed, or memory ran out: look again to start it anew"
+            ) from error
+
+    def _kept(self, name: Hashable) -> bytes | None:
+        with self._lock:
+            if name in self._cache:
+                self._cache.move_to_end(name)
+            return self._cache.get(name)
+
+    def _keep(self, name: Hashable, png: bytes) -> None:
+        with self._lock:
+            if name not in self._cache:
+                self._cache[name] = png
+                self._cached_bytes += len(png)
+            while self._cached_bytes > CACHE_BYTES:
+                self._cached_bytes -= len(self._cache.popitem(last=False)[1])
+
+
+def code_map(codes_hw: NDArray[Any]) -> bytes:
+    """A picture of one pixel a code. Equal codes have equal colours; close numbers have different ones."""
+    hue = codes_hw.astype(np.float64) * _HUE_STEP % 1.0
+    phase_hw3 = (hue[..., None] + np.array([0.0, 1 / 3, 2 / 3])) * (2 * np.pi)
+    return png_bytes((150 + 70 * np.cos(phase_hw3)).astype(np.uint8))
+
+
+def _begin() -> None:
+    """In the new process: a core is left to the pages, and it ends with the viewer, however that ends."""
+    import torch
+
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) - 1))
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=_exit_with, args=(parent.sentinel,), daemon=True).start()
+
+
+def _exit_with(parent: int) -> None:
+    wait([parent])
+    os._exit(1)
+
+
+@lru_cache(maxsize=2)
+def _load(decoder: Decoder) -> ImageTokenizer:
+    from wds_tools.vq import load_tokenizer
+
+    tokenizer = load_tokenizer(decoder.name, weights=decoder.weights, device=decoder.device)
+    if decoder.weights_hash not in (None, tokenizer.weights_hash):
+        raise UsageError(
+            f"the codes were made with the weights {str(decoder.weights_hash)[:20]}..., these are "
+            f"{tokenizer.weights_hash[:20]}...: give those that made them with --weights"
+        )
+    return tokenizer
+
+
+def _picture(decoder: Decoder, codes_hw: NDArray[Any], is_small: bool) -> bytes:
+    import torch
+
+    if codes_hw.size == 0:
+        raise DataError("an empty grid has no picture")
+    codes_1hw = torch.from_numpy(codes_hw.astype(np.int64))[None]
+    pixels_HW3: NDArray[np.uint8] = _load(decoder).decode(codes_1hw)[0].cpu().numpy()
+    if is_small:  # the mean of every 2 x 2 pixels; sides are even, as multiples of a stride
+        H, W, _ = pixels_HW3.shape
+        pixels_HW3 = pixels_HW3.reshape(H // 2, 2, W // 2, 2, 3).mean(axis=(1, 3)).astype(np.uint8)
+    return png_bytes(pixels_HW3)

@@ -1,0 +1,158 @@
+// One sample: the picture from its codes, the original, the codes themselves, its text or conversation, and where it lies.
+import { dataSet, get, load, unlessLeft } from "/static/api.js";
+import { bytes, count, el, facts, failure, go, replace } from "/static/dom.js";
+import { codeGrid } from "/static/grid.js";
+
+const PAGE = 24;
+const kept = new Map(); // the last few answers, and those of the neighbours
+
+function fetchSample(number) {
+  if (!kept.has(number)) {
+    const answer = get(`/api/sample/${number}`);
+    kept.set(number, answer);
+    answer.catch(() => kept.delete(number));
+    if (kept.size > 12) kept.delete(kept.keys().next().value);
+  }
+  return kept.get(number);
+}
+
+export function showSample(main, url, signal) {
+  const number = Number(url.pathname.slice("/sample/".length));
+  const step = (by) => () => {
+    const to = number + by;
+    if (to >= 0 && to < dataSet.samples) go(`/sample/${to}`, { replacing: true });
+  };
+  const list = `/?first=${Math.floor(number / PAGE) * PAGE}`;
+  const back = () => (history.state?.inside && history.length > 1 ? history.back() : go(list));
+  const copied = el("button", { type: "button", title: "Copy the link (c)" }, "Copy link");
+  const copy = () => navigator.clipboard.writeText(location.href).then(
+    () => { copied.textContent = "Copied"; }, () => { copied.textContent = "Copy it from the address bar"; });
+  copied.addEventListener("click", copy);
+  const keys = { ArrowLeft: step(-1), ArrowRight: step(1), k: step(-1), j: step(1), Escape: back, u: back, c: copy, "/": () => go(list), g: () => go(list), m: () => {} };
+
+  const waiting = setTimeout(() => main.classList.add("stale"), 150);
+  fetchSample(number).then((sample) => {
+    if (signal.aborted) return;
+    const grids = [];
+    replace(main, head(sample, number, step, back, copied), body(sample, number, signal, grids));
+    keys.m = () => grids.forEach((grid) => grid.nextMode());
+    for (const near of [number + 1, number - 1]) if (near >= 0 && near < dataSet.samples) fetchSample(near).catch(() => {});
+  }).catch(unlessLeft((error) => {
+    if (!signal.aborted) replace(main, failure(error, () => go(list)));
+  })).finally(() => {
+    clearTimeout(waiting);
+    main.classList.remove("stale");
+  });
+  return keys;
+}
+
+function head(sample, number, step, back, copied) {
+  return el("div", { className: "head" },
+    el("button", { type: "button", onclick: back, title: "Back to the list (Esc)" }, "↑ List"),
+    el("button", { type: "button", onclick: step(-1), disabled: number <= 0, title: "Previous sample (k, ←)", id: "previous" }, "‹"),
+    el("button", { type: "button", onclick: step(1), disabled: number + 1 >= sample.total, title: "Next sample (j, →)", id: "next" }, "›"),
+    el("span", { className: "count" }, `#${count(number)} of ${count(sample.total)}`),
+    el("h1", { title: "key" }, sample.key),
+    sample.type ? el("span", { className: "chip" }, sample.type) : null,
+    sample.intact === true ? el("span", { className: "chip good", title: "Its bytes have the CRC-32 of the index" }, "intact") : null,
+    sample.intact === false ? el("span", { className: "chip bad", title: "Its bytes do not have the CRC-32 of the index" }, "damaged") : null,
+    el("span", { className: "grow" }), copied);
+}
+
+function body(sample, number, signal, grids) {
+  const panes = Object.entries(sample.grids ?? {}).flatMap(([column, grid]) => codePanes(sample, number, column, grid, signal, grids));
+  if (!panes.length && sample.image) panes.push(original(number, null, signal));
+  const text = el("div", { className: "side" }, words(sample));
+  const rest = el("div", { className: "side" }, about(sample), raw(sample));
+  if (panes.length === 1 || panes.length === 2) {
+    text.append(...rest.childNodes);
+    rest.hidden = true;
+  }
+  return el("div", { className: `sample panes-${panes.length}` }, panes, text, rest);
+}
+
+function codePanes(sample, number, column, grid, signal, grids) {
+  const codes = codeGrid(number, column, grid, signal);
+  grids.push(codes);
+  const ratio = `${grid.width} / ${grid.height}`;
+  const decoded = frame(ratio);
+  const img = el("img", { alt: "the picture decoded from its codes" });
+  load(img, `/picture/${number}/${column}.png`, signal)
+    .then(() => fill(decoded, img, codes.overlay()), unlessLeft((error) => fill(decoded, el("p", {}, error.message))));
+  codes.follow(decoded);
+  const cells = fill(frame(ratio), codes.cells, codes.overlay());
+  codes.follow(cells);
+  return [
+    el("figure", { className: "pane" }, el("header", {}, "Decoded"), decoded),
+    sample.image ? original(number, ratio, signal) : null,
+    el("figure", { className: "pane" }, el("header", {}, `Codes, ${grid.height} × ${grid.width}`, el("span", { className: "grow" }), codes.controls), cells, codes.readout),
+  ].filter(Boolean);
+}
+
+function frame(ratio) {
+  const node = el("div", { className: "frame thumb waiting" });
+  node.style.aspectRatio = ratio; // set by script, which the page's policy allows; as an attribute it would not
+  return node;
+}
+
+function fill(node, ...children) {
+  node.classList.remove("waiting");
+  return replace(node, ...children);
+}
+
+// The source image, cut as it was for the tokenizer, or whole.
+function original(number, ratio, signal) {
+  const node = frame(ratio ?? "auto");
+  const img = el("img", { alt: "the source image", className: ratio ? "cover" : "" });
+  load(img, `/image/${number}`, signal)
+    .then(() => fill(node, img), unlessLeft((error) => fill(node, el("p", {}, error.message))));
+  const button = el("button", { type: "button", "aria-pressed": "false" }, "whole");
+  button.addEventListener("click", () => {
+    const isWhole = img.className === "cover";
+    img.className = isWhole ? "whole" : "cover";
+    button.setAttribute("aria-pressed", String(isWhole));
+  });
+  return el("figure", { className: "pane" }, el("header", {}, "Original", ratio ? el("span", { className: "switch" }, button) : null), node);
+}
+
+function words(sample) {
+  if (sample.problem) return el("section", {}, el("h2", {}, "Not readable"), el("p", {}, sample.problem));
+  const parts = [];
+  if (sample.turns?.length) parts.push(el("section", {}, el("h2", {}, "Conversation"), el("div", { className: "turns" }, sample.turns.map(turn))));
+  if (sample.text || !parts.length) {
+    const text = sample.text || (sample.type ? "no text" : "");
+    if (text) parts.unshift(el("section", {}, el("h2", {}, "Text"), el("p", { className: "prose", dir: "auto" }, text)));
+  }
+  return parts;
+}
+
+function turn({ from, value }) {
+  const isAnswer = from === "gpt" || from === "assistant";
+  const pieces = value.split("<image>").flatMap((piece, at) => (at ? [el("span", { className: "image" }, "image"), piece] : [piece]));
+  return el("div", { className: `turn${isAnswer ? " answer" : ""}`, dir: "auto" }, el("b", {}, from), pieces);
+}
+
+function about(sample) {
+  const size = sample.width ? `${sample.width} × ${sample.height} px` : null;
+  const distinct = Object.values(sample.grids ?? {}).map((grid) => count(grid.distinct)).join(", ");
+  return el("section", {}, el("h2", {}, "Sample"),
+    facts([
+      ["characters", count(sample.chars)],
+      sample.codes ? ["image tokens", count(sample.codes)] : null,
+      distinct ? ["different codes", distinct] : null,
+      sample.tokens !== undefined ? ["text tokens", count(sample.tokens)] : null,
+      sample.length !== undefined ? ["length", count(sample.length)] : null,
+      size ? ["cropped to", size] : null,
+      ["shard", sample.shard],
+      ["row", count(sample.row)],
+      ["at byte", count(sample.start)],
+      ["bytes", count(sample.bytes)],
+      ...Object.entries(sample.provenance ?? {}),
+    ]),
+    el("div", { className: "scroll" }, el("table", {}, el("thead", {}, el("tr", {}, el("th", {}, "member"), el("th", {}, "size"))),
+      el("tbody", {}, sample.members.map((member) => el("tr", {}, el("td", { className: "mono" }, member.suffix), el("td", {}, bytes(member.bytes))))))));
+}
+
+function raw(sample) {
+  return Object.entries(sample.raw).map(([suffix, text]) => el("details", { open: !sample.type }, el("summary", {}, suffix), el("pre", {}, text)));
+}

@@ -1,0 +1,128 @@
+"""`wds-tools completion`: a script for the shell that completes commands, options and what an option may be.
+
+The script is made once from the commands' configs and holds all it needs: pressing Tab starts no Python.
+"""
+
+from __future__ import annotations
+
+import importlib
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import tyro
+
+from wds_tools.cli import main
+
+EXAMPLE = "wds-tools completion bash > ~/.local/share/bash-completion/completions/wds-tools"
+_POSITIONAL = typing.get_args(tyro.conf.Positional[str])[1]
+_Options = Mapping[str, tuple[str, ...]]
+"""Option -> the words that it may be followed by, none if anything may; under "" those that may stand without an option."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Print what makes a shell complete `wds-tools` commands. Without a file: `source <(wds-tools completion bash)`."""
+
+    shell: tyro.conf.Positional[Literal["bash", "zsh", "fish"]]
+    """Which shell it is for."""
+
+
+def run(config: Config) -> int:
+    """Print the script."""
+    commands = {" ".join(words): _options(module) for words, (module, _) in main.COMMANDS.items()}
+    match config.shell:
+        case "bash":
+            print(_BASH.format(**_bash(commands)))
+        case "zsh":
+            print("#compdef wds-tools\nautoload -U +X bashcompinit && bashcompinit\n" + _BASH.format(**_bash(commands)))
+        case "fish":
+            print("\n".join(_fish(commands)))
+    return 0
+
+
+def _options(module: str) -> _Options:
+    config: Any = importlib.import_module(f"wds_tools.cli.{module}").Config
+    found: dict[str, tuple[str, ...]] = {"--help": ()}
+    for name, kind in typing.get_type_hints(config, include_extras=True).items():
+        of_what = typing.get_args(kind)
+        if _POSITIONAL in of_what:
+            found[""] = _choices(of_what[0])
+        else:
+            found[f"--{name.replace('_', '-')}"] = _choices(kind)
+    return found
+
+
+def _choices(kind: Any) -> tuple[str, ...]:
+    return tuple(map(str, typing.get_args(kind))) if typing.get_origin(kind) is Literal else ()
+
+
+_BASH = """_wds_tools() {{
+    local cur=${{COMP_WORDS[COMP_CWORD]}} prev=${{COMP_WORDS[COMP_CWORD-1]}} choices= flags=
+    local said=" ${{COMP_WORDS[1]}} ${{COMP_WORDS[2]}} "
+    if [ "$COMP_CWORD" -eq 1 ]; then
+        choices="{first}" flags="--help --version"
+    else
+        case "$said" in
+{options}
+{second}
+        esac
+        case "$said$prev" in
+{values}
+        esac
+    fi
+    case "$cur" in -*) choices=$flags ;; esac
+    COMPREPLY=($(compgen -W "$choices" -- "$cur"))
+}}
+complete -o default -F _wds_tools wds-tools"""
+
+
+def _bash(commands: Mapping[str, _Options]) -> dict[str, str]:
+    seconds: dict[str, list[str]] = {}
+    options, values = [], []
+    for command, known in commands.items():
+        first, _, second = command.partition(" ")
+        if second:
+            seconds.setdefault(first, []).append(second)
+        names = " ".join(filter(None, known))
+        options.append(f'            " {command} "*) flags="{names}" choices="{" ".join(known.get("", ()))}" ;;')
+        values += [
+            f'            " {command} "*{option}) choices="{" ".join(choices)}" ;;'
+            for option, choices in known.items()
+            if option and choices
+        ]
+    return {
+        "first": " ".join(dict.fromkeys(command.partition(" ")[0] for command in commands)),
+        "options": "\n".join(options),
+        "second": "\n".join(f'            " {first} "*) choices="{" ".join(names)}" ;;' for first, names in seconds.items()),
+        "values": "\n".join(values),
+    }
+
+
+def _fish(commands: Mapping[str, _Options]) -> list[str]:
+    lines = [
+        "complete -c wds-tools -n __fish_use_subcommand -l version",
+        "complete -c wds-tools -n __fish_use_subcommand -l help",
+    ]
+    for words, (_, summary) in main.COMMANDS.items():
+        first, *second = words
+        said = f'"__fish_seen_subcommand_from {first}"'
+        lines.append(
+            f"complete -c wds-tools -f -n __fish_use_subcommand -a {first}" + ("" if second else f" -d '{_quoted(summary)}'")
+        )
+        for name in second:
+            not_yet = f'"__fish_seen_subcommand_from {first}; and test (count (commandline -opc)) -eq 2"'
+            lines.append(f"complete -c wds-tools -f -n {not_yet} -a {name} -d '{_quoted(summary)}'")
+            said = f'"__fish_seen_subcommand_from {first}; and __fish_seen_subcommand_from {name}"'
+        for option, choices in commands[" ".join(words)].items():
+            may_be = f" -a '{' '.join(choices)}'" if choices else ""
+            if option:
+                lines.append(f"complete -c wds-tools -n {said} -l {option[2:]}" + (f" -x{may_be}" if choices else ""))
+            elif choices:
+                lines.append(f"complete -c wds-tools -f -n {said}{may_be}")
+    return list(dict.fromkeys(lines))
+
+
+def _quoted(text: str) -> str:
+    return text.replace("'", "\\'")

@@ -1,0 +1,19 @@
+"""`wds-tools convert hf`."""
+
+from dataclasses import dataclass
+
+from wds_tools.cli.summary import Printed, print_data_set
+from wds_tools.convert.hf import HfConfig, convert_hf
+
+EXAMPLE = "wds-tools convert hf --input liquid-data/ --output s3://bucket/liquid --workers 8"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Printed, HfConfig):
+    """Convert the reference pipeline's Hugging Face folders and jsonl files, which hold codes, to shards."""
+
+
+def run(config: Config) -> int:
+    """Convert, and say what came of it."""
+    print_data_set(config.output, convert_hf(config), json=config.json)
+    return 0

@@ -1,0 +1,152 @@
+"""`wds-tools doctor`: everything that a question to the maintainers should begin with, and no secret."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import resource
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+
+import tyro
+
+from wds_tools import __version__
+from wds_tools.cli.summary import Printed, print_json
+from wds_tools.dataset.read import read_manifest
+from wds_tools.encode.devices import describe_devices
+from wds_tools.errors import WdsToolsError
+from wds_tools.format import manifest as manifests
+from wds_tools.storage import Store, open_store, redact
+
+EXAMPLE = "wds-tools doctor s3://bucket/pairs"
+_VARIABLES = re.compile(r"(AWS|GOOGLE|AZURE|WDS_TOOLS|HF|OMP|NCCL|CUDA|RAY)_\w+|RANK|WORLD_SIZE|LOCAL_RANK|TMPDIR")
+_SECRET = re.compile(r"KEY|SECRET|TOKEN|PASS|CREDENTIAL|SAS")
+_OF_DEVELOPERS = ("dev", "docs")
+_PROBE = "wds-tools-doctor"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Printed):
+    """Say what is installed, what devices there are, and whether data sets or buckets can be read.
+
+    Exit status 1 if one can't, or if a package is missing that every command needs."""
+
+    input: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Directories or URLs to try: of data sets, or any others."""
+    write: bool = False
+    """Try writing there too: a small file is put and deleted again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Fact:
+    name: str
+    text: str
+    is_fine: bool = True
+
+
+def run(config: Config) -> int:
+    """Look, and report."""
+    facts = [*_machine(), *_packages(), *_devices(), *_environment(), *(_place(url, config.write) for url in config.input)]
+    problems = [f"{fact.name}: {fact.text}" for fact in facts if not fact.is_fine]
+    if config.json:
+        print_json({"facts": [asdict(fact) for fact in facts], "problems": problems})
+        return 1 if problems else 0
+    width = max(len(fact.name) for fact in facts)
+    for fact in facts:
+        print(f"{fact.name:<{width}}  {'' if fact.is_fine else 'WRONG: '}{fact.text}")
+    print(f"doctor: {len(problems)} problems" if problems else "doctor: all is well")
+    return 1 if problems else 0
+
+
+def _machine() -> Iterator[_Fact]:
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    yield _Fact(name="wds-tools", text=__version__)
+    yield _Fact(name="python", text=f"{platform.python_version()}, {platform.platform()}")
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    yield _Fact(name="machine", text=f"{cpus} CPUs, {memory / 2**30:.1f} GiB of memory, {files:,} open files allowed")
+    folders = {"temporary": tempfile.gettempdir(), "shared memory": "/dev/shm"}  # noqa: S108  # looked at, not written to
+    found = [
+        f"{shutil.disk_usage(folder).free / 1e9:,.1f} GB in {folder} ({name})"
+        for name, folder in folders.items()
+        if Path(folder).is_dir()
+    ]
+    yield _Fact(name="free", text=", ".join(found))
+
+
+def _packages() -> Iterator[_Fact]:
+    """What this package requires, by extra."""
+    try:
+        requirements = importlib.metadata.requires("wds-tools") or []
+    except importlib.metadata.PackageNotFoundError:
+        yield _Fact(name="packages", text="wds-tools runs from its source tree: pip install it to see what it requires")
+        return
+    groups: dict[str, list[str]] = {"": []}
+    for requirement in requirements:
+        required = re.match(r"[\w.-]+", requirement)
+        extra = re.search(r"extra == ['\"](\w+)['\"]", requirement)
+        if required and required[0] != "wds-tools" and not (extra and extra[1] in _OF_DEVELOPERS):
+            groups.setdefault(extra[1] if extra else "", []).append(required[0])
+    for group, names in groups.items():
+        versions = {name: _version(name) for name in names}
+        have = ", ".join(f"{name} {version}" for name, version in versions.items() if version) or "nothing"
+        missing = ", ".join(name for name, version in versions.items() if not version)
+        install = f"pip install 'wds-tools[{group}]'" if group else "pip install wds-tools"
+        text = f"no {missing}: {install}; there is {have}" if missing else have
+        yield _Fact(name=f"[{group}]" if group else "packages", text=text, is_fine=bool(group) or not missing)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _devices() -> Iterator[_Fact]:
+    for line in describe_devices() or ["no GPU that torch can use: `encode --device cpu` works, at a few images a second"]:
+        yield _Fact(name="devices", text=line)
+
+
+def _environment() -> Iterator[_Fact]:
+    """The variables that decide on storage and processes; of those that may be secret, that they are set."""
+    for name in sorted(filter(_VARIABLES.fullmatch, os.environ)):
+        value = "set" if _SECRET.search(name) else redact(os.environ[name])
+        yield _Fact(name=name, text=value if os.environ[name] else "set, but empty")
+
+
+def _place(url: str, write: bool) -> _Fact:
+    """Whether a place can be read, and written if that is asked."""
+    name = redact(url)
+    try:
+        store = open_store(url)
+        begun = time.monotonic()
+        what = _read(store)
+        found = f"readable in {1000 * (time.monotonic() - begun):,.0f} ms: {what}"
+        if write:
+            begun = time.monotonic()
+            store.put(_PROBE, b"written by wds-tools doctor, to be deleted at once")
+            store.delete(_PROBE)
+            found += f"; writable in {1000 * (time.monotonic() - begun):,.0f} ms"
+    except WdsToolsError as error:
+        return _Fact(name=name, text=str(error), is_fine=False)
+    return _Fact(name=name, text=found)
+
+
+def _read(store: Store) -> str:
+    if store.exists(manifests.NAME):
+        manifest = read_manifest(store, any_members=True)
+        for row in manifest.shards[:1]:
+            store.read_range(row.name, 0, 1)
+        return f"a data set of {manifest.samples:,} samples in {len(manifest.shards):,} shards"
+    for entry in islice(store.list(), 1):
+        store.read_range(entry.name, 0, min(entry.size, 1))
+        return f"no data set, but files such as {entry.name}"
+    return "nothing is there"

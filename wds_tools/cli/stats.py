@@ -1,0 +1,102 @@
+"""`wds-tools stats`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import orjson
+import tyro
+
+from wds_tools.check.duplicates import Repeats
+from wds_tools.check.histogram import Histogram
+from wds_tools.check.report import render, to_json
+from wds_tools.check.stats import Stats, StatsConfig, stats
+from wds_tools.cli.summary import print_data_set
+from wds_tools.storage import open_store, split_url
+
+EXAMPLE = "wds-tools stats s3://bucket/pairs --workers 8 --html report.html"
+_SPARKS = " ▁▂▃▄▅▆▇█"
+_SPARK_WIDTH = 24
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(StatsConfig):
+    """Describe a data set in numbers: lengths, sizes, codebook use, duplicates, drift between shards."""
+
+    input: tyro.conf.Positional[str]
+    """The data set: a directory or URL."""
+    html: str | None = None
+    """Write a report to this file (a path or URL): one page that needs nothing else."""
+    json: bool = False
+    """Print one JSON object."""
+
+
+def run(config: Config) -> int:
+    """Count, and say what was found."""
+    result = stats(config)
+    if config.html is not None:
+        folder, name = split_url(config.html)
+        open_store(folder).put(name, render(result).encode())
+    if config.json:
+        print(orjson.dumps(to_json(result), option=orjson.OPT_INDENT_2).decode())
+        return 0
+    print_data_set(config.input, result.manifest)
+    print()
+    print("\n".join(_describe(result)))
+    if config.html is not None:
+        print(f"\nreport: {config.html}")
+    return 0
+
+
+def _describe(result: Stats) -> Iterator[str]:
+    count = result.count
+    yield f"{'':<16}{'least':>10}{'5 %':>10}{'median':>10}{'95 %':>10}{'most':>12}{'mean':>12}"
+    for name, values in (
+        ("text, chars", count.text_chars),
+        ("turns", count.turns),
+        ("sample, bytes", count.sample_bytes),
+        ("image, bytes", count.image_bytes),
+    ):
+        if values.count:
+            cells = (values.least, values.quantile(0.05), values.quantile(0.5), values.quantile(0.95))
+            numbers = "".join(f"{value:>10,}" for value in cells)
+            yield f"{name:<16}{numbers}{values.most:>12,}{values.mean:>12,.1f}  {_spark(values)}"
+    for grid, number in count.grids.most_common(8):
+        yield f"{'grid':<16}{grid}: {number:,}"
+    for column, use in sorted(count.codes.items()):
+        yield (
+            f"{column:<16}{use.used:,} of {use.size:,} codes in use ({use.used / max(use.size, 1):.1%}), "
+            f"entropy {use.entropy_bits:.3f} bits, perplexity {use.perplexity:,.0f}"
+        )
+    if count.text_chars.count:
+        yield from _describe_repeats("same text", result.text_repeats, result.largest["text"])
+    if count.codes:
+        yield from _describe_repeats("same codes", result.code_repeats, result.largest["codes"])
+    odd = [shard for shard in result.shards if shard.is_odd]
+    if len(result.shards) > 1:
+        yield f"{'drift':<16}{len(odd):,} of {len(result.shards):,} shards stand out"
+    for shard in sorted(odd, key=lambda shard: -max(shard.text_distance, shard.code_distance))[:8]:
+        yield (
+            f"{'':<16}{shard.name}: texts differ by {shard.text_distance:.1%}, codes by {shard.code_distance:.1%}; "
+            f"median text {shard.text_p50:,} chars"
+        )
+
+
+def _describe_repeats(name: str, found: Repeats, largest: object) -> Iterator[str]:
+    about = "" if found.share_kept == 1 else f"; an estimate, from {found.share_kept:.3%} of the contents (--hashes for more)"
+    yield f"{name:<16}{found.extra:,} of {found.samples:,} samples repeat an earlier one ({found.share:.2%}){about}"
+    assert isinstance(largest, list)
+    for copies, key, text in largest[:3]:
+        yield f"{'':<16}{copies:,} x {key} {text[:60]!r}"
+
+
+def _spark(values: Histogram) -> str:
+    """The distribution between least and most, over a logarithmic axis, in one line."""
+    bars = values.bars()
+    width = min(_SPARK_WIDTH, len(bars))
+    heights = [0] * width
+    for at, (_, _, count) in enumerate(bars):
+        heights[at * width // len(bars)] += count
+    top = max(heights)
+    return "".join(_SPARKS[-(-height * (len(_SPARKS) - 1) // top)] for height in heights)

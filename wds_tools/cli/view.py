@@ -1,0 +1,40 @@
+"""`wds-tools view`."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import webbrowser
+from dataclasses import dataclass
+
+import tyro
+
+from wds_tools.check.view.server import ViewConfig, ViewServer
+
+EXAMPLE = "wds-tools view s3://bucket/pairs --open"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(ViewConfig):
+    """Look at a data set in a browser: its samples, what their codes decode to, its rejects, its numbers. Ctrl-C ends it."""
+
+    input: tyro.conf.Positional[str]
+    """The data set: a directory or URL."""
+    open: bool = False
+    """Open the page in this machine's browser."""
+
+
+def run(config: Config) -> int:
+    """Serve the page until Ctrl-C."""
+    server = ViewServer(config)
+    print(f"view: {config.input} at {server.url} (Ctrl-C ends)", flush=True)
+    if config.open:
+        threading.Thread(target=webbrowser.open, args=(server.url,), daemon=True).start()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does, with what it has started
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        print()
+    finally:
+        server.server_close()
+    return 0

@@ -1,0 +1,117 @@
+"""Manifests -> README.md: the data set card that the Hugging Face Hub shows, and what says which export lies here.
+
+A yaml header (what `load_dataset` and the Hub's viewer read: features, counts, where the files are) and a page for people: what
+the rows are, where they come from, with which tokenizer, how to load them. A pure function of the manifests and the settings, so
+an export that carries the same card was made of the same data in the same way.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import orjson
+
+from wds_tools.export.rows import COLUMNS, Format
+from wds_tools.format.manifest import Manifest
+
+NAME = "README.md"
+TAG = "wds-tools"
+_MEANING = {
+    "data_type": "`image_text` (a square image and its caption), `image_text_multi` (an image of its own shape), `text_pretrain`",
+    "text": "the caption, or the document",
+    "length": "characters of text + 4 x number of codes",
+    "vqcode_512": "codes of the 512 px centre crop, row by row: a JSON list in a string; `no` if there are none",
+    "vqcode_multi768": "the same for an image of `width` x `height` pixels",
+    "width": "pixels of the cropped image, as a string; `no` if there are none",
+    "height": "the same",
+}
+_SIZES = (("n<1K", 10**3), ("1K<n<10K", 10**4), ("10K<n<100K", 10**5), ("100K<n<1M", 10**6), ("1M<n<10M", 10**7))
+_LARGER = (("10M<n<100M", 10**8), ("100M<n<1B", 10**9), ("1B<n<10B", 10**10), ("10B<n<100B", 10**11), ("100B<n<1T", 10**12))
+
+
+def pack_card(
+    manifests: Sequence[Manifest], file_format: Format, *, files: int, seed: int, fingerprint: str, license_id: str | None
+) -> bytes:
+    """The card of an export.
+
+    Args:
+        manifests: of the data sets that are in it.
+        file_format: what kind of files it has.
+        files: how many.
+        seed: of the shuffle.
+        fingerprint: of the rows and their order.
+        license_id: as the Hub names licences, such as cc-by-4.0.
+    """
+    rows = sum(manifest.samples for manifest in manifests)
+    header = "\n".join(["---", *_yaml(_header(rows, file_format, license_id)), "---"])
+    lines = [
+        "# Image tokens and text",
+        "",
+        f"{rows:,} rows in {files:,} files, shuffled with seed {seed}: {_counts(_data_types(manifests))}.",
+        f"Fingerprint {fingerprint}.",
+        "",
+        "| column | type | |",
+        "|---|---|---|",
+        *(f"| `{name}` | {dtype} | {_MEANING[name]} |" for name, dtype in COLUMNS.items()),
+        "",
+        "## Where it comes from",
+        "",
+        *(line for manifest in manifests for line in _provenance(manifest)),
+        "",
+        "## Load it",
+        "",
+        "```python",
+        *_how_to_load(file_format),
+        "```",
+        "",
+        "Made by wds-tools; `wds-tools convert hf` makes shards of it again.",
+    ]
+    return "\n".join([header, "", *lines, ""]).encode()
+
+
+def _header(rows: int, file_format: Format, license_id: str | None) -> dict[str, Any]:
+    header: dict[str, Any] = {} if license_id is None else {"license": license_id}
+    header["tags"] = [TAG, "image-tokens", "webdataset"]
+    header["size_categories"] = [next((name for name, limit in (*_SIZES, *_LARGER) if rows < limit), "n>1T")]
+    header["dataset_info"] = {
+        "features": [{"name": name, "dtype": dtype} for name, dtype in COLUMNS.items()],
+        "splits": [{"name": "train", "num_examples": rows}],
+    }
+    if file_format == "parquet":
+        header["configs"] = [{"config_name": "default", "data_files": [{"split": "train", "path": "data/train-*.parquet"}]}]
+    return header
+
+
+def _yaml(record: Mapping[str, Any]) -> Iterator[str]:
+    """As yaml, of which JSON is a part: one line for each field."""
+    yield from (f"{name}: {orjson.dumps(value).decode()}" for name, value in record.items())
+
+
+def _data_types(manifests: Iterable[Manifest]) -> Counter[str]:
+    counts: Counter[str] = Counter()
+    for manifest in manifests:
+        counts.update(manifest.data_types)
+    return counts
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count:,} {name}" for name, count in sorted(counts.items()))
+
+
+def _provenance(manifest: Manifest) -> Iterator[str]:
+    plan = manifest.source.get("plan")
+    command = plan.get("command") if isinstance(plan, Mapping) else manifest.source.get("command")
+    rejects = f"; {sum(manifest.rejects.values()):,} more were rejected ({_counts(manifest.rejects)})" if manifest.rejects else ""
+    yield f"- {manifest.samples:,} samples ({_counts(manifest.data_types)}) of `{command}`, {manifest.fingerprint()}{rejects}"
+    for column, made in manifest.codes.items():
+        weights = f", weights {made['weights_hash']}" if made.get("weights_hash") else ""
+        facts = f"{made.get('codebook_size', 0):,} codes, stride {made.get('stride')}, {made.get('precision')}{weights}"
+        yield f"    - `{column}`: tokenizer {made.get('tokenizer')}, {facts}"
+
+
+def _how_to_load(file_format: Format) -> tuple[str, ...]:
+    if file_format == "arrow":
+        return "from datasets import load_from_disk", "", 'rows = load_from_disk("PATH")'
+    return "from datasets import load_dataset", "", 'rows = load_dataset("PATH", split="train")'
