@@ -174,7 +174,7 @@ def _grids(held: LoadedRows, row: int, record: dict[str, Any]) -> list[Shape] | 
     """(h, w) of each image of a conversation; None if the codes are one grid."""
     if record.get("grids") is None:
         return None
-    column = next((suffix for suffix, _, _ in _payloads(held, row) if suffix.endswith(".npy")), "no codes")
+    column = next((suffix for suffix, _, _ in _payloads(held, row) if suffix in held.reader.code_members), "no codes")
     return [(height, width) for height, width in record["grids"][column.removesuffix(".npy")]]
 
 

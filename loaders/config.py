@@ -30,6 +30,8 @@ class Source:
     """The same as a share of its samples, above 0 and up to 1."""
     name: str | None = None
     """What `__source__` says; by default the URL."""
+    codes: str | None = None
+    """Name of the codes to read, where its samples have several (`wds-tools encode --codes`); by default the first they have."""
 
     def __post_init__(self) -> None:
         weight, repeat, max_samples, share = self.weight, self.repeat, self.max_samples, self.share

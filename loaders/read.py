@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from array import array
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Container, Sequence
 from threading import Lock
 from typing import Any, Generic, TypeVar
 
@@ -18,9 +18,9 @@ import numpy as np
 
 from loaders.cache import BlockCache
 from loaders.stream import OpenSource
-from wds_tools.errors import FormatError, NotFound
+from wds_tools.errors import FormatError, NotFound, UsageError
 from wds_tools.format.index import ABSENT, SUFFIX, ShardIndex, check_fresh, read_rows
-from wds_tools.format.schema import IMAGE_EXTENSIONS
+from wds_tools.format.schema import CODE_COLUMNS, IMAGE_EXTENSIONS, named_column
 from wds_tools.storage import LocalStore, join
 
 _INDEX_ROWS = 2048
@@ -66,8 +66,8 @@ class LoadedRows:
         """Rows that are still to be handed out; kept by whoever holds this."""
         self.keys: list[int] = []
         """Of the pieces it holds; kept by whoever holds this."""
-        self.start, self.end, self.json, self.json_end, self.codes, self.codes_end = _places(index)
-        """Offsets in `data` by row, from `first` on: of the sample, its json, and the first codes it has (0, 0: none)."""
+        self.start, self.end, self.json, self.json_end, self.codes, self.codes_end = _places(index, reader.code_members)
+        """Offsets in `data` by row, from `first` on: of the sample, its json, and of its codes (0, 0: none)."""
         self.url = join(reader.opened.store.url, reader.opened.manifest.shards[shard].name)
         """Of the shard."""
 
@@ -89,6 +89,7 @@ class SourceReader:
         self.has_schema = opened.has_schema
         self.has_images = any(suffix in IMAGE_EXTENSIONS for row in opened.manifest.shards for suffix in row.members)
         self.has_conversations = "visual_sft" in opened.manifest.data_types
+        self.code_members = _code_members(opened)
         self._store = opened.store
         self._local = opened.store if isinstance(opened.store, LocalStore) else None
         self.is_mapped = self._local is not None
@@ -228,14 +229,26 @@ def _with_columns(index: ShardIndex, columns: dict[str, Any]) -> ShardIndex:
     )
 
 
-def _places(index: ShardIndex) -> list[array[int]]:
+def _code_members(opened: OpenSource) -> Sequence[str]:
+    """The members that hold the codes of a source; of those that a sample has the first counts."""
+    members = [member for member in opened.manifest.members if member.endswith(".npy")]
+    name = opened.source.codes
+    if name is None:
+        return members
+    named = [member for member in members if member.removesuffix(".npy") in {named_column(c, name) for c in CODE_COLUMNS}]
+    if not named:
+        raise UsageError(f"source {opened.source.url} has no codes named {name!r}, but {', '.join(members) or 'none at all'}")
+    return named
+
+
+def _places(index: ShardIndex, code_members: Container[str]) -> list[array[int]]:
     """See LoadedRows.start. Arrays, since taking one number from a numpy column costs four times as much."""
     start = index.start.astype(np.int64)
     start -= start[0]
     out = np.zeros((6, len(start)), np.int64)
     out[0], out[1] = start, start + index.size
     for column, suffix in reversed(list(enumerate(index.members))):
-        low = 2 if suffix == "json" else 4 if suffix.endswith(".npy") else None
+        low = 2 if suffix == "json" else 4 if suffix in code_members else None
         if low is not None:
             lengths = index.lengths[:, column]
             present = lengths != ABSENT

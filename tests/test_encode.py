@@ -16,6 +16,7 @@ from commands import captions, image_bytes, read_rejects, read_samples, shared, 
 from datasets import load_from_disk
 from factory import image_sample, make_dataset, text_sample
 
+from loaders import LoaderConfig, Source, build_loader
 from wds_tools.check.verify import VerifyConfig, verify
 from wds_tools.convert.image_pairs import ImagePairsConfig, convert_image_pairs
 from wds_tools.encode.fill import EncodeConfig, encode
@@ -265,6 +266,21 @@ def test_export_takes_the_codes_that_are_named(twice: Path, tmp_path: Path) -> N
             assert row["length"] == len(sample.text) + 4 * 1024
     with pytest.raises(UsageError, match=r"no codes named 'third', but vqcode_512, vqcode_512-other"):
         export_hf(ExportConfig(input=(str(twice),), output=str(tmp_path / "none"), codes="third", quiet=True))
+
+
+def test_the_loader_reads_the_codes_that_are_named(twice: Path) -> None:
+    samples = {sample.key: sample for sample in read_samples(twice)}
+    for name, is_other in ((None, False), ("", False), ("other", True)):
+        loader = build_loader(LoaderConfig(sources=(Source(str(twice), codes=name),), batch_size=len(samples), shuffle=False))
+        (batch,) = list(loader)
+        loader.close()
+        assert batch["__key__"] == list(samples)
+        for codes_hw, sample in zip(batch["codes"], samples.values(), strict=True):
+            wanted = [grid for column, grid in sample.codes.items() if column.endswith("-other") == is_other]
+            assert (codes_hw is None) == (not wanted)
+            assert not wanted or np.array_equal(codes_hw, wanted[0])
+    with pytest.raises(UsageError, match="has no codes named 'third', but "):
+        list(build_loader(LoaderConfig(sources=(Source(str(twice), codes="third"),), batch_size=1)))
 
 
 @pytest.mark.parametrize("name", ["a.b", "x" * 20, "a/b"])
