@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import tyro
 
+from wds_tools.cli.summary import Printed, print_json
 from wds_tools.encode.compare import CompareConfig, compare_codes
 
 EXAMPLE = "wds-tools compare-codes pairs-fp32 pairs-bf16 --weights vqgan/"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(CompareConfig):
+class Config(Printed, CompareConfig):
     """Say how many codes of two encoded data sets are equal, and how far apart the pictures are that they decode to."""
 
     a: tyro.conf.Positional[str]
@@ -24,6 +25,9 @@ class Config(CompareConfig):
 def run(config: Config) -> int:
     """Compare, and print what came out."""
     result = compare_codes(config)
+    if config.json:
+        print_json({name: value for name, value in asdict(result).items() if name != "errors"})
+        return 0
     others = [f"{count:,} only in {name}" for count, name in ((result.only_a, config.a), (result.only_b, config.b)) if count]
     facts = {"samples": "; ".join([f"{result.samples:,} in both", *others])}
     if result.samples:
