@@ -1,4 +1,5 @@
 # make demo     the whole job on real input, into demo-out/
+# make train-demo   train from an S3 server on this machine: killed, resumed, audited; into train-demo-out/
 # make test     all quick tests, two at a time (JOBS=N)      make test-slow   those that take minutes
 # make check    what CI runs: lint, types, tests
 # make bench    throughput against the plain way
@@ -16,7 +17,7 @@ PEERS_READY := $(PEERS)/.ready
 JOBS ?= 2
 ARGS ?=
 
-.PHONY: setup demo test test-slow check lint types docs dist bench bench-loader bench-peers convert-pairs convert-dclm encode export clean
+.PHONY: setup demo train-demo test test-slow check lint types docs dist bench bench-loader bench-peers convert-pairs convert-dclm encode export clean
 
 setup: $(READY)
 
@@ -29,6 +30,9 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py demo-out
+
+train-demo: $(READY)
+	$(BIN)/python examples/train_demo.py train-demo-out
 
 test: $(READY)
 	$(BIN)/python -m pytest -m "not slow" --numprocesses $(JOBS) --dist loadfile tests
@@ -86,4 +90,4 @@ export: $(READY) need-in-out
 	$(BIN)/wds-tools export hf --input $(INPUT) --output $(OUTPUT) $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(PEERS) build dist site *.egg-info demo-out bench-out .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PEERS) build dist site *.egg-info demo-out train-demo-out bench-out .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -95,9 +95,9 @@ def trace(file: Path) -> dict[str, float]:
     read_range = ObjectStore.read_range
     asked: list[tuple[str, int, int]] = []
 
-    def noted(store: ObjectStore, name: str, start: int, end: int) -> Any:
+    def noted(store: ObjectStore, name: str, start: int, end: int, size: int | None = None) -> Any:
         asked.append((f"{PREFIX}/{name}", start, end))
-        return read_range(store, name, start, end)
+        return read_range(store, name, start, end, size)
 
     ObjectStore.read_range = noted  # type: ignore[method-assign]
     ours(file)

@@ -6,7 +6,25 @@ docs/flow.md says how the modules fit together.
 from loaders.config import LoaderConfig, Source, World
 from loaders.jsonl import JsonlDataset
 from loaders.loader import Loader, build_loader
+from loaders.packing import merge_states
+from loaders.rounds import Rounds
+from loaders.rows import flatten, model_inputs
 from loaders.shards import ShardDataset
 from loaders.tars import TarDataset
+from wds_tools.sequences.config import SequenceConfig
 
-__all__ = ["JsonlDataset", "Loader", "LoaderConfig", "ShardDataset", "Source", "TarDataset", "World", "build_loader"]
+__all__ = [
+    "JsonlDataset",
+    "Loader",
+    "LoaderConfig",
+    "Rounds",
+    "SequenceConfig",
+    "ShardDataset",
+    "Source",
+    "TarDataset",
+    "World",
+    "build_loader",
+    "flatten",
+    "merge_states",
+    "model_inputs",
+]

@@ -48,6 +48,17 @@ class Codes(NamedTuple):
         parts = torch.split(flat, sizes)
         return [part.view(shape) if shape else None for part, shape in zip(parts, self.shapes, strict=True)]
 
+    def arrays(self) -> list[NDArray[np.unsignedinteger[Any]] | None]:
+        """The grids one by one, as stored."""
+        flat = self.flat.numpy()
+        if isinstance(self.shapes, tuple):
+            return list(flat.reshape(-1, *self.shapes))
+        bounds = np.cumsum([0, *(shape[0] * shape[1] if shape else 0 for shape in self.shapes)]).tolist()
+        return [
+            flat[begin:end].reshape(shape) if shape else None
+            for shape, begin, end in zip(self.shapes, bounds, bounds[1:], strict=False)
+        ]
+
 
 class Columns(NamedTuple):
     """A batch as columns."""
@@ -57,6 +68,8 @@ class Columns(NamedTuple):
     and `image` (encoded bytes); without it `__key__` and the members' bytes by suffix. None where a row has none."""
     codes: Codes | None
     """None if no row has codes."""
+    tensors: dict[str, torch.Tensor] = {}  # noqa: RUF012
+    """Of token rows: see docs/training.md."""
 
 
 def check_crc(rows: Sequence[LoadedRows], numbers: Sequence[int]) -> None:
@@ -81,7 +94,7 @@ def read_columns(rows: Sequence[LoadedRows], numbers: Sequence[int]) -> Columns:
     if not rows:
         return Columns({"__key__": [], "data_type": [], "text": []}, None)
     if not rows[0].reader.has_schema:
-        samples = [_members(held, row) for held, row in zip(rows, numbers, strict=True)]
+        samples = [read_members(held, row) for held, row in zip(rows, numbers, strict=True)]
         names = dict.fromkeys(name for sample in samples for name in sample)
         return Columns({name: [sample.get(name) for sample in samples] for name in names}, None)
     readers = {held.reader for held in rows}
@@ -103,7 +116,7 @@ def read_samples(rows: Sequence[LoadedRows], numbers: Sequence[int]) -> list[Sam
     if not rows:
         return []
     if not rows[0].reader.has_schema:
-        return [_members(held, row) | {"__url__": held.url} for held, row in zip(rows, numbers, strict=True)]
+        return [read_members(held, row) | {"__url__": held.url} for held, row in zip(rows, numbers, strict=True)]
     keys, records, codes = read_records(rows, numbers)
     samples = []
     for held, row, key, record in zip(rows, numbers, keys, records, strict=True):
@@ -146,7 +159,7 @@ def _image(held: LoadedRows, row: int) -> bytes | None:
     return None
 
 
-def _members(held: LoadedRows, row: int) -> dict[str, Any]:
+def read_members(held: LoadedRows, row: int) -> dict[str, Any]:
     """A row of a source without our schema: `__key__` and, by suffix, the members' bytes."""
     number = row - held.first
     index = held.index

@@ -8,6 +8,7 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Literal, Self
 
 from wds_tools.errors import UsageError
+from wds_tools.sequences.config import SequenceConfig
 
 Tail = Literal["drop", "short", "wrap"]
 
@@ -81,6 +82,12 @@ class LoaderConfig:
     """Size limit of that folder."""
     check_crc: bool = False
     """Compare every sample's bytes with the CRC-32 of the index."""
+    sequences: SequenceConfig | None = None
+    """Batches of token rows instead of texts and codes: how they are made. None: as stored; shards of `wds-tools pack` give token
+    rows by themselves."""
+    packing: bool = False
+    """With sequences: pack rows of exactly max_length on the fly. batch_size counts rows, and there is no end: see
+    docs/training.md."""
     on_error: Literal["raise", "substitute"] = "raise"
     """An unreadable sample stops the run, or is replaced by the next readable one of its shard, counted and reported."""
     max_bad: int = 100
@@ -101,6 +108,8 @@ class LoaderConfig:
             raise UsageError("num_workers, max_bad: 0 or more; prefetch, memory_bytes, cache_bytes: 1 or more")
         if self.lanes is not None and not 1 <= self.lanes < 1 << 31:
             raise UsageError(f"lanes={self.lanes} is not in 1 ... 2**31 - 1")
+        if self.packing and self.sequences is None:
+            raise UsageError("packing=True packs token rows: give sequences=SequenceConfig(...) too")
         weighted = [source.weight is not None for source in self.sources]
         if any(weighted) and not all(weighted):
             raise UsageError("some sources have a weight and some have none: give every one a weight, or none")

@@ -14,13 +14,15 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import orjson
 
-from loaders.collate import check_crc, read_columns
+from loaders.collate import check_crc
 from loaders.read import LoadedRows
 from loaders.stream import Located
-from wds_tools.errors import DataError, FormatError
+from wds_tools.errors import DataError, FormatError, Reject
 
 _MOST_TRIED = 64
 _T = TypeVar("_T")
+Parse = Callable[[Sequence[LoadedRows], Sequence[int]], _T]
+"""Makes something of rows, as collate.read_columns does."""
 _READING_ERRORS = (DataError, KeyError, IndexError, ValueError, TypeError)
 
 
@@ -32,7 +34,7 @@ class Substitution(NamedTuple):
     row: int
     by_row: int
     reason: str
-    """crc32, json or format."""
+    """crc32, json, format, or why a sample makes no token row."""
 
 
 class Decoder:
@@ -47,15 +49,13 @@ class Decoder:
         self._check_crc = check_crc
         self._substitute = substitute
 
-    def decode(
-        self, located: Located, rows: list[LoadedRows], parse: Callable[[Sequence[LoadedRows], Sequence[int]], _T]
-    ) -> tuple[_T, list[Substitution], Located]:
+    def decode(self, located: Located, rows: list[LoadedRows], parse: Parse[_T]) -> tuple[_T, list[Substitution], Located]:
         """These rows parsed, what was substituted, and those of `located` that were not.
 
         Args:
             located: where the positions lead.
             rows: what holds the row of each.
-            parse: collate.read_columns or collate.read_samples.
+            parse: what is made of them, such as collate.read_columns.
 
         Raises:
             FormatError: a row can't be read, and was not to be replaced or none of the next 64 of its shard can be read either.
@@ -63,14 +63,12 @@ class Decoder:
         with _paused_gc():
             return self._decode(located, rows, parse)
 
-    def _decode(
-        self, located: Located, rows: list[LoadedRows], parse: Callable[[Sequence[LoadedRows], Sequence[int]], _T]
-    ) -> tuple[_T, list[Substitution], Located]:
+    def _decode(self, located: Located, rows: list[LoadedRows], parse: Parse[_T]) -> tuple[_T, list[Substitution], Located]:
         numbers = located.row.tolist()
         try:
             return self._parsed(rows, numbers, parse), [], located
         except _READING_ERRORS:
-            substitutions = self._replace_bad(located, rows, numbers)
+            substitutions = self._replace_bad(located, rows, numbers, parse)
             good = Located(*(column[located.row == np.array(numbers)] for column in located))
             return self._parsed(rows, numbers, parse), substitutions, good
 
@@ -78,17 +76,19 @@ class Decoder:
         self,
         rows: Sequence[LoadedRows],
         numbers: Sequence[int],
-        parse: Callable[[Sequence[LoadedRows], Sequence[int]], _T],
+        parse: Parse[_T],
     ) -> _T:
         if self._check_crc:
             check_crc(rows, numbers)
         return parse(rows, numbers)
 
-    def _replace_bad(self, located: Located, rows: list[LoadedRows], numbers: list[int]) -> list[Substitution]:
+    def _replace_bad(
+        self, located: Located, rows: list[LoadedRows], numbers: list[int], parse: Parse[object]
+    ) -> list[Substitution]:
         """Put another row of its shard in place of each that can't be read; stop at the first if that was not asked for."""
         substitutions = []
         for at, (held, row) in enumerate(zip(rows, numbers, strict=True)):
-            error = self._problem(held, row)
+            error = self._problem(held, row, parse)
             if error is None:
                 continue
             what = f"{held.where(row)}: {error}"
@@ -96,7 +96,7 @@ class Decoder:
                 raise FormatError(f"{what}. on_error='substitute' goes on without it") from error
             num_rows = held.reader.opened.manifest.shards[held.shard].samples
             others = ((row + step) % num_rows for step in range(1, min(num_rows, _MOST_TRIED + 1)))
-            found = next(((rows[at], other) for other in others if self._put(rows, at, other)), None)
+            found = next(((rows[at], other) for other in others if self._put(rows, at, other, parse)), None)
             if found is None:
                 raise FormatError(
                     f"{what}; nor can any of the next {min(num_rows - 1, _MOST_TRIED)} of its shard be read"
@@ -106,19 +106,19 @@ class Decoder:
             substitutions.append(Substitution(int(located.source[at]), held.shard, row, by_row, _reason(error)))
         return substitutions
 
-    def _put(self, rows: list[LoadedRows], at: int, row: int) -> bool:
+    def _put(self, rows: list[LoadedRows], at: int, row: int, parse: Parse[object]) -> bool:
         """Make `rows[at]` what holds this row of the same shard; whether the row can be read."""
         held = rows[at]
         if not held.first <= row < held.last:
             held = held.reader.load(held.shard, row, row + 1)
-        if self._problem(held, row) is not None:
+        if self._problem(held, row, parse) is not None:
             return False
         rows[at] = held
         return True
 
-    def _problem(self, held: LoadedRows, row: int) -> Exception | None:
+    def _problem(self, held: LoadedRows, row: int, parse: Parse[object]) -> Exception | None:
         try:
-            self._parsed([held], [row], read_columns)
+            self._parsed([held], [row], parse)
         except _READING_ERRORS as error:
             return error
         return None
@@ -126,6 +126,8 @@ class Decoder:
 
 def _reason(error: Exception) -> str:
     """A short word for a count."""
+    if isinstance(error, Reject):
+        return error.reason
     return "crc32" if "CRC-32" in str(error) else "json" if isinstance(error, orjson.JSONDecodeError) else "format"
 
 

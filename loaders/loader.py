@@ -9,6 +9,7 @@ errand, so they keep nothing between batches but what they read ahead.
 from __future__ import annotations
 
 import atexit
+import json
 import secrets
 import time
 import weakref
@@ -19,15 +20,19 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from loaders.collate import Batch
 from loaders.config import LoaderConfig, World
+from loaders.packing import ENDLESS, Cursor, LaneBook, check_packing, merge_states, pack_lanes, unpack_lanes
 from loaders.receipt import MODULUS, Span, pack_receipt
+from loaders.rows import RowMaker
 from loaders.state import check_data, check_recipe, pack_state, unpack_state
 from loaders.steps import Steps
 from loaders.stream import Stream, open_source
 from loaders.work import Errand, Parcel, PartReader
 from wds_tools.errors import DataError, UsageError, WdsToolsError, WorkerDied
+from wds_tools.sequences.vocabulary import Vocabulary
 
 _WAITS_KEPT = 10_000
 
@@ -52,7 +57,8 @@ class Loader:
     A batch is a dict: `__key__`, `__source__`, `data_type` and `text` are lists of str; `codes` is an int32 tensor (B, h, w)
     where all samples have grids of one size, else a list of (h, w) tensors, None for a sample without; a batch without any codes
     has none. Samples with encoded images or conversations add `image` (bytes) and `conversations`. Sources without our schema
-    give `__key__`, `__source__` and the members' bytes by suffix, as lists.
+    give `__key__`, `__source__` and the members' bytes by suffix, as lists. Batches of token rows are described in
+    docs/training.md.
     A loop that was left goes on where it stopped. Use from one thread.
     """
 
@@ -65,7 +71,9 @@ class Loader:
         if len({opened.has_schema for opened in self._sources}) > 1:
             raise UsageError("sources of this project's schema can't be mixed with indexed tars of any members")
         self._stream = Stream(self._sources, config)
-        if config.tail == "drop" and self._stream.length < config.batch_size:
+        self._maker = RowMaker(config.sequences, config.seed, self._sources) if config.sequences else None
+        self._book = LaneBook(self._stream.order.lanes, world)
+        if config.tail == "drop" and not config.packing and self._stream.length < config.batch_size:
             raise UsageError(
                 f"an epoch of {self._stream.length} samples is less than a batch of {config.batch_size}, and tail='drop' "
                 "leaves it out: choose a smaller batch_size, or tail='short' or 'wrap'"
@@ -84,7 +92,7 @@ class Loader:
 
     def _begin(self) -> None:
         """Set up reading for the present stream."""
-        self._parts = PartReader(self._stream, self.config, self.world)
+        self._parts = PartReader(self._stream, self.config, self.world, self._maker)
         self._workers: Any = None
         self._errands = _Errands()
 
@@ -96,12 +104,18 @@ class Loader:
         self._substitutions: list[dict[str, Any]] = []
 
     def __len__(self) -> int:
-        """Batches that the next iteration gives: those left of the epoch. The same on every rank."""
+        """Batches that the next iteration gives: those left of the epoch. The same on every rank.
+
+        Raises:
+            TypeError: rows packed on the fly have no end.
+        """
+        if self.config.packing:
+            raise TypeError("rows packed on the fly have no end: count steps")
         return len(self._steps())
 
     @property
     def position(self) -> int:
-        """Samples of the epoch that were handed over, over all ranks."""
+        """Samples of the epoch that were handed over, over all ranks; rows, where they are packed on the fly."""
         return self._position
 
     @property
@@ -111,7 +125,8 @@ class Loader:
 
     def __iter__(self) -> Iterator[Batch]:
         steps, epoch = self._steps(), self.epoch
-        self._errands.set(epoch, steps, max(self.config.num_workers, 1))
+        self._book.begin()
+        self._errands.set(epoch, steps, max(self.config.num_workers, 1), self._book if self.config.packing else None)
         with self._named_death():
             parcels = iter(self._parcels())
         for step in range(len(steps)):
@@ -124,9 +139,36 @@ class Loader:
             self._hand_over(parcel, steps, step)
             yield batch
 
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The ids of token rows that are built on the fly: `vocabulary.size` is the least vocab_size of a model.
+
+        Raises:
+            UsageError: none are built; for rows packed ahead the manifest says it.
+        """
+        if self._maker is None:
+            raise UsageError("no token rows are built here: give sequences=SequenceConfig(...)")
+        return self._maker.builder.vocabulary
+
     def state_dict(self) -> dict[str, Any]:
-        """Where the run stands behind the last batch handed over: small, JSON, the same on every rank."""
-        return pack_state(self._stream, self.epoch, self._position)
+        """Where the run stands behind the last batch handed over: small, JSON, the same on every rank.
+
+        Of rows packed on the fly it has this rank's lanes: see `merge_states` and `gather_state`.
+        """
+        state = pack_state(self._stream, self.epoch, self._position)
+        if self._maker is not None and self.config.packing:
+            state["packing"] = {"recipe": self._maker.recipe, "lanes": pack_lanes(self._book.cursors)}
+        return state
+
+    def gather_state(self) -> dict[str, Any]:
+        """The merged state of all ranks, on every rank. To be called by all of them, behind the same step.
+
+        Needed where rows are packed on the fly under torch.distributed; else the same as `state_dict`, without communication.
+        """
+        state = self.state_dict()
+        if not self.config.packing or self.world.world_size == 1:
+            return state
+        return merge_states([json.loads(data) for data in _all_gather(json.dumps(state).encode())])
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state, of any number of ranks, workers, or batch size. Costs an assignment.
@@ -138,15 +180,23 @@ class Loader:
         check_data(state, self._sources, self._stream.fingerprints)
         stream = Stream(self._sources, self.config, order, step_samples)
         check_recipe(state, stream)
+        cursors = self._cursors(state, stream)
         self.close()
         self._stream = stream
+        self._book = LaneBook(order.lanes, self.world, cursors)
         self._begin()
         self.epoch, self._position = epoch, position
         self._end_epoch_if_done()
         self._begin_receipt()
 
     def receipt(self) -> dict[str, Any]:
-        """What this rank has handed over since it was made, or took a state: small JSON for `wds-tools audit`."""
+        """What this rank has handed over since it was made, or took a state: small JSON for `wds-tools audit`.
+
+        Raises:
+            UsageError: rows are packed on the fly, so a rank's samples are not spans of positions.
+        """
+        if self.config.packing:
+            raise UsageError("rows packed on the fly have no receipt: pack ahead (`wds-tools pack`), or train on padded rows")
         return pack_receipt(
             self._stream,
             self.world,
@@ -189,7 +239,23 @@ class Loader:
             workers._iterator._shutdown_workers()
 
     def _steps(self) -> Steps:
-        return Steps(self._stream.length, self._position, self.config.batch_size, self.config.tail)
+        return Steps(
+            ENDLESS if self.config.packing else self._stream.length, self._position, self.config.batch_size, self.config.tail
+        )
+
+    def _cursors(self, state: Mapping[str, Any], stream: Stream) -> dict[int, Cursor]:
+        """Where a state says that lanes stand; none without packing.
+
+        Raises:
+            UsageError: one of the run and the state packs and the other does not, or otherwise.
+        """
+        packing = state.get("packing")
+        if (packing is not None) != self.config.packing:
+            raise UsageError(f"the state was saved with packing={packing is not None}, the config has {self.config.packing}")
+        if self._maker is None or packing is None:
+            return {}
+        check_packing(packing, self._maker.recipe)
+        return unpack_lanes(packing["lanes"], stream.order.lanes, state["position"])
 
     def _parcels(self) -> Iterable[Parcel | WdsToolsError]:
         if not self.config.num_workers:
@@ -234,7 +300,8 @@ class Loader:
     def _batch(self, parcel: Parcel) -> Batch:
         lists = parcel.columns.lists
         names = [opened.name for opened in self._sources]
-        batch: Batch = {"__key__": lists["__key__"], "__source__": list(map(names.__getitem__, parcel.sources)), **lists}
+        sources = lists.get("__source__") or list(map(names.__getitem__, parcel.sources))
+        batch: Batch = {"__key__": lists["__key__"], "__source__": sources, **lists, **parcel.columns.tensors}
         if parcel.columns.codes is not None:
             batch["codes"] = parcel.columns.codes.unpack()
         return batch
@@ -258,6 +325,7 @@ class Loader:
         self._num_handed_over += len(parcel.sources)
         self._num_batches += 1
         self._counts[parcel.worker] = parcel.counts
+        self._book.cursors.update(parcel.cursors)
         self._position = low + steps.batch_size
         self._end_epoch_if_done()
 
@@ -273,23 +341,37 @@ class _Errands(Sized, Iterable[Errand]):
     """The sampler of the DataLoader: the steps of the epoch at hand."""
 
     def __init__(self) -> None:
-        self._what: tuple[int, Steps, int] | None = None
+        self._what: tuple[int, Steps, int, LaneBook | None] | None = None
 
-    def set(self, epoch: int, steps: Steps, stride: int) -> None:
-        self._what = epoch, steps, stride
+    def set(self, epoch: int, steps: Steps, stride: int, book: LaneBook | None) -> None:
+        self._what = epoch, steps, stride, book
 
     def __len__(self) -> int:
         return len(self._what[1]) if self._what else 0
 
     def __iter__(self) -> Iterator[Errand]:
         if self._what:
-            epoch, steps, stride = self._what
-            yield from (Errand(epoch, steps, step, stride) for step in range(len(steps)))
+            epoch, steps, stride, book = self._what
+            for step in range(len(steps)):
+                yield Errand(epoch, steps, step, stride, book.tell(steps, step, stride) if book else {})
 
 
 def _close(loader: weakref.ref[Loader]) -> None:
     if (held := loader()) is not None:
         held.close()
+
+
+def _all_gather(data: bytes) -> list[bytes]:
+    """What each rank gives, on all of them."""
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, torch.tensor([len(data)], device=device))
+    most = max(int(size) for size in sizes)
+    own = torch.zeros(most, dtype=torch.uint8)
+    own[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    parts = [torch.zeros(most, dtype=torch.uint8, device=device) for _ in sizes]
+    dist.all_gather(parts, own.to(device))
+    return [part[: int(size)].cpu().numpy().tobytes() for part, size in zip(parts, sizes, strict=True)]
 
 
 def _as_it_is(parcel: Any) -> Any:

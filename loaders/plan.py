@@ -97,9 +97,17 @@ def default_order(total_bytes: int, batch_size: int, seed: int, *, lanes: int | 
     return Order(seed=seed, lanes=lanes, block_bytes=block, extent_bytes=extent)
 
 
-def block_rows(samples: int, num_bytes: int, order: Order) -> int:
-    """Rows of a block of a shard with so many samples and bytes."""
-    return max(order.block_bytes * samples // max(num_bytes, 1), 1)
+def block_rows(samples: Ints, num_bytes: Ints, order: Order) -> Ints:
+    """(S,) rows of a block of shards with so many samples and bytes."""
+    rows: Ints = np.maximum(order.block_bytes * samples // np.maximum(num_bytes, 1), 1)
+    return rows
+
+
+def extent_rows(samples: Ints, num_bytes: Ints, order: Order) -> Ints:
+    """(S,) rows of an extent: whole blocks."""
+    block = block_rows(samples, num_bytes, order)
+    rows: Ints = block * np.maximum(order.extent_bytes * samples // (np.maximum(num_bytes, 1) * block), 1)
+    return rows
 
 
 class SourcePlan:
@@ -123,9 +131,8 @@ class SourcePlan:
             raise UsageError(f"max_samples={max_samples} is not in 1 ... {total}, the samples of the source")
         self.order = order
         self.num_samples = max_samples or total
-        self._block_rows = np.maximum(order.block_bytes * samples // np.maximum(sizes, 1), 1)
-        blocks = np.maximum(order.extent_bytes * samples // (np.maximum(sizes, 1) * self._block_rows), 1)
-        self._extent_rows = self._block_rows * blocks
+        self._block_rows = block_rows(samples, sizes, order)
+        self._extent_rows = extent_rows(samples, sizes, order)
         counts = -(-samples // self._extent_rows)
         self._extents_before = np.concatenate(([0], np.cumsum(counts)))
         num_extents = int(self._extents_before[-1])
@@ -165,11 +172,11 @@ class SourcePlan:
         number = np.searchsorted(tape, at, "right") - 1
         extent, start, end = extents[number], tape[number], tape[number + 1]
         shard = np.searchsorted(self._extents_before, extent, "right") - 1
-        block_rows = self._block_rows[shard]
-        block = start + (at - start) // block_rows * block_rows
+        rows = self._block_rows[shard]
+        block = start + (at - start) // rows * rows
         piece = np.maximum(block, lane_start)
         end = np.minimum(end, lane_end)
-        num_rows = np.minimum(block + block_rows, end) - piece
+        num_rows = np.minimum(block + rows, end) - piece
         first = (extent - self._extents_before[shard]) * self._extent_rows[shard] + piece - start
         inside = at - piece
         if order.shuffle and num_rows.max(initial=1) > 1:

@@ -4,7 +4,7 @@
 
 For each part that comes up, the pieces not yet in memory are merged where they lie side by side, read on along their lane as
 far as memory allows, and fetched in the background, up to `_IN_FLIGHT` requests at a time. Pieces are dropped when all
-their rows were handed out; a small source is kept whole, in regions of 4 MiB.
+their rows were handed out; a source that fits memory is kept, in regions of up to 4 MiB.
 Invariant: what is in memory never changes the order. Memory: `memory_bytes` of fetched data, plus what is in flight.
 """
 
@@ -23,7 +23,7 @@ import numpy as np
 
 from loaders.cache import BlockCache
 from loaders.fetch import Fetcher
-from loaders.plan import MAX_EXTENT_BYTES, SMALL_BYTES, block_rows
+from loaders.plan import MAX_EXTENT_BYTES, SMALL_BYTES, Ints, block_rows, extent_rows
 from loaders.read import LoadedRows, SourceReader
 from loaders.stream import Located, OpenSource, Stream
 
@@ -32,6 +32,7 @@ _MAX_REQUEST_BYTES = 8 << 20
 _PARTS_AHEAD = 64
 _PLANNED_AT_ONCE = 1024
 """Positions."""
+_EXTENTS_SIDE_BY_SIDE = 8
 _ROW_BYTES = 64
 """What a row of a mapped shard takes in memory."""
 
@@ -50,7 +51,7 @@ class Part(NamedTuple):
         return len(range(self.low, self.high, self.stride))
 
 
-class _Planned(NamedTuple):
+class Planned(NamedTuple):
     part: Part
     located: Located
     to_load: Located
@@ -72,6 +73,7 @@ class Reader:
     Args:
         stream: the order.
         own_lanes: lanes that this process reads, of `stream.order.lanes`.
+        side_by_side: how many of them are neighbours of each other.
         memory_bytes: of fetched data.
         cache: on a local disk, for what is fetched.
         open_reader: opens a source; a simulation opens it to count only.
@@ -81,6 +83,7 @@ class Reader:
         self,
         stream: Stream,
         own_lanes: int,
+        side_by_side: int,
         memory_bytes: int,
         cache: BlockCache | None = None,
         open_reader: Callable[[OpenSource, BlockCache | None], SourceReader] = SourceReader,
@@ -90,14 +93,15 @@ class Reader:
         self._memory_bytes = memory_bytes
         self.sources = [open_reader(opened, cache) for opened in stream.sources]
         self._any_remote = any(not source.is_mapped for source in self.sources)
-        share = own_lanes / stream.order.lanes
-        self._region_rows = [self._rows_of_region(source, share) for source in self.sources]
-        self._region_base = np.cumsum([0] + [len(source.opened.manifest.shards) for source in self.sources])
+        regions = [self._rows_of_regions(source, own_lanes, side_by_side) for source in self.sources]
+        self._region_base = np.cumsum([0, *map(len, regions)])
+        self._region_rows = np.concatenate(regions)
+        """Rows of a region of each shard of each source; 0 for sources that are read in pieces."""
         lane_bytes = memory_bytes // 2 // max(own_lanes, 1) // len(self.sources)
         self._ahead_bytes = min(max(lane_bytes - stream.order.block_bytes, 0), MAX_EXTENT_BYTES)
         self._loaded: dict[int, LoadedRows | Future[LoadedRows]] = {}
         self._held_bytes = 0
-        self._planned: deque[_Planned] = deque()
+        self._planned: deque[Planned] = deque()
         self._upcoming: Iterator[Part] = iter(())
         self._num_planned = 0
         self._own_lanes = own_lanes
@@ -108,7 +112,7 @@ class Reader:
             )
             self._at_once = min(_PLANNED_AT_ONCE, max(memory_bytes // 8 // max(stream.order.block_bytes, largest), 1))
         self._in_flight: deque[Future[LoadedRows]] = deque()
-        pieces = not all(self._region_rows) and self._any_remote
+        pieces = not self._region_rows.all() and self._any_remote
         if pieces and own_lanes * stream.order.block_bytes * len(self.sources) > memory_bytes * 3 // 4:
             warnings.warn(
                 f"memory_bytes={memory_bytes:,} does not hold a block of {stream.order.block_bytes:,} bytes for each of the "
@@ -149,6 +153,18 @@ class Reader:
         except BaseException:
             self.forget()
             raise
+
+    def ask(self, parts: Sequence[Part]) -> list[Planned]:
+        """Ask for parts, whenever they will be wanted: `answer` takes each, in any order. Not to be mixed with `rows`."""
+        before = len(self._planned)
+        if parts:
+            self._plan(parts)
+        return list(self._planned)[before:]
+
+    def answer(self, planned: Planned) -> tuple[Located, list[LoadedRows]]:
+        """What `rows` would return for a part that was asked for."""
+        self._planned = deque(other for other in self._planned if other is not planned)
+        return planned.located, self._take(planned)
 
     def counts(self) -> dict[str, int]:
         """What this process has read since it started: requests, bytes, cache hits and misses, runs of rows dropped too early."""
@@ -194,7 +210,7 @@ class Reader:
         for part, positions in zip(parts, ranges, strict=True):
             own = slice(begin, begin := begin + len(positions))
             keys = to_load.key[own].tolist()
-            planned = _Planned(
+            planned = Planned(
                 part,
                 Located(*(column[own] for column in located)),
                 Located(*(column[own] for column in to_load)),
@@ -207,13 +223,14 @@ class Reader:
 
     def _with_regions(self, located: Located) -> Located:
         """The same, with regions in place of pieces for sources that are kept whole."""
-        if not any(self._region_rows):
+        if not self._region_rows.any():
             return located
-        rows = np.array(self._region_rows)[located.source]
+        shard = self._region_base[located.source] + located.shard
+        rows = self._region_rows[shard]
         whole = rows > 0
         size = np.maximum(rows, 1)
         region = located.row // size
-        key = -1 - (((self._region_base[located.source] + located.shard) << 32) + region)
+        key = -1 - ((shard << 32) + region)
         return located._replace(
             key=np.where(whole, key, located.key),
             first=np.where(whole, region * size, located.first),
@@ -250,7 +267,7 @@ class Reader:
             beyond = min(run[last], num_rows[last] + self._ahead_bytes // row_bytes) - num_rows[last]
             if key[last] >= 0 and not reader.is_mapped and self._num_planned > self._own_lanes:  # first a little of each lane
                 row = reader.opened.manifest.shards[where[1]]
-                block = block_rows(row.samples, row.bytes, self._stream.order)
+                block = int(block_rows(np.array(row.samples), np.array(row.bytes), self._stream.order))
                 for offset in range(num_rows[last], num_rows[last] + beyond, block):
                     if key[last] + offset in self._loaded:
                         break
@@ -284,7 +301,7 @@ class Reader:
         for key in keys:
             self._loaded[key] = future
 
-    def _take(self, planned: _Planned) -> list[LoadedRows]:
+    def _take(self, planned: Planned) -> list[LoadedRows]:
         """What holds each of a part's rows. Waits for what is in flight; drops what is handed out in full."""
         loaded = self._loaded
         if not loaded.keys() >= planned.counts.keys():
@@ -327,16 +344,23 @@ class Reader:
             self._drop(rows)
         self.num_evicted += len(dropped)
 
-    def _rows_of_region(self, source: SourceReader, share: float) -> int:
-        """Rows of a region where a source is kept whole, or 0 where it is read in pieces.
+    def _rows_of_regions(self, source: SourceReader, own_lanes: int, side_by_side: int) -> Ints:
+        """(S,) rows of a region of each shard where a source is kept, or zeros where it is read in pieces.
 
-        Kept whole: what is mapped, if the places of its samples fit an eighth of the memory; what is fetched, if it fits three
-        quarters and this process needs most of it anyway, or if it is small.
+        Kept is what is mapped, if the places of its samples fit an eighth of the memory; and what is fetched, if it fits three
+        quarters of it. Then regions have 4 MiB, if this process needs most of the source anyway or the source is small; else
+        they are the extents, if its lanes that lie side by side have several: the few at their ends are others' too.
         """
-        manifest = source.opened.manifest
+        manifest, order = source.opened.manifest, self._stream.order
+        lane_bytes = manifest.bytes / order.lanes
         if source.is_mapped:
-            whole = manifest.samples * _ROW_BYTES <= self._memory_bytes // 8
+            is_kept = manifest.samples * _ROW_BYTES <= self._memory_bytes // 8
         else:
-            room = self._memory_bytes * 3 // 4 // len(self._stream.sources)
-            whole = manifest.bytes <= room and (share > 0.5 or manifest.bytes <= SMALL_BYTES)
-        return max(math.ceil(MAX_EXTENT_BYTES * manifest.samples / max(manifest.bytes, 1)), 1) if whole else 0
+            is_kept = manifest.bytes <= self._memory_bytes * 3 // 4 // len(self._stream.sources)
+        shards = manifest.shards
+        if is_kept and (source.is_mapped or own_lanes > order.lanes // 2 or manifest.bytes <= SMALL_BYTES):
+            rows = max(math.ceil(MAX_EXTENT_BYTES * manifest.samples / max(manifest.bytes, 1)), 1)
+            return np.full(len(shards), rows)
+        if is_kept and side_by_side * lane_bytes >= _EXTENTS_SIDE_BY_SIDE * order.extent_bytes:
+            return extent_rows(np.array([row.samples for row in shards]), np.array([row.bytes for row in shards]), order)
+        return np.zeros(len(shards), np.int64)

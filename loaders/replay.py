@@ -170,7 +170,8 @@ class _CountingProcess(Reader):
         self.own_lanes = lanes_of(stream.order.lanes, high - low, self.numbers.step * steps.batch_size)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what a run would warn of is among the results
-            super().__init__(stream, self.own_lanes, config.memory_bytes, open_reader=partial(_CountingReader, as_remote))
+            reader = partial(_CountingReader, as_remote)
+            super().__init__(stream, self.own_lanes, high - low, config.memory_bytes, open_reader=reader)
         self._pool = _AtOnce()
         self._row_bytes = [max(opened.manifest.bytes // max(opened.manifest.samples, 1), 1) for opened in stream.sources]
         self._steps = steps
@@ -224,7 +225,7 @@ class _CountingProcess(Reader):
         rows = [1.0]
         for opened, share, row_bytes in zip(self._stream.sources, shares.tolist(), self._row_bytes, strict=True):
             shard = max(opened.manifest.shards, key=lambda row: row.samples)
-            block = block_rows(shard.samples, shard.bytes, order)
+            block = int(block_rows(np.array(shard.samples), np.array(shard.bytes), order))
             most = min(max(order.extent_bytes // row_bytes, block), block + max(self._ahead_bytes // row_bytes, 1), shard.samples)
             rows.append(most / (share or 1))
         return min(max(rows), depth)

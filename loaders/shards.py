@@ -147,7 +147,7 @@ class _Samples:
         chunks = range(0, len(own), _CHUNK)
         lanes = self.stream.order.lanes
         cache = BlockCache(self._config.cache_dir, self._config.cache_bytes) if self._config.cache_dir else None
-        reader = Reader(self.stream, lanes_of(lanes, 1, stride), self._config.memory_bytes, cache)
+        reader = Reader(self.stream, lanes_of(lanes, 1, stride), 1, self._config.memory_bytes, cache)
         decoder = Decoder(check_crc=self._config.check_crc, substitute=False)
         for number, at in enumerate(chunks):
             upcoming = (self._part(own[later : later + _CHUNK]) for later in chunks[number + 1 :])

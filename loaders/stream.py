@@ -154,6 +154,10 @@ class Stream:
                 column[here] = values
         return Located(*out)
 
+    def source_epochs(self, epoch: int, positions: Ints) -> Ints:
+        """Which epoch of its source each of these positions is in; see `locate`."""
+        return self._mixture.locate(epoch * self.length + positions).epoch
+
     def _rows(self, kind: int, positions: Ints) -> Located:
         epoch, number = divmod(kind, len(self._groups))
         group = self._groups[number]

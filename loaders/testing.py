@@ -31,6 +31,7 @@ class Topology(NamedTuple):
 
 
 Make = Callable[[Topology, World], Stateful]
+Merge = Callable[[Sequence[Mapping[str, Any]]], Mapping[str, Any]]
 
 
 def check_resume(
@@ -39,6 +40,7 @@ def check_resume(
     *,
     items: Callable[[Any], Iterable[Any]] = lambda batch: batch["__key__"],
     every: int = 1,
+    merge: Merge | None = None,
 ) -> list[Any]:
     """Save at every step under every topology, restore under every other; the sequence must stay what it is.
 
@@ -47,6 +49,7 @@ def check_resume(
         topologies: between which runs are moved; the first gives the reference.
         items: what to compare of a batch, in order.
         every: restore only every so many steps.
+        merge: makes one state of those of all ranks; None: they must be equal.
 
     Returns:
         The items of an uninterrupted epoch.
@@ -54,14 +57,14 @@ def check_resume(
     Raises:
         AssertionError: a restored run differs, ranks disagree on their state or on the number of steps; says where.
     """
-    reference, _ = run(make, topologies[0], None, items)
+    reference, _ = run(make, topologies[0], None, items, merge)
     for before in topologies:
-        whole, states = run(make, before, None, items)
+        whole, states = run(make, before, None, items, merge)
         assert whole == reference, f"{before} reads another sequence than {topologies[0]}: {_difference(whole, reference)}"
         for step in range(0, len(states), every):
             seen, state = states[step]
             for after in topologies:
-                rest, _ = run(make, after, state, items)
+                rest, _ = run(make, after, state, items, merge)
                 expected = reference[seen:] if seen < len(reference) else None
                 assert expected is None or rest == expected, (
                     f"saved under {before} after step {step + 1} ({seen} items), restored under {after}: "
@@ -71,12 +74,16 @@ def check_resume(
 
 
 def run(
-    make: Make, topology: Topology, state: Mapping[str, Any] | None, items: Callable[[Any], Iterable[Any]]
+    make: Make,
+    topology: Topology,
+    state: Mapping[str, Any] | None,
+    items: Callable[[Any], Iterable[Any]],
+    merge: Merge | None = None,
 ) -> tuple[list[Any], list[tuple[int, Mapping[str, Any]]]]:
     """All ranks of a topology in step, to the end of the epoch.
 
     Args:
-        make, topology, items: see check_resume.
+        make, topology, items, merge: see check_resume.
         state: to begin from.
 
     Returns:
@@ -97,8 +104,11 @@ def run(
             break
         found += [item for batch in batches for item in items(batch)]
         saved = [rank.state_dict() for rank in ranks]
-        assert all(other == saved[0] for other in saved), f"{topology}: ranks disagree on the state after step {len(states) + 1}"
-        states.append((len(found), saved[0]))
+        if merge is None:
+            assert all(other == saved[0] for other in saved), (
+                f"{topology}: ranks disagree on the state after step {len(states) + 1}"
+            )
+        states.append((len(found), saved[0] if merge is None else merge(saved)))
     for rank in ranks:
         if close := getattr(rank, "close", None):
             close()

@@ -6,18 +6,21 @@ The errand says all: which positions, and which come after them. A process keeps
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 from loaders.cache import BlockCache
 from loaders.collate import Columns, read_columns
 from loaders.config import LoaderConfig, World
 from loaders.decode import Decoder, Substitution
+from loaders.packing import Cursor, LaneRows
 from loaders.prefetch import Part, Reader, lanes_of
 from loaders.receipt import SampleHash, total_of
+from loaders.rows import RowMaker, check_packed_ahead, read_token_rows
 from loaders.steps import Steps
 from loaders.stream import Stream
 from wds_tools.errors import WdsToolsError
@@ -32,6 +35,8 @@ class Errand:
     step: int
     stride: int
     """Steps between two of this worker's."""
+    cursors: Mapping[int, Cursor] = field(default_factory=dict)
+    """With packing: where lanes stand that this worker meets for the first time."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -46,7 +51,9 @@ class Parcel:
     substitutions: list[Substitution]
     worker: int
     counts: dict[str, int]
-    """Reader.counts() of the process that made it."""
+    """Reader.counts() of the process that made it, and those of its RowMaker."""
+    cursors: dict[int, Cursor] = field(default_factory=dict)
+    """With packing: where its lanes stand behind it."""
 
 
 class PartReader(torch.utils.data.Dataset["Parcel | WdsToolsError"]):
@@ -54,19 +61,23 @@ class PartReader(torch.utils.data.Dataset["Parcel | WdsToolsError"]):
 
     Args:
         stream, config, world: what is read, and by whom.
+        maker: of token rows, if they are wanted.
     """
 
-    def __init__(self, stream: Stream, config: LoaderConfig, world: World) -> None:
+    def __init__(self, stream: Stream, config: LoaderConfig, world: World, maker: RowMaker | None) -> None:
         self._stream = stream
         self._config = config
         self._world = world
         self._hashes = [SampleHash(fingerprint) for fingerprint in stream.fingerprints]
         self._decoder = Decoder(check_crc=config.check_crc, substitute=config.on_error == "substitute")
+        self._parse = read_token_rows if check_packed_ahead(stream.sources) else read_columns
+        self._maker = maker
         self._reader: Reader | None = None
+        self._lanes: LaneRows | None = None
         self._pid = 0
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_reader": None, "_pid": 0}
+        return {**self.__dict__, "_reader": None, "_lanes": None, "_pid": 0}
 
     def __getitem__(self, errand: Errand) -> Parcel | WdsToolsError:
         """The parcel of a step, or the error that it met: DataLoader would take its message apart."""
@@ -83,16 +94,39 @@ class PartReader(torch.utils.data.Dataset["Parcel | WdsToolsError"]):
             StorageError: the storage does not answer.
         """
         reader = self._reader_of(errand)
-        part = Part(errand.epoch, *errand.steps.part(errand.step, self._world))
+        low, high = errand.steps.part(errand.step, self._world)
+        if self._lanes is not None:
+            packed = self._lanes.part(low, high, errand.cursors)
+            return self._parcel(reader, packed.columns, packed.sources, 0, packed.substitutions, packed.cursors)
+        part = Part(errand.epoch, low, high)
         located, rows = reader.rows(part, self._upcoming(errand))
-        columns, substitutions, good = self._decoder.decode(located, rows, read_columns)
+        sources = located.source.tolist()
+        if self._maker is None:
+            columns, substitutions, good = self._decoder.decode(located, rows, self._parse)
+        else:
+            samples, substitutions, good = self._decoder.decode(located, rows, self._maker.read)
+            epochs = self._stream.source_epochs(errand.epoch, np.arange(low, high))
+            columns = self._maker.padded(samples, epochs, [self._stream.sources[number].name for number in sources])
+        hash_total = total_of(self._hashes, good.source, good.shard, good.row)
+        return self._parcel(reader, columns, sources, hash_total, substitutions)
+
+    def _parcel(
+        self,
+        reader: Reader,
+        columns: Columns,
+        sources: list[int],
+        hash_total: int,
+        substitutions: list[Substitution],
+        cursors: dict[int, Cursor] | None = None,
+    ) -> Parcel:
         return Parcel(
             columns=columns,
-            sources=located.source.tolist(),
-            hash_total=total_of(self._hashes, good.source, good.shard, good.row),
+            sources=sources,
+            hash_total=hash_total,
             substitutions=substitutions,
             worker=_worker_id(),
-            counts=reader.counts(),
+            counts=reader.counts() | (self._maker.counts if self._maker else {}),
+            cursors=cursors or {},
         )
 
     def _upcoming(self, errand: Errand) -> Iterator[Part]:
@@ -107,9 +141,12 @@ class PartReader(torch.utils.data.Dataset["Parcel | WdsToolsError"]):
         if self._reader is None or self._pid != os.getpid():
             config, lanes = self._config, self._stream.order.lanes
             low, high = errand.steps.part(0, self._world)
-            own_lanes = lanes_of(lanes, max(high - low, 1), errand.stride * errand.steps.batch_size)
+            part = max(high - low, 1)
+            own_lanes = lanes_of(lanes, part, errand.stride * errand.steps.batch_size)
             cache = BlockCache(config.cache_dir, config.cache_bytes) if config.cache_dir else None
-            self._reader, self._pid = Reader(self._stream, own_lanes, config.memory_bytes, cache), os.getpid()
+            self._reader, self._pid = Reader(self._stream, own_lanes, part, config.memory_bytes, cache), os.getpid()
+            if config.packing and self._maker is not None:
+                self._lanes = LaneRows(self._stream, self._reader, self._decoder, self._maker)
         return self._reader
 
 

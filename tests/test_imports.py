@@ -28,12 +28,16 @@ ALLOWED = {
     "wds_tools.dataset": FORMAT | STORAGE | {"wds_tools.run"},
     "wds_tools.run": BASE,
     "wds_tools.passes": PASSES,
+    "wds_tools.sequences": FORMAT,
     "wds_tools.convert": PASSES | {"wds_tools.images"},
     "wds_tools.encode": PASSES | {"wds_tools.images", "wds_tools.vq"},
+    "wds_tools.pack": PASSES | {"wds_tools.sequences"},
     "wds_tools.export": DATASET,
     "wds_tools.check": DATASET,
-    "wds_tools.cli": PASSES | {f"wds_tools.{room}" for room in ("convert", "encode", "export", "check")} | {"wds_tools"},
-    "loaders": FORMAT | STORAGE | {"wds_tools.images"},
+    "wds_tools.cli": PASSES
+    | {f"wds_tools.{room}" for room in ("convert", "encode", "pack", "sequences", "export", "check")}
+    | {"wds_tools"},
+    "loaders": FORMAT | STORAGE | {"wds_tools.images", "wds_tools.sequences"},
 }
 # module -> rooms that it may import from beside those of its own room
 ALSO_ALLOWED = {
@@ -54,6 +58,10 @@ HEAVY = {
     "fsspec": {"wds_tools.storage"},
     "tyro": {"wds_tools.cli"},
     "zstandard": {"wds_tools.convert"},
+    "tokenizers": {"wds_tools.sequences"},
+    "transformers": {"wds_tools.sequences", "loaders"},
+    "accelerate": set(),
+    "lightning": set(),
     "tarfile": set(),
     "pickle": set(),
 }

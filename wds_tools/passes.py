@@ -21,6 +21,7 @@ import orjson
 from wds_tools.dataset.write import REJECTS, ShardLimits, TaskResult, TaskWriter, begin, done_tasks, finish
 from wds_tools.errors import TooManyRejects, UsageError
 from wds_tools.format.manifest import Manifest
+from wds_tools.format.schema import SCHEMA_VERSION
 from wds_tools.run.local import Report, run_tasks
 from wds_tools.run.progress import Progress
 from wds_tools.storage import join, open_store
@@ -77,6 +78,8 @@ class Plan:
     """Provenance of code columns, for the manifest."""
     source: Mapping[str, Any] = field(default_factory=dict)
     """Further provenance for the manifest: inputs, library versions."""
+    schema_version: int = SCHEMA_VERSION
+    """Of the samples."""
 
 
 class Work(Protocol):
@@ -172,7 +175,7 @@ def run_pass(plan: Plan, work: Work, options: PassOptions) -> Manifest:
             budget.check(rejects, inputs, final=False, where=store.url)
     budget.check(rejects, inputs, final=True, where=store.url)
     source = {"plan": fixed, "python": sys.version.split()[0], **plan.source}
-    return finish(store, len(plan.tasks), codes=plan.codes, source=source)
+    return finish(store, len(plan.tasks), codes=plan.codes, source=source, schema_version=plan.schema_version)
 
 
 def group_to_limit(items: Sequence[Item], size: Callable[[Item], int], limit: int) -> Iterator[list[Item]]:

@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import orjson
@@ -26,7 +26,7 @@ from wds_tools.errors import FormatError, NotFound, Reject, UsageError
 from wds_tools.format import manifest as manifests
 from wds_tools.format.index import SUFFIX, ShardIndex, pack_index
 from wds_tools.format.manifest import Manifest, ShardRow, pack_manifest, row_from_json
-from wds_tools.format.schema import Sample
+from wds_tools.format.schema import SCHEMA_VERSION, Sample
 from wds_tools.format.shard import ShardBuilder
 from wds_tools.storage import Store, Writer
 
@@ -62,6 +62,8 @@ class TaskResult:
     shards: tuple[ShardRow, ...]
     rejects: Mapping[str, int]
     """By reason."""
+    counts: Mapping[str, int] = field(default_factory=dict)
+    """What else the work counted: TaskWriter.count."""
 
 
 class TaskWriter:
@@ -86,6 +88,7 @@ class TaskWriter:
         self._shards: list[ShardRow] = []
         self._reject_lines: list[bytes] = []
         self._rejects: Counter[str] = Counter()
+        self._counts: Counter[str] = Counter()
         self.num_samples = 0
         self.num_rejects = 0
 
@@ -106,7 +109,18 @@ class TaskWriter:
             StorageError: the shard can't be written.
         """
         builder = self._builder or ShardBuilder()
-        data = builder.add(sample)
+        self._append(builder, builder.add(sample))
+
+    def add_members(self, key: str, payloads: Sequence[tuple[str, bytes]]) -> None:
+        """Append a sample of any members, (suffix, payload) each, to a data set of ANY_MEMBERS. Raises StorageError as `add`."""
+        builder = self._builder or ShardBuilder()
+        self._append(builder, builder.add_members(key, payloads))
+
+    def count(self, what: str, number: int = 1) -> None:
+        """Add to a count of the manifest's `source["counts"]`."""
+        self._counts[what] += number
+
+    def _append(self, builder: ShardBuilder, data: bytes) -> None:
         if self._writer is None:
             self._builder, self._writer = builder, self._store.write(self._next_name())
         self._writer.write(data)
@@ -140,7 +154,11 @@ class TaskWriter:
         if self._reject_lines:
             self._store.put(f"{REJECTS}task-{self.task:06d}.jsonl", b"\n".join(self._reject_lines) + b"\n")
         result = TaskResult(
-            task=self.task, inputs=inputs, shards=tuple(self._shards), rejects=dict(sorted(self._rejects.items()))
+            task=self.task,
+            inputs=inputs,
+            shards=tuple(self._shards),
+            rejects=dict(sorted(self._rejects.items())),
+            counts=dict(sorted(self._counts.items())),
         )
         self._store.put(_marker(self.task), orjson.dumps(asdict(result)))
         return result
@@ -219,7 +237,14 @@ def done_tasks(store: Store) -> dict[int, TaskResult]:
     return {result.task: result for result in results}
 
 
-def finish(store: Store, num_tasks: int, *, codes: Mapping[str, Mapping[str, Any]], source: Mapping[str, Any]) -> Manifest:
+def finish(
+    store: Store,
+    num_tasks: int,
+    *,
+    codes: Mapping[str, Mapping[str, Any]],
+    source: Mapping[str, Any],
+    schema_version: int = SCHEMA_VERSION,
+) -> Manifest:
     """Write the manifest over all tasks, and drop the working files.
 
     Raises:
@@ -231,16 +256,19 @@ def finish(store: Store, num_tasks: int, *, codes: Mapping[str, Mapping[str, Any
         shown = ", ".join(map(str, missing[:5]))
         raise NotFound(f"{store.url}: {len(missing)} of {num_tasks} tasks are not done (task {shown} ...): run with --resume")
     rejects: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for result in results.values():
         rejects.update(result.rejects)
+        counts.update(result.counts)
     shards = tuple(row for task in range(num_tasks) for row in results[task].shards)
     members = {member for row in shards for member in row.members}
     manifest = Manifest(
         shards=shards,
         inputs=sum(result.inputs for result in results.values()),
         rejects=dict(sorted(rejects.items())),
-        codes={column: provenance for column, provenance in codes.items() if f"{column}.npy" in members},
-        source=source,
+        codes={name: made for name, made in codes.items() if f"{name}.npy" in members or schema_version != SCHEMA_VERSION},
+        source={**source, "counts": dict(sorted(counts.items()))} if counts else source,
+        schema_version=schema_version,
     )
     store.put(manifests.NAME, pack_manifest(manifest))
     _drop_working_files(store)

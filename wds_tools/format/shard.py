@@ -188,19 +188,24 @@ class ShardBuilder:
             FormatError: the sample breaks the schema; nothing was appended.
         """
         validate(sample)
+        data = self.add_members(sample.key, encode_members(sample), len(sample.text), sample.num_codes)
+        self._data_types[sample.data_type] += 1
+        return data
+
+    def add_members(self, key: str, payloads: Iterable[tuple[str, bytes]], text_chars: int = 0, num_codes: int = 0) -> bytes:
+        """Append a sample of any members, (suffix, payload) each; returns its bytes in the tar."""
         parts: list[bytes] = []
         members: list[tuple[str, int, int]] = []
         at = 0
-        for suffix, payload in encode_members(sample):
+        for suffix, payload in payloads:
             length = len(payload)
             pad = padding(length)
-            parts += (header(f"{sample.key}.{suffix}", length), payload, pad)
+            parts += (header(f"{key}.{suffix}", length), payload, pad)
             members.append((suffix, at + BLOCK, length))
             at += BLOCK + length + len(pad)
         data = b"".join(parts)
         self._hash.update(data)
-        self._index.add(self.num_bytes, at, members, crc32(data), len(sample.text), sample.num_codes)
-        self._data_types[sample.data_type] += 1
+        self._index.add(self.num_bytes, at, members, crc32(data), text_chars, num_codes)
         self.num_samples += 1
         self.num_bytes += at
         return data

@@ -1,0 +1,190 @@
+"""Token rows: samples built into them in the process that reads, or rows of `wds-tools pack` as they are stored.
+
+    rows in memory -> Sample -> ExampleBuilder -> padded_batch        RowMaker: a padded batch of a step's samples
+    rows in memory -> ids, loss, segments -> packed_batch             read_token_rows: rows that were packed ahead
+
+Legend: B rows, L tokens, N tokens of all rows. Cost: the tokenizer's, all texts of a step in one call; packed ahead, 10 us a row.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from loaders.collate import Columns, read_members, read_records
+from loaders.plan import Ints
+from loaders.read import LoadedRows
+from loaders.stream import OpenSource
+from wds_tools.errors import FormatError, UsageError
+from wds_tools.format.schema import Sample
+from wds_tools.format.shard import parse_npy
+from wds_tools.sequences.build import Example, ExampleBuilder
+from wds_tools.sequences.config import SequenceConfig
+from wds_tools.sequences.rows import MEMBERS, Arrays, cut, packed_batch, padded_batch
+from wds_tools.sequences.sources import codebook_size_of
+
+
+class RowMaker:
+    """Makes token rows of samples; loads the tokenizer once a process.
+
+    Args:
+        config: how.
+        seed: of the choices.
+        sources: what is read.
+
+    Raises:
+        UsageError: the tokenizer lacks tokens, or the sources were encoded with different image tokenizers.
+    """
+
+    def __init__(self, config: SequenceConfig, seed: int, sources: Sequence[OpenSource]) -> None:
+        manifests, urls = [opened.manifest for opened in sources], [opened.store.url for opened in sources]
+        if any(not opened.has_schema for opened in sources):
+            raise UsageError(
+                "sequences are made of samples of this project's schema: leave them out for other tars and packed rows"
+            )
+        self._make = config, seed, codebook_size_of(manifests, urls, config.codebook_size)
+        self._builder: ExampleBuilder | None = ExampleBuilder(*self._make)
+        self.counts: Counter[str] = Counter()
+        """tokens, padding, rows, shortened: since the process started."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_builder": None}  # a process that is not forked loads its own
+
+    @property
+    def builder(self) -> ExampleBuilder:
+        """Of this process."""
+        if self._builder is None:
+            self._builder = ExampleBuilder(*self._make)
+        return self._builder
+
+    @cached_property
+    def recipe(self) -> dict[str, Any]:
+        """See ExampleBuilder.recipe."""
+        return self.builder.recipe
+
+    def read(self, rows: Sequence[LoadedRows], numbers: Sequence[int]) -> list[Sample]:
+        """Parse rows as samples of which examples can be made. Raises as collate.read_records, and Reject."""
+        if not rows:
+            return []
+        keys, records, codes = read_records(rows, numbers)
+        grids = codes.arrays() if codes is not None else [None] * len(keys)
+        samples = [
+            Sample(
+                key=key,
+                data_type=record["data_type"],
+                text=record["text"],
+                width=record["width"],
+                height=record["height"],
+                codes={} if grid_hw is None else {"codes": grid_hw},
+                conversations=record.get("conversations"),
+            )
+            for key, record, grid_hw in zip(keys, records, grids, strict=True)
+        ]
+        for sample in samples:
+            self.builder.check(sample)
+        return samples
+
+    def examples(self, samples: Sequence[Sample], epochs: Ints) -> list[Example]:
+        """Their examples, in the epochs of their sources."""
+        examples = self.builder.build(samples, epochs.tolist())
+        self.counts["shortened"] += sum(example.is_shortened for example in examples)
+        return examples
+
+    def padded(self, samples: Sequence[Sample], epochs: Ints, names: Sequence[str]) -> Columns:
+        """A batch of at least a row for each sample; a long document goes on in the rows behind.
+
+        Args:
+            samples, epochs: what it is made of.
+            names: of their sources.
+        """
+        examples = self.examples(samples, epochs)
+        pieces = [
+            (piece, name)
+            for example, name in zip(examples, names, strict=True)
+            for piece in cut(example, self.builder.config.max_length)
+        ]
+        arrays = padded_batch([piece for piece, _ in pieces], self.builder.vocabulary.eos)
+        lists: dict[str, list[Any]] = {
+            "__key__": [piece.key for piece, _ in pieces],
+            "__source__": [name for _, name in pieces],
+        }
+        tokens = int(arrays["attention_mask"].sum())
+        self.count(len(pieces), tokens, arrays["input_ids"].size - tokens)
+        return Columns(lists, None, tensors_of(arrays))
+
+    def count(self, rows: int, tokens: int, padding: int) -> None:
+        """Add to the counts."""
+        self.counts.update({"rows": rows, "tokens": tokens, "padding": padding})
+
+
+def read_token_rows(rows: Sequence[LoadedRows], numbers: Sequence[int]) -> Columns:
+    """A batch of rows that were packed ahead.
+
+    Raises:
+        FormatError: they are no rows, or of different lengths.
+    """
+    keys, ids, loss, segments = [], [], [], []
+    for held, row in zip(rows, numbers, strict=True):
+        members = read_members(held, row)
+        keys.append(members["__key__"])
+        tokens, bits, lengths = (parse_npy(members[suffix], suffix) for suffix in MEMBERS)
+        if tokens.ndim != 1 or len(bits) != -(-len(tokens) // 8) or int(lengths.sum()) > len(tokens):
+            raise FormatError(
+                f"{held.where(row)}: {tokens.shape} tokens, {bits.shape} bytes of loss, segments of {lengths.sum()}"
+            )
+        ids.append(tokens)
+        loss.append(bits)
+        segments.append(lengths.tolist())
+    lists: dict[str, list[Any]] = {"__key__": keys}
+    if not keys:
+        return Columns(lists, None, {})
+    if len({(len(tokens), tokens.dtype) for tokens in ids}) > 1:
+        raise FormatError(f"rows of {sorted({len(tokens) for tokens in ids})} tokens can't stand in one batch")
+    ids_BL = np.stack(ids)
+    loss_BL = np.unpackbits(np.stack(loss), axis=1, count=ids_BL.shape[1]).view(np.bool_)
+    return Columns(lists, None, tensors_of(packed_batch(ids_BL, loss_BL, segments)))
+
+
+def check_packed_ahead(sources: Sequence[OpenSource]) -> bool:
+    """Whether the sources are rows of `wds-tools pack`.
+
+    Raises:
+        UsageError: some are and some are not, or they differ in length or vocabulary.
+    """
+    made = [opened.manifest.source.get("rows") for opened in sources]
+    if made and any(one != made[0] for one in made):
+        told = "; ".join(f"{opened.store.url}: {one or 'samples'}" for opened, one in zip(sources, made, strict=True))
+        raise UsageError(f"sources of rows must have one length and one vocabulary, and can't be mixed with samples: {told}")
+    return bool(made and made[0])
+
+
+def model_inputs(batch: dict[str, Any]) -> dict[str, Any]:
+    """What a causal language model of transformers takes of a batch: ids, labels, and what keeps tokens apart."""
+    return {name: batch[name] for name in ("input_ids", "labels", "attention_mask", "position_ids") if name in batch}
+
+
+def flatten(batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch of packed rows in the form of transformers' DataCollatorWithFlattening(return_flash_attn_kwargs=True).
+
+    Returns:
+        input_ids, labels, position_ids (1, N); cu_seq_lens_q and _k int32; max_length_q and _k int. Views, no copies.
+    """
+    cu_seqlens = batch["cu_seqlens"]
+    longest = int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
+    return {
+        **{name: batch[name].reshape(1, -1) for name in ("input_ids", "labels", "position_ids")},
+        "cu_seq_lens_q": cu_seqlens,
+        "cu_seq_lens_k": cu_seqlens,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
+
+
+def tensors_of(arrays: Arrays) -> dict[str, torch.Tensor]:
+    """The same as tensors."""
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}

@@ -1,0 +1,32 @@
+"""`wds-tools pack`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from wds_tools.cli.summary import Printed, data_set_record, print_data_set, print_json
+from wds_tools.pack.rows import PackConfig, pack
+
+EXAMPLE = "wds-tools pack --input s3://bucket/pairs s3://bucket/dclm --tokenizer tok/ --seq-len 4096 --output s3://bucket/rows"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Printed, PackConfig):
+    """Pack data sets into shards of token rows of one length, so that training tokenizes nothing."""
+
+
+def run(config: Config) -> int:
+    """Pack, and say what came of it."""
+    manifest = pack(config)
+    counts, rows = manifest.source.get("counts", {}), manifest.source["rows"]
+    if config.json:
+        print_json({**data_set_record(config.output, manifest), "counts": counts, "rows": rows})
+        return 0
+    print_data_set(config.output, manifest)
+    total = manifest.samples * rows["length"]
+    print(
+        f"tokens       {counts.get('tokens', 0):,} of {counts.get('samples', 0):,} samples, {counts.get('shortened', 0):,} with "
+        f"a shortened text; padding {counts.get('padding', 0) / max(total, 1):.2%}; the model needs vocab_size >= "
+        f"{rows['vocabulary_size']:,}"
+    )
+    return 0

@@ -1,0 +1,217 @@
+"""Pack data sets into shards of token rows: then training tokenizes nothing, and its state is a position.
+
+    samples of all inputs, interleaved in proportion -> examples, 256 at a time -> Packer -> rows -> output shards
+
+Every task has its share of every input, so that documents fill the rows that images leave open, and its last rows are padded.
+Invariant: of every sample, all tokens are in the rows of its task, or it is a reject. Memory: 256 samples and the window.
+Cost: the tokenizer's; about 3 k pairs/s a process (docs/benchmarks.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from importlib.metadata import version
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from wds_tools.dataset.read import read_manifest, read_stored
+from wds_tools.dataset.write import TaskWriter
+from wds_tools.errors import FormatError, Reject, UsageError
+from wds_tools.format.manifest import Manifest, row_from_json
+from wds_tools.format.schema import ANY_MEMBERS, Sample
+from wds_tools.format.shard import sample_from_members
+from wds_tools.passes import PassOptions, Plan, run_pass
+from wds_tools.sequences.build import ExampleBuilder
+from wds_tools.sequences.config import SequenceConfig
+from wds_tools.sequences.pack import Packer
+from wds_tools.sequences.rows import ids_dtype, row_members
+from wds_tools.sequences.sources import codebook_size_of
+from wds_tools.storage import open_store
+
+_AT_ONCE = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackConfig(PassOptions):
+    """Pack data sets into shards of token rows of one length, so that training tokenizes nothing."""
+
+    input: tuple[str, ...]
+    """The data sets: directories or URLs. Every sample is used once."""
+    tokenizer: str
+    """Folder of a Hugging Face tokenizer, with the tokens around images (see `wds-tools vocabulary`)."""
+    seq_len: int
+    """Tokens of a row."""
+    seed: int = 42
+    """Of the choice of form, wording and guidance drop."""
+    epoch: int = 0
+    """Of the same: another epoch makes other examples of the same samples."""
+    t2i_ratio: float = SequenceConfig.t2i_ratio
+    """Share of the image-text pairs that become text to image; the others become captions."""
+    unconditional_ratio: float = SequenceConfig.unconditional_ratio
+    """Share of the text-to-image examples whose text gives way to <unconditional>."""
+    document_eos: bool = SequenceConfig.document_eos
+    """Put an EOS behind the last token of a document."""
+    prompts: str | None = None
+    """A JSON file with other wordings."""
+    codebook_size: int | None = None
+    """Entries of the image codebook; by default as the manifests say."""
+    bos: str | None = None
+    """The token that begins a sequence; by default the tokenizer's own; "": none."""
+    eos: str | None = None
+    """The token that ends a sequence; by default the tokenizer's own."""
+    boi: str = SequenceConfig.boi
+    """The token before the codes of an image."""
+    eoi: str = SequenceConfig.eoi
+    """The token behind them."""
+    unconditional: str = SequenceConfig.unconditional
+    """The token that stands for a dropped text."""
+    task_samples: int = 20_000
+    """Samples of a task: what a worker, and a resumed run, takes whole."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.task_samples < 1 or self.epoch < 0:
+            raise UsageError(f"--task-samples {self.task_samples}, --epoch {self.epoch}: at least 1 and 0")
+        self.sequences  # noqa: B018  # checks its values
+
+    @property
+    def sequences(self) -> SequenceConfig:
+        """How samples become sequences."""
+        names = SequenceConfig.__dataclass_fields__.keys() - {"max_length"}
+        return SequenceConfig(max_length=self.seq_len, **{name: getattr(self, name) for name in names})
+
+
+def pack(config: PackConfig) -> Manifest:
+    """Run the packing pass.
+
+    Returns:
+        The manifest of the rows; its `source` has "rows" (length, vocabulary) and "counts" (samples, tokens, padding ...).
+
+    Raises:
+        UsageError: the tokenizer does not fit, or see run_pass.
+    """
+    manifests = [read_manifest(open_store(url)) for url in config.input]
+    size = codebook_size_of(manifests, config.input, config.codebook_size)
+    builder = ExampleBuilder(config.sequences, config.seed, size)
+    vocabulary = builder.vocabulary
+    total = sum(manifest.samples for manifest in manifests)
+    num_tasks = -(-total // config.task_samples)
+    settings = builder.recipe | {"seed": config.seed, "epoch": config.epoch}
+    rows = {"length": config.seq_len, "vocabulary_size": vocabulary.size, "text_size": vocabulary.text_size}
+    plan = Plan(
+        command="pack",
+        settings=settings,
+        tasks=[_share(config.input, manifests, number, num_tasks) for number in range(num_tasks)],
+        total=total,
+        source={
+            "rows": rows,
+            "tokenizers": version("tokenizers"),
+            "inputs": [
+                {"url": url, "fingerprint": manifest.fingerprint(), "samples": manifest.samples}
+                for url, manifest in zip(config.input, manifests, strict=True)
+            ],
+        },
+        schema_version=ANY_MEMBERS,
+    )
+    return run_pass(plan, _PackSamples(config.sequences, config.seed, config.epoch, size), config)
+
+
+def _share(urls: Sequence[str], manifests: Sequence[Manifest], number: int, num_tasks: int) -> list[list[Any]]:
+    """What a task reads of each input: [url, [[shard row, first sample, behind the last], ...]]."""
+    parts = []
+    for url, manifest in zip(urls, manifests, strict=True):
+        low, high = (manifest.samples * bound // num_tasks for bound in (number, number + 1))
+        begin, ranges = 0, []
+        for row in manifest.shards:
+            first, last = max(low - begin, 0), min(high - begin, row.samples)
+            if first < last:
+                ranges.append([asdict(row), first, last])
+            begin += row.samples
+        parts.append([url, ranges])
+    return parts
+
+
+@dataclass(frozen=True)
+class _PackSamples:
+    """The work on one task; loads the tokenizer once a process."""
+
+    config: SequenceConfig
+    seed: int
+    epoch: int
+    codebook_size: int
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _PackSamples, (self.config, self.seed, self.epoch, self.codebook_size)  # a worker loads its own tokenizer
+
+    @cached_property
+    def builder(self) -> ExampleBuilder:
+        return ExampleBuilder(self.config, self.seed, self.codebook_size)
+
+    def __call__(self, task: Sequence[Sequence[Any]], writer: TaskWriter, advance: Callable[[int], None]) -> int:
+        vocabulary = self.builder.vocabulary
+        packer = Packer(self.config.max_length, vocabulary.eos)
+        sink = _Sink(writer, ids_dtype(vocabulary.size))
+        samples = _interleaved(task)
+        number = 0
+        while chunk := list(islice(samples, _AT_ONCE)):
+            good = [sample for shard, sample in chunk if self._is_good(sample, shard, writer)]
+            for example in self.builder.build(good, [self.epoch] * len(good)):
+                writer.count("samples")
+                writer.count("tokens", len(example.ids))
+                writer.count("shortened", example.is_shortened)
+                packer.add(number, example)
+                number += 1
+                while not packer.wants_more:
+                    sink.write(packer.row())
+            advance(len(chunk))
+        for row in packer.rest():
+            sink.write(row)
+        if sink.num_ended != number:
+            raise FormatError(f"task {writer.task}: {number} examples were packed, {sink.num_ended} came out: this is a bug")
+        return writer.num_samples + writer.num_rejects
+
+    def _is_good(self, sample: Sample, shard: str, writer: TaskWriter) -> bool:
+        try:
+            self.builder.check(sample)
+        except Reject as cause:
+            writer.reject(cause, source=shard, key=sample.key)
+            return False
+        return True
+
+
+class _Sink:
+    """Numbers and writes rows."""
+
+    def __init__(self, writer: TaskWriter, dtype: np.dtype[Any]) -> None:
+        self._writer = writer
+        self._dtype = dtype
+        self.num_ended = 0
+
+    def write(self, row: Any) -> None:
+        key = f"{self._writer.task:06d}-{self._writer.num_samples:08d}"
+        self._writer.add_members(key, row_members(row, self._dtype))
+        self._writer.count("padding", row.num_padding)
+        self.num_ended += len(row.ended)
+
+
+def _interleaved(task: Sequence[Sequence[Any]]) -> Iterator[tuple[str, Sample]]:
+    """(shard, sample) of all inputs of a task: each in its own order, spread evenly over the task."""
+    counts = [sum(last - first for _, first, last in ranges) for _, ranges in task]
+    at = np.concatenate([(np.arange(count) + 0.5) / count for count in counts if count] or [np.zeros(0)])
+    order = np.repeat(np.arange(len(task)), counts)[np.argsort(at, kind="stable")]
+    readers = [_read(url, ranges) for url, ranges in task]
+    for number in order.tolist():
+        yield next(readers[number])
+
+
+def _read(url: str, ranges: Sequence[Sequence[Any]]) -> Iterator[tuple[str, Sample]]:
+    store = open_store(url)
+    for record, first, last in ranges:
+        row = row_from_json(record)
+        for number, stored in enumerate(read_stored(store, row)):  # to its end, where its hash is compared
+            if first <= number < last:
+                yield row.name, sample_from_members(stored.key, stored.payloads)

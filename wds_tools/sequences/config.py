@@ -1,0 +1,48 @@
+"""How samples become token sequences: `SequenceConfig`, a value that is checked when it is made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from wds_tools.errors import UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequenceConfig:
+    """How samples become token sequences."""
+
+    tokenizer: str
+    """Folder of a Hugging Face tokenizer (tokenizer.json and its tokenizer_config.json), or a tokenizer.json."""
+    max_length: int
+    """Tokens of a row. An image that does not fit a row is refused, never cut."""
+    t2i_ratio: float = 0.5
+    """Share of the image-text pairs that become text to image; the others become captions."""
+    unconditional_ratio: float = 0.1
+    """Share of the text-to-image examples whose text gives way to <unconditional>, for classifier-free guidance."""
+    document_eos: bool = False
+    """Put an EOS behind the last token of a document."""
+    prompts: str | None = None
+    """A JSON file with other wordings (docs/training.md)."""
+    codebook_size: int | None = None
+    """Entries of the image codebook; None: as the manifests say."""
+    bos: str | None = None
+    """The token that begins a sequence; None: the one that tokenizer_config.json names; "": none."""
+    eos: str | None = None
+    """The token that ends a sequence; None: the one that tokenizer_config.json names."""
+    boi: str = "<boi>"
+    """The token before the codes of an image."""
+    eoi: str = "<eoi>"
+    """The token behind them."""
+    unconditional: str = "<unconditional>"
+    """The token that stands for a dropped text."""
+
+    def __post_init__(self) -> None:
+        if self.max_length < 2:
+            raise UsageError(f"max_length={self.max_length}, expected 2 or more tokens")
+        for name in ("t2i_ratio", "unconditional_ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UsageError(f"{name}={getattr(self, name)} is not in 0 ... 1")
+        if self.codebook_size is not None and not 1 <= self.codebook_size < 1 << 31:
+            raise UsageError(f"codebook_size={self.codebook_size} is not in 1 ... 2**31 - 1")
+        if self.eos == "":
+            raise UsageError("eos='': every example but a document ends with EOS; name a token")

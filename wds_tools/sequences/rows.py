@@ -1,0 +1,101 @@
+"""Rows as they are stored and as they are trained on: members of a shard, and arrays of a batch.
+
+    KEY.tokens.npy    (L,) ids, in the smallest unsigned type that holds the vocabulary
+    KEY.loss.npy      (ceil(L / 8),) uint8: a bit for each token, the first is the highest: which are trained
+    KEY.segments.npy  (S,) tokens of each example or piece of a document; what is left of L is padding
+
+Members of a data set have one L. Labels are ids, or -100 where nothing is trained: padding, prompts, and the first token of a
+segment, which would be predicted from the segment before. Legend: B rows, L tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wds_tools.format.shard import npy_bytes
+from wds_tools.sequences.build import Example
+from wds_tools.sequences.pack import Row
+
+TOKENS, LOSS, SEGMENTS = MEMBERS = ("tokens.npy", "loss.npy", "segments.npy")
+NOT_TRAINED = -100
+"""What torch's cross entropy and transformers ignore."""
+
+Arrays = dict[str, NDArray[Any]]
+
+
+def ids_dtype(vocabulary_size: int) -> np.dtype[Any]:
+    """The smallest little-endian unsigned type for ids below this."""
+    return np.min_scalar_type(vocabulary_size - 1).newbyteorder("<")
+
+
+def row_members(row: Row, dtype: np.dtype[Any]) -> list[tuple[str, bytes]]:
+    """The (suffix, payload) members of a row."""
+    segments = np.array(row.segments, ids_dtype(len(row.ids) + 1))
+    return [
+        (TOKENS, npy_bytes(row.ids.astype(dtype))),
+        (LOSS, npy_bytes(np.packbits(row.loss))),
+        (SEGMENTS, npy_bytes(segments)),
+    ]
+
+
+def packed_batch(ids_BL: NDArray[Any], loss_BL: NDArray[np.bool_], segments: Sequence[Sequence[int]]) -> Arrays:
+    """The arrays of a batch of rows.
+
+    Args:
+        ids_BL: any integers.
+        loss_BL: which are trained.
+        segments: of each row.
+
+    Returns:
+        input_ids, labels, position_ids: (B, L) int64; position ids start at 0 in every segment. cu_seqlens: int32, where the
+        segments of the B * L tokens begin, and at last B * L, as flash_attn_varlen_func takes them; padding is a segment.
+    """
+    length = ids_BL.shape[1]
+    lengths: list[int] = []
+    for own in segments:
+        lengths += own
+        if (padding := length - sum(own)) > 0:
+            lengths.append(padding)
+    cu_seqlens = np.zeros(len(lengths) + 1, np.int32)
+    np.cumsum(lengths, out=cu_seqlens[1:])
+    input_ids = ids_BL.astype(np.int64)
+    labels = np.where(loss_BL, input_ids, NOT_TRAINED)
+    labels.reshape(-1)[cu_seqlens[:-1]] = NOT_TRAINED
+    position_ids = np.arange(input_ids.size)
+    position_ids -= np.repeat(cu_seqlens[:-1], lengths)
+    return {
+        "input_ids": input_ids,
+        "labels": labels,
+        "position_ids": position_ids.reshape(ids_BL.shape),
+        "cu_seqlens": cu_seqlens,
+    }
+
+
+def padded_batch(pieces: Sequence[Example], pad_id: int) -> Arrays:
+    """The arrays of a batch of examples of at most a row, padded on the right to the longest.
+
+    Returns:
+        input_ids, labels, attention_mask: (B, L) int64.
+    """
+    lengths = np.array([len(piece.ids) for piece in pieces], np.int64)
+    is_token = np.arange(lengths.max(initial=0)) < lengths[:, None]
+    input_ids = np.full(is_token.shape, pad_id, np.int64)
+    labels = np.full(is_token.shape, NOT_TRAINED, np.int64)
+    if pieces:
+        ids = np.concatenate([piece.ids for piece in pieces])
+        loss = np.concatenate([piece.loss for piece in pieces])
+        input_ids[is_token] = ids
+        labels[is_token] = np.where(loss, ids, NOT_TRAINED)
+    return {"input_ids": input_ids, "labels": labels, "attention_mask": is_token.astype(np.int64)}
+
+
+def cut(example: Example, max_length: int) -> list[Example]:
+    """An example as pieces of at most a row: a document may make several, anything else is one already."""
+    if len(example.ids) <= max_length:
+        return [example]
+    starts = range(0, len(example.ids), max_length)
+    return [example._replace(ids=example.ids[at : at + max_length], loss=example.loss[at : at + max_length]) for at in starts]

@@ -1,0 +1,28 @@
+"""What the manifests of data sets say about the codes in them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from wds_tools.errors import UsageError
+from wds_tools.format.manifest import Manifest
+
+
+def codebook_size_of(manifests: Sequence[Manifest], urls: Sequence[str], given: int | None) -> int:
+    """Entries of the codebook that all data sets were encoded with; 0 if none of them has codes.
+
+    Raises:
+        UsageError: they were encoded with different tokenizers, or one has codes and its manifest does not say of what.
+    """
+    found: dict[tuple[object, ...], str] = {}
+    for manifest, url in zip(manifests, urls, strict=True):
+        if not any(row.num_codes for row in manifest.shards):
+            continue
+        told = [(one.get("tokenizer"), one.get("weights_hash"), one.get("codebook_size")) for one in manifest.codes.values()]
+        if given is None and (not told or any(type(size) is not int for *_, size in told)):
+            raise UsageError(f"{url} has codes, but its manifest does not say of which codebook: give codebook_size")
+        found |= dict.fromkeys(told or [(None, None, given)], url)
+    if len(found) > 1:
+        says = [f"{url}: {name}, {size} codes, weights {str(weights)[:19]}" for (name, weights, size), url in found.items()]
+        raise UsageError(f"codes of different image tokenizers can't be mixed in one vocabulary ({'; '.join(says)})")
+    return given or next((size for *_, size in found if isinstance(size, int)), 0)

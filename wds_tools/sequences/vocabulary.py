@@ -1,0 +1,115 @@
+"""The ids of a model that reads and writes text and image codes: special tokens by name, codes behind the text vocabulary.
+
+0 ... num_tokens - 1                      the text tokenizer's, special tokens among them
+num_tokens ... num_tokens + codebook - 1  image codes
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from wds_tools.errors import UsageError
+from wds_tools.sequences.config import SequenceConfig
+from wds_tools.sequences.tokenizer import FILE, TextTokenizer, load_backend
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vocabulary:
+    """Ids, and how many there are."""
+
+    text_size: int
+    """Ids of the text tokenizer: the code c of an image is the id text_size + c."""
+    codebook_size: int
+    """Image codes; 0: none are expected."""
+    bos: int | None
+    eos: int
+    boi: int | None
+    """None where no image is expected and the tokenizer has none; so the next two."""
+    eoi: int | None
+    unconditional: int | None
+
+    @property
+    def size(self) -> int:
+        """Ids in all: the least vocab_size of a model."""
+        return self.text_size + self.codebook_size
+
+    def padded(self, multiple: int) -> int:
+        """The size, rounded up to a multiple: matrices of such sizes are faster on a GPU."""
+        return -(-self.size // multiple) * multiple
+
+
+def find_vocabulary(tokenizer: TextTokenizer, config: SequenceConfig, codebook_size: int) -> Vocabulary:
+    """Look the special tokens up.
+
+    Args:
+        tokenizer: of the config.
+        config: the names.
+        codebook_size: 0: there are no images, and the tokens around them need not exist.
+
+    Raises:
+        UsageError: tokens are missing; lists all of them.
+    """
+    bos, eos = (getattr(config, role) for role in ("bos", "eos"))
+    bos, eos = tokenizer.named("bos_token") if bos is None else bos, tokenizer.named("eos_token") if eos is None else eos
+    unnamed = [role for role, name in (("bos", bos), ("eos", eos)) if name is None]
+    image = [config.boi, config.eoi, config.unconditional]
+    wanted = [name for name in (bos, eos, *(image if codebook_size else [])) if name]
+    missing = [name for name in wanted if tokenizer.id_of(name) is None]
+    if unnamed or missing:
+        says = [f"it has no {name}" for name in missing]
+        says += (
+            [f"`wds-tools vocabulary {tokenizer.path} --output DIR` adds what images need"] if set(missing) & set(image) else []
+        )
+        says += [f"its tokenizer_config.json names no {role}_token: give {role}='...'" for role in unnamed]
+        says += ["bos='' for none"] if "bos" in unnamed else []
+        raise UsageError(f"tokenizer {tokenizer.path}: {'; '.join(says)}")
+    return Vocabulary(
+        text_size=tokenizer.num_tokens,
+        codebook_size=codebook_size,
+        bos=tokenizer.id_of(bos) if bos else None,
+        eos=_known(tokenizer, eos),
+        boi=tokenizer.id_of(config.boi),
+        eoi=tokenizer.id_of(config.eoi),
+        unconditional=tokenizer.id_of(config.unconditional),
+    )
+
+
+def add_tokens(path: str, output: str, names: Sequence[str]) -> TextTokenizer:
+    """Copy a tokenizer's folder, with these special tokens added where they are missing.
+
+    Args:
+        path: the folder, or a tokenizer.json.
+        output: a new folder.
+        names: of the tokens.
+
+    Returns:
+        The tokenizer in the new folder.
+
+    Raises:
+        UsageError: the output exists, or there is no tokenizer at the path.
+    """
+    source, target = Path(path), Path(output)
+    if target.exists():
+        raise UsageError(f"--output {output} exists already: choose a new folder")
+    tokenizer = load_backend(source)
+    tokenizer.add_special_tokens(list(names))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as temp:
+        folder = Path(temp) / "tokenizer"
+        folder.mkdir()
+        for file in source.iterdir() if source.is_dir() else ():
+            if file.is_file():
+                shutil.copyfile(file, folder / file.name)
+        tokenizer.save(str(folder / FILE))
+        folder.rename(target)
+    return TextTokenizer(output)
+
+
+def _known(tokenizer: TextTokenizer, name: str | None) -> int:
+    found = tokenizer.id_of(name or "")
+    assert found is not None
+    return found
