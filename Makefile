@@ -6,6 +6,7 @@
 # make docs     the documentation as a site, into site/
 # make dist     source distribution and wheel, into dist/
 # make bench-loader   the loader against its peers (15 minutes; bench-peers builds their environment, 7 GB, when it is missing)
+# make bench-sequences   token rows against the straightforward collator (6 minutes)
 # make convert-pairs|convert-dclm|encode|export INPUT=... OUTPUT=... [ARGS="--workers 4"]
 
 PYTHON ?= python3
@@ -17,7 +18,7 @@ PEERS_READY := $(PEERS)/.ready
 JOBS ?= 2
 ARGS ?=
 
-.PHONY: setup demo train-demo test test-slow check lint types docs dist bench bench-loader bench-peers convert-pairs convert-dclm encode export clean
+.PHONY: setup demo train-demo test test-slow check lint types docs dist bench bench-loader bench-sequences bench-peers convert-pairs convert-dclm encode export clean
 
 setup: $(READY)
 
@@ -61,6 +62,9 @@ bench: $(READY)
 
 bench-loader: $(READY) $(PEERS_READY)
 	$(BIN)/python -m benchmarks.loader --peers $(PEERS)/bin/python $(ARGS)
+
+bench-sequences: $(READY)
+	$(BIN)/python -m benchmarks.sequences $(ARGS)
 
 bench-peers: $(PEERS_READY)
 

@@ -180,7 +180,8 @@ def _versions(bench: Bench) -> dict[str, str]:
     return versions
 
 
-def _machine() -> str:
+def machine() -> str:
+    """Its cores, processor and memory."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
@@ -203,7 +204,7 @@ def main() -> None:
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     bench = Bench(out, arguments.peers.absolute())
-    results: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "machine": _machine(), "rounds": ROUNDS}
+    results: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "machine": machine(), "rounds": ROUNDS}
     if set(arguments.parts) != {"s3"}:
         write(bench)
     if "speed" in arguments.parts:

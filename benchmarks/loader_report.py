@@ -6,7 +6,7 @@ A bar is what was aimed at before anything was measured; one that is missed says
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -91,10 +91,14 @@ def report(results: dict[str, Any], out: Path, docs: Path | None) -> None:
     (out / "loader.svg").write_text(plot)
     if docs is not None:
         (docs / SVG).write_text(plot)
-        page = docs / "benchmarks.md"
-        before, _, rest = page.read_text().partition(SECTION[0])
-        after = rest.partition(SECTION[1])[2]
-        page.write_text(f"{before}{SECTION[0]}\n\n{text}\n{SECTION[1]}{after}")
+        put_section(docs / "benchmarks.md", SECTION, text)
+
+
+def put_section(page: Path, marks: tuple[str, str], text: str) -> None:
+    """Write what stands between two marks of a page anew."""
+    before, _, rest = page.read_text().partition(marks[0])
+    after = rest.partition(marks[1])[2]
+    page.write_text(f"{before}{marks[0]}\n\n{text}\n{marks[1]}{after}")
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -102,13 +106,18 @@ def markdown(results: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     lines = [f"Measured {results['date']} on {results['machine']}; {versions}. Median of {results['rounds']}.", ""]
     lines += _speed_table(results)
-    lines += ["| aim | measured | at least / at most | |", "|---|---|---|---|"]
-    for bar in bars(results):
+    lines += [*bar_table(bars(results)), "", *_details(results)]
+    return "\n".join(lines) + "\n"
+
+
+def bar_table(aims: Iterable[Bar]) -> list[str]:
+    """Lines of a table of what was aimed at."""
+    lines = ["| aim | measured | at least / at most | |", "|---|---|---|---|"]
+    for bar in aims:
         value = "" if bar.value is None else f"{_number(bar.value)}{bar.unit}"
         verdict = f"**{bar.verdict}**" if bar.verdict == "MISSED" else bar.verdict
         lines.append(f"| {bar.what} | {value} | {'≥' if bar.is_floor else '≤'} {bar.aim:g}{bar.unit} | {verdict} |")
-    lines += ["", *_details(results)]
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def _speed_table(results: dict[str, Any]) -> list[str]:

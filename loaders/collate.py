@@ -7,6 +7,7 @@ whatever their shapes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -19,16 +20,18 @@ from loaders.read import LoadedRows
 from wds_tools.errors import FormatError
 from wds_tools.format.checksum import crc32
 from wds_tools.format.index import ABSENT
-from wds_tools.format.schema import IMAGE_EXTENSIONS
-from wds_tools.format.shard import parse_npy
+from wds_tools.format.schema import split_grids
+from wds_tools.format.shard import image_number, parse_npy
 from wds_tools.format.tar import BLOCK, TarReader
 
 Batch = dict[str, Any]
 Sample = dict[str, Any]
-_NAME_BYTES = 100
+NAME_BYTES = 100
 _CACHE_BYTES = 256 << 10
 _PLAIN_FIELDS = 5
 """data_type, text, length, width, height."""
+_OTHERWISE_GIVEN = ("data_type", "text", "length", "grids")
+Shape = tuple[int, int]
 
 
 class Codes(NamedTuple):
@@ -36,28 +39,31 @@ class Codes(NamedTuple):
 
     flat: torch.Tensor
     """(sum of h * w,) uint16 or uint32, as stored: what travels between processes is half of int32."""
-    shapes: list[tuple[int, int] | None] | tuple[int, int]
-    """(h, w) of each row, None for a row without codes; one (h, w) if it is that of all."""
+    shapes: list[Shape | list[Shape] | None] | Shape
+    """(h, w) of each row, those of its images if it is a conversation, None for a row without codes; one (h, w) if it is that of
+    all."""
 
-    def unpack(self) -> torch.Tensor | list[torch.Tensor | None]:
-        """(B, h, w) int32 if every row has the same grid, else a list of (h, w), None for a row without codes."""
+    def unpack(self) -> torch.Tensor | list[Any]:
+        """(B, h, w) int32 if every row has the same grid, else a list: (h, w), for a conversation a list of (h, w), one an image,
+        for a row without codes None."""
         flat = torch.from_numpy(self.flat.numpy().astype(np.int32))  # torch would wake its threads for it
         if isinstance(self.shapes, tuple):
             return flat.view(-1, *self.shapes)
-        sizes = [shape[0] * shape[1] if shape else 0 for shape in self.shapes]
-        parts = torch.split(flat, sizes)
-        return [part.view(shape) if shape else None for part, shape in zip(parts, self.shapes, strict=True)]
+        sizes = [math.prod(shape) for row in self.shapes for shape in ([row] if isinstance(row, tuple) else row or ())]
+        grids = iter(torch.split(flat, sizes))
+        return [
+            next(grids).view(row) if isinstance(row, tuple) else row and [next(grids).view(shape) for shape in row]
+            for row in self.shapes
+        ]
 
-    def arrays(self) -> list[NDArray[np.unsignedinteger[Any]] | None]:
-        """The grids one by one, as stored."""
+    def arrays(self) -> list[list[NDArray[np.unsignedinteger[Any]]]]:
+        """The grids of each row, as stored: one, or one an image of a conversation; none for a row without codes."""
         flat = self.flat.numpy()
         if isinstance(self.shapes, tuple):
-            return list(flat.reshape(-1, *self.shapes))
-        bounds = np.cumsum([0, *(shape[0] * shape[1] if shape else 0 for shape in self.shapes)]).tolist()
-        return [
-            flat[begin:end].reshape(shape) if shape else None
-            for shape, begin, end in zip(self.shapes, bounds, bounds[1:], strict=False)
-        ]
+            return [[grid_hw] for grid_hw in flat.reshape(-1, *self.shapes)]
+        rows = [[row] if isinstance(row, tuple) else row or [] for row in self.shapes]
+        grids = iter(split_grids(flat, [shape for row in rows for shape in row]))
+        return [[next(grids) for _ in row] for row in rows]
 
 
 class Columns(NamedTuple):
@@ -65,7 +71,8 @@ class Columns(NamedTuple):
 
     lists: dict[str, list[Any]]
     """Name -> a value of each row. With our schema `__key__`, `data_type`, `text`, and, of sources that have any, `conversations`
-    and `image` (encoded bytes); without it `__key__` and the members' bytes by suffix. None where a row has none."""
+    and `image` (encoded bytes, a list of them if it is a conversation); without it `__key__` and the members' bytes by suffix.
+    None where a row has none."""
     codes: Codes | None
     """None if no row has codes."""
     tensors: dict[str, torch.Tensor] = {}  # noqa: RUF012
@@ -94,7 +101,7 @@ def read_columns(rows: Sequence[LoadedRows], numbers: Sequence[int]) -> Columns:
     if not rows:
         return Columns({"__key__": [], "data_type": [], "text": []}, None)
     if not rows[0].reader.has_schema:
-        samples = [read_members(held, row) for held, row in zip(rows, numbers, strict=True)]
+        samples = [_members(held, row) for held, row in zip(rows, numbers, strict=True)]
         names = dict.fromkeys(name for sample in samples for name in sample)
         return Columns({name: [sample.get(name) for sample in samples] for name in names}, None)
     readers = {held.reader for held in rows}
@@ -107,7 +114,7 @@ def read_columns(rows: Sequence[LoadedRows], numbers: Sequence[int]) -> Columns:
     if any(reader.has_conversations for reader in readers):
         lists["conversations"] = [record.get("conversations") for record in records]
     if any(reader.has_images for reader in readers):
-        lists["image"] = [_image(held, row) for held, row in zip(rows, numbers, strict=True)]
+        lists["image"] = [_image(held, row, record) for held, row, record in zip(rows, numbers, records, strict=True)]
     return Columns(lists, codes)
 
 
@@ -116,15 +123,15 @@ def read_samples(rows: Sequence[LoadedRows], numbers: Sequence[int]) -> list[Sam
     if not rows:
         return []
     if not rows[0].reader.has_schema:
-        return [read_members(held, row) | {"__url__": held.url} for held, row in zip(rows, numbers, strict=True)]
+        return [_members(held, row) | {"__url__": held.url} for held, row in zip(rows, numbers, strict=True)]
     keys, records, codes = read_records(rows, numbers)
     samples = []
     for held, row, key, record in zip(rows, numbers, keys, records, strict=True):
         sample: Sample = {"__key__": key, "__url__": held.url, "data_type": record["data_type"], "text": record["text"]}
         if len(record) > _PLAIN_FIELDS or record["width"] is not None or record["height"] is not None:
-            extra = {name: value for name, value in record.items() if name not in ("data_type", "text", "length")}
+            extra = {name: value for name, value in record.items() if name not in _OTHERWISE_GIVEN}
             sample.update((name, value) for name, value in extra.items() if value is not None)
-        if held.reader.has_images and (image := _image(held, row)) is not None:
+        if held.reader.has_images and (image := _image(held, row, record)) is not None:
             sample["image"] = image
         samples.append(sample)
     if codes is not None:
@@ -137,7 +144,7 @@ def read_samples(rows: Sequence[LoadedRows], numbers: Sequence[int]) -> list[Sam
 def read_records(rows: Sequence[LoadedRows], numbers: Sequence[int]) -> tuple[list[str], list[dict[str, Any]], Codes | None]:
     """The keys, the parsed json, and the codes of rows that follow our schema. Raises as read_columns."""
     places = [(held, row - held.first) for held, row in zip(rows, numbers, strict=True)]
-    headers = [held.data[held.json[n] - BLOCK : held.json[n] - BLOCK + _NAME_BYTES] for held, n in places]
+    headers = [held.data[held.json[n] - BLOCK : held.json[n] - BLOCK + NAME_BYTES] for held, n in places]
     json = [held.data[held.json[n] : held.json_end[n]] for held, n in places]
     codes = [held.data[held.codes[n] : held.codes_end[n]] for held, n in places]
     records: list[dict[str, Any]] = []
@@ -145,34 +152,48 @@ def read_records(rows: Sequence[LoadedRows], numbers: Sequence[int]) -> tuple[li
         records += orjson.loads(b"[%b]" % b",".join(own))
     if len(records) != len(rows):
         raise FormatError("a json member is not one object")
-    return _keys(headers), records, _codes(codes)
+    grids = None
+    if any(held.reader.has_conversations for held in rows):
+        grids = [_grids(held, row, record) for held, row, record in zip(rows, numbers, records, strict=True)]
+    return read_keys(headers), records, _codes(codes, grids)
 
 
-def _image(held: LoadedRows, row: int) -> bytes | None:
-    """The encoded image of a row, if it has one."""
+def _image(held: LoadedRows, row: int, record: dict[str, Any]) -> bytes | list[bytes] | None:
+    """The encoded image of a row, if it has one; of a conversation the list of its images."""
+    images = {}
+    for suffix, at, end in _payloads(held, row):
+        number = image_number(suffix)
+        if number is not None:
+            images[number] = bytes(held.data[at:end])
+    if record["data_type"] == "visual_sft":
+        return [images[number] for number in sorted(images)] or None
+    return images.get(0)
+
+
+def _grids(held: LoadedRows, row: int, record: dict[str, Any]) -> list[Shape] | None:
+    """(h, w) of each image of a conversation; None if the codes are one grid."""
+    if record.get("grids") is None:
+        return None
+    column = next((suffix for suffix, _, _ in _payloads(held, row) if suffix.endswith(".npy")), "no codes")
+    return [(height, width) for height, width in record["grids"][column.removesuffix(".npy")]]
+
+
+def _payloads(held: LoadedRows, row: int) -> Iterator[tuple[str, int, int]]:
+    """(suffix, begin, end in `held.data`) of each payload of a row."""
     number = row - held.first
-    for column, suffix in enumerate(held.index.members):
-        length = int(held.index.lengths[number, column])
-        if suffix in IMAGE_EXTENSIONS and length != ABSENT:
-            at = held.start[number] + int(held.index.offsets[number, column])
-            return bytes(held.data[at : at + length])
-    return None
+    start, offsets = held.start[number], held.index.offsets[number].tolist()
+    for suffix, offset, length in zip(held.index.members, offsets, held.index.lengths[number].tolist(), strict=True):
+        if length != ABSENT:
+            yield suffix, start + offset, start + offset + length
 
 
-def read_members(held: LoadedRows, row: int) -> dict[str, Any]:
+def _members(held: LoadedRows, row: int) -> dict[str, Any]:
     """A row of a source without our schema: `__key__` and, by suffix, the members' bytes."""
-    number = row - held.first
-    index = held.index
-    start = held.start[number]
     sample: dict[str, Any] = {"__key__": ""}
-    for column, suffix in enumerate(index.members):
-        length = int(index.lengths[number, column])
-        if length == ABSENT:
-            continue
-        at = start + int(index.offsets[number, column])
+    for suffix, at, end in _payloads(held, row):
         if not sample["__key__"]:
             sample["__key__"] = _member_name(held, row, at).removesuffix(f".{suffix}")
-        sample[suffix] = bytes(held.data[at : at + length])
+        sample[suffix] = bytes(held.data[at:end])
     return sample
 
 
@@ -183,41 +204,53 @@ def _in_cache(members: Sequence[memoryview]) -> Iterator[Sequence[memoryview]]:
         yield members[start : start + size]
 
 
-def _keys(headers: Sequence[memoryview]) -> list[str]:
+def read_keys(headers: Sequence[memoryview]) -> list[str]:
     """The keys in tar headers of json members: up to the first dot. Our schema's keys are ASCII without dots."""
     joined = b"".join(headers)
-    names = np.frombuffer(joined, np.uint8).reshape(len(headers), _NAME_BYTES)
+    names = np.frombuffer(joined, np.uint8).reshape(len(headers), NAME_BYTES)
     ends = (names == ord(".")).argmax(1)
     if not ends.all():  # "./KEY.json", as `tar c .` writes
         return [bytes(header).removeprefix(b"./").partition(b".")[0].decode("ascii", "replace") for header in headers]
     text = joined.decode("latin-1")
-    starts = range(0, len(joined), _NAME_BYTES)
+    starts = range(0, len(joined), NAME_BYTES)
     return [text[start : start + end] for start, end in zip(starts, ends.tolist(), strict=True)]
 
 
-def _codes(members: Sequence[memoryview]) -> Codes | None:
+def _codes(members: Sequence[memoryview], grids: Sequence[list[Shape] | None] | None) -> Codes | None:
     lengths = set(map(len, members))
     if lengths == {0}:
         return None
-    if len(lengths) == 1:
-        first = parse_npy(members[0], "codes")
-        skip = len(members[0]) - first.nbytes
-        head = np.frombuffer(members[0], np.uint8, skip)
-        grids_BM = np.empty((len(members), first.nbytes), np.uint8)
-        done, same = 0, first.ndim == 2
-        for own in _in_cache(members):
-            raw_BM = np.frombuffer(b"".join(own), np.uint8).reshape(len(own), -1)
-            same = same and bool((raw_BM[:, :skip] == head).all())
-            grids_BM[done : done + len(own)] = raw_BM[:, skip:]
-            done += len(own)
-        if same:
-            return Codes(_tensor(grids_BM.reshape(-1).view(first.dtype)), (first.shape[0], first.shape[1]))
-    grids_hw = [parse_npy(member, "codes") if len(member) else None for member in members]
-    if any(grid is not None and grid.ndim != 2 for grid in grids_hw):
-        raise FormatError("codes are not a 2-D grid")
-    flat = np.concatenate([grid.reshape(-1) for grid in grids_hw if grid is not None])
-    shapes = [(grid.shape[0], grid.shape[1]) if grid is not None else None for grid in grids_hw]
-    return Codes(_tensor(flat), shapes[0] if shapes[0] and len(set(shapes)) == 1 else shapes)
+    stacked_BHW = stack_npy(members) if not grids else None
+    if stacked_BHW is not None and stacked_BHW.ndim == 3:
+        return Codes(_tensor(stacked_BHW.reshape(-1)), (stacked_BHW.shape[1], stacked_BHW.shape[2]))
+    arrays = [parse_npy(member, "codes") if len(member) else None for member in members]
+    shapes: list[Shape | list[Shape] | None] = []
+    for array, of_images in zip(arrays, grids or [None] * len(arrays), strict=True):
+        if array is not None and (array.ndim != 2 or (of_images is not None and sum(map(math.prod, of_images)) != array.size)):
+            raise FormatError(
+                f"codes have the shape {array.shape}, expected {f'the grids {of_images}' if of_images else 'a 2-D grid'}"
+            )
+        shapes.append(of_images if of_images is not None or array is None else (array.shape[0], array.shape[1]))
+    flat = np.concatenate([array.reshape(-1) for array in arrays if array is not None])
+    first = shapes[0]
+    return Codes(_tensor(flat), first if isinstance(first, tuple) and shapes.count(first) == len(shapes) else shapes)
+
+
+def stack_npy(members: Sequence[memoryview]) -> NDArray[Any] | None:
+    """The arrays of npy members, side by side in a first dimension; None if they differ in type or shape."""
+    if len(set(map(len, members))) > 1:
+        return None
+    first = parse_npy(members[0], "an npy member")
+    skip = len(members[0]) - first.nbytes
+    head = np.frombuffer(members[0], np.uint8, skip)
+    stacked_BM = np.empty((len(members), first.nbytes), np.uint8)
+    done, same = 0, True
+    for own in _in_cache(members):
+        raw_BM = np.frombuffer(b"".join(own), np.uint8).reshape(len(own), -1)
+        same = same and bool((raw_BM[:, :skip] == head).all())
+        stacked_BM[done : done + len(own)] = raw_BM[:, skip:]
+        done += len(own)
+    return stacked_BM.reshape(-1).view(first.dtype).reshape(len(members), *first.shape) if same else None
 
 
 def _tensor(flat: NDArray[Any]) -> torch.Tensor:
@@ -235,7 +268,7 @@ def _member_name(held: LoadedRows, row: int, at: int) -> str:
             members = TarReader(held.where(row)).feed(bytes(held.data[start : held.end[row - held.first]]))
             return members[0].name.removeprefix("./")
     header = bytes(held.data[at - BLOCK : at])
-    name = header[:_NAME_BYTES].split(b"\0", 1)[0]
+    name = header[:NAME_BYTES].split(b"\0", 1)[0]
     if header[257:263] == b"ustar\0" and header[345]:
         name = header[345:500].split(b"\0", 1)[0] + b"/" + name
     return name.decode("utf-8", "replace").removeprefix("./")

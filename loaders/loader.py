@@ -56,9 +56,9 @@ class Loader:
 
     A batch is a dict: `__key__`, `__source__`, `data_type` and `text` are lists of str; `codes` is an int32 tensor (B, h, w)
     where all samples have grids of one size, else a list of (h, w) tensors, None for a sample without; a batch without any codes
-    has none. Samples with encoded images or conversations add `image` (bytes) and `conversations`. Sources without our schema
-    give `__key__`, `__source__` and the members' bytes by suffix, as lists. Batches of token rows are described in
-    docs/training.md.
+    has none. Samples with encoded images or conversations add `image` (bytes) and `conversations`. A conversation has a list of
+    grids in `codes`, and of images in `image`, one for each `<image>`. Sources without our schema give `__key__`, `__source__`,
+    and the members' bytes by suffix, as lists. Batches of token rows are described in docs/training.md.
     A loop that was left goes on where it stopped. Use from one thread.
     """
 

@@ -157,29 +157,34 @@ class LaneRows:
         made: dict[int, tuple[Row, list[int]]] = {}
         until = {lane.number: (high - 1 - lane.number) // count for lane in self._of(low, high)}
         while hungry := [lane for lane in self._of(low, high) if not lane.pack(until[lane.number], low, count, made)]:
-            for lane in hungry:
-                self._ask(lane)
+            self._ask(hungry)
             self._feed(hungry)
-        for lane in self._of(low, high):
-            self._ask(lane)  # for when this lane's turn comes again
+        self._ask(self._of(low, high))  # for when their turn comes again
         return [made[row] for row in range(low, high)]
 
-    def _ask(self, lane: _Lane) -> None:
-        """Have what a lane will need read in the background, unless it is."""
-        if lane.asked:
-            return
-        length = self._maker.builder.config.max_length
-        missing = (WINDOW_ROWS + 1) * length - lane.num_tokens
-        count = min(max(int(missing / self._mean_tokens), 1), _MOST_AT_ONCE) if missing > 0 else 0
-        lane.asked = self._reader.ask(list(lane.parts(count, self._stream.order.lanes)))
+    def _ask(self, lanes: Sequence[_Lane]) -> None:
+        """Have what lanes will need read in the background, unless it is."""
+        wanted = (WINDOW_ROWS + 1) * self._maker.builder.config.max_length
+        parts: list[Part] = []
+        owners: list[_Lane] = []
+        for lane in lanes:
+            if not lane.asked:
+                missing = wanted - lane.num_tokens
+                count = min(max(int(missing / self._mean_tokens), 1), _MOST_AT_ONCE) if missing > 0 else 0
+                own = list(lane.parts(count, self._stream.order.lanes))
+                parts += own
+                owners += [lane] * len(own)
+        for lane, planned in zip(owners, self._reader.ask(parts), strict=True):
+            lane.asked.append(planned)
 
     def _feed(self, lanes: Sequence[_Lane]) -> None:
         """Give lanes the samples that they asked for: all are parsed and tokenized together."""
-        answers = [(lane, planned.part, self._reader.answer(planned)) for lane in lanes for planned in lane.asked]
-        columns = zip(*(located for _, _, (located, _) in answers), strict=True)
+        asked = [planned for lane in lanes for planned in lane.asked]
+        answers = self._reader.answer(asked)
+        columns = zip(*(located for located, _ in answers), strict=True)
         located = Located(*(np.concatenate(column) for column in columns))
-        positions = np.concatenate([np.arange(part.low, part.high, part.stride) for _, part, _ in answers])
-        rows = [held for _, _, (_, part_rows) in answers for held in part_rows]
+        positions = np.concatenate([np.arange(*planned.part[1:]) for planned in asked])
+        rows = [held for _, part_rows in answers for held in part_rows]
         samples, substitutions, _ = self._decoder.decode(located, rows, self._maker.read)
         self._substitutions += substitutions
         examples = self._maker.examples(samples, self._stream.source_epochs(0, positions))
@@ -187,7 +192,7 @@ class LaneRows:
         found = zip(examples, located.source.tolist(), strict=True)
         for lane in lanes:
             for planned in lane.asked:
-                for position in range(planned.part.low, planned.part.high, planned.part.stride):
+                for position in range(*planned.part[1:]):
                     lane.take(position // self._stream.order.lanes, *next(found))
             lane.asked = []
 

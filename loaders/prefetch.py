@@ -161,10 +161,11 @@ class Reader:
             self._plan(parts)
         return list(self._planned)[before:]
 
-    def answer(self, planned: Planned) -> tuple[Located, list[LoadedRows]]:
-        """What `rows` would return for a part that was asked for."""
-        self._planned = deque(other for other in self._planned if other is not planned)
-        return planned.located, self._take(planned)
+    def answer(self, asked: Sequence[Planned]) -> list[tuple[Located, list[LoadedRows]]]:
+        """What `rows` would return for each of these parts that were asked for."""
+        answered = set(map(id, asked))
+        self._planned = deque(other for other in self._planned if id(other) not in answered)
+        return [(planned.located, self._take(planned)) for planned in asked]
 
     def counts(self) -> dict[str, int]:
         """What this process has read since it started: requests, bytes, cache hits and misses, runs of rows dropped too early."""

@@ -16,16 +16,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from loaders.collate import Columns, read_members, read_records
+from loaders.collate import NAME_BYTES, Columns, read_keys, read_records, stack_npy
 from loaders.plan import Ints
 from loaders.read import LoadedRows
 from loaders.stream import OpenSource
 from wds_tools.errors import FormatError, UsageError
-from wds_tools.format.schema import Sample
+from wds_tools.format.schema import Codes, Sample, join_grids
 from wds_tools.format.shard import parse_npy
 from wds_tools.sequences.build import Example, ExampleBuilder
 from wds_tools.sequences.config import SequenceConfig
-from wds_tools.sequences.rows import MEMBERS, Arrays, cut, packed_batch, padded_batch
+from wds_tools.sequences.rows import MEMBERS, SEGMENTS, Arrays, cut, packed_batch, padded_batch
 from wds_tools.sequences.sources import codebook_size_of
 
 
@@ -72,19 +72,8 @@ class RowMaker:
         if not rows:
             return []
         keys, records, codes = read_records(rows, numbers)
-        grids = codes.arrays() if codes is not None else [None] * len(keys)
-        samples = [
-            Sample(
-                key=key,
-                data_type=record["data_type"],
-                text=record["text"],
-                width=record["width"],
-                height=record["height"],
-                codes={} if grid_hw is None else {"codes": grid_hw},
-                conversations=record.get("conversations"),
-            )
-            for key, record, grid_hw in zip(keys, records, grids, strict=True)
-        ]
+        grids: Sequence[Sequence[Codes]] = codes.arrays() if codes is not None else [()] * len(keys)
+        samples = [_sample(key, record, own) for key, record, own in zip(keys, records, grids, strict=True)]
         for sample in samples:
             self.builder.check(sample)
         return samples
@@ -122,32 +111,44 @@ class RowMaker:
         self.counts.update({"rows": rows, "tokens": tokens, "padding": padding})
 
 
+def _sample(key: str, record: dict[str, Any], grids: Sequence[Codes]) -> Sample:
+    """What examples are made of."""
+    fields: dict[str, Any] = {name: record[name] for name in ("data_type", "text", "width", "height")}
+    if len(grids) == 1:
+        fields["codes"] = {"codes": grids[0]}
+    elif grids:
+        codes, shapes = join_grids(grids, grids[0].dtype)
+        fields |= {"codes": {"codes": codes}, "grids": {"codes": shapes}}
+    return Sample(key=key, conversations=record.get("conversations"), **fields)
+
+
 def read_token_rows(rows: Sequence[LoadedRows], numbers: Sequence[int]) -> Columns:
     """A batch of rows that were packed ahead.
 
     Raises:
         FormatError: they are no rows, or of different lengths.
     """
-    keys, ids, loss, segments = [], [], [], []
+    if not rows:
+        return Columns({"__key__": []}, None, {})
+    members: list[list[memoryview]] = [[], [], []]
+    headers = []
     for held, row in zip(rows, numbers, strict=True):
-        members = read_members(held, row)
-        keys.append(members["__key__"])
-        tokens, bits, lengths = (parse_npy(members[suffix], suffix) for suffix in MEMBERS)
-        if tokens.ndim != 1 or len(bits) != -(-len(tokens) // 8) or int(lengths.sum()) > len(tokens):
-            raise FormatError(
-                f"{held.where(row)}: {tokens.shape} tokens, {bits.shape} bytes of loss, segments of {lengths.sum()}"
-            )
-        ids.append(tokens)
-        loss.append(bits)
-        segments.append(lengths.tolist())
-    lists: dict[str, list[Any]] = {"__key__": keys}
-    if not keys:
-        return Columns(lists, None, {})
-    if len({(len(tokens), tokens.dtype) for tokens in ids}) > 1:
-        raise FormatError(f"rows of {sorted({len(tokens) for tokens in ids})} tokens can't stand in one batch")
-    ids_BL = np.stack(ids)
-    loss_BL = np.unpackbits(np.stack(loss), axis=1, count=ids_BL.shape[1]).view(np.bool_)
-    return Columns(lists, None, tensors_of(packed_batch(ids_BL, loss_BL, segments)))
+        number = row - held.first
+        if held.index.members != MEMBERS:
+            raise FormatError(f"{held.where(row)} has members {', '.join(held.index.members)}, expected {', '.join(MEMBERS)}")
+        start = held.start[number]
+        offsets, lengths = held.index.offsets[number].tolist(), held.index.lengths[number].tolist()
+        for own, offset, length in zip(members, offsets, lengths, strict=True):
+            own.append(held.data[start + offset : start + offset + length])
+        headers.append(held.data[start : start + NAME_BYTES])
+    ids_BL, bits = (stack_npy(own) for own in members[:2])
+    segments = [parse_npy(member, SEGMENTS).tolist() for member in members[2]]
+    if ids_BL is None or bits is None or bits.shape[1] != -(-ids_BL.shape[1] // 8):
+        raise FormatError(f"{rows[0].where(numbers[0])} and the others of its batch are not rows of one length")
+    if any(sum(lengths) > ids_BL.shape[1] for lengths in segments):
+        raise FormatError(f"{rows[0].where(numbers[0])}, or another of its batch, has segments beyond its end")
+    loss_BL = np.unpackbits(bits, axis=1, count=ids_BL.shape[1]).view(np.bool_)
+    return Columns({"__key__": read_keys(headers)}, None, tensors_of(packed_batch(ids_BL, loss_BL, segments)))
 
 
 def check_packed_ahead(sources: Sequence[OpenSource]) -> bool:

@@ -31,8 +31,9 @@ class ShardDataset(wds.DataPipeline, wds.compat.FluidInterface):  # type: ignore
     """Samples of a data set, as dicts.
 
     A sample has `__key__`, `__url__`, `data_type`, `text`, and what it has of: `codes` (int32 tensor (h, w) of codebook indices),
-    `width` and `height` (pixels), `conversations`, `image` (encoded bytes), and its provenance fields. Tars made elsewhere, once
-    `wds-tools index` has been there, give `__key__`, `__url__` and the members' bytes by suffix, as webdataset does.
+    `width` and `height` (pixels), `conversations`, `image` (encoded bytes), and its provenance fields. Of a conversation,
+    `codes` and `image` are lists, one entry an image. Tars made elsewhere, once `wds-tools index` has been there, give `__key__`,
+    `__url__` and the members' bytes by suffix, as webdataset does.
 
     An iteration is an epoch; `set_epoch` chooses the order of the next, and is called before each. `state_dict` stands behind
     the last sample that came out, so it is exact for stages that keep nothing back (`map`, `select`; not `shuffle` or

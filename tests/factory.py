@@ -10,7 +10,7 @@ import numpy as np
 
 from wds_tools.dataset.write import ShardLimits, TaskWriter, begin, finish
 from wds_tools.format.manifest import Manifest
-from wds_tools.format.schema import Sample
+from wds_tools.format.schema import Sample, join_grids
 from wds_tools.storage import open_store
 
 CODEBOOK_SIZE = 8192
@@ -56,6 +56,14 @@ def multi_sample(number: int, *, height: int = 32, width: int = 96) -> Sample:
     codes = {"vqcode_multi768": random_codes(number, height // 16, width // 16)}
     text = f"wide caption {number}"
     return Sample(key=f"multi-{number:08d}", data_type="image_text_multi", text=text, codes=codes, width=width, height=height)
+
+
+def talk_sample(number: int, *shapes: tuple[int, int]) -> Sample:
+    """A conversation about images whose grids have these shapes."""
+    codes, grids = join_grids([random_codes(number + i, *shape) for i, shape in enumerate(shapes)], np.dtype("<u2"))
+    turns = [{"from": "human", "value": "<image>, ".join(["Look: "] * (len(shapes) + 1))}, {"from": "gpt", "value": "Well."}]
+    fields: dict[str, Any] = {"codes": {"vqcode_512": codes}, "grids": {"vqcode_512": grids}, "conversations": turns}
+    return Sample(key=f"talk-{number:08d}", data_type="visual_sft", text="", **fields)
 
 
 def random_codes(seed: int, height: int, width: int) -> np.ndarray[Any, np.dtype[np.uint16]]:

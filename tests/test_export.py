@@ -47,6 +47,13 @@ def samples(count: int = NUM_SAMPLES) -> list[Sample]:
     return [makers[number % 3](number) for number in range(count)]
 
 
+TURNS = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]
+
+
+def conversation(**fields: Any) -> Sample:
+    return Sample(key="talk", data_type="visual_sft", text="", conversations=TURNS, **fields)
+
+
 def row(sample: Sample) -> Row:
     """The row that a sample must become, put together in the plainest way."""
     grids = {column: json.dumps(grid.ravel().tolist()) for column, grid in sample.codes.items()}
@@ -134,8 +141,30 @@ def test_the_features_are_the_references_seven_in_its_order(source: Path, tmp_pa
             ),
             {"data_type": "image_text", "text": "kept", "length": 8, "vqcode_512": "[5]"},
         ),
+        (
+            conversation(codes={"vqcode_512": np.array([[1, 2, 3]], "<u2")}, grids={"vqcode_512": [[2, 1], [1, 1]]}),
+            {
+                "data_type": "visual_sft",
+                "text": json.dumps({"conversations": TURNS, "grids": {"vqcode_512": [[2, 1], [1, 1]]}}, separators=(",", ":")),
+                "length": 2 + 5 + 12,
+                "vqcode_512": "[1, 2, 3]",
+            },
+        ),
+        (
+            conversation(),
+            {"data_type": "visual_sft", "text": json.dumps({"conversations": TURNS}, separators=(",", ":")), "length": 7},
+        ),
     ],
-    ids=["document", "empty-text", "square-image", "large-codebook", "wide-image", "image-beside-its-codes"],
+    ids=[
+        "document",
+        "empty-text",
+        "square-image",
+        "large-codebook",
+        "wide-image",
+        "image-beside-its-codes",
+        "two-images",
+        "conversation",
+    ],
 )
 def test_a_sample_becomes_exactly_this_row_and_what_it_lacks_is_the_word_no(
     sample: Sample, expected: Row, tmp_path: Path
@@ -343,11 +372,6 @@ def test_an_object_store_gets_the_same_bytes_and_the_temporary_folder_is_emptied
 # What is refused
 
 
-def conversation(number: int) -> Sample:
-    turns = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]
-    return Sample(key=f"talk-{number}", data_type="visual_sft", text="", conversations=turns)
-
-
 def unencoded(number: int) -> Sample:
     return image_sample(number)._replace(codes={}, image=b"...", image_extension="png")
 
@@ -356,12 +380,12 @@ def unencoded(number: int) -> Sample:
     ("content", "message"),
     [
         ([], "no samples"),
-        ([text_sample(0), conversation(1)], "visual_sft has no form in these columns"),
+        ([text_sample(0), conversation(image=b"...", image_extension="png")], "without codes: run"),
         ([unencoded(0)], "without codes: run `wds-tools encode` first"),
         ([image_sample(0), unencoded(1)], "image-00000001: .*without codes"),
         ([image_sample(0)._replace(codes={"vqcode_1024": random_codes(0, 2, 2)})], "there is none for vqcode_1024"),
     ],
-    ids=["nothing", "conversations", "images", "some-images", "another-column"],
+    ids=["nothing", "images-of-conversations", "images", "some-images", "another-column"],
 )
 def test_samples_without_a_place_in_the_columns_are_refused(content: list[Sample], message: str, tmp_path: Path) -> None:
     make_dataset(tmp_path / "in", content)

@@ -56,6 +56,7 @@ HEAVY = {
     "webdataset": {"loaders"},
     "obstore": {"wds_tools.storage"},
     "fsspec": {"wds_tools.storage"},
+    "ray": {"wds_tools.run"},
     "tyro": {"wds_tools.cli"},
     "zstandard": {"wds_tools.convert"},
     "tokenizers": {"wds_tools.sequences"},
@@ -115,7 +116,7 @@ def test_every_room_has_a_rule() -> None:
     [
         ("wds_tools", ("torch", "PIL", "obstore", "zstandard")),
         ("wds_tools.storage", ("torch", "obstore", "fsspec")),
-        ("wds_tools.convert.dclm", ("torch", "PIL", "datasets")),
+        ("wds_tools.convert.dclm", ("torch", "PIL", "datasets", "ray")),
         ("wds_tools.vq", ("diffusers",)),
         ("loaders", ("PIL", "diffusers", "datasets", "ray", "tyro")),
     ],

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from tokens import IMAGE_TOKENS, write_tokenizer
 
 from wds_tools.errors import Reject, TokenizerError, UsageError
-from wds_tools.format.schema import Sample
+from wds_tools.format.schema import Sample, join_grids
 from wds_tools.sequences.build import Example, ExampleBuilder
 from wds_tools.sequences.choices import choose
 from wds_tools.sequences.config import SequenceConfig
@@ -140,6 +140,13 @@ def test_a_conversation_may_have_no_image_several_or_one_without_a_mark(tokenize
         assert ids.count(boi) == images
         assert sum(token >= is_.tokenizer.get_vocab_size() for token in ids) == 6 * images
     assert ids[: 2 + len(is_.ids("User: "))] == [is_.bos, *is_.ids("User: "), boi]
+
+
+def test_images_that_share_a_column_give_the_row_of_images_apart(tokenizer: Path) -> None:
+    apart = conversation(("human", "<image> and <image>"), ("gpt", "Well."), images=2)
+    codes, grids = join_grids(list(apart.codes.values()), np.dtype("<u2"))
+    together = apart._replace(codes={"vqcode_512": codes}, grids={"vqcode_512": grids})
+    assert as_row(built(tokenizer, together)) == as_row(built(tokenizer, apart))
 
 
 @pytest.mark.parametrize(

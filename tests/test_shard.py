@@ -22,7 +22,16 @@ from hypothesis.extra import numpy as hnp
 
 from wds_tools.errors import FormatError
 from wds_tools.format.index import pack_index
-from wds_tools.format.schema import DATA_TYPES, IMAGE_EXTENSIONS, Sample, code_column, code_dtype, validate
+from wds_tools.format.schema import (
+    DATA_TYPES,
+    IMAGE_EXTENSIONS,
+    Sample,
+    SourceImage,
+    code_column,
+    code_dtype,
+    join_grids,
+    validate,
+)
 from wds_tools.format.shard import (
     ShardBuilder,
     encode_members,
@@ -57,7 +66,7 @@ def read_back(archive: bytes) -> list[Sample]:
 
 
 def same(a: Sample, b: Sample) -> bool:
-    fields = ("key", "data_type", "text", "width", "height", "image", "image_extension", "conversations")
+    fields = ("key", "data_type", "text", "width", "height", "images", "conversations", "grids")
     return (
         all(getattr(a, name) == getattr(b, name) for name in fields)
         and dict(a.provenance) == dict(b.provenance)
@@ -92,6 +101,14 @@ def samples(draw: st.DrawFn) -> Sample:
     if data_type == "visual_sft":
         turn = st.fixed_dictionaries({"from": st.sampled_from(["human", "gpt"]), "value": TEXT})
         fields["conversations"] = draw(st.lists(turn, max_size=4))
+        if "image" in fields:
+            image = st.builds(SourceImage, st.binary(max_size=200), st.sampled_from(IMAGE_EXTENSIONS))
+            fields["more_images"] = tuple(draw(st.lists(image, max_size=12)))
+        if draw(st.booleans()):
+            codes, shapes = join_grids(
+                draw(st.lists(GRIDS.filter(lambda grid: grid.dtype == "<u2"), max_size=4)), np.dtype("<u2")
+            )
+            fields |= {"codes": {"vqcode_512": codes}, "grids": {"vqcode_512": shapes}}
     names = TEXT.map(lambda name: f"p_{name}")
     return Sample(
         key=draw(KEYS),
@@ -256,6 +273,14 @@ def test_tarfile_reads_it(shard: Path) -> None:
 
 GRID_HW = np.zeros((2, 2), "<u2")
 TURNS = [{"from": "human", "value": "hi"}]
+TALK = {"data_type": "visual_sft", "conversations": TURNS}
+
+
+def grids(value: Any) -> dict[str, Any]:
+    """A conversation with four codes and these grids."""
+    return {**TALK, "codes": {"vqcode_512": GRID_HW}, "grids": value}
+
+
 INVALID: dict[str, tuple[dict[str, Any], str]] = {
     "no key": ({"key": ""}, "expected 1 to 64"),
     "key of 65": ({"key": "k" * 65}, "expected 1 to 64"),
@@ -293,6 +318,24 @@ INVALID: dict[str, tuple[dict[str, Any], str]] = {
     "conversation is a string": ({"data_type": "visual_sft", "conversations": "hi"}, "not a list of turns"),
     "turn without value": ({"data_type": "visual_sft", "conversations": [{"from": "gpt"}]}, "not a list of turns"),
     "turn of a number": ({"data_type": "visual_sft", "conversations": [{"from": "gpt", "value": 1}]}, "not a list of turns"),
+    "further images of a pair": (
+        {"image": b"x", "image_extension": "jpg", "more_images": (SourceImage(b"y", "png"),)},
+        "more_images",
+    ),
+    "further images without a first": ({**TALK, "more_images": (SourceImage(b"y", "png"),)}, "more_images"),
+    "further image of unknown kind": (
+        {**TALK, "image": b"x", "image_extension": "jpg", "more_images": (SourceImage(b"y", "svg"),)},
+        "image_extension='svg'",
+    ),
+    "grids of a pair": ({"codes": {"vqcode_512": GRID_HW}, "grids": {"vqcode_512": [[2, 2]]}}, "grids belong to visual_sft"),
+    "grids of another column": (grids({"vqcode_multi768": [[2, 2]]}), "expected an object with the code columns vqcode_512"),
+    "grids that are a list": (grids([[2, 2]]), "expected an object with the code columns vqcode_512"),
+    "a grid of three sides": (grids({"vqcode_512": [[2, 2, 1]]}), r"expected a list of \[height, width\]"),
+    "a grid without height": (grids({"vqcode_512": [[0, 2]]}), r"expected a list of \[height, width\]"),
+    "a grid of another shape": (grids({"vqcode_512": [[1, 4]]}), r"its 1 grids \[\[1, 4\]\] need \(1, 4\)"),
+    "grids of too many codes": (grids({"vqcode_512": [[2, 2], [1, 1]]}), r"need \(1, 5\)"),
+    "several grids that are not one row": (grids({"vqcode_512": [[1, 2], [1, 2]]}), r"need \(1, 4\)"),
+    "no grids, but codes": (grids({"vqcode_512": []}), r"need \(1, 0\)"),
     "document with codes": ({"data_type": "text_pretrain", "codes": {"vqcode_512": GRID_HW}}, "neither image nor codes"),
     "document with image": ({"data_type": "text_pretrain", "image": b"", "image_extension": "jpg"}, "neither image nor codes"),
     "provenance named text": ({"provenance": {"text": 1}}, "reserved names text"),
@@ -345,6 +388,9 @@ BAD_MEMBERS: dict[str, tuple[dict[str, bytes], str]] = {
     "json too deep": ({"json": b"[" * 100_000}, "not a sample"),
     "unknown member": ({"json": GOOD_JSON, "mp4": b""}, "a.mp4: not a member of this schema"),
     "a pickle": ({"json": GOOD_JSON, "pyd": pickle.dumps(1)}, "a.pyd: not a member of this schema"),
+    "a further image without the first": ({"json": GOOD_JSON, "1.png": b""}, "a.1.png: not a member of this schema"),
+    "a further image out of turn": ({"json": GOOD_JSON, "jpg": b"", "2.png": b""}, "a.2.png: not a member of this schema"),
+    "an image of an odd number": ({"json": GOOD_JSON, "jpg": b"", "01.png": b""}, "a.01.png: not a member of this schema"),
     "two images": ({"json": GOOD_JSON, "jpg": b"", "png": b""}, "a.png: not a member of this schema"),
     "codes that are no npy": ({"json": GOOD_JSON, "vqcode_512.npy": b"x" * 200}, "a.vqcode_512.npy: not an npy file"),
 }
@@ -563,6 +609,7 @@ FIELDS: dict[str, list[Any]] = {
     "width": [1, True, 1.0, 0, -1, [1]],
     "height": [512, "512"],
     "conversations": [None, [], [{"from": "human", "value": "?"}], ["?"]],
+    "grids": [None, {}, {"vqcode_512": [[4, 4]]}, 1],
     "jpg": ["a field, and no member"],
     "id": [1],
 }
@@ -591,6 +638,7 @@ PAYLOADS: list[tuple[str, bytes]] = [
     ("jpg", b""),
     ("jpg", b"x"),
     ("png", b"x"),
+    ("1.jpg", b"x"),
     ("txt", b"x"),
 ]
 

@@ -7,6 +7,7 @@ import random
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from commands import wds_tools
-from factory import image_sample, make_dataset, multi_sample, text_sample
+from factory import image_sample, make_dataset, multi_sample, talk_sample, text_sample
 from tokens import readmes, write_tokenizer
 
 from loaders import Loader, LoaderConfig, SequenceConfig, Source, World, build_loader, flatten, merge_states
@@ -102,6 +103,15 @@ def test_a_padded_epoch_holds_every_sample_once_as_its_sequence_and_long_documen
     stats = loader.stats()
     assert (stats["samples"], stats["tokens"]) == (PAIRS + TEXTS, sum(len(example.ids) for example in examples))
     assert stats["rows"] == sum(map(len, found.values()))
+
+
+def test_conversations_with_any_number_of_images_become_rows_as_they_do_ahead(data: Path, tmp_path: Path) -> None:
+    talks = [talk_sample(0, (2, 3), (4, 2)), talk_sample(1), talk_sample(2, (5, 1)), talk_sample(3, (1, 2), (2, 2), (3, 3))]
+    make_dataset(tmp_path / "talks", talks, codes=PROVENANCE)
+    expected = ExampleBuilder(sequences(data), 42, 8192).build(talks, [0] * len(talks))
+    made = replace(config(data), sources=(Source(str(tmp_path / "talks")),))
+    found = {key: ids for batch in build_loader(made, World()) for key, ids, _ in unpadded(batch)}
+    assert found == {example.key: example.ids.tolist() for example in expected}
 
 
 GRID = [Topology(4), Topology(8, 2), Topology(2, 1, 2), Topology(6, 3)]

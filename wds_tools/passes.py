@@ -1,29 +1,43 @@
 """A pass: tasks in, a finished data set out. Converters and the encoding pass differ only in their plan and their work.
 
     plan -> begin (claim the output, or take up what an earlier run left)
-         -> work(task, writer) in this process or in workers -> finish (manifest)
+         -> work(task, writer) in this process, in workers, or on a Ray cluster -> finish (manifest)
 
-Invariants: the output depends on the plan alone, never on the number of workers, their order, or interruptions; every input
+A run with `part` does every Nth task, and `finalize` what is left to do when all parts are through.
+Invariants: the output depends on the plan alone, never on who works on it, in which order, or on interruptions; every input
 is a sample or a reject; more rejects than `max_rejects` stop the run before it counts as complete.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import orjson
 
-from wds_tools.dataset.write import REJECTS, ShardLimits, TaskResult, TaskWriter, begin, done_tasks, finish
+from wds_tools.dataset.read import read_manifest
+from wds_tools.dataset.write import (
+    REJECTS,
+    ShardLimits,
+    TaskResult,
+    TaskWriter,
+    begin,
+    done_tasks,
+    finish,
+    manifest_of,
+    read_begun,
+)
 from wds_tools.errors import TooManyRejects, UsageError
-from wds_tools.format.manifest import Manifest
+from wds_tools.format.manifest import NAME, Manifest
 from wds_tools.format.schema import SCHEMA_VERSION
 from wds_tools.run.local import Report, run_tasks
 from wds_tools.run.progress import Progress
+from wds_tools.run.ray_cluster import run_on_ray
 from wds_tools.storage import join, open_store
 
 Item = TypeVar("Item")
@@ -52,12 +66,34 @@ class PassOptions:
     """A shard holds at most this many samples ..."""
     shard_bytes: int = ShardLimits.bytes
     """... and closes once it has this many bytes."""
+    part: str | None = None
+    """Do one of N equal parts, as "3/64": on any machines, at any time, each by itself; then `wds-tools finalize`. Counted from 0
+    or from 1 (64/64 is 0/64). A part that is repeated goes on where it stopped."""
+    executor: Literal["local", "ray"] = "local"
+    """local: in this process, or in --workers. ray: on a Ray cluster, as many tasks at a time as it has room for."""
+    ray_address: str | None = None
+    """Of the cluster. Default: RAY_ADDRESS, else the cluster on this machine, which is started if there is none."""
+    task_cpus: float = 1
+    """With ray: CPUs that a task takes."""
+    task_gpus: float | None = None
+    """With ray: GPUs that a task takes, or a share of one. Default: 1 if the work runs on GPUs (see --device), else none."""
     quiet: bool = False
     """Show no progress."""
 
     def __post_init__(self) -> None:
         if self.workers < 1:
             raise UsageError(f"--workers {self.workers}: at least 1")
+        if self.executor == "ray" and self.workers != 1:
+            raise UsageError(
+                "--workers is for --executor local: Ray runs as many tasks as --task-cpus and --task-gpus leave room for"
+            )
+        if self.executor != "ray" and (self.ray_address is not None or self.task_cpus != 1 or self.task_gpus is not None):
+            raise UsageError("--ray-address, --task-cpus and --task-gpus need --executor ray")
+        if self.task_cpus < 0 or (self.task_gpus or 0) < 0:
+            raise UsageError(f"--task-cpus {self.task_cpus}, --task-gpus {self.task_gpus}: at least 0")
+        if self.part is not None and self.overwrite:
+            raise UsageError("--part and --overwrite exclude each other: it would remove the work of other parts")
+        _parse_part(self.part)
         RejectBudget.parse(self.max_rejects)
         ShardLimits(samples=self.shard_samples, bytes=self.shard_bytes)
 
@@ -80,6 +116,8 @@ class Plan:
     """Further provenance for the manifest: inputs, library versions."""
     schema_version: int = SCHEMA_VERSION
     """Of the samples."""
+    device: str = "cpu"
+    """What a task runs on: "cpu", "cuda" (or "cuda:..."), or "auto", which is a GPU where there is one."""
 
 
 class Work(Protocol):
@@ -138,15 +176,19 @@ def run_pass(plan: Plan, work: Work, options: PassOptions) -> Manifest:
     """Carry out a plan.
 
     Returns:
-        The manifest of the finished data set (at once, if --resume finds it complete).
+        The manifest of the finished data set (at once, if --resume finds it complete). Of a part: what that part made, with
+        `part` in its source; the data set has no manifest yet.
 
     Raises:
         UsageError: the output is in the way.
         TooManyRejects: finished tasks stay, so that a run with --resume and a larger budget goes on from there.
     """
+    if options.executor == "ray" and ":" in plan.device:
+        raise UsageError(f"--device {plan.device} with --executor ray: each task gets a GPU of its own, so give --device cuda")
     store = open_store(options.output)
     limits = ShardLimits(samples=options.shard_samples, bytes=options.shard_bytes)
     budget = RejectBudget.parse(options.max_rejects)
+    part, parts = _parse_part(options.part)
     try:
         tasks_json = orjson.dumps(plan.tasks)
     except TypeError as error:
@@ -157,25 +199,102 @@ def run_pass(plan: Plan, work: Work, options: PassOptions) -> Manifest:
         "num_tasks": len(plan.tasks),
         "inputs_sha256": hashlib.sha256(tasks_json).hexdigest(),
     }
-    complete = begin(store, fixed, resume=options.resume, overwrite=options.overwrite)
+    source = {"plan": fixed, "python": sys.version.split()[0], **plan.source}
+    complete = begin(
+        store,
+        fixed,
+        resume=options.resume,
+        overwrite=options.overwrite,
+        parts=parts if options.part else 0,
+        codes=plan.codes,
+        source=source,
+        schema_version=plan.schema_version,
+    )
     if complete is not None:
         return complete
-    results = done_tasks(store)
-    todo = [(number, task) for number, task in enumerate(plan.tasks) if number not in results]
-    rejects: Counter[str] = Counter()
-    inputs = 0
-    for result in results.values():
-        rejects.update(result.rejects)
-        inputs += result.inputs
+    own = range(part, len(plan.tasks), parts)
+    results = {number: result for number, result in done_tasks(store).items() if number in own}
+    todo = [(number, plan.tasks[number]) for number in own if number not in results]
+    rejects, inputs = _tally(results.values())
     with Progress(plan.command, _share(plan, todo), quiet=options.quiet) as progress:
-        task_fn = _RunTask(work, options.output, limits)
-        for result in run_tasks(task_fn, todo, workers=options.workers, on_report=progress):
+        for result in _execute(plan, _RunTask(work, options.output, limits), todo, options, progress):
+            results[result.task] = result
             rejects.update(result.rejects)
             inputs += result.inputs
             budget.check(rejects, inputs, final=False, where=store.url)
     budget.check(rejects, inputs, final=True, where=store.url)
-    source = {"plan": fixed, "python": sys.version.split()[0], **plan.source}
+    if options.part is not None:
+        return manifest_of([results[number] for number in own], plan.codes, {**source, "part": options.part}, plan.schema_version)
     return finish(store, len(plan.tasks), codes=plan.codes, source=source, schema_version=plan.schema_version)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinalizeConfig:
+    """Write the manifest of a data set that was made in parts; if some are missing, say which."""
+
+    output: str
+    """The data set: what the parts had as --output."""
+    max_rejects: str = PassOptions.max_rejects
+    """Most inputs that may be unusable, over all parts: a count or a share."""
+
+    def __post_init__(self) -> None:
+        RejectBudget.parse(self.max_rejects)
+
+
+def finalize(config: FinalizeConfig) -> Manifest:
+    """Write the manifest over all parts; returns it, also if it was written before.
+
+    Raises:
+        NotFound: nothing was begun there, or a part is not finished; says which.
+        TooManyRejects: over all parts.
+    """
+    store = open_store(config.output)
+    if store.exists(NAME):
+        return read_manifest(store, any_members=True)
+    begun = read_begun(store)
+    budget = RejectBudget.parse(config.max_rejects)
+    budget.check(*_tally(done_tasks(store).values()), final=True, where=store.url)
+    return finish(store, begun.pop("plan")["num_tasks"], **begun)
+
+
+def _execute(
+    plan: Plan, run_task: _RunTask, todo: Sequence[tuple[int, Any]], options: PassOptions, on_report: Report
+) -> Iterator[TaskResult]:
+    if options.executor == "local":
+        return run_tasks(run_task, todo, workers=options.workers, on_report=on_report)
+    return run_on_ray(
+        run_task,
+        todo,
+        address=options.ray_address,
+        cpus=options.task_cpus,
+        gpus=options.task_gpus,
+        device=plan.device,
+        on_report=on_report,
+    )
+
+
+def _parse_part(part: str | None) -> tuple[int, int]:
+    """(which, of how many): of the tasks, those whose number leaves `which` over when divided. No part is the only one.
+
+    Raises:
+        UsageError: not "I/N".
+    """
+    if part is None:
+        return 0, 1
+    match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", part, re.ASCII)
+    if match is None or not 0 <= int(match[1]) <= int(match[2]) or not int(match[2]):
+        raise UsageError(f"--part {part}: expected I/N, such as 3/64, with I from 0 to N - 1, or from 1 to N")
+    return int(match[1]) % int(match[2]), int(match[2])
+
+
+def _tally(results: Iterable[TaskResult]) -> tuple[Counter[str], int]:
+    """Rejects by reason, and inputs."""
+    rejects: Counter[str] = Counter()
+    inputs = 0
+    for result in results:
+        rejects.update(result.rejects)
+        inputs += result.inputs
+    return rejects, inputs
 
 
 def group_to_limit(items: Sequence[Item], size: Callable[[Item], int], limit: int) -> Iterator[list[Item]]:

@@ -148,7 +148,7 @@ class _CheckShard:
         for key, start, payloads in zip(scan.keys, scan.start.tolist(), scan.payloads(tar), strict=True):
             sample = self._check_sample(row, key, start, payloads, report)
             if sample is not None:
-                contents.add(sample.data_type, len(sample.text), sample.num_codes)
+                contents.add(sample.data_type, sample.text_chars, sample.num_codes)
             progress(1, 1, 0)
         return contents if len(contents.text_chars) == len(scan.keys) else None
 
@@ -167,10 +167,9 @@ class _CheckShard:
                     continue
                 if size is None:
                     raise DataError(f"{sample.key}: {column} has no provenance in the manifest")
-                if int(grid_hw.max()) >= size:
-                    raise DataError(
-                        f"{sample.key}: {column} holds the code {int(grid_hw.max())}; the codebook has {size} entries"
-                    )
+                highest = int(grid_hw.max(initial=0))
+                if highest >= size:
+                    raise DataError(f"{sample.key}: {column} holds the code {highest}; the codebook has {size} entries")
         except DataError as error:
             if len(report.problems) < _MAX_PROBLEMS_A_SHARD:
                 report.problems.append(f"{row.name}, byte {start}: {error}")

@@ -24,10 +24,12 @@ from wds_tools.errors import UsageError, WdsToolsError
 COMMANDS = {
     ("convert", "image-pairs"): ("convert_image_pairs", "image-caption pairs (jsonl) to shards"),
     ("convert", "dclm"): ("convert_dclm", "DCLM documents (.jsonl.zst) to shards"),
+    ("convert", "sft"): ("convert_sft", "conversations about images (LLaVA's json) to shards"),
     ("convert", "hf"): ("convert_hf", "the reference's Hugging Face folders and jsonl, codes included, to shards"),
     ("encode",): ("encode", "fill the VQ codes of a data set's images"),
     ("vocabulary",): ("vocabulary", "special tokens of a text tokenizer, and the model size that it needs"),
     ("pack",): ("pack", "data sets to shards of token rows, ready to train on"),
+    ("finalize",): ("finalize", "write the manifest of what was made in parts (--part)"),
     ("export", "hf"): ("export_hf", "shards to a Hugging Face data set, shuffled"),
     ("verify",): ("verify", "check a data set against its manifest"),
     ("index",): ("index", "index the tars of a data set, or of others"),

@@ -38,7 +38,7 @@ def data_set_record(url: str, manifest: Manifest) -> dict[str, Any]:
         "shards": len(manifest.shards),
         "bytes": manifest.bytes,
         "codes": manifest.codes,
-        "fingerprint": manifest.fingerprint(),
+        **({"part": part} if (part := manifest.source.get("part")) else {"fingerprint": manifest.fingerprint()}),
     }
 
 
@@ -56,7 +56,10 @@ def print_data_set(url: str, manifest: Manifest, *, json: bool = False) -> None:
     }
     for column, provenance in manifest.codes.items():
         facts[column] = f"{provenance['tokenizer']}, {provenance['codebook_size']:,} codes, {provenance['precision']}"
-    facts["fingerprint"] = manifest.fingerprint()
+    if part := manifest.source.get("part"):
+        facts["part"] = f"{part}, nothing else is counted here; when all parts are through: wds-tools finalize --output {url}"
+    else:
+        facts["fingerprint"] = manifest.fingerprint()
     width = max(map(len, facts))
     for name, fact in facts.items():
         print(f"{name:<{width}}  {fact}")

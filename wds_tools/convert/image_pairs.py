@@ -8,17 +8,14 @@ finds is a reject there. Images are fetched a few at a time ahead of their turn;
 
 from __future__ import annotations
 
-import errno
-import os
-import posixpath
 import re
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from wds_tools.convert.image_source import FETCH_AHEAD, ImageSource, in_order
 from wds_tools.convert.lines import (
     Line,
     LineRange,
@@ -31,17 +28,14 @@ from wds_tools.convert.lines import (
     required_text,
 )
 from wds_tools.dataset.write import TaskWriter
-from wds_tools.errors import FormatError, NotFound, Reject, StorageError, UsageError
+from wds_tools.errors import FormatError, Reject, UsageError
 from wds_tools.format.manifest import Manifest
 from wds_tools.format.schema import Sample
 from wds_tools.images import ImageLimits, Mode, crop_for, probe
 from wds_tools.passes import PassOptions, Plan, run_pass
-from wds_tools.storage import Store, open_store, split_url
 
-_FETCH_AHEAD = 16
 _OUR_REJECTS = re.compile(r"(^|/)rejects/task-\d{6,}\.jsonl$")
 """What lies in a data set that an input folder holds, perhaps the output itself: no input, unless it is named."""
-_NO_SUCH_NAME = (errno.ENAMETOOLONG, errno.ELOOP)
 _DATA_TYPES = {"cc512": "image_text", "multi768": "image_text_multi"}
 
 
@@ -112,10 +106,10 @@ class _ConvertLines:
     keep: tuple[str, ...]
 
     def __call__(self, task: LineRange, writer: TaskWriter, advance: Callable[[int], None]) -> int:
-        source = _ImageSource(task.url, self.image_root)
+        source = ImageSource(task.url, self.image_root)
         inputs = 0
-        with ThreadPoolExecutor(_FETCH_AHEAD) as pool:
-            for fetched in _in_order(pool, lambda line: self._fetch(line, source), read_lines(task)):
+        with ThreadPoolExecutor(FETCH_AHEAD) as pool:
+            for fetched in in_order(pool, lambda line: self._fetch(line, source), read_lines(task)):
                 key = f"{writer.task:06d}-{fetched.line.number - task.first_line:08d}"
                 inputs += 1
                 advance(1)
@@ -136,7 +130,7 @@ class _ConvertLines:
                     writer.reject(Reject("unwritable_record", str(error)), source=task.url, line=fetched.line.number)
         return inputs
 
-    def _fetch(self, line: Line, source: _ImageSource) -> _Fetched:
+    def _fetch(self, line: Line, source: ImageSource) -> _Fetched:
         try:
             record = parse_record(line)
             text = required_text(record, ("text_prompt", "text"))
@@ -146,61 +140,3 @@ class _ConvertLines:
         except Reject as cause:
             return _Fetched(line, cause=cause)
         return _Fetched(line, text, record, image, info.extension)
-
-
-class _ImageSource:
-    """Finds the image of a path in a jsonl. Fenced, nothing outside of one folder is read, whatever the jsonl says."""
-
-    def __init__(self, jsonl_url: str, image_root: str | None) -> None:
-        self._folder = split_url(jsonl_url)[0] if image_root is None else image_root
-        self._is_local = "://" not in self._folder
-        self._is_fenced = image_root is not None or not self._is_local
-        if self._is_local:
-            self._folder = os.path.realpath(self._folder)
-        self._store: Store = open_store(self._folder if self._is_fenced else "/")
-
-    def read(self, image_path: str, max_bytes: int) -> bytes:
-        """The image's bytes, one more than max_bytes at most.
-
-        Raises:
-            Reject: "missing_image" or "outside_root".
-            StorageError: the storage does not answer; not the record's fault.
-        """
-        try:
-            with self._store.open(self._name(image_path)) as stream:
-                return stream.read(max_bytes + 1)
-        except NotFound as error:
-            raise Reject("missing_image", f"{image_path[:300]}: no such file") from error
-        except UsageError as error:
-            raise Reject("outside_root", f"{image_path[:300]}: not a path inside {self._folder}") from error
-        except StorageError as error:
-            if self._leads_out(image_path):
-                raise Reject("outside_root", f"{image_path[:300]}: a symlink that leads out of {self._folder}") from error
-            if isinstance(error.__cause__, OSError) and error.__cause__.errno in _NO_SUCH_NAME:
-                raise Reject("missing_image", f"{image_path[:300]}: {error.__cause__.strerror}") from error
-            raise
-
-    def _name(self, image_path: str) -> str:
-        path = image_path.removeprefix(self._folder.rstrip("/") + "/")
-        if "://" in path:
-            raise Reject("outside_root", f"{image_path[:300]}: not below {self._folder}; a URL is read only below --image-root")
-        if not self._is_fenced:
-            return posixpath.normpath(posixpath.join(self._folder, path)).lstrip("/")
-        return posixpath.normpath(path)
-
-    def _leads_out(self, image_path: str) -> bool:
-        if not (self._is_fenced and self._is_local):
-            return False
-        path = os.path.realpath(posixpath.join(self._folder, self._name(image_path)))
-        return not path.startswith(self._folder.rstrip("/") + "/")
-
-
-def _in_order(pool: ThreadPoolExecutor, fn: Callable[[Line], _Fetched], lines: Iterator[Line]) -> Iterator[_Fetched]:
-    """Results in the order of the lines, with a bounded number under way."""
-    under_way: deque[Future[_Fetched]] = deque()
-    for line in lines:
-        under_way.append(pool.submit(fn, line))
-        if len(under_way) >= _FETCH_AHEAD:
-            yield under_way.popleft().result()
-    while under_way:
-        yield under_way.popleft().result()

@@ -185,7 +185,7 @@ def _contents(scan: Scan, tar: memoryview) -> Contents:
         else:
             sample = sample_from_members(key, payloads)
             validate(sample)
-            contents.add(sample.data_type, len(sample.text), sample.num_codes)
+            contents.add(sample.data_type, sample.text_chars, sample.num_codes)
             if form is not None:
                 known[form] = (sample.data_type, sample.num_codes)
     return contents

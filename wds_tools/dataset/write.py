@@ -1,6 +1,6 @@
 """Write a data set, task by task, so that it can be killed at any moment and finished later with the same bytes.
 
-    begin(plan)       _work/plan.json            what is being made; a rerun must match it
+    begin(plan)       _work/plan.json            what is being made; a rerun, and every part, must match it
     TaskWriter        shard-TTTTTT-PPPP.tar      part P of task T: closes at a count or a size
                       shard-TTTTTT-PPPP.tar.index
                       rejects/task-TTTTTT.jsonl  only if something was rejected
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -128,9 +128,11 @@ class TaskWriter:
         if builder.num_samples >= self._limits.samples or builder.num_bytes >= self._limits.bytes:
             self._close_shard()
 
-    def reject(self, cause: Reject, *, source: str, line: int | None = None, key: str | None = None) -> None:
-        """Record an input that becomes no sample: its source, line or key, reason and detail."""
-        place = {"source": source, "line": line, "key": key, "reason": cause.reason, "detail": cause.detail}
+    def reject(
+        self, cause: Reject, *, source: str, line: int | None = None, element: int | None = None, key: str | None = None
+    ) -> None:
+        """Record an input that becomes no sample: its source; line, element of a JSON list, or key; reason and detail."""
+        place = {"source": source, "line": line, "element": element, "key": key, "reason": cause.reason, "detail": cause.detail}
         self._reject_lines.append(orjson.dumps({name: value for name, value in place.items() if value is not None}))
         self._rejects[cause.reason] += 1
         self.num_rejects += 1
@@ -187,16 +189,29 @@ class TaskWriter:
             self._publishing = None
 
 
-def begin(store: Store, plan: Mapping[str, Any], *, resume: bool, overwrite: bool) -> Manifest | None:
+def begin(
+    store: Store,
+    plan: Mapping[str, Any],
+    *,
+    resume: bool,
+    overwrite: bool,
+    parts: int = 0,
+    codes: Mapping[str, Mapping[str, Any]] | None = None,
+    source: Mapping[str, Any] | None = None,
+    schema_version: int = SCHEMA_VERSION,
+) -> Manifest | None:
     """Make the output ready: empty and claimed for this plan, or the matching remains of an earlier run.
 
     Args:
         plan: what is made, as JSON; everything that decides on a byte of the output.
         resume: go on with an output that was begun with the same plan.
         overwrite: remove the data set that is there.
+        parts: this run is one of so many that may write here at the same time: whoever comes first claims the output, the others
+            join, and none touches what another has under way.
+        codes, source, schema_version: written down for `finalize`; see Manifest.
 
     Returns:
-        The manifest, if `resume` finds the output complete already.
+        The manifest, if `resume` or `parts` finds the output complete already.
 
     Raises:
         UsageError: the output is in the way; says what is there and which flag helps.
@@ -204,29 +219,52 @@ def begin(store: Store, plan: Mapping[str, Any], *, resume: bool, overwrite: boo
     if resume and overwrite:
         raise UsageError("--resume and --overwrite exclude each other: keep what is there, or remove it")
     wanted = orjson.loads(orjson.dumps(plan))
+    goes_on = resume or parts > 0
+    names: list[str] = []
     if overwrite:
         remove(store)
     elif _has_manifest(store):
-        if not resume:
+        if not goes_on:
             raise UsageError(f"{store.url} holds a complete data set already: choose another output, or pass --overwrite")
         manifest = manifests.unpack_manifest(store.read(manifests.NAME), f"{store.url}/{manifests.NAME}")
         _check_same_plan(store, manifest.source.get("plan"), wanted)
-        _drop_working_files(store)  # killed after the manifest was written
+        if not parts:
+            _drop_working_files(store)  # killed after the manifest was written
         return manifest
-    elif store.exists(PLAN):
-        if not resume:
+    elif not store.exists(PLAN):
+        names = [entry.name for entry in store.list()]
+    if not overwrite and store.exists(PLAN):  # asked again: another part may just have claimed the output
+        if not goes_on:
             raise UsageError(f"{store.url} holds an unfinished data set: finish it with --resume, or start anew with --overwrite")
-        _check_same_plan(store, orjson.loads(store.read(PLAN)), wanted)
-        store.clean_temp()
+        _check_same_plan(store, read_begun(store)["plan"], wanted)
+        if not parts:
+            store.clean_temp()
         return None
-    elif names := [entry.name for entry in store.list()]:
-        if any(map(_OURS.fullmatch, names)):
-            raise UsageError(f"{store.url} holds what is left of a data set that was being removed: pass --overwrite to go on")
+    if any(map(_OURS.fullmatch, names)):
+        raise UsageError(f"{store.url} holds what is left of a data set that was being removed: pass --overwrite to go on")
+    if names:
         raise UsageError(
             f"{store.url} is not empty, and what lies there is not a data set of this project: choose another output"
         )
-    store.put(PLAN, orjson.dumps(wanted, option=orjson.OPT_INDENT_2))
+    begun = {"plan": wanted, "parts": parts, "codes": codes or {}, "source": source or {}, "schema_version": schema_version}
+    store.put(PLAN, orjson.dumps(begun, option=orjson.OPT_INDENT_2))
     return None
+
+
+def read_begun(store: Store) -> dict[str, Any]:
+    """What `begin` wrote down: plan, parts, codes, source, schema_version.
+
+    Raises:
+        NotFound: nothing was begun here.
+        FormatError: it was, by another release.
+    """
+    try:
+        begun = orjson.loads(store.read(PLAN))
+    except NotFound as error:
+        raise NotFound(f"{store.url} holds no unfinished data set: there is no {PLAN}") from error
+    if not isinstance(begun, dict) or set(begun) != {"plan", "parts", "codes", "source", "schema_version"}:
+        raise FormatError(f"{store.url}/{PLAN} was written by another release: start anew with --overwrite")
+    return begun
 
 
 def done_tasks(store: Store) -> dict[int, TaskResult]:
@@ -244,35 +282,46 @@ def finish(
     codes: Mapping[str, Mapping[str, Any]],
     source: Mapping[str, Any],
     schema_version: int = SCHEMA_VERSION,
+    parts: int = 0,
 ) -> Manifest:
     """Write the manifest over all tasks, and drop the working files.
 
     Raises:
-        NotFound: a task is missing; names it.
+        NotFound: a task is missing; names it, and the part that it belongs to.
     """
     results = done_tasks(store)
     missing = [task for task in range(num_tasks) if task not in results]
     if missing:
-        shown = ", ".join(map(str, missing[:5]))
-        raise NotFound(f"{store.url}: {len(missing)} of {num_tasks} tasks are not done (task {shown} ...): run with --resume")
-    rejects: Counter[str] = Counter()
-    counts: Counter[str] = Counter()
-    for result in results.values():
-        rejects.update(result.rejects)
-        counts.update(result.counts)
-    shards = tuple(row for task in range(num_tasks) for row in results[task].shards)
-    members = {member for row in shards for member in row.members}
-    manifest = Manifest(
-        shards=shards,
-        inputs=sum(result.inputs for result in results.values()),
-        rejects=dict(sorted(rejects.items())),
-        codes={name: made for name, made in codes.items() if f"{name}.npy" in members or schema_version != SCHEMA_VERSION},
-        source={**source, "counts": dict(sorted(counts.items()))} if counts else source,
-        schema_version=schema_version,
-    )
+        what = f"{store.url}: {len(missing)} of {num_tasks} tasks are not done (task {_few(map(str, missing))})"
+        if parts:
+            names = [f"{part}/{parts}" for part in sorted({task % parts for task in missing})]
+            raise NotFound(f"{what}; they belong to part {_few(names)}: run these again, they go on where they stopped")
+        raise NotFound(f"{what}: run with --resume")
+    manifest = manifest_of([results[task] for task in range(num_tasks)], codes, source, schema_version)
     store.put(manifests.NAME, pack_manifest(manifest))
     _drop_working_files(store)
     return manifest
+
+
+def manifest_of(
+    results: Sequence[TaskResult], codes: Mapping[str, Mapping[str, Any]], source: Mapping[str, Any], schema_version: int
+) -> Manifest:
+    """The manifest over these tasks, in this order."""
+    rejects: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
+    for result in results:
+        rejects.update(result.rejects)
+        counts.update(result.counts)
+    shards = tuple(row for result in results for row in result.shards)
+    members = {member for row in shards for member in row.members}
+    return Manifest(
+        shards=shards,
+        inputs=sum(result.inputs for result in results),
+        rejects=dict(sorted(rejects.items())),
+        codes={column: provenance for column, provenance in codes.items() if f"{column}.npy" in members},
+        source={**source, "counts": dict(sorted(counts.items()))} if counts else source,
+        schema_version=schema_version,
+    )
 
 
 def remove(store: Store) -> None:
@@ -320,6 +369,11 @@ def _drop_working_files(store: Store) -> None:
     for entry in list(store.list(WORK)):
         store.delete(entry.name)
     store.clean_temp()
+
+
+def _few(names: Iterable[str]) -> str:
+    shown = list(names)
+    return ", ".join(shown[:10]) + (" ..." if len(shown) > 10 else "")
 
 
 def _marker(task: int) -> str:

@@ -3,7 +3,8 @@
     input shards, grouped into tasks -> samples -> encode_in_batches -> Sample(codes) or a reject -> output shards
 
 A sample keeps its key, text and provenance. Pixels are decoded for the first time here, so what only that finds (a JPEG that
-breaks off) is a reject of this pass. Samples without an image pass through unchanged.
+breaks off) is a reject of this pass; of a conversation with several images one such rejects it. Documents pass through
+unchanged; a conversation without images gets an empty row of codes, so that all samples have the same members.
 Cost: the tokenizer's; see docs/tokenizers.md.
 """
 
@@ -15,7 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from importlib.metadata import version
-from typing import Any, Literal
+from itertools import groupby
+from typing import Any, Literal, NamedTuple
 from urllib.parse import unquote
 
 import torch
@@ -25,7 +27,7 @@ from wds_tools.dataset.write import TaskWriter
 from wds_tools.encode.batches import Prepare, encode_in_batches
 from wds_tools.errors import FormatError, Reject, UsageError
 from wds_tools.format.manifest import Manifest, ShardRow, row_from_json
-from wds_tools.format.schema import Sample, code_column, code_dtype
+from wds_tools.format.schema import Codes, Sample, code_column, code_dtype, join_grids
 from wds_tools.images import PREPROCESSING_VERSION, ImageLimits, Mode, prepare
 from wds_tools.passes import PassOptions, Plan, group_to_limit, run_pass
 from wds_tools.storage import open_store
@@ -33,7 +35,12 @@ from wds_tools.storage.base import split_scheme
 from wds_tools.vq.base import ImageTokenizer
 from wds_tools.vq.registry import load_tokenizer
 
-_MODES: dict[str, Mode] = {"image_text": "cc512", "image_text_multi": "multi768", "visual_sft": "cc512"}
+
+class _Place(NamedTuple):
+    """Where an image comes from."""
+
+    shard: str
+    sample: Sample
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +61,8 @@ class EncodeConfig(PassOptions):
     """Images per forward pass."""
     keep_images: bool = False
     """Keep the source images beside the codes."""
+    sft_mode: Mode = "cc512"
+    """How images of conversations are cropped: cc512 to a 512 px square, multi768 to the nearest of many shapes."""
     max_pixels: int = ImageLimits.max_pixels
     """Images with more pixels are rejected: decompression bombs."""
 
@@ -63,6 +72,15 @@ class EncodeConfig(PassOptions):
             raise UsageError(f"--batch-size {self.batch_size}: at least 1")
         if _place(self.input) == _place(self.output):
             raise UsageError("--output is --input: the encoded data set needs a place of its own")
+
+    def mode_of(self, data_type: str) -> Mode | None:
+        """How an image of such a sample is cropped; None if it has none."""
+        modes: dict[str, Mode] = {"image_text": "cc512", "image_text_multi": "multi768", "visual_sft": self.sft_mode}
+        return modes.get(data_type)
+
+    def column_of(self, data_type: str) -> str:
+        """Where the codes of such a sample go."""
+        return code_column("image_text_multi" if self.mode_of(data_type) == "multi768" else "image_text")
 
 
 def encode(config: EncodeConfig) -> Manifest:
@@ -77,7 +95,7 @@ def encode(config: EncodeConfig) -> Manifest:
     """
     store = open_store(config.input)
     manifest = read_manifest(store)
-    columns = sorted({code_column(data_type) for data_type in manifest.data_types if data_type in _MODES})
+    columns = sorted({config.column_of(data_type) for data_type in manifest.data_types if config.mode_of(data_type)})
     if not columns:
         raise UsageError(f"{config.input} has no images to encode: it holds {', '.join(manifest.data_types) or 'nothing'}")
     if manifest.codes:
@@ -98,6 +116,7 @@ def encode(config: EncodeConfig) -> Manifest:
         settings={
             "input": manifest.fingerprint(),
             "keep_images": config.keep_images,
+            "sft_mode": config.sft_mode,
             "max_pixels": config.max_pixels,
             **provenance,
         },
@@ -107,6 +126,7 @@ def encode(config: EncodeConfig) -> Manifest:
             for group in group_to_limit(manifest.shards, lambda row: row.samples, config.shard_samples)
         ],
         total=manifest.samples,
+        device=config.device,
         codes={column: {**provenance, "libraries": libraries} for column in columns},
         source={
             "input": {
@@ -149,36 +169,42 @@ class _FillShards:
         jobs = self._jobs([row_from_json(row) for row in task])
         threads = max(1, (os.cpu_count() or 1) // self.config.workers)
         batches = encode_in_batches(jobs, self.tokenizer, batch_size=self.config.batch_size, threads=threads)
-        for (shard, sample), outcome in batches:
+        for _, images in groupby(batches, key=lambda image: (image[0].shard, image[0].sample.key)):
             inputs += 1
-            if isinstance(outcome, Reject):
-                writer.reject(outcome, source=shard, key=sample.key)
-            elif outcome is None:
-                writer.add(sample)
+            places, outcomes = zip(*images, strict=True)
+            shard, sample = places[0]
+            cause = next((outcome for outcome in outcomes if isinstance(outcome, Reject)), None)
+            if cause is not None:
+                writer.reject(cause, source=shard, key=sample.key)
+            elif self.config.mode_of(sample.data_type):
+                writer.add(self._filled(sample, [outcome.astype(dtype) for outcome in outcomes if outcome is not None]))
             else:
-                writer.add(self._filled(sample, outcome.astype(dtype)))
+                writer.add(sample)
             advance(1)
         return inputs
 
-    def _jobs(self, rows: Sequence[ShardRow]) -> Iterator[tuple[tuple[str, Sample], Prepare | None]]:
+    def _jobs(self, rows: Sequence[ShardRow]) -> Iterator[tuple[_Place, Prepare | None]]:
+        """Each image, in order; a sample without any comes once."""
         store = open_store(self.config.input)
         limits = ImageLimits(max_pixels=self.config.max_pixels, min_side=1, max_bytes=sys.maxsize)  # else as converted
         for row in rows:
             for sample in read_shard(store, row):
-                if sample.image is not None:
-                    yield (row.name, sample), partial(prepare, sample.image, _MODES[sample.data_type], limits)
-                elif sample.data_type in _MODES and sample.data_type != "visual_sft":
-                    raise FormatError(f"{row.name}: {sample.key} is {sample.data_type} but has no image")
-                else:
-                    yield (row.name, sample), None
+                mode = self.config.mode_of(sample.data_type)
+                if mode is None or not sample.images:
+                    if mode is not None and sample.data_type != "visual_sft":
+                        raise FormatError(f"{row.name}: {sample.key} is {sample.data_type} but has no image")
+                    yield _Place(row.name, sample), None
+                    continue
+                for image in sample.images:
+                    yield _Place(row.name, sample), partial(prepare, image.data, mode, limits)
 
-    def _filled(self, sample: Sample, codes_hw: Any) -> Sample:
+    def _filled(self, sample: Sample, grids: Sequence[Codes]) -> Sample:
+        column = self.config.column_of(sample.data_type)
+        filled = sample if self.config.keep_images else sample._replace(image=None, image_extension=None, more_images=())
+        if sample.data_type == "visual_sft":
+            codes, shapes = join_grids(grids, code_dtype(self.tokenizer.codebook_size))
+            return filled._replace(codes={column: codes}, grids={column: shapes})
+        (codes_hw,) = grids
         height, width = (side * self.tokenizer.stride for side in codes_hw.shape)
         is_multi = sample.data_type == "image_text_multi"
-        return sample._replace(
-            codes={code_column(sample.data_type): codes_hw},
-            width=width if is_multi else None,
-            height=height if is_multi else None,
-            image=sample.image if self.config.keep_images else None,
-            image_extension=sample.image_extension if self.config.keep_images else None,
-        )
+        return filled._replace(codes={column: codes_hw}, width=width if is_multi else None, height=height if is_multi else None)

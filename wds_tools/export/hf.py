@@ -33,9 +33,10 @@ from wds_tools.errors import UsageError
 from wds_tools.export.card import NAME as CARD
 from wds_tools.export.card import TAG, pack_card
 from wds_tools.export.push import push
-from wds_tools.export.rows import EXPORTED_TYPES, FEATURES, ROW_BYTES, Format, load_pyarrow, no_place, pack_row, write_part
+from wds_tools.export.rows import FEATURES, ROW_BYTES, Format, load_pyarrow, pack_row, write_part
 from wds_tools.export.shuffle import Shuffle
 from wds_tools.format.manifest import Manifest, ShardRow
+from wds_tools.format.schema import IMAGE_EXTENSIONS
 from wds_tools.run.progress import Progress
 from wds_tools.storage import LocalStore, Store, open_store
 from wds_tools.storage.base import TEMP_FOLDER, split_scheme
@@ -171,12 +172,10 @@ def _check_sources(sources: Sequence[_Source]) -> None:
     """Refuse at once what the manifests show to be impossible."""
     seen: dict[tuple[str, str], tuple[str, Any]] = {}
     for store, manifest in sources:
-        for data_type in manifest.data_types:
-            if data_type not in EXPORTED_TYPES:
-                raise UsageError(f"{store.url}: {no_place(data_type)}")
         for row in manifest.shards:
             has_codes = any(member.startswith("vqcode_") for member in row.members)
-            if not has_codes and any(data_type != "text_pretrain" for data_type in row.data_types):
+            has_images = any(member in IMAGE_EXTENSIONS for member in row.members)
+            if not has_codes and (has_images or not {"image_text", "image_text_multi"}.isdisjoint(row.data_types)):
                 raise UsageError(f"{store.url}/{row.name} holds images without codes: run `wds-tools encode` first")
         for column, provenance in manifest.codes.items():
             for field in _ONE_TOKENIZER:
@@ -262,7 +261,10 @@ def _local_path(url: str) -> str:
 
 
 def _record_bytes(row: ShardRow) -> int:
-    """What the rows of a shard come to in the shuffle, at most: the tar is larger, and so are 4 bytes a character and code."""
+    """What the rows of a shard come to in the shuffle, at most: the tar is larger, and so are 4 bytes a character and code,
+    unless the text becomes JSON."""
+    if "visual_sft" in row.data_types:
+        return row.bytes
     return min(row.bytes, 4 * (row.text_chars + row.num_codes) + (ROW_BYTES + 16) * row.samples)
 
 

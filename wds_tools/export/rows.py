@@ -4,7 +4,8 @@
     write_part(...)   records -> batches of the seven columns -> one file
 
 The columns are the reference pipeline's, so that old and new data sets can be concatenated: strings all but `length`; what a
-sample does not have is the string "no"; codes are a JSON list in a string, as json.dumps writes it. The only module that
+sample does not have is the string "no"; codes are a JSON list in a string, as json.dumps writes it. The text of a conversation
+is JSON too: an object with its `conversations` and, if it has codes, the `grids` that they are cut into. The only module that
 imports pyarrow, and only when it is used. Memory is one batch.
 """
 
@@ -37,7 +38,6 @@ COLUMNS = {
 FEATURES = {name: {"dtype": dtype, "_type": "Value"} for name, dtype in COLUMNS.items()}
 """The same, as Hugging Face datasets writes it down."""
 MISSING = "no"
-EXPORTED_TYPES = ("image_text", "image_text_multi", "text_pretrain")
 
 _FIELDS = struct.Struct("<BQIIQBIBI")
 """Data type, length, width, height, bytes of text; then bytes per code (0: no codes) and number of codes, column by column."""
@@ -57,33 +57,26 @@ def pack_row(sample: Sample) -> bytes:
     """The record of a sample.
 
     Raises:
-        UsageError: the seven columns have no place for it: a conversation, an image without codes, another code column.
+        UsageError: the seven columns have no place for it: an image without codes, another code column.
         FormatError: it breaks the schema.
     """
     validate(sample)
-    is_image = sample.data_type != "text_pretrain"
-    if sample.data_type not in EXPORTED_TYPES:
-        raise UsageError(f"{sample.key}: {no_place(sample.data_type)}")
-    if is_image and not sample.codes:
+    needs_codes = sample.data_type in ("image_text", "image_text_multi") or sample.image is not None
+    if needs_codes and not sample.codes:
         raise UsageError(f"{sample.key}: {sample.data_type} without codes: run `wds-tools encode` first")
     if unknown := set(sample.codes).difference(CODE_COLUMNS):
         raise UsageError(f"{sample.key}: the columns are {', '.join(COLUMNS)}; there is none for {', '.join(sorted(unknown))}")
     if sample.data_type == "image_text_multi" and (sample.width is None or sample.height is None):
         raise FormatError(f"{sample.key}: image_text_multi with codes, but without width and height")
     text = sample.text.encode()
+    if sample.conversations is not None:
+        talk = {"conversations": sample.conversations, "grids": sample.grids}
+        text = orjson.dumps({name: value for name, value in talk.items() if value is not None})
     grids = [sample.codes.get(column) for column in CODE_COLUMNS]
     counts = [value for grid in grids for value in ((0, 0) if grid is None else (grid.itemsize, grid.size))]
     kind = DATA_TYPES.index(sample.data_type)
     fields = _FIELDS.pack(kind, sample.length, sample.width or 0, sample.height or 0, len(text), *counts)
     return b"".join((fields, text, *(grid.tobytes() for grid in grids if grid is not None)))
-
-
-def no_place(data_type: str) -> str:
-    """Why a data type can't be exported."""
-    return (
-        f"{data_type} has no form in these columns (they have no place for conversations): "
-        f"export only {', '.join(EXPORTED_TYPES)}, and train on {data_type} from the shards"
-    )
 
 
 def write_part(writer: Writer, records: Iterable[bytes], file_format: Format) -> None:

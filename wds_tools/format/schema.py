@@ -2,12 +2,15 @@
 
 A `Sample` is the one record that flows through the system: image-text pairs, documents and conversations share it. On disk it
 is a few tar members (see `format.shard`); here it is a value. Codes are raw codebook indices, never shifted into a text
-tokenizer's ids, and every grid keeps its (h, w).
+tokenizer's ids, and every grid keeps its (h, w): in the shape of its array, or, for a conversation with any number of images,
+in `grids`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -22,7 +25,7 @@ ANY_MEMBERS = 0
 DATA_TYPES = ("image_text", "image_text_multi", "text_pretrain", "visual_sft")
 CODE_COLUMNS = ("vqcode_512", "vqcode_multi768")
 IMAGE_EXTENSIONS = ("jpg", "png", "webp", "gif", "bmp", "tif")
-JSON_FIELDS = ("data_type", "text", "length", "width", "height", "conversations")
+JSON_FIELDS = ("data_type", "text", "length", "width", "height", "conversations", "grids")
 RESERVED_FIELDS = frozenset((*JSON_FIELDS, *CODE_COLUMNS, "cls", "id", "index", "inx"))
 """Names that provenance may not use: the schema's own, and those that Hugging Face casts to integers."""
 CHARACTERS_PER_CODE = 4
@@ -34,6 +37,14 @@ _KEY_ALPHABET = frozenset("0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQ
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 Codes = NDArray[np.unsignedinteger[Any]]
+
+
+class SourceImage(NamedTuple):
+    """An encoded image, byte for byte."""
+
+    data: bytes
+    extension: str
+    """One of IMAGE_EXTENSIONS."""
 
 
 class Sample(NamedTuple):
@@ -49,13 +60,18 @@ class Sample(NamedTuple):
     """Width in pixels of the cropped image, for multi-ratio samples that are encoded; else None."""
     height: int | None = None
     codes: Mapping[str, Codes] = _NOTHING
-    """Column name -> (h, w) grid of codebook indices, uint16 or uint32, row-major."""
+    """Column name -> (h, w) grid of codebook indices, uint16 or uint32, row-major; see `grids` for several images."""
     image: bytes | None = None
-    """The source image, byte for byte."""
+    """The source image, byte for byte; of a conversation the first."""
     image_extension: str | None = None
     """One of IMAGE_EXTENSIONS; set exactly when `image` is."""
     conversations: list[dict[str, str]] | None = None
-    """For visual_sft: [{"from": "human" | "gpt", "value": ...}, ...]."""
+    """For visual_sft: [{"from": "system" | "human" | "gpt", "value": ...}, ...]; each "<image>" in a value is the next image."""
+    more_images: tuple[SourceImage, ...] = ()
+    """For visual_sft: the images behind the first."""
+    grids: Mapping[str, list[list[int]]] | None = None
+    """For visual_sft with codes: column -> [h, w] of each image. Unless that is one image, the column's codes are one row
+    (1, sum of h x w) of all grids end to end. None: each column is one grid."""
     provenance: Mapping[str, Any] = _NOTHING
     """Further JSON fields, such as a document's url."""
 
@@ -65,9 +81,41 @@ class Sample(NamedTuple):
         return sum(grid_hw.size for grid_hw in self.codes.values()) if self.codes else 0
 
     @property
+    def text_chars(self) -> int:
+        """Characters of text; of a conversation, also those of its turns."""
+        return len(self.text) + sum(len(turn["value"]) for turn in self.conversations or ())
+
+    @property
     def length(self) -> int:
         """Characters of text + 4 x number of codes: the reference pipeline's measure of a sample."""
-        return len(self.text) + CHARACTERS_PER_CODE * self.num_codes
+        return self.text_chars + CHARACTERS_PER_CODE * self.num_codes
+
+    @property
+    def images(self) -> tuple[SourceImage, ...]:
+        """All source images, in order."""
+        if self.image is None or self.image_extension is None:
+            return ()
+        return SourceImage(self.image, self.image_extension), *self.more_images
+
+    def grids_of(self, column: str) -> list[Codes]:
+        """The (h, w) grids of a code column, one an image, as views."""
+        codes = self.codes[column]
+        return [codes] if self.grids is None else split_grids(codes, self.grids[column])
+
+
+def join_grids(grids: Sequence[Codes], dtype: np.dtype[Any]) -> tuple[Codes, list[list[int]]]:
+    """The codes of a conversation's images as a sample holds them, and the [h, w] of each: see Sample.grids."""
+    shapes = [list(grid_hw.shape) for grid_hw in grids]
+    if len(grids) == 1:
+        return grids[0], shapes
+    return np.concatenate([np.empty(0, dtype), *(grid_hw.reshape(-1) for grid_hw in grids)])[None], shapes
+
+
+def split_grids(codes: Codes, grids: Sequence[Sequence[int]]) -> list[Codes]:
+    """Grids that lie end to end, apart again: see Sample.grids."""
+    flat = codes.reshape(-1)
+    ends = list(accumulate(height * width for height, width in grids))
+    return [flat[end - h * w : end].reshape(h, w) for end, (h, w) in zip(ends, grids, strict=True)]
 
 
 def code_dtype(codebook_size: int) -> np.dtype[np.unsignedinteger[Any]]:
@@ -118,14 +166,20 @@ def validate(sample: Sample) -> None:
                 f"{sample.key}: code column {column[:80]!r}: expected 'vqcode_' and letters, digits, '_' or '-', "
                 f"at most {MAX_COLUMN_BYTES} in all"
             )
-        if grid_hw.ndim != 2 or grid_hw.size == 0 or grid_hw.dtype.str not in ("<u2", "<u4"):
+        is_empty = grid_hw.size == 0 and sample.grids is None
+        if grid_hw.ndim != 2 or is_empty or grid_hw.dtype.str not in ("<u2", "<u4"):
             raise FormatError(
                 f"{sample.key}: {column} is {grid_hw.dtype.str} {grid_hw.shape}, expected a non-empty 2-D grid of <u2 or <u4"
             )
+    if sample.grids is not None:
+        _check_grids(sample)
     if (sample.image is None) != (sample.image_extension is None):
         raise FormatError(f"{sample.key}: image and image_extension must be given together")
-    if sample.image_extension is not None and sample.image_extension not in IMAGE_EXTENSIONS:
-        raise FormatError(f"{sample.key}: image_extension={sample.image_extension!r} is not one of {', '.join(IMAGE_EXTENSIONS)}")
+    if sample.more_images and (sample.image is None or sample.data_type != "visual_sft"):
+        raise FormatError(f"{sample.key}: more_images stand behind the first image of visual_sft, and nowhere else")
+    for image in sample.images:
+        if image.extension not in IMAGE_EXTENSIONS:
+            raise FormatError(f"{sample.key}: image_extension={image.extension!r} is not one of {', '.join(IMAGE_EXTENSIONS)}")
     if (sample.data_type == "visual_sft") != (sample.conversations is not None):
         raise FormatError(f"{sample.key}: conversations belong to visual_sft, and to nothing else")
     if sample.conversations is not None and not _are_turns(sample.conversations):
@@ -134,6 +188,28 @@ def validate(sample: Sample) -> None:
         raise FormatError(f"{sample.key}: text_pretrain has neither image nor codes")
     if sample.provenance and (taken := RESERVED_FIELDS.intersection(sample.provenance)):
         raise FormatError(f"{sample.key}: provenance may not use the reserved names {', '.join(sorted(taken))}")
+
+
+def _check_grids(sample: Sample) -> None:
+    """Raise FormatError unless the grids of a conversation fit its codes."""
+    grids: Any = sample.grids
+    if sample.data_type != "visual_sft":
+        raise FormatError(f"{sample.key}: grids belong to visual_sft, and to nothing else")
+    if not isinstance(grids, Mapping) or set(grids) != set(sample.codes):
+        raise FormatError(f"{sample.key}: grids={grids!r}, expected an object with the code columns {', '.join(sample.codes)}")
+    for column, codes in sample.codes.items():
+        shapes = grids[column]
+        if not isinstance(shapes, list | tuple) or not all(map(_is_shape, shapes)):
+            raise FormatError(f"{sample.key}: the grids of {column} are {shapes!r}, expected a list of [height, width]")
+        expected = tuple(shapes[0]) if len(shapes) == 1 else (1, sum(map(math.prod, shapes)))
+        if codes.shape != expected:
+            raise FormatError(
+                f"{sample.key}: {column} has the shape {codes.shape}, its {len(shapes)} grids {shapes!r} need {expected}"
+            )
+
+
+def _is_shape(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 2 and all(type(side) is int and side > 0 for side in value)
 
 
 def _are_turns(turns: Any) -> bool:

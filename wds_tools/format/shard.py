@@ -3,7 +3,7 @@
 Writing: `ShardBuilder.add(sample)` gives the bytes of a sample, `finish()` those behind the last, the index and the
 manifest row. A sample's members lie side by side, json first:
 
-    KEY.json   KEY.vqcode_512.npy | KEY.vqcode_multi768.npy   KEY.jpg | .png | ...
+    KEY.json   KEY.vqcode_512.npy | KEY.vqcode_multi768.npy   KEY.jpg | .png | ...   KEY.1.jpg   KEY.2.png   ...
 
 Reading: `group_samples` turns members into (key, members), `sample_from_members` turns those into a Sample.
 Nothing is ever unpickled: npy members are parsed here and object arrays are refused.
@@ -28,10 +28,12 @@ from wds_tools.errors import FormatError
 from wds_tools.format.checksum import content_hash, crc32
 from wds_tools.format.index import IndexBuilder, ShardIndex
 from wds_tools.format.manifest import ShardRow
-from wds_tools.format.schema import IMAGE_EXTENSIONS, JSON_FIELDS, Sample, validate
+from wds_tools.format.schema import IMAGE_EXTENSIONS, JSON_FIELDS, Sample, SourceImage, validate
 from wds_tools.format.tar import BLOCK, END, Member, header, padding
 
 _PIXELS = {int, type(None)}
+_IMAGE_SUFFIX = re.compile(rf"(?:([1-9]\d{{0,5}})\.)?(?:{'|'.join(IMAGE_EXTENSIONS)})", re.ASCII)
+_RARE_FIELDS = {"conversations", "grids"}
 _NPY_1 = b"\x93NUMPY\x01\x00"
 _NPY_BEGIN = {_NPY_1: 10, b"\x93NUMPY\x02\x00": 12, b"\x93NUMPY\x03\x00": 12}
 _MAX_NPY_HEADER_BYTES = 4096
@@ -89,6 +91,8 @@ def encode_members(sample: Sample) -> list[tuple[str, bytes]]:
     }
     if sample.conversations is not None:
         record["conversations"] = sample.conversations
+    if sample.grids is not None:
+        record["grids"] = sample.grids
     if sample.provenance:
         record.update(sample.provenance)
     try:
@@ -97,9 +101,15 @@ def encode_members(sample: Sample) -> list[tuple[str, bytes]]:
         raise FormatError(f"{sample.key}: can't be written as JSON: {error}") from error
     for column, grid_hw in sample.codes.items():
         members.append((f"{column}.npy", npy_bytes(grid_hw)))
-    if sample.image is not None:
-        members.append((str(sample.image_extension), sample.image))
+    for number, image in enumerate(sample.images):
+        members.append((f"{number}.{image.extension}" if number else image.extension, image.data))
     return members
+
+
+def image_number(suffix: str) -> int | None:
+    """Which image of its sample a member is: 0 for "jpg", 1 for "1.jpg"; None if it is no image."""
+    match = _IMAGE_SUFFIX.fullmatch(suffix)
+    return int(match[1] or 0) if match else None
 
 
 def sample_from_members(key: str, members: Mapping[str, bytes | memoryview]) -> Sample:
@@ -117,13 +127,12 @@ def sample_from_members(key: str, members: Mapping[str, bytes | memoryview]) -> 
     except (orjson.JSONDecodeError, KeyError, TypeError) as error:
         raise FormatError(f"{key}.json: not a sample of this schema ({type(error).__name__}: {error})") from error
     codes: dict[str, NDArray[Any]] = {}
-    image: bytes | None = None
-    extension: str | None = None
+    images: list[SourceImage] = []
     for suffix, data in members.items():
         if suffix.endswith(".npy"):
             codes[suffix[:-4]] = parse_npy(data, f"{key}.{suffix}")
-        elif suffix in IMAGE_EXTENSIONS and image is None:
-            image, extension = bytes(data), suffix
+        elif image_number(suffix) == len(images):
+            images.append(SourceImage(bytes(data), suffix.rpartition(".")[2]))
         elif suffix != "json":
             raise FormatError(f"{key}.{suffix}: not a member of this schema; see docs/format.md")
     return Sample(
@@ -133,9 +142,11 @@ def sample_from_members(key: str, members: Mapping[str, bytes | memoryview]) -> 
         width=width,
         height=height,
         codes=codes,
-        image=image,
-        image_extension=extension,
+        image=images[0].data if images else None,
+        image_extension=images[0].extension if images else None,
         conversations=record.get("conversations"),
+        more_images=tuple(images[1:]),
+        grids=record.get("grids"),
         provenance={name: value for name, value in record.items() if name not in JSON_FIELDS},
     )
 
@@ -154,7 +165,7 @@ def form_of(members: Mapping[str, bytes | memoryview]) -> tuple[Hashable, str] |
         data_type, text, width, height = record["data_type"], record["text"], record["width"], record["height"]
     except (orjson.JSONDecodeError, KeyError, TypeError):
         return None
-    if not (type(data_type) is type(text) is str and {type(width), type(height)} <= _PIXELS) or "conversations" in record:
+    if not (type(data_type) is type(text) is str and {type(width), type(height)} <= _PIXELS) or _RARE_FIELDS & record.keys():
         return None
     form: list[Hashable] = [data_type, width, height, len(record), *record]
     for suffix, payload in members.items():
@@ -188,7 +199,7 @@ class ShardBuilder:
             FormatError: the sample breaks the schema; nothing was appended.
         """
         validate(sample)
-        data = self.add_members(sample.key, encode_members(sample), len(sample.text), sample.num_codes)
+        data = self.add_members(sample.key, encode_members(sample), sample.text_chars, sample.num_codes)
         self._data_types[sample.data_type] += 1
         return data
 

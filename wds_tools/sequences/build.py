@@ -24,7 +24,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from wds_tools.errors import Reject
-from wds_tools.format.schema import Sample
+from wds_tools.format.schema import Codes, Sample
 from wds_tools.sequences.choices import choose
 from wds_tools.sequences.config import SequenceConfig
 from wds_tools.sequences.prompts import read_prompts
@@ -106,7 +106,7 @@ class ExampleBuilder:
         """Raise Reject if no example can be made of a valid sample, whatever chance says."""
         key = sample.key
         for column, grid_hw in sample.codes.items():
-            if (code := int(grid_hw.max())) >= self.vocabulary.codebook_size:
+            if (code := int(grid_hw.max(initial=0))) >= self.vocabulary.codebook_size:
                 raise Reject(
                     "code_out_of_range",
                     f"{key}: {column} holds the code {code}; the codebook has {self.vocabulary.codebook_size} entries",
@@ -154,7 +154,7 @@ class ExampleBuilder:
         return [bos, *before, _Part(self._boi), _Part(codes, True), _Part(self._eoi, True), eos]
 
     def _conversation(self, sample: Sample, texts: list[str]) -> Iterator[_Part]:
-        images = [self._shifted(grid_hw) for grid_hw in sample.codes.values()]
+        images = [self._shifted(grid_hw) for grid_hw in _grids(sample)]
         turns = sample.conversations or []
         are_marked = any(IMAGE_MARK in turn["value"] for turn in turns)
         for turn in turns:
@@ -216,15 +216,21 @@ class ExampleBuilder:
         if not any(turn["from"] == "gpt" for turn in turns):
             raise Reject("no_answer", f"{sample.key}: no turn is from gpt, so there is nothing to train")
         marks = sum(turn["value"].count(IMAGE_MARK) for turn in turns)
-        has_place = marks == len(sample.codes) or (not marks and any(turn["from"] == "human" for turn in turns))
+        num_images = len(_grids(sample))
+        has_place = marks == num_images or (not marks and any(turn["from"] == "human" for turn in turns))
         if not has_place:
-            raise Reject("image_count", f"{sample.key}: {marks} times {IMAGE_MARK} for {len(sample.codes)} images with codes")
+            raise Reject("image_count", f"{sample.key}: {marks} times {IMAGE_MARK} for {num_images} images with codes")
         wordings = sum(len(ids) for turn in turns for ids in self._turns[turn["from"]])
-        around = 1 + 2 * len(sample.codes) + 2 * len(turns) + marks  # BOS, <boi> <eoi>, EOS, and a token of every text
+        around = 1 + 2 * num_images + 2 * len(turns) + marks  # BOS, <boi> <eoi>, EOS, and a token of every text
         self._check_fits(sample.key, sample.num_codes + wordings + around)
 
 
 _NOTHING = np.zeros(0, np.int32)
+
+
+def _grids(sample: Sample) -> list[Codes]:
+    """The grids of a conversation, one an image."""
+    return [grid_hw for column in sample.codes for grid_hw in sample.grids_of(column)]
 
 
 def _common_length(lengths: Sequence[int], room: int) -> int:

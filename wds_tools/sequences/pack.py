@@ -23,7 +23,7 @@ from wds_tools.sequences.tokenizer import Ids
 
 MIN_CUT = 16
 """A document is not cut for fewer tokens."""
-WINDOW_ROWS = 4
+WINDOW_ROWS = 8
 """So many rows' tokens wait before a row is made."""
 
 
@@ -76,7 +76,7 @@ class Packer:
         self._waiting: dict[int, Waiting] = {}
         self._by_length: list[tuple[int, int]] = []
         """(tokens, -number) of those that wait: of equals, the oldest is last."""
-        self._num_tokens = 0
+        self._num_tokens = self._num_documents = 0
 
     @property
     def wants_more(self) -> bool:
@@ -151,8 +151,9 @@ class Packer:
 
     def _longest_document(self) -> int | None:
         """None fits the room, so each can be cut for it."""
-        documents = (-number for _, number in reversed(self._by_length) if self._waiting[-number].example.is_document)
-        return next(documents, None)
+        if not self._num_documents:
+            return None
+        return next(-number for _, number in reversed(self._by_length) if self._waiting[-number].example.is_document)
 
     def _put(self, number: int, waiting: Waiting) -> None:
         is_oldest = bool(self._waiting) and number < next(reversed(self._waiting))
@@ -161,9 +162,11 @@ class Packer:
             self._waiting = dict(sorted(self._waiting.items()))
         insort(self._by_length, (waiting.left, -number))
         self._num_tokens += waiting.left
+        self._num_documents += waiting.example.is_document
 
     def _take(self, number: int) -> Waiting:
         waiting = self._waiting.pop(number)
         self._by_length.pop(bisect_right(self._by_length, (waiting.left, -number)) - 1)
         self._num_tokens -= waiting.left
+        self._num_documents -= waiting.example.is_document
         return waiting

@@ -1,0 +1,79 @@
+"""Image paths in a file of records -> the images' bytes, a few records ahead of their turn, in the order of the records."""
+
+from __future__ import annotations
+
+import errno
+import os
+import posixpath
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+from wds_tools.convert.lines import Line
+from wds_tools.errors import NotFound, Reject, StorageError, UsageError
+from wds_tools.storage import Store, open_store, split_url
+
+Fetched = TypeVar("Fetched")
+
+FETCH_AHEAD = 16
+"""Records whose images are fetched at the same time."""
+_NO_SUCH_NAME = (errno.ENAMETOOLONG, errno.ELOOP)
+
+
+class ImageSource:
+    """Finds the image of a path in a file of records. Fenced, nothing outside of one folder is read, whatever the file says."""
+
+    def __init__(self, file_url: str, image_root: str | None) -> None:
+        self._folder = split_url(file_url)[0] if image_root is None else image_root
+        self._is_local = "://" not in self._folder
+        self._is_fenced = image_root is not None or not self._is_local
+        if self._is_local:
+            self._folder = os.path.realpath(self._folder)
+        self._store: Store = open_store(self._folder if self._is_fenced else "/")
+
+    def read(self, image_path: str, max_bytes: int) -> bytes:
+        """The image's bytes, one more than max_bytes at most.
+
+        Raises:
+            Reject: "missing_image" or "outside_root".
+            StorageError: the storage does not answer; not the record's fault.
+        """
+        try:
+            with self._store.open(self._name(image_path)) as stream:
+                return stream.read(max_bytes + 1)
+        except NotFound as error:
+            raise Reject("missing_image", f"{image_path[:300]}: no such file") from error
+        except UsageError as error:
+            raise Reject("outside_root", f"{image_path[:300]}: not a path inside {self._folder}") from error
+        except StorageError as error:
+            if self._leads_out(image_path):
+                raise Reject("outside_root", f"{image_path[:300]}: a symlink that leads out of {self._folder}") from error
+            if isinstance(error.__cause__, OSError) and error.__cause__.errno in _NO_SUCH_NAME:
+                raise Reject("missing_image", f"{image_path[:300]}: {error.__cause__.strerror}") from error
+            raise
+
+    def _name(self, image_path: str) -> str:
+        path = image_path.removeprefix(self._folder.rstrip("/") + "/")
+        if "://" in path:
+            raise Reject("outside_root", f"{image_path[:300]}: not below {self._folder}; a URL is read only below --image-root")
+        if not self._is_fenced:
+            return posixpath.normpath(posixpath.join(self._folder, path)).lstrip("/")
+        return posixpath.normpath(path)
+
+    def _leads_out(self, image_path: str) -> bool:
+        if not (self._is_fenced and self._is_local):
+            return False
+        path = os.path.realpath(posixpath.join(self._folder, self._name(image_path)))
+        return not path.startswith(self._folder.rstrip("/") + "/")
+
+
+def in_order(pool: ThreadPoolExecutor, fn: Callable[[Line], Fetched], lines: Iterator[Line]) -> Iterator[Fetched]:
+    """Results in the order of the lines, with a bounded number under way."""
+    under_way: deque[Future[Fetched]] = deque()
+    for line in lines:
+        under_way.append(pool.submit(fn, line))
+        if len(under_way) >= FETCH_AHEAD:
+            yield under_way.popleft().result()
+    while under_way:
+        yield under_way.popleft().result()

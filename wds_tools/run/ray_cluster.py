@@ -1,0 +1,233 @@
+"""Tasks on a Ray cluster: the same callable and the same tasks as `local`, wherever there is room.
+
+    driver: tasks -> Ray, a few more than there is room for -> results, as they come
+    worker: unpickles `fn` once and keeps it (a loaded model stays) -> fn(task, report) -> result
+    board:  an actor beside the driver; workers tell it once a second how far they are, the driver asks it
+
+A task whose worker or node dies is started again elsewhere; what it had reported is taken back. An exception of `fn` is no such
+death: it ends the run. The only module that imports ray, and only when it is used.
+Invariant: whatever ends the driver ends its tasks: the cluster does that for drivers that it no longer hears of.
+"""
+
+from __future__ import annotations
+
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import redirect_stdout
+from itertools import islice
+from typing import Any, TypeVar
+
+from wds_tools.errors import MissingPackage, UsageError, WorkerDied
+from wds_tools.run.local import Report, Work
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+Counts = tuple[Any, ...]
+"""What a task has reported since it began, added up: see Report."""
+
+_RETRIES = 5
+"""Times that a task is started again because its worker or node died."""
+_POLL_S = 0.5
+_TELL_EVERY_S = 1.0
+_MIN_AHEAD = 16
+_CONNECT_S = 10.0
+_held: dict[str, Callable[..., Any]] = {}
+"""In a worker: the callable that it was last given, under the id of the object that Ray keeps it in."""
+
+
+def run_on_ray(
+    fn: Work[Task, Result],
+    tasks: Sequence[Task],
+    *,
+    address: str | None,
+    cpus: float,
+    gpus: float | None,
+    device: str,
+    on_report: Report,
+) -> Iterator[Result]:
+    """Run `fn` over the tasks.
+
+    Args:
+        fn: picklable; its modules are installed on every node.
+        tasks: picklable; started in this order.
+        address: of the cluster, as `ray.init` takes it; None: RAY_ADDRESS, the one on this machine, or one that is started.
+        cpus, gpus: that a task takes.
+        device: if gpus is None, "cuda" means 1, "auto" means 1 if the cluster has any, all else none.
+        on_report: gets every report, in this process. What a task reported before its worker died comes again with a minus.
+
+    Yields:
+        The results, as they come.
+
+    Raises:
+        MissingPackage: Ray is not installed.
+        UsageError: there is no cluster at that address.
+        WorkerDied: a task killed its worker, or lost its node, time and again.
+        Exception: whatever `fn` raised; the other tasks are stopped.
+    """
+    ray = _load_ray()
+    is_ours = not ray.is_initialized()
+    if is_ours:
+        _check_address(address)
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level="ERROR", configure_logging=False)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise UsageError(f"--ray-address {address}: no Ray cluster answers there ({str(error).splitlines()[0]})") from error
+    try:
+        with redirect_stdout(sys.stderr):  # Ray tells of dead workers on standard output, which is for what a command found
+            yield from _run(ray, fn, tasks, cpus, gpus, device, on_report)
+    finally:
+        if is_ours:
+            ray.shutdown()
+
+
+def _run(
+    ray: Any,
+    fn: Work[Task, Result],
+    tasks: Sequence[Task],
+    cpus: float,
+    gpus: float | None,
+    device: str,
+    on_report: Report,
+) -> Iterator[Result]:
+    """See run_on_ray; connected."""
+    if gpus is None:
+        gpus = float(device.startswith("cuda") or (device == "auto" and ray.cluster_resources().get("GPU", 0) > 0))
+    _check_room(ray, cpus, gpus)
+    # Ray would give a GPU task a new process each time; kept, the model stays loaded.
+    remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=_RETRIES, max_calls=0)(_run_in_worker)
+    here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    board = ray.remote(num_cpus=0, scheduling_strategy=here)(_Board).remote()
+    box = [ray.put(fn)]
+    tally = _Tally(on_report)
+    waiting = enumerate(tasks)
+    pending: dict[Any, int] = {}
+    try:
+        while True:
+            for place, task in islice(waiting, max(_room(ray, cpus, gpus) - len(pending), 0)):
+                pending[remote.remote(box, board, place, task)] = place
+            if not pending:
+                return
+            done, _ = ray.wait(list(pending), timeout=_POLL_S)
+            tally.take(ray.get(board.read.remote()))
+            for ref in done:
+                place = pending.pop(ref)
+                result, counts = _get(ray, ref, place)
+                tally.close(place, counts)
+                yield result
+    finally:
+        for ref in pending:
+            ray.cancel(ref, force=True)
+
+
+class _Board:
+    """What each task last said, since it was last asked."""
+
+    def __init__(self) -> None:
+        self._told: dict[int, Counts] = {}
+
+    def tell(self, place: int, counts: Counts) -> None:
+        self._told[place] = counts
+
+    def read(self) -> dict[int, Counts]:
+        told, self._told = self._told, {}
+        return told
+
+
+class _Tally:
+    """Turns what tasks have done since they began into what is new."""
+
+    def __init__(self, on_report: Report) -> None:
+        self._on_report = on_report
+        self._known: dict[int, Counts] = {}
+        self._closed: set[int] = set()
+
+    def take(self, told: dict[int, Counts]) -> None:
+        for place, counts in told.items():
+            if place in self._closed:  # said before its result, heard after it
+                continue
+            before = self._known.get(place) or (0,) * len(counts)
+            self._known[place] = counts
+            self._on_report(*(now - then for now, then in zip(counts, before, strict=True)))
+
+    def close(self, place: int, counts: Counts) -> None:
+        """The last word of a task."""
+        if counts:
+            self.take({place: counts})
+        self._closed.add(place)
+        self._known.pop(place, None)
+
+
+def _run_in_worker(box: list[Any], board: Any, place: int, task: Any) -> tuple[Any, Counts]:
+    """Do a task; returns its result and the sum of its reports."""
+    key = box[0].hex()
+    if key not in _held:
+        _held.clear()
+        _held[key] = _load_ray().get(box[0])
+    done: Counts = ()
+    told_at = 0.0
+
+    def report(*counts: Any) -> None:
+        nonlocal done, told_at
+        done = tuple(now + new for now, new in zip(done or (0,) * len(counts), counts, strict=True))
+        if time.monotonic() - told_at >= _TELL_EVERY_S:
+            told_at = time.monotonic()
+            board.tell.remote(place, done)
+
+    result = _held[key](task, report)
+    return result, done
+
+
+def _get(ray: Any, ref: Any, place: int) -> tuple[Any, Counts]:
+    try:
+        found: tuple[Any, Counts] = ray.get(ref)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from error
+    except ray.exceptions.RayError as error:
+        raise WorkerDied(
+            f"task {place} lost its worker or its node {_RETRIES + 1} times, or ran out of memory: "
+            f"{str(error).splitlines()[0]}. Finished shards are kept: run again with --resume, and with more --task-cpus, "
+            "so that fewer tasks share a node, if memory was short"
+        ) from error
+    return found
+
+
+def _room(ray: Any, cpus: float, gpus: float) -> int:
+    """How many tasks are kept with Ray: twice what fits, so that none waits for the driver."""
+    has = ray.cluster_resources()
+    fits = [has.get(name, 0) / need for name, need in (("CPU", cpus), ("GPU", gpus)) if need]
+    return max(_MIN_AHEAD, int(2 * min(fits, default=0)))
+
+
+def _check_address(address: str | None) -> None:
+    """Raise UsageError if nobody listens there: Ray itself would try for many minutes."""
+    host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
+    if colon and port.isdecimal():
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S).close()
+        except (OSError, OverflowError) as error:
+            raise UsageError(
+                f"--ray-address {address}: nothing answers there ({error}): start it with `ray start --head`"
+            ) from error
+
+
+def _check_room(ray: Any, cpus: float, gpus: float) -> None:
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if not any(node.get("CPU", 0) >= cpus and node.get("GPU", 0) >= gpus for node in nodes):
+        print(
+            f"wds-tools: no node of the cluster has the {cpus:g} CPUs and {gpus:g} GPUs of a task: waiting for one to join "
+            "(see --task-cpus, --task-gpus)",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def _load_ray() -> Any:
+    try:
+        import ray
+        import ray.exceptions
+        import ray.util.scheduling_strategies
+    except ImportError as error:
+        raise MissingPackage("--executor ray needs Ray on this machine and on all nodes: pip install 'wds-tools[ray]'") from error
+    return ray
