@@ -76,7 +76,7 @@ def convert_image_pairs(config: ImagePairsConfig) -> Manifest:
     """Convert; returns the manifest of the finished data set. Raises: see run_pass."""
     found = expand_inputs(config.input, ".jsonl")
     files = [file for file in found if file.url in config.input or not _OUR_REJECTS.search(file.url)]
-    ranges = plan_lines(files, config.task_lines)
+    ranges = plan_lines(files, config.task_lines, quiet=config.quiet)
     plan = Plan(
         command="convert image-pairs",
         settings={"mode": config.mode, "image_root": config.image_root, "keep": config.keep, **asdict(config.limits)},
