@@ -97,6 +97,11 @@ class PassOptions:
         RejectBudget.parse(self.max_rejects)
         ShardLimits(samples=self.shard_samples, bytes=self.shard_bytes)
 
+    @property
+    def remote_cpus(self) -> int | None:
+        """CPUs that a task has, if it runs on another machine; None if all run here."""
+        return max(1, int(self.task_cpus)) if self.executor == "ray" else None
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
