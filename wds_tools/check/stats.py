@@ -276,6 +276,8 @@ def _count_codes(part: Part, piece: Sequence[Row], sizes: Mapping[str, int | Non
             codes = parse_npy(payload, f"{row.shard}, byte {row.start}: {suffix}")
             if codes.ndim != 2:
                 raise FormatError(f"{row.shard}, byte {row.start}: {suffix} has the shape {codes.shape}, expected (h, w)")
+            if not codes.size:  # a conversation without images
+                continue
             columns.setdefault(suffix.removesuffix(".npy"), []).append(codes.ravel())
             part.count.grids[f"{codes.shape[0]} x {codes.shape[1]}"] += 1
             hashes.append(xxh3_64_intdigest(payload))

@@ -101,7 +101,10 @@ def encode(config: EncodeConfig) -> Manifest:
     if manifest.codes:
         raise UsageError(f"{config.input} is encoded already ({', '.join(manifest.codes)})")
     work = _FillShards(config)
-    tokenizer = work.tokenizer
+    # On a cluster the devices are other machines', and this one may have none.
+    tokenizer = (
+        work.tokenizer if config.executor == "local" else load_tokenizer(config.tokenizer, weights=config.weights, device="cpu")
+    )
     provenance = {
         "tokenizer": tokenizer.name,
         "codebook_size": tokenizer.codebook_size,
@@ -167,7 +170,7 @@ class _FillShards:
         inputs = 0
         dtype = code_dtype(self.tokenizer.codebook_size)
         jobs = self._jobs([row_from_json(row) for row in task])
-        threads = max(1, (os.cpu_count() or 1) // self.config.workers)
+        threads = self.config.remote_cpus or max(1, (os.cpu_count() or 1) // self.config.workers)
         batches = encode_in_batches(jobs, self.tokenizer, batch_size=self.config.batch_size, threads=threads)
         for _, images in groupby(batches, key=lambda image: (image[0].shard, image[0].sample.key)):
             inputs += 1

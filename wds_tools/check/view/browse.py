@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from wds_tools.check.rows import Row, Rows, is_image, is_small, is_text
 from wds_tools.errors import DataError, FormatError
 from wds_tools.format.checksum import crc32
-from wds_tools.format.schema import ANY_MEMBERS, Sample, validate
+from wds_tools.format.schema import ANY_MEMBERS, Codes, Sample, validate
 from wds_tools.format.shard import sample_from_members
 
 MAX_MEMBER_BYTES = 16 << 20
@@ -77,7 +77,7 @@ def sample(rows: Rows, number: int) -> dict[str, Any]:
             "width": parsed.width,
             "height": parsed.height,
             "length": parsed.length,
-            "grids": {column: _grid(codes) for column, codes in parsed.codes.items() if codes.size <= MAX_GRID_CODES},
+            "grids": {column: _grid(codes) for column, codes in _grids(parsed).items() if codes.size <= MAX_GRID_CODES},
         }
     return shown
 
@@ -103,7 +103,7 @@ def card(row: Row, schema_version: int, needle: str = "") -> dict[str, Any]:
         "text": _excerpt(text, needle),
         "chars": len(text),
         "turns_count": len(turns),
-        "columns": {column: list(codes.shape) for column, codes in parsed.codes.items()},
+        "columns": {column: list(codes.shape) for column, codes in _grids(parsed).items()},
     }
 
 
@@ -116,7 +116,7 @@ def codes_of(rows: Rows, number: int, column: str) -> NDArray[Any]:
     """
     row = rows.one(number, is_small, max_member_bytes=MAX_MEMBER_BYTES)
     parsed, problem = _parse(row, rows.manifest.schema_version)
-    codes = None if parsed is None else parsed.codes.get(column)
+    codes = None if parsed is None else _grids(parsed).get(column)
     if codes is None:
         raise DataError(problem or f"sample {number:,} has no {column}")
     if codes.size > MAX_GRID_CODES:
@@ -221,6 +221,11 @@ def _parse(row: Row, schema_version: int) -> tuple[Sample | None, str | None]:
 
 def _turns(parsed: Sample) -> list[dict[str, str]]:
     return [{"from": turn["from"], "value": turn["value"][:MAX_TEXT_CHARS]} for turn in parsed.conversations or ()]
+
+
+def _grids(sample: Sample) -> dict[str, Codes]:
+    """The grid of each code column; of a conversation that of its first image."""
+    return {column: grids[0] for column in sample.codes if (grids := sample.grids_of(column))}
 
 
 def _grid(codes: NDArray[Any]) -> dict[str, Any]:
