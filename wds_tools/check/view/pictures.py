@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
@@ -121,8 +122,13 @@ class Pictures:
     def _ask(self, decoder: Decoder, codes_hw: NDArray[Any], is_small: bool) -> bytes:
         if self._process is None:
             self._process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _begin)
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C is the viewer's; a process inherits this
         try:
-            return self._process.submit(_picture, decoder, codes_hw, is_small).result()
+            future = self._process.submit(_picture, decoder, codes_hw, is_small)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        try:
+            return future.result()
         except BrokenProcessPool as error:
             self._process = None
             raise WorkerDied(
