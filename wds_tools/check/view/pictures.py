@@ -72,8 +72,7 @@ class Pictures:
 
     def decoded(
         self,
-        number: int,
-        column: str,
+        place: tuple[int, str, int],
         codes_hw: NDArray[Any],
         *,
         is_small: bool = False,
@@ -82,7 +81,7 @@ class Pictures:
         """The picture of a sample's codes.
 
         Args:
-            number, column: of the sample and its grid, by which the picture is kept.
+            place: number of the sample, column, and which of its images; by this the picture is kept.
             codes_hw: the grid.
             is_small: at half the size, for lists.
             is_wanted: asked when it is this picture's turn; if not, there is none: b"".
@@ -93,10 +92,10 @@ class Pictures:
             TokenizerError, MissingPackage: the tokenizer can't be loaded.
             WorkerDied: the process that decodes was killed; the next picture starts another.
         """
-        name = (number, column, is_small)
+        name = (place, is_small)
         png = self._kept(name)
         if png is None:
-            decoder = self._decoder(column)
+            decoder = self._decoder(place[1])
             with self._turn:
                 if self._is_closed or not is_wanted():
                     return b""
