@@ -7,7 +7,7 @@
     wait        the share of a training step of 100 ms that is spent waiting for `fly` with two workers, on all cores
 
 The reference has its records in memory before the clock starts; ours read their shards from the page cache. `fly` is timed once
-its windows are full. Batches of 32 samples, or 16 rows. One process on one core.
+its windows are full. Batches of 32 samples or rows. One process on one core.
 """
 
 from __future__ import annotations
