@@ -7,7 +7,7 @@
     wait        the share of a training step of 100 ms that is spent waiting for `fly` with two workers, on all cores
 
 The reference has its records in memory before the clock starts; ours read their shards from the page cache. `fly` is timed once
-its windows are full. Batches of 32 samples, or 16 rows. One process on one core.
+its windows are full. Batches of 32 samples or rows. One process on one core.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from wds_tools.dataset.read import read_manifest, read_shard
 from wds_tools.storage import open_store
 
 CODEBOOK_SIZE = 8192
-SAMPLES, ROWS = 32, 16
+BATCH = 32
 LANES = 32
 """Of `fly`: so few that their windows are full before the clock starts."""
 LONGEST_S = 2.5
@@ -53,9 +53,9 @@ def reference(folder: Path, kind: str, max_length: int, totals: dict[str, int]) 
     random.Random(0).shuffle(records)
     (boi, eoi), eos = tokenizer.convert_tokens_to_ids(["<boi>", "<eoi>"]), tokenizer.eos_token_id
     yield 0  # the clock starts here
-    for begin in range(0, len(records), SAMPLES):
+    for begin in range(0, len(records), BATCH):
         rows = []
-        for text, codes_json in records[begin : begin + SAMPLES]:
+        for text, codes_json in records[begin : begin + BATCH]:
             if codes_json is None:
                 ids = [tokenizer.bos_token_id, *tokenizer(text)["input_ids"]]
                 labels = list(ids)
@@ -92,7 +92,7 @@ def loader(folder: Path, kind: str, way: str, max_length: int, num_workers: int 
         sources=tuple(map(Source, urls)),
         sequences=None if way == "ahead" else sequences,
         packing=way == "fly",
-        batch_size=SAMPLES if way == "padded" else ROWS,
+        batch_size=BATCH,
         num_workers=num_workers,
         lanes=LANES if way == "fly" else None,
         tail="drop",
@@ -103,7 +103,7 @@ def loader(folder: Path, kind: str, way: str, max_length: int, num_workers: int 
 def time_ours(folder: Path, kind: str, way: str, max_length: int) -> dict[str, float]:
     """Samples per second, and padding."""
     batches = loader(folder, kind, way, max_length)
-    for _ in islice(batches, LANES // ROWS if way == "fly" else 0):
+    for _ in islice(batches, LANES // BATCH if way == "fly" else 0):
         pass
     before, rows = batches.stats()["samples"], 0
     begun = time.perf_counter()
