@@ -4,7 +4,7 @@
     padded      build_loader(sequences=...)
     fly         build_loader(sequences=..., packing=True)
     ahead       build_loader over what `wds-tools pack` made
-    wait        the share of training steps of 100 ms that is spent waiting for `fly` with two workers, 8 rows a step, on all cores
+    wait        the share of steps of 100 ms, 8 rows each, that is spent waiting for `fly` with two workers, on all cores
 
 The reference has its records in memory before the clock starts; ours read their shards from the page cache. `fly` is timed once
 its windows are full. Batches of 32 samples or rows. One process on one core.
