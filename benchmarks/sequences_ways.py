@@ -4,7 +4,7 @@
     padded      build_loader(sequences=...)
     fly         build_loader(sequences=..., packing=True)
     ahead       build_loader over what `wds-tools pack` made
-    wait        the share of a training step of 100 ms that is spent waiting for `fly` with two workers, on all cores
+    wait        the share of steps of 100 ms, 8 rows each, that is spent waiting for `fly` with two workers, on all cores
 
 The reference has its records in memory before the clock starts; ours read their shards from the page cache. `fly` is timed once
 its windows are full. Batches of 32 samples or rows. One process on one core.
@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from loaders import Loader, LoaderConfig, SequenceConfig, Source, World, build_loader
+from loaders.plan import LANES_PER_BATCH
 from wds_tools.dataset.read import read_manifest, read_shard
 from wds_tools.storage import open_store
 
@@ -33,7 +34,7 @@ BATCH = 32
 LANES = 32
 """Of `fly`: so few that their windows are full before the clock starts."""
 LONGEST_S = 2.5
-STEP_S, WAIT_STEPS = 0.1, 80
+STEP_S, WAIT_STEPS, WAIT_ROWS = 0.1, 80, 8
 PROMPT = " Draw a picture of this."
 
 
@@ -84,16 +85,16 @@ def _records(url: str) -> Iterator[tuple[str, str | None]]:
             yield sample.text, json.dumps(grids[0].reshape(-1).tolist()) if grids else None
 
 
-def loader(folder: Path, kind: str, way: str, max_length: int, num_workers: int = 0) -> Loader:
+def loader(folder: Path, kind: str, way: str, max_length: int) -> Loader:
     """Ours."""
     urls = sources(folder, kind) if way != "ahead" else (str(folder / f"rows-{kind}-{max_length}"),)
     sequences = SequenceConfig(tokenizer=str(folder / "tokenizer"), max_length=max_length, t2i_ratio=1.0)
     config = LoaderConfig(
         sources=tuple(map(Source, urls)),
         sequences=None if way == "ahead" else sequences,
-        packing=way == "fly",
-        batch_size=BATCH,
-        num_workers=num_workers,
+        packing=way in ("fly", "wait"),
+        batch_size=WAIT_ROWS if way == "wait" else BATCH,
+        num_workers=2 if way == "wait" else 0,
         lanes=LANES if way == "fly" else None,
         tail="drop",
     )
@@ -142,10 +143,11 @@ def time_reference(folder: Path, kind: str, max_length: int) -> dict[str, float]
 
 
 def wait(folder: Path, kind: str, max_length: int) -> dict[str, float]:
-    """How much of the time of steps that take 100 ms is spent waiting; the first step, which starts the workers, aside."""
-    batches = loader(folder, kind, "fly", max_length, num_workers=2)
+    """How much of the time of steps that take 100 ms is spent waiting, once the windows of all lanes are full."""
+    batches = loader(folder, kind, "wait", max_length)
     steps = iter(islice(batches, WAIT_STEPS))
-    next(steps)
+    for _ in range(LANES_PER_BATCH):
+        next(steps)
     begun, waited = time.perf_counter(), 0.0
     while True:
         asked = time.perf_counter()
