@@ -3,6 +3,7 @@
 # make test     all quick tests, two at a time (JOBS=N)      make test-slow   those that take minutes
 # make check    what CI runs: lint, types, tests
 # make bench    throughput against the plain way
+# make bench-encode   encoding against one image at a time (4 minutes, on a CPU)
 # make docs     the documentation as a site, into site/
 # make dist     source distribution and wheel, into dist/
 # make bench-loader   the loader against its peers (15 minutes; bench-peers builds their environment, 7 GB, when it is missing)
@@ -18,7 +19,7 @@ PEERS_READY := $(PEERS)/.ready
 JOBS ?= 2
 ARGS ?=
 
-.PHONY: setup demo train-demo test test-slow check lint types docs dist bench bench-loader bench-sequences bench-peers convert-pairs convert-dclm encode export clean
+.PHONY: setup demo train-demo test test-slow check lint types docs dist bench bench-encode bench-loader bench-sequences bench-peers convert-pairs convert-dclm encode export clean
 
 setup: $(READY)
 
@@ -59,6 +60,9 @@ dist: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.run
+
+bench-encode: $(READY)
+	$(BIN)/python -m benchmarks.encode $(ARGS)
 
 bench-loader: $(READY) $(PEERS_READY)
 	$(BIN)/python -m benchmarks.loader --peers $(PEERS)/bin/python $(ARGS)

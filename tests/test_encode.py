@@ -13,17 +13,22 @@ import numpy as np
 import pytest
 import torch
 from commands import captions, image_bytes, read_rejects, read_samples, shared, tree, wds_tools, write_jsonl, write_pairs
+from datasets import load_from_disk
 from factory import image_sample, make_dataset, text_sample
 
 from wds_tools.check.verify import VerifyConfig, verify
 from wds_tools.convert.image_pairs import ImagePairsConfig, convert_image_pairs
-from wds_tools.encode.fill import EncodeConfig, _FillShards, encode
+from wds_tools.encode.fill import EncodeConfig, encode
+from wds_tools.encode.filler import Filler
+from wds_tools.encode.options import TokenizerOptions
 from wds_tools.errors import FormatError, NotFound, TokenizerError, TooManyRejects, UsageError
+from wds_tools.export.hf import ExportConfig, export_hf
 from wds_tools.format.manifest import Manifest
 from wds_tools.format.schema import Sample
-from wds_tools.images import PREPROCESSING_VERSION, prepare
+from wds_tools.images import PREPROCESSING_VERSION, ImageLimits, prepare
 from wds_tools.vq.base import ImageTokenizer
 from wds_tools.vq.registry import load_tokenizer
+from wds_tools.vq.tiny import TinyConfig, TinyVQ, save_tiny
 
 
 @pytest.fixture(scope="module")
@@ -172,10 +177,10 @@ def test_codes_depend_neither_on_batches_nor_on_workers(mixed: Path, tmp_path: P
 
 
 def test_a_worker_gets_the_settings_and_no_tokenizer() -> None:
-    work = _FillShards(EncodeConfig(input="in", output="out", device="cpu"))
-    assert work.tokenizer is work.tokenizer
-    assert len(pickle.dumps(work)) < 2000
-    assert pickle.loads(pickle.dumps(work)) == work  # noqa: S301  our own
+    filler = Filler("tiny", TokenizerOptions(device="cpu"), workers=1, keep_images=False, limits=ImageLimits())
+    assert filler.device is filler.device
+    assert len(pickle.dumps(filler)) < 2000
+    assert "device" not in vars(pickle.loads(pickle.dumps(filler)))  # noqa: S301  our own
 
 
 def test_the_input_is_named_in_the_manifest(mixed: Path, tmp_path: Path) -> None:
@@ -202,8 +207,127 @@ def test_an_empty_set_is_refused(tmp_path: Path) -> None:
 
 def test_an_encoded_set_is_refused(mixed: Path, tmp_path: Path) -> None:
     fill(mixed, tmp_path / "once")
-    with pytest.raises(UsageError, match="encoded already"):
+    with pytest.raises(UsageError, match=r"encoded already \(vqcode_512, vqcode_multi768\); --codes NAME adds"):
         fill(tmp_path / "once", tmp_path / "twice")
+    with pytest.raises(UsageError, match="has codes, but its images were not kept"):
+        fill(tmp_path / "once", tmp_path / "twice", codes="again")
+
+
+# ---- several sets of codes ----
+
+
+@pytest.fixture(scope="module")
+def other_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another tokenizer: tiny's network with random weights and 300 codes."""
+    torch.manual_seed(0)
+    model = TinyVQ(TinyConfig(codebook_size=300, enc8=8, enc16=8, dec16=8, dec8=8, dec4=8))
+    with torch.no_grad():
+        model.codebook_KD.normal_(std=0.1)
+    path = tmp_path_factory.mktemp("weights") / "other.safetensors"
+    save_tiny(model, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def twice(mixed: Path, other_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The mixed set with two sets of codes, the second named."""
+    folder = tmp_path_factory.mktemp("twice")
+    fill(mixed, folder / "once", keep_images=True)
+    fill(folder / "once", folder / "twice", codes="other", weights=str(other_weights))
+    return folder / "twice"
+
+
+def test_a_second_set_of_codes_stands_beside_the_first(mixed: Path, twice: Path, other_weights: Path) -> None:
+    manifest = verify(VerifyConfig(input=str(twice), quiet=True)).manifest
+    assert list(manifest.codes) == ["vqcode_512", "vqcode_multi768", "vqcode_512-other", "vqcode_multi768-other"]
+    assert [facts["codebook_size"] for facts in manifest.codes.values()] == [4096, 4096, 300, 300]
+    assert len({facts["weights_hash"] for facts in manifest.codes.values()}) == 2
+    first, second = load_tokenizer("tiny", device="cpu"), load_tokenizer("tiny", weights=str(other_weights), device="cpu")
+    sources = {sample.key: sample for sample in read_samples(mixed)}
+    for sample in read_samples(twice):
+        if sample.data_type == "text_pretrain":
+            continue
+        column = "vqcode_multi768" if sample.data_type == "image_text_multi" else "vqcode_512"
+        assert list(sample.codes) == [column, f"{column}-other"]
+        assert np.array_equal(sample.codes[column], expected_codes(sources[sample.key], first))
+        assert np.array_equal(sample.codes[f"{column}-other"], expected_codes(sources[sample.key], second))
+        assert sample.image is None
+
+
+def test_export_takes_the_codes_that_are_named(twice: Path, tmp_path: Path) -> None:
+    samples = [sample for sample in read_samples(twice) if sample.data_type == "image_text"]
+    for name, column in (("", "vqcode_512"), ("other", "vqcode_512-other")):
+        export_hf(ExportConfig(input=(str(twice),), output=str(tmp_path / f"hf{name}"), codes=name, num_shards=1, quiet=True))
+        rows = {row["text"]: row for row in load_from_disk(str(tmp_path / f"hf{name}"))}
+        for sample in samples:
+            row = rows[sample.text]
+            assert json.loads(row["vqcode_512"]) == sample.codes[column].ravel().tolist()
+            assert row["length"] == len(sample.text) + 4 * 1024
+    with pytest.raises(UsageError, match=r"no codes named 'third', but vqcode_512, vqcode_512-other"):
+        export_hf(ExportConfig(input=(str(twice),), output=str(tmp_path / "none"), codes="third", quiet=True))
+
+
+@pytest.mark.parametrize("name", ["a.b", "x" * 20, "a/b"])
+def test_a_name_that_can_not_name_codes_is_refused(name: str) -> None:
+    with pytest.raises(UsageError, match="can't name codes"):
+        TokenizerOptions(codes=name)
+
+
+# ---- devices ----
+
+
+def test_several_devices_have_a_process_each_and_give_the_same_bytes(mixed: Path, tmp_path: Path) -> None:
+    fill(mixed, tmp_path / "one", shard_samples=3)
+    fill(mixed, tmp_path / "two", shard_samples=3, device="cpu,cpu")
+    assert tree(tmp_path / "two") == tree(tmp_path / "one")
+
+
+def test_a_list_of_gpus_is_one_device_a_process() -> None:
+    assert TokenizerOptions(device="cuda:0,1,12").devices == ("cuda:0", "cuda:1", "cuda:12")
+    assert TokenizerOptions(device="cuda:3").devices == ("cuda:3",)
+    with pytest.raises(UsageError, match="names cuda:1 twice"):
+        TokenizerOptions(device="cuda:1,2,1")
+    with pytest.raises(UsageError, match="each device has one process, so leave --workers out"):
+        Filler("tiny", TokenizerOptions(device="cpu,cpu"), workers=3, keep_images=False, limits=ImageLimits())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+@pytest.mark.parametrize("device", ["cuda:0,1", "cpu,cuda:1"])
+def test_a_device_that_is_not_there_is_found_before_anything_is_written(device: str, mixed: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="finds no CUDA device"):
+        fill(mixed, tmp_path / "out", device=device)
+    assert not (tmp_path / "out").exists()
+
+
+# ---- straight through ----
+
+
+def test_pairs_are_encoded_straight_through_to_the_same_samples(tmp_path: Path) -> None:
+    path = write_pairs(tmp_path / "pairs", 9, width=60)
+    (tmp_path / "pairs/images/4.jpg").write_bytes(JPEG[:900])
+    (tmp_path / "pairs/images/5.jpg").unlink()
+    args = ["convert", "image-pairs", "--input", path, "--keep", "url", "--task-lines", "4", "--max-rejects", "50%"]
+    wds_tools(*args, "--output", tmp_path / "raw")
+    fill(tmp_path / "raw", tmp_path / "twostep")
+    wds_tools(*args, "--output", tmp_path / "straight", "--encode", "tiny", "--device", "cpu", "--batch-size", "3")
+    for one, two in zip(read_samples(tmp_path / "straight"), read_samples(tmp_path / "twostep"), strict=True):
+        assert np.array_equal(one.codes["vqcode_512"], two.codes["vqcode_512"])
+        assert one._replace(codes={}) == two._replace(codes={})
+    rejects = read_rejects(tmp_path / "straight")
+    assert [(reject["line"], reject["reason"]) for reject in rejects] == [(5, "truncated_image"), (6, "missing_image")]
+    manifest = verify(VerifyConfig(input=str(tmp_path / "straight"), quiet=True)).manifest
+    assert manifest.codes["vqcode_512"]["tokenizer"] == "tiny"
+    assert manifest.inputs == 9
+    wds_tools(*args, "--output", tmp_path / "again", "--encode", "tiny", "--device", "cpu", "--workers", "2")
+    assert tree(tmp_path / "again") == tree(tmp_path / "straight")
+
+
+def test_settings_of_a_tokenizer_without_encode_are_refused(tmp_path: Path) -> None:
+    path = write_pairs(tmp_path / "pairs", 1)
+    for extra in (["--precision", "bf16"], ["--keep-images"]):
+        said = wds_tools("convert", "image-pairs", "--input", path, "--output", tmp_path / "out", *extra, status=2)
+        words = " ".join(said.stderr.replace("│", " ").split())
+        assert f"{extra[0]} says how to encode, and has no effect without --encode" in words
 
 
 def test_codes_without_images_are_refused(tmp_path: Path) -> None:

@@ -383,7 +383,10 @@ def unencoded(number: int) -> Sample:
         ([text_sample(0), conversation(image=b"...", image_extension="png")], "without codes: run"),
         ([unencoded(0)], "without codes: run `wds-tools encode` first"),
         ([image_sample(0), unencoded(1)], "image-00000001: .*without codes"),
-        ([image_sample(0)._replace(codes={"vqcode_1024": random_codes(0, 2, 2)})], "there is none for vqcode_1024"),
+        (
+            [image_sample(0)._replace(codes={"vqcode_1024": random_codes(0, 2, 2)})],
+            "without a name .* but vqcode_1024",
+        ),
     ],
     ids=["nothing", "images-of-conversations", "images", "some-images", "another-column"],
 )

@@ -60,7 +60,7 @@ HEAVY = {
     "tyro": {"wds_tools.cli"},
     "zstandard": {"wds_tools.convert"},
     "tokenizers": {"wds_tools.sequences"},
-    "transformers": {"wds_tools.sequences", "loaders"},
+    "transformers": {"wds_tools.vq", "wds_tools.sequences", "loaders"},
     "accelerate": set(),
     "lightning": set(),
     "tarfile": set(),
@@ -118,7 +118,7 @@ def test_every_room_has_a_rule() -> None:
         ("wds_tools.storage", ("torch", "obstore", "fsspec")),
         ("wds_tools.convert.dclm", ("torch", "PIL", "datasets", "ray")),
         ("wds_tools.check.view.server", ("torch", "PIL", "obstore")),
-        ("wds_tools.vq", ("diffusers",)),
+        ("wds_tools.vq", ("diffusers", "transformers")),
         ("loaders", ("PIL", "diffusers", "datasets", "ray", "tyro")),
     ],
 )

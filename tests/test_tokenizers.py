@@ -27,6 +27,8 @@ from torch.nn import functional
 
 from wds_tools.errors import DataError, MissingPackage, TokenizerError, UsageError
 from wds_tools.vq import ImageTokenizer, load_tokenizer, nearest
+from wds_tools.vq.lanes import side_by_side
+from wds_tools.vq.norm import GroupNorm
 from wds_tools.vq.tiny import BUNDLED, TinyConfig, TinyVQ, load_tiny, save_tiny
 
 PHOTOS = ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg", "camera.png")
@@ -513,9 +515,9 @@ def test_tiny_weights_that_do_not_fit_are_refused_in_one_line(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        ("vqgan", {}, "unknown tokenizer 'vqgan': expected one of chameleon, tiny"),
+        ("vqgan", {}, "unknown tokenizer 'vqgan': expected one of chameleon, emu3, janus, tiny, vqmodel"),
         ("tiny", {"device": "tpu"}, "unknown device 'tpu'"),
-        ("tiny", {"precision": "fp8"}, "unknown precision 'fp8': expected one of fp32, bf16"),
+        ("tiny", {"precision": "fp8"}, "unknown precision 'fp8': expected one of fp32, tf32, bf16, fp16"),
         ("chameleon", {}, r"a folder with vqgan\.yaml and vqgan\.ckpt"),
     ],
 )
@@ -582,3 +584,80 @@ def test_nearest_refuses_shapes_that_do_not_go_together() -> None:
         nearest(torch.zeros(3, 4), torch.zeros(5, 6), 8)
     with pytest.raises(UsageError, match="at least 1"):
         nearest(torch.zeros(3, 4), torch.zeros(0, 4), 8)
+
+
+# --- sums in one order ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["tiny", "chameleon"])
+def test_codes_depend_on_nothing_but_the_image(name: str, precision: str, small_folder: Path) -> None:
+    weights = str(small_folder) if name == "chameleon" else None
+    tokenizer = load_tokenizer(name, weights=weights, device="cpu", precision=precision)
+    pixels = torch.stack([photo(name, 192, 160) for name in PHOTOS])
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        codes = tokenizer.encode(pixels)
+        for count in (2, 3, 5):
+            torch.set_num_threads(count)
+            assert torch.equal(tokenizer.encode(pixels), codes)
+            assert torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(tokenizer.encode(pixels[1:4]), codes[1:4])
+    for i, one in enumerate(pixels):
+        assert torch.equal(tokenizer.encode(one[None]), codes[i : i + 1])
+        assert torch.equal(tokenizer.encode(torch.from_numpy(one.numpy()[None])), codes[i : i + 1])  # a stride of 0
+
+
+def test_a_lane_has_one_thread_whatever_torch_has_elsewhere() -> None:
+    threads = torch.get_num_threads()
+    found: dict[int, int] = {}
+
+    def look(place: int) -> None:
+        torch.zeros(1 << 20).sum()
+        found[place] = torch.get_num_threads()
+
+    try:
+        for count in (3, 1, 2):
+            torch.set_num_threads(count)
+            side_by_side(look, range(6))
+            assert set(found.values()) == {1}
+            assert torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_a_forked_process_encodes_too(tiny: ImageTokenizer) -> None:
+    code = (
+        "import os, torch\n"
+        "from wds_tools.vq import load_tokenizer\n"
+        "tokenizer, pixels = load_tokenizer('tiny', device='cpu'), torch.zeros(3, 32, 32, 3, dtype=torch.uint8)\n"
+        "codes = tokenizer.encode(pixels)\n"
+        "child = os.fork()\n"
+        "if child == 0: os._exit(not torch.equal(tokenizer.encode(pixels), codes))\n"
+        "print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.strip() == "0"
+
+
+@pytest.mark.parametrize("shape", [(2, 64, 96, 80), (1, 32, 7, 5), (3, 64, 24), (1, 64, 512, 512)])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_norms_are_those_of_float64(shape: tuple[int, ...], channels_last: bool) -> None:
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=rng) * 3 + torch.randn(shape[1], generator=rng).view(1, -1, *[1] * (len(shape) - 2))
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else x.transpose(1, 2).contiguous().transpose(1, 2)
+    norm = torch.nn.GroupNorm(32, shape[1], eps=1e-6)
+    with torch.no_grad():
+        norm.weight.copy_(torch.randn(shape[1], generator=rng))
+        norm.bias.copy_(torch.randn(shape[1], generator=rng))
+        exact = functional.group_norm(x.double(), 32, norm.weight.double(), norm.bias.double(), 1e-6)
+        assert (GroupNorm.of(norm)(x) - exact).abs().max() < 3e-6
+
+
+def test_codes_of_a_large_image_are_those_of_a_plain_forward_pass(small_folder: Path, small_state: dict[str, Tensor]) -> None:
+    # Sums over 512 x 512 pixels: torch's own norms, channels last, lose 3 digits here.
+    check_against_plain(small_folder, small_state, SMALL, photo("astronaut.png", 512, 512)[None])

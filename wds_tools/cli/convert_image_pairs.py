@@ -1,19 +1,49 @@
 """`wds-tools convert image-pairs`."""
 
-from dataclasses import dataclass
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
 
 from wds_tools.cli.summary import Printed, print_data_set
 from wds_tools.convert.image_pairs import ImagePairsConfig, convert_image_pairs
+from wds_tools.encode.options import TokenizerOptions
+from wds_tools.errors import UsageError
 
 EXAMPLE = "wds-tools convert image-pairs --input pairs.jsonl --output s3://bucket/pairs-raw --workers 8"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Printed, ImagePairsConfig):
-    """Convert image-caption pairs to shards; the images go in byte for byte, codes come with `wds-tools encode`."""
+class Config(Printed, ImagePairsConfig, TokenizerOptions):
+    """Convert image-caption pairs to shards. The images go in byte for byte, and codes come with `wds-tools encode`; or codes
+    instead of images in one go, with --encode."""
+
+    encode: str | None = None
+    """An image tokenizer: fill the codes straight away, as `wds-tools encode --tokenizer` does."""
+    keep_images: bool = False
+    """With --encode: keep the source images beside the codes."""
+
+    def __post_init__(self) -> None:
+        ImagePairsConfig.__post_init__(self)
+        TokenizerOptions.__post_init__(self)
+        if self.encode is None:
+            for field in (*fields(TokenizerOptions), *(field for field in fields(self) if field.name == "keep_images")):
+                if getattr(self, field.name) != field.default:
+                    raise UsageError(f"--{field.name.replace('_', '-')} says how to encode, and has no effect without --encode")
 
 
 def run(config: Config) -> int:
     """Convert, and say what came of it."""
-    print_data_set(config.output, convert_image_pairs(config), json=config.json)
+    filler = None
+    if config.encode is not None:
+        from wds_tools.encode.filler import Filler  # with torch, which converting alone does without
+
+        filler = Filler(
+            config.encode,
+            config,
+            workers=config.workers,
+            cpus=config.remote_cpus,
+            keep_images=config.keep_images,
+            limits=config.limits,
+        )
+    print_data_set(config.output, convert_image_pairs(config, filler), json=config.json)
     return 0

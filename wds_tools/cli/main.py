@@ -27,6 +27,7 @@ COMMANDS = {
     ("convert", "sft"): ("convert_sft", "conversations about images (LLaVA's json) to shards"),
     ("convert", "hf"): ("convert_hf", "the reference's Hugging Face folders and jsonl, codes included, to shards"),
     ("encode",): ("encode", "fill the VQ codes of a data set's images"),
+    ("compare-codes",): ("compare_codes", "what another precision does to codes: two encodings side by side"),
     ("vocabulary",): ("vocabulary", "special tokens of a text tokenizer, and the model size that it needs"),
     ("pack",): ("pack", "data sets to shards of token rows, ready to train on"),
     ("finalize",): ("finalize", "write the manifest of what was made in parts (--part)"),

@@ -3,17 +3,18 @@
     lines, cut into ranges -> record -> fetch the image's bytes -> look at its header -> Sample(text, image) -> shards
 
 Only headers are looked at here: format, size, aspect ratio. Pixels are first decoded by the encoding pass, and what only that
-finds is a reject there. Images are fetched a few at a time ahead of their turn; the order of the lines is kept.
+finds is a reject there; or here, if a `Filler` is handed in, which fills the codes on the way. Images are fetched a few at a
+time ahead of their turn; the order of the lines is kept.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from wds_tools.convert.image_source import FETCH_AHEAD, ImageSource, in_order
 from wds_tools.convert.lines import (
@@ -72,19 +73,42 @@ class ImagePairsConfig(PassOptions):
         return ImageLimits(max_pixels=self.max_pixels, max_bytes=self.max_image_bytes, min_side=self.min_side)
 
 
-def convert_image_pairs(config: ImagePairsConfig) -> Manifest:
-    """Convert; returns the manifest of the finished data set. Raises: see run_pass."""
+class Filler(Protocol):
+    """What fills the codes of samples on the way; see wds_tools.encode.filler."""
+
+    workers: int
+    runs_on: str
+
+    def provenance(self, column_types: Iterable[str]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+        """What decides on the codes, and the provenance of each code column."""
+        ...
+
+    def fill(self, samples: Iterable[tuple[int, Sample | Reject]]) -> Iterator[tuple[int, Sample | Reject]]:
+        """The same samples with codes, or why not."""
+        ...
+
+
+def convert_image_pairs(config: ImagePairsConfig, filler: Filler | None = None) -> Manifest:
+    """Convert, and fill the codes if there is a filler; returns the manifest of the finished data set. Raises: see run_pass."""
     found = expand_inputs(config.input, ".jsonl")
     files = [file for file in found if file.url in config.input or not _OUR_REJECTS.search(file.url)]
     ranges = plan_lines(files, config.task_lines, quiet=config.quiet)
+    settings = {"mode": config.mode, "image_root": config.image_root, "keep": config.keep, **asdict(config.limits)}
+    codes: dict[str, dict[str, Any]] = {}
+    if filler is not None:
+        decides, codes = filler.provenance([_DATA_TYPES[config.mode]])
+        settings["encode"] = decides
     plan = Plan(
         command="convert image-pairs",
-        settings={"mode": config.mode, "image_root": config.image_root, "keep": config.keep, **asdict(config.limits)},
+        settings=settings,
         tasks=ranges,
         total=sum(span.num_lines for span in ranges),
+        codes=codes,
+        device="cpu" if filler is None else filler.runs_on,
         source={"inputs": [{"url": file.url, "bytes": file.size} for file in files]},
     )
-    return run_pass(plan, _ConvertLines(config.mode, config.image_root, config.limits, config.keep), config)
+    work = _ConvertLines(config.mode, config.image_root, config.limits, config.keep, filler)
+    return run_pass(plan, work, config if filler is None else replace(config, workers=filler.workers))
 
 
 class _Fetched(NamedTuple):
@@ -104,31 +128,42 @@ class _ConvertLines:
     image_root: str | None
     limits: ImageLimits
     keep: tuple[str, ...]
+    filler: Filler | None = None
 
     def __call__(self, task: LineRange, writer: TaskWriter, advance: Callable[[int], None]) -> int:
-        source = ImageSource(task.url, self.image_root)
         inputs = 0
+        samples = self._samples(task, writer.task)
+        for line, sample in samples if self.filler is None else self.filler.fill(samples):
+            inputs += 1
+            advance(1)
+            if isinstance(sample, Reject):
+                writer.reject(sample, source=task.url, line=line)
+                continue
+            try:
+                writer.add(sample)
+            except FormatError as error:  # a kept field that is nested too deep to be written
+                writer.reject(Reject("unwritable_record", str(error)), source=task.url, line=line)
+        return inputs
+
+    def _samples(self, task: LineRange, number: int) -> Iterator[tuple[int, Sample | Reject]]:
+        """(line, what it is) in the order of the lines."""
+        source = ImageSource(task.url, self.image_root)
         with ThreadPoolExecutor(FETCH_AHEAD) as pool:
             for fetched in in_order(pool, lambda line: self._fetch(line, source), read_lines(task)):
-                key = f"{writer.task:06d}-{fetched.line.number - task.first_line:08d}"
-                inputs += 1
-                advance(1)
                 if fetched.cause is not None:
-                    writer.reject(fetched.cause, source=task.url, line=fetched.line.number)
+                    yield fetched.line.number, fetched.cause
                     continue
-                sample = Sample(
-                    key=key,
-                    data_type=_DATA_TYPES[self.mode],
-                    text=fetched.text,
-                    image=fetched.image,
-                    image_extension=fetched.extension,
-                    provenance=kept_fields(fetched.record, self.keep),
+                yield (
+                    fetched.line.number,
+                    Sample(
+                        key=f"{number:06d}-{fetched.line.number - task.first_line:08d}",
+                        data_type=_DATA_TYPES[self.mode],
+                        text=fetched.text,
+                        image=fetched.image,
+                        image_extension=fetched.extension,
+                        provenance=kept_fields(fetched.record, self.keep),
+                    ),
                 )
-                try:
-                    writer.add(sample)
-                except FormatError as error:  # a kept field that is nested too deep to be written
-                    writer.reject(Reject("unwritable_record", str(error)), source=task.url, line=fetched.line.number)
-        return inputs
 
     def _fetch(self, line: Line, source: ImageSource) -> _Fetched:
         try:

@@ -13,52 +13,31 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from functools import cached_property, partial
-from importlib.metadata import version
-from itertools import groupby
-from typing import Any, Literal, NamedTuple
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 from urllib.parse import unquote
-
-import torch
 
 from wds_tools.dataset.read import read_manifest, read_shard
 from wds_tools.dataset.write import TaskWriter
-from wds_tools.encode.batches import Prepare, encode_in_batches
-from wds_tools.errors import FormatError, Reject, UsageError
+from wds_tools.encode.filler import MODES, Filler
+from wds_tools.encode.options import TokenizerOptions
+from wds_tools.errors import Reject, UsageError
 from wds_tools.format.manifest import Manifest, ShardRow, row_from_json
-from wds_tools.format.schema import Codes, Sample, code_column, code_dtype, join_grids
-from wds_tools.images import PREPROCESSING_VERSION, ImageLimits, Mode, prepare
+from wds_tools.format.schema import IMAGE_EXTENSIONS, Sample
+from wds_tools.images import ImageLimits, Mode
 from wds_tools.passes import PassOptions, Plan, group_to_limit, run_pass
 from wds_tools.storage import open_store
 from wds_tools.storage.base import split_scheme
-from wds_tools.vq.base import ImageTokenizer
-from wds_tools.vq.registry import load_tokenizer
-
-
-class _Place(NamedTuple):
-    """Where an image comes from."""
-
-    shard: str
-    sample: Sample
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncodeConfig(PassOptions):
+class EncodeConfig(PassOptions, TokenizerOptions):
     """Fill the codes of a data set's images with an image tokenizer."""
 
     input: str
     """The data set to encode: a directory or URL."""
     tokenizer: str = "tiny"
-    """tiny (bundled, for trials) or chameleon (needs --weights)."""
-    weights: str | None = None
-    """Folder of the tokenizer's weights."""
-    device: str = "auto"
-    """auto (a GPU if there is one), cpu, cuda or cuda:N."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16 is faster and changes some codes."""
-    batch_size: int = 16
-    """Images per forward pass."""
+    """tiny (bundled, for trials), chameleon, or one of the others in docs/tokenizers.md; these need --weights."""
     keep_images: bool = False
     """Keep the source images beside the codes."""
     sft_mode: Mode = "cc512"
@@ -67,20 +46,10 @@ class EncodeConfig(PassOptions):
     """Images with more pixels are rejected: decompression bombs."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.batch_size < 1:
-            raise UsageError(f"--batch-size {self.batch_size}: at least 1")
+        PassOptions.__post_init__(self)
+        TokenizerOptions.__post_init__(self)
         if _place(self.input) == _place(self.output):
             raise UsageError("--output is --input: the encoded data set needs a place of its own")
-
-    def mode_of(self, data_type: str) -> Mode | None:
-        """How an image of such a sample is cropped; None if it has none."""
-        modes: dict[str, Mode] = {"image_text": "cc512", "image_text_multi": "multi768", "visual_sft": self.sft_mode}
-        return modes.get(data_type)
-
-    def column_of(self, data_type: str) -> str:
-        """Where the codes of such a sample go."""
-        return code_column("image_text_multi" if self.mode_of(data_type) == "multi768" else "image_text")
 
 
 def encode(config: EncodeConfig) -> Manifest:
@@ -95,25 +64,25 @@ def encode(config: EncodeConfig) -> Manifest:
     """
     store = open_store(config.input)
     manifest = read_manifest(store)
-    columns = sorted({config.column_of(data_type) for data_type in manifest.data_types if config.mode_of(data_type)})
-    if not columns:
+    types = [data_type for data_type in manifest.data_types if data_type in MODES]
+    if not types:
         raise UsageError(f"{config.input} has no images to encode: it holds {', '.join(manifest.data_types) or 'nothing'}")
-    if manifest.codes:
-        raise UsageError(f"{config.input} is encoded already ({', '.join(manifest.codes)})")
-    work = _FillShards(config)
-    # On a cluster the devices are other machines', and this one may have none.
-    tokenizer = (
-        work.tokenizer if config.executor == "local" else load_tokenizer(config.tokenizer, weights=config.weights, device="cpu")
+    limits = ImageLimits(max_pixels=config.max_pixels, min_side=1, max_bytes=sys.maxsize)  # else as converted
+    filler = Filler(
+        config.tokenizer,
+        config,
+        workers=config.workers,
+        cpus=config.remote_cpus,
+        keep_images=config.keep_images,
+        limits=limits,
+        sft_mode=config.sft_mode,
     )
-    provenance = {
-        "tokenizer": tokenizer.name,
-        "codebook_size": tokenizer.codebook_size,
-        "stride": tokenizer.stride,
-        "weights_hash": tokenizer.weights_hash,
-        "preprocessing_version": PREPROCESSING_VERSION,
-        "precision": config.precision,
-    }
-    libraries = {name: version(name) for name in ("torch", "pillow", "numpy")}
+    has_codes = sorted({filler.column_of(data_type) for data_type in types}.intersection(manifest.codes))
+    if has_codes:
+        raise UsageError(f"{config.input} is encoded already ({', '.join(has_codes)}); --codes NAME adds codes of another name")
+    if manifest.codes and not set(IMAGE_EXTENSIONS).intersection(manifest.members):
+        raise UsageError(f"{config.input} has codes, but its images were not kept: encode its source again, with --keep-images")
+    settings, codes = filler.provenance(types)
     plan = Plan(
         command="encode",
         settings={
@@ -121,7 +90,8 @@ def encode(config: EncodeConfig) -> Manifest:
             "keep_images": config.keep_images,
             "sft_mode": config.sft_mode,
             "max_pixels": config.max_pixels,
-            **provenance,
+            "codes": config.codes,
+            **settings,
         },
         # About one output shard's samples a task: without their images, shards are small.
         tasks=[
@@ -130,7 +100,7 @@ def encode(config: EncodeConfig) -> Manifest:
         ],
         total=manifest.samples,
         device=config.device,
-        codes={column: {**provenance, "libraries": libraries} for column in columns},
+        codes={**manifest.codes, **codes},
         source={
             "input": {
                 "url": config.input,
@@ -141,7 +111,7 @@ def encode(config: EncodeConfig) -> Manifest:
             }
         },
     )
-    return run_pass(plan, work, config)
+    return run_pass(plan, FillShards(config.input, filler), replace(config, workers=filler.workers))
 
 
 def _place(url: str) -> str:
@@ -151,63 +121,25 @@ def _place(url: str) -> str:
 
 
 @dataclass(frozen=True)
-class _FillShards:
-    """The work on one group of shards; loads the tokenizer once a process."""
+class FillShards:
+    """The work on one group of shards."""
 
-    config: EncodeConfig
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _FillShards, (self.config,)  # without the tokenizer: a worker loads its own
-
-    @cached_property
-    def tokenizer(self) -> ImageTokenizer:
-        config = self.config
-        if config.workers > 1:
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // config.workers))
-        return load_tokenizer(config.tokenizer, weights=config.weights, device=config.device, precision=config.precision)
+    input: str
+    filler: Filler
 
     def __call__(self, task: Sequence[dict[str, Any]], writer: TaskWriter, advance: Callable[[int], None]) -> int:
         inputs = 0
-        dtype = code_dtype(self.tokenizer.codebook_size)
-        jobs = self._jobs([row_from_json(row) for row in task])
-        threads = self.config.remote_cpus or max(1, (os.cpu_count() or 1) // self.config.workers)
-        batches = encode_in_batches(jobs, self.tokenizer, batch_size=self.config.batch_size, threads=threads)
-        for _, images in groupby(batches, key=lambda image: (image[0].shard, image[0].sample.key)):
+        for (shard, key), filled in self.filler.fill(self._samples([row_from_json(row) for row in task])):
             inputs += 1
-            places, outcomes = zip(*images, strict=True)
-            shard, sample = places[0]
-            cause = next((outcome for outcome in outcomes if isinstance(outcome, Reject)), None)
-            if cause is not None:
-                writer.reject(cause, source=shard, key=sample.key)
-            elif self.config.mode_of(sample.data_type):
-                writer.add(self._filled(sample, [outcome.astype(dtype) for outcome in outcomes if outcome is not None]))
+            if isinstance(filled, Reject):
+                writer.reject(filled, source=shard, key=key)
             else:
-                writer.add(sample)
+                writer.add(filled)
             advance(1)
         return inputs
 
-    def _jobs(self, rows: Sequence[ShardRow]) -> Iterator[tuple[_Place, Prepare | None]]:
-        """Each image, in order; a sample without any comes once."""
-        store = open_store(self.config.input)
-        limits = ImageLimits(max_pixels=self.config.max_pixels, min_side=1, max_bytes=sys.maxsize)  # else as converted
+    def _samples(self, rows: Sequence[ShardRow]) -> Iterator[tuple[tuple[str, str], Sample]]:
+        store = open_store(self.input)
         for row in rows:
             for sample in read_shard(store, row):
-                mode = self.config.mode_of(sample.data_type)
-                if mode is None or not sample.images:
-                    if mode is not None and sample.data_type != "visual_sft":
-                        raise FormatError(f"{row.name}: {sample.key} is {sample.data_type} but has no image")
-                    yield _Place(row.name, sample), None
-                    continue
-                for image in sample.images:
-                    yield _Place(row.name, sample), partial(prepare, image.data, mode, limits)
-
-    def _filled(self, sample: Sample, grids: Sequence[Codes]) -> Sample:
-        column = self.config.column_of(sample.data_type)
-        filled = sample if self.config.keep_images else sample._replace(image=None, image_extension=None, more_images=())
-        if sample.data_type == "visual_sft":
-            codes, shapes = join_grids(grids, code_dtype(self.tokenizer.codebook_size))
-            return filled._replace(codes={column: codes}, grids={column: shapes})
-        (codes_hw,) = grids
-        height, width = (side * self.tokenizer.stride for side in codes_hw.shape)
-        is_multi = sample.data_type == "image_text_multi"
-        return filled._replace(codes={column: codes_hw}, width=width if is_multi else None, height=height if is_multi else None)
+                yield (row.name, sample.key), sample

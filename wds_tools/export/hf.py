@@ -36,7 +36,7 @@ from wds_tools.export.push import push
 from wds_tools.export.rows import FEATURES, ROW_BYTES, Format, load_pyarrow, pack_row, write_part
 from wds_tools.export.shuffle import Shuffle
 from wds_tools.format.manifest import Manifest, ShardRow
-from wds_tools.format.schema import IMAGE_EXTENSIONS
+from wds_tools.format.schema import CODE_COLUMNS, IMAGE_EXTENSIONS, codes_named
 from wds_tools.run.progress import Progress
 from wds_tools.storage import LocalStore, Store, open_store
 from wds_tools.storage.base import TEMP_FOLDER, split_scheme
@@ -68,6 +68,8 @@ class ExportConfig:
     """arrow: for datasets.load_from_disk. parquet: for load_dataset("parquet", ...), pandas and the hub."""
     num_shards: int = 256
     """Files to write; as many as there are samples, if those are fewer."""
+    codes: str = ""
+    """Name of the codes to export, where data sets have several (see `wds-tools encode --codes`)."""
     seed: int = 42
     """Of the shuffle: 0 to 2**64 - 1. The order depends on it and on the inputs, not on format or num_shards."""
     license: str | None = None
@@ -133,7 +135,7 @@ def export_hf(config: ExportConfig) -> ExportSummary:
     """
     load_pyarrow()
     sources = [(store, read_manifest(store)) for store in map(open_store, config.input)]
-    _check_sources(sources)
+    _check_sources(sources, config.codes)
     rows = sum(manifest.samples for _, manifest in sources)
     data_types = sum((Counter(manifest.data_types) for _, manifest in sources), Counter[str]())
     names = _part_names(config.format, min(config.num_shards, rows))
@@ -163,12 +165,12 @@ def _write(store: Store, sources: Sequence[_Source], config: ExportConfig, names
         size = sum(_record_bytes(row) for _, manifest in sources for row in manifest.shards)
         shuffle = Shuffle(folder, seed=config.seed, num_buckets=-(-size // BUCKET_BYTES))
         with Progress("export, 1 of 2: reading", rows, quiet=config.quiet) as progress:
-            _scatter(sources, shuffle, progress)
+            _scatter(sources, config.codes, shuffle, progress)
         with Progress("export, 2 of 2: writing", rows, quiet=config.quiet) as progress:
             _write_parts(store, names, rows, _counted(shuffle.drain(), progress), config.format)
 
 
-def _check_sources(sources: Sequence[_Source]) -> None:
+def _check_sources(sources: Sequence[_Source], codes: str) -> None:
     """Refuse at once what the manifests show to be impossible."""
     seen: dict[tuple[str, str], tuple[str, Any]] = {}
     for store, manifest in sources:
@@ -177,7 +179,11 @@ def _check_sources(sources: Sequence[_Source]) -> None:
             has_images = any(member in IMAGE_EXTENSIONS for member in row.members)
             if not has_codes and (has_images or not {"image_text", "image_text_multi"}.isdisjoint(row.data_types)):
                 raise UsageError(f"{store.url}/{row.name} holds images without codes: run `wds-tools encode` first")
-        for column, provenance in manifest.codes.items():
+        columns = [member.removesuffix(".npy") for member in manifest.members if member.startswith("vqcode_")]
+        if columns and not codes_named(dict.fromkeys(columns), codes):
+            wanted = f"codes named {codes!r}" if codes else f"codes without a name ({' or '.join(CODE_COLUMNS)})"
+            raise UsageError(f"{store.url} has no {wanted}, but {', '.join(columns)}: choose with --codes")
+        for column, provenance in codes_named(manifest.codes, codes).items():
             for field in _ONE_TOKENIZER:
                 url, value = seen.setdefault((column, field), (store.url, provenance.get(field)))
                 if value != provenance.get(field):
@@ -268,11 +274,12 @@ def _record_bytes(row: ShardRow) -> int:
     return min(row.bytes, 4 * (row.text_chars + row.num_codes) + (ROW_BYTES + 16) * row.samples)
 
 
-def _scatter(sources: Sequence[_Source], shuffle: Shuffle, progress: Progress) -> None:
+def _scatter(sources: Sequence[_Source], codes: str, shuffle: Shuffle, progress: Progress) -> None:
     for store, manifest in sources:
         for row in manifest.shards:
             for sample in _counted(read_shard(store, row), progress):
-                shuffle.add(pack_row(sample))
+                grids = None if sample.grids is None else codes_named(sample.grids, codes)
+                shuffle.add(pack_row(sample._replace(codes=codes_named(sample.codes, codes), grids=grids)))
 
 
 def _write_parts(store: Store, names: Sequence[str], rows: int, records: Iterator[bytes], file_format: Format) -> None:
@@ -311,6 +318,7 @@ def _write_state(store: Store, names: Sequence[str], fingerprint: str) -> None:
 def _fingerprint(sources: Sequence[_Source], config: ExportConfig) -> str:
     """What Hugging Face's caches know the rows by: equal for equal rows only."""
     made_of = ["wds-tools export 1", config.seed, *(manifest.fingerprint() for _, manifest in sources)]
+    made_of += [config.codes] if config.codes else []
     return hashlib.sha256(orjson.dumps(made_of)).hexdigest()[:16]
 
 

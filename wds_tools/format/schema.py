@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +37,7 @@ _KEY_ALPHABET = frozenset("0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQ
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 Codes = NDArray[np.unsignedinteger[Any]]
+_Value = TypeVar("_Value")
 
 
 class SourceImage(NamedTuple):
@@ -125,19 +126,43 @@ def code_dtype(codebook_size: int) -> np.dtype[np.unsignedinteger[Any]]:
     return np.dtype("<u2" if codebook_size <= 1 << 16 else "<u4")
 
 
-def code_column(data_type: str) -> str:
+def code_column(data_type: str, name: str = "") -> str:
     """The column that the codes of this kind of image sample go to.
 
+    Args:
+        data_type: one of DATA_TYPES.
+        name: of the set of codes, where a data set has several.
+
     Raises:
-        FormatError: the data type has no image.
+        FormatError: the data type has no image, or the name can't be one.
     """
     match data_type:
         case "image_text" | "visual_sft":
-            return "vqcode_512"
+            return named_column("vqcode_512", name)
         case "image_text_multi":
-            return "vqcode_multi768"
+            return named_column("vqcode_multi768", name)
         case _:
             raise FormatError(f"data_type={data_type!r} has no codes: expected image_text, image_text_multi or visual_sft")
+
+
+def named_column(column: str, name: str) -> str:
+    """One of CODE_COLUMNS in the set of codes of this name: "vqcode_512" in "emu3" is "vqcode_512-emu3".
+
+    Raises:
+        FormatError: the name is too long, or has other characters than letters, digits, '_' and '-'.
+    """
+    if not name:
+        return column
+    longest = MAX_COLUMN_BYTES - max(map(len, CODE_COLUMNS)) - 1
+    if len(name) > longest or not _KEY_ALPHABET.issuperset(name):
+        raise FormatError(f"{name!r} can't name codes: expected at most {longest} letters, digits, '_' or '-'")
+    return f"{column}-{name}"
+
+
+def codes_named(codes: Mapping[str, _Value], name: str) -> dict[str, _Value]:
+    """Of values by column those in the set of codes of this name, under the columns' plain names."""
+    wanted = {named_column(column, name): column for column in CODE_COLUMNS}
+    return {wanted[column]: value for column, value in codes.items() if column in wanted}
 
 
 def check_key(key: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Protocol, runtime_checkable
 
-from torch import Tensor
+from torch import Tensor, device
 
 
 @runtime_checkable
@@ -23,6 +23,11 @@ class ImageTokenizer(Protocol):
     """Pixels per code along each side; H and W must be multiples of it."""
     weights_hash: str
     """"sha256:<hex>" over the weights file(s) it was loaded from."""
+
+    @property
+    def device(self) -> device:
+        """Where it computes: pixels that lie there already are not copied."""
+        ...
 
     def encode(self, pixels_BHWC: Tensor) -> Tensor:
         """Turn pixels into codes.

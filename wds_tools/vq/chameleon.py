@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 from wds_tools.errors import MissingPackage, TokenizerError
+from wds_tools.vq import huggingface
+from wds_tools.vq.norm import use_right_norms
 from wds_tools.vq.quantize import CodebookTokenizer, Precision, hash_files
 
 CONFIG_NAME = "vqgan.yaml"
@@ -78,7 +80,7 @@ class VqganConfig:
 
 
 def load_chameleon(folder: Path, *, device: torch.device | str = "cpu", precision: Precision = "fp32") -> CodebookTokenizer:
-    """Load the tokenizer from a folder with `vqgan.yaml` and `vqgan.ckpt`.
+    """Load the tokenizer from a folder with `vqgan.yaml` and `vqgan.ckpt`, or from one that transformers wrote.
 
     Args:
         folder: where the two files are.
@@ -90,6 +92,8 @@ def load_chameleon(folder: Path, *, device: torch.device | str = "cpu", precisio
         MissingPackage: diffusers or yaml is not installed.
     """
     config_path, weights_path = folder / CONFIG_NAME, folder / WEIGHTS_NAME
+    if not config_path.exists() and (folder / huggingface.CONFIG_NAME).exists():
+        return huggingface.load_chameleon_vqvae(folder, device=device, precision=precision)
     for path in (config_path, weights_path):
         if not path.is_file():
             raise TokenizerError(f"{path} is missing: the folder needs {CONFIG_NAME} and {WEIGHTS_NAME}")
@@ -99,6 +103,7 @@ def load_chameleon(folder: Path, *, device: torch.device | str = "cpu", precisio
         network.fill(_read_state(weights_path))
     except TokenizerError as error:
         raise TokenizerError(f"{folder}: {error}") from error.__cause__
+    use_right_norms(network.model)
     network.model.requires_grad_(False).eval().to(device=device, memory_format=torch.channels_last)
     return CodebookTokenizer(
         name="chameleon",

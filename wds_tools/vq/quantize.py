@@ -1,9 +1,10 @@
 """Pixels -> latents -> codes -> latents -> pixels: what every VQ tokenizer does around its network.
 
 The network turns pixels in [-1, 1] into a grid of latents and back; here the latents become codes (the nearest codebook
-entry) and the codes latents again (a lookup). Invariants: images go through the network one at a time, so that codes
-never depend on the batch; `nearest` is always computed in float32, whatever precision the network runs in; ties go to
-the lowest index. Cost of `nearest`: 2 N K D operations, and chunk x K x 4 bytes at any one time.
+entry) and the codes latents again (a lookup). Invariant: in fp32 a code depends on its image alone. So images go through the
+network one by one, on a CPU each on one thread (`lanes`), since kernels sum in another order for another batch or another number
+of threads. The other precisions take a batch in one pass on a GPU, where one image alone would not fill it. `nearest` is always
+computed in true float32; ties go to the lowest index. Cost of `nearest`: 2 N K D operations, and chunk x K x 4 bytes.
 
 Legend: B images, H x W pixels, h x w codes, N latents of D numbers, K codebook entries.
 """
@@ -11,7 +12,7 @@ Legend: B images, H x W pixels, h x w codes, N latents of D numbers, K codebook 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,15 +22,21 @@ import torch
 from torch import Tensor
 
 from wds_tools.errors import DataError, UsageError
+from wds_tools.vq.lanes import side_by_side
 
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 
-_NEAREST_CHUNK = 1024  # latents at a time: 32 MiB of distances with 8192 entries
+ENCODER_VERSION = "2"
+"""Changes whenever equal pixels and weights give other codes in fp32. 1: sums depended on the number of threads."""
+_CHUNK = {"cpu": 256}  # latents at a time: of 8192 entries 8 MiB of distances, which stay in a processor's cache
+_GPU_CHUNK = 4096
+_MOST_SHAPES = 256  # that are compiled: 25 sizes of images, of each a few of batches
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _SIGNED = (torch.int8, torch.int16, torch.int32, torch.int64)
 _INTEGERS = (*_SIGNED, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 
 
-def nearest(latents_ND: Tensor, codebook_KD: Tensor, chunk: int = _NEAREST_CHUNK) -> Tensor:
+def nearest(latents_ND: Tensor, codebook_KD: Tensor, chunk: int | None = None) -> Tensor:
     """Find the codebook entry nearest to each latent, by squared Euclidean distance in float32.
 
     Args:
@@ -46,17 +53,22 @@ def nearest(latents_ND: Tensor, codebook_KD: Tensor, chunk: int = _NEAREST_CHUNK
     if latents_ND.ndim != 2 or codebook_KD.ndim != 2 or latents_ND.shape[1] != codebook_KD.shape[1]:
         got = f"latents {tuple(latents_ND.shape)} and codebook {tuple(codebook_KD.shape)}"
         raise UsageError(f"nearest() got {got}: expected (N, D) and (K, D) with one D")
+    device = latents_ND.device
+    chunk = _CHUNK.get(device.type, _GPU_CHUNK) if chunk is None else chunk
     if chunk < 1 or not len(codebook_KD):
         raise UsageError(f"nearest() got chunk={chunk} and {len(codebook_KD)} codebook entries: both must be at least 1")
-    codes_N = torch.empty(len(latents_ND), dtype=torch.int64, device=latents_ND.device)
-    with torch.autocast(latents_ND.device.type, enabled=False):
+    codes_N = torch.empty(len(latents_ND), dtype=torch.int64, device=device)
+    with torch.no_grad(), torch.autocast(device.type, enabled=False), running_in(device, "fp32"):
         codebook_DK = codebook_KD.float().T
         norms_K = codebook_DK.square().sum(dim=0)
         for start in range(0, len(latents_ND), chunk):
             part_ND = latents_ND[start : start + chunk].float()
             # |x - c|^2 without the |x|^2 that all entries share
             scores_NK = torch.addmm(norms_K, part_ND, codebook_DK, alpha=-2.0)
-            codes_N[start : start + chunk] = scores_NK.argmin(dim=1)
+            if device.type == "cpu":  # numpy's argmin uses the vector units, torch's does not
+                codes_N[start : start + chunk] = torch.from_numpy(scores_NK.numpy().argmin(axis=1))
+            else:
+                codes_N[start : start + chunk] = scores_NK.argmin(dim=1)
     return codes_N
 
 
@@ -87,43 +99,87 @@ class CodebookTokenizer:
     codebook_KD: Tensor = field(repr=False)  # noqa: N815 (a tensor's axes)
     """float32."""
     precision: Precision = "fp32"
-    """Of the network; "bf16" is autocast. `nearest` is float32 either way."""
+    """Of the network: bf16 and fp16 are autocast. `nearest` is float32 in all of them."""
 
     codebook_size: int = field(init=False)
     """Number of codebook entries."""
 
     def __post_init__(self) -> None:
         self.codebook_size = len(self.codebook_KD)
+        self._latents = self.network.latents
+        self._is_compiled = False
 
-    @torch.no_grad()
+    @property
+    def device(self) -> torch.device:
+        """Where the network is, and where pixels are best."""
+        return self.codebook_KD.device
+
+    def compile(self) -> None:
+        """From now on, encode with a network that torch.compile made; its codes may differ in a few places."""
+        torch._dynamo.config.recompile_limit = _MOST_SHAPES
+        self._latents = torch.compile(self.network.latents, dynamic=False)
+        self._is_compiled = True
+
     def encode(self, pixels_BHWC: Tensor) -> Tensor:
         """Turn uint8 pixels_BHWC into int64 codes_Bhw; see `ImageTokenizer.encode`."""
         check_pixels(pixels_BHWC, self.stride)
-        _, H, W, _ = pixels_BHWC.shape
-        h, w = H // self.stride, W // self.stride
-        codes_Bhw = torch.empty((len(pixels_BHWC), h, w), dtype=torch.int64, device=self.codebook_KD.device)
-        with _precision(self.codebook_KD.device, self.precision):
-            for i, pixels_HWC in enumerate(pixels_BHWC):
-                pixels_1HWC = pixels_HWC[None].to(self.codebook_KD.device).float() / 255 * 2 - 1
-                latents_1Dhw = self.network.latents(pixels_1HWC.permute(0, 3, 1, 2))
-                latents_ND = latents_1Dhw[0].flatten(1).T
-                codes_Bhw[i] = nearest(latents_ND, self.codebook_KD).view(h, w)
+        B, H, W, _ = pixels_BHWC.shape
+        codes_Bhw = torch.empty((B, H // self.stride, W // self.stride), dtype=torch.int64, device=self.device)
+
+        def work(first: int) -> None:
+            codes_Bhw[first : first + at_once] = self._codes(pixels_BHWC[first : first + at_once])
+
+        at_once = self._images_at_once(B)
+        self._for_each(work, range(0, B, at_once))
         return codes_Bhw
 
-    @torch.no_grad()
     def decode(self, codes_Bhw: Tensor) -> Tensor:
         """Turn codes_Bhw into uint8 pixels_BHWC; see `ImageTokenizer.decode`."""
         check_codes(codes_Bhw, self.codebook_size)
         B, h, w = codes_Bhw.shape
         shape = (B, h * self.stride, w * self.stride, 3)
-        pixels_BHWC = torch.empty(shape, dtype=torch.uint8, device=self.codebook_KD.device)
-        with _precision(self.codebook_KD.device, self.precision):
-            for i, codes_hw in enumerate(codes_Bhw):
-                latents_hwD = self.codebook_KD[codes_hw.to(self.codebook_KD.device, torch.int64)]
-                pixels_CHW = self.network.image(latents_hwD.permute(2, 0, 1)[None])[0].float()
-                pixels_CHW = ((pixels_CHW.clamp(-1, 1) + 1) / 2 * 255).round()
-                pixels_BHWC[i] = pixels_CHW.permute(1, 2, 0).to(torch.uint8)
+        pixels_BHWC = torch.empty(shape, dtype=torch.uint8, device=self.device)
+
+        def work(i: int) -> None:
+            pixels_BHWC[i] = self._pixels(codes_Bhw[i])
+
+        self._for_each(work, range(B))
         return pixels_BHWC
+
+    def _images_at_once(self, B: int) -> int:
+        """How many images take part in one pass of the network."""
+        return 1 if self.precision == "fp32" or self.device.type == "cpu" else max(B, 1)
+
+    def _for_each(self, work: Callable[[int], None], places: range) -> None:
+        if self.device.type == "cpu":
+            side_by_side(work, places)
+        else:
+            for place in places:
+                work(place)
+
+    @torch.inference_mode()
+    def _codes(self, pixels_BHWC: Tensor) -> Tensor:
+        B, H, W, _ = pixels_BHWC.shape
+        if self._is_compiled:  # few batch sizes, since each is compiled by itself
+            pixels_BHWC = torch.cat([pixels_BHWC, pixels_BHWC[-1:].expand(_power_of_two(B) - B, -1, -1, -1)])
+        # A tensor of our own, since a size-1 axis may have any stride, by which torch chooses between kernels.
+        floats_BHWC = torch.empty(pixels_BHWC.shape, device=self.device).copy_(pixels_BHWC).div_(255).mul_(2).sub_(1)
+        with running_in(self.device, self.precision):
+            latents_BDhw = self._latents(floats_BHWC.permute(0, 3, 1, 2))[:B]
+        latents_ND = latents_BDhw.permute(0, 2, 3, 1).flatten(0, 2)
+        return nearest(latents_ND, self.codebook_KD).view(B, H // self.stride, W // self.stride)
+
+    @torch.inference_mode()
+    def _pixels(self, codes_hw: Tensor) -> Tensor:
+        latents_hwD = self.codebook_KD[codes_hw.to(self.device, torch.int64)]
+        with running_in(self.device, self.precision):
+            pixels_CHW = self.network.image(latents_hwD.permute(2, 0, 1)[None])[0].float()
+        return ((pixels_CHW.clamp(-1, 1) + 1) / 2 * 255).round().permute(1, 2, 0).to(torch.uint8)
+
+
+def _power_of_two(count: int) -> int:
+    """The next one that is not smaller."""
+    return 1 << (count - 1).bit_length()
 
 
 def check_pixels(pixels_BHWC: Tensor, stride: int) -> None:
@@ -165,20 +221,21 @@ def hash_files(*paths: Path) -> str:
 
 
 @contextmanager
-def _precision(device: torch.device, precision: Precision) -> Iterator[None]:
-    """Run the network in true float32 (no TF32) or in bfloat16 autocast."""
-    if precision == "bf16":
-        with torch.autocast(device.type, torch.bfloat16):
+def running_in(device: torch.device, precision: Precision) -> Iterator[None]:
+    """Run a network in true float32 (no TF32), in TF32, or in bfloat16 or float16 autocast."""
+    if precision in _AUTOCAST:
+        with torch.autocast(device.type, _AUTOCAST[precision]):
             yield
         return
-    convs: Any = getattr(torch.backends.cudnn, "conv", None)
-    matmul = torch.backends.cuda.matmul
-    if device.type != "cuda":
-        switches: list[tuple[Any, str, Any]] = []
-    elif convs is not None:  # torch >= 2.9
-        switches = [(convs, "fp32_precision", "ieee"), (matmul, "fp32_precision", "ieee")]
-    else:
-        switches = [(torch.backends.cudnn, "allow_tf32", False), (matmul, "allow_tf32", False)]
+    switches: list[tuple[Any, str, Any]] = []
+    if device.type == "cuda":
+        convs: Any = getattr(torch.backends.cudnn, "conv", None)
+        matmul = torch.backends.cuda.matmul
+        if convs is not None:  # torch >= 2.9
+            value = "tf32" if precision == "tf32" else "ieee"
+            switches = [(convs, "fp32_precision", value), (matmul, "fp32_precision", value)]
+        else:
+            switches = [(torch.backends.cudnn, "allow_tf32", precision == "tf32"), (matmul, "allow_tf32", precision == "tf32")]
     was = [getattr(owner, name) for owner, name, _ in switches]
     for owner, name, value in switches:
         setattr(owner, name, value)

@@ -1,48 +1,83 @@
 """A tokenizer's name, and what the user said of weights, device and precision -> a loaded `ImageTokenizer`.
 
-Invariant: what is asked for is what runs. An unknown name, a device that isn't there or an unknown precision is a
-UsageError; nothing falls back in silence. Cost: that of loading the one tokenizer asked for; no other is imported.
+Tokenizers of others are entry points of the group `wds_tools.tokenizers` in an installed package:
+
+    [project.entry-points."wds_tools.tokenizers"]
+    mine = "my_package.tokenizer:load"
+
+where `load(weights, device, precision)` is a `Loader`. Invariant: what is asked for is what runs. An unknown name, a device that
+isn't there or a precision that the tokenizer does not know is a UsageError; nothing falls back in silence, and a name of ours
+can't be taken. Cost: that of loading the one tokenizer asked for; no other is imported.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import cast, get_args
 
 import torch
 
-from wds_tools.errors import UsageError
+from wds_tools.errors import TokenizerError, UsageError, WdsToolsError
 from wds_tools.vq.base import ImageTokenizer
-from wds_tools.vq.chameleon import CONFIG_NAME, WEIGHTS_NAME, load_chameleon
-from wds_tools.vq.quantize import Precision
+from wds_tools.vq.chameleon import load_chameleon
+from wds_tools.vq.huggingface import load_emu3, load_janus, load_vq_model
+from wds_tools.vq.quantize import CodebookTokenizer, Precision
 from wds_tools.vq.tiny import BUNDLED, load_tiny
 
+ENTRY_POINTS = "wds_tools.tokenizers"
 Loader = Callable[[Path | None, torch.device, Precision], ImageTokenizer]
+"""Weights (what the user gave, if anything), device and precision -> a tokenizer. Raises as load_tokenizer."""
 
 
-def load_tokenizer(name: str, *, weights: str | None = None, device: str = "auto", precision: str = "fp32") -> ImageTokenizer:
+def load_tokenizer(
+    name: str,
+    *,
+    weights: str | None = None,
+    device: str = "auto",
+    precision: str = "fp32",
+    compile: bool = False,
+) -> ImageTokenizer:
     """Load an image tokenizer by name.
 
     Args:
-        name: "tiny" (bundled) or "chameleon".
-        weights: path of the weights: a safetensors file for tiny (the bundled one if None), a folder for chameleon.
+        name: one of `tokenizer_names()`.
+        weights: path of the weights: a safetensors file for tiny (the bundled one if None), a folder for the others.
         device: "auto" (CUDA where there is one), "cpu", "cuda" or "cuda:N".
-        precision: "fp32" (no TF32), or "bf16" for the network; the codebook search is float32 either way.
+        precision: "fp32" (no TF32), "tf32" (GPUs only), "bf16" or "fp16" for the network; the codebook search is float32.
+        compile: run the network through torch.compile.
 
     Raises:
         UsageError: an unknown name or precision, a device that isn't there, or weights that were needed and not given.
         TokenizerError: the weights are missing, unsafe or do not fit their configuration.
         MissingPackage: the tokenizer needs a package that is not installed.
     """
-    loader = LOADERS.get(name)
-    if loader is None:
-        raise UsageError(f"unknown tokenizer {name!r}: expected one of {', '.join(sorted(LOADERS))}")
+    loader = _loader(name)
     if precision not in get_args(Precision):
         raise UsageError(f"unknown precision {precision!r}: expected one of {', '.join(get_args(Precision))}")
-    path = None if weights is None else Path(weights)
-    return loader(path, find_device(device), cast(Precision, precision))
+    found = find_device(device)
+    if precision == "tf32" and found.type != "cuda":
+        raise UsageError(f"precision tf32 is a mode of NVIDIA GPUs, and the device is {found}: use fp32 or bf16")
+    try:
+        tokenizer = loader(None if weights is None else Path(weights), found, cast(Precision, precision))
+    except (WdsToolsError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise TokenizerError(f"tokenizer {name!r}: its loader failed ({_short(error)})") from error
+    if not isinstance(tokenizer, ImageTokenizer):
+        raise TokenizerError(f"tokenizer {name!r}: its loader gave a {type(tokenizer).__name__}, which is no ImageTokenizer")
+    if compile:
+        if not isinstance(tokenizer, CodebookTokenizer):
+            raise UsageError(f"tokenizer {name!r} can't be compiled here: leave --compile out")
+        tokenizer.compile()
+    return tokenizer
+
+
+def tokenizer_names() -> list[str]:
+    """What `load_tokenizer` knows: ours, and those of installed packages."""
+    return sorted({*LOADERS, *_others()})
 
 
 def find_device(device: str) -> torch.device:
@@ -62,15 +97,44 @@ def find_device(device: str) -> torch.device:
     return found
 
 
+def _loader(name: str) -> Loader:
+    if name in LOADERS:
+        return LOADERS[name]
+    entry = _others().get(name)
+    if entry is None:
+        raise UsageError(f"unknown tokenizer {name!r}: expected one of {', '.join(tokenizer_names())}")
+    try:
+        return cast(Loader, entry.load())
+    except Exception as error:
+        raise TokenizerError(f"tokenizer {name!r} of {entry.value} can't be imported ({_short(error)})") from error
+
+
+def _others() -> dict[str, EntryPoint]:
+    return {entry.name: entry for entry in entry_points(group=ENTRY_POINTS)}
+
+
+def _short(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
 def _tiny(weights: Path | None, device: torch.device, precision: Precision) -> ImageTokenizer:
     return load_tiny(BUNDLED if weights is None else weights, device=device, precision=precision)
 
 
-def _chameleon(weights: Path | None, device: torch.device, precision: Precision) -> ImageTokenizer:
-    if weights is None:
-        raise UsageError(f"tokenizer chameleon needs weights: a folder with {CONFIG_NAME} and {WEIGHTS_NAME}")
-    return load_chameleon(weights, device=device, precision=precision)
+def _from_folder(name: str, load: Callable[..., ImageTokenizer], files: str) -> Loader:
+    def loader(weights: Path | None, device: torch.device, precision: Precision) -> ImageTokenizer:
+        if weights is None:
+            raise UsageError(f"tokenizer {name} needs weights: a folder with {files}")
+        return load(weights, device=device, precision=precision)
+
+    return loader
 
 
-LOADERS: dict[str, Loader] = {"tiny": _tiny, "chameleon": _chameleon}
-"""Name -> loader; the one place to add a tokenizer."""
+LOADERS: dict[str, Loader] = {
+    "tiny": _tiny,
+    "chameleon": _from_folder("chameleon", load_chameleon, "vqgan.yaml and vqgan.ckpt, or of transformers"),
+    "emu3": _from_folder("emu3", load_emu3, "transformers' Emu3VQVAE"),
+    "janus": _from_folder("janus", load_janus, "transformers' JanusVQVAE"),
+    "vqmodel": _from_folder("vqmodel", load_vq_model, "a diffusers VQModel"),
+}
+"""Name -> loader; the one place to add a tokenizer of ours."""

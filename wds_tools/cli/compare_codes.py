@@ -1,0 +1,44 @@
+"""`wds-tools compare-codes`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import tyro
+
+from wds_tools.encode.compare import CompareConfig, compare_codes
+
+EXAMPLE = "wds-tools compare-codes pairs-fp32 pairs-bf16 --weights vqgan/"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(CompareConfig):
+    """Say how many codes of two encoded data sets are equal, and how far apart the pictures are that they decode to."""
+
+    a: tyro.conf.Positional[str]
+    """The first data set."""
+    b: tyro.conf.Positional[str]
+    """The second; it may be the same, if the names of the codes differ."""
+
+
+def run(config: Config) -> int:
+    """Compare, and print what came out."""
+    result = compare_codes(config)
+    others = [f"{count:,} only in {name}" for count, name in ((result.only_a, config.a), (result.only_b, config.b)) if count]
+    facts = {"samples": "; ".join([f"{result.samples:,} in both", *others])}
+    if result.samples:
+        facts["equal codes"] = (
+            f"{result.equal_codes / result.codes:.4%} ({result.codes - result.equal_codes:,} of {result.codes:,} differ)"
+        )
+        facts["equal images"] = f"{result.equal_samples / result.samples:.2%} ({result.equal_samples:,})"
+    for name, value in (
+        ("PSNR, B against A", result.psnr_between_db),
+        ("PSNR, A against the images", result.psnr_a_db),
+        ("PSNR, B against the images", result.psnr_b_db),
+    ):
+        if value is not None:
+            facts[name] = f"{value:.2f} dB over {result.pictures:,} decoded pictures"
+    width = max(map(len, facts))
+    for name, fact in facts.items():
+        print(f"{name:<{width}}  {fact}")
+    return 0

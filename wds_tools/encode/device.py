@@ -1,0 +1,151 @@
+"""A tokenizer's device at work: pixels go there, codes come back, and it has its next batch before it is done with one.
+
+On a GPU, pixels are copied from pinned memory on a stream of their own while the batch before is computed, and codes go back
+into pinned memory, where a second thread waits for them. On a CPU the same steps follow each other. A batch that does not fit
+the memory is cut in halves, and so are those that come after it.
+Invariant: every outcome that is handed in is set, to codes or to an exception. Cost: the memory of `_BATCHES` batches.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Lock, Semaphore
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from wds_tools.errors import Reject, TokenizerError
+from wds_tools.vq.base import ImageTokenizer
+
+Pixels = NDArray[np.uint8]
+Outcome = NDArray[np.int64] | Reject | None
+"""Codes (h, w), or why there are none, or None where there was no image."""
+
+_BATCHES = 2
+"""On the device at once: one that is computed and one that is copied."""
+
+
+class Device:
+    """Encodes batches, for one thread at a time.
+
+    Args:
+        tokenizer: what encodes.
+    """
+
+    def __init__(self, tokenizer: ImageTokenizer) -> None:
+        self.tokenizer = tokenizer
+        self._deliver = ThreadPoolExecutor(1, "deliver")
+        is_cuda = tokenizer.device.type == "cuda"
+        self._copies: Any = torch.cuda.Stream(tokenizer.device) if is_cuda else None  # type: ignore[no-untyped-call]
+        self._most_pixels = sys.maxsize
+        self._room = Semaphore(_BATCHES)
+        self._lock = Lock()
+        self._num_there = 0
+        self._begun: float | None = None
+        self._free_since = 0.0
+        self._waited_s = 0.0
+
+    def times(self) -> tuple[float, float]:
+        """Seconds since the first batch came, and how many of them the device had nothing to do."""
+        with self._lock:
+            now = time.monotonic()
+            if self._begun is None:
+                return 0.0, 0.0
+            return now - self._begun, self._waited_s + (0.0 if self._num_there else now - self._free_since)
+
+    def encode(self, outcomes: Sequence[Future[Outcome]], images: Sequence[Pixels]) -> None:
+        """Encode images of one size. Their outcomes are set once the codes are there, perhaps after this has returned.
+
+        An outcome raises TokenizerError if a single image does not fit the device's memory.
+        """
+        at_once = max(1, self._most_pixels // (images[0].shape[0] * images[0].shape[1]))
+        for first in range(0, len(images), at_once):
+            self._encode(outcomes[first : first + at_once], images[first : first + at_once])
+
+    def _encode(self, outcomes: Sequence[Future[Outcome]], images: Sequence[Pixels], *, is_alone: bool = False) -> None:
+        self._come()
+        try:
+            codes_Bhw, wait = self._launch(images)
+        except torch.OutOfMemoryError:
+            self._go()
+        except BaseException as error:  # noqa: BLE001  raised where the outcomes are asked for
+            self._go()
+            _fail(outcomes, error)
+            return
+        else:
+            self._deliver.submit(self._set, outcomes, codes_Bhw, wait)
+            return
+        # Out of memory, and out of the handler, so that what the failed pass held is free.
+        for _ in range(_BATCHES):
+            self._room.acquire()
+        self._room.release(_BATCHES)
+        torch.cuda.empty_cache()
+        H, W, _ = images[0].shape
+        half = -(-len(images) // 2)
+        if half < len(images):
+            self._most_pixels = half * H * W
+            self._encode(outcomes[:half], images[:half])
+            self._encode(outcomes[half:], images[half:])
+        elif not is_alone:
+            self._encode(outcomes, images, is_alone=True)
+        else:
+            where = f"the memory of {self.tokenizer.device}"
+            _fail(outcomes, TokenizerError(f"{self.tokenizer.name}: a single image of {W} x {H} pixels does not fit {where}"))
+
+    def _launch(self, images: Sequence[Pixels]) -> tuple[Tensor, Callable[[], None]]:
+        """Begin with a batch: where its codes will be, and what to call to wait for them."""
+        if self._copies is None:
+            return self.tokenizer.encode(torch.from_numpy(np.stack(images))).cpu(), lambda: None
+        device = self.tokenizer.device
+        with torch.cuda.device(device):
+            pinned_BHWC = torch.empty((len(images), *images[0].shape), dtype=torch.uint8, pin_memory=True)
+            np.stack(images, out=pinned_BHWC.numpy())
+            with torch.cuda.stream(self._copies):
+                pixels_BHWC = pinned_BHWC.to(device, non_blocking=True)
+            computing = torch.cuda.current_stream()
+            computing.wait_stream(self._copies)
+            pixels_BHWC.record_stream(computing)
+            codes_Bhw = self.tokenizer.encode(pixels_BHWC)
+            here_Bhw = torch.empty(codes_Bhw.shape, dtype=codes_Bhw.dtype, pin_memory=True)
+            here_Bhw.copy_(codes_Bhw, non_blocking=True)
+            done: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            done.record(computing)
+        return here_Bhw, done.synchronize
+
+    def _set(self, outcomes: Sequence[Future[Outcome]], codes_Bhw: Tensor, wait: Callable[[], None]) -> None:
+        try:
+            wait()
+            for outcome, codes_hw in zip(outcomes, codes_Bhw.numpy().copy(), strict=True):
+                outcome.set_result(codes_hw)
+        except BaseException as error:  # noqa: BLE001  raised where the outcomes are asked for
+            _fail(outcomes, error)
+        finally:
+            self._go()
+
+    def _come(self) -> None:
+        self._room.acquire()
+        with self._lock:
+            now = time.monotonic()
+            if self._begun is None:
+                self._begun = now
+            elif self._num_there == 0:
+                self._waited_s += now - self._free_since
+            self._num_there += 1
+
+    def _go(self) -> None:
+        with self._lock:
+            self._num_there -= 1
+            self._free_since = time.monotonic()
+        self._room.release()
+
+
+def _fail(outcomes: Sequence[Future[Outcome]], error: BaseException) -> None:
+    for outcome in outcomes:
+        if not outcome.done():
+            outcome.set_exception(error)

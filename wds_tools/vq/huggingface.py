@@ -1,0 +1,280 @@
+"""Tokenizers in Hugging Face folders: `config.json` and safetensors, as save_pretrained writes them, whole models too.
+
+    config.json -> an empty network of its class -> its tensors, found by the name of the codebook -> a `CodebookTokenizer`
+
+diffusers' VQModel, and the tokenizers of Chameleon, Emu3 and Janus in transformers: alone, or inside the folder of the language
+model, of whose weights only theirs are read. Invariants: nothing is downloaded, no code of the folder runs, weights are
+safetensors or loaded with `weights_only`, and they fit the network in full. Codes are those of the classes' own `encode`.
+Cost: the network's weights, in float32.
+
+diffusers and transformers are imported when a model is loaded.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from wds_tools.errors import MissingPackage, TokenizerError, UsageError
+from wds_tools.vq.norm import use_right_norms
+from wds_tools.vq.quantize import CodebookTokenizer, Precision, hash_files
+
+CONFIG_NAME = "config.json"
+_PREPROCESSOR_NAME = "preprocessor_config.json"
+_CODEBOOK = "quantize.embedding.weight"
+_OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+"""What attention layers were called in diffusers' files before 2023."""
+
+
+@dataclass
+class _Convolutional:
+    """VQModel, ChameleonVQVAE and JanusVQVAE: an encoder, a 1 x 1 convolution, and the way back."""
+
+    model: Any
+
+    def latents(self, pixels_BCHW: Tensor) -> Tensor:
+        """Encoder and quant_conv."""
+        pixels_BCHW = pixels_BCHW.contiguous(memory_format=torch.channels_last)
+        latents_BDhw: Tensor = self.model.quant_conv(self.model.encoder(pixels_BCHW))
+        return latents_BDhw
+
+    def image(self, latents_BDhw: Tensor) -> Tensor:
+        """post_quant_conv and decoder."""
+        decoder = getattr(self.model, "decoder", None)
+        if decoder is None:
+            raise UsageError("transformers' Chameleon has no image decoder: load vqgan.yaml and vqgan.ckpt to see pictures")
+        inner_BChw = self.model.post_quant_conv(latents_BDhw.contiguous(memory_format=torch.channels_last))
+        is_spatial = getattr(self.model.config, "norm_type", None) == "spatial"
+        pixels_BCHW: Tensor = decoder(inner_BChw, latents_BDhw) if is_spatial else decoder(inner_BChw)
+        return pixels_BCHW
+
+
+class _Janus(_Convolutional):
+    """JanusVQVAE finds the entry by its distance, and decodes it scaled to length 1."""
+
+    def image(self, latents_BDhw: Tensor) -> Tensor:
+        """Entries scaled, then as the others."""
+        return super().image(nn.functional.normalize(latents_BDhw, dim=1))
+
+
+@dataclass
+class _Emu3:
+    """Emu3VQVAE, which is made for video: an image is a few equal frames that become one."""
+
+    model: Any
+    scale: float = 1.0
+    shift: float = 0.0
+
+    def latents(self, pixels_BCHW: Tensor) -> Tensor:
+        """Encoder and quant_conv, in three dimensions."""
+        if (self.scale, self.shift) != (1.0, 0.0):
+            pixels_BCHW = pixels_BCHW * self.scale + self.shift
+        frames = self.model.config.temporal_downsample_factor
+        hidden_BTCHW = self.model.encoder(pixels_BCHW.contiguous()[:, None].repeat(1, frames, 1, 1, 1))
+        latents_BDThw: Tensor = self.model.quant_conv(hidden_BTCHW.transpose(1, 2))
+        return latents_BDThw[:, :, 0]
+
+    def image(self, latents_BDhw: Tensor) -> Tensor:
+        """post_quant_conv and decoder; the first frame."""
+        latents_BDThw = latents_BDhw[:, :, None].contiguous()
+        inner_BTDhw = self.model.post_quant_conv(latents_BDThw).transpose(1, 2)
+        frames_BCHW: Tensor = self.model.decoder(inner_BTDhw, latents_BDThw.transpose(1, 2))
+        B, _, h, w = latents_BDhw.shape
+        stride = self.model.spatial_scale_factor
+        pixels_BCHW = frames_BCHW.reshape(B, -1, self.model.config.out_channels, h * stride, w * stride)[:, 0]
+        return (pixels_BCHW - self.shift) / self.scale
+
+
+def load_vq_model(folder: Path, *, device: torch.device | str = "cpu", precision: Precision = "fp32") -> CodebookTokenizer:
+    """Load a diffusers VQModel. Raises TokenizerError, MissingPackage: see load_tokenizer."""
+    config = _read_json(folder / CONFIG_NAME)
+    if config.get("_class_name") != "VQModel":
+        raise TokenizerError(f"{folder}: {CONFIG_NAME} is of a {config.get('_class_name')!r}, expected a diffusers VQModel")
+    try:
+        from diffusers import VQModel
+    except ImportError as error:
+        raise MissingPackage("a VQModel needs diffusers: pip install 'wds-tools[convert]'") from error
+    model = _build(folder, lambda: VQModel.from_config(dict(config)))
+    stride = 1 << (len(model.config.block_out_channels) - 1)
+    return _load("vqmodel", folder, model, _Convolutional(model), stride, device, precision)
+
+
+def load_chameleon_vqvae(folder: Path, *, device: torch.device | str, precision: Precision) -> CodebookTokenizer:
+    """Load transformers' ChameleonVQVAE, alone or of a Chameleon model. Raises as load_vq_model."""
+    model, stride = _transformers_model(folder, "chameleon_vqgan", "ChameleonVQVAE")
+    return _load("chameleon", folder, model, _Convolutional(model), stride, device, precision)
+
+
+def load_janus(folder: Path, *, device: torch.device | str = "cpu", precision: Precision = "fp32") -> CodebookTokenizer:
+    """Load transformers' JanusVQVAE, alone or of a Janus model. Raises as load_vq_model."""
+    model, stride = _transformers_model(folder, "janus_vqgan", "JanusVQVAE")
+    return _load("janus", folder, model, _Janus(model), stride, device, precision)
+
+
+def load_emu3(folder: Path, *, device: torch.device | str = "cpu", precision: Precision = "fp32") -> CodebookTokenizer:
+    """Load transformers' Emu3VQVAE, alone or of an Emu3 model. Raises as load_vq_model."""
+    model, stride = _transformers_model(folder, "emu3_vqgan", "Emu3VQVAE")
+    return _load("emu3", folder, model, _Emu3(model, *_pixel_scale(folder)), stride, device, precision, channels_last=False)
+
+
+def _transformers_model(folder: Path, model_type: str, class_name: str) -> tuple[Any, int]:
+    """An empty model of a class of transformers, and its stride."""
+    config = _read_json(folder / CONFIG_NAME)
+    config = config if config.get("model_type") == model_type else config.get("vq_config") or {}
+    if config.get("model_type", model_type) != model_type or not config:
+        raise TokenizerError(f"{folder}: {CONFIG_NAME} has no {model_type}, neither as its model nor as vq_config")
+    try:
+        import transformers
+
+        config_class, model_class = getattr(transformers, f"{class_name}Config"), getattr(transformers, class_name)
+    except (ImportError, AttributeError) as error:
+        raise MissingPackage(f"this tokenizer needs {class_name} of transformers: pip install 'wds-tools[train]'") from error
+    model = _build(folder, lambda: model_class(config_class(**config)))
+    return model, 1 << (len(model.config.channel_multiplier) - 1)
+
+
+def _build(folder: Path, make: Any) -> Any:
+    try:
+        with torch.device("meta"):  # shapes only: the weights come from the file
+            return make()
+    except Exception as error:
+        raise TokenizerError(f"{folder}: {CONFIG_NAME} makes no model ({type(error).__name__}: {_short(error)})") from error
+
+
+def _load(
+    name: str,
+    folder: Path,
+    model: Any,
+    network: Any,
+    stride: int,
+    device: torch.device | str,
+    precision: Precision,
+    *,
+    channels_last: bool = True,
+) -> CodebookTokenizer:
+    """Fill a model from the files of a folder, and make a tokenizer of it."""
+    files = _weight_files(folder)
+    _fill(folder, model, _read_tensors(files))
+    if channels_last:
+        use_right_norms(model)
+        model.to(memory_format=torch.channels_last)
+    model.requires_grad_(False).eval().to(device)
+    return CodebookTokenizer(
+        name=name,
+        stride=stride,
+        weights_hash=hash_files(folder / CONFIG_NAME, *files),
+        network=network,
+        codebook_KD=model.quantize.embedding.weight.detach(),
+        precision=precision,
+    )
+
+
+def _fill(folder: Path, model: nn.Module, found: Mapping[str, Tensor]) -> None:
+    """Give a model its tensors, as float32; all of them, and each of the right shape."""
+    own = model.state_dict()
+    missing, unexpected = sorted(set(own) - set(found)), sorted(set(found) - set(own))
+    for problem, keys in (("lack", missing), ("have the unexpected", unexpected)):
+        if keys:
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            raise TokenizerError(f"{folder}: the weights {problem} {', '.join(keys[:3])}{more}: they do not fit {CONFIG_NAME}")
+    filled = {}
+    for name, tensor in own.items():
+        given = found[name]
+        if given.shape != tensor.shape and given.squeeze().shape == tensor.squeeze().shape:
+            given = given.view(tensor.shape)  # attention: 1 x 1 convolutions in old files
+        if given.shape != tensor.shape:
+            raise TokenizerError(
+                f"{folder}: {name} has the shape {tuple(given.shape)}, but {CONFIG_NAME} asks for {tuple(tensor.shape)}"
+            )
+        filled[name] = given.float() if given.is_floating_point() else given
+    model.load_state_dict(filled, assign=True)
+    left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
+    if left:
+        raise TokenizerError(f"{folder}: nothing gives {', '.join(left[:3])}: this version of the package is not supported")
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files that hold the weights: all parts of them, in order."""
+    for stem in ("model", "diffusion_pytorch_model"):
+        if (index := folder / f"{stem}.safetensors.index.json").is_file():
+            names = sorted(set(_read_json(index).get("weight_map", {}).values()))
+            paths = [folder / name for name in names]
+            if outside := [path for path in paths if path.resolve().parent != folder.resolve() or not path.is_file()]:
+                raise TokenizerError(f"{index} names {outside[0].name}, which is not there")
+            return paths
+        for name in (f"{stem}.safetensors", f"{stem}.bin"):
+            if (folder / name).is_file():
+                return [folder / name]
+    raise TokenizerError(f"{folder}: no weights: expected model.safetensors or diffusion_pytorch_model.safetensors")
+
+
+def _read_tensors(files: list[Path]) -> dict[str, Tensor]:
+    """The tensors of the tokenizer under its own names; what else is in the files stays there."""
+    places: dict[str, Any] = {}
+    for path in files:
+        try:
+            places.update(_tensors_of(path))
+        except Exception as error:
+            why = f"{type(error).__name__}: {_short(error)}"
+            raise TokenizerError(f"{path} is damaged or holds more than tensors, and was not loaded ({why})") from error
+    codebooks = [name for name in places if name.endswith(_CODEBOOK)]
+    if len(codebooks) != 1:
+        raise TokenizerError(f"{files[0].parent}: {len(codebooks)} codebooks ({_CODEBOOK}) in the weights, expected one")
+    prefix = codebooks[0].removesuffix(_CODEBOOK)
+    return {_new_name(name.removeprefix(prefix)): read() for name, read in places.items() if name.startswith(prefix)}
+
+
+def _tensors_of(path: Path) -> Iterator[tuple[str, Any]]:
+    """(name, a function that reads the tensor) of a file."""
+    if path.suffix == ".bin":
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        for name, tensor in state.items():
+            if not isinstance(tensor, Tensor):
+                raise TokenizerError(f"{name} is a {type(tensor).__name__}, expected a tensor")
+            yield name, lambda tensor=tensor: tensor
+        return
+    file: Any = safe_open(path, framework="pt")
+    for name in file.keys():  # noqa: SIM118 (not a dict)
+        yield name, lambda name=name: file.get_tensor(name)
+
+
+def _new_name(name: str) -> str:
+    return re.sub(r"(?<=\.attentions\.0\.)(query|key|value|proj_attn)(?=\.)", lambda match: _OLD_NAMES[match[1]], name)
+
+
+def _pixel_scale(folder: Path) -> tuple[float, float]:
+    """(scale, shift) from pixels in [-1, 1] to those that the folder's preprocessor gives to the network."""
+    path = folder / _PREPROCESSOR_NAME
+    if not path.is_file():
+        return 1.0, 0.0
+    settings = _read_json(path)
+    mean, std = settings.get("image_mean", [0.5]), settings.get("image_std", [0.5])
+    rescale = settings.get("rescale_factor", 1 / 255)
+    if not (len(set(mean)) == len(set(std)) == 1 and all(isinstance(value, float | int) for value in (*mean, *std, rescale))):
+        raise TokenizerError(f"{path}: image_mean={mean!r}, image_std={std!r}: expected one number for all channels")
+    scale, shift = 127.5 * rescale / std[0], (127.5 * rescale - mean[0]) / std[0]
+    return (1.0, 0.0) if abs(scale - 1) + abs(shift) < 1e-6 else (scale, shift)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        record = orjson.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise TokenizerError(f"{path} is missing") from error
+    except (OSError, orjson.JSONDecodeError) as error:
+        raise TokenizerError(f"{path} can't be read: {_short(error)}") from error
+    if not isinstance(record, dict):
+        raise TokenizerError(f"{path} holds a {type(record).__name__}, expected an object")
+    return record
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
