@@ -4,10 +4,10 @@
     padded      build_loader(sequences=...)
     fly         build_loader(sequences=..., packing=True)
     ahead       build_loader over what `wds-tools pack` made
-    wait        the share of a training step of 100 ms that is spent waiting for `fly` with two workers, on all cores
+    wait        the share of steps of 100 ms, 8 rows each, that is spent waiting for `fly` with two workers, on all cores
 
 The reference has its records in memory before the clock starts; ours read their shards from the page cache. `fly` is timed once
-its windows are full. Batches of 32 samples, or 16 rows. One process on one core.
+its windows are full. Batches of 32 samples or rows. One process on one core.
 """
 
 from __future__ import annotations
@@ -25,15 +25,16 @@ from typing import Any
 import torch
 
 from loaders import Loader, LoaderConfig, SequenceConfig, Source, World, build_loader
+from loaders.plan import LANES_PER_BATCH
 from wds_tools.dataset.read import read_manifest, read_shard
 from wds_tools.storage import open_store
 
 CODEBOOK_SIZE = 8192
-SAMPLES, ROWS = 32, 16
+BATCH = 32
 LANES = 32
 """Of `fly`: so few that their windows are full before the clock starts."""
 LONGEST_S = 2.5
-STEP_S, WAIT_STEPS = 0.1, 80
+STEP_S, WAIT_STEPS, WAIT_ROWS = 0.1, 80, 8
 PROMPT = " Draw a picture of this."
 
 
@@ -53,9 +54,9 @@ def reference(folder: Path, kind: str, max_length: int, totals: dict[str, int]) 
     random.Random(0).shuffle(records)
     (boi, eoi), eos = tokenizer.convert_tokens_to_ids(["<boi>", "<eoi>"]), tokenizer.eos_token_id
     yield 0  # the clock starts here
-    for begin in range(0, len(records), SAMPLES):
+    for begin in range(0, len(records), BATCH):
         rows = []
-        for text, codes_json in records[begin : begin + SAMPLES]:
+        for text, codes_json in records[begin : begin + BATCH]:
             if codes_json is None:
                 ids = [tokenizer.bos_token_id, *tokenizer(text)["input_ids"]]
                 labels = list(ids)
@@ -84,16 +85,16 @@ def _records(url: str) -> Iterator[tuple[str, str | None]]:
             yield sample.text, json.dumps(grids[0].reshape(-1).tolist()) if grids else None
 
 
-def loader(folder: Path, kind: str, way: str, max_length: int, num_workers: int = 0) -> Loader:
+def loader(folder: Path, kind: str, way: str, max_length: int) -> Loader:
     """Ours."""
     urls = sources(folder, kind) if way != "ahead" else (str(folder / f"rows-{kind}-{max_length}"),)
     sequences = SequenceConfig(tokenizer=str(folder / "tokenizer"), max_length=max_length, t2i_ratio=1.0)
     config = LoaderConfig(
         sources=tuple(map(Source, urls)),
         sequences=None if way == "ahead" else sequences,
-        packing=way == "fly",
-        batch_size=SAMPLES if way == "padded" else ROWS,
-        num_workers=num_workers,
+        packing=way in ("fly", "wait"),
+        batch_size=WAIT_ROWS if way == "wait" else BATCH,
+        num_workers=2 if way == "wait" else 0,
         lanes=LANES if way == "fly" else None,
         tail="drop",
     )
@@ -103,7 +104,7 @@ def loader(folder: Path, kind: str, way: str, max_length: int, num_workers: int 
 def time_ours(folder: Path, kind: str, way: str, max_length: int) -> dict[str, float]:
     """Samples per second, and padding."""
     batches = loader(folder, kind, way, max_length)
-    for _ in islice(batches, LANES // ROWS if way == "fly" else 0):
+    for _ in islice(batches, LANES // BATCH if way == "fly" else 0):
         pass
     before, rows = batches.stats()["samples"], 0
     begun = time.perf_counter()
@@ -142,10 +143,11 @@ def time_reference(folder: Path, kind: str, max_length: int) -> dict[str, float]
 
 
 def wait(folder: Path, kind: str, max_length: int) -> dict[str, float]:
-    """How much of the time of steps that take 100 ms is spent waiting; the first step, which starts the workers, aside."""
-    batches = loader(folder, kind, "fly", max_length, num_workers=2)
+    """How much of the time of steps that take 100 ms is spent waiting, once the windows of all lanes are full."""
+    batches = loader(folder, kind, "wait", max_length)
     steps = iter(islice(batches, WAIT_STEPS))
-    next(steps)
+    for _ in range(LANES_PER_BATCH):
+        next(steps)
     begun, waited = time.perf_counter(), 0.0
     while True:
         asked = time.perf_counter()

@@ -5,6 +5,7 @@ That of the README is the path of a newcomer: in a folder with pictures and capt
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -21,8 +22,8 @@ from wds_tools.export.hf import ExportConfig, export_hf
 from wds_tools.storage import open_store
 
 NOT_RUN = {
-    "docs/scaling.md": "its commands need a cluster; tests of the executors run them on one machine",
-    "docs/training.md": "run by the tests of the training recipes",
+    "docs/scaling.md": "its blocks are of Slurm and ssh; tests/test_ray.py and tests/test_parts.py run the commands",
+    "docs/training.md": "model, tokenizer, checkpoints are the reader's; tests/test_trainers.py makes the same calls",
 }
 PAGES = sorted(
     page.relative_to(ROOT).as_posix()
@@ -68,6 +69,9 @@ def place(tmp_path: Path, demo: Path) -> Path:
     write_documents(tmp_path / "dclm/a.jsonl.zst", [{"text": f"document {number}"} for number in range(30)])
     lines = [{"image_path": f"photos/{number:04d}.jpg", "text": f"picture {number}"} for number in range(0, 24, 3)]
     write_jsonl(tmp_path / "mixed.jsonl", lines)
+    turns = [{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": "Noise."}]
+    records = [{"id": str(number), "image": f"{number:04d}.jpg", "conversations": turns} for number in range(3)]
+    (tmp_path / "llava.json").write_text(json.dumps(records))
     (tmp_path / "any-webdataset-tars").mkdir()
     with wds.TarWriter(str(tmp_path / "any-webdataset-tars/0.tar")) as writer:
         writer.write({"__key__": "0", "txt": "caption"})

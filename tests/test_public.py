@@ -18,7 +18,21 @@ from factory import make_dataset, text_sample
 import wds_tools
 
 PUBLIC = {
-    "loaders": ["JsonlDataset", "Loader", "LoaderConfig", "ShardDataset", "Source", "TarDataset", "World", "build_loader"],
+    "loaders": [
+        "JsonlDataset",
+        "Loader",
+        "LoaderConfig",
+        "Rounds",
+        "SequenceConfig",
+        "ShardDataset",
+        "Source",
+        "TarDataset",
+        "World",
+        "build_loader",
+        "flatten",
+        "merge_states",
+        "model_inputs",
+    ],
     "wds_tools": ["Manifest", "Sample", "WdsToolsError", "__version__"],
     "wds_tools.storage": ["Entry", "LocalStore", "Store", "Writer", "join", "open_store", "redact", "split_url"],
     "wds_tools.vq": ["ImageTokenizer", "load_tokenizer", "nearest"],

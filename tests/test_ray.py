@@ -237,7 +237,7 @@ def test_a_node_that_is_removed_in_mid_run_changes_no_byte(
 
 def test_an_address_where_nobody_answers_is_refused_at_once(convert: list[str], gate: Gate, tmp_path: Path) -> None:
     failed = wds_tools(*convert, "--output", tmp_path / "out", "--executor", "ray", "--ray-address", "127.0.0.1:1", status=2)
-    assert "--ray-address 127.0.0.1:1: nothing answers there" in last_line(failed.stderr)
+    assert "--ray-address 127.0.0.1:1: no Ray cluster answers there" in last_line(failed.stderr)
 
 
 @pytest.mark.parametrize(

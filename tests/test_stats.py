@@ -230,7 +230,7 @@ def test_wrong_settings_and_lost_parts_are_named(folder: Path, tmp_path: Path) -
     make_dataset(tmp_path / "set", [image_sample(1)], codes={"vqcode_512": {"codebook_size": 16}})
     with pytest.raises(FormatError, match="the codebook has 16 entries"):
         described(tmp_path / "set")
-    next((tmp_path / "set").glob("*.idx")).unlink()
+    next((tmp_path / "set").glob("*.index")).unlink()
     with pytest.raises(NotFound, match="wds-tools index"):
         described(tmp_path / "set")
 

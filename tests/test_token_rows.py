@@ -17,6 +17,7 @@ import pytest
 import torch
 from commands import wds_tools
 from factory import image_sample, make_dataset, multi_sample, talk_sample, text_sample
+from s3 import S3Server
 from tokens import readmes, write_tokenizer
 
 from loaders import Loader, LoaderConfig, SequenceConfig, Source, World, build_loader, flatten, merge_states
@@ -361,3 +362,20 @@ def test_workers_that_are_spawned_load_their_own_tokenizer(data: Path) -> None:
         loader.close()
     here = build_loader(config(data, packing=True, lanes=8), World())
     assert rows == [row for batch in islice(here, 2) for row in rows_of(batch)]
+
+
+def test_rows_packed_from_object_storage_are_the_same_and_nothing_is_fetched_twice(data: Path, s3: S3Server) -> None:
+    total = 0
+    for name, samples in (("pairs", pairs()), ("texts", texts())):
+        manifest = make_dataset(f"s3://{s3.bucket}/rows/{name}", samples, shard_samples=9, codes=PROVENANCE)
+        total += manifest.bytes
+    sources = tuple(Source(f"s3://{s3.bucket}/rows/{name}") for name in ("pairs", "texts"))
+    here = tuple(replace(source, url=str(data / source.url.rpartition("/")[2])) for source in sources)
+    local = build_loader(config(data, sources=here, packing=True, lanes=8, shuffle=False), World())
+    remote = build_loader(config(data, sources=sources, packing=True, lanes=8, shuffle=False, num_workers=1), World())
+    expected, found = ([row for batch in islice(loader, 12) for row in rows_of(batch)] for loader in (local, remote))
+    remote.close()
+    assert found == expected
+    stats = remote.stats()
+    assert (stats["evicted"], stats["requests"] > 0) == (0, True)
+    assert stats["bytes"] < 1.5 * total

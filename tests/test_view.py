@@ -37,7 +37,7 @@ from wds_tools.dataset.read import read_manifest
 from wds_tools.dataset.write import ShardLimits, TaskWriter, begin, finish
 from wds_tools.errors import FormatError, NotFound, Reject, UsageError
 from wds_tools.format.manifest import pack_manifest
-from wds_tools.format.schema import Sample
+from wds_tools.format.schema import Sample, SourceImage, join_grids
 from wds_tools.storage import LocalStore, open_store
 from wds_tools.vq import load_tokenizer
 
@@ -162,7 +162,7 @@ def test_a_sample_is_shown_in_full(server: ViewServer) -> None:
         assert shown["turns"] == (sample.conversations or [])
         assert shown["intact"] is True
         for column, grid_hw in sample.codes.items():
-            grid = shown["grids"][column]
+            (grid,) = [grid for grid in shown["grids"] if grid["column"] == column]
             assert (grid["height"], grid["width"]) == grid_hw.shape
             assert grid["codes"] == grid_hw.ravel().tolist()
     assert ask(server, "/api/sample/7")["provenance"] == {"url": "javascript:alert(3)", "deep": '{"a":[1]}'}
@@ -336,11 +336,11 @@ class Counting(LocalStore):
         super().__init__(url)
         self.num_reads = self.num_bytes = 0
 
-    def read_range(self, name: str, start: int, end: int) -> bytes:
+    def read_range(self, name: str, start: int, end: int, size: int | None = None) -> bytes:
         if name.endswith(".tar"):
             self.num_reads += 1
             self.num_bytes += end - start
-        return super().read_range(name, start, end)
+        return super().read_range(name, start, end, size)
 
 
 def test_a_page_reads_the_samples_it_shows_and_not_their_images(tmp_path: Path) -> None:
@@ -391,6 +391,38 @@ def test_it_works_over_s3(s3: S3Server) -> None:
         assert ask(server, "/api/rejects") == {"rejects": [], "next": None}
 
 
+def test_a_conversation_shows_the_codes_and_images_of_all_its_pictures(tmp_path: Path) -> None:
+    grids = [np.arange(height * 4, dtype="<u2").reshape(height, 4) + 100 * height for height in (2, 4, 6)]
+    codes, shapes = join_grids(grids, np.dtype("<u2"))
+    talk = conversation(0)._replace(
+        codes={"vqcode_512": codes},
+        grids={"vqcode_512": shapes},
+        more_images=tuple(SourceImage(image_bytes(number, kind="PNG"), "png") for number in (1, 2)),
+    )
+    alone = conversation(1)._replace(codes={"vqcode_512": grids[0]}, grids={"vqcode_512": shapes[:1]})
+    none, no_shapes = join_grids([], np.dtype("<u2"))
+    bare = conversation(2)._replace(codes={"vqcode_512": none}, grids={"vqcode_512": no_shapes}, image=None, image_extension=None)
+    make_dataset(tmp_path / "set", [talk, alone, bare], codes={"vqcode_512": TINY})
+    with serving(tmp_path / "set", device="cpu") as server:
+        shown = ask(server, "/api/sample/0")
+        assert [(grid["image"], grid["codes"]) for grid in shown["grids"]] == [
+            (at, g.ravel().tolist()) for at, g in enumerate(grids)
+        ]
+        assert shown["images"] == ["jpg", "1.png", "2.png"]
+        assert [fetch(server, f"/image/0?image={at}")[2] for at in range(3)] == [image.data for image in talk.images]
+        assert [Image.open(io.BytesIO(fetch(server, f"/codes/0/vqcode_512.png?image={at}")[2])).size for at in range(3)] == [
+            (4, 2),
+            (4, 4),
+            (4, 6),
+        ]
+        assert ask(server, "/codes/0/vqcode_512.png?image=3", 422)["error"] == "sample 0 has 3 grids in vqcode_512"
+        assert Image.open(io.BytesIO(fetch(server, "/picture/0/vqcode_512.png?image=2")[2])).size == (64, 96)
+        cards = ask(server, "/api/samples")["samples"]
+        assert [card["columns"] for card in cards] == [{"vqcode_512": [2, 4]}, {"vqcode_512": [2, 4]}, {}]
+        assert not any("problem" in card for card in cards)
+        assert server.pages.answer("/stats", Request(query={})) is not None
+
+
 def test_tars_of_others_are_shown_too(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for number in range(5):
@@ -401,7 +433,7 @@ def test_tars_of_others_are_shown_too(tmp_path: Path) -> None:
     index_tars(open_store(str(tmp_path)))
     with serving(tmp_path) as server:
         cards = ask(server, "/api/samples")["samples"]
-        assert [(card["key"], card["text"], card["image"]) for card in cards][3] == ("some/where/003", "a caption 3", "jpg")
+        assert [(card["key"], card["text"], card["images"]) for card in cards][3] == ("some/where/003", "a caption 3", ["jpg"])
         shown = ask(server, "/api/sample/3")
         assert [member["suffix"] for member in shown["members"]] == ["jpg", "txt", "cls"]
         assert fetch(server, "/image/3")[2] == image_bytes(3)
@@ -523,7 +555,7 @@ def test_symlinks_out_of_the_set_are_not_followed(folder: Path, tmp_path: Path) 
     copy = Path(shutil.copytree(folder, tmp_path / "set"))
     secret = tmp_path / "secret.txt"
     secret.write_text("the secret\n")
-    for name in ("shard-000000-0000.tar", "shard-000000-0001.tar.idx", "rejects/task-000000.jsonl"):
+    for name in ("shard-000000-0000.tar", "shard-000000-0001.tar.index", "rejects/task-000000.jsonl"):
         (copy / name).unlink()
         (copy / name).symlink_to(secret)
     with serving(copy) as server:
@@ -572,14 +604,14 @@ def test_why_a_picture_can_not_be_decoded_is_said_and_its_codes_are_still_shown(
 
 def test_what_is_not_there_is_said(server: ViewServer) -> None:
     assert "has 70" in ask(server, "/api/sample/70", 404)["error"]
-    assert "no source image" in ask(server, "/image/69", 422)["error"]
-    assert "no vqcode_512" in ask(server, "/codes/69/vqcode_512.png", 422)["error"]
+    assert "has 0 source images" in ask(server, "/image/69", 422)["error"]
+    assert "has 0 grids in vqcode_512" in ask(server, "/codes/69/vqcode_512.png", 422)["error"]
     assert "whole number" in ask(server, "/api/samples?first=x", 404)["error"]
 
 
 def test_a_lost_index_names_the_command_that_brings_it_back(folder: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(folder, tmp_path / "set"))
-    (copy / "shard-000000-0000.tar.idx").unlink()
+    (copy / "shard-000000-0000.tar.index").unlink()
     with serving(copy) as server:
         assert "wds-tools index" in ask(server, "/api/samples", 404)["error"]
         assert len(ask(server, "/api/samples?first=15&count=10")["samples"]) == 10

@@ -14,7 +14,8 @@ import hashlib
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -96,6 +97,11 @@ class PassOptions:
         _parse_part(self.part)
         RejectBudget.parse(self.max_rejects)
         ShardLimits(samples=self.shard_samples, bytes=self.shard_bytes)
+
+    @property
+    def remote_cpus(self) -> int | None:
+        """CPUs that a task has, if it runs on another machine; None if all run here."""
+        return max(1, int(self.task_cpus)) if self.executor == "ray" else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,8 +222,12 @@ def run_pass(plan: Plan, work: Work, options: PassOptions) -> Manifest:
     results = {number: result for number, result in done_tasks(store).items() if number in own}
     todo = [(number, plan.tasks[number]) for number in own if number not in results]
     rejects, inputs = _tally(results.values())
-    with Progress(plan.command, _share(plan, todo), quiet=options.quiet) as progress:
-        for result in _execute(plan, _RunTask(work, options.output, limits), todo, options, progress):
+    task_fn = _RunTask(work, options.output, limits)
+    with (
+        Progress(plan.command, _share(plan, todo), quiet=options.quiet) as progress,
+        closing(_execute(plan, task_fn, todo, options, progress)) as finished,  # whatever ends this ends the tasks
+    ):
+        for result in finished:
             results[result.task] = result
             rejects.update(result.rejects)
             inputs += result.inputs
@@ -259,18 +269,19 @@ def finalize(config: FinalizeConfig) -> Manifest:
 
 def _execute(
     plan: Plan, run_task: _RunTask, todo: Sequence[tuple[int, Any]], options: PassOptions, on_report: Report
-) -> Iterator[TaskResult]:
+) -> Generator[TaskResult, None, None]:
     if options.executor == "local":
-        return run_tasks(run_task, todo, workers=options.workers, on_report=on_report)
-    return run_on_ray(
-        run_task,
-        todo,
-        address=options.ray_address,
-        cpus=options.task_cpus,
-        gpus=options.task_gpus,
-        device=plan.device,
-        on_report=on_report,
-    )
+        yield from run_tasks(run_task, todo, workers=options.workers, on_report=on_report)
+    else:
+        yield from run_on_ray(
+            run_task,
+            todo,
+            address=options.ray_address,
+            cpus=options.task_cpus,
+            gpus=options.task_gpus,
+            device=plan.device,
+            on_report=on_report,
+        )
 
 
 def _parse_part(part: str | None) -> tuple[int, int]:

@@ -53,8 +53,8 @@ def is_small(suffix: str) -> bool:
 
 
 def is_image(suffix: str) -> bool:
-    """A source image, by the name of its member."""
-    return suffix in IMAGE_EXTENSIONS or suffix in ("jpeg", "tiff")
+    """A source image, by the name of its member; "1.jpg" is a conversation's second."""
+    return suffix.rpartition(".")[2] in (*IMAGE_EXTENSIONS, "jpeg", "tiff")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +84,11 @@ class Row:
     def lengths(self) -> dict[str, int]:
         """Suffix -> bytes of the payload, for all its members."""
         return {suffix: end - begin for suffix, (begin, end) in self.spans.items()}
+
+    @property
+    def images(self) -> list[str]:
+        """Suffixes of its source images, in the order in which they lie there."""
+        return sorted(filter(is_image, self.spans), key=lambda suffix: self.spans[suffix])
 
     @property
     def key(self) -> str:

@@ -238,18 +238,20 @@ def count_rows(rows: Rows, shard: int, first: int, last: int, progress: Report) 
         images = [length for row in piece for suffix, length in row.lengths.items() if is_image(suffix)]
         part.count.image_bytes.add(images)
         if has_schema:
-            _count_texts(part, piece)
-            _count_codes(part, piece, sizes)
+            _count_codes(part, piece, _count_texts(part, piece), sizes)
         progress(len(piece), len(piece), 0)
     return part
 
 
-def _count_texts(part: Part, piece: Sequence[Row]) -> None:
+def _count_texts(part: Part, piece: Sequence[Row]) -> list[Mapping[str, Any]]:
+    """Count texts and turns; returns the samples' records."""
+    records: list[Mapping[str, Any]] = []
     chars: list[int] = []
     turns: list[int] = []
     for row in piece:
         try:
             record = orjson.loads(row.payloads["json"])
+            records.append(record)
             texts = [record["text"]]
             if record.get("conversations") is not None:
                 texts += [turn["value"] for turn in record["conversations"]]
@@ -264,11 +266,12 @@ def _count_texts(part: Part, piece: Sequence[Row]) -> None:
             part.texts.append((xxh3_64_intdigest(whole), row.number))
     part.count.text_chars.add(chars)
     part.count.turns.add(turns)
+    return records
 
 
-def _count_codes(part: Part, piece: Sequence[Row], sizes: Mapping[str, int | None]) -> None:
+def _count_codes(part: Part, piece: Sequence[Row], records: Sequence[Mapping[str, Any]], sizes: Mapping[str, int | None]) -> None:
     columns: dict[str, list[NDArray[Any]]] = {}
-    for row in piece:
+    for row, record in zip(piece, records, strict=True):
         hashes = []
         for suffix, payload in row.payloads.items():
             if not suffix.endswith(".npy"):
@@ -276,9 +279,12 @@ def _count_codes(part: Part, piece: Sequence[Row], sizes: Mapping[str, int | Non
             codes = parse_npy(payload, f"{row.shard}, byte {row.start}: {suffix}")
             if codes.ndim != 2:
                 raise FormatError(f"{row.shard}, byte {row.start}: {suffix} has the shape {codes.shape}, expected (h, w)")
-            columns.setdefault(suffix.removesuffix(".npy"), []).append(codes.ravel())
-            part.count.grids[f"{codes.shape[0]} x {codes.shape[1]}"] += 1
-            hashes.append(xxh3_64_intdigest(payload))
+            column = suffix.removesuffix(".npy")
+            for height, width in (record.get("grids") or {}).get(column, [codes.shape]):
+                part.count.grids[f"{height} x {width}"] += 1
+            if codes.size:
+                columns.setdefault(column, []).append(codes.ravel())
+                hashes.append(xxh3_64_intdigest(payload))
         if hashes:
             part.codes.append((hashes[0] if len(hashes) == 1 else xxh3_64_intdigest(repr(hashes).encode()), row.number))
     for column, grids in columns.items():

@@ -37,6 +37,13 @@ def run(config: Config) -> int:
     if config.encode is not None:
         from wds_tools.encode.filler import Filler  # with torch, which converting alone does without
 
-        filler = Filler(config.encode, config, workers=config.workers, keep_images=config.keep_images, limits=config.limits)
+        filler = Filler(
+            config.encode,
+            config,
+            workers=config.workers,
+            cpus=config.remote_cpus,
+            keep_images=config.keep_images,
+            limits=config.limits,
+        )
     print_data_set(config.output, convert_image_pairs(config, filler), json=config.json)
     return 0

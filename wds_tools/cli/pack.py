@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from wds_tools.cli.summary import print_data_set
-from wds_tools.pack.rows import PackConfig as Config
-from wds_tools.pack.rows import pack
+from dataclasses import dataclass
 
-__all__ = ["EXAMPLE", "Config", "run"]
+from wds_tools.cli.summary import Printed, data_set_record, print_data_set, print_json
+from wds_tools.pack.rows import PackConfig, pack
 
 EXAMPLE = "wds-tools pack --input s3://bucket/pairs s3://bucket/dclm --tokenizer tok/ --seq-len 4096 --output s3://bucket/rows"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Printed, PackConfig):
+    """Pack data sets into shards of token rows of one length, so that training tokenizes nothing."""
 
 
 def run(config: Config) -> int:
     """Pack, and say what came of it."""
     manifest = pack(config)
-    print_data_set(config.output, manifest)
     counts, rows = manifest.source.get("counts", {}), manifest.source["rows"]
+    if config.json:
+        print_json({**data_set_record(config.output, manifest), "counts": counts, "rows": rows})
+        return 0
+    print_data_set(config.output, manifest)
     total = manifest.samples * rows["length"]
     print(
         f"tokens       {counts.get('tokens', 0):,} of {counts.get('samples', 0):,} samples, {counts.get('shortened', 0):,} with "

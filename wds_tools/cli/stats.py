@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import orjson
 import tyro
 
 from wds_tools.check.duplicates import Repeats
 from wds_tools.check.histogram import Histogram
 from wds_tools.check.report import render, to_json
 from wds_tools.check.stats import Stats, StatsConfig, stats
-from wds_tools.cli.summary import print_data_set
+from wds_tools.cli.summary import Printed, print_data_set, print_json
 from wds_tools.storage import open_store, split_url
 
 EXAMPLE = "wds-tools stats s3://bucket/pairs --workers 8 --html report.html"
@@ -21,15 +20,13 @@ _SPARK_WIDTH = 24
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(StatsConfig):
+class Config(Printed, StatsConfig):
     """Describe a data set in numbers: lengths, sizes, codebook use, duplicates, drift between shards."""
 
     input: tyro.conf.Positional[str]
     """The data set: a directory or URL."""
     html: str | None = None
     """Write a report to this file (a path or URL): one page that needs nothing else."""
-    json: bool = False
-    """Print one JSON object."""
 
 
 def run(config: Config) -> int:
@@ -39,7 +36,7 @@ def run(config: Config) -> int:
         folder, name = split_url(config.html)
         open_store(folder).put(name, render(result).encode())
     if config.json:
-        print(orjson.dumps(to_json(result), option=orjson.OPT_INDENT_2).decode())
+        print_json(to_json(result))
         return 0
     print_data_set(config.input, result.manifest)
     print()

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import tyro
 
+from wds_tools.cli.summary import Printed, print_json
 from wds_tools.errors import UsageError
 from wds_tools.sequences.config import SequenceConfig
 from wds_tools.sequences.tokenizer import TextTokenizer
@@ -15,7 +16,7 @@ EXAMPLE = "wds-tools vocabulary gemma/ --output gemma-images/ --codebook-size 81
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Printed):
     """Say which special tokens a text tokenizer has and what vocab_size a model needs; add the missing ones."""
 
     input: tyro.conf.Positional[str]
@@ -40,6 +41,17 @@ def run(config: Config) -> int:
     if config.output is not None:
         tokenizer = add_tokens(config.input, config.output, config.tokens)
     ids = {name: tokenizer.id_of(name) for name in config.tokens}
+    if config.json:
+        print_json(
+            {
+                "tokens": ids,
+                "bos_token": tokenizer.named("bos_token"),
+                "eos_token": tokenizer.named("eos_token"),
+                "text_vocabulary": tokenizer.num_tokens,
+                "vocab_size": tokenizer.num_tokens + (config.codebook_size or 0),
+            }
+        )
+        return 1 if None in ids.values() else 0
     for role in ("bos_token", "eos_token"):
         name = tokenizer.named(role)
         print(f"{role:<18}{f'{name} {tokenizer.id_of(name)}' if name else 'not named: give bos=, eos= to say which'}")

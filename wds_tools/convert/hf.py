@@ -89,7 +89,8 @@ def convert_hf(config: HfConfig) -> Manifest:
     arrow = [file for file in files if file.url.endswith(_ARROW)]
     if arrow:
         _load_pyarrow()
-    ranges = plan_lines([file for file in files if not file.url.endswith(_ARROW)], config.task_lines)
+    lines = [file for file in files if not file.url.endswith(_ARROW)]
+    ranges = plan_lines(lines, config.task_lines, quiet=config.quiet)
     fields = {"tokenizer": config.tokenizer, "codebook_size": config.codebook_size, "stride": config.stride}
     provenance = {**fields, "weights_hash": config.weights_hash, "precision": "unknown", "imported": True}
     plan = Plan(

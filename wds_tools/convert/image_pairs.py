@@ -77,14 +77,10 @@ class Filler(Protocol):
     """What fills the codes of samples on the way; see wds_tools.encode.filler."""
 
     workers: int
-    options: Any
+    runs_on: str
 
-    def column_of(self, data_type: str) -> str:
-        """Where the codes of such a sample go."""
-        ...
-
-    def provenance(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What decides on the codes, for the plan; the same and more, for the manifest."""
+    def provenance(self, column_types: Iterable[str]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+        """What decides on the codes, and the provenance of each code column."""
         ...
 
     def fill(self, samples: Iterable[tuple[int, Sample | Reject]]) -> Iterator[tuple[int, Sample | Reject]]:
@@ -96,19 +92,19 @@ def convert_image_pairs(config: ImagePairsConfig, filler: Filler | None = None) 
     """Convert, and fill the codes if there is a filler; returns the manifest of the finished data set. Raises: see run_pass."""
     found = expand_inputs(config.input, ".jsonl")
     files = [file for file in found if file.url in config.input or not _OUR_REJECTS.search(file.url)]
-    ranges = plan_lines(files, config.task_lines)
+    ranges = plan_lines(files, config.task_lines, quiet=config.quiet)
     settings = {"mode": config.mode, "image_root": config.image_root, "keep": config.keep, **asdict(config.limits)}
     codes: dict[str, dict[str, Any]] = {}
     if filler is not None:
-        settings["encode"], provenance = filler.provenance()
-        codes = {filler.column_of(_DATA_TYPES[config.mode]): provenance}
+        decides, codes = filler.provenance([_DATA_TYPES[config.mode]])
+        settings["encode"] = decides
     plan = Plan(
         command="convert image-pairs",
         settings=settings,
         tasks=ranges,
         total=sum(span.num_lines for span in ranges),
         codes=codes,
-        device="cpu" if filler is None else filler.options.device,
+        device="cpu" if filler is None else filler.runs_on,
         source={"inputs": [{"url": file.url, "bytes": file.size} for file in files]},
     )
     work = _ConvertLines(config.mode, config.image_root, config.limits, config.keep, filler)

@@ -17,6 +17,7 @@ from braceexpand import braceexpand
 
 from wds_tools.errors import NotFound, Reject, StorageError, UsageError
 from wds_tools.format.schema import RESERVED_FIELDS
+from wds_tools.run.progress import Progress
 from wds_tools.storage import join, open_store, split_url
 
 MAX_LINE_BYTES = 64 << 20
@@ -70,8 +71,10 @@ def expand_inputs(inputs: Sequence[str], suffix: str) -> list[InputFile]:
     return files
 
 
-def plan_lines(files: Sequence[InputFile], lines_per_range: int) -> list[LineRange]:
+def plan_lines(files: Sequence[InputFile], lines_per_range: int, *, quiet: bool = True) -> list[LineRange]:
     """Cut files into ranges of `lines_per_range` lines (fewer where lines are very long). Reads each file once.
+
+    Shows how far it is, unless it is to be quiet: large files take minutes.
 
     A range holds at least one line, and blank lines count.
 
@@ -81,8 +84,11 @@ def plan_lines(files: Sequence[InputFile], lines_per_range: int) -> list[LineRan
     if lines_per_range < 1:
         raise UsageError(f"lines_per_range={lines_per_range}: a range holds at least one line")
     ranges: list[LineRange] = []
-    for file in files:
-        ranges.extend(_plan_file(file.url, lines_per_range))
+    with Progress("plan", sum(file.size for file in files), quiet=quiet, unit="lines") as progress:
+        for file in files:
+            for span in _plan_file(file.url, lines_per_range):
+                ranges.append(span)
+                progress(span.end - span.start, span.num_lines, 0)
     return ranges
 
 

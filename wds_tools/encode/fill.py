@@ -19,7 +19,7 @@ from urllib.parse import unquote
 
 from wds_tools.dataset.read import read_manifest, read_shard
 from wds_tools.dataset.write import TaskWriter
-from wds_tools.encode.filler import Filler
+from wds_tools.encode.filler import MODES, Filler
 from wds_tools.encode.options import TokenizerOptions
 from wds_tools.errors import Reject, UsageError
 from wds_tools.format.manifest import Manifest, ShardRow, row_from_json
@@ -64,25 +64,25 @@ def encode(config: EncodeConfig) -> Manifest:
     """
     store = open_store(config.input)
     manifest = read_manifest(store)
+    types = [data_type for data_type in manifest.data_types if data_type in MODES]
+    if not types:
+        raise UsageError(f"{config.input} has no images to encode: it holds {', '.join(manifest.data_types) or 'nothing'}")
     limits = ImageLimits(max_pixels=config.max_pixels, min_side=1, max_bytes=sys.maxsize)  # else as converted
     filler = Filler(
         config.tokenizer,
         config,
         workers=config.workers,
+        cpus=config.remote_cpus,
         keep_images=config.keep_images,
-        sft_mode=config.sft_mode,
         limits=limits,
+        sft_mode=config.sft_mode,
     )
-    columns = sorted({filler.column_of(data_type) for data_type in manifest.data_types if filler.mode_of(data_type)})
-    if not columns:
-        raise UsageError(f"{config.input} has no images to encode: it holds {', '.join(manifest.data_types) or 'nothing'}")
-    if again := [column for column in columns if column in manifest.codes]:
-        raise UsageError(f"{config.input} is encoded already ({', '.join(again)}); --codes NAME adds codes of another name")
+    has_codes = sorted({filler.column_of(data_type) for data_type in types}.intersection(manifest.codes))
+    if has_codes:
+        raise UsageError(f"{config.input} is encoded already ({', '.join(has_codes)}); --codes NAME adds codes of another name")
     if manifest.codes and not set(IMAGE_EXTENSIONS).intersection(manifest.members):
         raise UsageError(f"{config.input} has codes, but its images were not kept: encode its source again, with --keep-images")
-    if config.executor == "ray" and len(config.devices) > 1:
-        raise UsageError(f"--device {config.device} is for one machine: Ray gives each task its GPU (--device cuda)")
-    settings, provenance = filler.provenance()
+    settings, codes = filler.provenance(types)
     plan = Plan(
         command="encode",
         settings={
@@ -100,7 +100,7 @@ def encode(config: EncodeConfig) -> Manifest:
         ],
         total=manifest.samples,
         device=config.device,
-        codes={**manifest.codes, **dict.fromkeys(columns, provenance)},
+        codes={**manifest.codes, **codes},
         source={
             "input": {
                 "url": config.input,

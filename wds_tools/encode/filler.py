@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from importlib.metadata import version
 from itertools import groupby
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -30,6 +30,16 @@ from wds_tools.vq.quantize import ENCODER_VERSION
 from wds_tools.vq.registry import find_device, load_tokenizer
 
 Place = TypeVar("Place")
+MODES: Mapping[str, Mode] = {"image_text": "cc512", "image_text_multi": "multi768", "visual_sft": "cc512"}
+
+
+class _Ticket(NamedTuple):
+    """Where an image comes from."""
+
+    number: int
+    """Of its sample."""
+    place: Any
+    sample: Sample | Reject
 
 
 class Filler:
@@ -39,6 +49,7 @@ class Filler:
         tokenizer: its name.
         options: how it runs.
         workers: processes that share this machine's cores.
+        cpus: that a task has on another machine, where the work is done; None if it is done here.
         keep_images: keep the source images beside the codes.
         limits: what an image may be.
         sft_mode: how images of conversations are cropped.
@@ -50,10 +61,15 @@ class Filler:
         options: TokenizerOptions,
         *,
         workers: int,
+        cpus: int | None = None,
         keep_images: bool,
         limits: ImageLimits,
         sft_mode: Mode = "cc512",
     ) -> None:
+        if cpus is not None and (len(options.devices) > 1 or ":" in options.device):
+            raise UsageError(
+                f"--device {options.device} with --executor ray: each task gets a GPU of its own, so give --device cuda"
+            )
         if len(options.devices) > 1 and workers not in (1, len(options.devices)):
             raise UsageError(
                 f"--workers {workers} with --device {options.device}: each device has one process, so leave --workers out"
@@ -62,9 +78,11 @@ class Filler:
         self.options = options
         self.workers = max(workers, len(options.devices))
         """Processes that encode."""
+        self.runs_on = options.device
+        self._cpus = cpus
         self._keep_images = keep_images
         self._limits = limits
-        self._modes: dict[str, Mode] = {"image_text": "cc512", "image_text_multi": "multi768", "visual_sft": sft_mode}
+        self._modes: Mapping[str, Mode] = {**MODES, "visual_sft": sft_mode}
         self._devices: Any = None
         if len(options.devices) > 1:
             self._devices = multiprocessing.get_context("spawn").SimpleQueue()
@@ -87,28 +105,29 @@ class Filler:
 
     @property
     def _threads(self) -> int:
-        return max(1, (os.cpu_count() or 1) // self.workers)
+        return self._cpus or max(1, (os.cpu_count() or 1) // self.workers)
 
     def _load(self, device: str, precision: str) -> ImageTokenizer:
         options = self.options
         return load_tokenizer(self.name, weights=options.weights, device=device, precision=precision, compile=options.compile)
 
-    def mode_of(self, data_type: str) -> Mode | None:
-        """How an image of such a sample is cropped; None if it has none."""
-        return self._modes.get(data_type)
-
     def column_of(self, data_type: str) -> str:
         """Where the codes of such a sample go."""
-        is_multi = self.mode_of(data_type) == "multi768"
-        return code_column("image_text_multi" if is_multi else "image_text", self.options.codes)
+        like = "image_text_multi" if self._modes[data_type] == "multi768" else "image_text"
+        return code_column(like, self.options.codes)
 
-    def provenance(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What decides on the codes, for the plan; and the same with what may be of interest, for the manifest."""
-        if self.workers == 1:
+    def provenance(self, column_types: Iterable[str]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+        """What decides on the codes, for the plan; and the provenance of each code column, for the manifest.
+
+        Args:
+            column_types: data types that will have codes.
+        """
+        if self.workers == 1 and self._cpus is None:
             tokenizer = self.device.tokenizer
         else:  # the workers load their own, and this process leaves their devices alone
-            for name in self.options.devices:
-                find_device(name)
+            if self._cpus is None:
+                for name in self.options.devices:
+                    find_device(name)
             tokenizer = self._load("cpu", "fp32" if self.options.precision == "tf32" else self.options.precision)
         settings = {
             "tokenizer": tokenizer.name,
@@ -121,7 +140,9 @@ class Filler:
         }
         if self.options.compile:
             settings["compile"] = True
-        return settings, {**settings, "libraries": {name: version(name) for name in ("torch", "pillow", "numpy")}}
+        libraries = {name: version(name) for name in ("torch", "pillow", "numpy")}
+        columns = sorted({self.column_of(data_type) for data_type in column_types})
+        return settings, {column: {**settings, "libraries": libraries} for column in columns}
 
     def fill(self, samples: Iterable[tuple[Place, Sample | Reject]]) -> Iterator[tuple[Place, Sample | Reject]]:
         """Fill the codes of samples, beside those that they have. What has no image passes through, and so do rejects.
@@ -137,39 +158,37 @@ class Filler:
         """
         device = self.device
         batches = encode_in_batches(self._jobs(samples), device, batch_size=self.options.batch_size, threads=self._threads)
-        for _, images in groupby(batches, key=lambda image: image[0][0]):
-            items, outcomes = zip(*images, strict=True)
-            _, place, sample = items[0]
+        for _, images in groupby(batches, key=lambda image: image[0].number):
+            tickets, outcomes = zip(*images, strict=True)
+            place, sample = tickets[0].place, tickets[0].sample
             cause = next((outcome for outcome in outcomes if isinstance(outcome, Reject)), None)
-            if cause is not None or isinstance(sample, Reject) or self.mode_of(sample.data_type) is None:
-                yield place, cause or sample
+            if cause is not None:
+                yield place, cause
+            elif isinstance(sample, Reject) or sample.data_type not in self._modes:
+                yield place, sample
             else:
-                yield place, self._filled(sample, [codes_hw for codes_hw in outcomes if isinstance(codes_hw, np.ndarray)])
+                yield place, self._filled(sample, [outcome for outcome in outcomes if outcome is not None])
 
-    def _jobs(
-        self, samples: Iterable[tuple[Place, Sample | Reject]]
-    ) -> Iterator[tuple[tuple[int, Place, Sample | Reject], Prepare | None]]:
+    def _jobs(self, samples: Iterable[tuple[Place, Sample | Reject]]) -> Iterator[tuple[_Ticket, Prepare | None]]:
         """Each image, in order; what has none comes once."""
         for number, (place, sample) in enumerate(samples):
-            mode = None if isinstance(sample, Reject) else self.mode_of(sample.data_type)
-            if isinstance(sample, Reject) or mode is None or not sample.images:
-                if isinstance(sample, Sample) and mode is not None and sample.data_type != "visual_sft":
-                    raise FormatError(f"{place}: {sample.key} is {sample.data_type} but has no image")
-                yield (number, place, sample), None
+            ticket = _Ticket(number, place, sample)
+            if isinstance(sample, Reject) or sample.data_type not in self._modes or not sample.images:
+                if isinstance(sample, Sample) and sample.data_type in ("image_text", "image_text_multi"):
+                    raise FormatError(f"{sample.key} is {sample.data_type} but has no image")
+                yield ticket, None
                 continue
             for image in sample.images:
-                yield (number, place, sample), partial(prepare, image.data, mode, self._limits)
+                yield ticket, partial(prepare, image.data, self._modes[sample.data_type], self._limits)
 
-    def _filled(self, sample: Sample, found: Sequence[NDArray[np.int64]]) -> Sample:
-        tokenizer = self.device.tokenizer
+    def _filled(self, sample: Sample, grids: Sequence[NDArray[np.int64]]) -> Sample:
+        tokenizer, column = self.device.tokenizer, self.column_of(sample.data_type)
         dtype = code_dtype(tokenizer.codebook_size)
-        grids = [codes_hw.astype(dtype) for codes_hw in found]
-        column = self.column_of(sample.data_type)
+        codes, shapes = join_grids([grid_hw.astype(dtype) for grid_hw in grids], dtype)
         filled = sample if self._keep_images else sample._replace(image=None, image_extension=None, more_images=())
+        filled = filled._replace(codes={**sample.codes, column: codes})
         if sample.data_type == "visual_sft":
-            codes, shapes = join_grids(grids, dtype)
-            return filled._replace(codes={**sample.codes, column: codes}, grids={**(sample.grids or {}), column: shapes})
-        (codes_hw,) = grids
-        height, width = (side * tokenizer.stride for side in codes_hw.shape)
-        size = {"width": width, "height": height} if sample.data_type == "image_text_multi" else {}
-        return filled._replace(codes={**sample.codes, column: codes_hw}, **size)
+            return filled._replace(grids={**(sample.grids or {}), column: shapes})
+        height, width = (side * tokenizer.stride for side in codes.shape)
+        is_multi = sample.data_type == "image_text_multi"
+        return filled._replace(width=width if is_multi else None, height=height if is_multi else None)

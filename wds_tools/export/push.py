@@ -59,12 +59,12 @@ def push(folder: Path, repository: str, *, private: bool = False, quiet: bool = 
             if isinstance(file, hub.RepoFile)
         }
         missing = [name for name, path in local.items() if not _is_same(remote.get(name), path)]
-        with Progress("push", sum(local[name].stat().st_size for name in missing), quiet=quiet) as progress:
+        with Progress("push", sum(local[name].stat().st_size for name in missing), quiet=quiet, unit="files") as progress:
             for names in _groups(missing):
                 added = [hub.CommitOperationAdd(name, local[name]) for name in names]
                 api.create_commit(repository, added, repo_type="dataset", commit_message=f"Add {names[0]} and so on")
                 sent += len(names)
-                progress(sum(local[name].stat().st_size for name in names), 0, 0)
+                progress(sum(local[name].stat().st_size for name in names), len(names), 0)
         last: list[Any] = [hub.CommitOperationDelete(name) for name in _stale(remote, local)]
         if not _is_same(remote.get(card.NAME), folder / card.NAME):
             last.append(hub.CommitOperationAdd(card.NAME, folder / card.NAME))

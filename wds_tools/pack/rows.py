@@ -4,7 +4,7 @@
 
 Every task has its share of every input, so that documents fill the rows that images leave open, and its last rows are padded.
 Invariant: of every sample, all tokens are in the rows of its task, or it is a reject. Memory: 256 samples and the window.
-Cost: the tokenizer's; about 3 k pairs/s a process (docs/benchmarks.md).
+Cost: the tokenizer's (docs/benchmarks.md).
 """
 
 from __future__ import annotations

@@ -22,13 +22,17 @@ class Progress:
         title: what is going on, one word.
         total: work units in all, 0 if unknown.
         quiet: count, but show nothing.
+        unit: what is counted beside the work, in the plural.
         stream: where to write; a bar if it is a terminal.
     """
 
-    def __init__(self, title: str, total: int, *, quiet: bool = False, stream: TextIO | None = None) -> None:
+    def __init__(
+        self, title: str, total: int, *, quiet: bool = False, unit: str = "samples", stream: TextIO | None = None
+    ) -> None:
         self._title = title
         self._total = total
         self._quiet = quiet
+        self._unit = unit
         self._stream = sys.stderr if stream is None else stream
         self._done = self._samples = self._rejects = 0
         self._begun = self._shown = time.monotonic()
@@ -61,7 +65,7 @@ class Progress:
     def _counts(self) -> str:
         elapsed_s = max(time.monotonic() - self._begun, 1e-6)
         rejects = f", {self._rejects:,} rejects" if self._rejects else ""
-        return f"{self._samples:,} samples{rejects}, {self._samples / elapsed_s:,.0f} samples/s"
+        return f"{self._samples:,} {self._unit}{rejects}, {self._samples / elapsed_s:,.0f} {self._unit}/s"
 
     def _print_line(self) -> None:
         self._shown = time.monotonic()

@@ -67,19 +67,15 @@ def run_on_ray(
         Exception: whatever `fn` raised; the other tasks are stopped.
     """
     ray = _load_ray()
-    is_ours = not ray.is_initialized()
-    if is_ours:
-        _check_address(address)
-        try:
-            ray.init(address=address, log_to_driver=False, logging_level="ERROR", configure_logging=False)
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            raise UsageError(f"--ray-address {address}: no Ray cluster answers there ({str(error).splitlines()[0]})") from error
-    try:
-        with redirect_stdout(sys.stderr):  # Ray tells of dead workers on standard output, which is for what a command found
-            yield from _run(ray, fn, tasks, cpus, gpus, device, on_report)
-    finally:
+    with redirect_stdout(sys.stderr):  # Ray tells of dead workers on standard output, which is for what a command found
+        is_ours = not ray.is_initialized()
         if is_ours:
-            ray.shutdown()
+            _connect(ray, address)
+        try:
+            yield from _run(ray, fn, tasks, cpus, gpus, device, on_report)
+        finally:
+            if is_ours:
+                ray.shutdown()
 
 
 def _run(
@@ -200,16 +196,16 @@ def _room(ray: Any, cpus: float, gpus: float) -> int:
     return max(_MIN_AHEAD, int(2 * min(fits, default=0)))
 
 
-def _check_address(address: str | None) -> None:
-    """Raise UsageError if nobody listens there: Ray itself would try for many minutes."""
+def _connect(ray: Any, address: str | None) -> None:
+    """Raise UsageError if there is no cluster at that address."""
     host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
-    if colon and port.isdecimal():
-        try:
+    try:
+        if colon and port.isdecimal():  # Ray itself would try for many minutes
             socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S).close()
-        except (OSError, OverflowError) as error:
-            raise UsageError(
-                f"--ray-address {address}: nothing answers there ({error}): start it with `ray start --head`"
-            ) from error
+        ray.init(address=address, log_to_driver=False, logging_level="ERROR", configure_logging=False)
+    except (OSError, OverflowError, ValueError, RuntimeError) as error:
+        said = str(error).partition("\n")[0]
+        raise UsageError(f"--ray-address {address}: no Ray cluster answers there ({said}): see `ray start --head`") from error
 
 
 def _check_room(ray: Any, cpus: float, gpus: float) -> None:

@@ -21,7 +21,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from wds_tools.check.rows import Row, Rows, is_image, is_small, is_text
+from wds_tools.check.rows import Row, Rows, is_small, is_text
 from wds_tools.errors import DataError, FormatError
 from wds_tools.format.checksum import crc32
 from wds_tools.format.schema import ANY_MEMBERS, Sample, validate
@@ -32,6 +32,8 @@ MAX_MEMBER_BYTES = 16 << 20
 MAX_TEXT_CHARS = 200_000
 MAX_GRID_CODES = 1 << 16
 """A picture of 4096 x 4096 px at stride 16: larger grids are neither drawn nor decoded."""
+MAX_GRIDS = 16
+"""Of a conversation's images, those whose codes are shown."""
 CARD_TEXT_CHARS = 400
 MAX_COUNT = 200
 SEARCH_S = 0.25
@@ -77,7 +79,12 @@ def sample(rows: Rows, number: int) -> dict[str, Any]:
             "width": parsed.width,
             "height": parsed.height,
             "length": parsed.length,
-            "grids": {column: _grid(codes) for column, codes in parsed.codes.items() if codes.size <= MAX_GRID_CODES},
+            "grids": [
+                {"column": column, "image": number, **_grid(codes)}
+                for column in parsed.codes
+                for number, codes in enumerate(parsed.grids_of(column))
+                if codes.size <= MAX_GRID_CODES
+            ][:MAX_GRIDS],
         }
     return shown
 
@@ -85,8 +92,7 @@ def sample(rows: Rows, number: int) -> dict[str, Any]:
 def card(row: Row, schema_version: int, needle: str = "") -> dict[str, Any]:
     """A sample as it stands in a list: with the beginning of its text, or with what stands around `needle` in it."""
     shown: dict[str, Any] = {"number": row.number, "key": "", "bytes": row.size, "chars": row.text_chars, "codes": row.num_codes}
-    image = next((suffix for suffix in row.lengths if is_image(suffix)), None)
-    shown |= {"image": image, "columns": {}, "type": None, "text": "", "turns_count": 0}
+    shown |= {"images": row.images, "columns": {}, "type": None, "text": "", "turns_count": 0}
     try:
         shown["key"] = row.key
     except FormatError as error:
@@ -103,12 +109,12 @@ def card(row: Row, schema_version: int, needle: str = "") -> dict[str, Any]:
         "text": _excerpt(text, needle),
         "chars": len(text),
         "turns_count": len(turns),
-        "columns": {column: list(codes.shape) for column, codes in parsed.codes.items()},
+        "columns": {column: grids[0].shape for column in parsed.codes if (grids := parsed.grids_of(column))},
     }
 
 
-def codes_of(rows: Rows, number: int, column: str) -> NDArray[Any]:
-    """The code grid of a sample.
+def codes_of(rows: Rows, number: int, column: str, image: int = 0) -> NDArray[Any]:
+    """The code grid of a sample, or of one image of a conversation.
 
     Raises:
         UsageError: there is no such sample.
@@ -116,9 +122,10 @@ def codes_of(rows: Rows, number: int, column: str) -> NDArray[Any]:
     """
     row = rows.one(number, is_small, max_member_bytes=MAX_MEMBER_BYTES)
     parsed, problem = _parse(row, rows.manifest.schema_version)
-    codes = None if parsed is None else parsed.codes.get(column)
-    if codes is None:
-        raise DataError(problem or f"sample {number:,} has no {column}")
+    grids = parsed.grids_of(column) if parsed is not None and column in parsed.codes else []
+    if image >= len(grids):
+        raise DataError(problem or f"sample {number:,} has {len(grids)} grids in {column}")
+    codes = grids[image]
     if codes.size > MAX_GRID_CODES:
         raise DataError(f"a grid of {codes.shape[0]:,} x {codes.shape[1]:,} codes; at most {MAX_GRID_CODES:,} codes are drawn")
     return codes

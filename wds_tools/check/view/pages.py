@@ -24,7 +24,7 @@ import orjson
 
 from wds_tools.check.png import png_bytes
 from wds_tools.check.report import render
-from wds_tools.check.rows import Rows, find_key, is_image
+from wds_tools.check.rows import Rows, find_key
 from wds_tools.check.stats import Stats, sample_stats
 from wds_tools.check.view import browse
 from wds_tools.check.view.pictures import Pictures, code_map
@@ -204,34 +204,37 @@ class Pages:
         place = request.number("file"), request.number("byte")
         return _json(self._rejects.read(request.word("reason"), *place, _REJECTS_COUNT))
 
-    def _usage(self, _: Request, number: str, column: str) -> Answer:
+    def _usage(self, request: Request, number: str, column: str) -> Answer:
         """How often each code of a grid was used, in the part of the set that the report is of."""
-        codes = browse.codes_of(self.rows, int(number), column)
+        codes = browse.codes_of(self.rows, int(number), column, request.number("image"))
         use = self._sampled().count.codes.get(column)
         counts = np.zeros(1, np.int64) if use is None else use.counts
         seen = np.where(codes < len(counts), counts[np.minimum(codes, len(counts) - 1)], 0)
         return _json({"total": int(counts.sum()), "entries": len(counts), "counts": seen.ravel().tolist()})
 
     def _picture(self, request: Request, number: str, column: str) -> Answer:
-        codes = browse.codes_of(self.rows, int(number), column)
-        is_small = bool(request.word("small"))
-        return _png(self._pictures.decoded(int(number), column, codes, is_small=is_small, is_wanted=request.is_wanted))
+        image = request.number("image")
+        codes = browse.codes_of(self.rows, int(number), column, image)
+        kept_as, is_small = (int(number), column, image), bool(request.word("small"))
+        return _png(self._pictures.decoded(kept_as, codes, is_small=is_small, is_wanted=request.is_wanted))
 
-    def _code_map(self, _: Request, number: str, column: str) -> Answer:
-        return _png(code_map(browse.codes_of(self.rows, int(number), column)))
+    def _code_map(self, request: Request, number: str, column: str) -> Answer:
+        return _png(code_map(browse.codes_of(self.rows, int(number), column, request.number("image"))))
 
-    def _image(self, _: Request, number: str) -> Answer:
+    def _image(self, request: Request, number: str) -> Answer:
         """The source image, piece by piece as it is sent."""
         row = self.rows.one(int(number), lambda _: False)
-        suffix = next(filter(is_image, row.spans), None)
-        if suffix is None:
-            raise DataError(f"sample {int(number):,} has no source image")
+        images, image = row.images, request.number("image")
+        if image >= len(images):
+            raise DataError(f"sample {int(number):,} has {len(images)} source images")
+        suffix = images[image]
         begin, end = row.spans[suffix]
         pieces = (
             bytes(self._store.read_range(row.shard, at, min(at + _PIECE_BYTES, end))) for at in range(begin, end, _PIECE_BYTES)
         )
-        if suffix in _IMAGE_TYPES:
-            return Answer(body=pieces, content_type=f"image/{_IMAGE_TYPES[suffix]}", length=end - begin, is_fixed=True)
+        kind = _IMAGE_TYPES.get(suffix.rpartition(".")[2])
+        if kind is not None:
+            return Answer(body=pieces, content_type=f"image/{kind}", length=end - begin, is_fixed=True)
         return _png(_tiff_to_png(b"".join(pieces)))
 
     def _sampled(self) -> Stats:

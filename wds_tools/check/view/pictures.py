@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
@@ -71,8 +72,7 @@ class Pictures:
 
     def decoded(
         self,
-        number: int,
-        column: str,
+        place: tuple[int, str, int],
         codes_hw: NDArray[Any],
         *,
         is_small: bool = False,
@@ -81,7 +81,7 @@ class Pictures:
         """The picture of a sample's codes.
 
         Args:
-            number, column: of the sample and its grid, by which the picture is kept.
+            place: number of the sample, column, and which of its images; by this the picture is kept.
             codes_hw: the grid.
             is_small: at half the size, for lists.
             is_wanted: asked when it is this picture's turn; if not, there is none: b"".
@@ -92,10 +92,10 @@ class Pictures:
             TokenizerError, MissingPackage: the tokenizer can't be loaded.
             WorkerDied: the process that decodes was killed; the next picture starts another.
         """
-        name = (number, column, is_small)
+        name = (place, is_small)
         png = self._kept(name)
         if png is None:
-            decoder = self._decoder(column)
+            decoder = self._decoder(place[1])
             with self._turn:
                 if self._is_closed or not is_wanted():
                     return b""
@@ -121,8 +121,13 @@ class Pictures:
     def _ask(self, decoder: Decoder, codes_hw: NDArray[Any], is_small: bool) -> bytes:
         if self._process is None:
             self._process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _begin)
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C is the viewer's; a process inherits this
         try:
-            return self._process.submit(_picture, decoder, codes_hw, is_small).result()
+            future = self._process.submit(_picture, decoder, codes_hw, is_small)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        try:
+            return future.result()
         except BrokenProcessPool as error:
             self._process = None
             raise WorkerDied(

@@ -21,7 +21,7 @@ function hue(code) {
   return [0, 1 / 3, 2 / 3].map((part) => 150 + 70 * Math.cos((turn + part) * 2 * Math.PI));
 }
 
-export function codeGrid(number, column, grid, signal) {
+export function codeGrid(number, grid, signal) {
   const { width, height, codes } = grid;
   const cells = el("canvas", { className: "cells", width, height, tabIndex: 0, role: "img", "aria-label": `${height} by ${width} codes` });
   const overlays = [];
@@ -41,7 +41,7 @@ export function codeGrid(number, column, grid, signal) {
     buttons.forEach((button, at) => button.setAttribute("aria-pressed", String(MODES[at] === mode)));
     if (mode === "rarity" && !usage) {
       readout.textContent = "counting how often codes are used ...";
-      get(`/api/usage/${number}/${column}`, {}, signal)
+      get(`/api/usage/${number}/${grid.column}`, { image: grid.image }, signal)
         .then((found) => { usage = found; readout.textContent = TITLES[mode]; draw(); }, unlessLeft((error) => { readout.textContent = error.message; }));
     }
     if (marked < 0) readout.textContent = TITLES[mode];

@@ -60,31 +60,31 @@ function head(sample, number, step, back, copied) {
 }
 
 function body(sample, number, signal, grids) {
-  const panes = Object.entries(sample.grids ?? {}).flatMap(([column, grid]) => codePanes(sample, number, column, grid, signal, grids));
-  if (!panes.length && sample.image) panes.push(original(number, null, signal));
+  const panes = (sample.grids ?? []).flatMap((grid) => codePanes(sample, number, grid, signal, grids));
+  if (!panes.length) panes.push(...sample.images.map((_, image) => original(number, image, null, signal)));
   const text = el("div", { className: "side" }, words(sample));
   const rest = el("div", { className: "side" }, about(sample), raw(sample));
   if (panes.length === 1 || panes.length === 2) {
     text.append(...rest.childNodes);
     rest.hidden = true;
   }
-  return el("div", { className: `sample panes-${panes.length}` }, panes, text, rest);
+  return el("div", { className: `sample panes-${Math.min(panes.length, 3)}` }, panes, text, rest);
 }
 
-function codePanes(sample, number, column, grid, signal, grids) {
-  const codes = codeGrid(number, column, grid, signal);
+function codePanes(sample, number, grid, signal, grids) {
+  const codes = codeGrid(number, grid, signal);
   grids.push(codes);
   const ratio = `${grid.width} / ${grid.height}`;
   const decoded = frame(ratio);
   const img = el("img", { alt: "the picture decoded from its codes" });
-  load(img, `/picture/${number}/${column}.png`, signal)
+  load(img, `/picture/${number}/${grid.column}.png?image=${grid.image}`, signal)
     .then(() => fill(decoded, img, codes.overlay()), unlessLeft((error) => fill(decoded, el("p", {}, error.message))));
   codes.follow(decoded);
   const cells = fill(frame(ratio), codes.cells, codes.overlay());
   codes.follow(cells);
   return [
     el("figure", { className: "pane" }, el("header", {}, "Decoded"), decoded),
-    sample.image ? original(number, ratio, signal) : null,
+    grid.image < sample.images.length ? original(number, grid.image, ratio, signal) : null,
     el("figure", { className: "pane" }, el("header", {}, `Codes, ${grid.height} × ${grid.width}`, el("span", { className: "grow" }), codes.controls), cells, codes.readout),
   ].filter(Boolean);
 }
@@ -101,10 +101,10 @@ function fill(node, ...children) {
 }
 
 // The source image, cut as it was for the tokenizer, or whole.
-function original(number, ratio, signal) {
+function original(number, image, ratio, signal) {
   const node = frame(ratio ?? "auto");
   const img = el("img", { alt: "the source image", className: ratio ? "cover" : "" });
-  load(img, `/image/${number}`, signal)
+  load(img, `/image/${number}?image=${image}`, signal)
     .then(() => fill(node, img), unlessLeft((error) => fill(node, el("p", {}, error.message))));
   const button = el("button", { type: "button", "aria-pressed": "false" }, "whole");
   button.addEventListener("click", () => {
@@ -134,7 +134,7 @@ function turn({ from, value }) {
 
 function about(sample) {
   const size = sample.width ? `${sample.width} × ${sample.height} px` : null;
-  const distinct = Object.values(sample.grids ?? {}).map((grid) => count(grid.distinct)).join(", ");
+  const distinct = (sample.grids ?? []).map((grid) => count(grid.distinct)).join(", ");
   return el("section", {}, el("h2", {}, "Sample"),
     facts([
       ["characters", count(sample.chars)],

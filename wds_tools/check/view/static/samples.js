@@ -7,7 +7,7 @@ let shown = null; // the cards of the last page, kept while the next one comes
 
 export function card(sample, needle, signal, onproblem) {
   const column = Object.keys(sample.columns)[0];
-  const thumb = column || sample.image ? el("div", { className: "thumb waiting" }) : null;
+  const thumb = column || sample.images.length ? el("div", { className: "thumb waiting" }) : null;
   if (thumb) picture(thumb, sample, column, signal, onproblem);
   const text = sample.problem ?? sample.text;
   return el("a", { className: `card${sample.problem ? " broken" : ""}`, href: `/sample/${sample.number}`, "data-inside": true, "data-number": sample.number },
@@ -58,7 +58,7 @@ export function showSamples(main, url, signal) {
 
   const fill = (samples) => {
     cards.classList.remove("stale");
-    cards.classList.toggle("texts", samples.length > 0 && samples.every((sample) => !sample.image && !Object.keys(sample.columns).length));
+    cards.classList.toggle("texts", samples.length > 0 && samples.every((sample) => !sample.images.length && !Object.keys(sample.columns).length));
     shown = cards;
     replace(cards, samples.map((sample) => card(sample, query.text, signal, onproblem)));
   };
