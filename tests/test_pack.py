@@ -14,7 +14,7 @@ import pytest
 from commands import tree, wds_tools
 from factory import image_sample, make_dataset, text_sample
 from test_resume import disturb
-from tokens import readmes, write_tokenizer
+from tokens import PROVENANCE, readmes, write_tokenizer
 
 from wds_tools.dataset.read import read_manifest
 from wds_tools.errors import TooManyRejects, UsageError
@@ -26,7 +26,6 @@ from wds_tools.sequences.config import SequenceConfig
 from wds_tools.storage import open_store
 
 LENGTH = 128
-PROVENANCE = {"vqcode_512": {"tokenizer": "tiny", "codebook_size": 8192, "weights_hash": "sha256:0"}}
 
 
 def documents(count: int) -> Iterator[Sample]:

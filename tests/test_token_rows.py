@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import warnings
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import islice, pairwise
@@ -18,7 +17,7 @@ import torch
 from commands import wds_tools
 from factory import image_sample, make_dataset, multi_sample, talk_sample, text_sample
 from s3 import S3Server
-from tokens import readmes, write_tokenizer
+from tokens import PROVENANCE, readmes, write_tokenizer
 
 from loaders import Loader, LoaderConfig, SequenceConfig, Source, World, build_loader, flatten, merge_states
 from loaders.testing import Topology, check_resume
@@ -28,10 +27,6 @@ from wds_tools.pack.rows import PackConfig, pack
 from wds_tools.sequences.build import ExampleBuilder
 
 LENGTH = 96
-PROVENANCE = {
-    column: {"tokenizer": "tiny", "codebook_size": 8192, "weights_hash": "sha256:0"}
-    for column in ("vqcode_512", "vqcode_multi768")
-}
 PAIRS, TEXTS = 37, 53
 
 
@@ -225,29 +220,41 @@ def test_a_loop_that_was_left_goes_on_with_packed_rows(data: Path) -> None:
     assert parts == whole
 
 
-def test_packed_rows_hold_every_token_once_an_epoch_and_little_padding(data: Path) -> None:
-    loader = build_loader(config(data, packing=True, lanes=4), World())
+def test_packed_rows_hold_whole_examples_and_documents_piece_by_piece_in_order_and_little_padding(data: Path) -> None:
+    lanes, epochs = 4, 6
+    loader = build_loader(config(data, packing=True, lanes=lanes), World())
     builder = ExampleBuilder(sequences(data), 42, 8192)
-    expected = Counter(token for one in builder.build([*pairs(), *texts()], [0] * (PAIRS + TEXTS)) for token in one.ids.tolist())
-    found: Counter[int] = Counter()
-    keys: Counter[str] = Counter()
-    for batch in islice(loader, 200):
-        bounds = batch["cu_seqlens"].tolist()
-        names = iter([key for row in batch["__key__"] for key in row])
-        flat, positions = batch["input_ids"].reshape(-1), batch["position_ids"].reshape(-1)
-        for begin, end in pairwise(bounds):
-            assert positions[begin:end].tolist() == list(range(end - begin))
-            assert batch["labels"].reshape(-1)[begin] == -100
-            is_padding = end % LENGTH == 0 and bool((flat[begin:end] == builder.vocabulary.eos).all())
-            if not is_padding:
-                key = next(names)
-                keys[key] += 1
-                found.update(flat[begin:end].tolist())
-        assert next(names, None) is None
-        if min(keys.values()) >= 1 and len(keys) == PAIRS + TEXTS:
-            break
-    assert len(keys) == PAIRS + TEXTS
-    assert all(found[token] >= count for token, count in expected.items())
+    whole = [
+        {one.key: one.ids.tolist() for one in builder.build([*pairs(), *texts()], [e] * (PAIRS + TEXTS))} for e in range(epochs)
+    ]
+    begun: dict[tuple[str, int], list[int]] = {}  # how far each copy of a document has come in a lane
+    complete = set()
+    for batch in islice(loader, 80):
+        segments = pairwise(batch["cu_seqlens"].tolist())
+        for lane, keys in enumerate(batch["__key__"]):  # row q of lane q mod 4
+            for key in keys:
+                begin, end = next(segments)
+                ids = batch["input_ids"].reshape(-1)[begin:end].tolist()
+                assert batch["position_ids"].reshape(-1)[begin:end].tolist() == list(range(end - begin))
+                assert batch["labels"].reshape(-1)[begin] == -100
+                if not key.startswith("text"):
+                    assert ids in [epoch[key] for epoch in whole]
+                    complete.add(key)
+                    continue
+                copies, document = begun.setdefault((key, lane), []), whole[0][key]
+                at = next(at for at in (*copies, 0) if document[at : at + len(ids)] == ids)
+                if at:
+                    copies.remove(at)
+                if at + len(ids) < len(document):
+                    copies.append(at + len(ids))
+                else:
+                    complete.add(key)
+            if end < (lane + 1) * LENGTH:
+                begin, end = next(segments)
+                assert end == (lane + 1) * LENGTH
+                assert set(batch["input_ids"].reshape(-1)[begin:end].tolist()) == {builder.vocabulary.eos}
+    assert complete == whole[0].keys()
+    assert all(len(copies) <= 2 for copies in begun.values())
     stats = loader.stats()
     assert stats["padding"] / (stats["tokens"] + stats["padding"]) < 0.1
 

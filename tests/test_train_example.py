@@ -10,21 +10,13 @@ from pathlib import Path
 
 import pytest
 from commands import ROOT
-from factory import image_sample, make_dataset, text_sample
 from s3 import find_weed
-from tokens import readmes, write_tokenizer
-
-PROVENANCE = {"vqcode_512": {"tokenizer": "tiny", "codebook_size": 8192, "weights_hash": "sha256:0"}}
+from tokens import write_small_sets
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    write_tokenizer(folder / "tokenizer")
-    make_dataset(folder / "pairs", (image_sample(n, side=4) for n in range(30)), codes=PROVENANCE)
-    prose = " ".join(readmes()[:5])
-    make_dataset(folder / "texts", (text_sample(n, prose[100 * n :][:300]) for n in range(30)))
-    return folder
+    return write_small_sets(tmp_path_factory.mktemp("data"))
 
 
 def train(data: Path, output: Path, *, ranks: int, steps: int) -> dict[int, float]:

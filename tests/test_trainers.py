@@ -10,26 +10,19 @@ from typing import Any
 
 import pytest
 import torch
-from factory import image_sample, make_dataset, text_sample
-from tokens import readmes, write_tokenizer
+from tokens import write_small_sets
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from loaders import Loader, LoaderConfig, Rounds, SequenceConfig, Source, World, build_loader, model_inputs
 from wds_tools.errors import UsageError
 
-PROVENANCE = {"vqcode_512": {"tokenizer": "tiny", "codebook_size": 8192, "weights_hash": "sha256:0"}}
 STEPS = 6
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    write_tokenizer(folder / "tokenizer")
-    make_dataset(folder / "pairs", (image_sample(n, side=4) for n in range(40)), codes=PROVENANCE)
-    prose = " ".join(readmes()[:5])
-    make_dataset(folder / "texts", (text_sample(n, prose[100 * n :][:300]) for n in range(40)))
-    return folder
+    return write_small_sets(tmp_path_factory.mktemp("data"))
 
 
 def loader(data: Path, *, packing: bool, num_workers: int = 0) -> Loader:

@@ -1,4 +1,4 @@
-"""A small text tokenizer for tests, trained in a second on the READMEs of the installed packages."""
+"""A small text tokenizer for tests, trained in a second on the READMEs of the installed packages; and data sets for it."""
 
 from __future__ import annotations
 
@@ -7,9 +7,15 @@ from functools import cache
 from importlib.metadata import distributions
 from pathlib import Path
 
+from factory import image_sample, make_dataset, text_sample
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 IMAGE_TOKENS = ("<boi>", "<eoi>", "<unconditional>")
+PROVENANCE = {
+    column: {"tokenizer": "tiny", "codebook_size": 8192, "weights_hash": "sha256:0"}
+    for column in ("vqcode_512", "vqcode_multi768")
+}
+"""Of the factory's codes, for a manifest."""
 
 
 @cache
@@ -42,4 +48,13 @@ def write_tokenizer(folder: Path, *, added: tuple[str, ...] = IMAGE_TOKENS) -> P
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def write_small_sets(folder: Path) -> Path:
+    """In a folder: a tokenizer, 40 pairs and 40 documents of 300 characters."""
+    write_tokenizer(folder / "tokenizer")
+    make_dataset(folder / "pairs", (image_sample(number) for number in range(40)), codes=PROVENANCE)
+    prose = " ".join(readmes()[:5])
+    make_dataset(folder / "texts", (text_sample(number, prose[100 * number :][:300]) for number in range(40)))
     return folder
