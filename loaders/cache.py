@@ -81,7 +81,7 @@ class BlockCache:
         """What belongs to one process."""
         self._pid = os.getpid()
         self._lock = threading.Lock()  # of the counts
-        self._looking = threading.Lock()  # one thread looks, the others go on
+        self._looking = threading.Lock()  # one thread looks, others that write wait for it
         self._counts: Counter[str] = Counter(dict.fromkeys(_COUNTS, 0))
         self._is_off = False
         self._seen_bytes = 0  # of blocks, at the last look
@@ -160,15 +160,16 @@ class BlockCache:
         """Count what was written; if that is too much with what is there already, make room."""
         with _opened(os.path.join(self.folder, WRITTEN), _CREATE | os.O_APPEND) as written:
             os.write(written, bytes(-(-num_bytes // UNIT_BYTES)))
-            grown = os.fstat(written).st_size - self._seen_written
-            is_known = self._seen_written >= 0 and grown >= 0  # somebody may have let the file begin again
-            if is_known and self._seen_bytes + grown * UNIT_BYTES <= self.max_bytes:
-                return
-            if self._looking.acquire(blocking=False):
-                try:
-                    self._make_room(written)
-                finally:
-                    self._looking.release()
+            if not self._is_within(written):
+                with self._looking:  # who comes second waits: a look takes long on a busy machine, and writes would go on
+                    if not self._is_within(written):
+                        self._make_room(written)
+
+    def _is_within(self, written: int) -> bool:
+        """Whether what is known to be there is within the limit."""
+        grown = os.fstat(written).st_size - self._seen_written
+        is_known = self._seen_written >= 0 and grown >= 0  # somebody may have let the file begin again
+        return is_known and self._seen_bytes + grown * UNIT_BYTES <= self.max_bytes
 
     def _make_room(self, written: int) -> None:
         """Look at what is there; above the limit, delete blocks down to KEEP of it."""

@@ -280,8 +280,12 @@ def _count_codes(part: Part, piece: Sequence[Row], records: Sequence[Mapping[str
             if codes.ndim != 2:
                 raise FormatError(f"{row.shard}, byte {row.start}: {suffix} has the shape {codes.shape}, expected (h, w)")
             column = suffix.removesuffix(".npy")
-            for height, width in (record.get("grids") or {}).get(column, [codes.shape]):
-                part.count.grids[f"{height} x {width}"] += 1
+            try:
+                part.count.grids.update(f"{h} x {w}" for h, w in (record.get("grids") or {}).get(column, [codes.shape]))
+            except (AttributeError, TypeError, ValueError) as error:
+                raise FormatError(
+                    f"{row.shard}, byte {row.start}: its grids are not [h, w] each: `wds-tools verify` says more"
+                ) from error
             if codes.size:
                 columns.setdefault(column, []).append(codes.ravel())
                 hashes.append(xxh3_64_intdigest(payload))
