@@ -33,7 +33,7 @@ ALLOWED = {
     "wds_tools.encode": PASSES | {"wds_tools.images", "wds_tools.vq"},
     "wds_tools.pack": PASSES | {"wds_tools.sequences"},
     "wds_tools.export": DATASET,
-    "wds_tools.check": DATASET | {"wds_tools.images", "wds_tools.vq"},
+    "wds_tools.check": DATASET | {"wds_tools.images", "wds_tools.vq", "wds_tools.sequences"},
     "wds_tools.cli": PASSES
     | {f"wds_tools.{room}" for room in ("convert", "encode", "pack", "sequences", "export", "check")}
     | {"wds_tools"},

@@ -35,7 +35,7 @@ from wds_tools.check.view.server import ViewConfig, ViewServer
 from wds_tools.dataset.index import index_tars
 from wds_tools.dataset.read import read_manifest
 from wds_tools.dataset.write import ShardLimits, TaskWriter, begin, finish
-from wds_tools.errors import FormatError, NotFound, Reject, UsageError
+from wds_tools.errors import FormatError, NotFound, Reject, TokenizerError
 from wds_tools.format.manifest import pack_manifest
 from wds_tools.format.schema import Sample, SourceImage, join_grids
 from wds_tools.storage import LocalStore, open_store
@@ -233,7 +233,7 @@ def test_text_tokens_are_counted_where_a_tokenizer_is_given(tmp_path: Path) -> N
     make_dataset(tmp_path / "set", [text_sample(0, "a cat, a dog")])
     with serving(tmp_path / "set", text_tokenizer=str(tmp_path / "tokenizer.json")) as server:
         assert ask(server, "/api/sample/0")["tokens"] == 5
-    with pytest.raises(UsageError, match=r"not a tokenizer\.json"):
+    with pytest.raises(TokenizerError, match=r"manifest\.json"):
         ViewServer(ViewConfig(input=str(tmp_path / "set"), port=0, text_tokenizer=str(tmp_path / "set" / "manifest.json")))
 
 

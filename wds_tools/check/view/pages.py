@@ -30,8 +30,9 @@ from wds_tools.check.view import browse
 from wds_tools.check.view.pictures import Pictures, code_map
 from wds_tools.check.view.rejects import Rejects
 from wds_tools.dataset.read import read_manifest
-from wds_tools.errors import DataError, MissingPackage, NotFound, UsageError
+from wds_tools.errors import DataError, NotFound, UsageError
 from wds_tools.format.schema import ANY_MEMBERS
+from wds_tools.sequences.tokenizer import TextTokenizer
 from wds_tools.storage import Store
 
 _STATIC = {
@@ -100,7 +101,7 @@ class PagesConfig:
     device: str = "auto"
     """What decodes pictures: auto, cpu, cuda or cuda:N."""
     text_tokenizer: str | None = None
-    """A tokenizer.json, to show how many tokens a text has."""
+    """A tokenizer.json or the folder of one, to show how many tokens a text has."""
 
 
 class Pages:
@@ -113,7 +114,7 @@ class Pages:
     Raises:
         NotFound: there is no manifest.
         FormatError: it is damaged.
-        UsageError, MissingPackage: the text tokenizer can't be loaded.
+        UsageError, TokenizerError, MissingPackage: the text tokenizer can't be loaded.
     """
 
     def __init__(self, store: Store, config: PagesConfig) -> None:
@@ -269,15 +270,8 @@ def _token_counter(path: str | None) -> Callable[[str], int] | None:
     """Counts the tokens of a text, without those that mark its beginning and end."""
     if path is None:
         return None
-    try:
-        from tokenizers import Tokenizer
-    except ImportError as error:
-        raise MissingPackage("counting tokens needs tokenizers: pip install 'wds-tools[train]'") from error
-    try:
-        tokenizer = Tokenizer.from_file(path)
-    except Exception as error:
-        raise UsageError(f"{path} is not a tokenizer.json that can be loaded: {error}") from error
-    return lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids)
+    tokenizer = TextTokenizer(path)
+    return lambda text: len(tokenizer.encode([text])[0])
 
 
 def _answer(body: bytes, content_type: str, *, is_fixed: bool = False) -> Answer:
