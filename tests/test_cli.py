@@ -349,7 +349,7 @@ def completed(script: Path, *words: str) -> list[str]:
 def test_bash_completes_commands_options_and_what_an_option_may_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     script = script_for("bash", tmp_path, capsys)
     assert {words[0] for words in COMMANDS} == set(completed(script, ""))
-    assert completed(script, "comp") == ["completion"]
+    assert completed(script, "compl") == ["completion"]
     assert completed(script, "convert", "dc") == ["dclm"]
     assert completed(script, "convert", "dclm", "--inp") == ["--input"]
     assert completed(script, "export", "hf", "--format", "") == ["arrow", "parquet"]

@@ -59,7 +59,7 @@ HEAVY = {
     "ray": {"wds_tools.run"},
     "tyro": {"wds_tools.cli"},
     "zstandard": {"wds_tools.convert"},
-    "tokenizers": {"wds_tools.sequences", "wds_tools.check"},
+    "tokenizers": {"wds_tools.sequences"},
     "transformers": {"wds_tools.vq", "wds_tools.sequences", "loaders"},
     "accelerate": set(),
     "lightning": set(),

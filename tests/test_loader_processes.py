@@ -276,7 +276,8 @@ def test_an_interrupt_ends_the_run_and_its_workers(
         assert "loaders/work.py" not in err, err  # what workers do; multiprocessing may tell of a broken connection
         wait_until(lambda: not session(process.pid), "the workers end", WATCHDOG_S)
     assert shared_memory([process.pid, *workers]) == []
-    assert list(temp.rglob("*")) == []
+    # A worker that is too slow to end by itself is killed, and leaves the folder of multiprocessing's socket.
+    assert [path for path in temp.iterdir() if not path.name.startswith("pymp-")] == []
 
 
 def test_the_workers_of_a_loader_that_is_dropped_end(url: str) -> None:
