@@ -94,10 +94,10 @@ def check_recipe(state: Mapping[str, Any], stream: Stream) -> None:
     if (state["epoch"] + 2) * stream.length >= 1 << 62:
         raise UsageError(f"the state is at epoch {state['epoch']} of {stream.length} samples each: more than can be counted")
     saved = state["recipe"]
-    differing = [name for name, value in stream.recipe.items() if saved.get(name) != value]
+    differing = [name for name in {**stream.recipe, **saved} if saved.get(name) != stream.recipe.get(name)]
     if differing:
         name = differing[0]
         raise UsageError(
-            f"the state was saved under another recipe: {name} was {saved.get(name)!r}, is {stream.recipe[name]!r}: "
+            f"the state was saved under another recipe: {name} was {saved.get(name)!r}, is {stream.recipe.get(name)!r}: "
             "keep the recipe of the run, or start a new one"
         )

@@ -117,13 +117,15 @@ class Stream:
         schedule = [(0, weights[0]), *((step * self.step_samples, changed) for step, changed in config.schedule)]
         self._mixture = Mixture([plan.num_samples for plan in plans], order.lanes, schedule)
         self.length = self._length(config) if weighted else plans[0].num_samples
-        self._recipe = {
+        self._recipe: dict[str, Any] = {
             "weights": [list(changed) for _, changed in schedule] if weighted else None,
             "from_positions": [start for start, _ in schedule],
             "length": self.length,
             "repeat": [opened.source.repeat for opened in sources],
             "max_samples": [opened.max_samples for opened in sources],
         }
+        if any(opened.source.codes for opened in sources):
+            self._recipe["codes"] = [opened.source.codes for opened in sources]
 
     @property
     def recipe(self) -> Mapping[str, Any]:

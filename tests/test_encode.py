@@ -283,6 +283,16 @@ def test_the_loader_reads_the_codes_that_are_named(twice: Path) -> None:
         list(build_loader(LoaderConfig(sources=(Source(str(twice), codes="third"),), batch_size=1)))
 
 
+def test_a_run_goes_on_with_the_codes_it_began_with(twice: Path) -> None:
+    plain, other = (
+        build_loader(LoaderConfig(sources=(Source(str(twice), codes=name),), batch_size=1)) for name in (None, "other")
+    )
+    other.load_state_dict(other.state_dict())
+    for one, another in ((plain, other), (other, plain)):
+        with pytest.raises(UsageError, match="another recipe: codes was"):
+            one.load_state_dict(another.state_dict())
+
+
 @pytest.mark.parametrize("name", ["a.b", "x" * 20, "a/b"])
 def test_a_name_that_can_not_name_codes_is_refused(name: str) -> None:
     with pytest.raises(UsageError, match="can't name codes"):

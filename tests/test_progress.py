@@ -33,6 +33,16 @@ def test_plain_lines_say_samples_rejects_rate_share_and_time_left() -> None:
 
 
 @pytest.mark.usefixtures("every_time")
+def test_the_share_of_time_that_devices_waited_is_told() -> None:
+    out = io.StringIO()
+    with Progress("encode", 10, stream=out) as report:
+        report(5, 5, 0, 2.0, 0.5)
+        report(5, 5, 0, 2.0, 0.7)
+    assert out.getvalue().splitlines()[-1].startswith("encode: 10 samples, ")
+    assert "samples/s, device waited 30%, 100 % done" in out.getvalue()
+
+
+@pytest.mark.usefixtures("every_time")
 def test_an_unknown_total_promises_no_time() -> None:
     out = io.StringIO()
     with Progress("encode", 0, stream=out) as report:

@@ -126,10 +126,23 @@ class Plan:
     """What a task runs on: "cpu", "cuda" (or "cuda:..."), or "auto", which is a GPU where there is one."""
 
 
+class Advance(Protocol):
+    """Tells how far the work on a task is."""
+
+    def __call__(self, units: int, device_s: float = 0.0, waited_s: float = 0.0) -> None:
+        """Add to what is done.
+
+        Args:
+            units: of the plan's total.
+            device_s, waited_s: seconds that the device was in use, and of these with nothing to do.
+        """
+        ...
+
+
 class Work(Protocol):
     """What a pass does with one task."""
 
-    def __call__(self, task: Any, writer: TaskWriter, advance: Callable[[int], None]) -> int:
+    def __call__(self, task: Any, writer: TaskWriter, advance: Advance) -> int:
         """Read the task's inputs, give each to `writer.add` or `writer.reject`, call `advance(units)` on the way.
 
         Returns:
@@ -339,13 +352,16 @@ class _RunTask:
         number, task = numbered
         with TaskWriter(open_store(self.output), number, self.limits) as writer:
             told = [0, 0, 0]
+            times = [0.0, 0.0]
 
-            def advance(units: int, *, flush: bool = False) -> None:
+            def advance(units: int, device_s: float = 0.0, waited_s: float = 0.0, *, flush: bool = False) -> None:
                 told[0] += units
+                times[:] = times[0] + device_s, times[1] + waited_s
                 news = (writer.num_samples - told[1], writer.num_rejects - told[2])
                 if flush or sum(news) >= _REPORT_EVERY:
-                    report(told[0], *news)
+                    report(told[0], *news, *times)
                     told[:] = [0, told[1] + news[0], told[2] + news[1]]
+                    times[:] = 0.0, 0.0
 
             inputs = self.work(task, writer, advance)
             advance(0, flush=True)

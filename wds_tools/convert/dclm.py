@@ -8,7 +8,7 @@ Memory does not grow with the input. Cost: see benchmarks/; about half the time 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -18,7 +18,7 @@ from wds_tools.dataset.write import TaskWriter
 from wds_tools.errors import FormatError, Reject, UsageError
 from wds_tools.format.manifest import Manifest
 from wds_tools.format.schema import Sample
-from wds_tools.passes import PassOptions, Plan, group_to_limit, run_pass
+from wds_tools.passes import Advance, PassOptions, Plan, group_to_limit, run_pass
 from wds_tools.storage import open_store, split_url
 
 
@@ -57,7 +57,7 @@ def convert_dclm(config: DclmConfig) -> Manifest:
 class _ConvertFiles:
     keep: tuple[str, ...]
 
-    def __call__(self, task: Sequence[tuple[str, int]], writer: TaskWriter, advance: Callable[[int], None]) -> int:
+    def __call__(self, task: Sequence[tuple[str, int]], writer: TaskWriter, advance: Advance) -> int:
         inputs = 0
         for url, _ in task:
             line = Line(0, b"")
@@ -83,13 +83,13 @@ class _ConvertFiles:
         return inputs
 
 
-def _read_documents(url: str, advance: Callable[[int], None]) -> Iterator[Line]:
+def _read_documents(url: str, advance: Advance) -> Iterator[Line]:
     root, name = split_url(url)
     with open_store(root).open(name) as stream:
         yield from number_lines(_chunks(stream, advance))
 
 
-def _chunks(stream: BinaryIO, advance: Callable[[int], None]) -> Iterator[bytes]:
+def _chunks(stream: BinaryIO, advance: Advance) -> Iterator[bytes]:
     seen_bytes = 0
     for data, read_bytes in decompress(stream):
         if read_bytes != seen_bytes:

@@ -12,7 +12,7 @@ rejects. An Arrow file that was cut off gives its rows up to there and one rejec
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -35,7 +35,7 @@ from wds_tools.dataset.write import REJECTS, TaskWriter
 from wds_tools.errors import FormatError, MissingPackage, NotFound, Reject, StorageError, UsageError
 from wds_tools.format.manifest import Manifest
 from wds_tools.format.schema import Codes, Sample, code_dtype
-from wds_tools.passes import PassOptions, Plan, run_pass
+from wds_tools.passes import Advance, PassOptions, Plan, run_pass
 from wds_tools.storage import join, open_store, split_url
 
 _ABSENT = "no"
@@ -158,7 +158,7 @@ class _ConvertRows:
     stride: int
     keep: tuple[str, ...]
 
-    def __call__(self, task: LineRange | tuple[str, int], writer: TaskWriter, advance: Callable[[int], None]) -> int:
+    def __call__(self, task: LineRange | tuple[str, int], writer: TaskWriter, advance: Advance) -> int:
         if isinstance(task, LineRange):
             url = task.url
             rows: Iterator[_Row] = (_Row(line.number, line, len(line.data or b"") + 1) for line in read_lines(task))

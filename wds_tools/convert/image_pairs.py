@@ -10,7 +10,7 @@ time ahead of their turn; the order of the lines is kept.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
@@ -33,7 +33,7 @@ from wds_tools.errors import FormatError, Reject, UsageError
 from wds_tools.format.manifest import Manifest
 from wds_tools.format.schema import Sample
 from wds_tools.images import ImageLimits, Mode, crop_for, probe
-from wds_tools.passes import PassOptions, Plan, run_pass
+from wds_tools.passes import Advance, PassOptions, Plan, run_pass
 
 _OUR_REJECTS = re.compile(r"(^|/)rejects/task-\d{6,}\.jsonl$")
 """What lies in a data set that an input folder holds, perhaps the output itself: no input, unless it is named."""
@@ -78,6 +78,11 @@ class Filler(Protocol):
 
     workers: int
     runs_on: str
+
+    @property
+    def device(self) -> Any:
+        """What encodes in this process; knows how long it waited."""
+        ...
 
     def provenance(self, column_types: Iterable[str]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
         """What decides on the codes, and the provenance of each code column."""
@@ -130,12 +135,12 @@ class _ConvertLines:
     keep: tuple[str, ...]
     filler: Filler | None = None
 
-    def __call__(self, task: LineRange, writer: TaskWriter, advance: Callable[[int], None]) -> int:
+    def __call__(self, task: LineRange, writer: TaskWriter, advance: Advance) -> int:
         inputs = 0
         samples = self._samples(task, writer.task)
         for line, sample in samples if self.filler is None else self.filler.fill(samples):
             inputs += 1
-            advance(1)
+            advance(1, *self.filler.device.new_times() if self.filler is not None else ())
             if isinstance(sample, Reject):
                 writer.reject(sample, source=task.url, line=line)
                 continue

@@ -9,7 +9,7 @@ text is changed. As for pairs, pixels are first decoded by the encoding pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ from wds_tools.errors import FormatError, Reject, UsageError
 from wds_tools.format.manifest import Manifest
 from wds_tools.format.schema import Sample, SourceImage
 from wds_tools.images import ImageLimits, probe
-from wds_tools.passes import PassOptions, Plan, run_pass
+from wds_tools.passes import Advance, PassOptions, Plan, run_pass
 
 MARK = "<image>"
 _ROLES = {"system": "system", "human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
@@ -90,7 +90,7 @@ class _ConvertRecords:
     limits: ImageLimits
     keep: tuple[str, ...]
 
-    def __call__(self, task: LineRange, writer: TaskWriter, advance: Callable[[int], None]) -> int:
+    def __call__(self, task: LineRange, writer: TaskWriter, advance: Advance) -> int:
         source = ImageSource(task.url, self.image_root)
         is_list = isinstance(task, ElementRange)
         inputs = 0

@@ -50,6 +50,13 @@ class Device:
         self._begun: float | None = None
         self._free_since = 0.0
         self._waited_s = 0.0
+        self._told = 0.0, 0.0
+
+    def new_times(self) -> tuple[float, float]:
+        """`times` since this was asked last."""
+        (total_s, waited_s), told = self.times(), self._told
+        self._told = total_s, waited_s
+        return total_s - told[0], waited_s - told[1]
 
     def times(self) -> tuple[float, float]:
         """Seconds since the first batch came, and how many of them the device had nothing to do."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 from urllib.parse import unquote
@@ -25,7 +25,7 @@ from wds_tools.errors import Reject, UsageError
 from wds_tools.format.manifest import Manifest, ShardRow, row_from_json
 from wds_tools.format.schema import IMAGE_EXTENSIONS, Sample
 from wds_tools.images import ImageLimits, Mode
-from wds_tools.passes import PassOptions, Plan, group_to_limit, run_pass
+from wds_tools.passes import Advance, PassOptions, Plan, group_to_limit, run_pass
 from wds_tools.storage import open_store
 from wds_tools.storage.base import split_scheme
 
@@ -127,7 +127,7 @@ class FillShards:
     input: str
     filler: Filler
 
-    def __call__(self, task: Sequence[dict[str, Any]], writer: TaskWriter, advance: Callable[[int], None]) -> int:
+    def __call__(self, task: Sequence[dict[str, Any]], writer: TaskWriter, advance: Advance) -> int:
         inputs = 0
         for (shard, key), filled in self.filler.fill(self._samples([row_from_json(row) for row in task])):
             inputs += 1
@@ -135,7 +135,7 @@ class FillShards:
                 writer.reject(filled, source=shard, key=key)
             else:
                 writer.add(filled)
-            advance(1)
+            advance(1, *self.filler.device.new_times())
         return inputs
 
     def _samples(self, rows: Sequence[ShardRow]) -> Iterator[tuple[tuple[str, str], Sample]]:

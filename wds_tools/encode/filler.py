@@ -140,6 +140,8 @@ class Filler:
         }
         if self.options.compile:
             settings["compile"] = True
+        if self.options.precision != "fp32" or self.options.compile:  # then a code may depend on what shares its batch
+            settings["batch_size"] = self.options.batch_size
         libraries = {name: version(name) for name in ("torch", "pillow", "numpy")}
         columns = sorted({self.column_of(data_type) for data_type in column_types})
         return settings, {column: {**settings, "libraries": libraries} for column in columns}

@@ -9,7 +9,7 @@ Cost: the tokenizer's (docs/benchmarks.md).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -24,7 +24,7 @@ from wds_tools.errors import FormatError, Reject, UsageError
 from wds_tools.format.manifest import Manifest, row_from_json
 from wds_tools.format.schema import ANY_MEMBERS, Sample
 from wds_tools.format.shard import sample_from_members
-from wds_tools.passes import PassOptions, Plan, run_pass
+from wds_tools.passes import Advance, PassOptions, Plan, run_pass
 from wds_tools.sequences.build import ExampleBuilder
 from wds_tools.sequences.config import SequenceConfig
 from wds_tools.sequences.pack import Packer
@@ -151,7 +151,7 @@ class _PackSamples:
     def builder(self) -> ExampleBuilder:
         return ExampleBuilder(self.config, self.seed, self.codebook_size)
 
-    def __call__(self, task: Sequence[Sequence[Any]], writer: TaskWriter, advance: Callable[[int], None]) -> int:
+    def __call__(self, task: Sequence[Sequence[Any]], writer: TaskWriter, advance: Advance) -> int:
         vocabulary = self.builder.vocabulary
         packer = Packer(self.config.max_length, vocabulary.eos)
         sink = _Sink(writer, ids_dtype(vocabulary.size))

@@ -2,7 +2,7 @@
 
 `run_tasks(fn, tasks, workers=n)` yields `fn(task, report)` for each task as it finishes. With one worker everything happens in
 this process. With more, `fn` is pickled once to each spawned process and kept there, so what it loads (a model) is loaded once.
-`report(done, samples, rejects)` may be called as often as fn likes; reports reach `on_report` in this process.
+`report(...)` may be called as often as fn likes, with numbers; reports reach `on_report` in this process.
 Invariant: no worker outlives this process or the generator: the generator kills those it leaves behind, and each worker watches
 a pipe that closes with this process, however it ends.
 """
@@ -25,8 +25,8 @@ from wds_tools.errors import WorkerDied
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
-Report = Callable[[int, int, int], None]
-"""(units of work done, samples written, rejects) since the last report."""
+Report = Callable[..., None]
+"""What is new since the last report, as numbers that can be added up; see Progress."""
 Work = Callable[[Task, Report], Result]
 
 _POLL_S = 0.25

@@ -1,6 +1,7 @@
 """How far a run is: a bar on a terminal, a plain line every ten seconds elsewhere.
 
-Shows samples, rejects, samples/s, and time left from the share of the work units (lines, bytes, images) that are done.
+Shows samples, rejects, samples/s, time left from the share of the work units (lines, bytes, images) that are done, and of work
+on a device which share of the time it had nothing to do.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ _LINE_EVERY_S = 10.0
 
 
 class Progress:
-    """A context manager; call it with (units done, samples, rejects) as they come.
+    """A context manager; call it with what is new, as it comes.
 
     Args:
         title: what is going on, one word.
@@ -35,6 +36,7 @@ class Progress:
         self._unit = unit
         self._stream = sys.stderr if stream is None else stream
         self._done = self._samples = self._rejects = 0
+        self._device_s = self._waited_s = 0.0
         self._begun = self._shown = time.monotonic()
         self._bar: tqdm[None] | None = None
 
@@ -51,11 +53,20 @@ class Progress:
         elif kind is None and self._shown != self._begun:
             self._print_line()
 
-    def __call__(self, done: int, samples: int, rejects: int) -> None:
-        """Add to what is done."""
+    def __call__(self, done: int, samples: int, rejects: int, device_s: float = 0.0, waited_s: float = 0.0) -> None:
+        """Add to what is done.
+
+        Args:
+            done: work units.
+            samples, rejects: that came of them.
+            device_s: seconds that a device was in use, over all devices.
+            waited_s: of these, with nothing to do.
+        """
         self._done += done
         self._samples += samples
         self._rejects += rejects
+        self._device_s += device_s
+        self._waited_s += waited_s
         if self._bar is not None:
             self._bar.set_postfix_str(self._counts(), refresh=False)
             self._bar.update(done)
@@ -65,7 +76,8 @@ class Progress:
     def _counts(self) -> str:
         elapsed_s = max(time.monotonic() - self._begun, 1e-6)
         rejects = f", {self._rejects:,} rejects" if self._rejects else ""
-        return f"{self._samples:,} {self._unit}{rejects}, {self._samples / elapsed_s:,.0f} {self._unit}/s"
+        waited = f", device waited {self._waited_s / self._device_s:.0%}" if self._device_s > 0 else ""
+        return f"{self._samples:,} {self._unit}{rejects}, {self._samples / elapsed_s:,.0f} {self._unit}/s{waited}"
 
     def _print_line(self) -> None:
         self._shown = time.monotonic()
