@@ -1,9 +1,13 @@
-"""Fixtures for all tests."""
+"""Fixtures for all tests. What they start can be interrupted, also if a shell started them in the background, deaf to SIGINT."""
 
+import signal
 from collections.abc import Iterator
 
 import pytest
 from s3 import S3Server, find_weed, serve_s3
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

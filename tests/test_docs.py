@@ -113,7 +113,7 @@ def test_the_readme_begins_with_a_newcomers_path_from_pictures_to_a_batch() -> N
 
 @pytest.mark.parametrize("page", PAGES)
 def test_blocks_say_what_they_are_and_none_hides_a_command_by_its_indent(page: str) -> None:
-    assert {language for language, _ in blocks(page)} <= {"python", "bash", "text", "json", "yaml"}
+    assert {language for language, _ in blocks(page)} <= {"python", "bash", "text", "json", "yaml", "toml"}
     text = _BLOCK.sub("", (ROOT / page).read_text())
     assert re.findall(r"^ {4,}(?:wds-tools|pip|make|python|torchrun) .*$", text, re.MULTILINE) == []
 
