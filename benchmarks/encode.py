@@ -74,7 +74,7 @@ def write_chameleon(folder: Path) -> Path:
 
 
 def measure(raw: Path, tokenizer: str, weights: Path | None, rounds: int) -> dict[str, dict[str, float]]:
-    """Images per second of each way, and the share of time that the device waited; medians over the rounds."""
+    """Images per second, processor time an image, share of time that the device waited, of each way; medians over the rounds."""
     found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
     for _ in range(rounds):
         for way in WAYS:
@@ -88,9 +88,15 @@ def measure(raw: Path, tokenizer: str, weights: Path | None, rounds: int) -> dic
                 *([str(weights)] if weights else []),
             ]
             result = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
-            found[way].append({"speed": result["images"] / result["seconds"], "waited": result.get("waited", 0.0)})
+            found[way].append(
+                {
+                    "speed": result["images"] / result["seconds"],
+                    "cpu_ms": 1000 * result["cpu_seconds"] / result["images"],
+                    "waited": result.get("waited", 0.0),
+                }
+            )
     return {
-        way: {name: statistics.median(one[name] for one in results) for name in ("speed", "waited")}
+        way: {name: statistics.median(one[name] for one in results) for name in ("speed", "cpu_ms", "waited")}
         for way, results in found.items()
     }
 

@@ -105,7 +105,7 @@ def run(way: str, url: str, name: str, weights: str | None) -> dict[str, float]:
     filler.device.tokenizer.encode(torch.zeros(2, 512, 512, 3, dtype=torch.uint8))
     with tempfile.TemporaryDirectory(dir=Path(url).parent) as folder, TaskWriter(open_store(folder), 0, ShardLimits()) as writer:
         clock = _Clock()
-        inputs = FillShards(url, filler)([asdict(row) for row in manifest.shards], writer, lambda _: None)
+        inputs = FillShards(url, filler)([asdict(row) for row in manifest.shards], writer, lambda *_: None)
         writer.finish(inputs)
         result = clock.read(inputs)
     total_s, waited_s = filler.device.times()
