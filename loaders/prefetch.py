@@ -16,7 +16,6 @@ import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -156,10 +155,7 @@ class Reader:
 
     def ask(self, parts: Sequence[Part]) -> list[Planned]:
         """Ask for parts, whenever they will be wanted: `answer` takes each, in any order. Not to be mixed with `rows`."""
-        before = len(self._planned)
-        if parts:
-            self._plan(parts)
-        return list(self._planned)[before:]
+        return self._plan(parts) if parts else []
 
     def answer(self, asked: Sequence[Planned]) -> list[tuple[Located, list[LoadedRows]]]:
         """What `rows` would return for each of these parts that were asked for."""
@@ -200,14 +196,15 @@ class Reader:
             self._in_flight.popleft()
         return len(self._in_flight) >= _IN_FLIGHT or self._held_bytes > self._memory_bytes * 3 // 4
 
-    def _plan(self, parts: Sequence[Part]) -> None:
+    def _plan(self, parts: Sequence[Part]) -> list[Planned]:
         """Locate the positions of these parts, and ask for what is not in memory. Small parts are dear one by one."""
         epoch, length = parts[0].epoch, self._stream.length
         ranges = [np.arange(part.low, part.high, part.stride) + (part.epoch - epoch) * length for part in parts]
         located = self._stream.locate(epoch, np.concatenate(ranges))
         to_load = self._with_regions(located)
         self._num_planned += len(located.row)
-        begin, first_new = 0, len(self._planned)
+        begin = 0
+        new: list[Planned] = []
         for part, positions in zip(parts, ranges, strict=True):
             own = slice(begin, begin := begin + len(positions))
             keys = to_load.key[own].tolist()
@@ -218,9 +215,11 @@ class Reader:
                 keys,
                 Counter(keys),
             )
-            self._planned.append(planned)
-        if any(not self._loaded.keys() >= planned.counts.keys() for planned in islice(self._planned, first_new, None)):
+            new.append(planned)
+        self._planned.extend(new)
+        if any(not self._loaded.keys() >= planned.counts.keys() for planned in new):
             self._request_missing(to_load)
+        return new
 
     def _with_regions(self, located: Located) -> Located:
         """The same, with regions in place of pieces for sources that are kept whole."""

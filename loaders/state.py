@@ -62,8 +62,9 @@ def unpack_state(state: Mapping[str, Any], config: LoaderConfig) -> tuple[Order,
             )
         if not isinstance(state["recipe"], Mapping):
             raise TypeError(f"its recipe is {state['recipe']!r}")
-        for source in state["sources"]:
-            source["fingerprint"][:0], source["samples"], source["url"]
+        told = [(source["fingerprint"], source["samples"], source["url"]) for source in state["sources"]]
+        if any(type(fingerprint) is not str for fingerprint, _, _ in told):
+            raise TypeError("a source without a fingerprint")
     except (KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"not the state of a loader ({type(error).__name__}: {error})") from error
     other_lanes = order.shuffle and config.lanes not in (None, order.lanes)

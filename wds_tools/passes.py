@@ -202,8 +202,8 @@ def run_pass(plan: Plan, work: Work, options: PassOptions) -> Manifest:
         UsageError: the output is in the way.
         TooManyRejects: finished tasks stay, so that a run with --resume and a larger budget goes on from there.
     """
-    if options.executor == "ray" and ":" in plan.device:
-        raise UsageError(f"--device {plan.device} with --executor ray: each task gets a GPU of its own, so give --device cuda")
+    if options.executor == "ray":
+        check_ray_device(plan.device)
     store = open_store(options.output)
     limits = ShardLimits(samples=options.shard_samples, bytes=options.shard_bytes)
     budget = RejectBudget.parse(options.max_rejects)
@@ -249,6 +249,12 @@ def run_pass(plan: Plan, work: Work, options: PassOptions) -> Manifest:
     if options.part is not None:
         return manifest_of([results[number] for number in own], plan.codes, {**source, "part": options.part}, plan.schema_version)
     return finish(store, len(plan.tasks), codes=plan.codes, source=source, schema_version=plan.schema_version)
+
+
+def check_ray_device(device: str) -> None:
+    """Raise UsageError for a device by number, or for several: Ray deals them out."""
+    if ":" in device or "," in device:
+        raise UsageError(f"--device {device} with --executor ray: each task gets a GPU of its own, so give --device cuda")
 
 
 @dataclass(frozen=True, kw_only=True)

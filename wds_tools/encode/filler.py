@@ -25,6 +25,7 @@ from wds_tools.encode.options import TokenizerOptions
 from wds_tools.errors import FormatError, Reject, UsageError
 from wds_tools.format.schema import Sample, code_column, code_dtype, join_grids
 from wds_tools.images import PREPROCESSING_VERSION, ImageLimits, Mode, prepare
+from wds_tools.passes import check_ray_device
 from wds_tools.vq.base import ImageTokenizer
 from wds_tools.vq.quantize import ENCODER_VERSION
 from wds_tools.vq.registry import find_device, load_tokenizer
@@ -66,10 +67,8 @@ class Filler:
         limits: ImageLimits,
         sft_mode: Mode = "cc512",
     ) -> None:
-        if cpus is not None and (len(options.devices) > 1 or ":" in options.device):
-            raise UsageError(
-                f"--device {options.device} with --executor ray: each task gets a GPU of its own, so give --device cuda"
-            )
+        if cpus is not None:
+            check_ray_device(options.device)  # before a device of this machine is looked for
         if len(options.devices) > 1 and workers not in (1, len(options.devices)):
             raise UsageError(
                 f"--workers {workers} with --device {options.device}: each device has one process, so leave --workers out"
