@@ -236,7 +236,11 @@ class Loader:
         """End the worker processes. The loader can be used again."""
         workers, self._workers = self._workers, None
         if workers is not None and workers._iterator is not None:
-            workers._iterator._shutdown_workers()
+            try:
+                workers._iterator._shutdown_workers()
+            except RuntimeError as error:  # torch's handler of SIGCHLD tells, in the midst of this, of one that was killed
+                if not _tells_of_a_worker(error):
+                    raise
 
     def _steps(self) -> Steps:
         return Steps(
@@ -287,9 +291,7 @@ class Loader:
         try:
             yield
         except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
-            if isinstance(error, WdsToolsError) or not (
-                "DataLoader worker" in str(error) or isinstance(error, OSError | EOFError)
-            ):
+            if isinstance(error, WdsToolsError) or not (_tells_of_a_worker(error) or isinstance(error, OSError | EOFError)):
                 raise
             self.close()
             raise WorkerDied(f"a worker process ended ({error}); {self._whence()}") from error
@@ -372,6 +374,10 @@ def _all_gather(data: bytes) -> list[bytes]:
     parts = [torch.zeros(most, dtype=torch.uint8, device=device) for _ in sizes]
     dist.all_gather(parts, own.to(device))
     return [part[: int(size)].cpu().numpy().tobytes() for part, size in zip(parts, sizes, strict=True)]
+
+
+def _tells_of_a_worker(error: Exception) -> bool:
+    return "DataLoader worker" in str(error)
 
 
 def _as_it_is(parcel: Any) -> Any:

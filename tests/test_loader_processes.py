@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -150,8 +151,7 @@ def closing(made: Loader) -> Iterator[Loader]:
     try:
         yield made
     finally:
-        with suppress(RuntimeError):
-            made.close()
+        made.close()
 
 
 def kill(pids: Iterable[int]) -> None:
@@ -189,6 +189,28 @@ def test_killed_workers_are_said_with_the_position_and_the_run_goes_on_exactly(u
 def collect(batches: Iterable[dict[str, Any]], found: list[str]) -> None:
     for batch in batches:
         found += batch["__key__"]
+
+
+def test_a_worker_that_is_killed_while_the_loader_closes_does_not_disturb_it(url: str) -> None:
+    made = loader(url)
+    with new_children() as workers:
+        found = keys(islice(made, 3))
+    for pid in workers:
+        os.kill(pid, signal.SIGSTOP)  # so that closing waits for them
+
+    def kill_once_it_closes() -> None:
+        wait_until(lambda: made._workers is None, "the loader closes")
+        time.sleep(0.2)
+        for pid in workers:
+            os.kill(pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_once_it_closes)
+    killer.start()
+    made.close()
+    killer.join()
+    assert ended(workers)
+    assert found + keys(made) == keys(loader(url, num_workers=0))
+    made.close()
 
 
 @pytest.mark.slow
