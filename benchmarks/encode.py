@@ -27,8 +27,15 @@ from wds_tools.errors import Reject
 from wds_tools.images import crop_for, probe
 from wds_tools.vq.chameleon import CONFIG_NAME, WEIGHTS_NAME, checkpoint_name
 
-WAYS = ("plain", "fp32", "bf16", "bare-fp32", "bare-bf16")
-TITLES = ("one at a time, float32", "wds-tools, fp32", "wds-tools, bf16", "tokenizer alone, fp32", "tokenizer alone, bf16")
+WAYS = {
+    "plain": "one at a time, float32",
+    "fp32": "wds-tools, fp32",
+    "fp32/torch": "wds-tools, fp32, --resize torch",
+    "bf16": "wds-tools, bf16",
+    "bf16/torch": "wds-tools, bf16, --resize torch",
+    "bare-fp32": "tokenizer alone, fp32",
+    "bare-bf16": "tokenizer alone, bf16",
+}
 BARS = {"chameleon": {"fp32": 1.3, "bf16": 2.3}, "tiny": {"fp32": 3.0, "bf16": 3.0}}
 OF_BARE = 0.9
 LEVELS = (1, 1, 2, 2, 4)
@@ -106,10 +113,12 @@ def report(tokenizer: str, images: int, result: dict[str, dict[str, float]]) -> 
     speed = {way: values["speed"] for way, values in result.items()}
     bars = BARS[tokenizer]
     print(f"\n{tokenizer}, {images} photographs{'':<17}images/s    CPU ms an image")
-    for way, title in zip(WAYS, TITLES, strict=True):
+    for way, title in WAYS.items():
         print(f"  {title:<34}{speed[way]:>10.2f}{result[way]['cpu_ms']:>19,.0f}", end="")
-        if way in bars:
-            ratios = f"{speed[way] / speed['plain']:.2f} x the first (bar: {bars[way]}), {speed[way] / speed[f'bare-{way}']:.2f}"
+        precision = way.split("/")[0]
+        if precision in bars:
+            of_bare = speed[way] / speed[f"bare-{precision}"]
+            ratios = f"{speed[way] / speed['plain']:.2f} x the first (bar: {bars[precision]}), {of_bare:.2f}"
             print(f"   {ratios} of the bare one (bar: {OF_BARE}); the device waited {result[way]['waited']:.1%}", end="")
         print()
 

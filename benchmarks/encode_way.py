@@ -4,6 +4,7 @@ Prints JSON. What is timed begins when the model is loaded and has seen an image
 
     plain              one image at a time in float32, as the reference pipeline does it; nothing is written
     fp32, bf16         this project: a shard is read, encoded and written
+    fp32/torch, ...    the same with --resize torch
     bare-fp32, -bf16   this project's tokenizer alone, on tensors that are in memory
 """
 
@@ -100,7 +101,8 @@ def run(way: str, url: str, name: str, weights: str | None) -> dict[str, float]:
         for part in pixels_BHWC.split(16):
             tokenizer.encode(part)
         return clock.read(len(images))
-    options = TokenizerOptions(weights=weights, device="cpu", precision=way)  # type: ignore[arg-type]
+    precision, _, resize = way.partition("/")
+    options = TokenizerOptions(weights=weights, device="cpu", precision=precision, resize=resize or "pillow")  # type: ignore[arg-type]
     filler = Filler(name, options, workers=1, keep_images=False, limits=ImageLimits())
     filler.device.tokenizer.encode(torch.zeros(2, 512, 512, 3, dtype=torch.uint8))
     with tempfile.TemporaryDirectory(dir=Path(url).parent) as folder, TaskWriter(open_store(folder), 0, ShardLimits()) as writer:

@@ -22,6 +22,7 @@ from wds_tools.encode.batches import Prepare, encode_in_batches
 from wds_tools.encode.device import Device
 from wds_tools.encode.memory import keep_freed_memory
 from wds_tools.encode.options import TokenizerOptions
+from wds_tools.encode.resize import check_torch_resize, prepare_with_torch
 from wds_tools.errors import FormatError, Reject, UsageError
 from wds_tools.format.schema import Sample, code_column, code_dtype, join_grids
 from wds_tools.images import PREPROCESSING_VERSION, ImageLimits, Mode, prepare
@@ -31,6 +32,7 @@ from wds_tools.vq.quantize import ENCODER_VERSION
 from wds_tools.vq.registry import find_device, load_tokenizer
 
 Place = TypeVar("Place")
+_PREPARE = {"pillow": prepare, "torch": prepare_with_torch}
 MODES: Mapping[str, Mode] = {"image_text": "cc512", "image_text_multi": "multi768", "visual_sft": "cc512"}
 
 
@@ -73,6 +75,8 @@ class Filler:
             raise UsageError(
                 f"--workers {workers} with --device {options.device}: each device has one process, so leave --workers out"
             )
+        if options.resize == "torch":
+            check_torch_resize()
         self.name = tokenizer
         self.options = options
         self.workers = max(workers, len(options.devices))
@@ -95,12 +99,11 @@ class Filler:
     def device(self) -> Device:
         """The tokenizer of this process, on its device."""
         name = self._devices.get() if self._devices is not None else self.options.devices[0]
-        tokenizer = self._load(name, self.options.precision)
-        if tokenizer.device.type == "cpu":
-            keep_freed_memory()
+        if find_device(name).type == "cpu":
+            keep_freed_memory()  # before there are threads
             if self.workers > 1:
                 torch.set_num_threads(self._threads)
-        return Device(tokenizer)
+        return Device(self._load(name, self.options.precision))
 
     @property
     def _threads(self) -> int:
@@ -139,6 +142,8 @@ class Filler:
         }
         if self.options.compile:
             settings["compile"] = True
+        if self.options.resize != "pillow":
+            settings["resize"] = self.options.resize
         if self.options.precision != "fp32" or self.options.compile:  # then a code may depend on what shares its batch
             settings["batch_size"] = self.options.batch_size
         libraries = {name: version(name) for name in ("torch", "pillow", "numpy")}
@@ -180,7 +185,7 @@ class Filler:
                 yield ticket, None
                 continue
             for image in sample.images:
-                yield ticket, partial(prepare, image.data, self._modes[sample.data_type], self._limits)
+                yield ticket, partial(_PREPARE[self.options.resize], image.data, self._modes[sample.data_type], self._limits)
 
     def _filled(self, sample: Sample, grids: Sequence[NDArray[np.int64]]) -> Sample:
         tokenizer, column = self.device.tokenizer, self.column_of(sample.data_type)

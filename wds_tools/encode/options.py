@@ -26,6 +26,8 @@ class TokenizerOptions:
     """Run the network through torch.compile, which takes a minute to begin with for each image size; changes some codes."""
     batch_size: int = 16
     """Images of 512 x 512 pixels in a batch; fewer of larger ones. Halved where memory runs out."""
+    resize: Literal["pillow", "torch"] = "pillow"
+    """What scales images. torch takes half of the processor time to prepare them, and changes some codes."""
 
     codes: str = ""
     """Name of these codes, where a data set gets several: their columns are then vqcode_512-NAME and vqcode_multi768-NAME."""
