@@ -33,13 +33,29 @@ def test_plain_lines_say_samples_rejects_rate_share_and_time_left() -> None:
 
 
 @pytest.mark.usefixtures("every_time")
-def test_the_share_of_time_that_devices_waited_is_told() -> None:
+def test_images_a_second_and_the_share_of_time_that_devices_waited_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     out = io.StringIO()
+    clock = iter(range(1000))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(clock)))
     with Progress("encode", 10, stream=out) as report:
-        report(5, 5, 0, 2.0, 0.5)
-        report(5, 5, 0, 2.0, 0.7)
-    assert out.getvalue().splitlines()[-1].startswith("encode: 10 samples, ")
-    assert "samples/s, device waited 30%, 100 % done" in out.getvalue()
+        report(1, 1, 0, 2.0, 0.5, 3)
+        report(9, 9, 0, 2.0, 0.7, 500)
+    first, *_, last = out.getvalue().splitlines()
+    assert first.startswith("encode: 1 samples, 1 images/s, device waited 25%, 10 % done, about ")
+    assert last.startswith("encode: 10 samples, ")
+    images_a_second = int(last.split(", ")[1].removesuffix(" images/s"))
+    assert 10 < images_a_second < 503
+    assert ", device waited 30%, 100 % done" in last
+
+
+@pytest.mark.usefixtures("every_time")
+def test_a_slow_run_is_not_told_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    out = io.StringIO()
+    clock = iter(range(0, 10_000, 7))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(clock)))
+    with Progress("encode", 10, stream=out) as report:
+        report(2, 2, 0)
+    assert out.getvalue().startswith("encode: 2 samples, 0.095 samples/s, 20 % done")  # 21 s on this clock
 
 
 @pytest.mark.usefixtures("every_time")

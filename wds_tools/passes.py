@@ -129,12 +129,13 @@ class Plan:
 class Advance(Protocol):
     """Tells how far the work on a task is."""
 
-    def __call__(self, units: int, device_s: float = 0.0, waited_s: float = 0.0) -> None:
+    def __call__(self, units: int, device_s: float = 0.0, waited_s: float = 0.0, images: int = 0) -> None:
         """Add to what is done.
 
         Args:
             units: of the plan's total.
             device_s, waited_s: seconds that the device was in use, and of these with nothing to do.
+            images: that it encoded.
         """
         ...
 
@@ -358,16 +359,18 @@ class _RunTask:
         number, task = numbered
         with TaskWriter(open_store(self.output), number, self.limits) as writer:
             told = [0, 0, 0]
-            times = [0.0, 0.0]
+            use = [0.0, 0.0, 0]
 
-            def advance(units: int, device_s: float = 0.0, waited_s: float = 0.0, *, flush: bool = False) -> None:
+            def advance(
+                units: int, device_s: float = 0.0, waited_s: float = 0.0, images: int = 0, *, flush: bool = False
+            ) -> None:
                 told[0] += units
-                times[:] = times[0] + device_s, times[1] + waited_s
+                use[:] = use[0] + device_s, use[1] + waited_s, use[2] + images
                 news = (writer.num_samples - told[1], writer.num_rejects - told[2])
                 if flush or sum(news) >= _REPORT_EVERY:
-                    report(told[0], *news, *times)
+                    report(told[0], *news, *use)
                     told[:] = [0, told[1] + news[0], told[2] + news[1]]
-                    times[:] = 0.0, 0.0
+                    use[:] = 0.0, 0.0, 0
 
             inputs = self.work(task, writer, advance)
             advance(0, flush=True)

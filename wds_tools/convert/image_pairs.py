@@ -140,7 +140,7 @@ class _ConvertLines:
         samples = self._samples(task, writer.task)
         for line, sample in samples if self.filler is None else self.filler.fill(samples):
             inputs += 1
-            advance(1, *self.filler.device.new_times() if self.filler is not None else ())
+            advance(1, *self.filler.device.new_use() if self.filler is not None else ())
             if isinstance(sample, Reject):
                 writer.reject(sample, source=task.url, line=line)
                 continue

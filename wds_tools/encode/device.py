@@ -50,13 +50,14 @@ class Device:
         self._begun: float | None = None
         self._free_since = 0.0
         self._waited_s = 0.0
-        self._told = 0.0, 0.0
+        self._num_images = 0
+        self._told = 0.0, 0.0, 0
 
-    def new_times(self) -> tuple[float, float]:
-        """`times` since this was asked last."""
-        (total_s, waited_s), told = self.times(), self._told
-        self._told = total_s, waited_s
-        return total_s - told[0], waited_s - told[1]
+    def new_use(self) -> tuple[float, float, int]:
+        """`times`, and how many images were encoded, since this was asked last."""
+        use, told = (*self.times(), self._num_images), self._told
+        self._told = use
+        return use[0] - told[0], use[1] - told[1], use[2] - told[2]
 
     def times(self) -> tuple[float, float]:
         """Seconds since the first batch came, and how many of them the device had nothing to do."""
@@ -130,6 +131,7 @@ class Device:
             wait()
             for outcome, codes_hw in zip(outcomes, codes_Bhw.numpy().copy(), strict=True):
                 outcome.set_result(codes_hw)
+                self._num_images += 1
         except BaseException as error:  # noqa: BLE001  raised where the outcomes are asked for
             _fail(outcomes, error)
         finally:

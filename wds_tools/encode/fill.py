@@ -135,7 +135,7 @@ class FillShards:
                 writer.reject(filled, source=shard, key=key)
             else:
                 writer.add(filled)
-            advance(1, *self.filler.device.new_times())
+            advance(1, *self.filler.device.new_use())
         return inputs
 
     def _samples(self, rows: Sequence[ShardRow]) -> Iterator[tuple[tuple[str, str], Sample]]:

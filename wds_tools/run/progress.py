@@ -1,7 +1,7 @@
 """How far a run is: a bar on a terminal, a plain line every ten seconds elsewhere.
 
-Shows samples, rejects, samples/s, time left from the share of the work units (lines, bytes, images) that are done, and of work
-on a device which share of the time it had nothing to do.
+Shows samples, rejects, samples/s, time left from the share of the work units (lines, bytes, samples) that are done; of work on a
+device images/s instead, and which share of the time it had nothing to do.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ class Progress:
         self._stream = sys.stderr if stream is None else stream
         self._done = self._samples = self._rejects = 0
         self._device_s = self._waited_s = 0.0
+        self._images = 0
         self._begun = self._shown = time.monotonic()
         self._bar: tqdm[None] | None = None
 
@@ -53,7 +54,9 @@ class Progress:
         elif kind is None and self._shown != self._begun:
             self._print_line()
 
-    def __call__(self, done: int, samples: int, rejects: int, device_s: float = 0.0, waited_s: float = 0.0) -> None:
+    def __call__(
+        self, done: int, samples: int, rejects: int, device_s: float = 0.0, waited_s: float = 0.0, images: int = 0
+    ) -> None:
         """Add to what is done.
 
         Args:
@@ -61,12 +64,14 @@ class Progress:
             samples, rejects: that came of them.
             device_s: seconds that a device was in use, over all devices.
             waited_s: of these, with nothing to do.
+            images: that were encoded.
         """
         self._done += done
         self._samples += samples
         self._rejects += rejects
         self._device_s += device_s
         self._waited_s += waited_s
+        self._images += images
         if self._bar is not None:
             self._bar.set_postfix_str(self._counts(), refresh=False)
             self._bar.update(done)
@@ -74,10 +79,14 @@ class Progress:
             self._print_line()
 
     def _counts(self) -> str:
-        elapsed_s = max(time.monotonic() - self._begun, 1e-6)
         rejects = f", {self._rejects:,} rejects" if self._rejects else ""
-        waited = f", device waited {self._waited_s / self._device_s:.0%}" if self._device_s > 0 else ""
-        return f"{self._samples:,} {self._unit}{rejects}, {self._samples / elapsed_s:,.0f} {self._unit}/s{waited}"
+        device = f", device waited {self._waited_s / self._device_s:.0%}" if self._device_s > 0 else ""
+        speed = self._speed(self._images, "images") if self._images else self._speed(self._samples, self._unit)
+        return f"{self._samples:,} {self._unit}{rejects}, {speed}{device}"
+
+    def _speed(self, count: int, unit: str) -> str:
+        each_s = count / max(time.monotonic() - self._begun, 1e-6)
+        return f"{each_s:,.0f} {unit}/s" if each_s >= 10 else f"{each_s:.2g} {unit}/s"
 
     def _print_line(self) -> None:
         self._shown = time.monotonic()
