@@ -14,8 +14,8 @@ from factory import image_sample, make_dataset, text_sample
 from wds_tools.encode.compare import CompareConfig, compare_codes
 from wds_tools.encode.fill import EncodeConfig, encode
 from wds_tools.errors import FormatError, UsageError
-from wds_tools.format.schema import Sample
-from wds_tools.images import prepare
+from wds_tools.format.schema import Sample, SourceImage, join_grids
+from wds_tools.images import Mode, prepare
 from wds_tools.vq import load_tokenizer
 
 
@@ -92,10 +92,64 @@ def test_what_can_not_be_compared_is_refused(sets: Path, tmp_path: Path) -> None
         compare(sets / "fp32", sets / "bf16", codes_b="x")
     with pytest.raises(UsageError, match="both are the same codes"):
         compare(sets / "fp32", sets / "fp32")
-    with pytest.raises(FormatError, match=r"grids of \(4, 4\) and \(2, 2\) codes"):
+    with pytest.raises(FormatError, match=r"grids of \(4, 4\) and vqcode_512 of \(2, 2\) codes"):
         compare(tmp_path / "other", tmp_path / "shape", pictures=0)
     with pytest.raises(FormatError, match="keys have to ascend"):
         compare(tmp_path / "other", tmp_path / "order", pictures=0)
+
+
+def talk(number: int, *sides: tuple[int, int]) -> Sample:
+    """A conversation about images of these sizes."""
+    images = [SourceImage(image_bytes(10 * number + i, *size), "jpg") for i, size in enumerate(sides)]
+    turns = [{"from": "human", "value": "<image>" * len(sides) + "What?"}, {"from": "gpt", "value": "That."}]
+    first = {"image": images[0].data, "image_extension": "jpg"} if images else {}
+    fields = {"data_type": "visual_sft", "text": "", "conversations": turns, "more_images": tuple(images[1:]), **first}
+    return Sample(key=f"{number:04d}", **fields)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("mode", ["cc512", "multi768"])
+def test_all_pictures_of_a_conversation_are_decoded_and_compared(tmp_path: Path, mode: Mode) -> None:
+    make_dataset(tmp_path / "in", [talk(0), talk(1, (90, 60), (60, 60)), talk(2, (64, 90)), talk(3)])
+    for name, settings in {"a": {"keep_images": True}, "b": {"precision": "bf16"}}.items():
+        where = {"input": str(tmp_path / "in"), "output": str(tmp_path / name), "sft_mode": mode}
+        encode(EncodeConfig(**where, device="cpu", quiet=True, **settings))  # type: ignore[arg-type]
+    result = compare(tmp_path / "a", tmp_path / "b")
+    column = {"cc512": "vqcode_512", "multi768": "vqcode_multi768"}[mode]
+    a, b = (read_samples(tmp_path / name) for name in "ab")
+    assert (result.samples, result.pictures, result.codes) == (4, 3, sum(sample.num_codes for sample in a))
+    assert result.equal_codes == sum(int((x.codes[column] == y.codes[column]).sum()) for x, y in zip(a, b, strict=True))
+    tokenizer = load_tokenizer("tiny", device="cpu")
+    errors = []
+    for sample in a:
+        for grid_hw, image in zip(sample.grids_of(column), sample.images, strict=True):
+            shown = tokenizer.decode(torch.from_numpy(grid_hw.astype(np.int64))[None])[0].numpy().astype(float)
+            errors.append(float(np.square(shown - prepare(image.data, mode)).mean()))
+    assert result.psnr_a_db == pytest.approx(psnr(errors), abs=1e-3)
+    assert compare(tmp_path / "a", tmp_path / "b", pictures=1).pictures == 2, "of the first sample that has any"
+
+
+def test_conversations_that_were_cropped_in_two_ways_are_refused(tmp_path: Path) -> None:
+    make_dataset(tmp_path / "in", [talk(0, (90, 60))])
+    for mode in ("cc512", "multi768"):
+        encode(EncodeConfig(input=str(tmp_path / "in"), output=str(tmp_path / mode), sft_mode=mode, device="cpu", quiet=True))  # type: ignore[arg-type]
+    with pytest.raises(FormatError, match=r"0000: vqcode_512 has grids of \(32, 32\) and vqcode_multi768 of .*--sft-mode"):
+        compare(tmp_path / "cc512", tmp_path / "multi768")
+
+
+def test_conversations_without_images_compare_as_equal(tmp_path: Path) -> None:
+    facts = {"vqcode_512": {"tokenizer": "tiny", "codebook_size": 4096, "weights_hash": load_tokenizer("tiny").weights_hash}}
+    codes, grids = join_grids([], np.dtype("<u2"))
+    sample = talk(0)._replace(codes={"vqcode_512": codes}, grids={"vqcode_512": grids})
+    for name in "ab":
+        make_dataset(tmp_path / name, [sample], codes=facts)
+    assert "1 in both" in wds_tools("compare-codes", tmp_path / "a", tmp_path / "b", "--device", "cpu").stdout
+
+
+def test_small_images_that_were_encoded_can_be_compared(tmp_path: Path) -> None:
+    make_dataset(tmp_path / "in", [talk(0, (9, 8))])
+    for name in "ab":
+        encode(EncodeConfig(input=str(tmp_path / "in"), output=str(tmp_path / name), keep_images=True, device="cpu", quiet=True))
+    assert compare(tmp_path / "a", tmp_path / "b").psnr_between_db == float("inf")
 
 
 def test_the_command_says_it_in_words(sets: Path) -> None:

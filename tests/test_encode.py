@@ -299,32 +299,6 @@ def test_a_name_that_can_not_name_codes_is_refused(name: str) -> None:
         TokenizerOptions(codes=name)
 
 
-# ---- devices ----
-
-
-def test_several_devices_have_a_process_each_and_give_the_same_bytes(mixed: Path, tmp_path: Path) -> None:
-    fill(mixed, tmp_path / "one", shard_samples=3)
-    fill(mixed, tmp_path / "two", shard_samples=3, device="cpu,cpu")
-    assert tree(tmp_path / "two") == tree(tmp_path / "one")
-
-
-def test_a_list_of_gpus_is_one_device_a_process() -> None:
-    assert TokenizerOptions(device="cuda:0,1,12").devices == ("cuda:0", "cuda:1", "cuda:12")
-    assert TokenizerOptions(device="cuda:3").devices == ("cuda:3",)
-    with pytest.raises(UsageError, match="names cuda:1 twice"):
-        TokenizerOptions(device="cuda:1,2,1")
-    with pytest.raises(UsageError, match="each device has one process, so leave --workers out"):
-        Filler("tiny", TokenizerOptions(device="cpu,cpu"), workers=3, keep_images=False, limits=ImageLimits())
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
-@pytest.mark.parametrize("device", ["cuda:0,1", "cpu,cuda:1"])
-def test_a_device_that_is_not_there_is_found_before_anything_is_written(device: str, mixed: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="finds no CUDA device"):
-        fill(mixed, tmp_path / "out", device=device)
-    assert not (tmp_path / "out").exists()
-
-
 # ---- straight through ----
 
 

@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import ROOT, environment, last_line, start, tree, wait_until, wds_tools, write_documents, write_pairs
+from commands import ROOT, environment, last_line, start, tree, wait_until, wds_tools, write_documents, write_jsonl, write_pairs
+from factory import image_sample, make_dataset
+from tokens import PROVENANCE, write_small_sets
 
 from wds_tools.convert.image_pairs import ImagePairsConfig, convert_image_pairs
-from wds_tools.encode.fill import EncodeConfig, encode
 from wds_tools.errors import UsageError
+from wds_tools.export.hf import ExportConfig, export_hf
 from wds_tools.passes import PassOptions, Plan, run_pass
 from wds_tools.run.ray_cluster import _Tally
 
@@ -155,13 +157,35 @@ def finish(process: subprocess.Popen[str]) -> str:
     return out
 
 
-def test_encoding_gives_the_bytes_of_a_local_run(cluster: Cluster, tmp_path: Path) -> None:
-    pairs, raw = write_pairs(tmp_path, 4), str(tmp_path / "raw")
-    convert_image_pairs(ImagePairsConfig(input=(str(pairs),), output=raw, task_lines=2, quiet=True))
-    encode(EncodeConfig(input=raw, output=str(tmp_path / "local"), device="cpu", shard_samples=2, quiet=True))
-    options = ["--device", "cpu", "--shard-samples", "2"]
-    wds_tools("encode", "--input", raw, "--output", tmp_path / "ray", *options, *on(cluster))
+@pytest.fixture(scope="module")
+def passes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str | Path]]:
+    """A command line of each pass but dclm's, with input for several tasks."""
+    folder = tmp_path_factory.mktemp("passes")
+    pairs = write_pairs(folder, 4)
+    convert_image_pairs(ImagePairsConfig(input=(str(pairs),), output=str(folder / "raw"), task_lines=2, quiet=True))
+    turns = [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "That."}]
+    talks = write_jsonl(folder / "talks.jsonl", ({"image": f"images/{i}.jpg", "conversations": turns} for i in range(6)))
+    make_dataset(folder / "square", (image_sample(i, side=32) for i in range(9)), codes=PROVENANCE)
+    export_hf(ExportConfig(input=(str(folder / "square"),), output=str(folder / "hf"), num_shards=3, quiet=True))
+    write_small_sets(folder)
+    sets = [folder / "pairs", folder / "texts"]
+    return {
+        "pairs": ["convert", "image-pairs", "--input", pairs, "--task-lines", "2"],
+        "sft": ["convert", "sft", "--input", talks, "--task-records", "2", "--max-rejects", "50%"],
+        "hf": ["convert", "hf", "--input", folder / "hf"],
+        "encode": ["encode", "--input", folder / "raw", "--device", "cpu", "--shard-samples", "2"],
+        "pack": ["pack", "--input", *sets, "--tokenizer", folder / "tokenizer", "--seq-len", "128", "--task-samples", "20"],
+    }
+
+
+@pytest.mark.parametrize("name", ["pairs", "sft", "hf", "encode", "pack"])
+def test_each_pass_gives_the_bytes_of_a_local_run(
+    name: str, cluster: Cluster, passes: dict[str, list[str | Path]], tmp_path: Path
+) -> None:
+    wds_tools(*passes[name], "--output", tmp_path / "local")
+    wds_tools(*passes[name], "--output", tmp_path / "ray", *on(cluster))
     assert tree(tmp_path / "ray") == tree(tmp_path / "local")
+    assert len(list((tmp_path / "ray").glob("*.tar"))) > 1, "one task would prove little"
 
 
 def test_a_driver_that_is_killed_goes_on_with_resume(

@@ -71,8 +71,12 @@ def raw(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "out"
 
 
-def encode(raw: Path) -> list[str]:
-    return ["encode", "--input", str(raw), "--device", "cpu", "--shard-samples", "4"]
+def encode(raw: Path, device: str = "cpu") -> list[str]:
+    return ["encode", "--input", str(raw), "--device", device, "--shard-samples", "4"]
+
+
+def encode_straight(pairs: Path, device: str = "cpu") -> list[str]:
+    return [*convert_pairs(pairs), "--encode", "tiny", "--device", device]
 
 
 def disturb(args: Sequence[str], output: Path, *, workers: int, num_kills: int, work_s: float, rng: random.Random) -> None:
@@ -109,8 +113,18 @@ def peace(tmp_path_factory: pytest.TempPathFactory) -> Callable[[list[str]], tup
 Peace = Callable[[list[str]], tuple[dict[str, bytes | None], float]]
 
 
-def check_kills(args: list[str], peace: Peace, tmp_path: Path, *, workers: int, num_kills: int = 2, rounds: int = 1) -> None:
-    expected, work_s = peace(args)
+def check_kills(
+    args: list[str],
+    peace: Peace,
+    tmp_path: Path,
+    *,
+    workers: int,
+    num_kills: int = 2,
+    rounds: int = 1,
+    like: list[str] | None = None,
+) -> None:
+    """What is left of a run that was killed, once it has gone on to its end, is what `like` (`args` itself) makes in peace."""
+    expected, work_s = peace(like or args)
     print("seed of the kills:", SEED)
     rng = random.Random(f"{SEED} {args[1]} {workers}")
     for number in range(rounds):
@@ -137,6 +151,26 @@ def test_a_killed_encoding_resumes_to_the_same_bytes(raw: Path, peace: Peace, tm
     check_kills(encode(raw), peace, tmp_path, workers=2, num_kills=1)
 
 
+def test_a_killed_encoding_on_two_devices_resumes_to_the_bytes_of_one(raw: Path, peace: Peace, tmp_path: Path) -> None:
+    check_kills(encode(raw, "cpu,cpu"), peace, tmp_path, workers=2, num_kills=1, like=encode(raw))
+
+
+def test_a_killed_conversion_that_encodes_resumes_to_the_same_bytes(pairs: Path, peace: Peace, tmp_path: Path) -> None:
+    args = encode_straight(pairs, "cpu,cpu")
+    check_kills(args, peace, tmp_path, workers=2, num_kills=1, like=encode_straight(pairs))
+
+
+def test_a_part_that_was_killed_and_started_again_gives_its_share_of_the_same_bytes(
+    raw: Path, peace: Peace, tmp_path: Path
+) -> None:
+    expected, work_s = peace(encode(raw))
+    output = tmp_path / "out"
+    disturb([*encode(raw), "--part", "1/2"], output, workers=2, num_kills=1, work_s=work_s / 2, rng=random.Random(SEED))
+    wds_tools(*encode(raw), "--output", output, "--part", "2/2")
+    wds_tools("finalize", "--output", output)
+    assert tree(output) == expected
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("workers", [1, 2])
@@ -146,6 +180,8 @@ def test_many_kills_of_every_command_resume_to_the_same_bytes(
     check_kills(convert_pairs(pairs), peace, tmp_path / "pairs", workers=workers, rounds=8)
     check_kills(convert_dclm(texts), peace, tmp_path / "dclm", workers=workers, rounds=8)
     check_kills(encode(raw), peace, tmp_path / "encode", workers=workers, rounds=4)
+    check_kills(encode(raw, "cpu,cpu"), peace, tmp_path / "devices", workers=workers, rounds=2, like=encode(raw))
+    check_kills(encode_straight(pairs), peace, tmp_path / "straight", workers=workers, rounds=4)
 
 
 def test_a_run_killed_after_its_manifest_leaves_no_working_files_behind(texts: Path, peace: Peace, tmp_path: Path) -> None:

@@ -7,18 +7,16 @@ project. Its codes are compared with the reference codes that came with the weig
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from commands import ROOT, command, environment, image_bytes, read_samples, shared
+from commands import image_bytes, read_samples, shared, wds_tools
 from factory import make_dataset
 from PIL import Image
+from plugin import installed, write_plugin
 
 from wds_tools.dataset.read import read_manifest
 from wds_tools.errors import TokenizerError, UsageError
@@ -72,31 +70,21 @@ def load(weights, device, precision):
         precision=precision,
     )
 '''
-ENTRY_POINTS = """[wds_tools.tokenizers]
-cifar-vqvae = somebodys_vqvae:load
+ENTRY_POINTS = """cifar-vqvae = somebodys_vqvae:load
 broken = somebodys_nothing:load
 wrong = json:loads
-tiny = somebodys_vqvae:load
-"""
+tiny = somebodys_vqvae:load"""
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the package, as pip would leave it."""
-    folder = tmp_path_factory.mktemp("site")
-    (folder / "somebodys_vqvae.py").write_text(MODULE)
-    info = folder / "somebodys_vqvae-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: somebodys-vqvae\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(ENTRY_POINTS)
-    return folder
+    return write_plugin(tmp_path_factory.mktemp("site"), "somebodys_vqvae", MODULE, ENTRY_POINTS)
 
 
 @pytest.fixture
-def installed(site: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.syspath_prepend(str(site))
-    yield
-    sys.modules.pop("somebodys_vqvae", None)
+def plugged_in(site: Path) -> Iterator[None]:
+    with installed(site, "somebodys_vqvae"):
+        yield
 
 
 @pytest.fixture
@@ -104,7 +92,7 @@ def weights() -> Path:
     return shared("weights/nimblebox_vqvae_cifar.pt")
 
 
-@pytest.mark.usefixtures("installed")
+@pytest.mark.usefixtures("plugged_in")
 def test_a_real_pretrained_tokenizer_gives_its_reference_codes(weights: Path) -> None:
     tokenizer = load_tokenizer("cifar-vqvae", weights=str(weights), device="cpu")
     assert isinstance(tokenizer, ImageTokenizer)
@@ -122,26 +110,18 @@ def test_a_real_pretrained_tokenizer_gives_its_reference_codes(weights: Path) ->
         assert abs(psnr - fact["psnr"]) < 0.05, name
 
 
-def test_it_encodes_a_data_set_from_the_command_line(site: Path, weights: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("plugged_in")
+def test_it_encodes_a_data_set_from_the_command_line(weights: Path, tmp_path: Path) -> None:
     sample = Sample(key="a", data_type="image_text", text="a", image=image_bytes(1, 64, 64), image_extension="jpg")
     make_dataset(tmp_path / "in", [sample])
     args = ["encode", "--input", tmp_path / "in", "--output", tmp_path / "out", "--device", "cpu", "--tokenizer", "cifar-vqvae"]
-    paths = os.pathsep.join([str(ROOT), str(site)])
-    done = subprocess.run(
-        command(*args, "--weights", weights),
-        env={**environment(), "PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    done = wds_tools(*args, "--weights", weights)
     assert "cifar-vqvae, 512 codes, fp32" in done.stdout
     assert read_samples(tmp_path / "out")[0].codes["vqcode_512"].shape == (128, 128)
     assert read_manifest(open_store(str(tmp_path / "out"))).codes["vqcode_512"]["tokenizer"] == "cifar-vqvae"
 
 
-@pytest.mark.usefixtures("installed")
+@pytest.mark.usefixtures("plugged_in")
 def test_what_is_wrong_with_a_plugin_is_said_in_one_line() -> None:
     with pytest.raises(TokenizerError, match=r"'broken' of somebodys_nothing:load can't be imported \(ModuleNotFoundError"):
         load_tokenizer("broken", device="cpu")

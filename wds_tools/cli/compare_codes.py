@@ -30,7 +30,7 @@ def run(config: Config) -> int:
         return 0
     others = [f"{count:,} only in {name}" for count, name in ((result.only_a, config.a), (result.only_b, config.b)) if count]
     facts = {"samples": "; ".join([f"{result.samples:,} in both", *others])}
-    if result.samples:
+    if result.codes:
         facts["equal codes"] = (
             f"{result.equal_codes / result.codes:.4%} ({result.codes - result.equal_codes:,} of {result.codes:,} differ)"
         )

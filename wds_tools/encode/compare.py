@@ -8,9 +8,10 @@ Cost: one pass over both data sets, and the tokenizer's decoder for the pictures
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,15 +21,17 @@ from wds_tools.dataset.read import read_manifest, read_shard
 from wds_tools.errors import FormatError, UsageError
 from wds_tools.format.manifest import Manifest
 from wds_tools.format.schema import CODE_COLUMNS, Codes, Sample, codes_named, named_column
-from wds_tools.images import Mode, prepare
+from wds_tools.images import ImageLimits, Mode, prepare
 from wds_tools.run.progress import Progress
 from wds_tools.storage import Store, open_store
 from wds_tools.vq.base import ImageTokenizer
 from wds_tools.vq.registry import load_tokenizer
 
 _SAME = ("tokenizer", "codebook_size", "weights_hash", "preprocessing_version")
-_MODES: dict[str, Mode] = {"image_text": "cc512", "image_text_multi": "multi768"}
-"""What is decoded: the codes of conversations, any number of images end to end, are only counted."""
+_MODES: dict[str, Mode] = {"vqcode_512": "cc512", "vqcode_multi768": "multi768"}
+"""How the images of a column were cropped."""
+_LIMITS = ImageLimits(min_side=1, max_bytes=sys.maxsize)
+"""Images that have codes are good."""
 _REPORT_EVERY = 64
 
 
@@ -45,7 +48,7 @@ class CompareConfig:
     codes_b: str = ""
     """Name of the codes in the second."""
     pictures: int = 100
-    """Decode this many samples, evenly spread, and compare the pictures; 0: none."""
+    """Decode the pictures of this many samples, evenly spread, and compare them; 0: none."""
     weights: str | None = None
     """Folder of the tokenizer's weights, to decode with."""
     device: str = "auto"
@@ -104,11 +107,13 @@ def compare_codes(config: CompareConfig) -> Comparison:
             raise UsageError(f"--weights {config.weights} are not those that the codes were made with ({tokenizer.weights_hash})")
     every = max(1, min(a[1].samples, b[1].samples) // max(config.pictures, 1))
     result = Comparison()
+    num_looked_at = 0
     with Progress("compare-codes", min(a[1].samples, b[1].samples), quiet=config.quiet) as progress:
-        for sample, codes_a, codes_b in _joined(_coded(*a, config.codes_a), _coded(*b, config.codes_b), result):
-            _count(result, sample, codes_a, codes_b)
-            if tokenizer is not None and result.pictures < config.pictures and (result.samples - 1) % every == 0:
-                _look(result, tokenizer, sample, codes_a, codes_b)
+        for one, two in _joined(_coded(*a, config.codes_a), _coded(*b, config.codes_b), result):
+            _count(result, one, two)
+            if tokenizer is not None and num_looked_at < config.pictures and num_looked_at * every < result.samples and one.grids:
+                num_looked_at += 1
+                _look(result, tokenizer, one, two)
             if result.samples % _REPORT_EVERY == 0:
                 progress(_REPORT_EVERY, _REPORT_EVERY, 0)
     result.finish()
@@ -132,60 +137,75 @@ def _check(config: CompareConfig, a: Manifest, b: Manifest) -> dict[str, Any]:
     return dict(facts[0])
 
 
-def _coded(store: Store, manifest: Manifest, name: str) -> Iterator[tuple[str, Sample, Codes]]:
-    """(key, sample, codes) of the samples that have them."""
+class _Coded(NamedTuple):
+    """A sample that has codes."""
+
+    sample: Sample
+    column: str
+    """One of CODE_COLUMNS, whatever the name of the set of codes."""
+    grids: list[Codes]
+    """One an image: a conversation has any number."""
+
+
+def _coded(store: Store, manifest: Manifest, name: str) -> Iterator[_Coded]:
+    """Those of a data set."""
     last = ""
     for row in manifest.shards:
         for sample in read_shard(store, row):
             if sample.key <= last:
                 raise FormatError(f"{store.url}/{row.name}: {sample.key} follows {last}: keys have to ascend to be compared")
             last = sample.key
-            for codes in codes_named(sample.codes, name).values():
-                yield sample.key, sample, codes
+            for column in codes_named(sample.codes, name):
+                yield _Coded(sample, column, sample.grids_of(named_column(column, name)))
 
 
-def _joined(
-    a: Iterator[tuple[str, Sample, Codes]], b: Iterator[tuple[str, Sample, Codes]], result: Comparison
-) -> Iterator[tuple[Sample, Codes, Codes]]:
+def _joined(a: Iterator[_Coded], b: Iterator[_Coded], result: Comparison) -> Iterator[tuple[_Coded, _Coded]]:
+    """The same samples of both."""
     one, two = next(a, None), next(b, None)
     while one is not None and two is not None:
-        if one[0] < two[0]:
+        if one.sample.key < two.sample.key:
             result.only_a += 1
             one = next(a, None)
-        elif one[0] > two[0]:
+        elif one.sample.key > two.sample.key:
             result.only_b += 1
             two = next(b, None)
         else:
             result.samples += 1
-            yield (one[1] if one[1].image is not None else two[1]), one[2], two[2]
+            yield one, two
             one, two = next(a, None), next(b, None)
     result.only_a += (one is not None) + sum(1 for _ in a)
     result.only_b += (two is not None) + sum(1 for _ in b)
 
 
-def _count(result: Comparison, sample: Sample, codes_a: Codes, codes_b: Codes) -> None:
-    if codes_a.shape != codes_b.shape:
-        raise FormatError(f"{sample.key}: grids of {codes_a.shape} and {codes_b.shape} codes: not of the same image")
-    equal = int((codes_a == codes_b).sum())
-    result.codes += codes_a.size
+def _count(result: Comparison, a: _Coded, b: _Coded) -> None:
+    shapes_a, shapes_b = ([grid_hw.shape for grid_hw in coded.grids] for coded in (a, b))
+    if a.column != b.column or shapes_a != shapes_b:
+        says = [f"{', '.join(map(str, shapes)) or 'no image'}" for shapes in (shapes_a, shapes_b)]
+        raise FormatError(
+            f"{a.sample.key}: {a.column} has grids of {says[0]} and {b.column} of {says[1]} codes: "
+            "not of the same images, or cropped in another way (--sft-mode)"
+        )
+    sizes = [grid_hw.size for grid_hw in a.grids]
+    equal = sum(int((one_hw == two_hw).sum()) for one_hw, two_hw in zip(a.grids, b.grids, strict=True))
+    result.codes += sum(sizes)
     result.equal_codes += equal
-    result.equal_samples += equal == codes_a.size
+    result.equal_samples += equal == sum(sizes)
 
 
-def _look(result: Comparison, tokenizer: ImageTokenizer, sample: Sample, codes_a: Codes, codes_b: Codes) -> None:
-    """Decode both, and compare the pictures with each other and with the photograph."""
-    if sample.data_type not in _MODES:
-        return
-    both_Bhw = torch.from_numpy(np.stack([codes_a, codes_b]).astype(np.int64))
-    pictures: dict[str, NDArray[Any]] = dict(zip("ab", tokenizer.decode(both_Bhw).cpu().numpy(), strict=True))
-    result.pictures += 1
-    pairs = {"between": (pictures["a"], pictures["b"])}
-    if sample.image is not None:
-        photograph = prepare(sample.image, _MODES[sample.data_type])
-        pairs |= {"a": (pictures["a"], photograph), "b": (pictures["b"], photograph)}
-    for name, (one, two) in pairs.items():
-        error = float(np.square(one.astype(np.float32) - two).mean())
-        result.errors.setdefault(name, []).append(error)
+def _look(result: Comparison, tokenizer: ImageTokenizer, a: _Coded, b: _Coded) -> None:
+    """Decode the images of both, and compare the pictures with each other and with the photographs."""
+    photographs = a.sample.images or b.sample.images
+    for number, grids in enumerate(zip(a.grids, b.grids, strict=True)):
+        both_Bhw = torch.from_numpy(np.stack(grids).astype(np.int64))
+        pictures: dict[str, NDArray[Any]] = dict(zip("ab", tokenizer.decode(both_Bhw).cpu().numpy(), strict=True))
+        result.pictures += 1
+        pairs = {"between": (pictures["a"], pictures["b"])}
+        if photographs:
+            photograph = prepare(photographs[number].data, _MODES[a.column], _LIMITS)
+            pairs |= {"a": (pictures["a"], photograph), "b": (pictures["b"], photograph)}
+        for name, (one, two) in pairs.items():
+            error = float(np.square(one.astype(np.float32) - two).mean())
+            result.errors.setdefault(name, []).append(error)
 
 
 def _psnr_db(errors: list[float] | None) -> float | None:

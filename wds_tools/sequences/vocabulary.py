@@ -16,6 +16,9 @@ from wds_tools.errors import UsageError
 from wds_tools.sequences.config import SequenceConfig
 from wds_tools.sequences.tokenizer import FILE, TextTokenizer, load_backend
 
+MOST_IDS = 1 << 31
+"""Ids that an int32 tells apart."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Vocabulary:
@@ -51,7 +54,7 @@ def find_vocabulary(tokenizer: TextTokenizer, config: SequenceConfig, codebook_s
         codebook_size: 0: there are no images, and the tokens around them need not exist.
 
     Raises:
-        UsageError: tokens are missing; lists all of them.
+        UsageError: tokens are missing (lists all of them), or there are more ids than an int32 holds.
     """
     bos, eos = (getattr(config, role) for role in ("bos", "eos"))
     bos, eos = tokenizer.named("bos_token") if bos is None else bos, tokenizer.named("eos_token") if eos is None else eos
@@ -67,6 +70,10 @@ def find_vocabulary(tokenizer: TextTokenizer, config: SequenceConfig, codebook_s
         says += [f"its tokenizer_config.json names no {role}_token: give {role}='...'" for role in unnamed]
         says += ["bos='' for none"] if "bos" in unnamed else []
         raise UsageError(f"tokenizer {tokenizer.path}: {'; '.join(says)}")
+    if (ids := tokenizer.num_tokens + codebook_size) > MOST_IDS:
+        raise UsageError(
+            f"{tokenizer.num_tokens:,} text tokens and {codebook_size:,} codes are {ids:,} ids: at most {MOST_IDS:,} fit an int32"
+        )
     return Vocabulary(
         text_size=tokenizer.num_tokens,
         codebook_size=codebook_size,
