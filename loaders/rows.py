@@ -47,7 +47,8 @@ class RowMaker:
             raise UsageError(
                 "sequences are made of samples of this project's schema: leave them out for other tars and packed rows"
             )
-        self._make = config, seed, codebook_size_of(manifests, urls, config.codebook_size)
+        names = [opened.source.codes for opened in sources]
+        self._make = config, seed, codebook_size_of(manifests, urls, config.codebook_size, names)
         self._builder: ExampleBuilder | None = ExampleBuilder(*self._make)
         self.counts: Counter[str] = Counter()
         """tokens, padding, rows, shortened: since the process started."""
