@@ -125,4 +125,4 @@ def demo(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    demo(Path(sys.argv[1] if len(sys.argv) > 1 else "train-demo-out"))
+    demo(Path(sys.argv[1] if len(sys.argv) > 1 else "train-demo-out").absolute())

@@ -11,7 +11,7 @@ Cost: see tally.py.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -70,8 +70,28 @@ def read_receipts(urls: Sequence[str]) -> list[Receipt]:
     return receipts
 
 
+def num_positions(receipts: Sequence[Receipt], *, complete: bool = False) -> int:
+    """Positions that `audit` counts, over all epochs: what its progress goes up to."""
+    ends: dict[int, int] = defaultdict(int)
+    for receipt in receipts:
+        for epoch, _, high, _ in receipt.spans:
+            ends[epoch] = max(ends[epoch], high)
+    if not ends:
+        return 0
+    length, last = receipts[0].recipe["length"], max(ends)
+    return sum(
+        ends[epoch] if epoch == last and not complete else max(ends.get(epoch, 0), length) for epoch in range(min(ends), last + 1)
+    )
+
+
 def audit(
-    receipts: Sequence[Receipt], moved: Sequence[str] = (), *, complete: bool = False, quick: bool = False, show: int = 20
+    receipts: Sequence[Receipt],
+    moved: Sequence[str] = (),
+    *,
+    complete: bool = False,
+    quick: bool = False,
+    show: int = 20,
+    on_counted: Callable[[int], None] = lambda _: None,
 ) -> Audit:
     """Compare receipts with the manifests of their sources.
 
@@ -81,6 +101,7 @@ def audit(
         complete: the last epoch has to be complete too.
         quick: compare positions only, no hashes.
         show: how many ranges to give of each kind.
+        on_counted: told how many more positions were counted, of num_positions.
 
     Raises:
         UsageError: the receipts are of different data, recipes or orders, or the data is not theirs.
@@ -93,7 +114,7 @@ def audit(
     stream = _stream_of(receipts[0], _open_sources(receipts[0], moved))
     _check_substitutions(receipts, stream)
     counted, superseded = _last_of_runs(receipts)
-    tally = Tally(stream, counted, quick=quick, show=show)
+    tally = Tally(stream, counted, quick=quick, show=show, on_counted=on_counted)
     named = {epoch for receipt in counted for epoch, *_ in receipt.spans}
     epochs = range(min(named), max(named) + 1) if named else range(0)
     audited = tuple(tally.epoch(epoch, may_end_early=epoch == epochs[-1] and not complete) for epoch in epochs)

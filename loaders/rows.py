@@ -21,11 +21,11 @@ from loaders.plan import Ints
 from loaders.read import LoadedRows
 from loaders.stream import OpenSource
 from wds_tools.errors import FormatError, UsageError
-from wds_tools.format.schema import Codes, Sample, join_grids
+from wds_tools.format.schema import TOKEN_MEMBERS, Codes, Sample, join_grids
 from wds_tools.format.shard import parse_npy
 from wds_tools.sequences.build import Example, ExampleBuilder
 from wds_tools.sequences.config import SequenceConfig
-from wds_tools.sequences.rows import MEMBERS, SEGMENTS, Arrays, cut, packed_batch, padded_batch
+from wds_tools.sequences.rows import SEGMENTS, Arrays, cut, packed_batch, padded_batch
 from wds_tools.sequences.sources import codebook_size_of
 
 
@@ -135,8 +135,10 @@ def read_token_rows(rows: Sequence[LoadedRows], numbers: Sequence[int]) -> Colum
     headers = []
     for held, row in zip(rows, numbers, strict=True):
         number = row - held.first
-        if held.index.members != MEMBERS:
-            raise FormatError(f"{held.where(row)} has members {', '.join(held.index.members)}, expected {', '.join(MEMBERS)}")
+        if held.index.members != TOKEN_MEMBERS:
+            raise FormatError(
+                f"{held.where(row)} has members {', '.join(held.index.members)}, expected {', '.join(TOKEN_MEMBERS)}"
+            )
         start = held.start[number]
         offsets, lengths = held.index.offsets[number].tolist(), held.index.lengths[number].tolist()
         for own, offset, length in zip(members, offsets, lengths, strict=True):
@@ -158,7 +160,7 @@ def check_packed_ahead(sources: Sequence[OpenSource]) -> bool:
     Raises:
         UsageError: some are and some are not, or they differ in length or vocabulary.
     """
-    made = [opened.manifest.source.get("rows") for opened in sources]
+    made = [opened.manifest.token_rows for opened in sources]
     if made and any(one != made[0] for one in made):
         told = "; ".join(f"{opened.store.url}: {one or 'samples'}" for opened, one in zip(sources, made, strict=True))
         raise UsageError(f"sources of rows must have one length and one vocabulary, and can't be mixed with samples: {told}")

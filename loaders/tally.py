@@ -10,7 +10,7 @@ Cost: about 0.4 us a sample, a twentieth of it without hashes; memory is a chunk
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -110,13 +110,23 @@ class Tally:
         receipts: those that count.
         quick: positions only, no hashes.
         show: how many ranges of a kind to give.
+        on_counted: told how many more positions were counted.
     """
 
-    def __init__(self, stream: Stream, receipts: Sequence[Receipt], *, quick: bool = False, show: int = 20) -> None:
+    def __init__(
+        self,
+        stream: Stream,
+        receipts: Sequence[Receipt],
+        *,
+        quick: bool = False,
+        show: int = 20,
+        on_counted: Callable[[int], None] = lambda _: None,
+    ) -> None:
         self._stream = stream
         self._receipts = receipts
         self._quick = quick
         self._show = show
+        self._on_counted = on_counted
         self._hashes = [SampleHash(fingerprint) for fingerprint in stream.fingerprints]
         self._num_samples = [0] * len(receipts)
         self._totals = [0] * len(receipts)
@@ -151,6 +161,7 @@ class Tally:
             accounted = inside > 0
             accounted[max(due - begin, 0) :] = True
             self._add_up(epoch, begin, end, handed, accounted)
+            self._on_counted(end - begin)
         too_often = repeated.ranges(self._stream, epoch)
         bad = [one for receipt in self._receipts for one in receipt.substitutions if one[0] == epoch]
         return EpochAudit(

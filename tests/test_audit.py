@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loaders import Loader, LoaderConfig, Source, World, build_loader
-from loaders.audit import Audit, audit, read_receipts
+from loaders.audit import Audit, audit, num_positions, read_receipts
 from loaders.receipt import Receipt, SampleHash, pack_receipt, total_of, unpack_receipt
 from loaders.steps import Steps
 from loaders.stream import Stream, open_source
@@ -386,6 +386,16 @@ def test_more_ranges_than_are_shown_are_counted(stream: Stream, monkeypatch: pyt
     assert missing.samples == 61 - 16
     assert (missing.num_ranges, missing.positions) == (8, ((2, 8), (10, 16), (18, 24)))
     assert (missing.untraced, len(missing.rows)) == (61 - 16 - 9, min(missing.num_row_ranges, 3))
+
+
+@pytest.mark.parametrize("complete", [False, True])
+@pytest.mark.parametrize("steps", [5, 13, 30])
+def test_the_progress_of_an_audit_ends_where_it_was_to_end(tmp_path: Path, steps: int, complete: bool) -> None:
+    receipts, _, _ = train(config(make_texts(tmp_path), tail="drop"), 2, steps)
+    found: list[int] = []
+    audited(*receipts, complete=complete, on_counted=found.append)
+    assert sum(found) == num_positions(read(receipts), complete=complete)
+    assert num_positions(read(receipts), complete=complete) > 0
 
 
 def test_the_command_says_what_is_missing_and_exits_with_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ import datasets
 import numpy as np
 import pytest
 from commands import read_rejects, read_samples, tree, wds_tools, write_jsonl
-from factory import image_sample, make_dataset, multi_sample, random_codes, text_sample
+from factory import image_sample, make_dataset, multi_sample, random_codes, talk_sample, text_sample
 from s3 import S3Server
 
 from wds_tools.convert.hf import HfConfig, convert_hf
@@ -38,6 +38,13 @@ def document(number: int, **changes: Any) -> Row:
 def wide(number: int, **changes: Any) -> Row:
     codes = random_codes(number, 2, 6).ravel().tolist()
     return pair(number, vqcode_512="no", vqcode_multi768=json.dumps(codes), width="96", height="32", **changes)
+
+
+def talk(record: Row) -> Row:
+    """A conversation with four codes."""
+    turns = [{"from": "human", "value": "<image>?"}, {"from": "gpt", "value": "!"}]
+    text = json.dumps({"conversations": turns, **record})
+    return pair(0, data_type="visual_sft", text=text, vqcode_512="[1, 2, 3, 4]")
 
 
 def save(rows: list[Row], folder: Path, num_shards: int = 1) -> Path:
@@ -89,18 +96,82 @@ def test_codes_may_be_lists_too(tmp_path: Path) -> None:
     same(read_samples(tmp_path / "set"), [pair(number) for number in range(3)] * 2)
 
 
-def test_what_was_exported_comes_back_the_same(tmp_path: Path) -> None:
-    samples = [make(number) for number in range(20) for make in (text_sample, multi_sample)]
-    samples += [image_sample(number, side=32) for number in range(20)]
-    make_dataset(tmp_path / "set", samples)
-    export_hf(ExportConfig(input=(str(tmp_path / "set"),), output=str(tmp_path / "out"), num_shards=3, quiet=True))
-    convert(tmp_path / "out", output=tmp_path / "back")
+def contents(sample: Sample) -> tuple[Any, ...]:
+    """All of a sample but its key."""
+    codes = {column: (grid.dtype.str, grid.tolist()) for column, grid in sample.codes.items()}
+    return sample.data_type, sample.text, sample.conversations, sample.grids, sample.width, sample.height, codes
 
-    def contents(sample: Sample) -> tuple[Any, ...]:
-        codes = {column: grid.tolist() for column, grid in sample.codes.items()}
-        return sample.data_type, sample.text, sample.width, sample.height, str(codes)
 
-    assert sorted(map(contents, read_samples(tmp_path / "back")), key=str) == sorted(map(contents, samples), key=str)
+def every_kind(number: int) -> list[Sample]:
+    """Every kind of sample that can be exported, conversations with no image, one, and several; and one that has no codes."""
+    talks = [talk_sample(number), talk_sample(number, (32, 32)), talk_sample(number, (2, 6), (3, 4), (32, 32))]
+    one_grid = talk_sample(number, (32, 32))._replace(grids=None)
+    bare = talk_sample(number)._replace(codes={}, grids=None)
+    samples = [text_sample(number), image_sample(number, side=32), multi_sample(number), *talks, one_grid, bare]
+    return [sample._replace(key=f"{number:08d}-{place}") for place, sample in enumerate(samples)]
+
+
+@pytest.mark.parametrize("codebook_size", [8192, 262_144])
+@pytest.mark.parametrize("file_format", ["arrow", "parquet"])
+def test_what_was_exported_comes_back_the_same(tmp_path: Path, file_format: Any, codebook_size: int) -> None:
+    samples = [sample for number in range(5) for sample in every_kind(number)]
+    if codebook_size > 1 << 16:
+        samples = [
+            sample._replace(codes={name: grid.astype("<u4") + 200_000 for name, grid in sample.codes.items()})
+            for sample in samples
+        ]
+    made = {"tokenizer": "ibq", "codebook_size": codebook_size, "stride": 16, "weights_hash": "abc"}
+    make_dataset(tmp_path / "set", samples, codes=dict.fromkeys(("vqcode_512", "vqcode_multi768"), made))
+    settings: dict[str, Any] = {"num_shards": 3, "format": file_format, "quiet": True}
+    export_hf(ExportConfig(input=(str(tmp_path / "set"),), output=str(tmp_path / "out"), **settings))
+    manifest = convert(tmp_path / "out", output=tmp_path / "back", **made)
+    back = read_samples(tmp_path / "back")
+    assert sorted(map(contents, back), key=str) == sorted(map(contents, samples), key=str)
+    assert sum(sample.length for sample in back) == sum(sample.length for sample in samples)
+    assert manifest.inputs == len(samples) == manifest.samples
+    assert "verify: all is well" in wds_tools("verify", tmp_path / "back").stdout
+    export_hf(  # the same tokenizer, so that old and new can be exported together
+        ExportConfig(input=(str(tmp_path / "set"), str(tmp_path / "back")), output=str(tmp_path / "both"), **settings)
+    )
+
+
+def parquet_export(tmp_path: Path, count: int = 2500) -> Path:
+    """Documents in two files."""
+    make_dataset(tmp_path / "set", [text_sample(number) for number in range(count)])
+    export_hf(
+        ExportConfig(input=(str(tmp_path / "set"),), output=str(tmp_path / "out"), format="parquet", num_shards=2, quiet=True)
+    )
+    return tmp_path / "out"
+
+
+def test_parquet_is_read_from_an_object_store_and_by_name_with_the_same_bytes(tmp_path: Path, s3: S3Server) -> None:
+    folder = parquet_export(tmp_path)
+    convert(folder, output=tmp_path / "one", workers=2)
+    convert(str(folder / "data/train-0000{0,1}-of-00002.parquet"), output=tmp_path / "named")
+    store = open_store(f"s3://{s3.bucket}/convert-parquet")
+    for path in folder.rglob("*.parquet"):
+        store.put(path.relative_to(folder).as_posix(), path.read_bytes())
+    convert(store.url, output=tmp_path / "remote")
+
+    def shards(name: str) -> dict[str, bytes]:
+        return {file: data for file, data in tree(tmp_path / name).items() if file.endswith(".tar")}
+
+    assert len(shards("one")) == 2
+    assert shards("one") == shards("named") == shards("remote")
+
+
+def test_an_unfinished_parquet_export_is_refused_and_a_damaged_file_is_a_reject(tmp_path: Path) -> None:
+    folder = parquet_export(tmp_path)
+    first, last = sorted(folder.rglob("*.parquet"))
+    whole = first.read_bytes()
+    first.write_bytes(whole[: len(whole) // 2])
+    manifest = convert(folder, output=tmp_path / "cut", max_rejects="1")
+    assert (manifest.samples, manifest.rejects) == (1250, {"corrupt_parquet": 1})
+    first.write_bytes(whole)
+    last.write_bytes(b"This export is not finished: run the same command again with --overwrite.\n")
+    for source in (folder, last):
+        with pytest.raises(FormatError, match=r"train-00001-of-00002\.parquet is no Parquet file .*an unfinished export"):
+            convert(source, output=tmp_path / "unfinished")
 
 
 def test_documents_alone_name_no_tokenizer(tmp_path: Path) -> None:
@@ -132,7 +203,14 @@ def test_another_stride_and_codebook_make_other_grids_and_types(tmp_path: Path) 
         (pair(0, vqcode_512="no"), "missing_codes", "image_text without vqcode_512"),
         ({**wide(0), "width": "no"}, "bad_codes", "needs width in pixels, got 'no'"),
         ({**wide(0), "height": "40"}, "bad_codes", "96 x 40 pixels is no whole number of codes at stride 16"),
-        (pair(0, data_type="visual_sft"), "unknown_data_type", "data_type is 'visual_sft'"),
+        (pair(0, data_type="video"), "unknown_data_type", "data_type is 'video'"),
+        (pair(0, data_type="visual_sft"), "bad_conversation", "text is 'caption 0', expected the JSON of a conversation"),
+        (talk({"conversations": []}), "bad_conversation", "the turns are from: none"),
+        (talk({"grids": {"vqcode_512": [[3, 2]]}}), "bad_codes", "has 4 codes, expected 3 x 2"),
+        (talk({"grids": {"vqcode_512": [[1, 2], [1, 1]]}}), "bad_codes", "has the shape (1, 4)"),
+        (talk({"grids": {"vqcode_512": [[1, -2]]}}), "bad_codes", "expected a list of [height, width]"),
+        (talk({"grids": [[2, 2]]}), "bad_codes", "expected an object with the code columns"),
+        (talk({}), "bad_codes", "has 4 codes, expected 32 x 32"),
         (pair(0, text=None), "missing_field", "no text"),
         (pair(0, text=""), "empty_text", "text is empty"),
         (pair(0, data_type="text_pretrain"), "unwritable_record", "text_pretrain has neither image nor codes"),

@@ -1,4 +1,5 @@
-"""Every block of the documentation that is marked `python` or `bash` runs, page by page, in a folder such as the pages speak of.
+"""Every block of the documentation that is marked `python` or `bash` runs, page by page, in a folder such as the pages speak of;
+commands in `text` are parsed.
 
 That of the README is the path of a newcomer: in a folder with pictures and captions, what it says, in its order, nothing else.
 """
@@ -8,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -17,20 +19,34 @@ import webdataset as wds
 from commands import ROOT, image_bytes, write_documents, write_jsonl
 from factory import image_sample, make_dataset, text_sample
 from s3 import S3Server
+from tokens import write_tokenizer
 
 from wds_tools.export.hf import ExportConfig, export_hf
 from wds_tools.storage import open_store
 
-NOT_RUN = {
-    "docs/scaling.md": "its blocks are of Slurm and ssh; tests/test_ray.py and tests/test_parts.py run the commands",
-    "docs/training.md": "model, tokenizer, checkpoints are the reader's; tests/test_trainers.py makes the same calls",
-}
 PAGES = sorted(
-    page.relative_to(ROOT).as_posix()
-    for folder in (ROOT, ROOT / "docs", ROOT / "docs/decisions")
-    for page in folder.glob("*.md")
-    if page.relative_to(ROOT).as_posix() not in NOT_RUN
+    page.relative_to(ROOT).as_posix() for folder in (ROOT, ROOT / "docs", ROOT / "docs/decisions") for page in folder.glob("*.md")
 )
+TINY = 4096
+"""Codes of the bundled tokenizer."""
+SCALING = "docs/scaling.md"
+"""Its blocks run too, but clusters are not at hand: Ray, Slurm, ssh and pip are stand-ins, and our commands are parsed only."""
+CLUSTER = {
+    "pip": "true",
+    "ray": "true",
+    "ssh": 'shift; exec sh -c "$*"',
+    "sbatch": 'for word; do last=$word; done; case $last in wds-tools*) exec sh -c "$last";; *) echo 7;; esac',
+}
+PARSE_ONLY = """
+import importlib, sys
+from wds_tools.cli import main
+for module, _ in main.COMMANDS.values():
+    importlib.import_module(f"wds_tools.cli.{module}").run = lambda config: 0
+status = main.main()
+with open("refused" if status else "parsed", "a") as file:
+    print(*sys.argv[1:], file=file)
+sys.exit(status)
+"""
 _BLOCK = re.compile(r"^```(\S*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -54,7 +70,10 @@ def script(page: str) -> str:
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What pages use of `make demo`."""
     folder = tmp_path_factory.mktemp("demo") / "demo-out"
-    make_dataset(folder / "pairs-512", [image_sample(number, side=32) for number in range(20)])
+    made = {"vqcode_512": {"tokenizer": "tiny", "codebook_size": TINY, "stride": 16}}
+    samples = [image_sample(number, side=32) for number in range(20)]
+    samples = [sample._replace(codes={name: grid % TINY for name, grid in sample.codes.items()}) for sample in samples]
+    make_dataset(folder / "pairs-512", samples, codes=made)
     make_dataset(folder / "dclm", [text_sample(number) for number in range(20)])
     return folder
 
@@ -77,6 +96,7 @@ def place(tmp_path: Path, demo: Path) -> Path:
         writer.write({"__key__": "0", "txt": "caption"})
     (tmp_path / "demo-out").symlink_to(demo)
     export_hf(ExportConfig(input=(str(demo / "pairs-512"),), output=str(tmp_path / "liquid-data"), num_shards=2, quiet=True))
+    write_tokenizer(tmp_path / "gemma", added=())
     (tmp_path / "bin").mkdir()
     command = tmp_path / "bin/wds-tools"
     command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m wds_tools.cli.main "$@"\n')
@@ -85,7 +105,9 @@ def place(tmp_path: Path, demo: Path) -> Path:
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("page", [page for page in PAGES if any(kind in ("python", "bash") for kind, _ in blocks(page))])
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page != SCALING and any(kind in ("python", "bash") for kind, _ in blocks(page))]
+)
 def test_every_block_of_a_page_runs(page: str, place: Path, s3: S3Server) -> None:
     open_store("s3://bucket").put("made", b"")  # the server makes buckets on the way
     environment = {
@@ -102,6 +124,50 @@ def test_every_block_of_a_page_runs(page: str, place: Path, s3: S3Server) -> Non
     if page == "README.md":
         first = done.stdout.partition("verify: all is well")[2].splitlines()[1]
         assert re.fullmatch(r"\['picture \d+'(, 'picture \d+'){3}\] \[torch.Size\(\[32, 32\]\)(, .*){3}\]", first)
+
+
+def parse_only(place: Path) -> Path:
+    """A program that takes our commands' arguments and says whether they are right: files `parsed` and `refused`."""
+    program = place / "parse_only.py"
+    program.write_text(PARSE_ONLY)
+    return program
+
+
+def test_the_blocks_about_clusters_run_on_stand_ins_and_their_commands_are_those_that_there_are(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    ours = f'exec "{sys.executable}" "{parse_only(tmp_path)}" "$@"'
+    for name, does in {**CLUSTER, "wds-tools": ours}.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{does}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    (tmp_path / "hosts").write_text("one\ntwo\n")
+    (tmp_path / "page.py").write_text(script(SCALING))
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": path, "SLURM_ARRAY_TASK_ID": "64"}
+    command = [sys.executable, tmp_path / "page.py"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not (tmp_path / "refused").exists(), done.stderr
+    found = (tmp_path / "parsed").read_text().splitlines()
+    parts = {line.partition(" --part ")[2] for line in found if " --part " in line}
+    assert parts == {"3/64", "64/64", "0/2", "1/2"}
+    assert sum(line.startswith("finalize") for line in found) == 2
+    assert sum("--executor ray" in line for line in found) == 1
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if any(kind == "text" for kind, _ in blocks(page))])
+def test_commands_that_are_only_shown_are_those_that_there_are(page: str, tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for line in "".join(content for kind, content in blocks(page) if kind == "text").splitlines():
+        program, *words = shlex.split(line)
+        if program == "wds-tools":
+            command = [sys.executable, parse_only(tmp_path), *words]
+            done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, line + done.stderr
+        else:
+            assert program == "python", line
+            command = [sys.executable, ROOT / words[0], "--help"]
+            done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+            assert {word for word in words[1:] if word.startswith("--")} <= set(re.findall(r"--[\w-]+", done.stdout)), line
 
 
 def test_the_readme_begins_with_a_newcomers_path_from_pictures_to_a_batch() -> None:

@@ -97,3 +97,16 @@ def test_a_schedule_that_does_not_ascend_or_fit_is_refused() -> None:
         Mixture([5], 2, [(0, (1.0,)), (0, (1.0,))])
     with pytest.raises(UsageError, match="2 sources"):
         Mixture([5, 5], 2, [(0, (1.0,))])
+
+
+@pytest.mark.parametrize("weights", [(0.7, 0.3), (0.95, 0.05), (0.5, 0.3, 0.2), (0.99, 0.01), (0.61, 0.29, 0.07, 0.03)], ids=str)
+@pytest.mark.parametrize("lanes", [1, 64, 100])
+def test_epochs_of_a_source_overlap_by_two_draws_a_lane_at_most(weights: tuple[float, ...], lanes: int) -> None:
+    size = 5000
+    mixture = Mixture([size] * len(weights), lanes, [(0, weights)])
+    for source, weight in enumerate(weights):
+        drawn = mixture.locate(np.arange(int(2.5 * size / weight) + 3 * lanes))
+        for epoch in (1, 2):
+            last_of_before = np.flatnonzero((drawn.source == source) & (drawn.epoch == epoch - 1))[-1]
+            first = np.flatnonzero((drawn.source == source) & (drawn.epoch == epoch))[0]
+            assert last_of_before - first <= 2 * lanes / weight

@@ -18,10 +18,13 @@ from test_resume import disturb
 from tokens import PROVENANCE, readmes, write_tokenizer
 
 from loaders import LoaderConfig, Source, build_loader
+from wds_tools.check.verify import VerifyConfig, verify
 from wds_tools.dataset.read import read_manifest
+from wds_tools.dataset.write import ShardLimits, TaskWriter, begin, finish
 from wds_tools.errors import TooManyRejects, UsageError
 from wds_tools.format.manifest import Manifest
-from wds_tools.format.schema import Sample
+from wds_tools.format.schema import ANY_MEMBERS, Sample
+from wds_tools.format.shard import npy_bytes
 from wds_tools.pack.rows import PackConfig, pack
 from wds_tools.sequences.build import ExampleBuilder
 from wds_tools.sequences.config import SequenceConfig
@@ -96,6 +99,67 @@ def test_the_manifest_says_what_a_model_needs_and_verify_finds_nothing(made: tup
     assert manifest.source["rows"] == {"length": LENGTH, "vocabulary_size": 2003 + 8192, "text_size": 2003}
     assert manifest.samples == len(read_rows(output))
     assert wds_tools("verify", output).stdout
+
+
+def rewritten(made: tuple[Path, Manifest], output: Path, **changes: Any) -> Path:
+    """The first rows again, with other members, by the writer that made them."""
+    source = {**made[1].source, **changes.pop("source", {})}
+    store = open_store(str(output))
+    begin(store, {"command": "pack"}, resume=False, overwrite=False, schema_version=ANY_MEMBERS)
+    with TaskWriter(store, 0, ShardLimits()) as writer:
+        for number, (ids, loss, segments) in enumerate(read_rows(made[0])[:3]):
+            arrays = {"tokens.npy": ids, "loss.npy": np.packbits(loss), "segments.npy": segments}
+            arrays |= {name.replace("_", "."): array for name, array in changes.items() if number == 1}
+            writer.add_members(f"row-{number}", [(name, npy_bytes(array)) for name, array in arrays.items() if array is not None])
+        writer.finish(3)
+    finish(store, 1, source=source, codes={}, schema_version=ANY_MEMBERS)
+    return output
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, None),
+        (
+            {"tokens_npy": np.array([5] * 9 + [10_195] * (LENGTH - 9), "<u2")},
+            "row-1: holds the id 10195 at 9; the vocabulary has",
+        ),
+        ({"tokens_npy": np.zeros(LENGTH - 1, "<u2")}, f"tokens ({LENGTH - 1},) and loss ({LENGTH // 8},), expected ({LENGTH},)"),
+        ({"loss_npy": np.zeros(3, "u1")}, f"loss (3,), expected ({LENGTH},) and ({LENGTH // 8},)"),
+        ({"loss_npy": None}, "has the members tokens.npy, segments.npy, expected tokens.npy, loss.npy, segments.npy"),
+        ({"segments_npy": np.array([LENGTH, 1], "<u2")}, f"segments are [{LENGTH}, 1], expected lengths from 1"),
+        ({"segments_npy": np.array([3, 0], "<u2")}, "segments are [3, 0], expected lengths from 1"),
+        ({"source": {"rows": {"length": "many"}}}, "manifest.json: source.rows is {'length': 'many'}, expected positive length"),
+    ],
+    ids=str,
+)
+def test_verify_holds_rows_to_their_length_and_vocabulary(
+    made: tuple[Path, Manifest], tmp_path: Path, changes: dict[str, Any], message: str | None
+) -> None:
+    found = verify(VerifyConfig(input=str(rewritten(made, tmp_path / "set", **changes)), quiet=True)).problems
+    if message is None:
+        assert found == ()
+    else:
+        assert len(found) == 1
+        assert message in found[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["encode", "--device", "cpu"], "encode the images first, then pack"),
+        (["export", "hf"], "export those data sets"),
+        (["pack", "--seq-len", "64", "--tokenizer", "tok"], "train on the rows as they are, or pack those data sets again"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_command_that_needs_samples_says_what_rows_are_and_what_to_do_instead(
+    inputs: Path, made: tuple[Path, Manifest], tmp_path: Path, words: list[str], hint: str
+) -> None:
+    (line,) = wds_tools(*words, "--input", made[0], "--output", tmp_path / "out", status=2).stderr.splitlines()
+    whence = f"{inputs / 'pairs'}, {inputs / 'text'}"
+    assert f"{made[0]} holds rows of {LENGTH} tokens that `wds-tools pack` made of {whence}, no samples with texts" in line
+    assert hint in line
 
 
 def test_workers_and_resumes_change_no_byte(inputs: Path, made: tuple[Path, Manifest], tmp_path: Path) -> None:

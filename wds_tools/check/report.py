@@ -17,10 +17,11 @@ import numpy as np
 import orjson
 
 from wds_tools.check import plots
+from wds_tools.check.count import CodeUse
 from wds_tools.check.duplicates import Repeats
 from wds_tools.check.histogram import Histogram
 from wds_tools.check.png import png_bytes
-from wds_tools.check.stats import CodeUse, Stats
+from wds_tools.check.stats import Stats
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 _SHOWN_SHARDS = 50

@@ -1,6 +1,6 @@
 """What a data set holds, in numbers: one pass over texts and codes, in constant memory, on any number of processes.
 
-    shard ──scan──▶ pieces of rows ──Count──▶ histograms, code counts, hashes ──merge──▶ Stats
+    shard ──scan──▶ pieces of rows ──`count`──▶ histograms, code counts, hashes ──merge──▶ Stats
                                                   └▶ the shard's own text and code histogram ──▶ drift
 
 Source images are not read, only their sizes. Invariant: the result does not depend on workers or on the order of shards.
@@ -10,31 +10,24 @@ duplicates) and 1 KB a shard.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import orjson
-from numpy.typing import NDArray
-from xxhash import xxh3_64_intdigest
 
-from wds_tools.check.drift import BUCKETS, Outline, ShardStats, drift, outline
+from wds_tools.check.count import Count, Part, count_rows
+from wds_tools.check.drift import Outline, ShardStats, drift, outline
 from wds_tools.check.duplicates import HashSet, Repeats
-from wds_tools.check.histogram import Histogram
-from wds_tools.check.rows import PIECE_BYTES, Row, Rows, is_image, is_small, is_text
+from wds_tools.check.rows import PIECE_BYTES, Rows, is_text
 from wds_tools.dataset.read import read_manifest
-from wds_tools.errors import DataError, FormatError, UsageError
+from wds_tools.errors import DataError, UsageError
 from wds_tools.format.manifest import Manifest
-from wds_tools.format.schema import ANY_MEMBERS
-from wds_tools.format.shard import parse_npy
 from wds_tools.run.local import Report, run_tasks
 from wds_tools.run.progress import Progress
 from wds_tools.storage import open_store
 
-MAX_CODEBOOK = 1 << 22
-"""Counts of more entries than this are not kept: no tokenizer has them, and a damaged grid may."""
 _SHOWN_CHARS = 100
 
 
@@ -58,76 +51,6 @@ class StatsConfig:
             raise UsageError(f"--hashes {self.hashes}: at least 1000")
 
 
-@dataclass(kw_only=True)
-class CodeUse:
-    """How often each entry of a codebook was used."""
-
-    codebook_size: int | None
-    """As the manifest says; None if it does not."""
-    counts: NDArray[np.int64]
-    """At least `codebook_size` of them."""
-
-    @property
-    def size(self) -> int:
-        """Entries: those of the codebook, or as many as the codes that were seen need."""
-        return self.codebook_size or len(self.counts)
-
-    @property
-    def used(self) -> int:
-        """Entries that occur."""
-        return int((self.counts > 0).sum())
-
-    @property
-    def entropy_bits(self) -> float:
-        """Of the distribution over entries: log2 of how many equally frequent ones would say as much."""
-        total = self.counts.sum()
-        share = self.counts[self.counts > 0] / max(int(total), 1)
-        return float(-(share * np.log2(share)).sum()) + 0.0
-
-    @property
-    def perplexity(self) -> float:
-        """2 to the entropy."""
-        return float(2.0**self.entropy_bits)
-
-    def merge(self, other: CodeUse) -> None:
-        """Add another's counts."""
-        short, long = sorted((self.counts, other.counts), key=len)
-        self.counts = long.copy()
-        self.counts[: len(short)] += short
-
-
-@dataclass(kw_only=True)
-class Count:
-    """What was counted over some samples. Two of these add up."""
-
-    samples: int = 0
-    data_types: Counter[str] = field(default_factory=Counter)
-    text_chars: Histogram = field(default_factory=Histogram)
-    """Of texts; of a conversation, over its turns."""
-    turns: Histogram = field(default_factory=Histogram)
-    """Of conversations."""
-    sample_bytes: Histogram = field(default_factory=Histogram)
-    """In the tar, headers and padding included."""
-    image_bytes: Histogram = field(default_factory=Histogram)
-    """Of source images that were kept."""
-    grids: Counter[str] = field(default_factory=Counter)
-    """Code grids by "HEIGHT x WIDTH"."""
-    codes: dict[str, CodeUse] = field(default_factory=dict)
-
-    def merge(self, other: Count) -> None:
-        """Add another's."""
-        self.samples += other.samples
-        self.data_types.update(other.data_types)
-        for name in ("text_chars", "turns", "sample_bytes", "image_bytes"):
-            getattr(self, name).merge(getattr(other, name))
-        self.grids.update(other.grids)
-        for column, use in other.codes.items():
-            if column in self.codes:
-                self.codes[column].merge(use)
-            else:
-                self.codes[column] = use
-
-
 @dataclass(frozen=True, kw_only=True)
 class Stats:
     """Everything about a data set."""
@@ -140,27 +63,6 @@ class Stats:
     shards: tuple[ShardStats, ...]
     largest: Mapping[str, Sequence[tuple[int, str, str]]] = field(default_factory=dict)
     """"text" and "codes" -> (copies, key, the text's beginning) of the largest groups of duplicates."""
-
-
-@dataclass(kw_only=True)
-class Part:
-    """What was counted over rows of one shard."""
-
-    shard: int
-    count: Count = field(default_factory=Count)
-    texts: list[tuple[int, int]] = field(default_factory=list)
-    """(hash, number of the sample), of all that have text."""
-    codes: list[tuple[int, int]] = field(default_factory=list)
-    """The same, of all that have codes."""
-    buckets: NDArray[np.int64] = field(default_factory=lambda: np.zeros(BUCKETS, np.int64))
-    """Codes by their number modulo BUCKETS."""
-
-    def merge(self, other: Part) -> None:
-        """Add what was counted over other rows of the same shard."""
-        self.count.merge(other.count)
-        self.texts += other.texts
-        self.codes += other.codes
-        self.buckets += other.buckets
 
 
 def stats(config: StatsConfig) -> Stats:
@@ -221,93 +123,6 @@ class _CountShard:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_rows": []}
-
-
-def count_rows(rows: Rows, shard: int, first: int, last: int, progress: Report) -> Part:
-    """Count the rows [first, last) of a shard.
-
-    Raises:
-        FormatError: a sample is damaged, or has a code outside its codebook.
-    """
-    part = Part(shard=shard)
-    sizes = {column: _codebook_size(rows.manifest, column) for column in rows.manifest.codes}
-    has_schema = rows.manifest.schema_version != ANY_MEMBERS
-    for piece in rows.scan(shard, first, is_small if has_schema else lambda _: False, last):
-        part.count.samples += len(piece)
-        part.count.sample_bytes.add([row.size for row in piece])
-        images = [length for row in piece for suffix, length in row.lengths.items() if is_image(suffix)]
-        part.count.image_bytes.add(images)
-        if has_schema:
-            _count_codes(part, piece, _count_texts(part, piece), sizes)
-        progress(len(piece), len(piece), 0)
-    return part
-
-
-def _count_texts(part: Part, piece: Sequence[Row]) -> list[Mapping[str, Any]]:
-    """Count texts and turns; returns the samples' records."""
-    records: list[Mapping[str, Any]] = []
-    chars: list[int] = []
-    turns: list[int] = []
-    for row in piece:
-        try:
-            record = orjson.loads(row.payloads["json"])
-            records.append(record)
-            texts = [record["text"]]
-            if record.get("conversations") is not None:
-                texts += [turn["value"] for turn in record["conversations"]]
-                turns.append(len(texts) - 1)
-            part.count.data_types[record["data_type"]] += 1
-            whole = "\x1f".join(texts).encode()
-            chars.append(sum(map(len, texts)))
-        except (orjson.JSONDecodeError, KeyError, TypeError, UnicodeEncodeError) as error:
-            why = f"its json is none of this schema ({type(error).__name__}: {error})"
-            raise FormatError(f"{row.shard}, byte {row.start}: {why}: `wds-tools verify` says more") from error
-        if chars[-1]:
-            part.texts.append((xxh3_64_intdigest(whole), row.number))
-    part.count.text_chars.add(chars)
-    part.count.turns.add(turns)
-    return records
-
-
-def _count_codes(part: Part, piece: Sequence[Row], records: Sequence[Mapping[str, Any]], sizes: Mapping[str, int | None]) -> None:
-    columns: dict[str, list[NDArray[Any]]] = {}
-    for row, record in zip(piece, records, strict=True):
-        hashes = []
-        for suffix, payload in row.payloads.items():
-            if not suffix.endswith(".npy"):
-                continue
-            codes = parse_npy(payload, f"{row.shard}, byte {row.start}: {suffix}")
-            if codes.ndim != 2:
-                raise FormatError(f"{row.shard}, byte {row.start}: {suffix} has the shape {codes.shape}, expected (h, w)")
-            column = suffix.removesuffix(".npy")
-            try:
-                part.count.grids.update(f"{h} x {w}" for h, w in (record.get("grids") or {}).get(column, [codes.shape]))
-            except (AttributeError, TypeError, ValueError) as error:
-                raise FormatError(
-                    f"{row.shard}, byte {row.start}: its grids are not [h, w] each: `wds-tools verify` says more"
-                ) from error
-            if codes.size:
-                columns.setdefault(column, []).append(codes.ravel())
-                hashes.append(xxh3_64_intdigest(payload))
-        if hashes:
-            part.codes.append((hashes[0] if len(hashes) == 1 else xxh3_64_intdigest(repr(hashes).encode()), row.number))
-    for column, grids in columns.items():
-        codes = np.concatenate(grids)
-        size = sizes.get(column)
-        most = int(codes.max(initial=0))
-        if most >= (size or MAX_CODEBOOK):
-            raise FormatError(
-                f"{piece[0].shard}: {column} holds the code {most:,}; the codebook has {size or MAX_CODEBOOK:,} entries: "
-                "`wds-tools verify` says where"
-            )
-        use = CodeUse(codebook_size=size, counts=np.bincount(codes, minlength=size or 1).astype(np.int64))
-        part.count.merge(Count(codes={column: use}))
-        part.buckets += np.bincount(codes % BUCKETS, minlength=BUCKETS)
-
-
-def _codebook_size(manifest: Manifest, column: str) -> int | None:
-    size = manifest.codes[column].get("codebook_size")
-    return size if type(size) is int and 0 < size <= MAX_CODEBOOK else None
 
 
 def _describe(url: str, rows: Rows, parts: Iterable[Part], limit: int) -> Stats:

@@ -1,7 +1,8 @@
 """Check that a data set is exactly what its manifest says.
 
 Every shard is read once, whole: size, XXH3-128, tar structure, index against tar, every sample against the schema, codes
-against their codebook, counts. Then what needs the whole set: unique keys, files nobody mentions, rejects on disk.
+against their codebook, ids of token rows against their vocabulary, counts. Then what needs the whole set: unique keys, files
+nobody mentions, rejects on disk.
 Cost: one pass over the bytes; memory is one shard a process, and 8 bytes a sample.
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import lt
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import orjson
 
+from wds_tools.check.token_rows import check_facts, check_row
 from wds_tools.dataset.index import Contents
 from wds_tools.dataset.read import ShardBytes, read_manifest
 from wds_tools.dataset.write import REJECTS
@@ -142,6 +144,9 @@ class _CheckShard:
     ) -> Contents | None:
         """What the samples hold, with their faults reported; None if one breaks the schema."""
         contents = Contents()
+        rows = self.manifest.token_rows
+        if rows is not None:
+            self._check_rows(row, scan, tar, report, rows)
         if self.manifest.schema_version == ANY_MEMBERS:
             progress(len(scan.keys), len(scan.keys), 0)
             return contents
@@ -151,6 +156,15 @@ class _CheckShard:
                 contents.add(sample.data_type, sample.text_chars, sample.num_codes)
             progress(1, 1, 0)
         return contents if len(contents.text_chars) == len(scan.keys) else None
+
+    def _check_rows(self, row: ShardRow, scan: Scan, tar: memoryview, report: _ShardReport, rows: Mapping[str, Any]) -> None:
+        check_facts(rows)
+        for key, start, payloads in zip(scan.keys, scan.start.tolist(), scan.payloads(tar), strict=True):
+            try:
+                check_row(key, payloads, rows)
+            except DataError as error:
+                if len(report.problems) < _MAX_PROBLEMS_A_SHARD:
+                    report.problems.append(f"{row.name}, byte {start}: {error}")
 
     def _check_sample(
         self, row: ShardRow, key: str, start: int, payloads: dict[str, memoryview], report: _ShardReport

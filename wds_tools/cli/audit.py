@@ -7,10 +7,11 @@ from dataclasses import asdict, dataclass
 
 import tyro
 
-from loaders.audit import Audit, audit, read_receipts
+from loaders.audit import Audit, audit, num_positions, read_receipts
 from loaders.tally import EpochAudit, Ranges
 from wds_tools.cli.summary import Printed, print_json
 from wds_tools.errors import UsageError
+from wds_tools.run.progress import Progress
 from wds_tools.storage import join
 
 EXAMPLE = "wds-tools audit s3://bucket/run-7/receipts --complete"
@@ -35,6 +36,9 @@ class Config(Printed):
     show: int = 20
     """Ranges to list of each kind. What is not listed is counted. With --json they are [first, behind the last]."""
 
+    quiet: bool = False
+    """Show no progress."""
+
     def __post_init__(self) -> None:
         if not self.input:
             raise UsageError("name the receipts of the run: files or folders")
@@ -44,7 +48,16 @@ class Config(Printed):
 
 def run(config: Config) -> int:
     """Audit, and list what is missing or repeated."""
-    result = audit(read_receipts(config.input), config.source, complete=config.complete, quick=config.quick, show=config.show)
+    receipts = read_receipts(config.input)
+    with Progress("audit", num_positions(receipts, complete=config.complete), quiet=config.quiet) as progress:
+        result = audit(
+            receipts,
+            config.source,
+            complete=config.complete,
+            quick=config.quick,
+            show=config.show,
+            on_counted=lambda count: progress(count, count, 0),
+        )
     epochs = [one for one in result.epochs if config.epoch in (None, one.epoch)]
     if not epochs:
         named = f"{result.epochs[0].epoch} to {result.epochs[-1].epoch}" if result.epochs else "none: nothing was handed over"

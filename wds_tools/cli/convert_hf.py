@@ -10,7 +10,7 @@ EXAMPLE = "wds-tools convert hf --input liquid-data/ --output s3://bucket/liquid
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Printed, HfConfig):
-    """Convert the reference pipeline's Hugging Face folders and jsonl files, which hold codes, to shards."""
+    """Convert Hugging Face data sets that hold codes, the reference pipeline's or those of `export hf`, to shards."""
 
 
 def run(config: Config) -> int:

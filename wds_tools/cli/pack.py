@@ -18,7 +18,7 @@ class Config(Printed, PackConfig):
 def run(config: Config) -> int:
     """Pack, and say what came of it."""
     manifest = pack(config)
-    counts, rows = manifest.source.get("counts", {}), manifest.source["rows"]
+    counts, rows = manifest.source.get("counts", {}), manifest.token_rows or {}
     if config.json:
         print_json({**data_set_record(config.output, manifest), "counts": counts, "rows": rows})
         return 0

@@ -69,7 +69,7 @@ def print_data_set(url: str, manifest: Manifest, *, json: bool = False) -> None:
 
 def describe_samples(manifest: Manifest) -> str:
     """What kind of samples a data set holds."""
-    if rows := manifest.source.get("rows"):
+    if rows := manifest.token_rows:
         return f"token rows of {rows['length']:,}"
     if manifest.schema_version != ANY_MEMBERS:
         return _counts(manifest.data_types)

@@ -1,58 +1,54 @@
-"""The reference pipeline's data, as it is on disk, back into shards: nothing has to be encoded again.
+"""Rows of the reference pipeline's Hugging Face data, and of our own exports, back into shards: nothing is encoded again.
 
-    folders of save_to_disk -> files of state.json -> Arrow batches -> rows ─┐
-    jsonl files             -> ranges of lines     -> records ─────────────┴-> Sample(text, codes) -> shards
+    files (`tables`) -> rows ─┐
+    ranges of lines  -> rows ─┴-> Sample(text, codes, conversations) -> shards
 
 A row has the reference's seven fields: strings, "no" for what is absent, codes as a JSON list in a string (a list will do).
-Codes get their grid back: 512 / stride on a side, or height / stride by width / stride. What the rows don't say, which tokenizer
-made the codes, is an argument. Rows with other numbers of codes than their grid has, or with codes beyond the codebook, are
-rejects. An Arrow file that was cut off gives its rows up to there and one reject. Memory: one batch of rows.
+Codes get their grid back: 512 / stride on a side, or height / stride by width / stride; those of a conversation the grids that
+its text, the JSON of `export.rows`, says. What the rows don't say, which tokenizer made the codes, is an argument. Rows with
+other numbers of codes than their grid has, or with codes beyond the codebook, are rejects. Memory: see tables.
 """
 
 from __future__ import annotations
 
-import posixpath
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import orjson
+from numpy.typing import NDArray
 
 from wds_tools.convert.lines import (
     InputFile,
     Line,
     LineRange,
     check_kept_fields,
-    expand_inputs,
     kept_fields,
     parse_record,
     plan_lines,
     read_lines,
     required_text,
 )
-from wds_tools.dataset.write import REJECTS, TaskWriter
-from wds_tools.errors import FormatError, MissingPackage, NotFound, Reject, StorageError, UsageError
+from wds_tools.convert.sft import turns_of
+from wds_tools.convert.tables import JSONL, TableRow, files_at, load_pyarrow, table_rows
+from wds_tools.dataset.write import TaskWriter
+from wds_tools.errors import FormatError, Reject, UsageError
 from wds_tools.format.manifest import Manifest
-from wds_tools.format.schema import Codes, Sample, code_dtype
+from wds_tools.format.schema import CODE_COLUMNS, DATA_TYPES, Codes, Sample, code_dtype, validate
 from wds_tools.passes import Advance, PassOptions, Plan, run_pass
-from wds_tools.storage import join, open_store, split_url
 
 _ABSENT = "no"
-_ARROW, _JSONL = ".arrow", ".jsonl"
-_STATE, _SPLITS = "state.json", "dataset_dict.json"
-_BATCH_ROWS = 1000
-_END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 _SIDE_512 = 512
 _IMAGE_TYPES = ("image_text", "image_text_multi")
 
 
 @dataclass(frozen=True, kw_only=True)
 class HfConfig(PassOptions):
-    """Convert the reference pipeline's Hugging Face folders and jsonl files, which hold codes, to shards."""
+    """Convert Hugging Face data sets that hold codes, the reference pipeline's or those of `export hf`, to shards."""
 
     input: tuple[str, ...]
-    """Folders written by save_to_disk, .jsonl files of the same seven fields, or folders of either; local paths or URLs."""
+    """Folders written by save_to_disk, .parquet or .jsonl files of the same seven fields, or folders of any; paths or URLs."""
     tokenizer: str = "chameleon"
     """Name of the tokenizer that made the codes. The rows don't say; it is written into the manifest."""
     codebook_size: int = 8192
@@ -82,74 +78,26 @@ def convert_hf(config: HfConfig) -> Manifest:
 
     Raises:
         UsageError: a folder has several splits, or a data set whose rows are reordered by an indices file.
-        MissingPackage: pyarrow is not installed, and there are Arrow files.
+        MissingPackage: pyarrow is not installed, and there are Arrow or Parquet files.
         Otherwise see run_pass.
     """
-    files = [file for url in config.input for file in _files_at(url)]
-    arrow = [file for file in files if file.url.endswith(_ARROW)]
-    if arrow:
-        _load_pyarrow()
-    lines = [file for file in files if not file.url.endswith(_ARROW)]
+    files = [file for url in config.input for file in files_at(url)]
+    tables = [file for file in files if not file.url.endswith(JSONL)]
+    if tables:
+        load_pyarrow()
+    lines = [file for file in files if file.url.endswith(JSONL)]
     ranges = plan_lines(lines, config.task_lines, quiet=config.quiet)
     fields = {"tokenizer": config.tokenizer, "codebook_size": config.codebook_size, "stride": config.stride}
     provenance = {**fields, "weights_hash": config.weights_hash, "precision": "unknown", "imported": True}
     plan = Plan(
         command="convert hf",
         settings={**fields, "weights_hash": config.weights_hash, "keep": config.keep},
-        tasks=[*map(tuple, arrow), *ranges],
-        total=sum(file.size for file in arrow) + sum(span.end - span.start for span in ranges),
-        codes=dict.fromkeys(("vqcode_512", "vqcode_multi768"), provenance),
+        tasks=[*map(tuple, tables), *ranges],
+        total=sum(file.size for file in tables) + sum(span.end - span.start for span in ranges),
+        codes=dict.fromkeys(CODE_COLUMNS, provenance),
         source={"inputs": [{"url": file.url, "bytes": file.size} for file in files]},
     )
     return run_pass(plan, _ConvertRows(config.codebook_size, config.stride, config.keep), config)
-
-
-def _files_at(url: str) -> Iterator[InputFile]:
-    """The Arrow files of a folder as its state.json has them, and its jsonl files; or the jsonl files that are named."""
-    if url.endswith((_JSONL, _ARROW)):
-        yield from expand_inputs([url], _JSONL)
-        return
-    entries = {entry.name: entry for entry in open_store(url).list()}
-    for name in entries:
-        if posixpath.basename(name) == _SPLITS:
-            splits = orjson.loads(open_store(url).read(name)).get("splits", [])
-            folder = join(url, posixpath.dirname(name)).rstrip("/")
-            raise UsageError(f"{folder} holds the splits {', '.join(splits)}: name those that you want, as {folder}/{splits[0]}")
-    found = [name for name in entries if name.endswith(_JSONL) and REJECTS not in name]
-    for name in entries:
-        if posixpath.basename(name) == _STATE:
-            found += _data_files(url, name)
-    if not found:
-        what = (
-            "an unfinished save_to_disk: there is no state.json"
-            if any(name.endswith(_ARROW) for name in entries)
-            else "no .jsonl"
-        )
-        raise NotFound(f"{url}: no folder of save_to_disk and {what}")
-    for name in found:
-        if name not in entries:
-            raise NotFound(f"{join(url, name)} is missing, though its {_STATE} names it: copy the folder again")
-        yield InputFile(join(url, name), entries[name].size)
-
-
-def _data_files(url: str, state_name: str) -> list[str]:
-    where = join(url, state_name)
-    try:
-        state = orjson.loads(open_store(url).read(state_name))
-        names = [file["filename"] for file in state["_data_files"]]
-    except (orjson.JSONDecodeError, KeyError, TypeError) as error:
-        raise FormatError(f"{where} is not what save_to_disk writes: {error}") from error
-    if state.get("_indices_data_files"):
-        raise UsageError(f"{where}: its rows are reordered by an indices file: `.flatten_indices()` and save it again")
-    return [posixpath.join(posixpath.dirname(state_name), name) for name in names]
-
-
-class _Row(NamedTuple):
-    number: int
-    """From 1; of a line, that of the line."""
-    record: Line | dict[str, Any]
-    num_bytes: int
-    """What it adds to the bytes read."""
 
 
 @dataclass(frozen=True)
@@ -161,10 +109,10 @@ class _ConvertRows:
     def __call__(self, task: LineRange | tuple[str, int], writer: TaskWriter, advance: Advance) -> int:
         if isinstance(task, LineRange):
             url = task.url
-            rows: Iterator[_Row] = (_Row(line.number, line, len(line.data or b"") + 1) for line in read_lines(task))
+            rows: Iterator[TableRow] = (TableRow(line.number, line, len(line.data or b"") + 1) for line in read_lines(task))
         else:
-            url, size = task
-            rows = _arrow_rows(url, size)
+            url = task[0]
+            rows = table_rows(InputFile(*task))
         inputs = number = 0
         try:
             for number, record, num_bytes in rows:
@@ -184,10 +132,10 @@ class _ConvertRows:
 
     def _sample(self, key: str, row: Mapping[str, Any]) -> Sample:
         data_type = row.get("data_type")
-        if data_type not in (*_IMAGE_TYPES, "text_pretrain"):
-            raise Reject(
-                "unknown_data_type", f"data_type is {data_type!r}, expected image_text, image_text_multi or text_pretrain"
-            )
+        if data_type not in DATA_TYPES:
+            raise Reject("unknown_data_type", f"data_type is {data_type!r}, expected one of {', '.join(DATA_TYPES)}")
+        if data_type == "visual_sft":
+            return self._conversation(key, row)
         text = required_text(dict(row), ("text",))
         provenance = kept_fields(row, self.keep)
         codes: dict[str, Codes] = {}
@@ -207,16 +155,69 @@ class _ConvertRows:
             raise Reject("missing_codes", f"{data_type} without vqcode_512 and vqcode_multi768")
         return Sample(key=key, data_type=data_type, text=text, codes=codes, width=width, height=height, provenance=provenance)
 
+    def _conversation(self, key: str, row: Mapping[str, Any]) -> Sample:
+        talk = _talk(row)
+        turns, grids = turns_of(talk), talk.get("grids")
+        codes: dict[str, Codes] = {}
+        for column in CODE_COLUMNS:
+            flat = _codes(row, column)
+            if flat is None:
+                continue
+            if grids is None:  # one image, as everywhere else
+                side = _SIDE_512 // self.stride
+                codes[column] = self._grid(column, flat, side, side)
+                continue
+            shapes = grids.get(column) if isinstance(grids, dict) else None
+            if isinstance(shapes, list) and len(shapes) == 1 and _is_shape(shapes[0]):
+                codes[column] = self._grid(column, flat, *shapes[0])
+            else:
+                codes[column] = self._values(column, flat)[None]
+        sample = Sample(
+            key=key,
+            data_type="visual_sft",
+            text="",
+            codes=codes,
+            conversations=turns,
+            grids=grids,
+            provenance=kept_fields(row, self.keep),
+        )
+        try:
+            validate(sample)
+        except FormatError as error:
+            raise Reject("bad_codes", str(error)) from error
+        return sample
+
     def _grid(self, column: str, flat: list[int], height: int, width: int) -> Codes:
         if len(flat) != height * width:
             raise Reject("bad_codes", f"{column} has {len(flat)} codes, expected {height} x {width} at stride {self.stride}")
+        return self._values(column, flat).reshape(height, width)
+
+    def _values(self, column: str, flat: list[int]) -> Codes:
+        """Codes of the type that the codebook needs, (N,)."""
         try:
-            values = np.array(flat)
+            values: NDArray[Any] = np.array(flat) if flat else np.zeros(0, np.int64)
         except ValueError:  # lists among the numbers
             values = np.array([""])
-        if values.dtype.kind != "i" or values.min() < 0 or values.max() >= self.codebook_size:
+        is_whole = values.dtype.kind == "i" and values.ndim == 1
+        if not is_whole or values.min(initial=0) < 0 or values.max(initial=0) >= self.codebook_size:
             raise Reject("bad_codes", f"{column} is not a list of whole numbers from 0 to {self.codebook_size - 1}")
-        return values.astype(code_dtype(self.codebook_size)).reshape(height, width)
+        return values.astype(code_dtype(self.codebook_size))
+
+
+def _talk(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The record of a conversation, which is its text in JSON."""
+    text = required_text(dict(row), ("text",))
+    try:
+        talk = orjson.loads(text)
+    except orjson.JSONDecodeError as error:
+        raise Reject("bad_conversation", f"text is {text[:40]!r}, expected the JSON of a conversation: {error}") from error
+    if not isinstance(talk, dict):
+        raise Reject("bad_conversation", f"text is {text[:40]!r}, expected an object with conversations")
+    return talk
+
+
+def _is_shape(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(type(side) is int and side > 0 for side in value)
 
 
 def _codes(row: Mapping[str, Any], column: str) -> list[int] | None:
@@ -227,7 +228,7 @@ def _codes(row: Mapping[str, Any], column: str) -> list[int] | None:
         flat = orjson.loads(value) if isinstance(value, str) else value
     except orjson.JSONDecodeError as error:
         raise Reject("bad_codes", f"{column} is {value[:40]!r}, expected a JSON list: {error}") from error
-    if not isinstance(flat, list) or not flat:
+    if not isinstance(flat, list) or not (flat or row.get("data_type") == "visual_sft"):  # a conversation may have no image
         raise Reject("bad_codes", f"{column} is {str(value)[:40]!r}, expected a list of codes")
     return flat
 
@@ -240,41 +241,3 @@ def _pixels(row: Mapping[str, Any], name: str) -> int:
     if pixels <= 0:
         raise Reject("bad_codes", f"vqcode_multi768 needs {name} in pixels, got {row.get(name)!r}")
     return pixels
-
-
-def _arrow_rows(url: str, size: int) -> Iterator[_Row]:
-    """The rows of an Arrow file.
-
-    Raises:
-        Reject: behind the last whole batch: "truncated_arrow" or "corrupt_arrow".
-    """
-    pa = _load_pyarrow()
-    root, name = split_url(url)
-    store = open_store(root)
-    number = 0
-    with store.open(name) as stream:
-        try:
-            for batch in pa.ipc.open_stream(stream):
-                num_bytes = batch.nbytes
-                for start in range(0, len(batch), _BATCH_ROWS):
-                    for row in batch.slice(start, _BATCH_ROWS).to_pylist():
-                        number += 1
-                        yield _Row(number, row, num_bytes)
-                        num_bytes = 0
-        except (pa.ArrowException, OSError) as error:
-            if isinstance(error, StorageError):
-                raise
-            raise Reject("corrupt_arrow", f"{error} (behind row {number})") from error
-    if bytes(store.read_range(name, max(size - len(_END_OF_STREAM), 0), size)) != _END_OF_STREAM:
-        raise Reject(
-            "truncated_arrow", f"the file ends at byte {size} without the end marker (behind row {number}): it was cut off"
-        )
-
-
-def _load_pyarrow() -> Any:
-    """The package. Raises MissingPackage."""
-    try:
-        import pyarrow
-    except ImportError as error:
-        raise MissingPackage("reading Hugging Face folders needs pyarrow: pip install 'wds-tools[convert]'") from error
-    return pyarrow

@@ -25,17 +25,20 @@ _MAX_EXPECTED_BYTES = 1 << 30
 """More of a shard than this is believed when it arrives: a manifest may claim anything."""
 
 
-def read_manifest(store: Store, *, any_members: bool = False) -> Manifest:
+def read_manifest(
+    store: Store, *, any_members: bool = False, instead_of_rows: str = "name the data sets they were made of"
+) -> Manifest:
     """The manifest of a complete data set.
 
     Args:
         store: the data set.
         any_members: take indexed tars of others too, whose samples are not of this project's schema.
+        instead_of_rows: what a user who named token rows is to do, where the schema is needed.
 
     Raises:
         NotFound: there is none: not a data set, or one that is not finished.
         FormatError: see unpack_manifest.
-        UsageError: it is one of any members, and the caller needs the schema.
+        UsageError: it is one of any members, or of token rows, and the caller needs the schema.
     """
     try:
         data = store.read(manifests.NAME)
@@ -45,7 +48,15 @@ def read_manifest(store: Store, *, any_members: bool = False) -> Manifest:
             "(run the same command with --resume)"
         ) from error
     manifest = unpack_manifest(data, f"{store.url}/{manifests.NAME}")
-    if manifest.schema_version == ANY_MEMBERS and not any_members:
+    if any_members:
+        return manifest
+    if rows := manifest.token_rows:
+        made_of = ", ".join(str(made.get("url")) for made in manifest.source.get("inputs", ()))
+        raise UsageError(
+            f"{store.url} holds rows of {rows.get('length')} tokens that `wds-tools pack` made of {made_of}, no samples with "
+            f"texts, images or codes: {instead_of_rows}"
+        )
+    if manifest.schema_version == ANY_MEMBERS:
         raise UsageError(
             f"{store.url} is indexed WebDataset data of any members ({', '.join(manifest.members)}): not in this project's "
             "schema; loaders can stream it, this command can't"

@@ -63,7 +63,7 @@ def encode(config: EncodeConfig) -> Manifest:
         TokenizerError: the tokenizer's weights can't be loaded.
     """
     store = open_store(config.input)
-    manifest = read_manifest(store)
+    manifest = read_manifest(store, instead_of_rows="encode the images first, then pack")
     types = [data_type for data_type in manifest.data_types if data_type in MODES]
     if not types:
         raise UsageError(f"{config.input} has no images to encode: it holds {', '.join(manifest.data_types) or 'nothing'}")

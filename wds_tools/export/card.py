@@ -19,8 +19,9 @@ from wds_tools.format.manifest import Manifest
 NAME = "README.md"
 TAG = "wds-tools"
 _MEANING = {
-    "data_type": "`image_text` (a square image and its caption), `image_text_multi` (an image of its own shape), `text_pretrain`",
-    "text": "the caption, or the document",
+    "data_type": "`image_text` (a square image and its caption), `image_text_multi` (an image of its own shape), `text_pretrain`"
+    ", `visual_sft` (a conversation about any number of images)",
+    "text": "the caption, the document, or the conversation as JSON: `conversations`, and the `grids` of its codes",
     "length": "characters of text + 4 x number of codes",
     "vqcode_512": "codes of the 512 px centre crop, row by row: a JSON list in a string; `no` if there are none",
     "vqcode_multi768": "the same for an image of `width` x `height` pixels",
@@ -66,7 +67,8 @@ def pack_card(
         *_how_to_load(file_format),
         "```",
         "",
-        "Made by wds-tools; `wds-tools convert hf` makes shards of it again.",
+        "Made by wds-tools; `wds-tools convert hf` makes shards of it again: tell it the tokenizer, codebook size, stride and",
+        "weights hash that stand above.",
     ]
     return "\n".join([header, "", *lines, ""]).encode()
 

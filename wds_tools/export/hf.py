@@ -134,7 +134,7 @@ def export_hf(config: ExportConfig) -> ExportSummary:
         MissingPackage: pyarrow is not installed.
     """
     load_pyarrow()
-    sources = [(store, read_manifest(store)) for store in map(open_store, config.input)]
+    sources = [(store, read_manifest(store, instead_of_rows="export those data sets")) for store in map(open_store, config.input)]
     _check_sources(sources, config.codes)
     rows = sum(manifest.samples for _, manifest in sources)
     data_types = sum((Counter(manifest.data_types) for _, manifest in sources), Counter[str]())

@@ -90,6 +90,12 @@ class Manifest:
         """Whether `wds-tools index` found the tars and wrote this manifest for them: no pass of this project made them."""
         return self.source.get("command") == INDEX_COMMAND
 
+    @property
+    def token_rows(self) -> Mapping[str, Any] | None:
+        """Length, vocabulary_size and text_size of rows of tokens, which `wds-tools pack` made; None for samples."""
+        rows = self.source.get("rows")
+        return rows if isinstance(rows, Mapping) and self.schema_version == ANY_MEMBERS else None
+
     def fingerprint(self) -> str:
         """ "sha256:<hex>" over what training depends on."""
         digest = hashlib.sha256(f"{FORMAT} {self.schema_version}\n".encode())

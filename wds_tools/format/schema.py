@@ -26,6 +26,8 @@ DATA_TYPES = ("image_text", "image_text_multi", "text_pretrain", "visual_sft")
 CODE_COLUMNS = ("vqcode_512", "vqcode_multi768")
 IMAGE_EXTENSIONS = ("jpg", "png", "webp", "gif", "bmp", "tif")
 JSON_FIELDS = ("data_type", "text", "length", "width", "height", "conversations", "grids")
+TOKEN_MEMBERS = ("tokens.npy", "loss.npy", "segments.npy")
+"""Members of a row of tokens: ids, which are trained, lengths of segments; see `sequences.rows`."""
 RESERVED_FIELDS = frozenset((*JSON_FIELDS, *CODE_COLUMNS, "cls", "id", "index", "inx"))
 """Names that provenance may not use: the schema's own, and those that Hugging Face casts to integers."""
 CHARACTERS_PER_CODE = 4

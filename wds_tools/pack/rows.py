@@ -33,6 +33,7 @@ from wds_tools.sequences.sources import codebook_size_of
 from wds_tools.storage import open_store
 
 _AT_ONCE = 256
+_PACKED_ALREADY = "train on the rows as they are, or pack those data sets again into another output"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +97,7 @@ def pack(config: PackConfig) -> Manifest:
     Raises:
         UsageError: the tokenizer does not fit, or see run_pass.
     """
-    manifests = [read_manifest(open_store(url)) for url in config.input]
+    manifests = [read_manifest(open_store(url), instead_of_rows=_PACKED_ALREADY) for url in config.input]
     for url, manifest in zip(config.input, manifests, strict=True):
         if manifest.codes and not one_set(manifest.codes, config.codes):
             raise UsageError(f"{url} has no codes named {config.codes!r}, but {', '.join(manifest.codes)}: choose with --codes")

@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from wds_tools.format.schema import TOKEN_MEMBERS
 from wds_tools.format.shard import npy_bytes
 from wds_tools.sequences.build import Example
 from wds_tools.sequences.pack import Row
 
-TOKENS, LOSS, SEGMENTS = MEMBERS = ("tokens.npy", "loss.npy", "segments.npy")
+TOKENS, LOSS, SEGMENTS = TOKEN_MEMBERS
 NOT_TRAINED = -100
 """What torch's cross entropy and transformers ignore."""
 

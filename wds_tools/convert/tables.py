@@ -1,0 +1,190 @@
+"""Hugging Face data sets as they lie on disk -> their files -> rows.
+
+    a folder of save_to_disk   the Arrow files that its state.json names
+    Parquet                    the files below a folder, or those that are named: what `export hf --format parquet` writes
+    jsonl                      the same; its lines are read by `lines`
+
+An Arrow file that was cut off gives its rows up to there, a Parquet file its rows up to the damage (none, if its footer is gone),
+and either one reject. Memory: one Arrow batch, or one Parquet row group.
+"""
+
+from __future__ import annotations
+
+import io
+import posixpath
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import orjson
+
+from wds_tools.convert.lines import InputFile, Line, expand_inputs
+from wds_tools.dataset.write import REJECTS
+from wds_tools.errors import FormatError, MissingPackage, NotFound, Reject, StorageError, UsageError
+from wds_tools.storage import Store, join, open_store, split_url
+
+ARROW, JSONL, PARQUET = ".arrow", ".jsonl", ".parquet"
+_STATE, _SPLITS = "state.json", "dataset_dict.json"
+_BATCH_ROWS = 1000
+_END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
+_PARQUET_MAGIC = b"PAR1"
+_LEAST_PARQUET_BYTES = 200
+"""Any Parquet file with these columns is larger; what is smaller is looked into."""
+
+
+class TableRow(NamedTuple):
+    """A row of a file."""
+
+    number: int
+    """From 1; of a line, that of the line."""
+    record: Line | dict[str, Any]
+    num_bytes: int
+    """What it adds to the bytes read."""
+
+
+def files_at(url: str) -> Iterator[InputFile]:
+    """The files of a folder: its jsonl and Parquet files, and the Arrow files that its state.json names; or those that are named.
+
+    Raises:
+        UsageError: a folder has several splits, or a data set whose rows are reordered by an indices file.
+        NotFound: there are none, or one that is named is missing.
+        FormatError: a state.json is none, or a Parquet export is not finished.
+    """
+    for suffix in (JSONL, ARROW, PARQUET):
+        if url.endswith(suffix):
+            found = expand_inputs([url], suffix)
+            _check_finished(found)
+            yield from found
+            return
+    entries = {entry.name: entry for entry in open_store(url).list()}
+    for name in entries:
+        if posixpath.basename(name) == _SPLITS:
+            splits = orjson.loads(open_store(url).read(name)).get("splits", [])
+            folder = join(url, posixpath.dirname(name)).rstrip("/")
+            raise UsageError(f"{folder} holds the splits {', '.join(splits)}: name those that you want, as {folder}/{splits[0]}")
+    names = [name for name in entries if name.endswith((JSONL, PARQUET)) and REJECTS not in name]
+    for name in entries:
+        if posixpath.basename(name) == _STATE:
+            names += _data_files(url, name)
+    if not names:
+        what = (
+            "an unfinished save_to_disk: there is no state.json"
+            if any(name.endswith(ARROW) for name in entries)
+            else "no .jsonl and no .parquet"
+        )
+        raise NotFound(f"{url}: no folder of save_to_disk and {what}")
+    for name in names:
+        if name not in entries:
+            raise NotFound(f"{join(url, name)} is missing, though its {_STATE} names it: copy the folder again")
+    files = [InputFile(join(url, name), entries[name].size) for name in names]
+    _check_finished(files)
+    yield from files
+
+
+def table_rows(file: InputFile) -> Iterator[TableRow]:
+    """The rows of an Arrow or Parquet file.
+
+    Raises:
+        Reject: behind the last row that can be read: "truncated_arrow", "corrupt_arrow" or "corrupt_parquet".
+    """
+    yield from (_parquet_rows if file.url.endswith(PARQUET) else _arrow_rows)(*file)
+
+
+def load_pyarrow() -> Any:
+    """The package, with pyarrow.parquet. Raises MissingPackage."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise MissingPackage("reading Hugging Face data sets needs pyarrow: pip install 'wds-tools[convert]'") from error
+    return pyarrow
+
+
+def _check_finished(files: list[InputFile]) -> None:
+    """Raise FormatError if a Parquet file is the note that stands in the last one's place while an export runs."""
+    for url, size in files:
+        if url.endswith(PARQUET) and size < _LEAST_PARQUET_BYTES:
+            root, name = split_url(url)
+            if bytes(open_store(root).read(name))[:4] != _PARQUET_MAGIC:
+                raise FormatError(
+                    f"{url} is no Parquet file but {size} bytes of something else: an unfinished export: finish it first"
+                )
+
+
+def _data_files(url: str, state_name: str) -> list[str]:
+    where = join(url, state_name)
+    try:
+        state = orjson.loads(open_store(url).read(state_name))
+        names = [file["filename"] for file in state["_data_files"]]
+    except (orjson.JSONDecodeError, KeyError, TypeError) as error:
+        raise FormatError(f"{where} is not what save_to_disk writes: {error}") from error
+    if state.get("_indices_data_files"):
+        raise UsageError(f"{where}: its rows are reordered by an indices file: `.flatten_indices()` and save it again")
+    return [posixpath.join(posixpath.dirname(state_name), name) for name in names]
+
+
+def _arrow_rows(url: str, size: int) -> Iterator[TableRow]:
+    pa = load_pyarrow()
+    root, name = split_url(url)
+    store = open_store(root)
+    number = 0
+    with store.open(name) as stream:
+        try:
+            for batch in pa.ipc.open_stream(stream):
+                num_bytes = batch.nbytes
+                for start in range(0, len(batch), _BATCH_ROWS):
+                    for row in batch.slice(start, _BATCH_ROWS).to_pylist():
+                        number += 1
+                        yield TableRow(number, row, num_bytes)
+                        num_bytes = 0
+        except (pa.ArrowException, OSError) as error:
+            if isinstance(error, StorageError):
+                raise
+            raise Reject("corrupt_arrow", f"{error} (behind row {number})") from error
+    if bytes(store.read_range(name, max(size - len(_END_OF_STREAM), 0), size)) != _END_OF_STREAM:
+        raise Reject(
+            "truncated_arrow", f"the file ends at byte {size} without the end marker (behind row {number}): it was cut off"
+        )
+
+
+def _parquet_rows(url: str, size: int) -> Iterator[TableRow]:
+    pa = load_pyarrow()
+    root, name = split_url(url)
+    number = 0
+    try:
+        table = pa.parquet.ParquetFile(_Seekable(open_store(root), name, size))
+        each = size // max(table.metadata.num_rows, 1)
+        for batch in table.iter_batches(batch_size=_BATCH_ROWS):
+            for row in batch.to_pylist():
+                number += 1
+                yield TableRow(number, row, each)
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, StorageError):
+            raise
+        raise Reject("corrupt_parquet", f"{error} (behind row {number})") from error
+
+
+class _Seekable(io.RawIOBase):
+    """A file of a store as pyarrow wants it, read by range."""
+
+    def __init__(self, store: Store, name: str, size: int) -> None:
+        self._store, self._name, self._size = store, name, size
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        return self._at
+
+    def read(self, size: int = -1, /) -> bytes:
+        end = self._size if size < 0 else min(self._at + size, self._size)
+        data = bytes(self._store.read_range(self._name, self._at, end)) if self._at < end else b""
+        self._at += len(data)
+        return data
