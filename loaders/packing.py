@@ -133,8 +133,8 @@ class LaneRows:
             "__source__": [[names[number] for number in sources] for _, sources in rows],
         }
         length = self._maker.builder.config.max_length
-        ids_BL = np.stack([row.ids for row, _ in rows]) if rows else np.zeros((0, length), np.int32)
-        loss_BL = np.stack([row.loss for row, _ in rows]) if rows else np.zeros((0, length), np.bool_)
+        ids_BL = np.concatenate([np.zeros(0, np.int32), *(row.ids for row, _ in rows)]).reshape(-1, length)
+        loss_BL = np.concatenate([np.zeros(0, np.bool_), *(row.loss for row, _ in rows)]).reshape(-1, length)
         padding = sum(row.num_padding for row, _ in rows)
         self._maker.count(len(rows), ids_BL.size - padding, padding)
         substitutions, self._substitutions = self._substitutions, []

@@ -53,8 +53,10 @@ class Part(NamedTuple):
 class Planned(NamedTuple):
     part: Part
     located: Located
-    to_load: Located
-    """The same with the units to load: pieces, or regions of a source that is kept whole."""
+    all_to_load: Located
+    """The same, of all that was planned together, with the units to load: pieces, or regions of a source that is kept whole."""
+    own: slice
+    """Where this part stands in them."""
     keys: list[int]
     """Of the unit of each position."""
     counts: dict[int, int]
@@ -210,10 +212,11 @@ class Reader:
             keys = to_load.key[own].tolist()
             planned = Planned(
                 part,
-                Located(*(column[own] for column in located)),
-                Located(*(column[own] for column in to_load)),
+                Located(*[column[own] for column in located]),
+                to_load,
+                own,
                 keys,
-                Counter(keys),
+                {keys[0]: 1} if len(keys) == 1 else Counter(keys),
             )
             new.append(planned)
         self._planned.extend(new)
@@ -305,7 +308,7 @@ class Reader:
         """What holds each of a part's rows. Waits for what is in flight; drops what is handed out in full."""
         loaded = self._loaded
         if not loaded.keys() >= planned.counts.keys():
-            self._request_missing(planned.to_load)
+            self._request_missing(Located(*(column[planned.own] for column in planned.all_to_load)))
         held: dict[int, LoadedRows] = {}
         for key in planned.counts:
             rows = loaded[key]

@@ -130,25 +130,42 @@ def read_token_rows(rows: Sequence[LoadedRows], numbers: Sequence[int]) -> Colum
     """
     if not rows:
         return Columns({"__key__": []}, None, {})
-    members: list[list[memoryview]] = [[], [], []]
-    headers = []
+    headers: list[memoryview] = []
+    ids: list[memoryview] = []
+    bits: list[memoryview] = []
+    lengths: list[memoryview] = []
     for held, row in zip(rows, numbers, strict=True):
-        number = row - held.first
         if held.index.members != MEMBERS:
             raise FormatError(f"{held.where(row)} has members {', '.join(held.index.members)}, expected {', '.join(MEMBERS)}")
+        number, data = row - held.first, held.data
         start = held.start[number]
-        offsets, lengths = held.index.offsets[number].tolist(), held.index.lengths[number].tolist()
-        for own, offset, length in zip(members, offsets, lengths, strict=True):
-            own.append(held.data[start + offset : start + offset + length])
-        headers.append(held.data[start : start + NAME_BYTES])
-    ids_BL, bits = (stack_npy(own) for own in members[:2])
-    segments = [parse_npy(member, SEGMENTS).tolist() for member in members[2]]
-    if ids_BL is None or bits is None or bits.shape[1] != -(-ids_BL.shape[1] // 8):
+        headers.append(data[start : start + NAME_BYTES])
+        at, ids_end, loss, loss_end, begin, end = held.places
+        ids.append(data[at[number] : ids_end[number]])
+        bits.append(data[loss[number] : loss_end[number]])
+        lengths.append(data[begin[number] : end[number]])
+    ids_BL, bits_BM, segments = stack_npy(ids), stack_npy(bits), _lists(lengths)
+    if ids_BL is None or bits_BM is None or bits_BM.shape[1] != -(-ids_BL.shape[1] // 8):
         raise FormatError(f"{rows[0].where(numbers[0])} and the others of its batch are not rows of one length")
-    if any(sum(lengths) > ids_BL.shape[1] for lengths in segments):
+    if max(map(sum, segments)) > ids_BL.shape[1]:
         raise FormatError(f"{rows[0].where(numbers[0])}, or another of its batch, has segments beyond its end")
-    loss_BL = np.unpackbits(bits, axis=1, count=ids_BL.shape[1]).view(np.bool_)
+    loss_BL = np.unpackbits(bits_BM, axis=1, count=ids_BL.shape[1]).view(np.bool_)
     return Columns({"__key__": read_keys(headers)}, None, tensors_of(packed_batch(ids_BL, loss_BL, segments)))
+
+
+def _lists(members: Sequence[memoryview]) -> list[list[int]]:
+    """The numbers of npy members of one dimension; members of one length are read together."""
+    by_length: dict[int, list[int]] = {}
+    for number, member in enumerate(members):
+        by_length.setdefault(len(member), []).append(number)
+    lists: list[list[int]] = [[]] * len(members)
+    for numbers in by_length.values():
+        own = [members[number] for number in numbers]
+        stacked = stack_npy(own)
+        found = [parse_npy(member, SEGMENTS).tolist() for member in own] if stacked is None else stacked.tolist()
+        for number, values in zip(numbers, found, strict=True):
+            lists[number] = values
+    return lists
 
 
 def check_packed_ahead(sources: Sequence[OpenSource]) -> bool:

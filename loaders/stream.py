@@ -50,6 +50,11 @@ class OpenSource:
         return self.manifest.schema_version != ANY_MEMBERS
 
     @property
+    def is_packed_ahead(self) -> bool:
+        """Whether its samples are token rows of `wds-tools pack`."""
+        return bool(self.manifest.source.get("rows"))
+
+    @property
     def max_samples(self) -> int | None:
         """How many of its samples are used, if not all."""
         if self.source.share is not None:

@@ -63,14 +63,15 @@ def packed_batch(ids_BL: NDArray[Any], loss_BL: NDArray[np.bool_], segments: Seq
     cu_seqlens = np.zeros(len(lengths) + 1, np.int32)
     np.cumsum(lengths, out=cu_seqlens[1:])
     input_ids = ids_BL.astype(np.int64)
-    labels = np.where(loss_BL, input_ids, NOT_TRAINED)
+    labels = np.full(ids_BL.shape, NOT_TRAINED, np.int64)
+    np.copyto(labels, ids_BL, where=loss_BL)
     labels.reshape(-1)[cu_seqlens[:-1]] = NOT_TRAINED
-    position_ids = np.arange(input_ids.size)
+    position_ids = np.arange(ids_BL.size, dtype=np.int32)  # half the memory to go through
     position_ids -= np.repeat(cu_seqlens[:-1], lengths)
     return {
         "input_ids": input_ids,
         "labels": labels,
-        "position_ids": position_ids.reshape(ids_BL.shape),
+        "position_ids": position_ids.astype(np.int64).reshape(ids_BL.shape),
         "cu_seqlens": cu_seqlens,
     }
 
