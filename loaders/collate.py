@@ -23,6 +23,7 @@ from wds_tools.format.index import ABSENT
 from wds_tools.format.schema import split_grids
 from wds_tools.format.shard import image_number, parse_npy
 from wds_tools.format.tar import BLOCK, TarReader
+from wds_tools.sequences.rows import TokenBatch
 
 Batch = dict[str, Any]
 Sample = dict[str, Any]
@@ -67,6 +68,24 @@ class Codes(NamedTuple):
         return [[next(grids) for _ in row] for row in rows]
 
 
+class TokenTensors(NamedTuple):
+    """A TokenBatch that travels between processes."""
+
+    numbers: torch.Tensor
+    """See TokenBatch."""
+    cu_seqlens: NDArray[np.int32] | None
+
+    @classmethod
+    def of(cls, batch: TokenBatch) -> TokenTensors:
+        """The same memory."""
+        return cls(torch.from_numpy(batch.numbers), batch.cu_seqlens)
+
+    def unpack(self) -> dict[str, torch.Tensor]:
+        """TokenBatch.arrays as tensors."""
+        arrays = TokenBatch(self.numbers.numpy(), self.cu_seqlens).arrays()
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
 class Columns(NamedTuple):
     """A batch as columns."""
 
@@ -76,7 +95,7 @@ class Columns(NamedTuple):
     None where a row has none."""
     codes: Codes | None
     """None if no row has codes."""
-    tensors: dict[str, torch.Tensor] = {}  # noqa: RUF012
+    tokens: TokenTensors | None = None
     """Of token rows: see docs/training.md."""
 
 

@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from loaders.collate import Columns
+from loaders.collate import Columns, TokenTensors
 from loaders.config import World
 from loaders.decode import Decoder, Substitution
 from loaders.prefetch import Part, Planned, Reader
-from loaders.rows import RowMaker, tensors_of
+from loaders.rows import RowMaker
 from loaders.steps import Steps
 from loaders.stream import Located, Stream
 from wds_tools.errors import UsageError
@@ -141,7 +141,7 @@ class LaneRows:
         lanes = self._stream.order.lanes
         ended = [lane.take_ended() for lane in self._of(low, high)]
         return PackedPart(
-            Columns(lists, None, tensors_of(packed_batch(ids_BL, loss_BL, [row.segments for row, _ in rows]))),
+            Columns(lists, None, TokenTensors.of(packed_batch(ids_BL, loss_BL, [row.segments for row, _ in rows]))),
             [source for sources in ended for source in sources],
             substitutions,
             {row % lanes: self._lanes[row % lanes].cursor() for row in range(low, high)},

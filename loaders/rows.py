@@ -14,9 +14,8 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import torch
 
-from loaders.collate import NAME_BYTES, Columns, read_keys, read_records, stack_npy
+from loaders.collate import NAME_BYTES, Columns, TokenTensors, read_keys, read_records, stack_npy
 from loaders.plan import Ints
 from loaders.read import LoadedRows
 from loaders.stream import OpenSource
@@ -25,7 +24,7 @@ from wds_tools.format.schema import Codes, Sample, join_grids
 from wds_tools.format.shard import parse_npy
 from wds_tools.sequences.build import Example, ExampleBuilder
 from wds_tools.sequences.config import SequenceConfig
-from wds_tools.sequences.rows import MEMBERS, SEGMENTS, Arrays, cut, packed_batch, padded_batch
+from wds_tools.sequences.rows import MEMBERS, SEGMENTS, cut, packed_batch, padded_batch
 from wds_tools.sequences.sources import codebook_size_of
 
 
@@ -97,14 +96,14 @@ class RowMaker:
             for example, name in zip(examples, names, strict=True)
             for piece in cut(example, self.builder.config.max_length)
         ]
-        arrays = padded_batch([piece for piece, _ in pieces], self.builder.vocabulary.eos)
+        batch = padded_batch([piece for piece, _ in pieces], self.builder.vocabulary.eos)
         lists: dict[str, list[Any]] = {
             "__key__": [piece.key for piece, _ in pieces],
             "__source__": [name for _, name in pieces],
         }
-        tokens = int(arrays["attention_mask"].sum())
-        self.count(len(pieces), tokens, arrays["input_ids"].size - tokens)
-        return Columns(lists, None, tensors_of(arrays))
+        tokens = sum(len(piece.ids) for piece, _ in pieces)
+        self.count(len(pieces), tokens, batch.arrays()["input_ids"].size - tokens)
+        return Columns(lists, None, TokenTensors.of(batch))
 
     def count(self, rows: int, tokens: int, padding: int) -> None:
         """Add to the counts."""
@@ -129,7 +128,7 @@ def read_token_rows(rows: Sequence[LoadedRows], numbers: Sequence[int]) -> Colum
         FormatError: they are no rows, or of different lengths.
     """
     if not rows:
-        return Columns({"__key__": []}, None, {})
+        return Columns({"__key__": []}, None)
     headers: list[memoryview] = []
     ids: list[memoryview] = []
     bits: list[memoryview] = []
@@ -150,7 +149,7 @@ def read_token_rows(rows: Sequence[LoadedRows], numbers: Sequence[int]) -> Colum
     if max(map(sum, segments)) > ids_BL.shape[1]:
         raise FormatError(f"{rows[0].where(numbers[0])}, or another of its batch, has segments beyond its end")
     loss_BL = np.unpackbits(bits_BM, axis=1, count=ids_BL.shape[1]).view(np.bool_)
-    return Columns({"__key__": read_keys(headers)}, None, tensors_of(packed_batch(ids_BL, loss_BL, segments)))
+    return Columns({"__key__": read_keys(headers)}, None, TokenTensors.of(packed_batch(ids_BL, loss_BL, segments)))
 
 
 def _lists(members: Sequence[memoryview]) -> list[list[int]]:
@@ -201,8 +200,3 @@ def flatten(batch: dict[str, Any]) -> dict[str, Any]:
         "max_length_q": longest,
         "max_length_k": longest,
     }
-
-
-def tensors_of(arrays: Arrays) -> dict[str, torch.Tensor]:
-    """The same as tensors."""
-    return {name: torch.from_numpy(array) for name, array in arrays.items()}
