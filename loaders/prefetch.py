@@ -108,9 +108,7 @@ class Reader:
         self._own_lanes = own_lanes
         self._at_once = _PLANNED_AT_ONCE
         if self._any_remote:
-            largest = max(
-                source.row_bytes(shard) for source in self.sources for shard in range(len(source.opened.manifest.shards))
-            )
+            largest = max(source.most_row_bytes for source in self.sources)
             self._at_once = min(_PLANNED_AT_ONCE, max(memory_bytes // 8 // max(stream.order.block_bytes, largest), 1))
         self._in_flight: deque[Future[LoadedRows]] = deque()
         pieces = not self._region_rows.all() and self._any_remote
@@ -360,10 +358,9 @@ class Reader:
             is_kept = manifest.samples * _ROW_BYTES <= self._memory_bytes // 8
         else:
             is_kept = manifest.bytes <= self._memory_bytes * 3 // 4 // len(self._stream.sources)
-        shards = manifest.shards
         if is_kept and (source.is_mapped or own_lanes > order.lanes // 2 or manifest.bytes <= SMALL_BYTES):
             rows = max(math.ceil(MAX_EXTENT_BYTES * manifest.samples / max(manifest.bytes, 1)), 1)
-            return np.full(len(shards), rows)
+            return np.full(len(manifest.shards), rows)
         if is_kept and side_by_side * lane_bytes >= _EXTENTS_SIDE_BY_SIDE * order.extent_bytes:
-            return extent_rows(np.array([row.samples for row in shards]), np.array([row.bytes for row in shards]), order)
-        return np.zeros(len(shards), np.int64)
+            return extent_rows(source.opened.samples, source.opened.sizes, order)
+        return np.zeros(len(manifest.shards), np.int64)

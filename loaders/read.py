@@ -85,8 +85,8 @@ class SourceReader:
     def __init__(self, opened: OpenSource, cache: BlockCache | None = None) -> None:
         self.opened = opened
         self.has_schema = opened.has_schema
-        self.has_images = any(suffix in IMAGE_EXTENSIONS for row in opened.manifest.shards for suffix in row.members)
-        self.has_conversations = "visual_sft" in opened.manifest.data_types
+        self.has_images = any(suffix in IMAGE_EXTENSIONS for suffix in opened.manifest.members)
+        self.has_conversations = any("visual_sft" in row.data_types for row in opened.manifest.shards)
         self.code_members = _code_members(opened)
         self.wanted = _wanted(opened, self.code_members)
         """Members to have the places of in every row: any one of each."""
@@ -102,8 +102,12 @@ class SourceReader:
 
     def row_bytes(self, shard: int) -> int:
         """Bytes of a row of a shard, on average."""
-        row = self.opened.manifest.shards[shard]
-        return max(row.bytes // max(row.samples, 1), 1)
+        return max(int(self.opened.sizes[shard]) // max(int(self.opened.samples[shard]), 1), 1)
+
+    @property
+    def most_row_bytes(self) -> int:
+        """The greatest `row_bytes` of its shards."""
+        return int((self.opened.sizes // np.maximum(self.opened.samples, 1)).max(initial=1))
 
     def load(self, shard: int, first: int, last: int) -> LoadedRows:
         """Rows [first, last) of a shard.
