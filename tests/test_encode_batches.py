@@ -177,7 +177,7 @@ def broken_stream() -> Iterator[tuple[int, Prepare | None]]:
 def test_what_breaks_on_the_way_is_raised_and_leaves_no_thread(
     jobs: Callable[[], Iterator[tuple[int, Prepare | None]]], tokenizer: FakeTokenizer, error: str
 ) -> None:
-    with pytest.raises((RuntimeError, MemoryError, OSError), match=error):
+    with pytest.raises((TokenizerError, MemoryError, OSError), match=error):
         run(jobs(), tokenizer, batch_size=2)
     assert not [thread.name for thread in threading.enumerate() if thread.name.startswith(("prepare", "batch"))]
 

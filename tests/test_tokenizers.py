@@ -8,8 +8,10 @@ near ties do not blur the comparison. Legend as in wds_tools.vq: B H W pixels, h
 from __future__ import annotations
 
 import json
+import pickle
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -353,6 +355,23 @@ def test_a_pickle_that_would_run_code_is_refused_and_runs_nothing(small_state: d
         load_tokenizer("chameleon", weights=str(folder), device="cpu")
     assert not target.exists()
     assert "\n" not in str(caught.value)
+
+
+def test_a_pickle_that_torch_did_not_write_is_refused_in_one_line_and_without_a_warning(tmp_path: Path) -> None:
+    target = tmp_path / "written by the checkpoint"
+    folder = write_folder(tmp_path / "vqgan", config_tree(SMALL), {})
+    (folder / "vqgan.ckpt").write_bytes(pickle.dumps({"state_dict": WritesAFile(target)}, protocol=4))
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        with pytest.raises(TokenizerError, match=r"vqgan\.ckpt is damaged or holds"):
+            load_tokenizer("chameleon", weights=str(folder), device="cpu")
+    assert warned == []
+    assert not target.exists()
+
+
+def test_a_folder_is_no_tiny_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(TokenizerError, match="is a folder: a tiny tokenizer is one"):
+        load_tokenizer("tiny", weights=str(tmp_path), device="cpu")
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "noise", "text"])

@@ -3,7 +3,8 @@
 On a GPU, pixels are copied from pinned memory on a stream of their own while the batch before is computed, and codes go back
 into pinned memory, where a second thread waits for them. On a CPU the same steps follow each other. A batch that does not fit
 the memory is cut in halves, and so are those that come after it.
-Invariant: every outcome that is handed in is set, to codes or to an exception. Cost: the memory of `_BATCHES` batches.
+Invariant: every outcome that is handed in is set, to codes of the codebook or to an exception.
+Cost: the memory of `_BATCHES` batches.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from wds_tools.errors import Reject, TokenizerError
+from wds_tools.errors import Reject, TokenizerError, WdsToolsError
 from wds_tools.vq.base import ImageTokenizer
 
 Pixels = NDArray[np.uint8]
@@ -32,7 +33,7 @@ _BATCHES = 2
 
 
 class Device:
-    """Encodes batches, for one thread at a time.
+    """Encodes batches, for one thread at a time. What a tokenizer does wrong is a TokenizerError that names it.
 
     Args:
         tokenizer: what encodes.
@@ -84,10 +85,10 @@ class Device:
             self._go()
         except BaseException as error:  # noqa: BLE001  raised where the outcomes are asked for
             self._go()
-            _fail(outcomes, error)
+            _fail(outcomes, self._named(error, images))
             return
         else:
-            self._deliver.submit(self._set, outcomes, codes_Bhw, wait)
+            self._deliver.submit(self._set, outcomes, images, codes_Bhw, wait)
             return
         # Out of memory, and out of the handler, so that what the failed pass held is free.
         for _ in range(_BATCHES):
@@ -126,16 +127,41 @@ class Device:
             done.record(computing)
         return here_Bhw, done.synchronize
 
-    def _set(self, outcomes: Sequence[Future[Outcome]], codes_Bhw: Tensor, wait: Callable[[], None]) -> None:
+    def _set(
+        self, outcomes: Sequence[Future[Outcome]], images: Sequence[Pixels], codes_Bhw: Tensor, wait: Callable[[], None]
+    ) -> None:
         try:
             wait()
+            self._check(codes_Bhw, images)
             for outcome, codes_hw in zip(outcomes, codes_Bhw.numpy().copy(), strict=True):
                 outcome.set_result(codes_hw)
                 self._num_images += 1
         except BaseException as error:  # noqa: BLE001  raised where the outcomes are asked for
-            _fail(outcomes, error)
+            _fail(outcomes, self._named(error, images))
         finally:
             self._go()
+
+    def _check(self, codes_Bhw: Tensor, images: Sequence[Pixels]) -> None:
+        """Raise TokenizerError unless these are codes of those images: others would be cut to fit, and nobody would see it."""
+        size, (H, W, _) = self.tokenizer.codebook_size, images[0].shape
+        expected = len(images), H // self.tokenizer.stride, W // self.tokenizer.stride
+        low, high = (int(code) for code in codes_Bhw.aminmax()) if codes_Bhw.numel() else (0, 0)
+        if codes_Bhw.is_floating_point() or tuple(codes_Bhw.shape) != expected or low < 0 or high >= size:
+            got = f"{codes_Bhw.dtype} {tuple(codes_Bhw.shape)} from {low} to {high}"
+            raise TokenizerError(
+                f"tokenizer {self.tokenizer.name} gave codes of {got} for {len(images)} images of {W} x {H} pixels: "
+                f"expected integers {expected} from 0 to {size - 1}"
+            )
+
+    def _named(self, error: BaseException, images: Sequence[Pixels]) -> BaseException:
+        """The error, or one that says which tokenizer it is from and in what."""
+        if isinstance(error, WdsToolsError) or not isinstance(error, Exception):
+            return error
+        H, W, _ = images[0].shape
+        said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        named = TokenizerError(f"tokenizer {self.tokenizer.name} failed on {len(images)} images of {W} x {H} pixels ({said})")
+        named.__cause__ = error
+        return named
 
     def _come(self) -> None:
         self._room.acquire()

@@ -22,6 +22,7 @@ from torch import Tensor
 from wds_tools.errors import MissingPackage, TokenizerError
 from wds_tools.vq import huggingface
 from wds_tools.vq.norm import use_right_norms
+from wds_tools.vq.pickles import load_pickle
 from wds_tools.vq.quantize import CodebookTokenizer, Precision, hash_files
 
 CONFIG_NAME = "vqgan.yaml"
@@ -148,12 +149,7 @@ def read_config(path: Path) -> VqganConfig:
 
 def _read_state(path: Path) -> dict[str, Tensor]:
     """Read the tensors under `state_dict`, without `loss.*`; nothing else in the file is ever built."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise TokenizerError(
-            f"{path.name} is damaged or holds more than tensors, and was not loaded ({_one_line(error)})"
-        ) from error
+    checkpoint = load_pickle(path)
     state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
     if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
         raise TokenizerError(f"{path.name} has no `state_dict` of named tensors")

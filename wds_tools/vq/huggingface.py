@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from wds_tools.errors import MissingPackage, TokenizerError, UsageError
 from wds_tools.vq.norm import use_right_norms
+from wds_tools.vq.pickles import load_pickle
 from wds_tools.vq.quantize import CodebookTokenizer, Precision, hash_files
 
 CONFIG_NAME = "config.json"
@@ -222,6 +223,8 @@ def _read_tensors(files: list[Path]) -> dict[str, Tensor]:
     for path in files:
         try:
             places.update(_tensors_of(path))
+        except TokenizerError as error:
+            raise TokenizerError(f"{path.parent}: {error}") from error.__cause__
         except Exception as error:
             why = f"{type(error).__name__}: {_short(error)}"
             raise TokenizerError(f"{path} is damaged or holds more than tensors, and was not loaded ({why})") from error
@@ -235,7 +238,7 @@ def _read_tensors(files: list[Path]) -> dict[str, Tensor]:
 def _tensors_of(path: Path) -> Iterator[tuple[str, Any]]:
     """(name, a function that reads the tensor) of a file."""
     if path.suffix == ".bin":
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = load_pickle(path)
         for name, tensor in state.items():
             if not isinstance(tensor, Tensor):
                 raise TokenizerError(f"{name} is a {type(tensor).__name__}, expected a tensor")

@@ -85,7 +85,7 @@ def find_device(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", device):
-        raise UsageError(f"unknown device {device!r}: expected auto, cpu, cuda or cuda:N")
+        raise UsageError(f"unknown device {device!r}: expected auto, cpu, cuda or cuda:N (to encode also several: cuda:0,1,2,3)")
     if device == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():

@@ -128,6 +128,8 @@ def load_tiny(path: Path = BUNDLED, *, device: torch.device | str = "cpu", preci
     Raises:
         TokenizerError: the file is missing, is not a tiny tokenizer, or its tensors do not fit its configuration.
     """
+    if Path(path).is_dir():
+        raise TokenizerError(f"{path} is a folder: a tiny tokenizer is one .safetensors file; for a folder's see --tokenizer")
     try:
         with safe_open(path, framework="pt") as file:
             config = TinyConfig(**json.loads((file.metadata() or {})[_METADATA_KEY]))
