@@ -6,17 +6,20 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from commands import wait_until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from wds_tools.encode.batches import Prepare, encode_in_batches
-from wds_tools.encode.device import Device, Pixels
+from wds_tools.encode.device import Device, Outcome, Pixels
 from wds_tools.errors import Reject, TokenizerError
 from wds_tools.vq.base import ImageTokenizer
 
@@ -34,12 +37,10 @@ class FakeTokenizer:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     most_images: int = 1_000_000
     """Larger batches raise out of memory."""
-    takes_s: float = 0.0
     fails_at: int | None = None
     batches: list[tuple[int, ...]] = field(default_factory=list)
 
     def encode(self, pixels_BHWC: Tensor) -> Tensor:
-        time.sleep(self.takes_s)
         if len(pixels_BHWC) > self.most_images:
             raise torch.OutOfMemoryError("no")
         if self.fails_at == len(self.batches):
@@ -189,15 +190,23 @@ def test_a_consumer_that_leaves_early_leaves_no_thread() -> None:
     assert not [thread.name for thread in threading.enumerate() if thread.name.startswith(("prepare", "batch"))]
 
 
-def test_a_device_knows_how_long_it_waited() -> None:
-    busy, idle = Device(FakeTokenizer(takes_s=0.02)), Device(FakeTokenizer())
-    for device, prepare_s in ((busy, 0.0), (idle, 0.02)):
+def test_a_device_knows_how_long_it_waited(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("wds_tools.encode.device.time", SimpleNamespace(monotonic=lambda: now[0]))
 
-        def prepare(delay_s: float = prepare_s) -> Pixels:
-            time.sleep(delay_s)
-            return pixels(1, (512, 512))
+    class Slow(FakeTokenizer):
+        def encode(self, pixels_BHWC: Tensor) -> Tensor:
+            now[0] += 3
+            return super().encode(pixels_BHWC)
 
-        for _ in encode_in_batches(((n, prepare) for n in range(20)), device, batch_size=1, threads=1):
-            pass
-    assert busy.times()[1] < 0.5 * busy.times()[0]
-    assert idle.times()[1] > 0.5 * idle.times()[0]
+    device = Device(Slow())
+    assert device.new_use() == (0, 0, 0)
+    for pause_s in (0, 2):
+        now[0] += pause_s
+        outcomes: list[Future[Outcome]] = [Future(), Future()]
+        device.encode(outcomes, [pixels(1), pixels(2)])
+        wait_until(lambda: device._num_there == 0, "the batch is delivered")
+    assert device.times() == (8, 2)
+    assert device.new_use() == (8, 2, 4)
+    now[0] += 5
+    assert device.new_use() == (5, 5, 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pty
+from types import SimpleNamespace
 
 import pytest
 
@@ -36,7 +37,7 @@ def test_plain_lines_say_samples_rejects_rate_share_and_time_left() -> None:
 def test_images_a_second_and_the_share_of_time_that_devices_waited_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     out = io.StringIO()
     clock = iter(range(1000))
-    monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
     with Progress("encode", 10, stream=out) as report:
         report(1, 1, 0, 2.0, 0.5, 3)
         report(9, 9, 0, 2.0, 0.7, 500)
@@ -52,7 +53,7 @@ def test_images_a_second_and_the_share_of_time_that_devices_waited_are_told(monk
 def test_a_slow_run_is_not_told_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
     out = io.StringIO()
     clock = iter(range(0, 10_000, 7))
-    monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
     with Progress("encode", 10, stream=out) as report:
         report(2, 2, 0)
     assert out.getvalue().startswith("encode: 2 samples, 0.095 samples/s, 20 % done")  # 21 s on this clock
