@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from loaders.collate import TokenTensors
 from wds_tools.errors import UsageError
 from wds_tools.sequences.build import Example
 from wds_tools.sequences.pack import MIN_CUT, Packer, Row
@@ -135,6 +137,18 @@ def test_a_batch_keeps_segments_apart_as_flattening_does() -> None:
         assert ours[name].reshape(1, -1).tolist() == theirs[name].tolist()
     assert ours["cu_seqlens"].dtype == theirs["cu_seq_lens_q"].dtype == np.int32
     assert ours["cu_seqlens"].tolist() == theirs["cu_seq_lens_q"].tolist()
+
+
+def test_a_batch_travels_between_processes_as_one_tensor_and_arrives_as_it_was() -> None:
+    rows = packed(examples([(20, False), (30, True), (64, False)]))
+    ids_BL, loss_BL = (np.stack([getattr(row, name) for row in rows]) for name in ("ids", "loss"))
+    for batch in (packed_batch(ids_BL, loss_BL, [row.segments for row in rows]), padded_batch(examples([(20, False)]), PAD)):
+        travels = TokenTensors.of(batch)
+        assert [type(part) for part in travels].count(torch.Tensor) == 1
+        arrives = travels.unpack()
+        assert {name: tensor.tolist() for name, tensor in arrives.items()} == {
+            name: array.tolist() for name, array in batch.arrays().items()
+        }
 
 
 def test_padded_batches_pad_on_the_right_and_long_documents_go_on_in_further_rows() -> None:

@@ -21,10 +21,14 @@ from tokens import PROVENANCE, readmes, write_tokenizer
 
 from loaders import Loader, LoaderConfig, SequenceConfig, Source, World, build_loader, flatten, merge_states
 from loaders.testing import Topology, check_resume
+from wds_tools.dataset.write import ShardLimits, TaskWriter, begin, finish
 from wds_tools.errors import FormatError, UsageError
-from wds_tools.format.schema import Sample
+from wds_tools.format.schema import ANY_MEMBERS, Sample
+from wds_tools.format.shard import npy_bytes
 from wds_tools.pack.rows import PackConfig, pack
 from wds_tools.sequences.build import ExampleBuilder
+from wds_tools.sequences.rows import MEMBERS
+from wds_tools.storage import open_store
 
 LENGTH = 96
 PAIRS, TEXTS = 37, 53
@@ -137,6 +141,30 @@ def test_rows_packed_ahead_resume_anywhere_and_are_each_given_once(data: Path) -
     seen = check_resume(make, GRID, items=rows_of, every=7)
     assert len({row[0] for row in seen}) == len(seen)
     assert all(len(row[1]) == LENGTH for row in seen)
+
+
+def test_lists_of_segments_are_read_whatever_their_number_and_type(tmp_path: Path) -> None:
+    lists = [
+        np.array([60], "<u4"),
+        np.array([20, 30], "<u2"),
+        np.array([96], "<u4"),
+        np.array([1, 2, 3], "u1"),
+        np.zeros(0, "u1"),
+    ]
+    assert len(npy_bytes(lists[0])) == len(npy_bytes(lists[1]))  # so their length does not tell what they are
+    store = open_store(str(tmp_path / "rows"))
+    begin(store, {}, resume=False, overwrite=False)
+    with TaskWriter(store, 0, ShardLimits()) as writer:
+        for number, segments in enumerate(lists):
+            members = (np.arange(LENGTH, dtype="<u2"), np.packbits(np.ones(LENGTH, np.bool_)), segments)
+            payloads = [(name, npy_bytes(array)) for name, array in zip(MEMBERS, members, strict=True)]
+            writer.add_members(f"row-{number}", payloads)
+        writer.finish(len(lists))
+    finish(store, 1, codes={}, source={"rows": {"length": LENGTH}}, schema_version=ANY_MEMBERS)
+    (batch,) = build_loader(LoaderConfig(sources=(Source(store.url),), batch_size=len(lists), shuffle=False), World())
+    expected = [[60, 36], [20, 30, 46], [96], [1, 2, 3, 90], [96]]
+    assert batch["__key__"] == [f"row-{number}" for number in range(len(lists))]
+    assert np.diff(batch["cu_seqlens"]).tolist() == [length for own in expected for length in own]
 
 
 class Bounded:
