@@ -23,10 +23,12 @@ from wds_tools.format.index import ABSENT
 from wds_tools.format.schema import split_grids
 from wds_tools.format.shard import image_number, parse_npy
 from wds_tools.format.tar import BLOCK, TarReader
+from wds_tools.sequences.rows import TokenBatch
 
 Batch = dict[str, Any]
 Sample = dict[str, Any]
 NAME_BYTES = 100
+_BEHIND_NAME = BLOCK - NAME_BYTES
 _CACHE_BYTES = 256 << 10
 _PLAIN_FIELDS = 5
 """data_type, text, length, width, height."""
@@ -66,6 +68,24 @@ class Codes(NamedTuple):
         return [[next(grids) for _ in row] for row in rows]
 
 
+class TokenTensors(NamedTuple):
+    """A TokenBatch that travels between processes."""
+
+    numbers: torch.Tensor
+    """See TokenBatch."""
+    cu_seqlens: NDArray[np.int32] | None
+
+    @classmethod
+    def of(cls, batch: TokenBatch) -> TokenTensors:
+        """The same memory."""
+        return cls(torch.from_numpy(batch.numbers), batch.cu_seqlens)
+
+    def unpack(self) -> dict[str, torch.Tensor]:
+        """TokenBatch.arrays as tensors."""
+        arrays = TokenBatch(self.numbers.numpy(), self.cu_seqlens).arrays()
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
 class Columns(NamedTuple):
     """A batch as columns."""
 
@@ -75,7 +95,7 @@ class Columns(NamedTuple):
     None where a row has none."""
     codes: Codes | None
     """None if no row has codes."""
-    tensors: dict[str, torch.Tensor] = {}  # noqa: RUF012
+    tokens: TokenTensors | None = None
     """Of token rows: see docs/training.md."""
 
 
@@ -143,17 +163,23 @@ def read_samples(rows: Sequence[LoadedRows], numbers: Sequence[int]) -> list[Sam
 
 def read_records(rows: Sequence[LoadedRows], numbers: Sequence[int]) -> tuple[list[str], list[dict[str, Any]], Codes | None]:
     """The keys, the parsed json, and the codes of rows that follow our schema. Raises as read_columns."""
-    places = [(held, row - held.first) for held, row in zip(rows, numbers, strict=True)]
-    headers = [held.data[held.json[n] - BLOCK : held.json[n] - BLOCK + NAME_BYTES] for held, n in places]
-    json = [held.data[held.json[n] : held.json_end[n]] for held, n in places]
-    codes = [held.data[held.codes[n] : held.codes_end[n]] for held, n in places]
+    headers: list[memoryview] = []
+    json: list[memoryview] = []
+    codes: list[memoryview] = []
+    for held, row in zip(rows, numbers, strict=True):
+        number, data = row - held.first, held.data
+        json_at, json_end, codes_at, codes_end = held.places
+        at = json_at[number]
+        headers.append(data[at - BLOCK : at - _BEHIND_NAME])
+        json.append(data[at : json_end[number]])
+        codes.append(data[codes_at[number] : codes_end[number]])
     records: list[dict[str, Any]] = []
     for own in _in_cache(json):
         records += orjson.loads(b"[%b]" % b",".join(own))
     if len(records) != len(rows):
         raise FormatError("a json member is not one object")
     grids = None
-    if any(held.reader.has_conversations for held in rows):
+    if any(reader.has_conversations for reader in {held.reader for held in rows}):
         grids = [_grids(held, row, record) for held, row, record in zip(rows, numbers, records, strict=True)]
     return read_keys(headers), records, _codes(codes, grids)
 

@@ -303,7 +303,9 @@ class Loader:
         lists = parcel.columns.lists
         names = [opened.name for opened in self._sources]
         sources = lists.get("__source__") or list(map(names.__getitem__, parcel.sources))
-        batch: Batch = {"__key__": lists["__key__"], "__source__": sources, **lists, **parcel.columns.tensors}
+        batch: Batch = {"__key__": lists["__key__"], "__source__": sources, **lists}
+        if parcel.columns.tokens is not None:
+            batch |= parcel.columns.tokens.unpack()
         if parcel.columns.codes is not None:
             batch["codes"] = parcel.columns.codes.unpack()
         return batch

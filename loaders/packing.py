@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from loaders.collate import Columns
+from loaders.collate import Columns, TokenTensors
 from loaders.config import World
 from loaders.decode import Decoder, Substitution
 from loaders.prefetch import Part, Planned, Reader
-from loaders.rows import RowMaker, tensors_of
+from loaders.rows import RowMaker
 from loaders.steps import Steps
 from loaders.stream import Located, Stream
 from wds_tools.errors import UsageError
@@ -133,15 +133,15 @@ class LaneRows:
             "__source__": [[names[number] for number in sources] for _, sources in rows],
         }
         length = self._maker.builder.config.max_length
-        ids_BL = np.stack([row.ids for row, _ in rows]) if rows else np.zeros((0, length), np.int32)
-        loss_BL = np.stack([row.loss for row, _ in rows]) if rows else np.zeros((0, length), np.bool_)
+        ids_BL = np.concatenate([np.zeros(0, np.int32), *(row.ids for row, _ in rows)]).reshape(-1, length)
+        loss_BL = np.concatenate([np.zeros(0, np.bool_), *(row.loss for row, _ in rows)]).reshape(-1, length)
         padding = sum(row.num_padding for row, _ in rows)
         self._maker.count(len(rows), ids_BL.size - padding, padding)
         substitutions, self._substitutions = self._substitutions, []
         lanes = self._stream.order.lanes
         ended = [lane.take_ended() for lane in self._of(low, high)]
         return PackedPart(
-            Columns(lists, None, tensors_of(packed_batch(ids_BL, loss_BL, [row.segments for row, _ in rows]))),
+            Columns(lists, None, TokenTensors.of(packed_batch(ids_BL, loss_BL, [row.segments for row, _ in rows]))),
             [source for sources in ended for source in sources],
             substitutions,
             {row % lanes: self._lanes[row % lanes].cursor() for row in range(low, high)},

@@ -53,8 +53,10 @@ class Part(NamedTuple):
 class Planned(NamedTuple):
     part: Part
     located: Located
-    to_load: Located
-    """The same with the units to load: pieces, or regions of a source that is kept whole."""
+    all_to_load: Located
+    """The same, of all that was planned together, with the units to load: pieces, or regions of a source that is kept whole."""
+    own: slice
+    """Where this part stands in them."""
     keys: list[int]
     """Of the unit of each position."""
     counts: dict[int, int]
@@ -106,9 +108,7 @@ class Reader:
         self._own_lanes = own_lanes
         self._at_once = _PLANNED_AT_ONCE
         if self._any_remote:
-            largest = max(
-                source.row_bytes(shard) for source in self.sources for shard in range(len(source.opened.manifest.shards))
-            )
+            largest = max(source.most_row_bytes for source in self.sources)
             self._at_once = min(_PLANNED_AT_ONCE, max(memory_bytes // 8 // max(stream.order.block_bytes, largest), 1))
         self._in_flight: deque[Future[LoadedRows]] = deque()
         pieces = not self._region_rows.all() and self._any_remote
@@ -210,10 +210,11 @@ class Reader:
             keys = to_load.key[own].tolist()
             planned = Planned(
                 part,
-                Located(*(column[own] for column in located)),
-                Located(*(column[own] for column in to_load)),
+                Located(*[column[own] for column in located]),
+                to_load,
+                own,
                 keys,
-                Counter(keys),
+                {keys[0]: 1} if len(keys) == 1 else Counter(keys),
             )
             new.append(planned)
         self._planned.extend(new)
@@ -305,7 +306,7 @@ class Reader:
         """What holds each of a part's rows. Waits for what is in flight; drops what is handed out in full."""
         loaded = self._loaded
         if not loaded.keys() >= planned.counts.keys():
-            self._request_missing(planned.to_load)
+            self._request_missing(Located(*(column[planned.own] for column in planned.all_to_load)))
         held: dict[int, LoadedRows] = {}
         for key in planned.counts:
             rows = loaded[key]
@@ -357,10 +358,9 @@ class Reader:
             is_kept = manifest.samples * _ROW_BYTES <= self._memory_bytes // 8
         else:
             is_kept = manifest.bytes <= self._memory_bytes * 3 // 4 // len(self._stream.sources)
-        shards = manifest.shards
         if is_kept and (source.is_mapped or own_lanes > order.lanes // 2 or manifest.bytes <= SMALL_BYTES):
             rows = max(math.ceil(MAX_EXTENT_BYTES * manifest.samples / max(manifest.bytes, 1)), 1)
-            return np.full(len(shards), rows)
+            return np.full(len(manifest.shards), rows)
         if is_kept and side_by_side * lane_bytes >= _EXTENTS_SIDE_BY_SIDE * order.extent_bytes:
-            return extent_rows(np.array([row.samples for row in shards]), np.array([row.bytes for row in shards]), order)
-        return np.zeros(len(shards), np.int64)
+            return extent_rows(source.opened.samples, source.opened.sizes, order)
+        return np.zeros(len(manifest.shards), np.int64)

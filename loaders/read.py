@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from array import array
 from collections import OrderedDict
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Sequence
 from threading import Lock
 from typing import Any, Generic, TypeVar
 
@@ -20,7 +20,7 @@ from loaders.cache import BlockCache
 from loaders.stream import OpenSource
 from wds_tools.errors import FormatError, NotFound, UsageError
 from wds_tools.format.index import ABSENT, SUFFIX, ShardIndex, check_fresh, read_rows
-from wds_tools.format.schema import CODE_COLUMNS, IMAGE_EXTENSIONS, named_column
+from wds_tools.format.schema import CODE_COLUMNS, IMAGE_EXTENSIONS, TOKEN_MEMBERS, named_column
 from wds_tools.storage import LocalStore, join
 
 _INDEX_ROWS = 2048
@@ -34,18 +34,15 @@ class LoadedRows:
     """Rows [first, last) of a shard."""
 
     __slots__ = (
-        "codes",
-        "codes_end",
         "data",
         "end",
         "first",
         "index",
-        "json",
-        "json_end",
         "keys",
         "last",
         "left",
         "num_bytes",
+        "places",
         "reader",
         "shard",
         "start",
@@ -66,8 +63,8 @@ class LoadedRows:
         """Rows that are still to be handed out; kept by whoever holds this."""
         self.keys: list[int] = []
         """Of the pieces it holds; kept by whoever holds this."""
-        self.start, self.end, self.json, self.json_end, self.codes, self.codes_end = _places(index, reader.code_members)
-        """Offsets in `data` by row, from `first` on: of the sample, its json, and of its codes (0, 0: none)."""
+        self.start, self.end, *self.places = _places(index, reader.wanted)
+        """Offsets in `data` by row, from `first` on: of the sample, and of each wanted member, begin and end (0, 0: none)."""
         self.url = join(reader.opened.store.url, reader.opened.manifest.shards[shard].name)
         """Of the shard."""
 
@@ -87,9 +84,11 @@ class SourceReader:
     def __init__(self, opened: OpenSource, cache: BlockCache | None = None) -> None:
         self.opened = opened
         self.has_schema = opened.has_schema
-        self.has_images = any(suffix in IMAGE_EXTENSIONS for row in opened.manifest.shards for suffix in row.members)
-        self.has_conversations = "visual_sft" in opened.manifest.data_types
+        self.has_images = any(suffix in IMAGE_EXTENSIONS for suffix in opened.manifest.members)
+        self.has_conversations = any("visual_sft" in row.data_types for row in opened.manifest.shards)
         self.code_members = _code_members(opened)
+        self.wanted = _wanted(opened, self.code_members)
+        """Members to have the places of in every row: any one of each."""
         self._store = opened.store
         self._local = opened.store if isinstance(opened.store, LocalStore) else None
         self.is_mapped = self._local is not None
@@ -102,8 +101,12 @@ class SourceReader:
 
     def row_bytes(self, shard: int) -> int:
         """Bytes of a row of a shard, on average."""
-        row = self.opened.manifest.shards[shard]
-        return max(row.bytes // max(row.samples, 1), 1)
+        return max(int(self.opened.sizes[shard]) // max(int(self.opened.samples[shard]), 1), 1)
+
+    @property
+    def most_row_bytes(self) -> int:
+        """The greatest `row_bytes` of its shards."""
+        return int((self.opened.sizes // np.maximum(self.opened.samples, 1)).max(initial=1))
 
     def load(self, shard: int, first: int, last: int) -> LoadedRows:
         """Rows [first, last) of a shard.
@@ -241,18 +244,25 @@ def _code_members(opened: OpenSource) -> Sequence[str]:
     return named
 
 
-def _places(index: ShardIndex, code_members: Container[str]) -> list[array[int]]:
-    """See LoadedRows.start. Arrays, since taking one number from a numpy column costs four times as much."""
+def _wanted(opened: OpenSource, code_members: Sequence[str]) -> Sequence[Sequence[str]]:
+    """The json and the codes of a sample, or the members of a row that was packed ahead; of tars of any members none."""
+    if opened.has_schema:
+        return ("json",), code_members
+    return [(name,) for name in TOKEN_MEMBERS] if opened.is_packed_ahead else ()
+
+
+def _places(index: ShardIndex, wanted: Sequence[Sequence[str]]) -> list[array[int]]:
+    """See LoadedRows.places. Arrays, since taking one number from a numpy column costs four times as much."""
     start = index.start.astype(np.int64)
     start -= start[0]
-    out = np.zeros((6, len(start)), np.int64)
+    out = np.zeros((2 + 2 * len(wanted), len(start)), np.int64)
     out[0], out[1] = start, start + index.size
-    for column, suffix in reversed(list(enumerate(index.members))):
-        low = 2 if suffix == "json" else 4 if suffix in code_members else None
-        if low is not None:
-            lengths = index.lengths[:, column]
-            present = lengths != ABSENT
-            at = start + index.offsets[:, column]
-            out[low] = np.where(present, at, out[low])
-            out[low + 1] = np.where(present, at + lengths, out[low + 1])
+    for low, names in zip(range(2, len(out), 2), wanted, strict=True):
+        for column, suffix in reversed(list(enumerate(index.members))):
+            if suffix in names:
+                lengths = index.lengths[:, column]
+                present = lengths != ABSENT
+                at = start + index.offsets[:, column]
+                out[low] = np.where(present, at, out[low])
+                out[low + 1] = np.where(present, at + lengths, out[low + 1])
     return [array("q", row.tobytes()) for row in out]

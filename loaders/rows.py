@@ -14,9 +14,8 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import torch
 
-from loaders.collate import NAME_BYTES, Columns, read_keys, read_records, stack_npy
+from loaders.collate import NAME_BYTES, Columns, TokenTensors, read_keys, read_records, stack_npy
 from loaders.plan import Ints
 from loaders.read import LoadedRows
 from loaders.stream import OpenSource
@@ -25,7 +24,7 @@ from wds_tools.format.schema import TOKEN_MEMBERS, Codes, Sample, join_grids
 from wds_tools.format.shard import parse_npy
 from wds_tools.sequences.build import Example, ExampleBuilder
 from wds_tools.sequences.config import SequenceConfig
-from wds_tools.sequences.rows import SEGMENTS, Arrays, cut, packed_batch, padded_batch
+from wds_tools.sequences.rows import SEGMENTS, cut, packed_batch, padded_batch
 from wds_tools.sequences.sources import codebook_size_of
 
 
@@ -47,7 +46,8 @@ class RowMaker:
             raise UsageError(
                 "sequences are made of samples of this project's schema: leave them out for other tars and packed rows"
             )
-        self._make = config, seed, codebook_size_of(manifests, urls, config.codebook_size)
+        names = [opened.source.codes for opened in sources]
+        self._make = config, seed, codebook_size_of(manifests, urls, config.codebook_size, names)
         self._builder: ExampleBuilder | None = ExampleBuilder(*self._make)
         self.counts: Counter[str] = Counter()
         """tokens, padding, rows, shortened: since the process started."""
@@ -97,14 +97,14 @@ class RowMaker:
             for example, name in zip(examples, names, strict=True)
             for piece in cut(example, self.builder.config.max_length)
         ]
-        arrays = padded_batch([piece for piece, _ in pieces], self.builder.vocabulary.eos)
+        batch = padded_batch([piece for piece, _ in pieces], self.builder.vocabulary.eos)
         lists: dict[str, list[Any]] = {
             "__key__": [piece.key for piece, _ in pieces],
             "__source__": [name for _, name in pieces],
         }
-        tokens = int(arrays["attention_mask"].sum())
-        self.count(len(pieces), tokens, arrays["input_ids"].size - tokens)
-        return Columns(lists, None, tensors_of(arrays))
+        tokens = sum(len(piece.ids) for piece, _ in pieces)
+        self.count(len(pieces), tokens, batch.arrays()["input_ids"].size - tokens)
+        return Columns(lists, None, TokenTensors.of(batch))
 
     def count(self, rows: int, tokens: int, padding: int) -> None:
         """Add to the counts."""
@@ -129,28 +129,45 @@ def read_token_rows(rows: Sequence[LoadedRows], numbers: Sequence[int]) -> Colum
         FormatError: they are no rows, or of different lengths.
     """
     if not rows:
-        return Columns({"__key__": []}, None, {})
-    members: list[list[memoryview]] = [[], [], []]
-    headers = []
+        return Columns({"__key__": []}, None)
+    headers: list[memoryview] = []
+    ids: list[memoryview] = []
+    bits: list[memoryview] = []
+    lengths: list[memoryview] = []
     for held, row in zip(rows, numbers, strict=True):
-        number = row - held.first
         if held.index.members != TOKEN_MEMBERS:
             raise FormatError(
                 f"{held.where(row)} has members {', '.join(held.index.members)}, expected {', '.join(TOKEN_MEMBERS)}"
             )
+        number, data = row - held.first, held.data
         start = held.start[number]
-        offsets, lengths = held.index.offsets[number].tolist(), held.index.lengths[number].tolist()
-        for own, offset, length in zip(members, offsets, lengths, strict=True):
-            own.append(held.data[start + offset : start + offset + length])
-        headers.append(held.data[start : start + NAME_BYTES])
-    ids_BL, bits = (stack_npy(own) for own in members[:2])
-    segments = [parse_npy(member, SEGMENTS).tolist() for member in members[2]]
-    if ids_BL is None or bits is None or bits.shape[1] != -(-ids_BL.shape[1] // 8):
+        headers.append(data[start : start + NAME_BYTES])
+        at, ids_end, loss, loss_end, begin, end = held.places
+        ids.append(data[at[number] : ids_end[number]])
+        bits.append(data[loss[number] : loss_end[number]])
+        lengths.append(data[begin[number] : end[number]])
+    ids_BL, bits_BM, segments = stack_npy(ids), stack_npy(bits), _lists(lengths)
+    if ids_BL is None or bits_BM is None or bits_BM.shape[1] != -(-ids_BL.shape[1] // 8):
         raise FormatError(f"{rows[0].where(numbers[0])} and the others of its batch are not rows of one length")
-    if any(sum(lengths) > ids_BL.shape[1] for lengths in segments):
+    if max(map(sum, segments)) > ids_BL.shape[1]:
         raise FormatError(f"{rows[0].where(numbers[0])}, or another of its batch, has segments beyond its end")
-    loss_BL = np.unpackbits(bits, axis=1, count=ids_BL.shape[1]).view(np.bool_)
-    return Columns({"__key__": read_keys(headers)}, None, tensors_of(packed_batch(ids_BL, loss_BL, segments)))
+    loss_BL = np.unpackbits(bits_BM, axis=1, count=ids_BL.shape[1]).view(np.bool_)
+    return Columns({"__key__": read_keys(headers)}, None, TokenTensors.of(packed_batch(ids_BL, loss_BL, segments)))
+
+
+def _lists(members: Sequence[memoryview]) -> list[list[int]]:
+    """The numbers of npy members of one dimension; members of one length are read together."""
+    by_length: dict[int, list[int]] = {}
+    for number, member in enumerate(members):
+        by_length.setdefault(len(member), []).append(number)
+    lists: list[list[int]] = [[]] * len(members)
+    for numbers in by_length.values():
+        own = [members[number] for number in numbers]
+        stacked = stack_npy(own)
+        found = [parse_npy(member, SEGMENTS).tolist() for member in own] if stacked is None else stacked.tolist()
+        for number, values in zip(numbers, found, strict=True):
+            lists[number] = values
+    return lists
 
 
 def check_packed_ahead(sources: Sequence[OpenSource]) -> bool:
@@ -186,8 +203,3 @@ def flatten(batch: dict[str, Any]) -> dict[str, Any]:
         "max_length_q": longest,
         "max_length_k": longest,
     }
-
-
-def tensors_of(arrays: Arrays) -> dict[str, torch.Tensor]:
-    """The same as tensors."""
-    return {name: torch.from_numpy(array) for name, array in arrays.items()}

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,7 +34,7 @@ lie a few epochs apart."""
 
 @dataclass(frozen=True)
 class OpenSource:
-    """A source whose manifest was read."""
+    """A source whose manifest was read. What was once counted over its shards, reading processes inherit."""
 
     source: Source
     store: Store
@@ -44,10 +45,25 @@ class OpenSource:
         """What `__source__` says."""
         return self.source.name or self.store.url
 
+    @cached_property
+    def samples(self) -> Ints:
+        """(S,) samples of each shard."""
+        return np.array([row.samples for row in self.manifest.shards], np.int64)
+
+    @cached_property
+    def sizes(self) -> Ints:
+        """(S,) bytes of each shard."""
+        return np.array([row.bytes for row in self.manifest.shards], np.int64)
+
     @property
     def has_schema(self) -> bool:
         """False for indexed tars of any members."""
         return self.manifest.schema_version != ANY_MEMBERS
+
+    @property
+    def is_packed_ahead(self) -> bool:
+        """Whether its samples are token rows of `wds-tools pack`."""
+        return bool(self.manifest.source.get("rows"))
 
     @property
     def max_samples(self) -> int | None:
@@ -179,7 +195,6 @@ class Stream:
     def _group(self, members: Sequence[int], *, repeat: bool) -> _Group:
         sources = [number for number in members for _ in range(self.sources[number].source.repeat if repeat else 1)]
         counts = [len(self.sources[number].manifest.shards) for number in sources]
-        shards = [row for number in sources for row in self.sources[number].manifest.shards]
         limited = [self.sources[number] for number in members if self.sources[number].max_samples is not None]
         if limited and len(members) > 1:
             raise UsageError(
@@ -188,8 +203,8 @@ class Stream:
             )
         try:
             plan = SourcePlan(
-                np.array([row.samples for row in shards], np.int64),
-                np.array([row.bytes for row in shards], np.int64),
+                np.concatenate([self.sources[number].samples for number in sources]),
+                np.concatenate([self.sources[number].sizes for number in sources]),
                 self.order,
                 limited[0].max_samples if limited else None,
             )

@@ -11,11 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from commands import tree, wds_tools
 from factory import image_sample, make_dataset, text_sample
 from test_resume import disturb
 from tokens import PROVENANCE, readmes, write_tokenizer
 
+from loaders import LoaderConfig, Source, build_loader
 from wds_tools.check.verify import VerifyConfig, verify
 from wds_tools.dataset.read import read_manifest
 from wds_tools.dataset.write import ShardLimits, TaskWriter, begin, finish
@@ -192,6 +194,32 @@ def test_a_codebook_that_the_codes_exceed_is_refused_with_keys(inputs: Path, tmp
     manifest = pack(config(inputs, tmp_path / "rows", codebook_size=4096, max_rejects="100%"))
     assert manifest.rejects["code_out_of_range"] > 150
     assert "4096 entries" in (tmp_path / "rows/rejects/task-000000.jsonl").read_text()
+
+
+def test_one_of_several_sets_of_codes_is_packed_and_streamed_alone(inputs: Path, tmp_path: Path) -> None:
+    first, second = (
+        [image_sample(n + start, side=6)._replace(key=f"{n:04d}", text=f"caption {n}") for n in range(20)] for start in (0, 100)
+    )
+    both = [a._replace(codes={**a.codes, "vqcode_512-b": b.codes["vqcode_512"]}) for a, b in zip(first, second, strict=True)]
+    other = {"tokenizer": "other", "codebook_size": 9000, "weights_hash": "sha256:1"}
+    facts = {"vqcode_512": PROVENANCE["vqcode_512"], "vqcode_512-b": other}
+    make_dataset(tmp_path / "both", both, codes=facts)
+    make_dataset(tmp_path / "first", first, codes={"vqcode_512": PROVENANCE["vqcode_512"]})
+    make_dataset(tmp_path / "second", second, codes={"vqcode_512": other})
+    sequences = SequenceConfig(tokenizer=str(inputs / "tokenizer"), max_length=LENGTH)
+    for name, alone in ((None, "first"), ("", "first"), ("b", "second")):
+        chosen = pack(config(inputs, tmp_path / f"rows-{name}", input=(str(tmp_path / "both"),), codes=name))
+        expected = pack(config(inputs, tmp_path / f"alone-{name}", input=(str(tmp_path / alone),)))
+        assert chosen.fingerprint() == expected.fingerprint()
+        batches = []
+        for url, codes in (("both", name), (alone, None)):
+            source = Source(str(tmp_path / url), codes=codes)
+            loader = build_loader(LoaderConfig(sources=(source,), batch_size=20, shuffle=False, sequences=sequences))
+            batches.append(next(iter(loader))["input_ids"])
+            loader.close()
+        assert torch.equal(*batches)
+    with pytest.raises(UsageError, match="has no codes named 'c', but vqcode_512, vqcode_512-b: choose with --codes"):
+        pack(config(inputs, tmp_path / "none", input=(str(tmp_path / "both"),), codes="c"))
 
 
 def test_impossible_arguments_are_refused_before_anything_is_written(inputs: Path, tmp_path: Path) -> None:

@@ -118,7 +118,8 @@ def test_a_batch_keeps_segments_apart_as_flattening_does() -> None:
 
     stream = examples([(20, False), (30, True), (64, False), (100, True), (10, False)])
     rows = packed(stream)
-    ours = packed_batch(np.stack([row.ids for row in rows]), np.stack([row.loss for row in rows]), [row.segments for row in rows])
+    ids_BL, loss_BL = (np.stack([getattr(row, name) for row in rows]) for name in ("ids", "loss"))
+    ours = packed_batch(ids_BL, loss_BL, [row.segments for row in rows]).arrays()
     pieces = []
     for row in rows:
         begin = 0
@@ -140,7 +141,7 @@ def test_padded_batches_pad_on_the_right_and_long_documents_go_on_in_further_row
     stream = examples([(20, False), (150, True)])
     pieces = [piece for one in stream for piece in cut(one, LENGTH)]
     assert [len(piece.ids) for piece in pieces] == [20, 64, 64, 22]
-    batch = padded_batch(pieces, PAD)
+    batch = padded_batch(pieces, PAD).arrays()
     assert batch["attention_mask"].sum(1).tolist() == [20, 64, 64, 22]
     for piece, ids, labels in zip(pieces, batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True):
         size = len(piece.ids)

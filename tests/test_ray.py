@@ -209,6 +209,7 @@ from wds_tools.errors import UsageError
 from wds_tools.run import ray_cluster
 
 ray_cluster._RETRIES = 1
+out = sys.stdout
 
 def work(task, report):
     import os, time
@@ -221,14 +222,15 @@ def work(task, report):
     return task * 2
 
 told = []
-where = {"address": sys.argv[1], "cpus": 1, "gpus": None, "device": "auto"}
-print(sorted(ray_cluster.run_on_ray(work, range(30), **where, on_report=lambda *counts: told.append(counts))))
-print([sum(column) for column in zip(*told)])
-for task in ("bad", "dead"):
-    try:
-        list(ray_cluster.run_on_ray(work, [task], **where, on_report=lambda *_: None))
-    except Exception as error:
-        print(type(error).__name__, error)
+where = {"cpus": 1, "gpus": None, "device": "auto"}
+with ray_cluster.on_cluster(sys.argv[1]):
+    print(sorted(ray_cluster.run_on_ray(work, range(30), **where, on_report=lambda *counts: told.append(counts))), file=out)
+    print([sum(column) for column in zip(*told)], file=out)
+    for task in ("bad", "dead"):
+        try:
+            list(ray_cluster.run_on_ray(work, [task], **where, on_report=lambda *_: None))
+        except Exception as error:
+            print(type(error).__name__, error, file=out)
 """
 
 
@@ -259,9 +261,18 @@ def test_a_node_that_is_removed_in_mid_run_changes_no_byte(
     assert any(gate.asked[name] > lost[name] for name in lost), "no task was started again"
 
 
-def test_an_address_where_nobody_answers_is_refused_at_once(convert: list[str], gate: Gate, tmp_path: Path) -> None:
-    failed = wds_tools(*convert, "--output", tmp_path / "out", "--executor", "ray", "--ray-address", "127.0.0.1:1", status=2)
-    assert "--ray-address 127.0.0.1:1: no Ray cluster answers there" in last_line(failed.stderr)
+@pytest.mark.parametrize("is_variable", [False, True])
+def test_an_address_where_nobody_answers_is_refused_at_once_and_nothing_is_written(
+    is_variable: bool, convert: list[str], gate: Gate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named = ["--ray-address", "127.0.0.1:1"]
+    if is_variable:
+        monkeypatch.setenv("RAY_ADDRESS", named.pop())
+        named = []
+    failed = wds_tools(*convert, "--output", tmp_path / "out", "--executor", "ray", *named, status=2)
+    said = "RAY_ADDRESS" if is_variable else "--ray-address"
+    assert f"{said} 127.0.0.1:1: no Ray cluster answers there" in last_line(failed.stderr)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

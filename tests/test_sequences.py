@@ -319,12 +319,12 @@ def test_codes_of_two_image_tokenizers_are_not_mixed() -> None:
         row = ShardRow(name="a.tar", samples=1, bytes=1, xxh128="0" * 32, members=(), data_types={}, text_chars=1, num_codes=4)
         return Manifest(shards=(row,), inputs=1, codes=codes)
 
-    assert codebook_size_of([manifest("x"), manifest("x")], ["a", "b"], None) == 512
+    assert codebook_size_of([manifest("x"), manifest("x")], ["a", "b"], None, [None, None]) == 512
     with pytest.raises(UsageError, match="different image tokenizers"):
-        codebook_size_of([manifest("x"), manifest("y")], ["a", "b"], None)
+        codebook_size_of([manifest("x"), manifest("y")], ["a", "b"], None, ["", ""])
     with pytest.raises(UsageError, match="b has codes, but its manifest does not say"):
-        codebook_size_of([manifest("x"), manifest(None)], ["a", "b"], None)
-    assert codebook_size_of([manifest(None)], ["b"], 300) == 300
+        codebook_size_of([manifest("x"), manifest(None)], ["a", "b"], None, [None, None])
+    assert codebook_size_of([manifest(None)], ["b"], 300, [None]) == 300
 
 
 GOLDEN = {

@@ -1,6 +1,6 @@
 """A pass: tasks in, a finished data set out. Converters and the encoding pass differ only in their plan and their work.
 
-    plan -> begin (claim the output, or take up what an earlier run left)
+    plan -> look (is the output in the way?) -> Claim (no other run writes there) -> begin, or take up what an earlier run left
          -> work(task, writer) in this process, in workers, or on a Ray cluster -> finish (manifest)
 
 A run with `part` does every Nth task, and `finalize` what is left to do when all parts are through.
@@ -15,12 +15,13 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeVar
 
 import orjson
 
+from wds_tools.dataset.claim import Claim
 from wds_tools.dataset.read import read_manifest
 from wds_tools.dataset.write import (
     REJECTS,
@@ -29,7 +30,10 @@ from wds_tools.dataset.write import (
     TaskWriter,
     begin,
     done_tasks,
+    drop_working_files,
     finish,
+    has_working_files,
+    look,
     manifest_of,
     read_begun,
 )
@@ -38,8 +42,8 @@ from wds_tools.format.manifest import NAME, Manifest
 from wds_tools.format.schema import SCHEMA_VERSION
 from wds_tools.run.local import Report, run_tasks
 from wds_tools.run.progress import Progress
-from wds_tools.run.ray_cluster import run_on_ray
-from wds_tools.storage import join, open_store
+from wds_tools.run.ray_cluster import on_cluster, run_on_ray
+from wds_tools.storage import Store, join, open_store
 
 Item = TypeVar("Item")
 
@@ -200,25 +204,47 @@ def run_pass(plan: Plan, work: Work, options: PassOptions) -> Manifest:
         `part` in its source; the data set has no manifest yet.
 
     Raises:
-        UsageError: the output is in the way.
+        UsageError: the output is in the way, or another run is writing there.
+        StorageError: another run has taken this one for dead.
         TooManyRejects: finished tasks stay, so that a run with --resume and a larger budget goes on from there.
     """
     if options.executor == "ray":
         check_ray_device(plan.device)
     store = open_store(options.output)
-    limits = ShardLimits(samples=options.shard_samples, bytes=options.shard_bytes)
-    budget = RejectBudget.parse(options.max_rejects)
     part, parts = _parse_part(options.part)
+    joining = parts if options.part else 0
+    fixed = _fixed(plan, options)
+    found = look(store, fixed, resume=options.resume, overwrite=options.overwrite, parts=joining)
+    if isinstance(found, Manifest):
+        if options.part is None and has_working_files(store):
+            with Claim(store, part, joining):
+                drop_working_files(store)
+        return found
+    with (
+        on_cluster(options.ray_address) if options.executor == "ray" else nullcontext(),
+        Claim(store, part, joining) as claim,
+    ):
+        return _run_claimed(plan, fixed, work, options, store, claim)
+
+
+def _fixed(plan: Plan, options: PassOptions) -> dict[str, Any]:
+    """Everything that decides on a byte of the output, as a rerun has to have it too."""
     try:
         tasks_json = orjson.dumps(plan.tasks)
     except TypeError as error:
         raise UsageError("the name of an input file is not UTF-8, and can't be written down in a manifest: rename it") from error
-    fixed = {
+    return {
         "command": plan.command,
-        "settings": {**plan.settings, "shard_samples": limits.samples, "shard_bytes": limits.bytes},
+        "settings": {**plan.settings, "shard_samples": options.shard_samples, "shard_bytes": options.shard_bytes},
         "num_tasks": len(plan.tasks),
         "inputs_sha256": hashlib.sha256(tasks_json).hexdigest(),
     }
+
+
+def _run_claimed(plan: Plan, fixed: Mapping[str, Any], work: Work, options: PassOptions, store: Store, claim: Claim) -> Manifest:
+    """See run_pass; the output is this run's, or this part's."""
+    part, parts = _parse_part(options.part)
+    budget = RejectBudget.parse(options.max_rejects)
     source = {"plan": fixed, "python": sys.version.split()[0], **plan.source}
     complete = begin(
         store,
@@ -236,12 +262,13 @@ def run_pass(plan: Plan, work: Work, options: PassOptions) -> Manifest:
     results = {number: result for number, result in done_tasks(store).items() if number in own}
     todo = [(number, plan.tasks[number]) for number in own if number not in results]
     rejects, inputs = _tally(results.values())
-    task_fn = _RunTask(work, options.output, limits)
+    task_fn = _RunTask(work, options.output, ShardLimits(samples=options.shard_samples, bytes=options.shard_bytes))
     with (
         Progress(plan.command, _share(plan, todo), quiet=options.quiet) as progress,
         closing(_execute(plan, task_fn, todo, options, progress)) as finished,  # whatever ends this ends the tasks
     ):
         for result in finished:
+            claim.check()
             results[result.task] = result
             rejects.update(result.rejects)
             inputs += result.inputs
@@ -249,6 +276,7 @@ def run_pass(plan: Plan, work: Work, options: PassOptions) -> Manifest:
     budget.check(rejects, inputs, final=True, where=store.url)
     if options.part is not None:
         return manifest_of([results[number] for number in own], plan.codes, {**source, "part": options.part}, plan.schema_version)
+    claim.check()
     return finish(store, len(plan.tasks), codes=plan.codes, source=source, schema_version=plan.schema_version)
 
 
@@ -276,15 +304,17 @@ def finalize(config: FinalizeConfig) -> Manifest:
 
     Raises:
         NotFound: nothing was begun there, or a part is not finished; says which.
+        UsageError: a part is still at work.
         TooManyRejects: over all parts.
     """
     store = open_store(config.output)
     if store.exists(NAME):
         return read_manifest(store, any_members=True)
     begun = read_begun(store)
-    budget = RejectBudget.parse(config.max_rejects)
-    budget.check(*_tally(done_tasks(store).values()), final=True, where=store.url)
-    return finish(store, begun.pop("plan")["num_tasks"], **begun)
+    with Claim(store, 0, 0):
+        budget = RejectBudget.parse(config.max_rejects)
+        budget.check(*_tally(done_tasks(store).values()), final=True, where=store.url)
+        return finish(store, begun.pop("plan")["num_tasks"], **begun)
 
 
 def _execute(
@@ -296,7 +326,6 @@ def _execute(
         yield from run_on_ray(
             run_task,
             todo,
-            address=options.ray_address,
             cpus=options.task_cpus,
             gpus=options.task_gpus,
             device=plan.device,

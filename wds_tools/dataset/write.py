@@ -1,6 +1,7 @@
 """Write a data set, task by task, so that it can be killed at any moment and finished later with the same bytes.
 
-    begin(plan)       _work/plan.json            what is being made; a rerun, and every part, must match it
+    Claim             _work/run-ID.json          see `claim`
+    look, begin(plan) _work/plan.json            what is being made; a rerun, and every part, must match it
     TaskWriter        shard-TTTTTT-PPPP.tar      part P of task T: closes at a count or a size
                       shard-TTTTTT-PPPP.tar.index
                       rejects/task-TTTTTT.jsonl  only if something was rejected
@@ -22,6 +23,7 @@ from typing import Any
 
 import orjson
 
+from wds_tools.dataset.claim import PREFIX as CLAIMS
 from wds_tools.errors import FormatError, NotFound, Reject, UsageError
 from wds_tools.format import manifest as manifests
 from wds_tools.format.index import SUFFIX, ShardIndex, pack_index
@@ -34,8 +36,9 @@ WORK = "_work/"
 PLAN = WORK + "plan.json"
 REJECTS = "rejects/"
 _PARALLEL_READS = 16
+_TASKS = WORK + "task-"
 _OURS = re.compile(r"shard-\d{6,}-\d{4,}\.tar(\.index)?|rejects/task-\d{6,}\.jsonl|_work/(plan|task-\d{6,})\.json")
-"""The files of a data set, but for the manifest. Only these are ever removed."""
+"""The files of a data set, but for the manifest and claims. Only these are ever removed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,6 +192,39 @@ class TaskWriter:
             self._publishing = None
 
 
+def look(store: Store, plan: Mapping[str, Any], *, resume: bool, overwrite: bool, parts: int = 0) -> Manifest | bool:
+    """See what is at the output, before anything is written. Arguments and errors are those of `begin`.
+
+    Returns:
+        The manifest, if it is complete; else whether it was begun and this run goes on with it.
+    """
+    if resume and overwrite:
+        raise UsageError("--resume and --overwrite exclude each other: keep what is there, or remove it")
+    goes_on = resume or parts > 0
+    if overwrite:
+        _check_removable(store)
+        return False
+    if _has_manifest(store):
+        if not goes_on:
+            raise UsageError(f"{store.url} holds a complete data set already: choose another output, or pass --overwrite")
+        manifest = manifests.unpack_manifest(store.read(manifests.NAME), f"{store.url}/{manifests.NAME}")
+        _check_same_plan(store, manifest.source.get("plan"), plan)
+        return manifest
+    names = [] if store.exists(PLAN) else _names(store)
+    if store.exists(PLAN):  # asked again: another part may just have claimed the output
+        if not goes_on:
+            raise UsageError(f"{store.url} holds an unfinished data set: finish it with --resume, or start anew with --overwrite")
+        _check_same_plan(store, read_begun(store)["plan"], plan)
+        return True
+    if any(map(_OURS.fullmatch, names)):
+        raise UsageError(f"{store.url} holds what is left of a data set that was being removed: pass --overwrite to go on")
+    if names:
+        raise UsageError(
+            f"{store.url} is not empty, and what lies there is not a data set of this project: choose another output"
+        )
+    return False
+
+
 def begin(
     store: Store,
     plan: Mapping[str, Any],
@@ -200,13 +236,13 @@ def begin(
     source: Mapping[str, Any] | None = None,
     schema_version: int = SCHEMA_VERSION,
 ) -> Manifest | None:
-    """Make the output ready: empty and claimed for this plan, or the matching remains of an earlier run.
+    """Make the output ready: empty and begun with this plan, or the matching remains of an earlier run. Under a `Claim`.
 
     Args:
         plan: what is made, as JSON; everything that decides on a byte of the output.
         resume: go on with an output that was begun with the same plan.
         overwrite: remove the data set that is there.
-        parts: this run is one of so many that may write here at the same time: whoever comes first claims the output, the others
+        parts: this run is one of so many that may write here at the same time: whoever comes first begins the output, the others
             join, and none touches what another has under way.
         codes, source, schema_version: written down for `finalize`; see Manifest.
 
@@ -216,37 +252,16 @@ def begin(
     Raises:
         UsageError: the output is in the way; says what is there and which flag helps.
     """
-    if resume and overwrite:
-        raise UsageError("--resume and --overwrite exclude each other: keep what is there, or remove it")
-    wanted = orjson.loads(orjson.dumps(plan))
-    goes_on = resume or parts > 0
-    names: list[str] = []
-    if overwrite:
-        remove(store)
-    elif _has_manifest(store):
-        if not goes_on:
-            raise UsageError(f"{store.url} holds a complete data set already: choose another output, or pass --overwrite")
-        manifest = manifests.unpack_manifest(store.read(manifests.NAME), f"{store.url}/{manifests.NAME}")
-        _check_same_plan(store, manifest.source.get("plan"), wanted)
-        if not parts:
-            _drop_working_files(store)  # killed after the manifest was written
-        return manifest
-    elif not store.exists(PLAN):
-        names = [entry.name for entry in store.list()]
-    if not overwrite and store.exists(PLAN):  # asked again: another part may just have claimed the output
-        if not goes_on:
-            raise UsageError(f"{store.url} holds an unfinished data set: finish it with --resume, or start anew with --overwrite")
-        _check_same_plan(store, read_begun(store)["plan"], wanted)
+    found = look(store, plan, resume=resume, overwrite=overwrite, parts=parts)
+    if isinstance(found, Manifest):
+        return found
+    if found:
         if not parts:
             store.clean_temp()
         return None
-    if any(map(_OURS.fullmatch, names)):
-        raise UsageError(f"{store.url} holds what is left of a data set that was being removed: pass --overwrite to go on")
-    if names:
-        raise UsageError(
-            f"{store.url} is not empty, and what lies there is not a data set of this project: choose another output"
-        )
-    begun = {"plan": wanted, "parts": parts, "codes": codes or {}, "source": source or {}, "schema_version": schema_version}
+    if overwrite:
+        remove(store)
+    begun = {"plan": plan, "parts": parts, "codes": codes or {}, "source": source or {}, "schema_version": schema_version}
     store.put(PLAN, orjson.dumps(begun, option=orjson.OPT_INDENT_2))
     return None
 
@@ -269,7 +284,7 @@ def read_begun(store: Store) -> dict[str, Any]:
 
 def done_tasks(store: Store) -> dict[int, TaskResult]:
     """The tasks that an earlier run finished, by number."""
-    names = [entry.name for entry in store.list(WORK) if entry.name != PLAN]
+    names = [entry.name for entry in store.list(_TASKS)]
     with ThreadPoolExecutor(_PARALLEL_READS) as pool:
         results = [_result_from_json(data) for data in pool.map(store.read, names)]
     return {result.task: result for result in results}
@@ -299,8 +314,21 @@ def finish(
         raise NotFound(f"{what}: run with --resume")
     manifest = manifest_of([results[task] for task in range(num_tasks)], codes, source, schema_version)
     store.put(manifests.NAME, pack_manifest(manifest))
-    _drop_working_files(store)
+    drop_working_files(store)
     return manifest
+
+
+def has_working_files(store: Store) -> bool:
+    """Whether a run that was killed after it had written the manifest left any."""
+    return any(True for _ in store.list(WORK))
+
+
+def drop_working_files(store: Store) -> None:
+    """Remove what a complete data set does not need any more; a claim belongs to its run."""
+    store.clean_temp()
+    for entry in list(store.list(WORK)):
+        if not entry.name.startswith(CLAIMS):
+            store.delete(entry.name)
 
 
 def manifest_of(
@@ -332,16 +360,27 @@ def remove(store: Store) -> None:
     Raises:
         UsageError: there are files, but no data set of this project.
     """
-    has_manifest = _has_manifest(store)
-    names = [entry.name for entry in store.list()]
-    ours = [name for name in names if _OURS.fullmatch(name)]
-    if names and not (ours or has_manifest):
-        raise UsageError(f"{store.url} holds files, but no data set of this project to overwrite: choose another output")
+    ours = _check_removable(store)
     store.delete(manifests.NAME)
     store.delete(PLAN)
     with ThreadPoolExecutor(_PARALLEL_READS) as pool:
         list(pool.map(store.delete, ours))
     store.clean_temp()
+
+
+def _check_removable(store: Store) -> list[str]:
+    """The files that `remove` deletes beside the manifest, or UsageError if no data set of this project is there."""
+    has_manifest = _has_manifest(store)
+    names = _names(store)
+    ours = [name for name in names if _OURS.fullmatch(name)]
+    if names and not (ours or has_manifest):
+        raise UsageError(f"{store.url} holds files, but no data set of this project to overwrite: choose another output")
+    return ours
+
+
+def _names(store: Store) -> list[str]:
+    """All files there, but for the claims of runs."""
+    return [entry.name for entry in store.list() if not entry.name.startswith(CLAIMS)]
 
 
 def _has_manifest(store: Store) -> bool:
@@ -365,19 +404,13 @@ def _has_manifest(store: Store) -> bool:
     return True
 
 
-def _drop_working_files(store: Store) -> None:
-    for entry in list(store.list(WORK)):
-        store.delete(entry.name)
-    store.clean_temp()
-
-
 def _few(names: Iterable[str]) -> str:
     shown = list(names)
     return ", ".join(shown[:10]) + (" ..." if len(shown) > 10 else "")
 
 
 def _marker(task: int) -> str:
-    return f"{WORK}task-{task:06d}.json"
+    return f"{_TASKS}{task:06d}.json"
 
 
 def _result_from_json(data: bytes) -> TaskResult:
@@ -385,7 +418,8 @@ def _result_from_json(data: bytes) -> TaskResult:
     return TaskResult(**{**record, "shards": tuple(row_from_json(row) for row in record["shards"])})
 
 
-def _check_same_plan(store: Store, found: Any, wanted: dict[str, Any]) -> None:
+def _check_same_plan(store: Store, found: Any, plan: Mapping[str, Any]) -> None:
+    wanted = orjson.loads(orjson.dumps(plan))
     if found == wanted:
         return
     differences = list(_differences(found if isinstance(found, dict) else {}, wanted))

@@ -83,7 +83,8 @@ class Manifest:
     @property
     def members(self) -> tuple[str, ...]:
         """Suffixes over all shards, in the order of their first shard."""
-        return tuple(dict.fromkeys(member for row in self.shards for member in row.members))
+        kinds = dict.fromkeys(row.members for row in self.shards)
+        return tuple(dict.fromkeys(member for members in kinds for member in members))
 
     @property
     def is_indexed(self) -> bool:

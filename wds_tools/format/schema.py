@@ -167,6 +167,13 @@ def codes_named(codes: Mapping[str, _Value], name: str) -> dict[str, _Value]:
     return {wanted[column]: value for column, value in codes.items() if column in wanted}
 
 
+def one_set(codes: Mapping[str, _Value], name: str | None) -> dict[str, _Value]:
+    """Of values by column those in the set of codes of this name; None: in the set that the first column belongs to."""
+    if name is None:
+        name = next(iter(codes), "").partition("-")[2]
+    return {column: value for column, value in codes.items() if column.partition("-")[2] == name}
+
+
 def check_key(key: str) -> None:
     """Raise FormatError unless `key` can name a sample (see Sample.key)."""
     if not key or len(key) > MAX_KEY_BYTES or not _KEY_ALPHABET.issuperset(key):

@@ -22,7 +22,7 @@ from wds_tools.dataset.read import read_manifest, read_stored
 from wds_tools.dataset.write import TaskWriter
 from wds_tools.errors import FormatError, Reject, UsageError
 from wds_tools.format.manifest import Manifest, row_from_json
-from wds_tools.format.schema import ANY_MEMBERS, Sample
+from wds_tools.format.schema import ANY_MEMBERS, Sample, one_set
 from wds_tools.format.shard import sample_from_members
 from wds_tools.passes import Advance, PassOptions, Plan, run_pass
 from wds_tools.sequences.build import ExampleBuilder
@@ -58,6 +58,8 @@ class PackConfig(PassOptions):
     """Put an EOS behind the last token of a document."""
     prompts: str | None = None
     """A JSON file with other wordings."""
+    codes: str | None = None
+    """Name of the codes to pack, where samples have several (`wds-tools encode --codes`); by default the first they have."""
     codebook_size: int | None = None
     """Entries of the image codebook; by default as the manifests say."""
     bos: str | None = None
@@ -96,12 +98,15 @@ def pack(config: PackConfig) -> Manifest:
         UsageError: the tokenizer does not fit, or see run_pass.
     """
     manifests = [read_manifest(open_store(url), instead_of_rows=_PACKED_ALREADY) for url in config.input]
-    size = codebook_size_of(manifests, config.input, config.codebook_size)
+    for url, manifest in zip(config.input, manifests, strict=True):
+        if manifest.codes and not one_set(manifest.codes, config.codes):
+            raise UsageError(f"{url} has no codes named {config.codes!r}, but {', '.join(manifest.codes)}: choose with --codes")
+    size = codebook_size_of(manifests, config.input, config.codebook_size, [config.codes] * len(manifests))
     builder = ExampleBuilder(config.sequences, config.seed, size)
     vocabulary = builder.vocabulary
     total = sum(manifest.samples for manifest in manifests)
     num_tasks = -(-total // config.task_samples)
-    settings = builder.recipe | {"seed": config.seed, "epoch": config.epoch}
+    settings = builder.recipe | {"seed": config.seed, "epoch": config.epoch, "codes": config.codes}
     rows = {"length": config.seq_len, "vocabulary_size": vocabulary.size, "text_size": vocabulary.text_size}
     plan = Plan(
         command="pack",
@@ -118,7 +123,7 @@ def pack(config: PackConfig) -> Manifest:
         },
         schema_version=ANY_MEMBERS,
     )
-    return run_pass(plan, _PackSamples(config.sequences, config.seed, config.epoch, size), config)
+    return run_pass(plan, _PackSamples(config.sequences, config.seed, config.epoch, size, config.codes), config)
 
 
 def _share(urls: Sequence[str], manifests: Sequence[Manifest], number: int, num_tasks: int) -> list[list[Any]]:
@@ -144,9 +149,16 @@ class _PackSamples:
     seed: int
     epoch: int
     codebook_size: int
+    codes: str | None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _PackSamples, (self.config, self.seed, self.epoch, self.codebook_size)  # a worker loads its own tokenizer
+        return _PackSamples, (
+            self.config,
+            self.seed,
+            self.epoch,
+            self.codebook_size,
+            self.codes,
+        )  # a worker loads its own tokenizer
 
     @cached_property
     def builder(self) -> ExampleBuilder:
@@ -156,7 +168,7 @@ class _PackSamples:
         vocabulary = self.builder.vocabulary
         packer = Packer(self.config.max_length, vocabulary.eos)
         sink = _Sink(writer, ids_dtype(vocabulary.size))
-        samples = _interleaved(task)
+        samples = ((shard, self._chosen(sample)) for shard, sample in _interleaved(task))
         number = 0
         while chunk := list(islice(samples, _AT_ONCE)):
             good = [sample for shard, sample in chunk if self._is_good(sample, shard, writer)]
@@ -174,6 +186,11 @@ class _PackSamples:
         if sink.num_ended != number:
             raise FormatError(f"task {writer.task}: {number} examples were packed, {sink.num_ended} came out: this is a bug")
         return writer.num_samples + writer.num_rejects
+
+    def _chosen(self, sample: Sample) -> Sample:
+        """The sample with one set of codes."""
+        grids = None if sample.grids is None else one_set(sample.grids, self.codes)
+        return sample._replace(codes=one_set(sample.codes, self.codes), grids=grids)
 
     def _is_good(self, sample: Sample, shard: str, writer: TaskWriter) -> bool:
         try:

@@ -1,5 +1,6 @@
 """Tasks on a Ray cluster: the same callable and the same tasks as `local`, wherever there is room.
 
+    on_cluster: connected while it is open
     driver: tasks -> Ray, a few more than there is room for -> results, as they come
     worker: unpickles `fn` once and keeps it (a loaded model stays) -> fn(task, report) -> result
     board:  an actor beside the driver; workers tell it once a second how far they are, the driver asks it
@@ -11,11 +12,12 @@ Invariant: whatever ends the driver ends its tasks: the cluster does that for dr
 
 from __future__ import annotations
 
+import os
 import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -33,26 +35,50 @@ _POLL_S = 0.5
 _TELL_EVERY_S = 1.0
 _MIN_AHEAD = 16
 _CONNECT_S = 10.0
+_FEW_TRIES = "RAY_NUM_REDIS_GET_RETRIES", "3"
+"""How often Ray tries to connect, for 40 s each, where something else listens at the address; by itself 20 times."""
 _held: dict[str, Callable[..., Any]] = {}
 """In a worker: the callable that it was last given, under the id of the object that Ray keeps it in."""
+
+
+@contextmanager
+def on_cluster(address: str | None) -> Iterator[None]:
+    """Connected to a cluster while this is open, if this process was not before.
+
+    Args:
+        address: of the cluster, as `ray.init` takes it; None: RAY_ADDRESS, the one on this machine, or one that is started.
+
+    Raises:
+        MissingPackage: Ray is not installed.
+        UsageError: there is no cluster at that address.
+    """
+    os.environ.setdefault(*_FEW_TRIES)
+    ray = _load_ray()
+    with redirect_stdout(sys.stderr):  # Ray tells of dead workers on standard output, which is for what a command found
+        is_ours = not ray.is_initialized()
+        if is_ours:
+            _connect(ray, address)
+        try:
+            yield
+        finally:
+            if is_ours:
+                ray.shutdown()
 
 
 def run_on_ray(
     fn: Work[Task, Result],
     tasks: Sequence[Task],
     *,
-    address: str | None,
     cpus: float,
     gpus: float | None,
     device: str,
     on_report: Report,
 ) -> Iterator[Result]:
-    """Run `fn` over the tasks.
+    """Run `fn` over the tasks, inside of `on_cluster`.
 
     Args:
         fn: picklable; its modules are installed on every node.
         tasks: picklable; started in this order.
-        address: of the cluster, as `ray.init` takes it; None: RAY_ADDRESS, the one on this machine, or one that is started.
         cpus, gpus: that a task takes.
         device: if gpus is None, "cuda" means 1, "auto" means 1 if the cluster has any, all else none.
         on_report: gets every report, in this process. What a task reported before its worker died comes again with a minus.
@@ -61,33 +87,10 @@ def run_on_ray(
         The results, as they come.
 
     Raises:
-        MissingPackage: Ray is not installed.
-        UsageError: there is no cluster at that address.
         WorkerDied: a task killed its worker, or lost its node, time and again.
         Exception: whatever `fn` raised; the other tasks are stopped.
     """
     ray = _load_ray()
-    with redirect_stdout(sys.stderr):  # Ray tells of dead workers on standard output, which is for what a command found
-        is_ours = not ray.is_initialized()
-        if is_ours:
-            _connect(ray, address)
-        try:
-            yield from _run(ray, fn, tasks, cpus, gpus, device, on_report)
-        finally:
-            if is_ours:
-                ray.shutdown()
-
-
-def _run(
-    ray: Any,
-    fn: Work[Task, Result],
-    tasks: Sequence[Task],
-    cpus: float,
-    gpus: float | None,
-    device: str,
-    on_report: Report,
-) -> Iterator[Result]:
-    """See run_on_ray; connected."""
     if gpus is None:
         gpus = float(device.startswith("cuda") or (device == "auto" and ray.cluster_resources().get("GPU", 0) > 0))
     _check_room(ray, cpus, gpus)
@@ -198,14 +201,18 @@ def _room(ray: Any, cpus: float, gpus: float) -> int:
 
 def _connect(ray: Any, address: str | None) -> None:
     """Raise UsageError if there is no cluster at that address."""
-    host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
+    found, named = address, "--ray-address"
+    if address in (None, "auto") and os.environ.get("RAY_ADDRESS"):
+        found, named = os.environ["RAY_ADDRESS"], "RAY_ADDRESS"
+    host, colon, port = (found or "").removeprefix("ray://").rpartition(":")
     try:
-        if colon and port.isdecimal():  # Ray itself would try for many minutes
+        if colon and port.isdecimal():  # Ray itself would try for longer
             socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S).close()
         ray.init(address=address, log_to_driver=False, logging_level="ERROR", configure_logging=False)
     except (OSError, OverflowError, ValueError, RuntimeError) as error:
         said = str(error).partition("\n")[0]
-        raise UsageError(f"--ray-address {address}: no Ray cluster answers there ({said}): see `ray start --head`") from error
+        what = {"--ray-address": "see `ray start --head`", "RAY_ADDRESS": "correct or unset it, or give --ray-address"}[named]
+        raise UsageError(f"{named} {found}: no Ray cluster answers there ({said}): {what}") from error
 
 
 def _check_room(ray: Any, cpus: float, gpus: float) -> None:

@@ -33,6 +33,7 @@ from wds_tools.sequences.vocabulary import find_vocabulary
 
 IMAGE_MARK = "<image>"
 _PAIRS = ("image_text", "image_text_multi")
+_DOCUMENT = "text_pretrain"
 
 Flags = NDArray[np.bool_]
 
@@ -89,9 +90,10 @@ class ExampleBuilder:
         }
         self._size = lru_cache(4096)(lambda width, height: encode(prompts.size.format(width=width, height=height)))
         vocabulary = self.vocabulary
-        self._bos, self._eos = _ids(vocabulary.bos), _ids(vocabulary.eos)
-        self._boi, self._eoi = _ids(vocabulary.boi), _ids(vocabulary.eoi)
-        self._unconditional = _ids(vocabulary.unconditional)
+        self._bos, self._boi, self._eoi = (_Part(_ids(token)) for token in (vocabulary.bos, vocabulary.boi, vocabulary.eoi))
+        self._trained_bos, self._trained_eoi = (part._replace(trained=True) for part in (self._bos, self._eoi))
+        self._eos = _Part(_ids(vocabulary.eos), True)
+        self._unconditional = _Part(_ids(vocabulary.unconditional))
         longest = (max(map(len, wordings)) for wordings in (self._draw, self._describe))
         self._around_image = max(longest) + 5  # BOS, <boi>, <eoi>, EOS, and a token of text
 
@@ -117,7 +119,7 @@ class ExampleBuilder:
             self._check_fits(key, sample.num_codes + self._around_image + len(self._size_of(sample)))
         elif sample.data_type == "visual_sft":
             self._check_turns(sample)
-        elif sample.data_type != "text_pretrain":
+        elif sample.data_type != _DOCUMENT:
             raise Reject("unknown_data_type", f"{key}: there is no form for data_type={sample.data_type!r}")
 
     def build(self, samples: Sequence[Sample], epochs: Sequence[int]) -> list[Example]:
@@ -126,32 +128,42 @@ class ExampleBuilder:
         Args:
             samples: any number; their texts are tokenized together.
             epochs: of each in its source.
+
+        Returns:
+            Examples whose arrays are views of two arrays that all of the call share.
         """
         texts: list[str] = []
         plans = [self._plan(sample, epoch, texts) for sample, epoch in zip(samples, epochs, strict=True)]
         encoded = self.tokenizer.encode(texts)
-        return [self._assemble(sample, plan, encoded) for sample, plan in zip(samples, plans, strict=True)]
+        runs = [self._runs(sample, plan, encoded) for sample, plan in zip(samples, plans, strict=True)]
+        sizes = [len(run) for own, _ in runs for run in own]
+        ids = np.concatenate([_NOTHING, *(run for own, _ in runs for run in own)])
+        loss = np.repeat(np.array([part.trained for plan in plans for part in plan], np.bool_), sizes)
+        examples, begin = [], 0
+        for sample, (own, is_shortened) in zip(samples, runs, strict=True):
+            taken = slice(begin, begin := begin + sum(map(len, own)))
+            examples.append(Example(sample.key, ids[taken], loss[taken], sample.data_type == _DOCUMENT, is_shortened))
+        return examples
 
     def _plan(self, sample: Sample, epoch: int, texts: list[str]) -> list[_Part]:
         """The parts of an example; the texts among them go to `texts`."""
-        bos, eos = _Part(self._bos), _Part(self._eos, True)
-        if sample.data_type == "text_pretrain":
-            document = [_Part(self._bos, True), _text(sample.text, texts, True)]
-            return [*document, eos] if self.config.document_eos else document
+        if sample.data_type == _DOCUMENT:
+            document = [self._trained_bos, _text(sample.text, texts, True)]
+            return [*document, self._eos] if self.config.document_eos else document
         if sample.data_type == "visual_sft":
-            return [bos, *self._conversation(sample, texts)]
+            return [self._bos, *self._conversation(sample, texts)]
         (grid_hw,) = sample.codes.values()
         codes = self._shifted(grid_hw)
         choice = choose(self._seed, epoch, sample.key)
         if choice.form >= self.config.t2i_ratio and sample.text:
             instruction = self._describe[choice.wording % len(self._describe)]
-            return [bos, *self._image(codes), _Part(instruction), _text(sample.text, texts, True), eos]
+            return [self._bos, *self._image(codes), _Part(instruction), _text(sample.text, texts, True), self._eos]
         size = _Part(self._size_of(sample))
         if choice.drop < self.config.unconditional_ratio or not sample.text:
-            before = [size, _Part(self._unconditional)]
+            before = [size, self._unconditional]
         else:
             before = [_text(sample.text, texts), size, _Part(self._draw[choice.wording % len(self._draw)])]
-        return [bos, *before, _Part(self._boi), _Part(codes, True), _Part(self._eoi, True), eos]
+        return [self._bos, *before, self._boi, _Part(codes, True), self._trained_eoi, self._eos]
 
     def _conversation(self, sample: Sample, texts: list[str]) -> Iterator[_Part]:
         images = [self._shifted(grid_hw) for grid_hw in _grids(sample)]
@@ -171,26 +183,25 @@ class ExampleBuilder:
                 yield _text(words, texts, is_answer)
             yield _Part(behind)
             if is_answer:
-                yield _Part(self._eos, True)
+                yield self._eos
 
-    def _assemble(self, sample: Sample, plan: list[_Part], encoded: Sequence[Ids]) -> Example:
+    def _runs(self, sample: Sample, plan: list[_Part], encoded: Sequence[Ids]) -> tuple[list[Ids], bool]:
+        """The ids of each part of an example, and whether its texts were shortened to fit a row."""
         runs = [encoded[part.text] if part.text >= 0 else part.ids for part in plan]
-        is_document = sample.data_type == "text_pretrain"
-        is_long = not is_document and sum(map(len, runs)) > self.config.max_length
-        if is_long:
-            texts = [at for at, part in enumerate(plan) if part.text >= 0]
-            fixed = sum(len(run) for at, run in enumerate(runs) if at not in texts)
-            most = _common_length([len(runs[at]) for at in texts], self.config.max_length - fixed)
-            for at in texts:
-                runs[at] = runs[at][:most]
-        loss = np.repeat(np.array([part.trained for part in plan]), list(map(len, runs)))
-        return Example(sample.key, np.concatenate(runs), loss, is_document, is_long)
+        if sample.data_type == _DOCUMENT or sum(map(len, runs)) <= self.config.max_length:
+            return runs, False
+        texts = [at for at, part in enumerate(plan) if part.text >= 0]
+        fixed = sum(len(run) for at, run in enumerate(runs) if at not in texts)
+        most = _common_length([len(runs[at]) for at in texts], self.config.max_length - fixed)
+        for at in texts:
+            runs[at] = runs[at][:most]
+        return runs, True
 
     def _image(self, codes: Ids) -> Iterator[_Part]:
         """An image that is not trained."""
-        yield _Part(self._boi)
+        yield self._boi
         yield _Part(codes)
-        yield _Part(self._eoi)
+        yield self._eoi
 
     def _shifted(self, grid_hw: NDArray[np.unsignedinteger]) -> Ids:
         shifted = grid_hw.reshape(-1).astype(np.int32)

@@ -72,7 +72,8 @@ class Packer:
 
     def __init__(self, max_length: int, pad_id: int) -> None:
         self._max_length = max_length
-        self._pad_id = pad_id
+        self._padding = np.full(max_length, pad_id, np.int32)
+        self._untrained = np.zeros(max_length, np.bool_)
         self._waiting: dict[int, Waiting] = {}
         self._by_length: list[tuple[int, int]] = []
         """(tokens, -number) of those that wait: of equals, the oldest is last."""
@@ -86,7 +87,7 @@ class Packer:
     @property
     def waiting(self) -> list[tuple[int, int]]:
         """(number, used tokens) of those that wait, the oldest first: with their examples, all that the packer is."""
-        return [(number, waiting.used) for number, waiting in self._waiting.items()]
+        return [(number, used) for number, (_, used) in self._waiting.items()]
 
     def add(self, number: int, example: Example, used: int = 0) -> None:
         """Let an example wait.
@@ -109,11 +110,12 @@ class Packer:
         number = next(iter(self._waiting))
         room = self._max_length
         while True:
-            waiting = self._take(number)
-            length = min(waiting.left, room)
+            waiting, left = self._take(number)
+            length = min(left, room)
             pieces.append((number, waiting, length))
             room -= length
-            if waiting.left > length:
+            if left > length:
+                self._put(number, waiting._replace(used=waiting.used + length))
                 break
             at = bisect_right(self._by_length, (room, 1))
             if at and room:
@@ -122,9 +124,6 @@ class Packer:
                 number = longest
             else:
                 break
-        rest = pieces[-1][1]._replace(used=pieces[-1][1].used + pieces[-1][2])
-        if rest.left:
-            self._put(pieces[-1][0], rest)
         return self._joined(pieces)
 
     def rest(self) -> Iterator[Row]:
@@ -133,17 +132,13 @@ class Packer:
             yield self.row()
 
     def _joined(self, pieces: list[tuple[int, Waiting, int]]) -> Row:
-        ids = np.full(self._max_length, self._pad_id, np.int32)
-        loss = np.zeros(self._max_length, np.bool_)
-        begin = 0
-        for _, waiting, length in pieces:
-            own, taken = slice(begin, begin + length), slice(waiting.used, waiting.used + length)
-            ids[own], loss[own] = waiting.example.ids[taken], waiting.example.loss[taken]
-            begin += length
+        lengths = [length for _, _, length in pieces]
+        taken = [(waiting.example, waiting.used, waiting.used + length) for _, waiting, length in pieces]
+        used = sum(lengths)
         return Row(
-            ids,
-            loss,
-            [length for _, _, length in pieces],
+            np.concatenate([*[example.ids[begin:end] for example, begin, end in taken], self._padding[used:]]),
+            np.concatenate([*[example.loss[begin:end] for example, begin, end in taken], self._untrained[used:]]),
+            lengths,
             [waiting.example.key for _, waiting, _ in pieces],
             [number for number, _, _ in pieces],
             [number for number, waiting, length in pieces if waiting.left == length],
@@ -160,13 +155,16 @@ class Packer:
         self._waiting[number] = waiting
         if is_oldest:  # the rest of a document keeps its age
             self._waiting = dict(sorted(self._waiting.items()))
-        insort(self._by_length, (waiting.left, -number))
-        self._num_tokens += waiting.left
+        left = waiting.left
+        insort(self._by_length, (left, -number))
+        self._num_tokens += left
         self._num_documents += waiting.example.is_document
 
-    def _take(self, number: int) -> Waiting:
+    def _take(self, number: int) -> tuple[Waiting, int]:
+        """What waits no longer, and the tokens that are left of it."""
         waiting = self._waiting.pop(number)
-        self._by_length.pop(bisect_right(self._by_length, (waiting.left, -number)) - 1)
-        self._num_tokens -= waiting.left
+        left = waiting.left
+        self._by_length.pop(bisect_right(self._by_length, (left, -number)) - 1)
+        self._num_tokens -= left
         self._num_documents -= waiting.example.is_document
-        return waiting
+        return waiting, left

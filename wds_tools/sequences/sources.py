@@ -6,19 +6,28 @@ from collections.abc import Sequence
 
 from wds_tools.errors import UsageError
 from wds_tools.format.manifest import Manifest
+from wds_tools.format.schema import one_set
 
 
-def codebook_size_of(manifests: Sequence[Manifest], urls: Sequence[str], given: int | None) -> int:
+def codebook_size_of(manifests: Sequence[Manifest], urls: Sequence[str], given: int | None, names: Sequence[str | None]) -> int:
     """Entries of the codebook that all data sets were encoded with; 0 if none of them has codes.
+
+    Args:
+        manifests, urls: of the data sets.
+        given: what the user says that it is.
+        names: of the set of codes that is used of each; None: the first that it has.
 
     Raises:
         UsageError: they were encoded with different tokenizers, or one has codes and its manifest does not say of what.
     """
     found: dict[tuple[object, ...], str] = {}
-    for manifest, url in zip(manifests, urls, strict=True):
+    for manifest, url, name in zip(manifests, urls, names, strict=True):
         if not any(row.num_codes for row in manifest.shards):
             continue
-        told = [(one.get("tokenizer"), one.get("weights_hash"), one.get("codebook_size")) for one in manifest.codes.values()]
+        told = [
+            (one.get("tokenizer"), one.get("weights_hash"), one.get("codebook_size"))
+            for one in one_set(manifest.codes, name).values()
+        ]
         if given is None and (not told or any(type(size) is not int for *_, size in told)):
             raise UsageError(f"{url} has codes, but its manifest does not say of which codebook: give codebook_size")
         found |= dict.fromkeys(told or [(None, None, given)], url)

@@ -166,7 +166,8 @@ class LocalStore:
         except FileNotFoundError:
             pass
         except OSError as error:
-            raise translate(error, "delete", self._show(TEMP_FOLDER)) from error
+            if error.errno != errno.ENOTEMPTY:  # somebody begins to write at this moment, and stays
+                raise translate(error, "delete", self._show(TEMP_FOLDER)) from error
 
     def _drop_empty_folder(self, folder: str) -> None:
         """As on an object store, a folder below the root is there only for its files."""

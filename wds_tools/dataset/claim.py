@@ -1,0 +1,198 @@
+"""One run at a time writes to an output, or one a part: a claim, kept fresh while its run lives.
+
+    with Claim(store, part, parts) as claim:   _work/run-ID.json, or _work/run-ID-PART-of-PARTS.json
+        ... claim.check() ...                  is it still ours?
+
+A claim is put first and the others are listed then, so of two runs that come at the same moment at least one sees the other; it
+needs nothing of a store but what all have. A run that was killed leaves its claim behind: if it ran on this machine, its process
+is gone; elsewhere, its claim does not change any more. Invariant: two runs that could write the same file don't go on together.
+Cost: a small file written every BEAT_S, and a list; after a kill on another machine PATIENCE_S of waiting.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import sys
+import threading
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import orjson
+
+from wds_tools.errors import NotFound, StorageError, UsageError
+from wds_tools.storage import Store
+
+PREFIX = "_work/run-"
+BEAT_S = 60.0
+PATIENCE_S = 3.0 * BEAT_S
+"""A claim that has not changed for so long belongs to no run any more."""
+_LOOK_EVERY_S = 2.0
+_LEAVE_S = 10.0
+_TRIES = 5
+_PART = re.compile(r"-(\d+)-of-(\d+)\.json$")
+
+
+class Claim:
+    """A run's right to write to an output. A context manager: on entering it is claimed, on leaving set free.
+
+    Args:
+        store: the output.
+        part, parts: which of how many parts this run does; (0, 0) for a run that does all.
+
+    Raises:
+        UsageError: on entering: another run is writing there.
+    """
+
+    def __init__(self, store: Store, part: int, parts: int) -> None:
+        self._store = store
+        self._part, self._parts = part, parts
+        ending = f"-{part}-of-{parts}" if parts else ""
+        self._name = f"{PREFIX}{os.urandom(8).hex()}{ending}.json"
+        self._facts: dict[str, Any] = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "process": _process(os.getpid()),
+            "since": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        self._beats = 0
+        self._is_lost = threading.Event()
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._stay, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._come()
+        self._thread.start()
+        try:
+            self._wait_for_others()
+        except BaseException:
+            self._leave()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._leave()
+
+    def check(self) -> None:
+        """Raise StorageError if another run has taken this one for dead and gone on in its place."""
+        if self._is_lost.is_set():
+            raise StorageError(
+                f"{self._store.url}: another run writes there now, since this one was not heard of for {PATIENCE_S:g} s: "
+                "this one stops here"
+            )
+
+    def _come(self) -> None:
+        """Put the claim, though a run that begins or ends at this moment may clear away what looks half written."""
+        for attempt in range(_TRIES):
+            try:
+                self._put()
+                return
+            except NotFound:
+                if attempt == _TRIES - 1:
+                    raise
+
+    def _put(self) -> None:
+        self._store.put(self._name, orjson.dumps({**self._facts, "beats": self._beats}))
+        self._beats += 1
+
+    def _stay(self) -> None:
+        while not self._is_over.wait(BEAT_S):
+            try:
+                if not self._store.exists(self._name):
+                    self._is_lost.set()
+                    return
+                self._put()
+            except StorageError:
+                pass  # the run's own writes will say so, if it lasts
+
+    def _leave(self) -> None:
+        self._is_over.set()
+        self._thread.join(_LEAVE_S)
+        try:
+            self._store.delete(self._name)
+        except StorageError:
+            pass  # whatever ended the run is worth more; a claim that is left is found to be dead
+
+    def _wait_for_others(self) -> None:
+        """Return when there is no other run; those that are dead lose their claims."""
+        others = {name: self._read(name) for name in self._rivals()}
+        deadline = time.monotonic() + PATIENCE_S
+        is_told = False
+        while True:
+            for name, before in list(others.items()):
+                now = self._read(name)
+                is_alive = None if now is None else _lives(now)
+                if is_alive or (is_alive is None and now is not None and now != before):
+                    raise UsageError(
+                        f"{self._store.url}: another run is writing there ({_who(now)}): wait until it has ended, or stop it"
+                    )
+                if now is None or is_alive is False or time.monotonic() > deadline:
+                    self._store.delete(name)
+                    del others[name]
+            if not others:
+                return
+            if not is_told:
+                is_told = True
+                print(
+                    f"wds-tools: {self._store.url} was claimed by {_who(next(iter(others.values())))}: "
+                    f"waiting up to {PATIENCE_S:g} s to see whether that run is alive",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            time.sleep(min(_LOOK_EVERY_S, PATIENCE_S / 10))
+
+    def _rivals(self) -> list[str]:
+        """The claims of runs that may write what this one writes: all but those of other parts of as many."""
+        names = [entry.name for entry in self._store.list(PREFIX) if entry.name != self._name]
+        return [name for name in names if not self._goes_with(name)]
+
+    def _goes_with(self, name: str) -> bool:
+        found = _PART.search(name)
+        return found is not None and self._parts == int(found[2]) and self._part != int(found[1])
+
+    def _read(self, name: str) -> bytes | None:
+        try:
+            return self._store.read(name)
+        except NotFound:
+            return None
+
+
+def _lives(claim: bytes) -> bool | None:
+    """Whether the process of a claim runs on this machine; None if it can't be told from here."""
+    process = _facts(claim).get("process")
+    own = _process(os.getpid())
+    if own is None or not isinstance(process, list) or len(process) != len(own) or process[:2] != own[:2]:
+        return None
+    pid = _facts(claim).get("pid")
+    return isinstance(pid, int) and _process(pid) == process
+
+
+def _who(claim: bytes | None) -> str:
+    facts = _facts(claim or b"{}")
+    return f"process {facts.get('pid')} on {facts.get('host')}, since {facts.get('since')}"
+
+
+def _facts(claim: bytes) -> dict[str, Any]:
+    try:
+        facts = orjson.loads(claim)
+    except orjson.JSONDecodeError:
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
+def _process(pid: int) -> list[str] | None:
+    """What tells a process from all others: the boot of its machine, its namespace of process ids, when it began.
+
+    None where the system does not say (only Linux does), or there is no such process.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        namespace = str(Path("/proc/self/ns/pid").readlink())
+        status = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if status[0] in "ZX" else [boot, namespace, status[19]]
