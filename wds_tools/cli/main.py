@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import importlib
+import inspect
 import io
 import os
 import re
@@ -25,7 +26,7 @@ COMMANDS = {
     ("convert", "image-pairs"): ("convert_image_pairs", "image-caption pairs (jsonl) to shards"),
     ("convert", "dclm"): ("convert_dclm", "DCLM documents (.jsonl.zst) to shards"),
     ("convert", "sft"): ("convert_sft", "conversations about images (LLaVA's json) to shards"),
-    ("convert", "hf"): ("convert_hf", "the reference's Hugging Face folders and jsonl, codes included, to shards"),
+    ("convert", "hf"): ("convert_hf", "Hugging Face rows that hold codes, the reference's or exports, to shards"),
     ("encode",): ("encode", "fill the VQ codes of a data set's images"),
     ("compare-codes",): ("compare_codes", "what another precision does to codes: two encodings side by side"),
     ("vocabulary",): ("vocabulary", "special tokens of a text tokenizer, and the model size that it needs"),
@@ -89,7 +90,7 @@ def _parse(module: Any, words: tuple[str, ...], args: Sequence[str]) -> Any:
             return tyro.cli(
                 module.Config,
                 prog=command,
-                description=f"{module.Config.__doc__}\n\nExample:\n    {module.EXAMPLE}",
+                description=f"{inspect.getdoc(module.Config)}\n\nExample:\n    {module.EXAMPLE}",
                 args=args,
                 config=(tyro.conf.FlagCreatePairsOff,),
             )
