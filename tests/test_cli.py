@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from commands import environment, image_bytes, last_line, wds_tools, write_documents, write_jsonl, write_pairs
-from factory import make_dataset, text_sample
+from factory import image_sample, make_dataset, text_sample
 from s3 import S3Server
 
 from wds_tools.cli.main import COMMANDS, main
@@ -139,6 +139,14 @@ def test_a_command_of_several_that_is_not_named_lists_them(capsys: pytest.Captur
             f"wds-tools: unknown command {' '.join(said)!r}: The commands are convert dclm, convert hf, convert image-pairs"
         )
         assert capsys.readouterr().err == f"{expected}, convert sft\n"
+
+
+def test_codes_of_which_the_manifest_says_little_are_described_all_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_dataset(tmp_path / "set", [image_sample(1)], codes={"vqcode_512": {}})
+    assert main(["stats", str(tmp_path / "set"), "--quiet"]) == 0
+    assert "vqcode_512   unknown tokenizer, codes of unknown number, unknown precision\n" in capsys.readouterr().out
 
 
 def test_a_librarys_long_story_is_one_line_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
