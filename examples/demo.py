@@ -16,6 +16,7 @@ import time
 from collections.abc import Sequence
 from importlib.metadata import distributions
 from pathlib import Path
+from textwrap import shorten
 
 import orjson
 import skimage.data
@@ -139,7 +140,7 @@ def draw(images: Path, encoded: Path, picture: Path) -> None:
         original = original.crop((left, top, left + crop, top + crop))
         sheet.paste(original.resize((side, side), Image.Resampling.LANCZOS), (side * column, 0))
         sheet.paste(decoded.resize((side, side), Image.Resampling.LANCZOS), (side * column, side))
-        ImageDraw.Draw(sheet).text((side * column + 6, 2 * side + 6), caption[:40], fill="black")
+        ImageDraw.Draw(sheet).text((side * column + 6, 2 * side + 6), shorten(caption, 42, placeholder=" …"), fill="black")
     sheet.save(picture)
 
 

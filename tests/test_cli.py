@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from commands import environment, image_bytes, last_line, wds_tools, write_documents, write_jsonl, write_pairs
-from factory import make_dataset, text_sample
+from factory import image_sample, make_dataset, text_sample
 from s3 import S3Server
 
 from wds_tools.cli.main import COMMANDS, main
@@ -113,7 +113,9 @@ def test_wrong_arguments_are_status_2_without_a_traceback(args: list[str], capsy
 @pytest.mark.parametrize(
     ("args", "line"),
     [
-        (["verify"], "missing: STR The data set: a directory or URL. (required) (wds-tools verify --help says more)"),
+        (["verify"], "missing: the data set: a directory or URL (wds-tools verify --help says more)"),
+        (["convert", "dclm"], "missing: --output, --input (wds-tools convert dclm --help says more)"),
+        (["audit"], "name the receipts of the run: files or folders (wds-tools audit --help says more)"),
         (
             ["export", "hf", "--input", "a", "--output", "b", "--format", "x"],
             "invalid choice 'x' for argument '--format'. Expected one of ('arrow', 'parquet'). "
@@ -130,6 +132,28 @@ def test_wrong_arguments_are_one_line_however_wide_the_terminal_is(
         assert capsys.readouterr().err == f"wds-tools: {line}\n"
 
 
+def test_a_command_of_several_that_is_not_named_lists_them(capsys: pytest.CaptureFixture[str]) -> None:
+    for said in (["convert"], ["convert", "bogus"]):
+        assert main(said) == 2
+        expected = (
+            f"wds-tools: unknown command {' '.join(said)!r}: The commands are convert dclm, convert hf, convert image-pairs"
+        )
+        assert capsys.readouterr().err == f"{expected}, convert sft\n"
+
+
+def test_codes_of_which_the_manifest_says_little_are_described_all_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_dataset(tmp_path / "set", [image_sample(1)], codes={"vqcode_512": {}})
+    assert main(["stats", str(tmp_path / "set"), "--quiet"]) == 0
+    assert "vqcode_512   unknown tokenizer, codes of unknown number, unknown precision\n" in capsys.readouterr().out
+
+
+def test_a_librarys_long_story_is_one_line_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["vocabulary", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("said", "meant"), [("verfy x", "verify"), ("convert dlcm", "convert dclm"), ("exprot hf", "export hf"), ("idx", "index")]
 )
@@ -144,13 +168,15 @@ def test_a_slip_of_the_fingers_is_answered_with_what_was_meant(said: str, meant:
         (["convert", "dclm", "--input", "IN", "--output", "OUT", "--resume", "--overwrite"], 2, "exclude each other"),
         (["convert", "dclm", "--input", "IN{", "--output", "OUT"], 2, "unbalanced braces"),
         (["convert", "dclm", "--input", "nowhere", "--output", "OUT"], 1, "nowhere: no such file"),
+        (["verify", "nowhere"], 1, "nowhere: there is no such folder, or nothing is in it"),
+        (["stats", __file__], 1, f"{__file__}: can't list a file: give its folder"),
         (["convert", "dclm", "--input", "IN", "--output", "IN"], 1, "can't list a file"),
         (["convert", "dclm", "--input", "IN", "--output", "IN/deeper"], 1, "can't list a file"),
         (["convert", "dclm", "--input", "s3://", "--output", "OUT"], 2, "s3://"),
         (["convert", "dclm", "--input", "nope://a/b", "--output", "OUT"], 2, "nope"),
-        (["verify", "nowhere"], 1, "nowhere has no manifest.json"),
+        (["verify", "nowhere"], 1, "nowhere: there is no such folder"),
         (["index", "nowhere"], 1, "nowhere has no manifest.json"),
-        (["encode", "--input", "nowhere", "--output", "OUT"], 1, "nowhere has no manifest.json"),
+        (["encode", "--input", "nowhere", "--output", "OUT"], 1, "nowhere: there is no such folder"),
     ],
 )
 def test_an_error_is_one_line_with_the_right_status(

@@ -70,7 +70,7 @@ def script(page: str) -> str:
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What pages use of `make demo`."""
     folder = tmp_path_factory.mktemp("demo") / "demo-out"
-    made = {"vqcode_512": {"tokenizer": "tiny", "codebook_size": TINY, "stride": 16}}
+    made = {"vqcode_512": {"tokenizer": "tiny", "codebook_size": TINY, "stride": 16, "precision": "fp32"}}
     samples = [image_sample(number, side=32) for number in range(20)]
     samples = [sample._replace(codes={name: grid % TINY for name, grid in sample.codes.items()}) for sample in samples]
     make_dataset(folder / "pairs-512", samples, codes=made)

@@ -351,7 +351,7 @@ def test_output_on_input_is_refused_however_it_is_spelled(
 
 
 def test_an_unfinished_or_missing_input_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(NotFound, match=r"no manifest\.json"):
+    with pytest.raises(NotFound, match="no such folder"):
         fill(tmp_path / "nowhere", tmp_path / "out")
 
 

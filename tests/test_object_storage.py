@@ -170,3 +170,9 @@ def test_a_server_that_does_not_answer_is_one_line(s3: S3Server, monkeypatch: py
     said = wds_tools("verify", f"s3://{s3.bucket}/set", status=1)
     (line,) = said.stderr.splitlines()
     assert line.startswith("wds-tools: s3://")
+
+
+def test_a_file_on_a_web_server_that_does_not_answer_is_said_to_be_just_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WDS_TOOLS_RETRY_S", "0")
+    said = wds_tools("convert", "image-pairs", "--input", "http://127.0.0.1:9/a.jsonl", "--output", "out", status=1)
+    assert "http://127.0.0.1:9/a.jsonl: can't look at, no answer" in said.stderr

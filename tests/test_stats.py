@@ -225,7 +225,7 @@ def test_an_empty_data_set_is_described(tmp_path: Path) -> None:
 def test_wrong_settings_and_lost_parts_are_named(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--hashes 10"):
         StatsConfig(input="x", hashes=10)
-    with pytest.raises(NotFound, match=r"manifest\.json"):
+    with pytest.raises(NotFound, match="no such folder"):
         described(tmp_path)
     make_dataset(tmp_path / "set", [image_sample(1)], codes={"vqcode_512": {"codebook_size": 16}})
     with pytest.raises(FormatError, match="the codebook has 16 entries"):

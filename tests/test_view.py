@@ -687,7 +687,7 @@ def test_killed_it_takes_its_process_along(folder: Path) -> None:
 def test_wrong_arguments_are_one_line(folder: Path, server: ViewServer, tmp_path: Path) -> None:
     taken = wds_tools("view", folder, "--port", server.server_address[1], status=2)
     assert "--port 0 takes a free one" in last_line(taken.stderr)
-    assert "has no manifest.json" in last_line(wds_tools("view", tmp_path, status=1).stderr)
+    assert "there is no such folder, or nothing is in it" in last_line(wds_tools("view", tmp_path, status=1).stderr)
     assert "--port 70000: 0 to 65535" in wds_tools("view", folder, "--port", "70000", status=2).stderr
 
 

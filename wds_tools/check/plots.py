@@ -17,6 +17,8 @@ Column = TypeVar("Column")
 WIDTH, HEIGHT = 520, 190
 _LEFT, _RIGHT, _TOP, _BOTTOM = 8, 8, 12, 26
 _FLOOR = HEIGHT - _BOTTOM
+_MARKED = _TOP + 12
+"""Where bars begin whose marks have their names above them."""
 _MAX_COLUMNS = 200
 _MAX_BARS = 64
 
@@ -39,17 +41,15 @@ def histogram(bins: Sequence[tuple[int, int, int]], unit: str, marks: Sequence[t
     parts = []
     for low, high, count in bins:
         if count:
-            height = max(1.5, count / most * (_FLOOR - _TOP))
+            height = max(1.5, count / most * (_FLOOR - _MARKED))
             left, right = x(low), x(high)
             width = max(right - left - min(1.0, (right - left) / 6), 0.5)
             said = f"{_range(low, high)} {unit}: {count:,}"
             parts.append(_rect(left, _FLOOR - height, width, height, "bar", said))
     for value, name in marks:
-        parts.append(f'<line class="mark" x1="{x(value):.1f}" x2="{x(value):.1f}" y1="{_TOP}" y2="{_FLOOR}"/>')
+        parts.append(f'<line class="mark" x1="{x(value):.1f}" x2="{x(value):.1f}" y1="{_MARKED}" y2="{_FLOOR}"/>')
         anchor = "end" if x(value) > WIDTH * 0.8 else "start"
-        shift = -4 if anchor == "end" else 4
-        label = f"{name} {value:,}"
-        parts.append(_label(x(value) + shift, _TOP + 8, label, "mark-name", anchor))
+        parts.append(_label(x(value), _MARKED - 4, f"{name} {value:,}", "mark-name", anchor))
     return _svg([*_log_ticks(x, bins[0][0], bins[-1][1]), *parts], f"distribution of {unit}")
 
 

@@ -78,12 +78,13 @@ def _describe_receipts(result: Audit, config: Config) -> Iterator[str]:
         f", {len(result.superseded):,} more that later ones of the same loader contain" if result.superseded else ""
     )
     hidden = max(len(result.superseded) - config.show, 0)
+    epochs = "epoch" if result.totals_compared == 1 else "epochs"
     yield from (f"          {earlier} is contained in {later}" for earlier, later in result.superseded[: config.show])
     yield from [f"          and {hidden:,} more"] * (hidden > 0)
     yield (
         "hashes    not compared (--quick)"
         if config.quick
-        else f"hashes    of every receipt, and of {result.totals_compared:,} complete epochs, compared with the manifests"
+        else f"hashes    of every receipt, and of {result.totals_compared:,} complete {epochs}, compared with the manifests"
     )
     yield from (f"ABSENT    {what}" for what in result.absent[: config.show])
     hidden = max(len(result.absent) - config.show, 0)

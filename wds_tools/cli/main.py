@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import importlib
+import inspect
 import io
 import os
 import re
@@ -25,7 +26,7 @@ COMMANDS = {
     ("convert", "image-pairs"): ("convert_image_pairs", "image-caption pairs (jsonl) to shards"),
     ("convert", "dclm"): ("convert_dclm", "DCLM documents (.jsonl.zst) to shards"),
     ("convert", "sft"): ("convert_sft", "conversations about images (LLaVA's json) to shards"),
-    ("convert", "hf"): ("convert_hf", "the reference's Hugging Face folders and jsonl, codes included, to shards"),
+    ("convert", "hf"): ("convert_hf", "Hugging Face rows that hold codes, the reference's or exports, to shards"),
     ("encode",): ("encode", "fill the VQ codes of a data set's images"),
     ("compare-codes",): ("compare_codes", "what another precision does to codes: two encodings side by side"),
     ("vocabulary",): ("vocabulary", "special tokens of a text tokenizer, and the model size that it needs"),
@@ -65,12 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read our output has left, as in `wds-tools ... | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except UsageError as error:
-        print(f"wds-tools: {error}", file=sys.stderr)
-        return 2
     except WdsToolsError as error:
-        print(f"wds-tools: {error}", file=sys.stderr)
-        return 1
+        print("wds-tools:", " ".join(map(str.strip, str(error).splitlines())), file=sys.stderr)  # a library may say more
+        return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
         can_resume = hasattr(config, "resume")
         how = "finished shards are kept, run again with --resume" if can_resume else "run the same command again"
@@ -92,7 +90,7 @@ def _parse(module: Any, words: tuple[str, ...], args: Sequence[str]) -> Any:
             return tyro.cli(
                 module.Config,
                 prog=command,
-                description=f"{module.Config.__doc__}\n\nExample:\n    {module.EXAMPLE}",
+                description=f"{inspect.getdoc(module.Config)}\n\nExample:\n    {module.EXAMPLE}",
                 args=args,
                 config=(tyro.conf.FlagCreatePairsOff,),
             )
@@ -114,8 +112,19 @@ def _in_one_line(box: str) -> str:
     """What tyro's box says: a title, and sections under rules, the last of which points to the help."""
     words = " ".join(re.sub("[│╭╮╰╯]", " ", box).split())
     _, *sections = (section.strip() for section in re.split("[─-]{4,}", words))
-    text = "; ".join(section for section in sections if section and not section.startswith("For full helptext"))
-    return re.sub(r"^Missing from [^:]*:", "missing:", text)
+    said = [section for section in sections if section and not section.startswith("For full helptext")]
+    return "; ".join(_missing(section) if section.startswith("Missing from") else section for section in said)
+
+
+def _missing(section: str) -> str:
+    """What tyro misses: options by their names, what stands without a name by what it is."""
+    arguments = [text.strip() for text in section.partition(":")[2].split("(required)") if text.strip()]
+    unnamed = (re.sub(r"^[A-Z\[\]. ]+(?=[A-Z][a-z])", "", text) for text in arguments)
+    names = [
+        text.split()[0] if text.startswith("-") else what[:1].lower() + what[1:].rstrip(".")
+        for text, what in zip(arguments, unnamed, strict=True)
+    ]
+    return f"missing: {', '.join(names)}"
 
 
 def _no_command(args: list[str]) -> int:
@@ -129,7 +138,10 @@ def _no_command(args: list[str]) -> int:
         return 0
     if not asked:
         known = sorted({" ".join(words) for words in COMMANDS})
-        close = difflib.get_close_matches(" ".join(args[:2]), known, 1) or difflib.get_close_matches(args[0], known, 1)
+        group = [name for name in known if name.startswith(f"{args[0]} ")]
+        known = group or known
+        close = difflib.get_close_matches(" ".join(args[:2]), known, 1, 0.85)
+        close = close or difflib.get_close_matches(args[0], () if group else known, 1)
         meant = f"did you mean {close[0]}? " if close else ""
         lines = [f"wds-tools: unknown command {' '.join(args[:2])!r}: {meant}The commands are {', '.join(known)}"]
     print("\n".join(lines), file=sys.stdout if asked else sys.stderr)

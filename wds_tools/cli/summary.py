@@ -55,9 +55,11 @@ def print_data_set(url: str, manifest: Manifest, *, json: bool = False) -> None:
         "shards": f"{len(manifest.shards):,}, {manifest.bytes / 1e6:,.1f} MB, {_per_sample(manifest)}",
     }
     for column, provenance in manifest.codes.items():
-        settings = [provenance["precision"], *(["compiled"] if provenance.get("compile") else [])]
+        size = provenance.get("codebook_size")
+        settings = [f"{size:,} codes" if isinstance(size, int) else "codes of unknown number"]
+        settings += [str(provenance.get("precision", "unknown precision")), *(["compiled"] if provenance.get("compile") else [])]
         settings += [f"resized by {provenance['resize']}"] if "resize" in provenance else []
-        facts[column] = f"{provenance['tokenizer']}, {provenance['codebook_size']:,} codes, {', '.join(settings)}"
+        facts[column] = f"{provenance.get('tokenizer', 'unknown tokenizer')}, {', '.join(settings)}"
     if part := manifest.source.get("part"):
         facts["part"] = f"{part}, nothing else is counted here; when all parts are through: wds-tools finalize --output {url}"
     else:

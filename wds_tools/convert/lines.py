@@ -19,6 +19,7 @@ from wds_tools.errors import NotFound, Reject, StorageError, UsageError
 from wds_tools.format.schema import RESERVED_FIELDS
 from wds_tools.run.progress import Progress
 from wds_tools.storage import join, open_store, split_url
+from wds_tools.storage.base import split_scheme
 
 MAX_LINE_BYTES = 64 << 20
 _READ_BYTES = 4 << 20
@@ -178,7 +179,9 @@ def _files_at(url: str, suffix: str) -> Iterator[InputFile]:
         yield InputFile(url, open_store(root).size(name))
         return
     except (UsageError, StorageError):
-        pass  # a bucket, or a folder: what is wrong with it shows when it is listed
+        if split_scheme(url)[0] in ("http", "https"):
+            raise  # there are no folders
+        # a bucket, or a folder: what is wrong with it shows when it is listed
     entries = [entry for entry in open_store(url).list() if entry.name.endswith(suffix)]
     if not entries:
         raise NotFound(f"{url}: no such file, and no *{suffix} under a folder of that name")

@@ -18,7 +18,7 @@ from wds_tools.format.manifest import Manifest, ShardRow, unpack_manifest
 from wds_tools.format.schema import ANY_MEMBERS, Sample
 from wds_tools.format.shard import StoredSample, group_samples, sample_from_members
 from wds_tools.format.tar import Member, TarReader
-from wds_tools.storage import Store
+from wds_tools.storage import LocalStore, Store
 
 _READ_BYTES = 4 << 20
 _MAX_EXPECTED_BYTES = 1 << 30
@@ -36,13 +36,15 @@ def read_manifest(
         instead_of_rows: what a user who named token rows is to do, where the schema is needed.
 
     Raises:
-        NotFound: there is none: not a data set, or one that is not finished.
+        NotFound: there is none: not a data set, or one that is not finished; or nothing is there at all.
         FormatError: see unpack_manifest.
         UsageError: it is one of any members, or of token rows, and the caller needs the schema.
     """
     try:
         data = store.read(manifests.NAME)
     except NotFound as error:
+        if isinstance(store, LocalStore) and not any(store.list()):
+            raise NotFound(f"{store.url}: there is no such folder, or nothing is in it") from error
         raise NotFound(
             f"{store.url} has no {manifests.NAME}: it is not a data set, or its conversion did not finish "
             "(run the same command with --resume)"
