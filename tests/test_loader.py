@@ -256,6 +256,19 @@ def test_a_part_of_a_source_is_the_same_part_every_epoch(tmp_path: Path, limit: 
     assert epochs[0] != epochs[1]
 
 
+@pytest.mark.parametrize("limit", [{"max_samples": 12}, {"share": 0.3}, {"share": 1.0}])
+def test_a_part_of_a_source_is_repeated_as_often_as_the_source(tmp_path: Path, limit: dict[str, Any]) -> None:
+    url = make_pairs(tmp_path / "set", 40)
+    seen = Counter(keys(loader(Source(url, repeat=3, **limit))))
+    assert set(seen) == set(keys(loader(Source(url, **limit))))
+    assert set(seen.values()) == {3}
+
+
+def test_a_part_larger_than_the_source_is_refused_however_often_it_is_repeated(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"max_samples=41 is not in 1 \.\.\. 40"):
+        loader(Source(make_pairs(tmp_path / "set", 40), repeat=2, max_samples=41))
+
+
 def test_a_mixture_ends_when_the_first_or_the_last_source_was_seen(tmp_path: Path) -> None:
     pairs, documents = make_pairs(tmp_path / "pairs", 20), make_documents(tmp_path / "documents", 60)
     sources = Source(pairs, weight=0.5), Source(documents, weight=0.5)
