@@ -364,6 +364,38 @@ def test_a_loop_that_is_overtaken_by_another_says_so(tmp_path: Path) -> None:
         next(one)
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("end", [Loader.close, lambda made: made.load_state_dict(made.state_dict())])
+def test_a_loop_whose_loader_is_closed_or_restored_within_says_so(tmp_path: Path, end: Any, num_workers: int) -> None:
+    url = make_pairs(tmp_path / "set", 30)
+    made = loader(url, num_workers=num_workers)
+    loop = iter(made)
+    seen = list(next(loop)["__key__"])
+    end(made)
+    with pytest.raises(UsageError, match="began: begin anew"):
+        next(loop)
+    assert seen + keys(made) == keys(loader(url))
+    made.close()
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_the_trainers_random_numbers_are_left_alone(tmp_path: Path, num_workers: int) -> None:
+    made = loader(make_pairs(tmp_path / "set", 30), num_workers=num_workers)
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    for _ in range(2):
+        keys(made)
+    made.close()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_weights_may_be_numpys(tmp_path: Path) -> None:
+    pairs, documents = make_pairs(tmp_path / "pairs", 20), make_documents(tmp_path / "documents", 20)
+    half, one = np.float64(0.5), np.float64(1)
+    made = loader(Source(pairs, weight=half), Source(documents, weight=half), schedule=((2, (one, half)),))
+    made.load_state_dict(json.loads(json.dumps(made.state_dict())))
+
+
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
