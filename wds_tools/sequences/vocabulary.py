@@ -67,6 +67,7 @@ def find_vocabulary(tokenizer: TextTokenizer, config: SequenceConfig, codebook_s
         says += [f"its tokenizer_config.json names no {role}_token: give {role}='...'" for role in unnamed]
         says += ["bos='' for none"] if "bos" in unnamed else []
         raise UsageError(f"tokenizer {tokenizer.path}: {'; '.join(says)}")
+    tokenizer.reserve([name for name in (bos, eos, *image) if name])
     return Vocabulary(
         text_size=tokenizer.num_tokens,
         codebook_size=codebook_size,
