@@ -400,6 +400,9 @@ def test_weights_may_be_numpys(tmp_path: Path) -> None:
     ("settings", "says"),
     [
         ({"batch_size": 0}, "batch_size=0"),
+        ({"batch_size": 4.0}, r"batch_size=4\.0 is a float"),
+        ({"batch_size": np.int64(4)}, r"batch_size=.*4.* is a int64"),
+        ({"seed": "42"}, "seed='42' is a str"),
         ({"tail": "cut"}, "tail='cut'"),
         ({"on_error": "skip"}, "on_error='skip'"),
         ({"seed": -1}, "seed=-1"),
@@ -408,6 +411,7 @@ def test_weights_may_be_numpys(tmp_path: Path) -> None:
         ({"length": 5}, "length=5 is for sources with weights"),
         ({"schedule": ((3, (1.0,)),)}, "schedule of weights needs"),
         ({"sources": ()}, "one or more Source"),
+        ({"sources": Source("x")}, "one or more Source"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(tmp_path: Path, settings: dict[str, Any], says: str) -> None:
@@ -421,13 +425,15 @@ def test_settings_that_make_no_sense_are_refused(tmp_path: Path, settings: dict[
         ({"weight": -1.0}, "weight=-1"),
         ({"repeat": 0}, "repeat=0"),
         ({"max_samples": 0}, "max_samples=0"),
+        ({"max_samples": 2.5}, r"max_samples=2\.5 is a float"),
+        ({"url": Path("x")}, "a PosixPath, expected a string"),
         ({"share": 1.5}, "share=1.5"),
         ({"share": 0.5, "max_samples": 3}, "not both"),
     ],
 )
 def test_a_source_that_makes_no_sense_is_refused(source: dict[str, Any], says: str) -> None:
     with pytest.raises(UsageError, match=says):
-        Source("x", **source)
+        Source(**{"url": "x", **source})
 
 
 def test_weights_are_for_all_or_none_and_a_batch_has_one_for_each_rank(tmp_path: Path) -> None:

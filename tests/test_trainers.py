@@ -189,6 +189,9 @@ def test_rounds_go_on_over_epochs_and_keep_their_length(data: Path) -> None:
     assert [batch["__key__"] for batch in islice(epochs, 3)] == expected[:3]
     assert len(epochs) == 20
     assert [batch["__key__"] for batch in epochs] == expected[3:20]
+    for state in (rounds.loader.state_dict(), {"loader": rounds.loader.state_dict(), "done": "7"}, None):
+        with pytest.raises(UsageError, match="not the state of a Rounds"):
+            rounds.load_state_dict(state)  # type: ignore[arg-type]
     for settings in ({"steps": 0}, {}):
         with pytest.raises(UsageError, match="steps"):
             Rounds(loader(data, packing=True), **settings)
