@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from collections.abc import Iterator
 from itertools import islice
@@ -108,6 +109,12 @@ def test_the_trainer_of_transformers_goes_on_from_its_checkpoint_with_the_same_l
     run("broken", 3)
     resumed = run("broken", 5, str(tmp_path / "broken/checkpoint-3"))
     assert resumed == whole
+    kept = shutil.copytree(tmp_path / "broken/checkpoint-3", tmp_path / "kept")
+    (kept / "loader.json").rename(tmp_path / "loader.json")
+    with pytest.raises(UsageError, match=r"kept/loader\.json does not exist"):  # rather than that of the other run there
+        run("broken", 5, str(kept))
+    (tmp_path / "loader.json").rename(kept / "loader.json")
+    assert run("anew", 5, str(kept)) == whole
     with pytest.raises(UsageError, match="ignore_data_skip=True"):
         run("other", 1, ignore_data_skip=False)
     (tmp_path / "broken/checkpoint-3/loader.json").unlink()
