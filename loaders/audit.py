@@ -186,6 +186,7 @@ def _stream_of(receipt: Receipt, sources: Sequence[OpenSource]) -> Stream:
                 weight=weights[0][number] if weights else None,
                 repeat=recipe["repeat"][number],
                 max_samples=recipe["max_samples"][number],
+                codes=recipe["codes"][number] if "codes" in recipe else None,
             )
             for number, opened in enumerate(sources)
         )

@@ -36,6 +36,9 @@ class Source:
     def __post_init__(self) -> None:
         weight, repeat, max_samples, share = self.weight, self.repeat, self.max_samples, self.share
         where = f"source {self.url}"
+        if not isinstance(self.url, str):
+            raise UsageError(f"{where}: a {type(self.url).__name__}, expected a string: a folder or URL")
+        _check_ints(where, repeat=repeat, max_samples=max_samples)
         if weight is not None and not 0 <= weight < float("inf"):
             raise UsageError(f"{where}: weight={weight}, expected a number of 0 or more")
         if repeat < 1:
@@ -96,8 +99,11 @@ class LoaderConfig:
     """With substitute: more unreadable samples than this, on one rank, stop the run."""
 
     def __post_init__(self) -> None:
-        if not self.sources or not all(isinstance(source, Source) for source in self.sources):
-            raise UsageError("sources is a tuple of one or more Source(...)")
+        sources = self.sources if isinstance(self.sources, tuple | list) else ()
+        if not sources or not all(isinstance(source, Source) for source in sources):
+            raise UsageError(f"sources={self.sources!r}: expected a tuple of one or more Source(...)")
+        counts = ("batch_size", "seed", "lanes", "num_workers", "prefetch", "max_bad")
+        _check_ints("a loader", **{name: getattr(self, name) for name in counts})
         if self.batch_size < 1:
             raise UsageError(f"batch_size={self.batch_size}, expected 1 or more")
         if not 0 <= self.seed < 1 << 64:
@@ -157,3 +163,10 @@ class World:
         if rank is None or world_size is None or not rank.isdigit() or not world_size.isdigit():
             raise UsageError(f"RANK={rank!r}, WORLD_SIZE={world_size!r}: expected two numbers, as torchrun sets them")
         return cls(rank=int(rank), world_size=int(world_size))
+
+
+def _check_ints(where: str, **values: int | None) -> None:
+    """Raise UsageError for the first that is none: a state could not hold it."""
+    for name, value in values.items():
+        if value is not None and type(value) is not int:
+            raise UsageError(f"{where}: {name}={value!r} is a {type(value).__name__}, expected an int")

@@ -89,7 +89,7 @@ class Decoder:
         substitutions = []
         for at, (held, row) in enumerate(zip(rows, numbers, strict=True)):
             error = self._problem(held, row, parse)
-            if error is None:
+            if error is None or self._fetch_anew(rows, at, row, error, parse):
                 continue
             what = f"{held.where(row)}: {error}"
             if not self._substitute:
@@ -105,6 +105,17 @@ class Decoder:
             numbers[at] = by_row
             substitutions.append(Substitution(int(located.source[at]), held.shard, row, by_row, _reason(error)))
         return substitutions
+
+    def _fetch_anew(self, rows: list[LoadedRows], at: int, row: int, error: Exception, parse: Parse[object]) -> bool:
+        """Make `rows[at]` what the storage has by now, if a cache may have kept this row damaged; whether it can be read then."""
+        if not rows[at].reader.is_cached or isinstance(error, Reject):
+            return False
+        for anew in False, True:  # another row of its region may have had it fetched
+            held = rows[at].reader.load(rows[at].shard, row, row + 1, anew=anew)
+            if self._problem(held, row, parse) is None:
+                rows[at] = held
+                return True
+        return False
 
     def _put(self, rows: list[LoadedRows], at: int, row: int, parse: Parse[object]) -> bool:
         """Make `rows[at]` what holds this row of the same shard; whether the row can be read."""

@@ -26,6 +26,11 @@ STATE = "loader.json"
 class LoaderTrainer(Trainer):
     """A Trainer whose `train_dataset` is a Rounds. Needs `ignore_data_skip=True`; batch sizes are the loader's."""
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **settings: Any) -> Any:
+        """As Trainer.train; the callback is told which checkpoint was named."""
+        self.args.resume_from_checkpoint = resume_from_checkpoint if isinstance(resume_from_checkpoint, str) else None
+        return super().train(resume_from_checkpoint, *args, **settings)
+
     def get_train_dataloader(self) -> Any:
         """The rounds themselves."""
         if not self.args.ignore_data_skip:
@@ -56,9 +61,8 @@ class LoaderCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         """Take up the state of the checkpoint that training goes on from."""
         if state.global_step:
-            given = args.resume_from_checkpoint
-            folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-            self.restore(given if isinstance(given, str) and not folder.exists() else folder)
+            last = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+            self.restore(args.resume_from_checkpoint or last)
 
     def restore(self, checkpoint: str | Path) -> None:
         """Take up the state in a checkpoint's folder.

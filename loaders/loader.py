@@ -81,6 +81,8 @@ class Loader:
         self.epoch = 0
         """The epoch that the next batch belongs to."""
         self._position = 0
+        self._loop = 0
+        """Counts what begins or ends loops: one that it has moved past is over."""
         self._begin()
         self._begin_receipt()
         self._num_batches = 0
@@ -124,14 +126,15 @@ class Loader:
         return self._stream.length
 
     def __iter__(self) -> Iterator[Batch]:
-        steps, epoch = self._steps(), self.epoch
+        steps = self._steps()
+        self._loop = loop = self._loop + 1
         self._book.begin()
-        self._errands.set(epoch, steps, max(self.config.num_workers, 1), self._book if self.config.packing else None)
+        self._errands.set(self.epoch, steps, max(self.config.num_workers, 1), loop, self._book if self.config.packing else None)
         with self._named_death():
             parcels = iter(self._parcels())
         for step in range(len(steps)):
-            if (self.epoch, self._position) != (epoch, steps.start + step * steps.batch_size):
-                raise UsageError("another loop over this loader, or load_state_dict, has moved it since this loop began")
+            if self._loop != loop:
+                raise UsageError("another loop over this loader, load_state_dict or close came since this loop began: begin anew")
             started = time.perf_counter()
             parcel = self._next(parcels)
             self._waits.append(time.perf_counter() - started)
@@ -233,7 +236,8 @@ class Loader:
         }
 
     def close(self) -> None:
-        """End the worker processes. The loader can be used again."""
+        """End the worker processes, and loops under way. The loader can be used again."""
+        self._loop += 1
         workers, self._workers = self._workers, None
         if workers is not None and workers._iterator is not None:
             try:
@@ -274,6 +278,7 @@ class Loader:
                 persistent_workers=True,
                 collate_fn=_as_it_is,
                 multiprocessing_context=self.config.start_method,
+                generator=torch.Generator(),  # else each loop would take a number from the trainer's
             )
             atexit.register(_close, weakref.ref(self))  # in good order, before multiprocessing kills them
         return self._workers  # type: ignore[no-any-return]
@@ -345,19 +350,19 @@ class _Errands(Sized, Iterable[Errand]):
     """The sampler of the DataLoader: the steps of the epoch at hand."""
 
     def __init__(self) -> None:
-        self._what: tuple[int, Steps, int, LaneBook | None] | None = None
+        self._what: tuple[int, Steps, int, int, LaneBook | None] | None = None
 
-    def set(self, epoch: int, steps: Steps, stride: int, book: LaneBook | None) -> None:
-        self._what = epoch, steps, stride, book
+    def set(self, epoch: int, steps: Steps, stride: int, loop: int, book: LaneBook | None) -> None:
+        self._what = epoch, steps, stride, loop, book
 
     def __len__(self) -> int:
         return len(self._what[1]) if self._what else 0
 
     def __iter__(self) -> Iterator[Errand]:
         if self._what:
-            epoch, steps, stride, book = self._what
+            epoch, steps, stride, loop, book = self._what
             for step in range(len(steps)):
-                yield Errand(epoch, steps, step, stride, book.tell(steps, step, stride) if book else {})
+                yield Errand(epoch, steps, step, stride, loop, book.tell(steps, step, stride) if book else {})
 
 
 def _close(loader: weakref.ref[Loader]) -> None:
@@ -379,7 +384,7 @@ def _all_gather(data: bytes) -> list[bytes]:
 
 
 def _tells_of_a_worker(error: Exception) -> bool:
-    return "DataLoader worker" in str(error)
+    return "DataLoader worker (pid" in str(error)  # of an error in one it says "in DataLoader worker process"
 
 
 def _as_it_is(parcel: Any) -> Any:

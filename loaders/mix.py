@@ -41,7 +41,7 @@ class Weights:
     """
 
     def __init__(self, weights: Sequence[float]) -> None:
-        shares = [Fraction(repr(weight)) if np.isfinite(weight) else Fraction(-1) for weight in weights]
+        shares = [Fraction(repr(float(weight))) if np.isfinite(weight) else Fraction(-1) for weight in weights]
         if not shares or min(shares) < 0 or not sum(shares):
             raise UsageError(f"weights {tuple(weights)}: expected numbers of 0 or more, one above 0")
         shares = [share / sum(shares) for share in shares]

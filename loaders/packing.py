@@ -103,20 +103,23 @@ class LaneRows:
         self._decoder = decoder
         self._maker = maker
         self._lanes: dict[int, _Lane] = {}
+        self._loop = 0
         self._mean_tokens = _FIRST_GUESS
         self._substitutions: list[Substitution] = []
 
-    def part(self, low: int, high: int, told: Mapping[int, Cursor]) -> PackedPart:
+    def part(self, low: int, high: int, loop: int, told: Mapping[int, Cursor]) -> PackedPart:
         """Rows [low, high).
 
         Args:
             low, high: of the stream of rows.
-            told: where lanes stand that this process is to take up, or to take up anew.
+            loop: another than before: the lanes of the one before were left where nobody knows.
+            told: where lanes stand that this process is to take up.
 
         Raises:
             FormatError, StorageError: a sample can't be read.
         """
-        if not told.keys().isdisjoint(self._lanes):
+        if loop != self._loop:
+            self._loop = loop
             self._lanes.clear()
             self._reader.forget()
         for lane, cursor in told.items():

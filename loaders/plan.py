@@ -118,19 +118,21 @@ class SourcePlan:
         sizes: (S,) bytes of each shard.
         order: the recipe.
         max_samples: use this many samples only, the same in every epoch: extents chosen by the seed.
+        repeat: how often an epoch has each of them.
 
     Raises:
         UsageError: there are no samples, or max_samples is not in 1 ... their number.
     """
 
-    def __init__(self, samples: Ints, sizes: Ints, order: Order, max_samples: int | None = None) -> None:
+    def __init__(self, samples: Ints, sizes: Ints, order: Order, max_samples: int | None = None, repeat: int = 1) -> None:
         total = int(samples.sum())
         if not total:
             raise UsageError("the data set has no samples: there is nothing to train on")
         if max_samples is not None and not 1 <= max_samples <= total:
             raise UsageError(f"max_samples={max_samples} is not in 1 ... {total}, the samples of the source")
         self.order = order
-        self.num_samples = max_samples or total
+        chosen_samples = max_samples or total
+        self.num_samples = chosen_samples * repeat
         self._block_rows = block_rows(samples, sizes, order)
         self._extent_rows = extent_rows(samples, sizes, order)
         counts = -(-samples // self._extent_rows)
@@ -140,14 +142,14 @@ class SourcePlan:
         last = self._extents_before[1:][counts > 0] - 1
         rows[last] = (samples - (counts - 1) * self._extent_rows)[counts > 0]
         self._extents = np.arange(num_extents)
-        if self.num_samples < total:
+        if chosen_samples < total:
             chosen = shuffled(num_extents, order.seed, 0, _SUBSET_STREAM)
             ends = np.cumsum(rows[chosen])
-            keep = int(np.searchsorted(ends, self.num_samples)) + 1
-            rows[chosen[keep - 1]] -= ends[keep - 1] - self.num_samples
+            keep = int(np.searchsorted(ends, chosen_samples)) + 1
+            rows[chosen[keep - 1]] -= ends[keep - 1] - chosen_samples
             self._extents = np.sort(chosen[:keep])
             rows = rows[self._extents]
-        self._rows = rows
+        self._extents, self._rows = np.tile(self._extents, repeat), np.tile(rows, repeat)
         self._epochs: dict[int, tuple[Ints, Ints]] = {}
 
     @property

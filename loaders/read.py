@@ -108,8 +108,17 @@ class SourceReader:
         """The greatest `row_bytes` of its shards."""
         return int((self.opened.sizes // np.maximum(self.opened.samples, 1)).max(initial=1))
 
-    def load(self, shard: int, first: int, last: int) -> LoadedRows:
+    @property
+    def is_cached(self) -> bool:
+        """Whether what is loaded may come from a local disk."""
+        return self._cache is not None
+
+    def load(self, shard: int, first: int, last: int, *, anew: bool = False) -> LoadedRows:
         """Rows [first, last) of a shard.
+
+        Args:
+            shard, first, last: which.
+            anew: fetch them whatever the cache has, and put them there.
 
         Raises:
             FormatError: the index is damaged or of other bytes; the shard is shorter than the manifest says.
@@ -118,24 +127,24 @@ class SourceReader:
         index = self._rows(shard, first, last)
         begin = int(index.start[0])
         end = int(index.start[-1]) + int(index.size[-1])
-        return LoadedRows(self, shard, first, last, self._bytes(shard, begin, end), index)
+        return LoadedRows(self, shard, first, last, self._bytes(shard, begin, end, anew=anew), index)
 
-    def _bytes(self, shard: int, begin: int, end: int) -> memoryview:
+    def _bytes(self, shard: int, begin: int, end: int, *, anew: bool) -> memoryview:
         row = self.opened.manifest.shards[shard]
         if self.is_mapped:
             return self._files.get(shard, self._map)[begin:end]
         if self._cache is not None:
             regions = range(begin // _CACHE_REGION_BYTES * _CACHE_REGION_BYTES, end, _CACHE_REGION_BYTES)
-            parts = [self._region(shard, at, min(at + _CACHE_REGION_BYTES, row.bytes)) for at in regions]
+            parts = [self._region(shard, at, min(at + _CACHE_REGION_BYTES, row.bytes), anew=anew) for at in regions]
             parts[-1] = parts[-1][: end - regions[-1]]
             parts[0] = parts[0][begin - regions[0] :]
             return memoryview(b"".join(parts))  # a copy, so that a small piece does not keep its whole region
         return self._fetch(shard, begin, end)
 
-    def _region(self, shard: int, begin: int, end: int) -> memoryview:
+    def _region(self, shard: int, begin: int, end: int, *, anew: bool) -> memoryview:
         assert self._cache is not None
         row = self.opened.manifest.shards[shard]
-        data = self._cache.read(row.xxh128, begin, end)
+        data = None if anew else self._cache.read(row.xxh128, begin, end)
         if data is None:
             data = self._fetch(shard, begin, end)
             self._cache.write(row.xxh128, begin, end, data)

@@ -101,7 +101,7 @@ class _CountingReader(SourceReader):
         self.index_requests = 0
         self.index_bytes = 0
 
-    def load(self, shard: int, first: int, last: int) -> LoadedRows:
+    def load(self, shard: int, first: int, last: int, *, anew: bool = False) -> LoadedRows:  # noqa: ARG002
         """What SourceReader.load would give, but for the bytes."""
         if self.is_mapped:
             return _CountedRows(self, shard, first, last, 0)

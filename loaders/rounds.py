@@ -65,6 +65,11 @@ class Rounds:
         return {"loader": self.loader.gather_state(), "done": self._done}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state, of any number of ranks. Raises UsageError as Loader.load_state_dict."""
+        """Go on from a state, of any number of ranks. Raises UsageError as Loader.load_state_dict does."""
+        done = state.get("done") if isinstance(state, Mapping) else None
+        if type(done) is not int or "loader" not in state:
+            raise UsageError(
+                f"not the state of a Rounds, which has `loader` and `done`: {str(state)[:80]}; a loader's is for rounds.loader"
+            )
         self.loader.load_state_dict(state["loader"])
-        self._done = state["done"] % (self._num_steps or 1)
+        self._done = done % (self._num_steps or 1)

@@ -44,7 +44,8 @@ class ShardDataset(wds.DataPipeline, wds.compat.FluidInterface):  # type: ignore
         shuffle: permute the samples; else the order of the shards.
         seed: of the permutation.
         epoch: of the permutation; see `set_epoch`.
-        rank: this process among `world_size`.
+        rank: this process among `world_size`. Neither torch.distributed nor the environment is asked: without it, every process
+            has all samples.
         world_size: training processes; each sample goes to one of them.
         tail: what becomes of the last samples, fewer than world_size: `short` hands them out, so that ranks may differ by one;
             `drop` leaves them out; `wrap` fills up from the beginning of the next epoch.

@@ -193,7 +193,9 @@ class Stream:
         )
 
     def _group(self, members: Sequence[int], *, repeat: bool) -> _Group:
-        sources = [number for number in members for _ in range(self.sources[number].source.repeat if repeat else 1)]
+        repeats = [self.sources[number].source.repeat if repeat else 1 for number in members]
+        alone = repeats[0] if len(members) == 1 else 1  # repeated by the plan, behind its choice of max_samples
+        sources = np.repeat(members, 1 if len(members) == 1 else repeats).tolist()
         counts = [len(self.sources[number].manifest.shards) for number in sources]
         limited = [self.sources[number] for number in members if self.sources[number].max_samples is not None]
         if limited and len(members) > 1:
@@ -207,6 +209,7 @@ class Stream:
                 np.concatenate([self.sources[number].sizes for number in sources]),
                 self.order,
                 limited[0].max_samples if limited else None,
+                repeat=alone,
             )
         except UsageError as error:
             raise UsageError(f"{', '.join(self.sources[number].store.url for number in members)}: {error}") from error

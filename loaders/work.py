@@ -35,8 +35,10 @@ class Errand:
     step: int
     stride: int
     """Steps between two of this worker's."""
+    loop: int
+    """Of the loops over the loader, which this is for."""
     cursors: Mapping[int, Cursor] = field(default_factory=dict)
-    """With packing: where lanes stand that this worker meets for the first time."""
+    """With packing: where lanes stand that this worker meets for the first time in it."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -96,7 +98,7 @@ class PartReader(torch.utils.data.Dataset["Parcel | WdsToolsError"]):
         reader = self._reader_of(errand)
         low, high = errand.steps.part(errand.step, self._world)
         if self._lanes is not None:
-            packed = self._lanes.part(low, high, errand.cursors)
+            packed = self._lanes.part(low, high, errand.loop, errand.cursors)
             return self._parcel(reader, packed.columns, packed.sources, 0, packed.substitutions, packed.cursors)
         part = Part(errand.epoch, low, high)
         located, rows = reader.rows(part, self._upcoming(errand))

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from commands import last_line
-from factory import make_dataset, text_sample
+from factory import make_dataset, random_codes, text_sample
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,6 +25,7 @@ from loaders.stream import Stream, open_source
 from loaders.tally import RowRange, Tally
 from wds_tools.cli.main import main
 from wds_tools.errors import FormatError, NotFound, UsageError
+from wds_tools.format.schema import Sample
 
 SHARD_SAMPLES = 9
 
@@ -224,6 +225,13 @@ def test_a_receipt_that_does_not_add_up_is_named(tmp_path: Path, change: dict[st
     (problem,) = found.problems
     assert problem.startswith("receipt-1.json: it")
     assert audited(*receipts, quick=True).is_exact() == ("hash_total" in change)
+
+
+def test_a_run_that_read_codes_by_name_is_audited(tmp_path: Path) -> None:
+    codes = {"vqcode_512-other": random_codes(1, 2, 2)}
+    make_dataset(tmp_path / "set", (Sample(key=f"{n}", data_type="image_text", text="", codes=codes) for n in range(20)))
+    receipts, _, _ = train(config(Source(str(tmp_path / "set"), codes="other"), batch_size=4), 2, 5)
+    assert audited(*receipts).is_exact()
 
 
 def test_a_mixture_is_compared_over_the_epochs_of_its_sources(tmp_path: Path) -> None:

@@ -256,6 +256,19 @@ def test_a_part_of_a_source_is_the_same_part_every_epoch(tmp_path: Path, limit: 
     assert epochs[0] != epochs[1]
 
 
+@pytest.mark.parametrize("limit", [{"max_samples": 12}, {"share": 0.3}, {"share": 1.0}])
+def test_a_part_of_a_source_is_repeated_as_often_as_the_source(tmp_path: Path, limit: dict[str, Any]) -> None:
+    url = make_pairs(tmp_path / "set", 40)
+    seen = Counter(keys(loader(Source(url, repeat=3, **limit))))
+    assert set(seen) == set(keys(loader(Source(url, **limit))))
+    assert set(seen.values()) == {3}
+
+
+def test_a_part_larger_than_the_source_is_refused_however_often_it_is_repeated(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"max_samples=41 is not in 1 \.\.\. 40"):
+        loader(Source(make_pairs(tmp_path / "set", 40), repeat=2, max_samples=41))
+
+
 def test_a_mixture_ends_when_the_first_or_the_last_source_was_seen(tmp_path: Path) -> None:
     pairs, documents = make_pairs(tmp_path / "pairs", 20), make_documents(tmp_path / "documents", 60)
     sources = Source(pairs, weight=0.5), Source(documents, weight=0.5)
@@ -351,10 +364,45 @@ def test_a_loop_that_is_overtaken_by_another_says_so(tmp_path: Path) -> None:
         next(one)
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("end", [Loader.close, lambda made: made.load_state_dict(made.state_dict())])
+def test_a_loop_whose_loader_is_closed_or_restored_within_says_so(tmp_path: Path, end: Any, num_workers: int) -> None:
+    url = make_pairs(tmp_path / "set", 30)
+    made = loader(url, num_workers=num_workers)
+    loop = iter(made)
+    seen = list(next(loop)["__key__"])
+    end(made)
+    with pytest.raises(UsageError, match="began: begin anew"):
+        next(loop)
+    assert seen + keys(made) == keys(loader(url))
+    made.close()
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_the_trainers_random_numbers_are_left_alone(tmp_path: Path, num_workers: int) -> None:
+    made = loader(make_pairs(tmp_path / "set", 30), num_workers=num_workers)
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    for _ in range(2):
+        keys(made)
+    made.close()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_weights_may_be_numpys(tmp_path: Path) -> None:
+    pairs, documents = make_pairs(tmp_path / "pairs", 20), make_documents(tmp_path / "documents", 20)
+    half, one = np.float64(0.5), np.float64(1)
+    made = loader(Source(pairs, weight=half), Source(documents, weight=half), schedule=((2, (one, half)),))
+    made.load_state_dict(json.loads(json.dumps(made.state_dict())))
+
+
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
         ({"batch_size": 0}, "batch_size=0"),
+        ({"batch_size": 4.0}, r"batch_size=4\.0 is a float"),
+        ({"batch_size": np.int64(4)}, r"batch_size=.*4.* is a int64"),
+        ({"seed": "42"}, "seed='42' is a str"),
         ({"tail": "cut"}, "tail='cut'"),
         ({"on_error": "skip"}, "on_error='skip'"),
         ({"seed": -1}, "seed=-1"),
@@ -363,6 +411,7 @@ def test_a_loop_that_is_overtaken_by_another_says_so(tmp_path: Path) -> None:
         ({"length": 5}, "length=5 is for sources with weights"),
         ({"schedule": ((3, (1.0,)),)}, "schedule of weights needs"),
         ({"sources": ()}, "one or more Source"),
+        ({"sources": Source("x")}, "one or more Source"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(tmp_path: Path, settings: dict[str, Any], says: str) -> None:
@@ -376,13 +425,15 @@ def test_settings_that_make_no_sense_are_refused(tmp_path: Path, settings: dict[
         ({"weight": -1.0}, "weight=-1"),
         ({"repeat": 0}, "repeat=0"),
         ({"max_samples": 0}, "max_samples=0"),
+        ({"max_samples": 2.5}, r"max_samples=2\.5 is a float"),
+        ({"url": Path("x")}, "a PosixPath, expected a string"),
         ({"share": 1.5}, "share=1.5"),
         ({"share": 0.5, "max_samples": 3}, "not both"),
     ],
 )
 def test_a_source_that_makes_no_sense_is_refused(source: dict[str, Any], says: str) -> None:
     with pytest.raises(UsageError, match=says):
-        Source("x", **source)
+        Source(**{"url": "x", **source})
 
 
 def test_weights_are_for_all_or_none_and_a_batch_has_one_for_each_rank(tmp_path: Path) -> None:

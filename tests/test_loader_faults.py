@@ -252,6 +252,23 @@ def test_a_damaged_cache_changes_nothing(
     assert begun + rows(batches) == expected  # and the one at work goes on
 
 
+def test_what_a_cache_kept_of_a_damaged_shard_is_fetched_anew_once_it_is_repaired(tmp_path: Path) -> None:
+    url = f"memory://repaired/{uuid.uuid4().hex}"
+    make_dataset(url, map(sample, range(COUNT)), shard_samples=SHARD_SAMPLES)
+    store, cache = open_store(url), str(tmp_path / "cache")
+    name = "shard-000000-0001.tar"
+    good = store.read(name)
+    expected = rows(loader(url))
+    store.put(name, bytes(byte ^ (at % 700 == 600) for at, byte in enumerate(good)))
+    with pytest.raises(FormatError, match=name):
+        rows(loader(url, cache_dir=cache, check_crc=True))
+    store.put(name, good)
+    repaired = loader(url, cache_dir=cache, check_crc=True)
+    assert rows(repaired) == expected
+    assert repaired.stats()["requests"] <= 12  # it is not fetched again for every sample
+    assert rows(loader(url, cache_dir=cache, check_crc=True)) == expected
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_server_gone_for_good_ends_the_run_with_the_position_to_resume_from(
     local: str, remote: str, proxy: FaultProxy, in_pieces: None, monkeypatch: pytest.MonkeyPatch, num_workers: int

@@ -206,6 +206,20 @@ def test_the_name_of_a_special_token_in_a_text_is_text(tokenizer: Path) -> None:
     assert is_.tokenizer.decode(example.ids[1:].tolist()) == "a <boi> b </s> c <unconditional>"
 
 
+def test_the_name_of_a_token_that_its_tokenizer_does_not_hold_for_special_is_text_too(tmp_path: Path) -> None:
+    folder = write_tokenizer(tmp_path / "tokenizer", added=())
+    backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    backend.add_tokens(list(IMAGE_TOKENS))  # as transformers' add_tokens does, without special_tokens=True
+    backend.save(str(folder / "tokenizer.json"))
+    test_the_name_of_a_special_token_in_a_text_is_text(folder)
+
+
+def test_a_document_that_makes_no_token_is_refused(tokenizer: Path) -> None:
+    with pytest.raises(Reject, match="no_tokens: text-00000001"):
+        builder(tokenizer, bos="").check(text_sample(1, ""))
+    assert built(tokenizer, text_sample(1, ""), bos="", document_eos=True).ids.tolist() == [2]
+
+
 def test_choices_depend_on_seed_epoch_and_key_alone_and_keep_their_shares(tokenizer: Path) -> None:
     samples = [image_sample(number, side=1) for number in range(4000)]
     made = builder(tokenizer, t2i_ratio=0.3, unconditional_ratio=0.2)

@@ -248,6 +248,17 @@ def test_a_loop_that_was_left_goes_on_with_packed_rows(data: Path) -> None:
     assert parts == whole
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_loops_over_packed_rows_may_be_left_anywhere(data: Path, num_workers: int) -> None:
+    settings: dict[str, Any] = {"packing": True, "lanes": 20, "prefetch": 1}  # five steps of them: two workers meet all
+    whole = [row for batch in islice(build_loader(config(data, **settings), World()), 18) for row in rows_of(batch)]
+    for first in (1, 2):
+        loader = build_loader(config(data, num_workers=num_workers, **settings), World())
+        parts = [row for steps in (first, 2, 14) for batch in islice(loader, steps) for row in rows_of(batch)]
+        loader.close()
+        assert parts == whole[: len(parts)]
+
+
 def test_packed_rows_hold_whole_examples_and_documents_piece_by_piece_in_order_and_little_padding(data: Path) -> None:
     lanes, epochs = 4, 6
     loader = build_loader(config(data, packing=True, lanes=lanes), World())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from collections.abc import Iterator
 from itertools import islice
@@ -108,6 +109,12 @@ def test_the_trainer_of_transformers_goes_on_from_its_checkpoint_with_the_same_l
     run("broken", 3)
     resumed = run("broken", 5, str(tmp_path / "broken/checkpoint-3"))
     assert resumed == whole
+    kept = shutil.copytree(tmp_path / "broken/checkpoint-3", tmp_path / "kept")
+    (kept / "loader.json").rename(tmp_path / "loader.json")
+    with pytest.raises(UsageError, match=r"kept/loader\.json does not exist"):  # rather than that of the other run there
+        run("broken", 5, str(kept))
+    (tmp_path / "loader.json").rename(kept / "loader.json")
+    assert run("anew", 5, str(kept)) == whole
     with pytest.raises(UsageError, match="ignore_data_skip=True"):
         run("other", 1, ignore_data_skip=False)
     (tmp_path / "broken/checkpoint-3/loader.json").unlink()
@@ -189,6 +196,9 @@ def test_rounds_go_on_over_epochs_and_keep_their_length(data: Path) -> None:
     assert [batch["__key__"] for batch in islice(epochs, 3)] == expected[:3]
     assert len(epochs) == 20
     assert [batch["__key__"] for batch in epochs] == expected[3:20]
+    for state in (rounds.loader.state_dict(), {"loader": rounds.loader.state_dict(), "done": "7"}, None):
+        with pytest.raises(UsageError, match="not the state of a Rounds"):
+            rounds.load_state_dict(state)  # type: ignore[arg-type]
     for settings in ({"steps": 0}, {}):
         with pytest.raises(UsageError, match="steps"):
             Rounds(loader(data, packing=True), **settings)

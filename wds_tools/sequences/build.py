@@ -119,7 +119,10 @@ class ExampleBuilder:
             self._check_fits(key, sample.num_codes + self._around_image + len(self._size_of(sample)))
         elif sample.data_type == "visual_sft":
             self._check_turns(sample)
-        elif sample.data_type != _DOCUMENT:
+        elif sample.data_type == _DOCUMENT:
+            if not (sample.text or len(self._bos) or self.config.document_eos):
+                raise Reject("no_tokens", f"{key} is a document without text, and without BOS and EOS it makes no token")
+        else:
             raise Reject("unknown_data_type", f"{key}: there is no form for data_type={sample.data_type!r}")
 
     def build(self, samples: Sequence[Sample], epochs: Sequence[int]) -> list[Example]:

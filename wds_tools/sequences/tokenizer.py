@@ -67,6 +67,11 @@ class TextTokenizer:
         found: int | None = self.backend.token_to_id(token)
         return found
 
+    def reserve(self, names: Sequence[str]) -> None:
+        """Hold these tokens for special wherever they were added as plain ones, which a text could name."""
+        added = self.backend.get_added_tokens_decoder().values()
+        self.backend.add_special_tokens([token.content for token in added if token.content in names and not token.special])
+
     def named(self, role: str) -> str | None:
         """The token that the tokenizer's configuration gives a role, such as "bos_token"."""
         return self._names.get(role)

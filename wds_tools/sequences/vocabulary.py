@@ -74,6 +74,7 @@ def find_vocabulary(tokenizer: TextTokenizer, config: SequenceConfig, codebook_s
         raise UsageError(
             f"{tokenizer.num_tokens:,} text tokens and {codebook_size:,} codes are {ids:,} ids: at most {MOST_IDS:,} fit an int32"
         )
+    tokenizer.reserve([name for name in (bos, eos, *image) if name])
     return Vocabulary(
         text_size=tokenizer.num_tokens,
         codebook_size=codebook_size,
