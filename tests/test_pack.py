@@ -228,6 +228,9 @@ def test_impossible_arguments_are_refused_before_anything_is_written(inputs: Pat
         pack(config(inputs, tmp_path / "rows", tokenizer=str(bare)))
     with pytest.raises(UsageError, match="task-samples"):
         config(inputs, tmp_path / "rows", task_samples=0)
+    for spelling in ("text", "text/", "pairs/../text"):
+        with pytest.raises(UsageError, match="--output is an --input"):
+            config(inputs, inputs / "text", input=(str(inputs / "pairs"), f"{inputs}/{spelling}"), overwrite=True)
     with pytest.raises(UsageError, match="max_length=1"):
         config(inputs, tmp_path / "rows", seq_len=1)
     assert not (tmp_path / "rows").exists()

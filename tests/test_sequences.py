@@ -16,7 +16,7 @@ from factory import CODEBOOK_SIZE, image_sample, multi_sample, random_codes, tex
 from tokenizers import Tokenizer
 from tokens import IMAGE_TOKENS, write_tokenizer
 
-from wds_tools.errors import Reject, TokenizerError, UsageError
+from wds_tools.errors import Reject, StorageError, TokenizerError, UsageError
 from wds_tools.format.schema import Sample, join_grids
 from wds_tools.sequences.build import Example, ExampleBuilder
 from wds_tools.sequences.choices import choose
@@ -270,6 +270,12 @@ def test_missing_tokens_are_added_to_a_copy_that_transformers_reads_alike(tmp_pa
     assert ours.encode([text])[0].tolist() == theirs(text, add_special_tokens=False)["input_ids"]
     with pytest.raises(UsageError, match="exists already"):
         add_tokens(str(bare), str(tmp_path / "new"), IMAGE_TOKENS)
+
+
+def test_a_tokenizer_that_cannot_be_written_is_said_with_its_folder(tokenizer: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match="file/new"):
+        add_tokens(str(tokenizer), str(tmp_path / "file" / "new"), IMAGE_TOKENS)
 
 
 def test_what_is_no_tokenizer_is_refused(tmp_path: Path) -> None:

@@ -10,12 +10,10 @@ Cost: the tokenizer's; see docs/tokenizers.md.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
-from urllib.parse import unquote
 
 from wds_tools.dataset.read import read_manifest, read_shard
 from wds_tools.dataset.write import TaskWriter
@@ -27,7 +25,7 @@ from wds_tools.format.schema import IMAGE_EXTENSIONS, Sample
 from wds_tools.images import ImageLimits, Mode
 from wds_tools.passes import Advance, PassOptions, Plan, group_to_limit, run_pass
 from wds_tools.storage import open_store
-from wds_tools.storage.base import split_scheme
+from wds_tools.storage.place import same_place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +46,7 @@ class EncodeConfig(PassOptions, TokenizerOptions):
     def __post_init__(self) -> None:
         PassOptions.__post_init__(self)
         TokenizerOptions.__post_init__(self)
-        if _place(self.input) == _place(self.output):
+        if same_place(self.input, self.output):
             raise UsageError("--output is --input: the encoded data set needs a place of its own")
 
 
@@ -112,12 +110,6 @@ def encode(config: EncodeConfig) -> Manifest:
         },
     )
     return run_pass(plan, FillShards(config.input, filler), replace(config, workers=filler.workers))
-
-
-def _place(url: str) -> str:
-    """The same for two spellings of one place."""
-    scheme, path = split_scheme(url)
-    return f"{scheme}://{path.rstrip('/')}" if scheme not in ("", "file") else os.path.realpath(unquote(path) if scheme else path)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from wds_tools.errors import UsageError
+from wds_tools.errors import StorageError, UsageError
 from wds_tools.sequences.config import SequenceConfig
 from wds_tools.sequences.tokenizer import FILE, TextTokenizer, load_backend
 
@@ -99,21 +99,25 @@ def add_tokens(path: str, output: str, names: Sequence[str]) -> TextTokenizer:
 
     Raises:
         UsageError: the output exists, or there is no tokenizer at the path.
+        StorageError: the new folder can't be written.
     """
     source, target = Path(path), Path(output)
     if target.exists():
         raise UsageError(f"--output {output} exists already: choose a new folder")
     tokenizer = load_backend(source)
     tokenizer.add_special_tokens(list(names))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as temp:
-        folder = Path(temp) / "tokenizer"
-        folder.mkdir()
-        for file in source.iterdir() if source.is_dir() else ():
-            if file.is_file():
-                shutil.copyfile(file, folder / file.name)
-        tokenizer.save(str(folder / FILE))
-        folder.rename(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as temp:
+            folder = Path(temp) / "tokenizer"
+            folder.mkdir()
+            for file in source.iterdir() if source.is_dir() else ():
+                if file.is_file():
+                    shutil.copyfile(file, folder / file.name)
+            tokenizer.save(str(folder / FILE))
+            folder.rename(target)
+    except OSError as error:
+        raise StorageError(f"--output {output}: can't write the tokenizer there: {error}") from error
     return TextTokenizer(output)
 
 
