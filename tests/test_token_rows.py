@@ -23,11 +23,10 @@ from loaders import Loader, LoaderConfig, SequenceConfig, Source, World, build_l
 from loaders.testing import Topology, check_resume
 from wds_tools.dataset.write import ShardLimits, TaskWriter, begin, finish
 from wds_tools.errors import FormatError, UsageError
-from wds_tools.format.schema import ANY_MEMBERS, Sample
+from wds_tools.format.schema import ANY_MEMBERS, TOKEN_MEMBERS, Sample
 from wds_tools.format.shard import npy_bytes
 from wds_tools.pack.rows import PackConfig, pack
 from wds_tools.sequences.build import ExampleBuilder
-from wds_tools.sequences.rows import MEMBERS
 from wds_tools.storage import open_store
 
 LENGTH = 96
@@ -157,7 +156,7 @@ def test_lists_of_segments_are_read_whatever_their_number_and_type(tmp_path: Pat
     with TaskWriter(store, 0, ShardLimits()) as writer:
         for number, segments in enumerate(lists):
             members = (np.arange(LENGTH, dtype="<u2"), np.packbits(np.ones(LENGTH, np.bool_)), segments)
-            payloads = [(name, npy_bytes(array)) for name, array in zip(MEMBERS, members, strict=True)]
+            payloads = [(name, npy_bytes(array)) for name, array in zip(TOKEN_MEMBERS, members, strict=True)]
             writer.add_members(f"row-{number}", payloads)
         writer.finish(len(lists))
     finish(store, 1, codes={}, source={"rows": {"length": LENGTH}}, schema_version=ANY_MEMBERS)

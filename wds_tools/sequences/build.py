@@ -120,7 +120,7 @@ class ExampleBuilder:
         elif sample.data_type == "visual_sft":
             self._check_turns(sample)
         elif sample.data_type == _DOCUMENT:
-            if not (sample.text or len(self._bos) or self.config.document_eos):
+            if not (sample.text or len(self._bos.ids) or self.config.document_eos):
                 raise Reject("no_tokens", f"{key} is a document without text, and without BOS and EOS it makes no token")
         else:
             raise Reject("unknown_data_type", f"{key}: there is no form for data_type={sample.data_type!r}")

@@ -64,7 +64,7 @@ class LocalStore:
             _scan(top, f"{folder}/" if folder else "", real_root, found)
         except NotADirectoryError as error:
             if not folder:
-                raise StorageError(f"{self.url}: can't list a file: give a folder, and none that would lie in a file") from error
+                raise StorageError(f"{self.url} is a file, or lies below one: give a folder") from error
         except OSError as error:
             raise translate(error, "list", join(self.url, prefix) if prefix else self.url) from error
         found.sort()
