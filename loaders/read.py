@@ -257,7 +257,7 @@ def _wanted(opened: OpenSource, code_members: Sequence[str]) -> Sequence[Sequenc
     """The json and the codes of a sample, or the members of a row that was packed ahead; of tars of any members none."""
     if opened.has_schema:
         return ("json",), code_members
-    return [(name,) for name in TOKEN_MEMBERS] if opened.is_packed_ahead else ()
+    return [(name,) for name in TOKEN_MEMBERS] if opened.manifest.token_rows else ()
 
 
 def _places(index: ShardIndex, wanted: Sequence[Sequence[str]]) -> list[array[int]]:

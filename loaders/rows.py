@@ -103,7 +103,7 @@ class RowMaker:
             "__source__": [name for _, name in pieces],
         }
         tokens = sum(len(piece.ids) for piece, _ in pieces)
-        self.count(len(pieces), tokens, batch.arrays()["input_ids"].size - tokens)
+        self.count(len(pieces), tokens, batch.numbers[0].size - tokens)
         return Columns(lists, None, TokenTensors.of(batch))
 
     def count(self, rows: int, tokens: int, padding: int) -> None:

@@ -61,11 +61,6 @@ class OpenSource:
         return self.manifest.schema_version != ANY_MEMBERS
 
     @property
-    def is_packed_ahead(self) -> bool:
-        """Whether its samples are token rows of `wds-tools pack`."""
-        return bool(self.manifest.source.get("rows"))
-
-    @property
     def max_samples(self) -> int | None:
         """How many of its samples are used, if not all."""
         if self.source.share is not None:
@@ -194,8 +189,11 @@ class Stream:
 
     def _group(self, members: Sequence[int], *, repeat: bool) -> _Group:
         repeats = [self.sources[number].source.repeat if repeat else 1 for number in members]
-        alone = repeats[0] if len(members) == 1 else 1  # repeated by the plan, behind its choice of max_samples
-        sources = np.repeat(members, 1 if len(members) == 1 else repeats).tolist()
+        sources, by_plan = list(members), 1
+        if len(members) == 1:
+            (by_plan,) = repeats  # behind its choice of max_samples
+        else:
+            sources = np.repeat(members, repeats).tolist()
         counts = [len(self.sources[number].manifest.shards) for number in sources]
         limited = [self.sources[number] for number in members if self.sources[number].max_samples is not None]
         if limited and len(members) > 1:
@@ -209,7 +207,7 @@ class Stream:
                 np.concatenate([self.sources[number].sizes for number in sources]),
                 self.order,
                 limited[0].max_samples if limited else None,
-                repeat=alone,
+                repeat=by_plan,
             )
         except UsageError as error:
             raise UsageError(f"{', '.join(self.sources[number].store.url for number in members)}: {error}") from error

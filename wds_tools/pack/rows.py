@@ -155,13 +155,8 @@ class _PackSamples:
     codes: str | None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _PackSamples, (
-            self.config,
-            self.seed,
-            self.epoch,
-            self.codebook_size,
-            self.codes,
-        )  # a worker loads its own tokenizer
+        """Without the builder: a worker loads its own tokenizer."""
+        return _PackSamples, (self.config, self.seed, self.epoch, self.codebook_size, self.codes)
 
     @cached_property
     def builder(self) -> ExampleBuilder:
