@@ -1,4 +1,4 @@
-# make demo     the whole job on real input, into demo-out/
+# make demo     the whole job on real input, into demo-out/ (installs what it needs; TORCH_INDEX=URL for another build of torch)
 # make train-demo   train from an S3 server on this machine: killed, resumed, audited; into train-demo-out/
 # make test     all quick tests, two at a time (JOBS=N)      make test-slow   those that take minutes
 # make check    what CI runs: lint, types, tests
@@ -13,24 +13,33 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+DEMO_READY := $(VENV)/.demo-ready
 READY := $(VENV)/.ready
 PEERS := .venv-peers
 PEERS_READY := $(PEERS)/.ready
 JOBS ?= 2
 ARGS ?=
+# A package index with another build of torch, such as its CPU build: a twentieth of the size.
+TORCH_INDEX ?=
+PIP_INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .PHONY: setup demo train-demo test test-slow check lint types docs dist bench bench-encode bench-loader bench-sequences bench-peers convert-pairs convert-dclm encode export clean
 
 setup: $(READY)
 
 # A current pip first: the one that comes with Python 3.11 needs minutes to resolve this.
-$(READY): pyproject.toml constraints.txt
+$(DEMO_READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(PIP_INSTALL) --editable '.[demo]'
 	touch $@
 
-demo: $(READY)
+# What tests, lint, training demo and documentation need beside that.
+$(READY): $(DEMO_READY)
+	$(PIP_INSTALL) --editable '.[dev]'
+	touch $@
+
+demo: $(DEMO_READY)
 	$(BIN)/python examples/demo.py demo-out
 
 train-demo: $(READY)
@@ -85,16 +94,16 @@ need-in-out:
 	@test -n "$(INPUT)" && test -n "$(OUTPUT)" || { echo 'pass INPUT=... OUTPUT=...' >&2; exit 2; }
 .PHONY: need-in-out
 
-convert-pairs: $(READY) need-in-out
+convert-pairs: $(DEMO_READY) need-in-out
 	$(BIN)/wds-tools convert image-pairs --input $(INPUT) --output $(OUTPUT) $(ARGS)
 
-convert-dclm: $(READY) need-in-out
+convert-dclm: $(DEMO_READY) need-in-out
 	$(BIN)/wds-tools convert dclm --input $(INPUT) --output $(OUTPUT) $(ARGS)
 
-encode: $(READY) need-in-out
+encode: $(DEMO_READY) need-in-out
 	$(BIN)/wds-tools encode --input $(INPUT) --output $(OUTPUT) $(ARGS)
 
-export: $(READY) need-in-out
+export: $(DEMO_READY) need-in-out
 	$(BIN)/wds-tools export hf --input $(INPUT) --output $(OUTPUT) $(ARGS)
 
 clean:
