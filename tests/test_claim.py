@@ -16,6 +16,7 @@ from s3 import S3Server
 
 from wds_tools.dataset import claim
 from wds_tools.dataset.claim import PREFIX, Claim
+from wds_tools.dataset.write import PLAN
 from wds_tools.errors import StorageError, UsageError
 from wds_tools.storage import Store, open_store
 
@@ -97,7 +98,7 @@ def test_a_run_that_was_killed_holds_up_nobody_on_its_machine(
         s3: S3Server = request.getfixturevalue("s3")
         url = f"s3://{s3.bucket}/claim-{os.getpid()}"
     process = start(*convert, "--output", url)
-    wait_until(lambda: claims(open_store(url)) or process.poll() is not None, "the run has begun")
+    wait_until(lambda: open_store(url).exists(PLAN) or process.poll() is not None, "the run has begun")
     os.kill(process.pid, signal.SIGSTOP)
     assert process.poll() is None, "it was done before it could be stopped"
     assert "another run is writing there" in wds_tools(*convert, "--output", url, "--resume", status=2).stderr

@@ -71,6 +71,8 @@ class FsspecStore:
         except FileNotFoundError:
             return iter(())
         except Exception as error:
+            if isinstance(error, OSError) and error.filename:  # a folder below, perhaps
+                raise translate(error, "list", redact(str(error.filename))) from error
             raise self._translate(error, "list", prefix) from error
         skip = len(self._root.rstrip("/")) + 1
         entries = (Entry(path[skip:], int(info["size"])) for path, info in files.items())
