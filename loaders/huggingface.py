@@ -18,6 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from loaders.rounds import Rounds
 from wds_tools.errors import UsageError
+from wds_tools.storage import open_store
 
 STATE = "loader.json"
 """Name of the loader's state in a checkpoint."""
@@ -53,10 +54,7 @@ class LoaderCallback(TrainerCallback):
         saved = self._rounds.state_dict()  # on every rank
         if args.should_save:
             folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-            folder.mkdir(parents=True, exist_ok=True)
-            temp = folder / f".{STATE}"
-            temp.write_text(json.dumps(saved))
-            temp.rename(folder / STATE)
+            open_store(str(folder)).put(STATE, json.dumps(saved).encode())
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         """Take up the state of the checkpoint that training goes on from."""

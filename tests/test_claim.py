@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from s3 import S3Server
 
 from wds_tools.dataset import claim
 from wds_tools.dataset.claim import PREFIX, Claim
+from wds_tools.dataset.write import PLAN
 from wds_tools.errors import StorageError, UsageError
 from wds_tools.storage import Store, open_store
 
@@ -60,7 +63,7 @@ def test_a_run_beside_a_living_one_is_refused_and_changes_nothing(
     assert tree(output) == expected["50"]
 
 
-def test_of_many_runs_that_begin_together_one_or_none_makes_its_bytes_and_the_others_are_refused(
+def test_of_many_runs_that_begin_together_one_makes_its_bytes_and_the_others_are_refused(
     convert: list[str], expected: dict[str, dict[str, bytes | None]], tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
@@ -72,8 +75,7 @@ def test_of_many_runs_that_begin_together_one_or_none_makes_its_bytes_and_the_ot
         _, said = process.communicate(timeout=100)
         assert process.returncode in (0, 2), said
         assert process.returncode == 0 or len(said.splitlines()) == 1, said
-    if not any(process.returncode == 0 for process in ran.values()):
-        wds_tools(*convert, "--shard-samples", "30", "--output", output, "--overwrite")
+    assert any(process.returncode == 0 for process in ran.values())
     assert tree(output) in expected.values()
 
 
@@ -96,7 +98,7 @@ def test_a_run_that_was_killed_holds_up_nobody_on_its_machine(
         s3: S3Server = request.getfixturevalue("s3")
         url = f"s3://{s3.bucket}/claim-{os.getpid()}"
     process = start(*convert, "--output", url)
-    wait_until(lambda: claims(open_store(url)) or process.poll() is not None, "the run has begun")
+    wait_until(lambda: open_store(url).exists(PLAN) or process.poll() is not None, "the run has begun")
     os.kill(process.pid, signal.SIGSTOP)
     assert process.poll() is None, "it was done before it could be stopped"
     assert "another run is writing there" in wds_tools(*convert, "--output", url, "--resume", status=2).stderr
@@ -104,6 +106,40 @@ def test_a_run_that_was_killed_holds_up_nobody_on_its_machine(
     process.communicate()
     wds_tools(*convert, "--output", url, "--resume")
     assert claims(open_store(url)) == []
+
+
+@pytest.mark.parametrize("machines", ["one", "many"])
+@pytest.mark.parametrize("place", ["folder", "memory", "s3"])
+def test_of_runs_that_come_at_the_same_moment_exactly_one_goes_on(
+    place: str, machines: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    if place == "s3":
+        request.getfixturevalue("s3")
+    if machines == "many":  # nobody sees the others' processes, only their claims
+        monkeypatch.setattr(claim, "_lives", lambda found: None)  # noqa: ARG005
+        monkeypatch.setattr(claim, "BEAT_S", 0.05)
+    for number in range(2 if place == "s3" else 10):
+        url = {"folder": tmp_path, "memory": "memory://claims", "s3": f"s3://tests/{os.getpid()}"}[place]
+        store = open_store(f"{url}/{machines}-{number}")
+        together, all_have_tried = threading.Barrier(5), threading.Barrier(5)
+
+        def come(
+            store: Store = store, together: threading.Barrier = together, all_have_tried: threading.Barrier = all_have_tried
+        ) -> bool:
+            mine = Claim(store, 0, 0)
+            together.wait()
+            try:
+                with mine:
+                    all_have_tried.wait(60)
+                    return True
+            except UsageError:
+                pass
+            all_have_tried.wait(60)
+            return False
+
+        with ThreadPoolExecutor(5) as pool:
+            assert sum(future.result() for future in [pool.submit(come) for _ in range(5)]) == 1
+        assert claims(store) == []
 
 
 @contextlib.contextmanager
@@ -128,6 +164,7 @@ def test_a_claim_from_elsewhere_that_does_not_change_is_dropped(
     store.put(f"{PREFIX}0123456789abcdef.json", b"by another release")
     with on_machine("a"):
         dead = Claim(store, 0, 0)
+        dead._facts["is_held"] = True
         dead._put()
     with on_machine("b"), Claim(store, 0, 0) as living:
         assert len(claims(store)) == 1
@@ -139,8 +176,13 @@ def test_a_run_that_was_taken_for_dead_stops(store: Store, monkeypatch: pytest.M
     monkeypatch.setattr(claim, "BEAT_S", 0.01)
     with Claim(store, 0, 0) as slow:
         slow.check()
-        store.delete(claims(store)[0])
-        wait_until(slow._is_lost.is_set, "it finds its claim gone")
+
+        def is_found() -> bool:
+            for name in claims(store):  # again, if it was just being written
+                store.delete(name)
+            return slow._is_lost.is_set()
+
+        wait_until(is_found, "it finds its claim gone")
         with pytest.raises(StorageError, match="another run writes there now"):
             slow.check()
     assert claims(store) == []

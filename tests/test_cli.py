@@ -170,8 +170,8 @@ def test_a_slip_of_the_fingers_is_answered_with_what_was_meant(said: str, meant:
         (["convert", "dclm", "--input", "nowhere", "--output", "OUT"], 1, "nowhere: no such file"),
         (["verify", "nowhere"], 1, "nowhere: there is no such folder, or nothing is in it"),
         (["stats", __file__], 1, f"{__file__} is a file, or lies below one: give a folder"),
-        (["convert", "dclm", "--input", "IN", "--output", "IN"], 1, "is a file, or lies below one: give a folder"),
-        (["convert", "dclm", "--input", "IN", "--output", "IN/deeper"], 1, "is a file, or lies below one: give a folder"),
+        (["convert", "dclm", "--input", "IN", "--output", __file__], 1, "is a file, or lies below one: give a folder"),
+        (["convert", "dclm", "--input", "IN", "--output", f"{__file__}/deeper"], 1, "is a file, or lies below one"),
         (["convert", "dclm", "--input", "s3://", "--output", "OUT"], 2, "s3://"),
         (["convert", "dclm", "--input", "nope://a/b", "--output", "OUT"], 2, "nope"),
         (["index", "nowhere"], 1, "nowhere has no manifest.json"),
@@ -199,7 +199,7 @@ def test_an_error_is_one_line_with_the_right_status(
         (["convert", "dclm", "--input", "a", "--output", "b", "--max-rejects", "few"], "--max-rejects 'few'"),
         (["convert", "dclm", "--input", "a", "--output", "b", "--keep", "id"], "--keep id"),
         (["convert", "image-pairs", "--input", "a", "--output", "b", "--task-lines", "0"], "--task-lines 0: at least 1"),
-        (["encode", "--input", "a", "--output", "./a/"], "--output is --input"),
+        (["encode", "--input", "a", "--output", "./a/"], "--output ./a/ is the input a"),
     ],
 )
 def test_a_wrong_value_is_status_2_and_says_what_is_wrong(
@@ -220,12 +220,12 @@ def test_a_folder_that_may_not_be_written_is_one_line(tmp_path: Path, capsys: py
 
 
 def test_file_names_that_are_no_utf_8_are_refused_in_one_line(tmp_path: Path) -> None:
-    path = tmp_path / os.fsdecode(b"caf\xe9.jsonl.zst")
+    path = tmp_path / "in" / os.fsdecode(b"caf\xe9.jsonl.zst")
     try:
         write_documents(path, [{"text": "a"}])
     except OSError:
         pytest.skip("this file system takes UTF-8 names only")
-    said = wds_tools("convert", "dclm", "--input", tmp_path, "--output", tmp_path / "out", status=2)
+    said = wds_tools("convert", "dclm", "--input", tmp_path / "in", "--output", tmp_path / "out", status=2)
     assert "not UTF-8" in said.stderr
     assert len(said.stderr.splitlines()) == 1
 

@@ -299,6 +299,7 @@ def test_the_files_beside_the_data_are_those_that_save_to_disk_writes(source: Pa
     export(source, tmp_path / "ours")
     ours, theirs = files(tmp_path / "ours"), files(tmp_path / "theirs")
     assert "wds-tools" in ours.pop("README.md").decode()
+    assert set(json.loads(ours.pop("export.json"))) == set(ours) - {"dataset_info.json"}
     assert sorted(ours) == sorted(theirs)
     assert ours["dataset_info.json"] == theirs["dataset_info.json"]
     our_state, their_state = json.loads(ours["state.json"]), json.loads(theirs["state.json"])
@@ -325,7 +326,7 @@ def test_two_exports_are_concatenated_as_the_reference_trainer_does(tmp_path: Pa
 def test_parquet_is_read_by_pandas_and_load_dataset_and_comes_alone(source: Path, tmp_path: Path) -> None:
     export(source, tmp_path / "out", format="parquet")
     parts = [f"data/train-0000{number}-of-00004.parquet" for number in range(4)]
-    assert sorted(files(tmp_path / "out")) == ["README.md", *parts]
+    assert sorted(files(tmp_path / "out")) == ["README.md", *parts, "export.json"]
     expected = multiset([row(sample) for sample in samples()])
     assert multiset(pd.read_parquet(tmp_path / "out" / "data").to_dict("records")) == expected
     cache = str(tmp_path / "cache")

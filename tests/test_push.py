@@ -16,7 +16,7 @@ from factory import CODEBOOK_SIZE, image_sample, make_dataset, text_sample
 from hub import TOKEN, Hub, serve_hub
 
 from wds_tools.errors import UsageError
-from wds_tools.export.hf import ExportConfig, export_hf
+from wds_tools.export.hf import FILES, ExportConfig, export_hf
 
 CODES = {"vqcode_512": {"tokenizer": "tiny", "codebook_size": CODEBOOK_SIZE, "stride": 16, "precision": "fp32"}}
 
@@ -51,7 +51,10 @@ def command(source: Path, output: Path) -> list[str]:
 
 
 def files(output: Path) -> dict[str, bytes]:
-    return {path.relative_to(output).as_posix(): path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    """What is to be pushed: all but the export's list of its own files."""
+    found = {path.relative_to(output).as_posix(): path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    del found[FILES]
+    return found
 
 
 # ---- The card ----

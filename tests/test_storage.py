@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -482,6 +483,54 @@ def test_a_file_in_the_way_of_a_folder_is_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
 def test_a_full_disk_and_a_full_quota_are_out_of_space(code: int) -> None:
     assert isinstance(translate(OSError(code, "full"), "write", "a"), OutOfSpace)
+
+
+def test_a_full_quota_and_a_disk_without_inodes_are_not_called_a_full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "the quota of bytes or of files is full" in str(translate(OSError(errno.EDQUOT, "full"), "write", "a"))
+    counts = {"f_files": 5, "f_favail": 0}
+    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(**counts))  # noqa: ARG005
+    full = OSError(errno.ENOSPC, "full", "/nowhere/a")
+    assert "no inodes for more files (`df -i`)" in str(translate(full, "write", "a"))
+    counts.update(f_files=0)  # of a file system that makes inodes as it needs them
+    assert "the disk is full" in str(translate(full, "write", "a"))
+
+
+@pytest.mark.parametrize("backend", ["local", "fsspec"])
+def test_a_folder_that_cannot_be_listed_is_an_error_that_names_it(
+    backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(url_of(backend, tmp_path))
+    for name in ("a/b/closed/c.txt", "a/d.txt", "e.txt"):
+        store.put(name, b"x")
+    scandir = os.scandir
+
+    def guarded(path: str) -> object:  # root may list any folder
+        if str(path).endswith("closed"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    for prefix in ("", "a/", "a/b/closed/"):
+        with pytest.raises(StorageError, match="a/b/closed: can't list, permission denied"):
+            list(store.list(prefix))
+
+
+def test_a_disk_without_inodes_says_so(tmp_path: Path) -> None:
+    script = (
+        "import subprocess, sys; from wds_tools.errors import OutOfSpace; from wds_tools.storage import open_store\n"
+        "subprocess.run(['mount', '-t', 'tmpfs', '-o', 'nr_inodes=4', 'tmpfs', sys.argv[1]], check=True); print('mounted')\n"
+        "store = open_store(sys.argv[1]); store.put('a', b'1')\n"
+        "for name in ('b', 'c', 'd/e'):\n"
+        "    try: store.put(name, b'1')\n"
+        "    except OutOfSpace as error: print(error)\n"
+    )
+    for unshare in (("unshare", "--mount"), ("unshare", "--mount", "--map-root-user")):
+        done = run_python(script, str(tmp_path), prefix=unshare) if shutil.which("unshare") else None
+        if done is not None and "mounted" in done.stdout:
+            assert done.returncode == 0, done.stderr
+            assert "can't write, the disk has space, but no inodes for more files (`df -i`): delete some files" in done.stdout
+            return
+    pytest.skip("may not mount a small tmpfs here, not even in a namespace of its own")
 
 
 def test_a_full_disk_is_out_of_space_and_leaves_nothing(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from wds_tools.dataset.write import (
     TaskResult,
     TaskWriter,
     begin,
+    check_complete,
     done_tasks,
     drop_working_files,
     finish,
@@ -36,6 +37,7 @@ from wds_tools.dataset.write import (
     look,
     manifest_of,
     read_begun,
+    sound_tasks,
 )
 from wds_tools.errors import TooManyRejects, UsageError
 from wds_tools.format.manifest import NAME, Manifest
@@ -44,6 +46,7 @@ from wds_tools.run.local import Report, run_tasks
 from wds_tools.run.progress import Progress
 from wds_tools.run.ray_cluster import on_cluster, run_on_ray
 from wds_tools.storage import Store, join, open_store
+from wds_tools.storage.place import check_apart
 
 Item = TypeVar("Item")
 
@@ -62,7 +65,10 @@ class PassOptions:
     workers: int = 1
     """Processes to use."""
     resume: bool = False
-    """Go on with an output that an earlier, interrupted run of the same command began."""
+    """Go on with an output that an earlier, interrupted run of the same command began. What it finished is kept if all files are
+    there in their sizes; a task with another is done again."""
+    verify: bool = False
+    """With --resume or --part: compare the hashes of what was finished too, which reads it."""
     overwrite: bool = False
     """Remove the data set that is at the output first."""
     max_rejects: str = "10%"
@@ -98,6 +104,9 @@ class PassOptions:
             raise UsageError(f"--task-cpus {self.task_cpus}, --task-gpus {self.task_gpus}: at least 0")
         if self.part is not None and self.overwrite:
             raise UsageError("--part and --overwrite exclude each other: it would remove the work of other parts")
+        if self.verify and not (self.resume or self.part):
+            raise UsageError("--verify is for --resume and --part: it looks at what earlier runs finished")
+        check_apart(getattr(self, "input", ()), self.output)  # of every pass; options alone have none
         _parse_part(self.part)
         RejectBudget.parse(self.max_rejects)
         ShardLimits(samples=self.shard_samples, bytes=self.shard_bytes)
@@ -206,6 +215,7 @@ def run_pass(plan: Plan, work: Work, options: PassOptions) -> Manifest:
     Raises:
         UsageError: the output is in the way, or another run is writing there.
         StorageError: another run has taken this one for dead.
+        FormatError: files are not what was written; names them.
         TooManyRejects: finished tasks stay, so that a run with --resume and a larger budget goes on from there.
     """
     if options.executor == "ray":
@@ -216,6 +226,7 @@ def run_pass(plan: Plan, work: Work, options: PassOptions) -> Manifest:
     fixed = _fixed(plan, options)
     found = look(store, fixed, resume=options.resume, overwrite=options.overwrite, parts=joining)
     if isinstance(found, Manifest):
+        check_complete(store, found, verify=options.verify, quiet=options.quiet)
         if options.part is None and has_working_files(store):
             with Claim(store, part, joining):
                 drop_working_files(store)
@@ -260,6 +271,7 @@ def _run_claimed(plan: Plan, fixed: Mapping[str, Any], work: Work, options: Pass
         return complete
     own = range(part, len(plan.tasks), parts)
     results = {number: result for number, result in done_tasks(store).items() if number in own}
+    results = sound_tasks(store, results, verify=options.verify, quiet=options.quiet)
     todo = [(number, plan.tasks[number]) for number in own if number not in results]
     rejects, inputs = _tally(results.values())
     task_fn = _RunTask(work, options.output, ShardLimits(samples=options.shard_samples, bytes=options.shard_bytes))
@@ -306,10 +318,13 @@ def finalize(config: FinalizeConfig) -> Manifest:
         NotFound: nothing was begun there, or a part is not finished; says which.
         UsageError: a part is still at work.
         TooManyRejects: over all parts.
+        FormatError: a file is not what its part wrote.
     """
     store = open_store(config.output)
     if store.exists(NAME):
-        return read_manifest(store, any_members=True)
+        manifest = read_manifest(store, any_members=True)
+        check_complete(store, manifest)
+        return manifest
     begun = read_begun(store)
     with Claim(store, 0, 0):
         budget = RejectBudget.parse(config.max_rejects)

@@ -22,7 +22,7 @@ from wds_tools.check.token_rows import check_facts, check_row
 from wds_tools.dataset.index import Contents
 from wds_tools.dataset.read import ShardBytes, read_manifest
 from wds_tools.dataset.write import REJECTS
-from wds_tools.errors import DataError, NotFound, UsageError
+from wds_tools.errors import DataError, StorageError, UsageError
 from wds_tools.format import manifest as manifests
 from wds_tools.format.index import SUFFIX, check_fresh, pack_index, unpack_index
 from wds_tools.format.manifest import Manifest, ShardRow
@@ -84,7 +84,7 @@ def verify(config: VerifyConfig) -> VerifyResult:
     Raises:
         NotFound: there is no manifest.
         FormatError: the manifest is unreadable or contradicts itself.
-        StorageError: the storage does not answer.
+        StorageError: the storage does not answer. A single file that can't be read is a problem like others.
     """
     store = open_store(config.input)
     manifest = read_manifest(store, any_members=True)
@@ -94,7 +94,10 @@ def verify(config: VerifyConfig) -> VerifyResult:
         reports = dict(run_tasks(check, tasks, workers=config.workers, on_report=progress))
     problems = [problem for number in sorted(reports) for problem in reports[number].problems]
     problems += _check_keys(manifest, [reports[number] for number in sorted(reports)])
-    problems += _check_files(store, manifest)
+    try:
+        problems += _check_files(store, manifest)
+    except StorageError as error:  # of a listing: what was found before is said all the same
+        problems.append(str(error))
     return VerifyResult(manifest=manifest, problems=tuple(problems))
 
 
@@ -113,7 +116,8 @@ class _CheckShard:
         store = open_store(self.input)
         try:
             self._check(store, row, report, progress)
-        except (DataError, NotFound, UsageError) as error:  # UsageError: a name that leads out of the data set
+        except (DataError, StorageError, UsageError) as error:  # UsageError: a name that leads out of the data set
+            store.size(manifests.NAME)  # raises if it is the storage that does not answer
             report.problems.append(str(error))
         return number, report
 
@@ -237,11 +241,12 @@ def _check_files(store: Store, manifest: Manifest) -> Iterator[str]:
         if manifest.is_indexed and not entry.name.endswith((".tar", ".tar" + SUFFIX)):
             continue
         if entry.name.startswith(REJECTS):
-            lines = store.read(entry.name).splitlines()
             try:
-                rejects.update(orjson.loads(line)["reason"] for line in lines)
+                rejects.update(orjson.loads(line)["reason"] for line in store.read(entry.name).splitlines())
             except (orjson.JSONDecodeError, KeyError, TypeError):
                 yield f"{entry.name}: not a list of rejects"
+            except StorageError as error:
+                yield str(error)
         elif entry.name not in known and not entry.name.startswith(_ENERGON_FOLDER):
             yield f"{entry.name}: not in the manifest: left by something else, or by a run that was interrupted"
     if rejects != Counter(manifest.rejects):

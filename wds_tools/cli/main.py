@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status.
     """
-    args = list(sys.argv[1:] if argv is None else argv)
+    args = [_at_home(arg) for arg in (sys.argv[1:] if argv is None else argv)]
     words = next((words for words in COMMANDS if tuple(args[: len(words)]) == words), None)
     if words is None:
         return _no_command(args)
@@ -75,6 +75,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"wds-tools: interrupted; {how}", file=sys.stderr)
         return 130
     return status
+
+
+def _at_home(arg: str) -> str:
+    """An argument with `~/` at the beginning of its value as a shell gives it; none does so behind `--option=`."""
+    match = re.fullmatch(r"(--[\w-]+=)?(~(?:/.*)?)", arg, re.DOTALL)
+    return arg if match is None else (match[1] or "") + os.path.expanduser(match[2])  # noqa: PTH111
 
 
 def _parse(module: Any, words: tuple[str, ...], args: Sequence[str]) -> Any:

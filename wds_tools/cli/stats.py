@@ -13,6 +13,7 @@ from wds_tools.check.report import render, to_json
 from wds_tools.check.stats import Stats, StatsConfig, stats
 from wds_tools.cli.summary import Printed, print_data_set, print_json
 from wds_tools.storage import open_store, split_url
+from wds_tools.storage.place import check_apart
 
 EXAMPLE = "wds-tools stats s3://bucket/pairs --workers 8 --html report.html"
 _SPARKS = " ▁▂▃▄▅▆▇█"
@@ -31,6 +32,8 @@ class Config(Printed, StatsConfig):
 
 def run(config: Config) -> int:
     """Count, and say what was found."""
+    if config.html is not None:
+        check_apart(config.input, config.html, option="--html")
     result = stats(config)
     if config.html is not None:
         folder, name = split_url(config.html)

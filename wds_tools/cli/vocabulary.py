@@ -11,6 +11,7 @@ from wds_tools.errors import UsageError
 from wds_tools.sequences.config import SequenceConfig
 from wds_tools.sequences.tokenizer import TextTokenizer
 from wds_tools.sequences.vocabulary import add_tokens
+from wds_tools.storage.place import check_apart
 
 EXAMPLE = "wds-tools vocabulary gemma/ --output gemma-images/ --codebook-size 8192"
 
@@ -39,6 +40,7 @@ def run(config: Config) -> int:
     """Look, add what is missing if asked, and say what there is. Exit status 1 if tokens are missing."""
     tokenizer = TextTokenizer(config.input)
     if config.output is not None:
+        check_apart(config.input, config.output)
         tokenizer = add_tokens(config.input, config.output, config.tokens)
     ids = {name: tokenizer.id_of(name) for name in config.tokens}
     if config.json:

@@ -3,10 +3,11 @@
     with Claim(store, part, parts) as claim:   _work/run-ID.json, or _work/run-ID-PART-of-PARTS.json
         ... claim.check() ...                  is it still ours?
 
-A claim is put first and the others are listed then, so of two runs that come at the same moment at least one sees the other; it
-needs nothing of a store but what all have. A run that was killed leaves its claim behind: if it ran on this machine, its process
-is gone; elsewhere, its claim does not change any more. Invariant: two runs that could write the same file don't go on together.
-Cost: a small file written every BEAT_S, and a list; after a kill on another machine PATIENCE_S of waiting.
+A run comes: it puts its claim, lists the others, and is refused by one that holds the output or comes with a lower name. Then it
+says that it holds it, lists again, and goes on when those that came with a lower name have given up. It needs nothing of a store
+but what all have. A run that was killed leaves its claim behind: if it ran on this machine, its process is gone; elsewhere, its
+claim does not change any more. Invariant: of runs that could write the same file and come at the same moment one goes on, no two.
+Cost: a small file written every BEAT_S, and two lists; after a kill on another machine PATIENCE_S of waiting.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -31,7 +33,7 @@ PREFIX = "_work/run-"
 BEAT_S = 60.0
 PATIENCE_S = 3.0 * BEAT_S
 """A claim that has not changed for so long belongs to no run any more."""
-_LOOK_EVERY_S = 2.0
+_FIRST_LOOK_S, _LOOK_EVERY_S = 0.02, 2.0
 _LEAVE_S = 10.0
 _TRIES = 5
 _PART = re.compile(r"-(\d+)-of-(\d+)\.json$")
@@ -58,17 +60,26 @@ class Claim:
             "pid": os.getpid(),
             "process": _process(os.getpid()),
             "since": datetime.now(UTC).isoformat(timespec="seconds"),
+            "is_held": False,
         }
         self._beats = 0
+        self._putting = threading.Lock()
         self._is_lost = threading.Event()
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._stay, daemon=True)
 
     def __enter__(self) -> Self:
-        self._come()
+        self._put_surely()
         self._thread.start()
         try:
-            self._wait_for_others()
+            known = {name: self._read(name) for name in self._rivals()}
+            self._outlast(known)
+            if not self._store.exists(self._name):
+                self._is_lost.set()
+            self.check()
+            self._facts["is_held"] = True
+            self._put_surely()
+            self._outlast({name: known.get(name) for name in self._rivals()})
         except BaseException:
             self._leave()
             raise
@@ -85,7 +96,7 @@ class Claim:
                 "this one stops here"
             )
 
-    def _come(self) -> None:
+    def _put_surely(self) -> None:
         """Put the claim, though a run that begins or ends at this moment may clear away what looks half written."""
         for attempt in range(_TRIES):
             try:
@@ -96,8 +107,9 @@ class Claim:
                     raise
 
     def _put(self) -> None:
-        self._store.put(self._name, orjson.dumps({**self._facts, "beats": self._beats}))
-        self._beats += 1
+        with self._putting:  # so that no older word of the beat comes behind a newer one
+            self._store.put(self._name, orjson.dumps({**self._facts, "beats": self._beats}))
+            self._beats += 1
 
     def _stay(self) -> None:
         while not self._is_over.wait(BEAT_S):
@@ -117,33 +129,46 @@ class Claim:
         except StorageError:
             pass  # whatever ended the run is worth more; a claim that is left is found to be dead
 
-    def _wait_for_others(self) -> None:
-        """Return when there is no other run; those that are dead lose their claims."""
-        others = {name: self._read(name) for name in self._rivals()}
+    def _outlast(self, rivals: Mapping[str, bytes | None]) -> None:
+        """Return when each of these claims has gone or gives way to this one; those of dead runs are removed.
+
+        Args:
+            rivals: as they were when they were first seen; one that has changed since then is alive.
+        """
+        waiting = dict(rivals)
         deadline = time.monotonic() + PATIENCE_S
-        is_told = False
+        pause_s, is_told = _FIRST_LOOK_S, False
         while True:
-            for name, before in list(others.items()):
+            is_late = time.monotonic() > deadline
+            for name, before in list(waiting.items()):
                 now = self._read(name)
+                is_held = now is not None and _facts(now).get("is_held", True)
                 is_alive = None if now is None else _lives(now)
-                if is_alive or (is_alive is None and now is not None and now != before):
+                if is_alive is None and now is not None and now != before:
+                    is_alive = True
+                if now is None:
+                    del waiting[name]
+                elif is_alive is False or (is_alive is None and is_late):
+                    self._store.delete(name)
+                    del waiting[name]
+                elif name > self._name and (self._facts["is_held"] or not is_held):
+                    del waiting[name]  # it sees this one, and gives way
+                elif is_alive and (is_held or is_late or not self._facts["is_held"]):
                     raise UsageError(
                         f"{self._store.url}: another run is writing there ({_who(now)}): wait until it has ended, or stop it"
                     )
-                if now is None or is_alive is False or time.monotonic() > deadline:
-                    self._store.delete(name)
-                    del others[name]
-            if not others:
+            if not waiting:
                 return
-            if not is_told:
+            if not (is_told or self._facts["is_held"]):
                 is_told = True
                 print(
-                    f"wds-tools: {self._store.url} was claimed by {_who(next(iter(others.values())))}: "
+                    f"wds-tools: {self._store.url} was claimed by {_who(rivals[next(iter(waiting))])}: "
                     f"waiting up to {PATIENCE_S:g} s to see whether that run is alive",
                     file=sys.stderr,
                     flush=True,
                 )
-            time.sleep(min(_LOOK_EVERY_S, PATIENCE_S / 10))
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LOOK_EVERY_S, PATIENCE_S / 10)
 
     def _rivals(self) -> list[str]:
         """The claims of runs that may write what this one writes: all but those of other parts of as many."""

@@ -9,14 +9,16 @@ Invariant: an index is a function of its tar and of the schema of the set. Memor
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import numpy as np
 
+from wds_tools.dataset.claim import Claim
 from wds_tools.dataset.read import ShardBytes, check_unchanged, read_manifest
 from wds_tools.dataset.write import PLAN
 from wds_tools.errors import FormatError, NotFound, OutOfSpace, StorageError, UsageError, WorkerDied
@@ -77,7 +79,7 @@ def rebuild_indices(store: Store, *, workers: int = 1, quiet: bool = True) -> Ma
     Raises:
         NotFound: there is no manifest.
         FormatError: a shard is not what the manifest says; or other tars lie where indexed ones did.
-        StorageError: see index_tars.
+        UsageError, StorageError: see index_tars.
     """
     manifest = read_manifest(store, any_members=True)
     if manifest.is_indexed and (changed := {row.name for row in manifest.shards}.symmetric_difference(_tars(store))):
@@ -85,8 +87,9 @@ def rebuild_indices(store: Store, *, workers: int = 1, quiet: bool = True) -> Ma
             f"{store.url}: {len(changed)} tars came or went since it was indexed ({min(changed)}): "
             f"remove its {manifests.NAME} to index what is there now"
         )
-    _run(_Rebuild(store, manifest.schema_version), manifest.shards, manifest.bytes, workers, quiet)
-    store.clean_temp()
+    with _claimed(store):
+        _run(_Rebuild(store, manifest.schema_version), manifest.shards, manifest.bytes, workers, quiet)
+        store.clean_temp()
     return manifest
 
 
@@ -104,13 +107,18 @@ def index_tars(store: Store, *, workers: int = 1, quiet: bool = True) -> Manifes
 
     Raises:
         NotFound: there are no tars.
-        UsageError: there are compressed ones, or the beginnings of a data set.
+        UsageError: there are compressed ones, or the beginnings of a data set; or another run is writing there.
         FormatError: a tar is damaged, or no WebDataset tar.
         StorageError: a tar can't be read, or nothing can be written beside it.
     """
     if store.exists(PLAN):
         raise UsageError(f"{store.url} holds an unfinished data set: repeat the command that began it, with --resume")
     sizes = _tars(store)
+    with _claimed(store) as claim:
+        return _index_tars(store, sizes, claim, workers, quiet)
+
+
+def _index_tars(store: Store, sizes: Mapping[str, int], claim: Claim, workers: int, quiet: bool) -> Manifest:
     found = {row.name: row for row in _run(_IndexTar(store), list(sizes.items()), sum(sizes.values()), workers, quiet)}
     is_ours = all(row.data_types or not row.samples for row in found.values())
     rows = tuple(found[name] if is_ours else _without_contents(store, found[name]) for name in sizes)
@@ -120,6 +128,7 @@ def index_tars(store: Store, *, workers: int = 1, quiet: bool = True) -> Manifes
         source={"command": INDEX_COMMAND, "python": sys.version.split()[0]},
         schema_version=SCHEMA_VERSION if is_ours else ANY_MEMBERS,
     )
+    claim.check()
     _put(store, manifests.NAME, pack_manifest(manifest))
     store.clean_temp()
     return manifest
@@ -230,9 +239,24 @@ def _run(work: Work[_Task, ShardRow], tasks: Sequence[_Task], num_bytes: int, wo
             ) from error
 
 
+@contextlib.contextmanager
+def _claimed(store: Store) -> Iterator[Claim]:
+    """No other run writes among the tars meanwhile."""
+    with contextlib.ExitStack() as stack:
+        with _beside_tars():
+            claim = stack.enter_context(Claim(store, 0, 0))
+        yield claim
+
+
 def _put(store: Store, name: str, data: bytes) -> None:
-    try:
+    with _beside_tars():
         store.put(name, data)
+
+
+@contextlib.contextmanager
+def _beside_tars() -> Iterator[None]:
+    try:
+        yield
     except OutOfSpace:
         raise
     except StorageError as error:

@@ -5,8 +5,8 @@
     TaskWriter        shard-TTTTTT-PPPP.tar      part P of task T: closes at a count or a size
                       shard-TTTTTT-PPPP.tar.index
                       rejects/task-TTTTTT.jsonl  only if something was rejected
-                      _work/task-TTTTTT.json     written last: its existence means that the task is done
-    finish(...)       manifest.json              written last of all; then _work/ goes
+                      _work/task-TTTTTT.json     written last: the task is done, and these are its files
+    finish(...)       manifest.json              written last of all, if all files are there; then _work/ goes
 
 Every file is published whole or not at all (see `storage`). A shard is a function of its task alone.
 Invariant: a task's inputs, counted by whoever reads them, are its samples + rejects.
@@ -15,6 +15,7 @@ Invariant: a task's inputs, counted by whoever reads them, are its samples + rej
 from __future__ import annotations
 
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,6 +25,7 @@ from typing import Any
 import orjson
 
 from wds_tools.dataset.claim import PREFIX as CLAIMS
+from wds_tools.dataset.files import Written, find_changed, written
 from wds_tools.errors import FormatError, NotFound, Reject, UsageError
 from wds_tools.format import manifest as manifests
 from wds_tools.format.index import SUFFIX, ShardIndex, pack_index
@@ -65,6 +67,8 @@ class TaskResult:
     shards: tuple[ShardRow, ...]
     rejects: Mapping[str, int]
     """By reason."""
+    files: Mapping[str, Written]
+    """All that was published: shards, indices, rejects."""
     counts: Mapping[str, int] = field(default_factory=dict)
     """What else the work counted: TaskWriter.count."""
 
@@ -89,6 +93,7 @@ class TaskWriter:
         self._publisher = ThreadPoolExecutor(1)
         self._publishing: Future[None] | None = None
         self._shards: list[ShardRow] = []
+        self._files: dict[str, Written] = {}
         self._reject_lines: list[bytes] = []
         self._rejects: Counter[str] = Counter()
         self._counts: Counter[str] = Counter()
@@ -157,12 +162,13 @@ class TaskWriter:
         self._close_shard()
         self._wait_for_publication()
         if self._reject_lines:
-            self._store.put(f"{REJECTS}task-{self.task:06d}.jsonl", b"\n".join(self._reject_lines) + b"\n")
+            self._put(f"{REJECTS}task-{self.task:06d}.jsonl", b"\n".join(self._reject_lines) + b"\n")
         result = TaskResult(
             task=self.task,
             inputs=inputs,
             shards=tuple(self._shards),
             rejects=dict(sorted(self._rejects.items())),
+            files=self._files,
             counts=dict(sorted(self._counts.items())),
         )
         self._store.put(_marker(self.task), orjson.dumps(asdict(result)))
@@ -178,13 +184,18 @@ class TaskWriter:
         data, index, row = self._builder.finish(name)
         self._writer.write(data)
         self._wait_for_publication()
-        self._publishing = self._publisher.submit(self._publish, self._writer, index, name + SUFFIX)
+        self._publishing = self._publisher.submit(self._publish, self._writer, index, row)
         self._builder = self._writer = None
         self._shards.append(row)
 
-    def _publish(self, writer: Writer, index: ShardIndex, index_name: str) -> None:
+    def _publish(self, writer: Writer, index: ShardIndex, row: ShardRow) -> None:
         writer.close()
-        self._store.put(index_name, pack_index(index))
+        self._files[row.name] = Written(row.bytes, row.xxh128)
+        self._put(row.name + SUFFIX, pack_index(index))
+
+    def _put(self, name: str, data: bytes) -> None:
+        self._store.put(name, data)
+        self._files[name] = written(data)
 
     def _wait_for_publication(self) -> None:
         if self._publishing is not None:
@@ -290,6 +301,45 @@ def done_tasks(store: Store) -> dict[int, TaskResult]:
     return {result.task: result for result in results}
 
 
+def sound_tasks(
+    store: Store, results: Mapping[int, TaskResult], *, verify: bool = False, quiet: bool = True
+) -> dict[int, TaskResult]:
+    """Those whose files are as they were written; the others lose their markers, and are to be done again. Says so in a line.
+
+    Args:
+        store, results: what was found by `done_tasks`, or a part of it. Under a `Claim`.
+        verify, quiet: see find_changed.
+    """
+    changed = find_changed(store, _files(results.values()), verify=verify, quiet=quiet)
+    again = [task for task, result in results.items() if not changed.keys().isdisjoint(result.files)]
+    for task in again:
+        store.delete(_marker(task))
+    if again:
+        print(
+            f"wds-tools: {store.url}: {len(again)} finished tasks are done again, since their files are not what they wrote: "
+            f"{_few(f'{name} {what}' for name, what in changed.items())}",
+            file=sys.stderr,
+            flush=True,
+        )
+    return {task: result for task, result in results.items() if task not in again}
+
+
+def check_complete(store: Store, manifest: Manifest, *, verify: bool = False, quiet: bool = True) -> None:
+    """Raise FormatError if shards are missing or changed, or indices are missing. Arguments: see find_changed."""
+    files = {row.name: Written(row.bytes, row.xxh128) for row in manifest.shards}
+    changed = find_changed(store, {name + SUFFIX: Written(None) for name in files} | files, verify=verify, quiet=quiet)
+    if changed:
+        raise FormatError(
+            f"{store.url} has a manifest, but {len(changed)} files are not what it says: "
+            f"{_few(f'{name} {what}' for name, what in changed.items())}: copy them again, or make the data set again with "
+            "--overwrite (indices alone: `wds-tools index`)"
+        )
+
+
+def _files(results: Iterable[TaskResult]) -> dict[str, Written]:
+    return {name: file for result in results for name, file in result.files.items()}
+
+
 def finish(
     store: Store,
     num_tasks: int,
@@ -303,6 +353,7 @@ def finish(
 
     Raises:
         NotFound: a task is missing; names it, and the part that it belongs to.
+        FormatError: a file is not what its task wrote; names it.
     """
     results = done_tasks(store)
     missing = [task for task in range(num_tasks) if task not in results]
@@ -312,6 +363,12 @@ def finish(
             names = [f"{part}/{parts}" for part in sorted({task % parts for task in missing})]
             raise NotFound(f"{what}; they belong to part {_few(names)}: run these again, they go on where they stopped")
         raise NotFound(f"{what}: run with --resume")
+    if changed := find_changed(store, _files(results.values())):
+        raise FormatError(
+            f"{store.url}: {len(changed)} files are not what their tasks wrote: "
+            f"{_few(f'{name} {what}' for name, what in changed.items())}: run with --resume, or the part again: it does these "
+            "tasks again"
+        )
     manifest = manifest_of([results[task] for task in range(num_tasks)], codes, source, schema_version)
     store.put(manifests.NAME, pack_manifest(manifest))
     drop_working_files(store)
@@ -415,7 +472,9 @@ def _marker(task: int) -> str:
 
 def _result_from_json(data: bytes) -> TaskResult:
     record = orjson.loads(data)
-    return TaskResult(**{**record, "shards": tuple(row_from_json(row) for row in record["shards"])})
+    shards = tuple(row_from_json(row) for row in record["shards"])
+    files = {name: Written(**file) for name, file in record["files"].items()}
+    return TaskResult(**{**record, "shards": shards, "files": files})
 
 
 def _check_same_plan(store: Store, found: Any, plan: Mapping[str, Any]) -> None:

@@ -25,7 +25,6 @@ from wds_tools.format.schema import IMAGE_EXTENSIONS, Sample
 from wds_tools.images import ImageLimits, Mode
 from wds_tools.passes import Advance, PassOptions, Plan, group_to_limit, run_pass
 from wds_tools.storage import open_store
-from wds_tools.storage.place import same_place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +45,6 @@ class EncodeConfig(PassOptions, TokenizerOptions):
     def __post_init__(self) -> None:
         PassOptions.__post_init__(self)
         TokenizerOptions.__post_init__(self)
-        if same_place(self.input, self.output):
-            raise UsageError("--output is --input: the encoded data set needs a place of its own")
 
 
 def encode(config: EncodeConfig) -> Manifest:

@@ -1,11 +1,13 @@
 """Data sets -> one globally shuffled Hugging Face data set, in constant memory.
 
-    samples of all inputs -> rows (`rows`) -> external shuffle (`shuffle`) -> equal files -> state.json [-> the Hub (`push`)]
+    Claim -> samples of all inputs -> rows (`rows`) -> external shuffle (`shuffle`) -> equal files -> state.json -> export.json
+          [-> the Hub (`push`)]
 
 `arrow` is what `datasets.load_from_disk` loads, `parquet` what `load_dataset` and pandas do. The same inputs and seed give the
 same bytes, and every sample is in exactly once.
 Invariant: an unfinished export can't be read as a finished one. Of `arrow`, state.json is written last; of `parquet`, the last
-file is begun as a line of text that no reader takes for Parquet. By the data set card beside them (`card`), --resume knows them.
+file is begun as a line of text that no reader takes for Parquet. By the data set card beside them (`card`), --resume knows them,
+and by export.json, which is written last of all, whether its files are still those that were written.
 Cost: two passes, one core; about 300 MB of memory; temporary files of about 2 bytes a code plus the text, which shrink as the
 output grows. They lie in OUTPUT/.tmp if the output is a folder here, so that the next run clears what a killed one left, else in
 Python's temporary folder (TMPDIR).
@@ -16,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,6 +31,9 @@ from urllib.parse import unquote, urlsplit
 
 import orjson
 
+from wds_tools.dataset.claim import PREFIX as CLAIMS
+from wds_tools.dataset.claim import Claim
+from wds_tools.dataset.files import Written, find_changed, written
 from wds_tools.dataset.read import read_manifest, read_shard
 from wds_tools.errors import UsageError
 from wds_tools.export.card import NAME as CARD
@@ -41,12 +47,14 @@ from wds_tools.run.progress import Progress
 from wds_tools.storage import LocalStore, Store, open_store
 from wds_tools.storage.base import TEMP_FOLDER, split_scheme
 from wds_tools.storage.local import translate
+from wds_tools.storage.place import check_apart
 
 BUCKET_BYTES = 64 << 20
 """The shuffle sorts about this much at a time in memory."""
 STATE, INFO = "state.json", "dataset_info.json"
-_OURS = re.compile(rf"data-\d{{5}}-of-\d{{5}}\.arrow|{STATE}|{INFO}|{CARD}|data/train-\d{{5}}-of-\d{{5}}\.parquet")
-_PARQUET = b"PAR1"
+FILES = "export.json"
+"""Sizes and hashes of the other files, but for the card: the export is finished, and this is what it wrote."""
+_OURS = re.compile(rf"data-\d{{5}}-of-\d{{5}}\.arrow|{STATE}|{INFO}|{FILES}|{CARD}|data/train-\d{{5}}-of-\d{{5}}\.parquet")
 _UNFINISHED = b"This export is not finished: run the same command again with --overwrite.\n"
 _REPORT_EVERY = 256
 _ONE_TOKENIZER = ("tokenizer", "codebook_size", "weights_hash")
@@ -82,6 +90,8 @@ class ExportConfig:
     resume: bool = False
     """Go on after an interruption: a finished export of the same command is kept, an unfinished one begun anew, and the Hub gets
     the files that it does not have yet."""
+    verify: bool = False
+    """With --resume: compare the hashes of a finished export's files too, which reads them; without, their sizes."""
     overwrite: bool = False
     """Remove the export that is at the output first, finished or not. Files of any other kind are never removed."""
     quiet: bool = False
@@ -98,6 +108,9 @@ class ExportConfig:
             raise UsageError(f"--seed {self.seed}: expected 0 to 2**64 - 1")
         if self.resume and self.overwrite:
             raise UsageError("--resume and --overwrite exclude each other: keep what is there, or remove it")
+        if self.verify and not self.resume:
+            raise UsageError("--verify is for --resume: it looks at what an earlier run finished")
+        check_apart(self.input, self.output)
         if self.push_to_hub is None and self.private:
             raise UsageError("--private is for the repository of --push-to-hub")
         if self.push_to_hub is not None and (self.format != "parquet" or not isinstance(open_store(self.output), LocalStore)):
@@ -129,7 +142,9 @@ def export_hf(config: ExportConfig) -> ExportSummary:
     """Export; returns what was written once it is complete.
 
     Raises:
-        UsageError: the output is in the way, the inputs are empty, not encoded, or hold what these columns can't.
+        UsageError: the output is in the way, or another run is writing there; inputs are empty, not encoded, or hold what these
+            columns can't.
+        StorageError: another run has taken this one for dead.
         NotFound, FormatError, StorageError: an input can't be read.
         MissingPackage: pyarrow is not installed.
     """
@@ -149,25 +164,34 @@ def export_hf(config: ExportConfig) -> ExportSummary:
         license_id=config.license,
     )
     store = open_store(config.output)
-    if not (config.resume and _is_complete(store, config.format, page, names)):
-        _claim(store, config, page, names[-1])
-        _write(store, sources, config, names, rows)
-        if config.format == "arrow":
-            _write_state(store, names, fingerprint)
+    is_complete = config.resume and _is_complete(store, config, page, names)
+    if not is_complete:
+        _look(store, config)
     pushed = None
-    if config.push_to_hub is not None:
-        pushed = push(Path(_local_path(config.output)), config.push_to_hub, private=config.private, quiet=config.quiet)
+    if not is_complete or config.push_to_hub is not None:
+        with Claim(store, 0, 0) as claim:
+            if not is_complete:
+                _begin(store, config, page, names[-1])
+                files = _write(store, sources, config, names, rows, claim)
+                claim.check()
+                if config.format == "arrow":
+                    files[STATE] = _write_state(store, names, fingerprint)
+                store.put(FILES, orjson.dumps(files, option=orjson.OPT_INDENT_2))
+            if config.push_to_hub is not None:
+                pushed = push(Path(_local_path(config.output)), config.push_to_hub, private=config.private, quiet=config.quiet)
     return ExportSummary(rows=rows, files=len(names), data_types=dict(sorted(data_types.items())), pushed=pushed)
 
 
-def _write(store: Store, sources: Sequence[_Source], config: ExportConfig, names: Sequence[str], rows: int) -> None:
+def _write(
+    store: Store, sources: Sequence[_Source], config: ExportConfig, names: Sequence[str], rows: int, claim: Claim
+) -> dict[str, Written]:
     with _scratch_folder(config.output) as folder:
         size = sum(_record_bytes(row) for _, manifest in sources for row in manifest.shards)
         shuffle = Shuffle(folder, seed=config.seed, num_buckets=-(-size // BUCKET_BYTES))
         with Progress("export, 1 of 2: reading", rows, quiet=config.quiet) as progress:
             _scatter(sources, config.codes, shuffle, progress)
         with Progress("export, 2 of 2: writing", rows, quiet=config.quiet) as progress:
-            _write_parts(store, names, rows, _counted(shuffle.drain(), progress), config.format)
+            return _write_parts(store, names, rows, _counted(shuffle.drain(), progress), config.format, claim)
 
 
 def _check_sources(sources: Sequence[_Source], codes: str) -> None:
@@ -195,25 +219,34 @@ def _check_sources(sources: Sequence[_Source], codes: str) -> None:
         raise UsageError(f"{', '.join(store.url for store, _ in sources)}: no samples, nothing to export")
 
 
-def _is_complete(store: Store, file_format: Format, page: bytes, names: Sequence[str]) -> bool:
-    """Whether this very export lies there, finished.
+def _is_complete(store: Store, config: ExportConfig, page: bytes, names: Sequence[str]) -> bool:
+    """Whether this very export lies there, finished, and its files are those that were written; if not, says so in a line.
 
     Raises:
         UsageError: another one does, finished or not.
     """
-    if file_format == "arrow":
-        is_finished = store.exists(STATE)
-    else:
-        is_finished = store.exists(names[-1]) and bytes(store.read_range(names[-1], 0, 4)) == _PARQUET
-    has_card = store.exists(CARD)
+    has_card, is_finished = store.exists(CARD), store.exists(FILES)
     if (has_card or is_finished) and not (has_card and store.read(CARD) == page):
         raise UsageError(f"{store.url} holds another export, or one of other data: choose another output, or pass --overwrite")
-    return is_finished
+    if not is_finished:
+        return False
+    try:
+        files = {name: Written(**file) for name, file in orjson.loads(store.read(FILES)).items()}
+        changed = find_changed(store, dict.fromkeys(names, Written(None)) | files, verify=config.verify, quiet=config.quiet)
+    except (orjson.JSONDecodeError, AttributeError, TypeError, ValueError):
+        changed = {FILES: "is not what an export writes"}
+    for name, what in islice(changed.items(), 1):
+        print(f"wds-tools: {store.url}: {name} {what}: the export is made again", file=sys.stderr, flush=True)
+    return not changed
 
 
-def _claim(store: Store, config: ExportConfig, page: bytes, last_part: str) -> None:
-    """Make the output ours and unfinished: clear an earlier export, write what says that this one is under way."""
-    found = [entry.name for entry in store.list()]
+def _look(store: Store, config: ExportConfig) -> list[str]:
+    """The files of an earlier export that are there.
+
+    Raises:
+        UsageError: they, or others, are in the way.
+    """
+    found = [entry.name for entry in store.list() if not entry.name.startswith(CLAIMS)]
     foreign = [name for name in found if not _OURS.fullmatch(name)]
     if CARD in found and TAG.encode() not in store.read(CARD):
         foreign.append(CARD)
@@ -226,18 +259,25 @@ def _claim(store: Store, config: ExportConfig, page: bytes, last_part: str) -> N
             f"{store.url} holds an export already, finished or not: choose another output, or pass --overwrite, or --resume to "
             "go on with the same"
         )
+    return found
+
+
+def _begin(store: Store, config: ExportConfig, page: bytes, last_part: str) -> None:
+    """Make the output unfinished: clear an earlier export, write what says that this one is under way. Under a Claim."""
+    found = _look(store, config)
     store.clean_temp()
+    store.delete(FILES)
     store.delete(STATE)
     if config.format == "arrow":
-        claim = INFO
+        first = INFO
         info = {"citation": "", "description": "", "features": FEATURES, "homepage": "", "license": ""}
-        store.put(claim, json.dumps(info, indent=2).encode())
+        store.put(first, json.dumps(info, indent=2).encode())
     else:
-        claim = last_part
-        store.put(claim, _UNFINISHED)
+        first = last_part
+        store.put(first, _UNFINISHED)
     store.put(CARD, page)
     for name in found:
-        if name not in (claim, CARD):
+        if name not in (first, CARD):
             store.delete(name)
 
 
@@ -282,12 +322,17 @@ def _scatter(sources: Sequence[_Source], codes: str, shuffle: Shuffle, progress:
                 shuffle.add(pack_row(sample._replace(codes=codes_named(sample.codes, codes), grids=grids)))
 
 
-def _write_parts(store: Store, names: Sequence[str], rows: int, records: Iterator[bytes], file_format: Format) -> None:
+def _write_parts(
+    store: Store, names: Sequence[str], rows: int, records: Iterator[bytes], file_format: Format, claim: Claim
+) -> dict[str, Written]:
     """Cut the records into files whose row counts differ by one at most."""
+    files = {}
     each, more = divmod(rows, len(names))
     for number, name in enumerate(names):
         with store.write(name) as writer:
-            write_part(writer, islice(records, each + (number < more)), file_format)
+            files[name] = write_part(writer, islice(records, each + (number < more)), file_format)
+            claim.check()
+    return files
 
 
 def _counted(items: Iterator[_Item], progress: Progress) -> Iterator[_Item]:
@@ -302,7 +347,7 @@ def _counted(items: Iterator[_Item], progress: Progress) -> Iterator[_Item]:
     progress(passed, passed, 0)
 
 
-def _write_state(store: Store, names: Sequence[str], fingerprint: str) -> None:
+def _write_state(store: Store, names: Sequence[str], fingerprint: str) -> Written:
     state: dict[str, Any] = {
         "_data_files": [{"filename": name} for name in names],
         "_fingerprint": fingerprint,
@@ -312,7 +357,9 @@ def _write_state(store: Store, names: Sequence[str], fingerprint: str) -> None:
         "_output_all_columns": False,
         "_split": None,
     }
-    store.put(STATE, json.dumps(state, indent=2, sort_keys=True).encode())
+    data = json.dumps(state, indent=2, sort_keys=True).encode()
+    store.put(STATE, data)
+    return written(data)
 
 
 def _fingerprint(sources: Sequence[_Source], config: ExportConfig) -> str:

@@ -18,6 +18,7 @@ from typing import Any
 from wds_tools.errors import MissingPackage, StorageError
 from wds_tools.export import card
 from wds_tools.run.progress import Progress
+from wds_tools.storage import open_store
 
 COMMIT_FILES = 32
 """Files of a commit: the Hub allows some hundred commits an hour."""
@@ -49,7 +50,8 @@ def push(folder: Path, repository: str, *, private: bool = False, quiet: bool = 
     api = hub.HfApi()
     shows_bars = not bars.are_progress_bars_disabled()
     bars.disable_progress_bars()  # there is one here
-    local = {path.relative_to(folder).as_posix(): path for path in sorted((folder / "data").glob("*.parquet"))}
+    found = open_store(str(folder)).list("data/")  # an error where it can't be read: what is not found is deleted from the Hub
+    local = {entry.name: folder / entry.name for entry in found if _OURS.fullmatch(entry.name)}
     sent = 0
     try:
         api.create_repo(repository, repo_type="dataset", private=private, exist_ok=True)

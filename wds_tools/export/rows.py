@@ -20,7 +20,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import orjson
 
+from wds_tools.dataset.files import Written
 from wds_tools.errors import FormatError, MissingPackage, UsageError
+from wds_tools.format.checksum import content_hash
 from wds_tools.format.schema import CODE_COLUMNS, DATA_TYPES, Sample, validate
 from wds_tools.storage import Writer
 
@@ -79,8 +81,8 @@ def pack_row(sample: Sample) -> bytes:
     return b"".join((fields, text, *(grid.tobytes() for grid in grids if grid is not None)))
 
 
-def write_part(writer: Writer, records: Iterable[bytes], file_format: Format) -> None:
-    """Write records as one file: an Arrow IPC stream or a Parquet file, with the features in its metadata."""
+def write_part(writer: Writer, records: Iterable[bytes], file_format: Format) -> Written:
+    """Write records as one file: an Arrow IPC stream or a Parquet file, with the features in its metadata. Returns what it is."""
     pa = load_pyarrow()
     metadata = {"huggingface": json.dumps({"info": {"features": FEATURES}})}
     schema = pa.schema([(name, getattr(pa, dtype)()) for name, dtype in COLUMNS.items()], metadata=metadata)
@@ -92,6 +94,7 @@ def write_part(writer: Writer, records: Iterable[bytes], file_format: Format) ->
     with table:
         for batch in _batches(records, _BATCH[file_format]):
             table.write_batch(pa.RecordBatch.from_arrays(_columns(pa, batch), schema=schema))
+    return Written(sink.num_bytes, sink.digest.hexdigest())
 
 
 def load_pyarrow() -> Any:
@@ -152,9 +155,14 @@ class _Sink(io.RawIOBase):
 
     def __init__(self, writer: Writer) -> None:
         self._writer = writer
+        self.num_bytes = 0
+        self.digest = content_hash()
 
     def writable(self) -> bool:
         return True
 
     def write(self, data: Any, /) -> int:
-        return self._writer.write(memoryview(data).cast("B"))  # pyarrow says "signed", which obstore refuses
+        view = memoryview(data).cast("B")  # pyarrow says "signed", which obstore refuses
+        self.digest.update(view)
+        self.num_bytes += len(view)
+        return self._writer.write(view)

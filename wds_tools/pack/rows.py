@@ -31,7 +31,6 @@ from wds_tools.sequences.pack import Packer
 from wds_tools.sequences.rows import ids_dtype, row_members
 from wds_tools.sequences.sources import codebook_size_of
 from wds_tools.storage import open_store
-from wds_tools.storage.place import same_place
 
 _AT_ONCE = 256
 _PACKED_ALREADY = "train on the rows as they are, or pack those data sets again into another output"
@@ -80,8 +79,6 @@ class PackConfig(PassOptions):
         super().__post_init__()
         if self.task_samples < 1 or self.epoch < 0:
             raise UsageError(f"--task-samples {self.task_samples}, --epoch {self.epoch}: at least 1 and 0")
-        if any(same_place(url, self.output) for url in self.input):
-            raise UsageError(f"--output is an --input, {self.output}: the rows need a place of their own")
         self.sequences  # noqa: B018  # checks its values
 
     @property

@@ -67,10 +67,12 @@ class FsspecStore:
         fs = self._connect()
         try:
             fs.invalidate_cache()
-            files = fs.find(join(self._root, folder) if folder else self._root, detail=True)
+            files = _find(fs, join(self._root, folder) if folder else self._root)
         except FileNotFoundError:
             return iter(())
         except Exception as error:
+            if isinstance(error, OSError) and error.filename:  # a folder below, perhaps
+                raise translate(error, "list", redact(str(error.filename))) from error
             raise self._translate(error, "list", prefix) from error
         skip = len(self._root.rstrip("/")) + 1
         entries = (Entry(path[skip:], int(info["size"])) for path, info in files.items())
@@ -250,6 +252,23 @@ class _Reader(io.RawIOBase):
         if not self.closed:
             self._file.close()
         super().close()
+
+
+def _find(fs: Any, folder: str) -> dict[str, Any]:
+    """All files below a folder, by path. A backend's own find is one request; fsspec's leaves out what can't be listed."""
+    base = importlib.import_module("fsspec.asyn").AsyncFileSystem
+    if type(fs).find is not base.find or getattr(type(fs), "_find", base._find) is not base._find:
+        found: dict[str, Any] = fs.find(folder, detail=True)
+        return found
+    files: dict[str, Any] = {}
+    folders = [folder]
+    while folders:
+        for info in fs.ls(folder := folders.pop(), detail=True):
+            if info["type"] != "directory":
+                files[info["name"]] = info
+            elif info["name"].rstrip("/") != folder.rstrip("/"):
+                folders.append(info["name"])
+    return files
 
 
 def _one_line(error: BaseException) -> str:

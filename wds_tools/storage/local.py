@@ -66,7 +66,8 @@ class LocalStore:
             if not folder:
                 raise StorageError(f"{self.url} is a file, or lies below one: give a folder") from error
         except OSError as error:
-            raise translate(error, "list", join(self.url, prefix) if prefix else self.url) from error
+            where = self.url if error.filename in (None, self._root) else str(error.filename)  # a folder below it, perhaps
+            raise translate(error, "list", where) from error
         found.sort()
         return (entry for entry in found if entry.name.startswith(prefix)) if prefix else iter(found)
 
@@ -294,8 +295,12 @@ def translate(error: OSError, verb: str, show: str) -> StorageError:
     if isinstance(error, StorageError):
         return error
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        quota = "the disk" if error.errno == errno.ENOSPC else "the quota"
-        return OutOfSpace(f"{show}: can't {verb}, {quota} is full: free some space or choose another place, then run again")
+        what = "the disk is full: free some space"
+        if error.errno == errno.EDQUOT:
+            what = "the quota of bytes or of files is full (`quota` says which): delete some files"
+        elif error.filename is not None and _has_no_inodes(os.path.dirname(error.filename)):
+            what = "the disk has space, but no inodes for more files (`df -i`): delete some files, or write larger shards"
+        return OutOfSpace(f"{show}: can't {verb}, {what} or choose another place, then run again")
     if isinstance(error, FileNotFoundError):
         return NotFound(f"{show}: can't {verb}, nothing is there")
     if isinstance(error, IsADirectoryError):
@@ -305,6 +310,17 @@ def translate(error: OSError, verb: str, show: str) -> StorageError:
     if isinstance(error, PermissionError):
         return StorageError(f"{show}: can't {verb}, permission denied: check the owner and mode of the file and its folders")
     return StorageError(f"{show}: can't {verb}: {error.strerror or error}")
+
+
+def _has_no_inodes(folder: str) -> bool:
+    """Whether a file system that counts its files has no room for another; where folders are still to be made, of the nearest."""
+    while folder and not os.path.isdir(folder):
+        folder = os.path.dirname(folder)
+    try:
+        counts = os.statvfs(folder or ".")
+    except OSError:
+        return False
+    return counts.f_files > 0 and not counts.f_favail
 
 
 def _scan(folder: str, at: str, real_root: str, found: list[Entry]) -> None:

@@ -1,16 +1,34 @@
-"""Whether two spellings of a root are one place, so that a pass does not remove its own input."""
+"""Where roots lie, in whatever way they are spelled, so that nothing is written into what is being read."""
 
 import os
+from collections.abc import Sequence
 from urllib.parse import unquote
 
-from wds_tools.storage.base import split_scheme
+from wds_tools.errors import UsageError
+from wds_tools.storage.base import redact, split_scheme
+from wds_tools.storage.objects import SCHEMES
 
 
-def same_place(url: str, other: str) -> bool:
-    """Whether two roots, as open_store takes them, are the same; on disk, symlinks are followed."""
-    return _place(url) == _place(other)
+def check_apart(inputs: str | Sequence[str], output: str, *, option: str = "--output") -> None:
+    """Hold that an output is none of the inputs of its command, and lies in none. On a disk, symlinks are followed.
+
+    Args:
+        inputs: files or folders, as open_store takes them.
+        output: the same.
+        option: what names it.
+
+    Raises:
+        UsageError: it is or does.
+    """
+    place = _place(output)
+    for url in (inputs,) if isinstance(inputs, str) else inputs:
+        if f"{place}/".startswith(f"{_place(url)}/"):
+            how = "is the input" if place == _place(url) else "lies in the input"
+            raise UsageError(f"{option} {redact(output)} {how} {redact(url)}: choose a place of its own")
 
 
 def _place(url: str) -> str:
     scheme, path = split_scheme(url)
-    return f"{scheme}://{path.rstrip('/')}" if scheme not in ("", "file") else os.path.realpath(unquote(path) if scheme else path)
+    if scheme in ("", "file"):
+        return os.path.realpath(unquote(path) if scheme else path).rstrip("/")
+    return f"{SCHEMES.get(scheme, scheme)}://{path.rstrip('/')}"

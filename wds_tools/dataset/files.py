@@ -1,0 +1,77 @@
+"""Whether files are still as they were written: by their names and sizes, from one listing; if that is asked, by their hashes.
+
+A task's marker and an export's list hold a `Written` for each file, so that a run that goes on does not take their word alone.
+Cost: a listing; with hashes, one read of every byte, a few files at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from wds_tools.errors import NotFound
+from wds_tools.format.checksum import content_hash
+from wds_tools.run.progress import Progress
+from wds_tools.storage import Store
+
+_PARALLEL_READS = 8
+_READ_BYTES = 4 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A file when it was written."""
+
+    bytes: int | None
+    """None: not known, but it has to be there."""
+    xxh128: str | None = None
+
+
+def written(data: bytes) -> Written:
+    """What is remembered of a file with this content."""
+    return Written(len(data), content_hash(data).hexdigest())
+
+
+def find_changed(store: Store, files: Mapping[str, Written], *, verify: bool = False, quiet: bool = True) -> dict[str, str]:
+    """Compare files with what was written.
+
+    Args:
+        store, files: where they are, and what they were.
+        verify: compare hashes too, which reads them; else names and sizes alone.
+        quiet: show no progress of that.
+
+    Returns:
+        Of each file that is another: its name, and what is wrong, such as "is gone".
+
+    Raises:
+        StorageError: they can't be listed or read.
+    """
+    sizes = {entry.name: entry.size for entry in store.list()}
+    changed = {}
+    for name, file in files.items():
+        if name not in sizes:
+            changed[name] = "is gone"
+        elif file.bytes not in (None, sizes[name]):
+            changed[name] = f"has {sizes[name]:,} bytes, {file.bytes:,} were written"
+    hashes = {name: file.xxh128 for name, file in files.items() if verify and file.xxh128 and name not in changed}
+    with (
+        Progress("verify", sum(sizes[name] for name in hashes), quiet=quiet or not hashes, unit="files") as progress,
+        ThreadPoolExecutor(_PARALLEL_READS) as pool,
+    ):
+        for name, found in zip(hashes, pool.map(lambda name: _hash(store, name), hashes), strict=True):
+            progress(sizes[name], 1, 0)
+            if found != hashes[name]:
+                changed[name] = "is gone" if found is None else "has other bytes than were written"
+    return changed
+
+
+def _hash(store: Store, name: str) -> str | None:
+    digest = content_hash()
+    try:
+        with store.open(name) as stream:
+            while piece := stream.read(_READ_BYTES):
+                digest.update(piece)
+    except NotFound:
+        return None
+    return digest.hexdigest()
