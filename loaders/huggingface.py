@@ -18,6 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from loaders.rounds import Rounds
 from wds_tools.errors import UsageError
+from wds_tools.format.typed_json import read_json
 from wds_tools.storage import open_store
 
 STATE = "loader.json"
@@ -71,4 +72,4 @@ class LoaderCallback(TrainerCallback):
         path = Path(checkpoint) / STATE
         if not path.exists():
             raise UsageError(f"{path} does not exist: was the checkpoint saved with a LoaderCallback?")
-        self._rounds.load_state_dict(json.loads(path.read_text()))
+        self._rounds.load_state_dict(read_json(dict[str, Any], path.read_bytes(), f"{path}: not a state", UsageError))

@@ -30,6 +30,8 @@ OPEN_BYTES = 1 << 30
 """What the open blocks of all processes together take, if the data set is large and the lanes are not too many."""
 LANES_PER_BATCH = 8
 _EXTENTS = 1024
+_MOST_EXTENTS = 1 << 28
+"""Of an epoch: a petabyte in those of 4 MiB, planned in 4 GiB of memory."""
 _EPOCH_STREAM, _SUBSET_STREAM = 0, 1
 SMALL_BYTES = 256 << 20
 """A data set up to this size is permuted sample by sample: every process can hold it whole."""
@@ -58,8 +60,10 @@ class Order:
             raise UsageError(f"seed={self.seed} is not in 0 ... 2**64 - 1")
         if not 1 <= self.lanes < 1 << 31:
             raise UsageError(f"lanes={self.lanes} is not in 1 ... 2**31 - 1")
-        if not 1 <= self.block_bytes <= self.extent_bytes:
-            raise UsageError(f"block_bytes={self.block_bytes}, extent_bytes={self.extent_bytes}: expected 1 <= block <= extent")
+        if not 1 <= self.block_bytes <= self.extent_bytes < 1 << 40:
+            raise UsageError(
+                f"block_bytes={self.block_bytes}, extent_bytes={self.extent_bytes}: expected 1 <= block <= extent < 2**40"
+            )
 
 
 class Rows(NamedTuple):
@@ -136,6 +140,11 @@ class SourcePlan:
         self._block_rows = block_rows(samples, sizes, order)
         self._extent_rows = extent_rows(samples, sizes, order)
         counts = -(-samples // self._extent_rows)
+        if (needed := int(counts.sum()) * repeat) > _MOST_EXTENTS:
+            raise UsageError(
+                f"{total:,} samples, repeated {repeat:,} times, are {needed:,} extents of {order.extent_bytes:,} bytes: a plan "
+                f"holds {_MOST_EXTENTS:,} at most"
+            )
         self._extents_before = np.concatenate(([0], np.cumsum(counts)))
         num_extents = int(self._extents_before[-1])
         rows = np.repeat(self._extent_rows, counts)

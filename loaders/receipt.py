@@ -8,24 +8,27 @@ handed over: since the order is a pure function, they say which samples these we
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, get_args
+from typing import Annotated, Any
 
 import numpy as np
-import orjson
 
 from loaders.config import Tail, World
 from loaders.plan import ORDER_VERSION, Ints, Order, mix64
+from loaders.state import Versions
 from loaders.steps import Steps
 from loaders.stream import Stream
 from wds_tools.errors import FormatError, UsageError
+from wds_tools.format.typed_json import Count, read_json, shape
 
 MODULUS = 1 << 128
 RECEIPT_VERSION = 1
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
+_Epoch = Annotated[int, range(1 << 20)]
 Span = tuple[int, int, int, int]
 """(epoch, low, high, batch_size): the positions of whole steps; this rank's part of each was handed over."""
 
@@ -73,6 +76,54 @@ def pack_receipt(
     }
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Origin:
+    """A source of a receipt."""
+
+    url: str
+    fingerprint: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Substitution:
+    """A sample that another one stood in for."""
+
+    epoch: Count
+    source: Count
+    shard: Count
+    row: Count
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Recipe:
+    """A stream's recipe; see Stream.recipe."""
+
+    weights: tuple[tuple[float, ...], ...] | None
+    from_positions: tuple[Count, ...]
+    length: Annotated[int, range(1, 1 << 53)]
+    repeat: tuple[Count, ...]
+    max_samples: tuple[Count | None, ...]
+    codes: tuple[str | None, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Document:
+    """What a receipt of this version says."""
+
+    run: str
+    rank: Annotated[int, range(1 << 24)]
+    world_size: Annotated[int, range(1 << 24)]
+    tail: Tail
+    order: Order
+    recipe: Mapping[str, Any]
+    sources: tuple[_Origin, ...]
+    spans: tuple[tuple[_Epoch, Count, Count, Count], ...]
+    samples: Count
+    hash_total: str
+    substitutions: tuple[_Substitution, ...]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Receipt:
     """A receipt that was read. See pack_receipt."""
@@ -105,45 +156,40 @@ def unpack_receipt(data: bytes, name: str) -> Receipt:
         FormatError: it is none, or says what can't be.
         UsageError: it is of another version, or of an order that this release does not have.
     """
-    try:
-        record = orjson.loads(data)
-        receipt_version, order_version = record["version"], record["order_version"]
-        if receipt_version == RECEIPT_VERSION and order_version == ORDER_VERSION:
-            return _receipt(record, name)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise FormatError(f"{name}: not the receipt of a loader ({type(error).__name__}: {error})") from error
-    raise UsageError(
-        f"{name}: version {receipt_version!r}, order version {order_version!r}; this release reads {RECEIPT_VERSION} and "
-        f"{ORDER_VERSION}: the same positions would be other samples; audit it with the release that wrote it"
-    )
-
-
-def _receipt(record: Mapping[str, Any], name: str) -> Receipt:
+    what = f"{name}: not the receipt of a loader"
+    record = read_json(dict[str, Any], data, what)
+    versions = shape(Versions, record, what)
+    if (versions.version, versions.order_version) != (RECEIPT_VERSION, ORDER_VERSION):
+        raise UsageError(
+            f"{name}: version {versions.version!r}, order version {versions.order_version!r}; this release reads "
+            f"{RECEIPT_VERSION} and {ORDER_VERSION}: the same positions would be other samples; audit it with the release that "
+            "wrote it"
+        )
+    document = shape(_Document, record, what)
+    shape(_Recipe, document.recipe, f"{what}: recipe")
+    if document.rank >= document.world_size:
+        raise FormatError(f"{what}: rank={document.rank} is not in 0 ... world_size - 1 = {document.world_size - 1}")
+    if not re.fullmatch("[0-9a-f]{32}", document.hash_total):
+        raise FormatError(f"{what}: hash_total is {document.hash_total[:40]!r}, expected 32 hexadecimal digits")
     receipt = Receipt(
         name=name,
-        run=record["run"],
-        world=World(rank=record["rank"], world_size=record["world_size"]),
-        tail=record["tail"],
-        order=Order(**record["order"]),
-        recipe=dict(record["recipe"]),
-        sources=tuple((source["url"], source["fingerprint"]) for source in record["sources"]),
-        spans=tuple((epoch, low, high, batch_size) for epoch, low, high, batch_size in record["spans"]),
-        num_samples=record["samples"],
-        hash_total=int(record["hash_total"], 16),
-        substitutions=tuple(
-            (one["epoch"], one["source"], one["shard"], one["row"], one["reason"]) for one in record["substitutions"]
-        ),
+        run=document.run,
+        world=World(rank=document.rank, world_size=document.world_size),
+        tail=document.tail,
+        order=document.order,
+        recipe=document.recipe,
+        sources=tuple((source.url, source.fingerprint) for source in document.sources),
+        spans=document.spans,
+        num_samples=document.samples,
+        hash_total=int(document.hash_total, 16),
+        substitutions=tuple((one.epoch, one.source, one.shard, one.row, one.reason) for one in document.substitutions),
     )
-    numbers = [receipt.num_samples, *(number for span in receipt.spans for number in span)]
-    numbers += [number for one in receipt.substitutions for number in one[:4]]
-    if receipt.tail not in get_args(Tail) or any(type(number) is not int or number < 0 for number in numbers):
-        raise ValueError("its tail, or a number of its samples, spans or substitutions, can't be")
     for span in receipt.spans:
         if span[3] < receipt.world.world_size or span[1] >= span[2]:
-            raise ValueError(f"{list(span)} is no span (epoch, low, high, batch size)")
+            raise FormatError(f"{what}: {list(span)} is no span (epoch, low, high, batch size)")
         steps, count = receipt.steps(span)
         if count > len(steps) or steps.end(count - 1) != span[2]:
-            raise ValueError(f"the span {list(span)} does not end with a step of an epoch of {steps.length} samples")
+            raise FormatError(f"{what}: the span {list(span)} does not end with a step of an epoch of {steps.length} samples")
     return receipt
 
 

@@ -103,7 +103,8 @@ class ShardDataset(wds.DataPipeline, wds.compat.FluidInterface):  # type: ignore
 
     def state_dict(self) -> dict[str, Any]:
         """Where this process stands: small JSON, the same on every rank that has handed out as many samples."""
-        return pack_state(self._source.stream, self._source.epoch, self._source.position)
+        source = self._source
+        return pack_state(source.stream, source.epoch, min(source.position, source.stream.length))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state with the next iteration.

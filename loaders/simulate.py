@@ -25,6 +25,7 @@ from wds_tools.errors import UsageError
 from wds_tools.format.manifest import Manifest, ShardRow
 from wds_tools.storage import open_store
 
+_MOST_SHARDS = 1 << 24
 _MIXING_SAMPLES = 1 << 20
 _MIXING_LANES = 64
 _GOOD_REQUEST_BYTES = 256 << 10
@@ -72,7 +73,7 @@ class Simulation:
     warnings: tuple[str, ...]
 
 
-def imagined_source(samples: int, sample_bytes: float, shard_samples: int = 10_000) -> OpenSource:
+def imagined_source(samples: float, sample_bytes: float, shard_samples: int = 10_000) -> OpenSource:
     """A data set that does not exist, in shards of one size.
 
     Args:
@@ -81,15 +82,23 @@ def imagined_source(samples: int, sample_bytes: float, shard_samples: int = 10_0
         shard_samples: in a shard.
 
     Raises:
-        UsageError: one of them is less than 1.
+        UsageError: one of them is less than 1, or they are more than can be planned.
     """
-    if samples < 1 or sample_bytes < 1 or shard_samples < 1:
-        raise UsageError(f"{samples} samples of {sample_bytes} bytes, {shard_samples} a shard: expected 1 or more of each")
-    whole, rest = divmod(samples, shard_samples)
+    if not (1 <= samples < 1 << 53 and 1 <= sample_bytes < 1 << 40 and 1 <= shard_samples < 1 << 32):
+        raise UsageError(
+            f"{samples:,} samples of {sample_bytes} bytes, {shard_samples:,} a shard: expected 1 or more of each, and less than "
+            "2**53, 2**40 and 2**32"
+        )
+    whole, rest = divmod(int(samples), shard_samples)
+    if whole > _MOST_SHARDS:
+        raise UsageError(
+            f"{samples:,} samples are {whole:,} shards of {shard_samples:,}: at most {_MOST_SHARDS:,} are simulated; give larger "
+            "shards (--shard-samples)"
+        )
     shards = (_imagined_shard(shard_samples, sample_bytes),) * whole
     if rest:
         shards += (_imagined_shard(rest, sample_bytes),)
-    return OpenSource(Source("imagined"), open_store("memory://imagined"), Manifest(shards=shards, inputs=samples))
+    return OpenSource(Source("imagined"), open_store("memory://imagined"), Manifest(shards=shards, inputs=int(samples)))
 
 
 def _imagined_shard(samples: int, sample_bytes: float) -> ShardRow:

@@ -7,17 +7,48 @@ Data that was moved resumes; data or a recipe that changed is refused with what 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any
 
 from loaders.config import LoaderConfig
 from loaders.plan import ORDER_VERSION, Order
 from loaders.stream import OpenSource, Stream
 from wds_tools.errors import UsageError
+from wds_tools.format.typed_json import Count, shape
 
 STATE_VERSION = 1
-_MOST = 1 << 40
-"""No epoch, position or size of a real run comes near; sums and products of a few of them stay within int64."""
+_NO_STATE = "not the state of a loader"
+_Small = Annotated[int, range(1 << 40)]
+"""No epoch or position of a real run comes near; sums and products of a few of them stay within int64."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Versions:
+    """What a state or a receipt says of its version first: that of its form, and that of the order."""
+
+    version: Any
+    order_version: Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Origin:
+    """A source of a state."""
+
+    fingerprint: str
+    samples: Count
+    url: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class _State:
+    """What a state of this version says."""
+
+    order: Order
+    step_samples: _Small
+    epoch: _Small
+    position: _Small
+    recipe: Mapping[str, Any]
+    sources: tuple[_Origin, ...]
 
 
 def pack_state(stream: Stream, epoch: int, position: int) -> dict[str, Any]:
@@ -43,37 +74,23 @@ def unpack_state(state: Mapping[str, Any], config: LoaderConfig) -> tuple[Order,
     Raises:
         UsageError: this is no state, one of another version, or of another seed, shuffle or lanes than the config's.
     """
-    try:
-        version, order_version = state["version"], state["order_version"]
-        if version != STATE_VERSION:
-            raise UsageError(f"the state has version {version!r}, this release reads {STATE_VERSION}")
-        if order_version != ORDER_VERSION:
-            raise UsageError(
-                f"the state was saved under order version {order_version!r}, this release has {ORDER_VERSION}: the same position "
-                "would be another sample; finish the epoch with the release that saved it"
-            )
-        order = Order(**state["order"])
-        numbers = [state[name] for name in ("step_samples", "epoch", "position")]
-        sizes = [order.lanes, order.block_bytes, order.extent_bytes]
-        if any(type(number) is not int or not 0 <= number < _MOST for number in (*numbers, *sizes)):
-            raise UsageError(
-                f"the state has step_samples, epoch, position = {numbers}, lanes, block_bytes, extent_bytes = {sizes}: expected "
-                f"numbers of 0 to {_MOST:,}"
-            )
-        if not isinstance(state["recipe"], Mapping):
-            raise TypeError(f"its recipe is {state['recipe']!r}")
-        told = [(source["fingerprint"], source["samples"], source["url"]) for source in state["sources"]]
-        if any(type(fingerprint) is not str for fingerprint, _, _ in told):
-            raise TypeError("a source without a fingerprint")
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"not the state of a loader ({type(error).__name__}: {error})") from error
+    versions = shape(Versions, state, _NO_STATE, UsageError)
+    if versions.version != STATE_VERSION:
+        raise UsageError(f"the state has version {versions.version!r}, this release reads {STATE_VERSION}")
+    if versions.order_version != ORDER_VERSION:
+        raise UsageError(
+            f"the state was saved under order version {versions.order_version!r}, this release has {ORDER_VERSION}: the same "
+            "position would be another sample; finish the epoch with the release that saved it"
+        )
+    saved = shape(_State, state, _NO_STATE, UsageError)
+    order = saved.order
     other_lanes = order.shuffle and config.lanes not in (None, order.lanes)
     if (order.seed, order.shuffle) != (config.seed, config.shuffle) or other_lanes:
         raise UsageError(
             f"the state was saved under seed={order.seed}, shuffle={order.shuffle}, lanes={order.lanes}; the config says "
             f"seed={config.seed}, shuffle={config.shuffle}, lanes={config.lanes}: keep the recipe of the run, or start a new one"
         )
-    return order, *numbers
+    return order, saved.step_samples, saved.epoch, saved.position
 
 
 def check_data(state: Mapping[str, Any], sources: Sequence[OpenSource], fingerprints: Sequence[str]) -> None:
@@ -94,6 +111,10 @@ def check_recipe(state: Mapping[str, Any], stream: Stream) -> None:
     """Raise UsageError unless the config makes the same stream of the data as the run that saved the state."""
     if (state["epoch"] + 2) * stream.length >= 1 << 62:
         raise UsageError(f"the state is at epoch {state['epoch']} of {stream.length} samples each: more than can be counted")
+    if "packing" not in state and state["position"] > stream.length:
+        raise UsageError(
+            f"the state is at position {state['position']} of an epoch of {stream.length} samples: it was edited or damaged"
+        )
     saved = state["recipe"]
     differing = [name for name in {**stream.recipe, **saved} if saved.get(name) != stream.recipe.get(name)]
     if differing:

@@ -27,6 +27,7 @@ from wds_tools.format.schema import ANY_MEMBERS
 from wds_tools.storage import Store, open_store
 
 _PIECE_BITS = 40
+_MOST_SHARDS = 1 << 24
 _KIND_BITS = 23
 """With the bits of a piece they fill a positive int64. Sources x epochs go round in them: pieces that are in use at one time
 lie a few epochs apart."""
@@ -189,6 +190,9 @@ class Stream:
 
     def _group(self, members: Sequence[int], *, repeat: bool) -> _Group:
         repeats = [self.sources[number].source.repeat if repeat else 1 for number in members]
+        num_shards = sum(len(self.sources[one].manifest.shards) * times for one, times in zip(members, repeats, strict=True))
+        if len(members) > 1 and num_shards > _MOST_SHARDS:
+            raise UsageError(f"the sources, each repeated, have {num_shards:,} shards: at most {_MOST_SHARDS:,} can be planned")
         sources, by_plan = list(members), 1
         if len(members) == 1:
             (by_plan,) = repeats  # behind its choice of max_samples

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 # room -> rooms it may import from (beside itself)
-BASE = {"wds_tools.errors"}
+BASE = {"wds_tools.errors", "wds_tools.terminal"}
 FORMAT = BASE | {"wds_tools.format"}
 STORAGE = BASE | {"wds_tools.storage"}
 DATASET = FORMAT | STORAGE | {"wds_tools.run", "wds_tools.dataset"}
@@ -21,10 +21,11 @@ PASSES = DATASET | {"wds_tools.passes"}
 ALLOWED = {
     "wds_tools": FORMAT,
     "wds_tools.errors": set(),
+    "wds_tools.terminal": set(),
     "wds_tools.format": BASE,
     "wds_tools.storage": BASE,
     "wds_tools.images": BASE,
-    "wds_tools.vq": BASE,
+    "wds_tools.vq": FORMAT,
     "wds_tools.dataset": FORMAT | STORAGE | {"wds_tools.run"},
     "wds_tools.run": BASE,
     "wds_tools.passes": PASSES,

@@ -17,13 +17,14 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Annotated, Any, Literal, Protocol, TypeVar
 
 import orjson
 
 from wds_tools.dataset.claim import Claim
 from wds_tools.dataset.read import read_manifest
 from wds_tools.dataset.write import (
+    PLAN,
     REJECTS,
     ShardLimits,
     TaskResult,
@@ -42,6 +43,7 @@ from wds_tools.dataset.write import (
 from wds_tools.errors import TooManyRejects, UsageError
 from wds_tools.format.manifest import NAME, Manifest
 from wds_tools.format.schema import SCHEMA_VERSION
+from wds_tools.format.typed_json import shape
 from wds_tools.run.local import Report, run_tasks
 from wds_tools.run.progress import Progress
 from wds_tools.run.ray_cluster import on_cluster, run_on_ray
@@ -311,6 +313,13 @@ class FinalizeConfig:
         RejectBudget.parse(self.max_rejects)
 
 
+@dataclass(frozen=True)
+class _Size:
+    """What is counted with of a plan that was written down."""
+
+    num_tasks: Annotated[int, range(1 << 24)]
+
+
 def finalize(config: FinalizeConfig) -> Manifest:
     """Write the manifest over all parts; returns it, also if it was written before.
 
@@ -329,7 +338,8 @@ def finalize(config: FinalizeConfig) -> Manifest:
     with Claim(store, 0, 0):
         budget = RejectBudget.parse(config.max_rejects)
         budget.check(*_tally(done_tasks(store).values()), final=True, where=store.url)
-        return finish(store, begun.pop("plan")["num_tasks"], **begun)
+        size = shape(_Size, begun.pop("plan"), f"{store.url}/{PLAN}: not a plan")
+        return finish(store, size.num_tasks, **begun)
 
 
 def _execute(

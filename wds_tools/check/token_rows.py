@@ -12,14 +12,6 @@ from wds_tools.errors import FormatError
 from wds_tools.format.schema import TOKEN_MEMBERS
 from wds_tools.format.shard import parse_npy
 
-_FACTS = ("length", "vocabulary_size")
-
-
-def check_facts(rows: Mapping[str, Any]) -> None:
-    """Raise FormatError unless the manifest's `source.rows` says what is needed."""
-    if not all(type(rows.get(name)) is int and rows[name] > 0 for name in _FACTS):
-        raise FormatError(f"manifest.json: source.rows is {dict(rows)}, expected positive {' and '.join(_FACTS)}")
-
 
 def check_row(key: str, payloads: Mapping[str, memoryview], rows: Mapping[str, Any]) -> None:
     """Check one row.
@@ -27,7 +19,7 @@ def check_row(key: str, payloads: Mapping[str, memoryview], rows: Mapping[str, A
     Args:
         key: of the row, for the message.
         payloads: its members, suffix -> bytes.
-        rows: `source.rows` of the manifest, see check_facts.
+        rows: `source.rows` of the manifest.
 
     Raises:
         FormatError: a member is missing or has another shape, segments that don't fit the row, an id beyond the vocabulary.

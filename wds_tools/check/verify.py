@@ -16,19 +16,19 @@ from operator import lt
 from typing import Any
 
 import numpy as np
-import orjson
 
-from wds_tools.check.token_rows import check_facts, check_row
+from wds_tools.check.token_rows import check_row
 from wds_tools.dataset.index import Contents
 from wds_tools.dataset.read import ShardBytes, read_manifest
 from wds_tools.dataset.write import REJECTS
-from wds_tools.errors import DataError, StorageError, UsageError
+from wds_tools.errors import DataError, FormatError, StorageError, UsageError
 from wds_tools.format import manifest as manifests
 from wds_tools.format.index import SUFFIX, check_fresh, pack_index, unpack_index
-from wds_tools.format.manifest import Manifest, ShardRow
+from wds_tools.format.manifest import Manifest, ShardRow, hash_rejects
 from wds_tools.format.scan import Scan, scan_tar
 from wds_tools.format.schema import ANY_MEMBERS, Sample, validate
 from wds_tools.format.shard import sample_from_members
+from wds_tools.format.typed_json import read_json
 from wds_tools.run.local import Report, run_tasks
 from wds_tools.run.progress import Progress
 from wds_tools.storage import Store, open_store
@@ -36,6 +36,10 @@ from wds_tools.storage import Store, open_store
 _MAX_PROBLEMS_A_SHARD = 20
 _ENERGON_FOLDER, _ENERGON_SUFFIX = ".nv-meta/", ".idx"
 """What Megatron-Energon writes beside shards: no part of the data set, and no fault."""
+_UNPROTECTED = (
+    "manifest.json has no manifest_hash and no rejects_hash (an earlier release wrote it): damage to what it says of codes and "
+    "source, and to the texts in rejects/, can't be found",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +64,15 @@ class VerifyResult:
 
     manifest: Manifest
     problems: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    """What could not be checked."""
+
+
+@dataclass(frozen=True)
+class _Reject:
+    """What is counted of a line of rejects."""
+
+    reason: str
 
 
 @dataclass
@@ -98,7 +111,7 @@ def verify(config: VerifyConfig) -> VerifyResult:
         problems += _check_files(store, manifest)
     except StorageError as error:  # of a listing: what was found before is said all the same
         problems.append(str(error))
-    return VerifyResult(manifest=manifest, problems=tuple(problems))
+    return VerifyResult(manifest=manifest, problems=tuple(problems), notes=_UNPROTECTED if manifest.rejects_hash is None else ())
 
 
 @dataclass(frozen=True)
@@ -162,7 +175,6 @@ class _CheckShard:
         return contents if len(contents.text_chars) == len(scan.keys) else None
 
     def _check_rows(self, row: ShardRow, scan: Scan, tar: memoryview, report: _ShardReport, rows: Mapping[str, Any]) -> None:
-        check_facts(rows)
         for key, start, payloads in zip(scan.keys, scan.start.tolist(), scan.payloads(tar), strict=True):
             try:
                 check_row(key, payloads, rows)
@@ -237,17 +249,22 @@ def _check_files(store: Store, manifest: Manifest) -> Iterator[str]:
     shards = {row.name for row in manifest.shards}
     known = {manifests.NAME} | shards | {name + suffix for name in shards for suffix in (SUFFIX, _ENERGON_SUFFIX)}
     rejects: Counter[str] = Counter()
+    digests: dict[str, str] = {}
     for entry in store.list():
         if manifest.is_indexed and not entry.name.endswith((".tar", ".tar" + SUFFIX)):
             continue
         if entry.name.startswith(REJECTS):
             try:
-                rejects.update(orjson.loads(line)["reason"] for line in store.read(entry.name).splitlines())
-            except (orjson.JSONDecodeError, KeyError, TypeError):
-                yield f"{entry.name}: not a list of rejects"
-            except StorageError as error:
+                data = store.read(entry.name)
+                digests[entry.name] = hashlib.sha256(data).hexdigest()
+                rejects.update(
+                    read_json(_Reject, line, f"{entry.name}: not a list of rejects").reason for line in data.splitlines()
+                )
+            except (FormatError, StorageError) as error:
                 yield str(error)
         elif entry.name not in known and not entry.name.startswith(_ENERGON_FOLDER):
             yield f"{entry.name}: not in the manifest: left by something else, or by a run that was interrupted"
     if rejects != Counter(manifest.rejects):
         yield f"{REJECTS} lists {dict(rejects)}, the manifest counts {dict(manifest.rejects)}"
+    if manifest.rejects_hash not in (None, found := hash_rejects(digests)):
+        yield f"{REJECTS}: its files hash to {found}, the manifest says {manifest.rejects_hash}: they were changed or damaged"

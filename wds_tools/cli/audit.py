@@ -13,6 +13,7 @@ from wds_tools.cli.summary import Printed, print_json
 from wds_tools.errors import UsageError
 from wds_tools.run.progress import Progress
 from wds_tools.storage import join
+from wds_tools.terminal import say
 
 EXAMPLE = "wds-tools audit s3://bucket/run-7/receipts --complete"
 
@@ -68,8 +69,8 @@ def run(config: Config) -> int:
         return 0 if is_exact else 1
     lines = [line for one in epochs for line in _describe(one)]
     wrong = sum(not one.is_exact for one in epochs)
-    print("\n".join([*_describe_receipts(result, config), *lines, *(f"WRONG     {problem}" for problem in result.problems)]))
-    print("audit: all is well" if is_exact else f"audit: {wrong} epochs not exact, {len(result.problems)} wrong totals")
+    say(*_describe_receipts(result, config), *lines, *(f"WRONG     {problem}" for problem in result.problems))
+    say("audit: all is well" if is_exact else f"audit: {wrong} epochs not exact, {len(result.problems)} wrong totals")
     return 0 if is_exact else 1
 
 

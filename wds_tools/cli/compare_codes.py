@@ -8,6 +8,7 @@ import tyro
 
 from wds_tools.cli.summary import Printed, print_json
 from wds_tools.encode.compare import CompareConfig, compare_codes
+from wds_tools.terminal import say
 
 EXAMPLE = "wds-tools compare-codes pairs-fp32 pairs-bf16 --weights vqgan/"
 
@@ -44,5 +45,5 @@ def run(config: Config) -> int:
             facts[name] = f"{value:.2f} dB over {result.pictures:,} decoded pictures"
     width = max(map(len, facts))
     for name, fact in facts.items():
-        print(f"{name:<{width}}  {fact}")
+        say(f"{name:<{width}}  {fact}")
     return 0

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import tyro
 
 from wds_tools.cli import main
+from wds_tools.terminal import say
 
 EXAMPLE = "wds-tools completion bash > ~/.local/share/bash-completion/completions/wds-tools"
 _POSITIONAL = typing.get_args(tyro.conf.Positional[str])[1]
@@ -34,11 +35,13 @@ def run(config: Config) -> int:
     commands = {" ".join(words): _options(module) for words, (module, _) in main.COMMANDS.items()}
     match config.shell:
         case "bash":
-            print(_BASH.format(**_bash(commands)))
+            say(*_BASH.format(**_bash(commands)).splitlines())
         case "zsh":
-            print("#compdef wds-tools\nautoload -U +X bashcompinit && bashcompinit\n" + _BASH.format(**_bash(commands)))
+            say(
+                "#compdef wds-tools", "autoload -U +X bashcompinit && bashcompinit", *_BASH.format(**_bash(commands)).splitlines()
+            )
         case "fish":
-            print("\n".join(_fish(commands)))
+            say(*_fish(commands))
     return 0
 
 

@@ -24,6 +24,7 @@ from wds_tools.encode.devices import describe_devices
 from wds_tools.errors import WdsToolsError
 from wds_tools.format import manifest as manifests
 from wds_tools.storage import Store, open_store, redact
+from wds_tools.terminal import say
 
 EXAMPLE = "wds-tools doctor s3://bucket/pairs"
 _VARIABLES = re.compile(r"(AWS|GOOGLE|AZURE|WDS_TOOLS|HF|OMP|NCCL|CUDA|RAY)_\w+|RANK|WORLD_SIZE|LOCAL_RANK|TMPDIR")
@@ -60,8 +61,8 @@ def run(config: Config) -> int:
         return 1 if problems else 0
     width = max(len(fact.name) for fact in facts)
     for fact in facts:
-        print(f"{fact.name:<{width}}  {'' if fact.is_fine else 'WRONG: '}{fact.text}")
-    print(f"doctor: {len(problems)} problems" if problems else "doctor: all is well")
+        say(f"{fact.name:<{width}}  {'' if fact.is_fine else 'WRONG: '}{fact.text}")
+    say(f"doctor: {len(problems)} problems" if problems else "doctor: all is well")
     return 1 if problems else 0
 
 

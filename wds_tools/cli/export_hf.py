@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 
 from wds_tools.cli.summary import Printed, print_json
 from wds_tools.export.hf import ExportConfig, export_hf
+from wds_tools.terminal import say
 
 EXAMPLE = "wds-tools export hf --input s3://bucket/pairs s3://bucket/dclm --output liquid-data --num-shards 256"
 
@@ -23,6 +24,7 @@ def run(config: Config) -> int:
         return 0
     kinds = ", ".join(f"{count:,} {name}" for name, count in sorted(summary.data_types.items()))
     how = "datasets.load_from_disk" if config.format == "arrow" else 'load_dataset("parquet", ...)'
-    pushed = "" if summary.pushed is None else f"\npushed     {summary.pushed:,} files to hf://datasets/{config.push_to_hub}"
-    print(f"exported   {config.output}\nrows       {summary.rows:,} ({kinds})\nfiles      {summary.files:,}, for {how}{pushed}")
+    say(f"exported   {config.output}", f"rows       {summary.rows:,} ({kinds})", f"files      {summary.files:,}, for {how}")
+    if summary.pushed is not None:
+        say(f"pushed     {summary.pushed:,} files to hf://datasets/{config.push_to_hub}")
     return 0

@@ -12,6 +12,7 @@ from wds_tools.dataset.index import index_tars, rebuild_indices
 from wds_tools.errors import UsageError
 from wds_tools.format import manifest as manifests
 from wds_tools.storage import open_store
+from wds_tools.terminal import say
 
 EXAMPLE = "wds-tools index s3://bucket/tars --workers 8"
 
@@ -43,9 +44,9 @@ def run(config: Config) -> int:
         return 0
     elapsed_s = time.monotonic() - begun
     what = f"rebuilt {len(manifest.shards):,} index files" if is_set else f"indexed {len(manifest.shards):,} tars"
-    print(
+    say(
         f"index: {what} of {config.input}: {manifest.samples:,} samples, {manifest.bytes / 1e6:,.1f} MB, "
         f"{manifest.samples / elapsed_s:,.0f} samples/s"
     )
-    print(f"schema: {describe_samples(manifest)}")
+    say(f"schema: {describe_samples(manifest)}")
     return 0

@@ -21,6 +21,7 @@ from typing import Any
 import tyro
 
 from wds_tools.errors import UsageError, WdsToolsError
+from wds_tools.terminal import say
 
 COMMANDS = {
     ("convert", "image-pairs"): ("convert_image_pairs", "image-caption pairs (jsonl) to shards"),
@@ -67,12 +68,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except WdsToolsError as error:
-        print("wds-tools:", " ".join(map(str.strip, str(error).splitlines())), file=sys.stderr)  # a library may say more
+        say(f"wds-tools: {' '.join(map(str.strip, str(error).splitlines()))}", error=True)  # a library may say more
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
         can_resume = hasattr(config, "resume")
         how = "finished shards are kept, run again with --resume" if can_resume else "run the same command again"
-        print(f"wds-tools: interrupted; {how}", file=sys.stderr)
+        say(f"wds-tools: interrupted; {how}", error=True)
         return 130
     return status
 
@@ -140,7 +141,7 @@ def _no_command(args: list[str]) -> int:
     if args and args[0] == "--version":
         from wds_tools import __version__
 
-        print(f"wds-tools {__version__}")
+        say(f"wds-tools {__version__}")
         return 0
     if not asked:
         known = sorted({" ".join(words) for words in COMMANDS})
@@ -150,7 +151,7 @@ def _no_command(args: list[str]) -> int:
         close = close or difflib.get_close_matches(args[0], () if group else known, 1)
         meant = f"did you mean {close[0]}? " if close else ""
         lines = [f"wds-tools: unknown command {' '.join(args[:2])!r}: {meant}The commands are {', '.join(known)}"]
-    print("\n".join(lines), file=sys.stdout if asked else sys.stderr)
+    say(*lines, error=not asked)
     return 0 if asked else 2
 
 

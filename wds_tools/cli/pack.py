@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from wds_tools.cli.summary import Printed, data_set_record, print_data_set, print_json
 from wds_tools.pack.rows import PackConfig, pack
+from wds_tools.terminal import say
 
 EXAMPLE = "wds-tools pack --input s3://bucket/pairs s3://bucket/dclm --tokenizer tok/ --seq-len 4096 --output s3://bucket/rows"
 
@@ -24,7 +25,7 @@ def run(config: Config) -> int:
         return 0
     print_data_set(config.output, manifest)
     total = manifest.samples * rows["length"]
-    print(
+    say(
         f"tokens       {counts.get('tokens', 0):,} of {counts.get('samples', 0):,} samples, {counts.get('shortened', 0):,} with "
         f"a shortened text; padding {counts.get('padding', 0) / max(total, 1):.2%}; the model needs vocab_size >= "
         f"{rows['vocabulary_size']:,}"

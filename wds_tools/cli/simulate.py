@@ -14,6 +14,7 @@ from loaders.simulate import Simulation, imagined_source, simulate
 from loaders.stream import open_source
 from wds_tools.cli.summary import Printed, print_json
 from wds_tools.errors import UsageError
+from wds_tools.terminal import say
 
 EXAMPLE = "wds-tools simulate --samples 10e9 --sample-bytes 4100 --batch-size 4096 --world 512 --workers 4"
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
@@ -77,13 +78,12 @@ def run(config: Config) -> int:
     if config.samples is None:
         opened = [open_source(source) for source in sources]
     else:
-        opened = [imagined_source(int(config.samples), config.sample_bytes, config.shard_samples)]
+        opened = [imagined_source(config.samples, config.sample_bytes, config.shard_samples)]
     result = simulate(opened, settings, config.world, as_remote=config.remote)
     if config.json:
         print_json(asdict(result))
     else:
-        facts = list(_describe(result, config))
-        print("\n".join(f"{name:<12}{fact}" for name, fact in facts))
+        say(*(f"{name:<12}{fact}" for name, fact in _describe(result, config)))
     return 0
 
 

@@ -14,6 +14,7 @@ from wds_tools.check.stats import Stats, StatsConfig, stats
 from wds_tools.cli.summary import Printed, print_data_set, print_json
 from wds_tools.storage import open_store, split_url
 from wds_tools.storage.place import check_apart
+from wds_tools.terminal import say
 
 EXAMPLE = "wds-tools stats s3://bucket/pairs --workers 8 --html report.html"
 _SPARKS = " ▁▂▃▄▅▆▇█"
@@ -42,10 +43,9 @@ def run(config: Config) -> int:
         print_json(to_json(result))
         return 0
     print_data_set(config.input, result.manifest)
-    print()
-    print("\n".join(_describe(result)))
+    say("", *_describe(result))
     if config.html is not None:
-        print(f"\nreport: {config.html}")
+        say("", f"report: {config.html}")
     return 0
 
 

@@ -11,6 +11,7 @@ import orjson
 from wds_tools.dataset.write import REJECTS
 from wds_tools.format.manifest import Manifest
 from wds_tools.format.schema import ANY_MEMBERS
+from wds_tools.terminal import say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +24,7 @@ class Printed:
 
 def print_json(record: Mapping[str, Any]) -> None:
     """One object on standard output, indented."""
-    print(orjson.dumps(record, option=orjson.OPT_INDENT_2).decode())
+    say(*orjson.dumps(record, option=orjson.OPT_INDENT_2).decode().split("\n"))
 
 
 def data_set_record(url: str, manifest: Manifest) -> dict[str, Any]:
@@ -66,7 +67,7 @@ def print_data_set(url: str, manifest: Manifest, *, json: bool = False) -> None:
         facts["fingerprint"] = manifest.fingerprint()
     width = max(map(len, facts))
     for name, fact in facts.items():
-        print(f"{name:<{width}}  {fact}")
+        say(f"{name:<{width}}  {fact}")
 
 
 def describe_samples(manifest: Manifest) -> str:

@@ -8,6 +8,7 @@ import tyro
 
 from wds_tools.check.verify import VerifyConfig, verify
 from wds_tools.cli.summary import Printed, data_set_record, print_data_set, print_json
+from wds_tools.terminal import say
 
 EXAMPLE = "wds-tools verify s3://bucket/pairs --workers 8"
 
@@ -24,10 +25,12 @@ def run(config: Config) -> int:
     """Check, and list what is wrong."""
     result = verify(config)
     if config.json:
-        print_json({**data_set_record(config.input, result.manifest), "problems": result.problems})
+        print_json({**data_set_record(config.input, result.manifest), "problems": result.problems, "notes": result.notes})
         return 1 if result.problems else 0
     print_data_set(config.input, result.manifest)
     for problem in result.problems:
-        print(f"WRONG  {problem}")
-    print(f"verify: {len(result.problems)} problems" if result.problems else "verify: all is well")
+        say(f"WRONG  {problem}")
+    for note in result.notes:
+        say(f"NOTE   {note}")
+    say(f"verify: {len(result.problems)} problems" if result.problems else "verify: all is well")
     return 1 if result.problems else 0

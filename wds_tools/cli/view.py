@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import tyro
 
 from wds_tools.check.view.server import ViewConfig, ViewServer
+from wds_tools.terminal import say
 
 EXAMPLE = "wds-tools view s3://bucket/pairs --open"
 
@@ -27,14 +28,14 @@ class Config(ViewConfig):
 def run(config: Config) -> int:
     """Serve the page until Ctrl-C."""
     server = ViewServer(config)
-    print(f"view: {config.input} at {server.url} (Ctrl-C ends)", flush=True)
+    say(f"view: {config.input} at {server.url} (Ctrl-C ends)")
     if config.open:
         threading.Thread(target=webbrowser.open, args=(server.url,), daemon=True).start()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does, with what it has started
     try:
         server.serve_forever()
     except KeyboardInterrupt:
-        print()
+        say("")
     finally:
         server.server_close()
     return 0

@@ -12,6 +12,7 @@ from wds_tools.sequences.config import SequenceConfig
 from wds_tools.sequences.tokenizer import TextTokenizer
 from wds_tools.sequences.vocabulary import add_tokens
 from wds_tools.storage.place import check_apart
+from wds_tools.terminal import say
 
 EXAMPLE = "wds-tools vocabulary gemma/ --output gemma-images/ --codebook-size 8192"
 
@@ -56,13 +57,13 @@ def run(config: Config) -> int:
         return 1 if None in ids.values() else 0
     for role in ("bos_token", "eos_token"):
         name = tokenizer.named(role)
-        print(f"{role:<18}{f'{name} {tokenizer.id_of(name)}' if name else 'not named: give bos=, eos= to say which'}")
+        say(f"{role:<18}{f'{name} {tokenizer.id_of(name)}' if name else 'not named: give bos=, eos= to say which'}")
     for name, number in ids.items():
-        print(f"{name:<18}{'missing: --output DIR makes a copy that has it' if number is None else number}")
-    print(f"{'text vocabulary':<18}{tokenizer.num_tokens:,}")
+        say(f"{name:<18}{'missing: --output DIR makes a copy that has it' if number is None else number}")
+    say(f"{'text vocabulary':<18}{tokenizer.num_tokens:,}")
     if config.codebook_size is not None:
         size = tokenizer.num_tokens + config.codebook_size
-        print(f"{'image codes':<18}{tokenizer.num_tokens:,} ... {size - 1:,}")
+        say(f"{'image codes':<18}{tokenizer.num_tokens:,} ... {size - 1:,}")
         rounded = -(-size // config.multiple) * config.multiple
-        print(f"{'vocab_size':<18}{size:,} at least, {rounded:,} as a multiple of {config.multiple}")
+        say(f"{'vocab_size':<18}{size:,} at least, {rounded:,} as a multiple of {config.multiple}")
     return 1 if None in ids.values() else 0

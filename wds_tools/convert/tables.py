@@ -13,22 +13,33 @@ from __future__ import annotations
 import io
 import posixpath
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
-
-import orjson
 
 from wds_tools.convert.lines import InputFile, Line, expand_inputs
 from wds_tools.dataset.write import REJECTS
 from wds_tools.errors import FormatError, MissingPackage, NotFound, Reject, StorageError, UsageError
+from wds_tools.format.typed_json import read_json, shape
 from wds_tools.storage import Store, join, open_store, split_url
 
 ARROW, JSONL, PARQUET = ".arrow", ".jsonl", ".parquet"
 _STATE, _SPLITS = "state.json", "dataset_dict.json"
+_NOT_SAVED = "is not what save_to_disk writes"
 _BATCH_ROWS = 1000
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 _PARQUET_MAGIC = b"PAR1"
 _LEAST_PARQUET_BYTES = 200
 """Any Parquet file with these columns is larger; what is smaller is looked into."""
+
+
+@dataclass(frozen=True)
+class _Splits:
+    splits: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _File:
+    filename: str
 
 
 class TableRow(NamedTuple):
@@ -58,9 +69,10 @@ def files_at(url: str) -> Iterator[InputFile]:
     entries = {entry.name: entry for entry in open_store(url).list()}
     for name in entries:
         if posixpath.basename(name) == _SPLITS:
-            splits = orjson.loads(open_store(url).read(name)).get("splits", [])
+            splits = read_json(_Splits, open_store(url).read(name), f"{join(url, name)} {_NOT_SAVED}").splits
             folder = join(url, posixpath.dirname(name)).rstrip("/")
-            raise UsageError(f"{folder} holds the splits {', '.join(splits)}: name those that you want, as {folder}/{splits[0]}")
+            example = f"{folder}/{(*splits, 'SPLIT')[0]}"
+            raise UsageError(f"{folder} holds the splits {', '.join(splits)}: name those that you want, as {example}")
     names = [name for name in entries if name.endswith((JSONL, PARQUET)) and REJECTS not in name]
     for name in entries:
         if posixpath.basename(name) == _STATE:
@@ -112,14 +124,11 @@ def _check_finished(files: list[InputFile]) -> None:
 
 def _data_files(url: str, state_name: str) -> list[str]:
     where = join(url, state_name)
-    try:
-        state = orjson.loads(open_store(url).read(state_name))
-        names = [file["filename"] for file in state["_data_files"]]
-    except (orjson.JSONDecodeError, KeyError, TypeError) as error:
-        raise FormatError(f"{where} is not what save_to_disk writes: {error}") from error
+    state = read_json(dict[str, Any], open_store(url).read(state_name), f"{where} {_NOT_SAVED}")
+    files = shape(list[_File], state.get("_data_files"), f"{where} {_NOT_SAVED}: _data_files")
     if state.get("_indices_data_files"):
         raise UsageError(f"{where}: its rows are reordered by an indices file: `.flatten_indices()` and save it again")
-    return [posixpath.join(posixpath.dirname(state_name), name) for name in names]
+    return [posixpath.join(posixpath.dirname(state_name), file.filename) for file in files]
 
 
 def _arrow_rows(url: str, size: int) -> Iterator[TableRow]:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import os
 import re
 import socket
-import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -26,8 +25,10 @@ from typing import Any, Self
 
 import orjson
 
-from wds_tools.errors import NotFound, StorageError, UsageError
+from wds_tools.errors import FormatError, NotFound, StorageError, UsageError
+from wds_tools.format.typed_json import read_json
 from wds_tools.storage import Store
+from wds_tools.terminal import say
 
 PREFIX = "_work/run-"
 BEAT_S = 60.0
@@ -161,11 +162,10 @@ class Claim:
                 return
             if not (is_told or self._facts["is_held"]):
                 is_told = True
-                print(
+                say(
                     f"wds-tools: {self._store.url} was claimed by {_who(rivals[next(iter(waiting))])}: "
                     f"waiting up to {PATIENCE_S:g} s to see whether that run is alive",
-                    file=sys.stderr,
-                    flush=True,
+                    error=True,
                 )
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, _LOOK_EVERY_S, PATIENCE_S / 10)
@@ -203,10 +203,9 @@ def _who(claim: bytes | None) -> str:
 
 def _facts(claim: bytes) -> dict[str, Any]:
     try:
-        facts = orjson.loads(claim)
-    except orjson.JSONDecodeError:
+        return read_json(dict[str, Any], claim, "not a claim")
+    except FormatError:
         return {}
-    return facts if isinstance(facts, dict) else {}
 
 
 def _process(pid: int) -> list[str] | None:

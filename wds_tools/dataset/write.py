@@ -14,13 +14,13 @@ Invariant: a task's inputs, counted by whoever reads them, are its samples + rej
 
 from __future__ import annotations
 
+import hashlib
 import re
-import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import orjson
 
@@ -29,15 +29,18 @@ from wds_tools.dataset.files import Written, find_changed, written
 from wds_tools.errors import FormatError, NotFound, Reject, UsageError
 from wds_tools.format import manifest as manifests
 from wds_tools.format.index import SUFFIX, ShardIndex, pack_index
-from wds_tools.format.manifest import Manifest, ShardRow, pack_manifest, row_from_json
+from wds_tools.format.manifest import Manifest, ShardRow, hash_rejects, pack_manifest
 from wds_tools.format.schema import SCHEMA_VERSION, Sample
 from wds_tools.format.shard import ShardBuilder
+from wds_tools.format.typed_json import Count, read_json
 from wds_tools.storage import Store, Writer
+from wds_tools.terminal import say
 
 WORK = "_work/"
 PLAN = WORK + "plan.json"
 REJECTS = "rejects/"
 _PARALLEL_READS = 16
+_NOT_OURS = "damaged, or written by another release: start anew with --overwrite"
 _TASKS = WORK + "task-"
 _OURS = re.compile(r"shard-\d{6,}-\d{4,}\.tar(\.index)?|rejects/task-\d{6,}\.jsonl|_work/(plan|task-\d{6,})\.json")
 """The files of a data set, but for the manifest and claims. Only these are ever removed."""
@@ -61,16 +64,29 @@ class ShardLimits:
 class TaskResult:
     """What became of one task."""
 
-    task: int
-    inputs: int
+    task: Count
+    inputs: Count
     """Records read."""
     shards: tuple[ShardRow, ...]
-    rejects: Mapping[str, int]
+    rejects: Mapping[str, Count]
     """By reason."""
     files: Mapping[str, Written]
     """All that was published: shards, indices, rejects."""
-    counts: Mapping[str, int] = field(default_factory=dict)
+    rejects_sha256: str
+    """Of the file of rejects, hexadecimal; "" if there is none."""
+    counts: Mapping[str, Count] = field(default_factory=dict)
     """What else the work counted: TaskWriter.count."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """What `begin` writes down."""
+
+    plan: Mapping[str, Any]
+    parts: Count
+    codes: Mapping[str, Mapping[str, Any]]
+    source: Mapping[str, Any]
+    schema_version: Literal[0, 1]
 
 
 class TaskWriter:
@@ -161,14 +177,16 @@ class TaskWriter:
             )
         self._close_shard()
         self._wait_for_publication()
-        if self._reject_lines:
-            self._put(f"{REJECTS}task-{self.task:06d}.jsonl", b"\n".join(self._reject_lines) + b"\n")
+        rejects = b"".join(line + b"\n" for line in self._reject_lines)
+        if rejects:
+            self._put(_rejects_name(self.task), rejects)
         result = TaskResult(
             task=self.task,
             inputs=inputs,
             shards=tuple(self._shards),
             rejects=dict(sorted(self._rejects.items())),
             files=self._files,
+            rejects_sha256=hashlib.sha256(rejects).hexdigest() if rejects else "",
             counts=dict(sorted(self._counts.items())),
         )
         self._store.put(_marker(self.task), orjson.dumps(asdict(result)))
@@ -285,20 +303,22 @@ def read_begun(store: Store) -> dict[str, Any]:
         FormatError: it was, by another release.
     """
     try:
-        begun = orjson.loads(store.read(PLAN))
+        data = store.read(PLAN)
     except NotFound as error:
         raise NotFound(f"{store.url} holds no unfinished data set: there is no {PLAN}") from error
-    if not isinstance(begun, dict) or set(begun) != {"plan", "parts", "codes", "source", "schema_version"}:
-        raise FormatError(f"{store.url}/{PLAN} was written by another release: start anew with --overwrite")
-    return begun
+    return vars(read_json(_Plan, data, f"{store.url}/{PLAN}: {_NOT_OURS}"))
 
 
 def done_tasks(store: Store) -> dict[int, TaskResult]:
     """The tasks that an earlier run finished, by number."""
     names = [entry.name for entry in store.list(_TASKS)]
     with ThreadPoolExecutor(_PARALLEL_READS) as pool:
-        results = [_result_from_json(data) for data in pool.map(store.read, names)]
-    return {result.task: result for result in results}
+        read = zip(names, pool.map(store.read, names), strict=True)
+        results = {name: read_json(TaskResult, data, f"{store.url}/{name}: {_NOT_OURS}") for name, data in read}
+    for name, result in results.items():
+        if name != _marker(result.task):
+            raise FormatError(f"{store.url}/{name}: it is of task {result.task}: {_NOT_OURS}")
+    return {result.task: result for result in results.values()}
 
 
 def sound_tasks(
@@ -315,11 +335,10 @@ def sound_tasks(
     for task in again:
         store.delete(_marker(task))
     if again:
-        print(
+        say(
             f"wds-tools: {store.url}: {len(again)} finished tasks are done again, since their files are not what they wrote: "
             f"{_few(f'{name} {what}' for name, what in changed.items())}",
-            file=sys.stderr,
-            flush=True,
+            error=True,
         )
     return {task: result for task, result in results.items() if task not in again}
 
@@ -403,6 +422,7 @@ def manifest_of(
         shards=shards,
         inputs=sum(result.inputs for result in results),
         rejects=dict(sorted(rejects.items())),
+        rejects_hash=hash_rejects({_rejects_name(one.task): one.rejects_sha256 for one in results if one.rejects_sha256}),
         codes={column: provenance for column, provenance in codes.items() if f"{column}.npy" in members},
         source={**source, "counts": dict(sorted(counts.items()))} if counts else source,
         schema_version=schema_version,
@@ -448,13 +468,10 @@ def _has_manifest(store: Store) -> bool:
     """
     if not store.exists(manifests.NAME):
         return False
-    try:
-        record = orjson.loads(store.read(manifests.NAME))
-        is_ours = record["format"] == manifests.FORMAT
-    except (orjson.JSONDecodeError, KeyError, TypeError):
-        is_ours = False
-    if not is_ours:
-        raise UsageError(f"{store.url}/{manifests.NAME} is not a manifest of this project: choose another output")
+    what = f"{store.url}/{manifests.NAME} is not a manifest of this project: choose another output"
+    record = read_json(dict[str, Any], store.read(manifests.NAME), what, UsageError)
+    if record.get("format") != manifests.FORMAT:
+        raise UsageError(what)
     source = record.get("source")
     if isinstance(source, dict) and source.get("command") == manifests.INDEX_COMMAND:
         raise UsageError(f"{store.url} holds tars that were indexed where they lay, not made here: choose another output")
@@ -470,11 +487,8 @@ def _marker(task: int) -> str:
     return f"{_TASKS}{task:06d}.json"
 
 
-def _result_from_json(data: bytes) -> TaskResult:
-    record = orjson.loads(data)
-    shards = tuple(row_from_json(row) for row in record["shards"])
-    files = {name: Written(**file) for name, file in record["files"].items()}
-    return TaskResult(**{**record, "shards": shards, "files": files})
+def _rejects_name(task: int) -> str:
+    return f"{REJECTS}task-{task:06d}.jsonl"
 
 
 def _check_same_plan(store: Store, found: Any, plan: Mapping[str, Any]) -> None:

@@ -18,7 +18,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -48,6 +47,7 @@ from wds_tools.storage import LocalStore, Store, open_store
 from wds_tools.storage.base import TEMP_FOLDER, split_scheme
 from wds_tools.storage.local import translate
 from wds_tools.storage.place import check_apart
+from wds_tools.terminal import say
 
 BUCKET_BYTES = 64 << 20
 """The shuffle sorts about this much at a time in memory."""
@@ -236,7 +236,7 @@ def _is_complete(store: Store, config: ExportConfig, page: bytes, names: Sequenc
     except (orjson.JSONDecodeError, AttributeError, TypeError, ValueError):
         changed = {FILES: "is not what an export writes"}
     for name, what in islice(changed.items(), 1):
-        print(f"wds-tools: {store.url}: {name} {what}: the export is made again", file=sys.stderr, flush=True)
+        say(f"wds-tools: {store.url}: {name} {what}: the export is made again", error=True)
     return not changed
 
 

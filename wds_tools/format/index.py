@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from array import array
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import orjson
@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 
 from wds_tools.errors import FormatError
 from wds_tools.format.tar import BLOCK
+from wds_tools.format.typed_json import Count, read_json, shape
 
 INDEX_VERSION = 1
 SUFFIX = ".index"
@@ -215,6 +216,25 @@ def check_fresh(index: ShardIndex, *, samples: int, tar_bytes: int, xxh128: str,
         )
 
 
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """A column as safetensors describes it."""
+
+    dtype: Literal["U32", "U64"]
+    shape: tuple[Count, ...]
+    data_offsets: tuple[Count, Count]
+
+
+@dataclass(frozen=True, slots=True)
+class _Head:
+    """The metadata of an index."""
+
+    version: int
+    members: tuple[str, ...]
+    tar_bytes: Count
+    tar_xxh128: str
+
+
 class _Column(NamedTuple):
     """One array in an index file."""
 
@@ -231,11 +251,10 @@ class _Column(NamedTuple):
 def _read(data: bytes | memoryview, first: int, last: int | None, name: str) -> ShardIndex:
     try:
         columns, metadata = _parse(data)
-        head = orjson.loads(metadata["wds_tools_index"])
-        version = head["version"]
-        if version != INDEX_VERSION:
-            raise FormatError(f"index version {version}, this release reads {INDEX_VERSION}")
-        samples, num_members = columns["crc32"].shape[0], len(head["members"])
+        head = read_json(_Head, metadata["wds_tools_index"], "not an index: its metadata")
+        if head.version != INDEX_VERSION:
+            raise FormatError(f"index version {head.version}, this release reads {INDEX_VERSION}")
+        samples, num_members = columns["crc32"].shape[0], len(head.members)
         shapes = dict.fromkeys(_COLUMNS, (samples,)) | dict.fromkeys(("lengths", "offsets"), (samples, num_members))
         if any(column.shape != shapes[field] for field, column in columns.items()):
             raise FormatError("its columns disagree on the number of samples or members")
@@ -249,17 +268,17 @@ def _read(data: bytes | memoryview, first: int, last: int | None, name: str) -> 
             begin = int(_member_bytes(columns["lengths"].rows(data, 0, first)).sum())
             arrays |= _layout(arrays["lengths"], begin)
         index = ShardIndex(
-            members=tuple(head["members"]),
+            members=head.members,
             samples=samples,
-            tar_bytes=head["tar_bytes"],
-            tar_xxh128=head["tar_xxh128"],
+            tar_bytes=head.tar_bytes,
+            tar_xxh128=head.tar_xxh128,
             **{field: arrays[field] for field in _COLUMNS},
         )
         _check(index)
     except FormatError as error:
         raise FormatError(f"{name}: {error}: rebuild it with `wds-tools index`") from None
-    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
-        raise FormatError(f"{name}: not an index ({error}): rebuild it with `wds-tools index`") from error
+    except (KeyError, IndexError) as error:
+        raise FormatError(f"{name}: not an index (no {error}): rebuild it with `wds-tools index`") from error
     return index
 
 
@@ -271,17 +290,16 @@ def _parse(data: bytes | memoryview) -> tuple[dict[str, _Column], dict[str, str]
     begin = 8 + int.from_bytes(data[:8], "little")
     if begin > len(data):
         raise FormatError(f"not an index: its head ends at byte {begin}, the file at {len(data)}")
-    head = orjson.loads(data[8:begin])
-    metadata = head.pop("__metadata__")
+    head = read_json(dict[str, Any], data[8:begin], "not an index: its head")
+    metadata = shape(dict[str, str], head.pop("__metadata__"), "not an index: its metadata")
     columns = {}
     at = begin
-    for name, entry in sorted(head.items(), key=lambda item: item[1]["data_offsets"]):
-        dtype, shape, (first, last) = _DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-        if not all(type(count) is int and count >= 0 for count in (first, last, *shape)):
-            raise FormatError(f"not an index: {name} has the shape {shape} at bytes {first} to {last}")
-        if begin + first != at or last - first != math.prod(shape) * dtype.itemsize:
+    entries = shape(dict[str, _Entry], head, "not an index: its head")
+    for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
+        dtype, (first, last) = _DTYPES[entry.dtype], entry.data_offsets
+        if begin + first != at or last - first != math.prod(entry.shape) * dtype.itemsize:
             raise FormatError(f"not an index: {name} does not fill its place, bytes {first} to {last}")
-        columns[name] = _Column(at, dtype, tuple(shape))
+        columns[name] = _Column(at, dtype, entry.shape)
         at = begin + last
     if at != len(data):
         raise FormatError(f"not an index: its columns end at byte {at}, the file at {len(data)}")
@@ -291,9 +309,7 @@ def _parse(data: bytes | memoryview) -> tuple[dict[str, _Column], dict[str, str]
 def _check(index: ShardIndex) -> None:
     """Raise FormatError for what is impossible. Differences are taken of what was compared: nothing wraps around."""
     members, tar_bytes, lengths = index.members, index.tar_bytes, index.lengths
-    if type(tar_bytes) is not int or not 0 <= tar_bytes < 1 << 63 or type(index.tar_xxh128) is not str:
-        raise FormatError(f"its tar has the size {tar_bytes!r} and the hash {index.tar_xxh128!r}")
-    if not all(type(member) is str for member in members) or len(set(members)) < len(members):
+    if len(set(members)) < len(members):
         raise FormatError(f"its members are {members!r}: expected different names")
     start, size = index.start.astype(np.uint64), index.size.astype(np.uint64)
     beyond = (start > tar_bytes) | (size > tar_bytes - np.minimum(start, tar_bytes))

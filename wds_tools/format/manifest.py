@@ -3,7 +3,8 @@
 `manifest.json` is written last; its existence means that the data set is complete. `fingerprint()` hashes what training
 depends on (schema version, shard names, sample counts and content hashes, in order) and nothing else, so a data set that was
 copied elsewhere keeps it and one that was changed does not.
-Invariant: inputs = samples + rejects. Cost: about 250 bytes a shard.
+`manifest_hash` is over the file itself, with its own 64 digits as zeros; `rejects_hash` over the files of rejects.
+Invariant: inputs = samples + rejects; what is packed can be unpacked. Cost: about 250 bytes a shard.
 """
 
 from __future__ import annotations
@@ -13,18 +14,23 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import orjson
 
 from wds_tools.errors import FormatError
 from wds_tools.format.schema import ANY_MEMBERS, SCHEMA_VERSION
+from wds_tools.format.typed_json import Count, read_json, shape
 
 NAME = "manifest.json"
 FORMAT = "wds-tools"
 INDEX_COMMAND = "index"
 """As `source["command"]`: see Manifest.is_indexed."""
 _XXH128 = re.compile("[0-9a-f]{32}")
+_NO_HASH = "0" * 64
+_OWN_HASH = re.compile(rb'"manifest_hash":\s*"sha256:([0-9a-f]{64})"')
+_LEAST_SAMPLE_BYTES = 512
+"""In a tar: one header."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,17 +39,34 @@ class ShardRow:
 
     name: str
     """File name relative to the data set, such as "shard-000000-0000.tar"."""
-    samples: int
-    bytes: int
+    samples: Annotated[int, range(1 << 32)]
+    bytes: Count
     """Size of the tar."""
     xxh128: str
     """XXH3-128 of the tar's bytes, as `xxh128sum` prints it."""
     members: tuple[str, ...]
     """Suffixes that its samples have, in file order."""
-    data_types: Mapping[str, int]
+    data_types: Mapping[str, Count]
     """Samples by data type."""
-    text_chars: int
-    num_codes: int
+    text_chars: Count
+    num_codes: Count
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenRows:
+    """What the manifest says of rows of tokens."""
+
+    length: Annotated[int, range(1, 1 << 31)]
+    """Tokens of a row."""
+    vocabulary_size: Annotated[int, range(1, 1 << 32)]
+    text_size: Count
+    """Ids of the text tokenizer."""
+
+
+def hash_rejects(digests: Mapping[str, str]) -> str:
+    """ "sha256:<hex>" over the files of rejects, name -> SHA-256 of the bytes: that of the lines which `sha256sum` prints."""
+    lines = "".join(f"{digests[name]}  {name}\n" for name in sorted(digests))
+    return f"sha256:{hashlib.sha256(lines.encode()).hexdigest()}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +84,8 @@ class Manifest:
     """What made it: command, settings, input files; for a pass over a data set, that one's fingerprint and own source."""
     schema_version: int = SCHEMA_VERSION
     """Of its samples; ANY_MEMBERS if they are WebDataset samples of other kinds: then nothing is counted but them."""
+    rejects_hash: str | None = hash_rejects({})
+    """See hash_rejects. None: an earlier release wrote the manifest, and no hash protects it or the rejects."""
 
     @property
     def samples(self) -> int:
@@ -94,8 +119,7 @@ class Manifest:
     @property
     def token_rows(self) -> Mapping[str, Any] | None:
         """Length, vocabulary_size and text_size of rows of tokens, which `wds-tools pack` made; None for samples."""
-        rows = self.source.get("rows")
-        return rows if isinstance(rows, Mapping) and self.schema_version == ANY_MEMBERS else None
+        return self.source.get("rows") if self.schema_version == ANY_MEMBERS else None
 
     def fingerprint(self) -> str:
         """ "sha256:<hex>" over what training depends on."""
@@ -105,15 +129,54 @@ class Manifest:
         return f"sha256:{digest.hexdigest()}"
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Document:
+    """The fields of manifest.json."""
+
+    format: Literal["wds-tools"]
+    schema_version: Literal[0, 1]
+    fingerprint: str
+    inputs: Count
+    samples: int
+    bytes: int
+    data_types: Mapping[str, Count]
+    rejects: Mapping[str, Count]
+    codes: Mapping[str, Mapping[str, Any]]
+    source: Mapping[str, Any]
+    shards: tuple[ShardRow, ...]
+    manifest_hash: str | None = None
+    rejects_hash: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Source:
+    """The fields of `source` that are read again."""
+
+    command: str = ""
+    part: str = ""
+    plan: Mapping[str, Any] = field(default_factory=dict)
+    counts: Mapping[str, Count] = field(default_factory=dict)
+    inputs: tuple[Mapping[str, Any], ...] = ()
+    rows: TokenRows | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Codes:
+    """The field of a column's provenance that is counted with."""
+
+    codebook_size: Annotated[int, range(1, (1 << 32) + 1)] | None = None
+
+
 def pack_manifest(manifest: Manifest) -> bytes:
     """The bytes of manifest.json: indented, keys in a fixed order.
 
     Raises:
-        FormatError: inputs are not samples + rejects, or a value is impossible (see check_counts).
+        FormatError: they could not be read again: see unpack_manifest.
     """
-    check_counts(manifest)
+    hashes = {} if manifest.rejects_hash is None else {"manifest_hash": f"sha256:{_NO_HASH}"}
     record = {
         "format": FORMAT,
+        **hashes,
         "schema_version": manifest.schema_version,
         "fingerprint": manifest.fingerprint(),
         "inputs": manifest.inputs,
@@ -121,73 +184,66 @@ def pack_manifest(manifest: Manifest) -> bytes:
         "bytes": manifest.bytes,
         "data_types": manifest.data_types,
         "rejects": dict(sorted(manifest.rejects.items())),
+        **({"rejects_hash": manifest.rejects_hash} if hashes else {}),
         "codes": manifest.codes,
         "source": manifest.source,
         "shards": [asdict(row) for row in manifest.shards],
     }
-    return orjson.dumps(record, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
+    data = orjson.dumps(record, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
+    if hashes:
+        data = data.replace(_NO_HASH.encode(), hashlib.sha256(data).hexdigest().encode(), 1)
+    unpack_manifest(data)
+    return data
 
 
 def unpack_manifest(data: bytes, name: str = NAME) -> Manifest:
     """Read a manifest.
 
     Raises:
-        FormatError: not a manifest, of a newer schema, or one that contradicts itself.
+        FormatError: not a manifest, of a newer schema, one that contradicts itself, or not the bytes that its hash was made of.
     """
-    try:
-        record = orjson.loads(data)
-        if record["format"] != FORMAT:
-            raise FormatError(f"{name}: format {record['format']!r}, expected {FORMAT!r}")
-        if record["schema_version"] not in (ANY_MEMBERS, SCHEMA_VERSION):
-            raise FormatError(f"{name}: schema version {record['schema_version']}, this release reads {SCHEMA_VERSION}")
-        manifest = Manifest(
-            shards=tuple(row_from_json(row) for row in record["shards"]),
-            inputs=record["inputs"],
-            rejects=record["rejects"],
-            codes=record["codes"],
-            source=record["source"],
-            schema_version=record["schema_version"],
-        )
-        stated = {key: record[key] for key in ("samples", "bytes", "data_types", "fingerprint")}
-    except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise FormatError(f"{name}: not a manifest of this format ({type(error).__name__}: {error})") from error
-    check_counts(manifest, name)
-    found = {
-        "samples": manifest.samples,
-        "bytes": manifest.bytes,
-        "data_types": manifest.data_types,
-        "fingerprint": manifest.fingerprint(),
-    }
-    for key, value in stated.items():
-        if value != found[key]:
-            raise FormatError(
-                f"{name}: states {key} {value!r}, but its shards add up to {found[key]!r}: it was edited or damaged"
-            )
+    what = f"{name}: not a manifest that this release reads"
+    document = read_json(_Document, data, what)
+    shape(_Source, document.source, f"{what}: source")
+    for column, provenance in document.codes.items():
+        shape(_Codes, provenance, f"{what}: codes.{column}")
+    manifest = Manifest(
+        shards=document.shards,
+        inputs=document.inputs,
+        rejects=document.rejects,
+        codes=document.codes,
+        source=document.source,
+        schema_version=document.schema_version,
+        rejects_hash=document.rejects_hash,
+    )
+    _check_counts(manifest, name)
+    for key in ("samples", "bytes", "data_types"):
+        _check_stated(name, key, getattr(document, key), getattr(manifest, key))
+    _check_stated(name, "fingerprint", document.fingerprint, manifest.fingerprint())
+    if (document.manifest_hash is None) != (document.rejects_hash is None):
+        raise FormatError(f"{name}: has one of manifest_hash and rejects_hash, which are written together: it was damaged")
+    if document.manifest_hash is not None:
+        found = _OWN_HASH.search(data)
+        begin, end = found.span(1) if found else (0, 0)
+        digest = hashlib.sha256(data[:begin] + _NO_HASH.encode() + data[end:]).hexdigest()
+        _check_stated(name, "manifest_hash", document.manifest_hash, f"sha256:{digest}")
     return manifest
 
 
 def row_from_json(record: Mapping[str, Any]) -> ShardRow:
-    """A ShardRow from its JSON form; its values are checked by `check_counts`.
-
-    Raises:
-        KeyError, TypeError: a field is missing or unknown.
-    """
-    members = record["members"]
-    if not isinstance(members, list | tuple):
-        raise TypeError(f"members is a {type(members).__name__}, expected a list")
-    return ShardRow(**{**record, "members": tuple(members)})
+    """A ShardRow from its JSON form. Raises FormatError: a field is missing, unknown, or of another type."""
+    return shape(ShardRow, record, "not the row of a shard")
 
 
-def check_counts(manifest: Manifest, name: str = NAME) -> None:
-    """Raise FormatError unless every value can be meant, every input is accounted for and every shard has a name of its own."""
+def _check_stated(name: str, key: str, stated: object, found: object) -> None:
+    if stated != found:
+        raise FormatError(f"{name}: states {key} {stated!r}, but its contents make it {found!r}: it was edited or damaged")
+
+
+def _check_counts(manifest: Manifest, name: str) -> None:
+    """Raise FormatError unless every input is accounted for and every shard has a name of its own and could be as it says."""
     for row in manifest.shards:
         _check_row(row, name)
-    if not _is_count(manifest.inputs) or not _is_tally(manifest.rejects):
-        raise FormatError(f"{name}: inputs={manifest.inputs!r} and rejects={manifest.rejects!r} are not numbers of records")
-    if not isinstance(manifest.source, Mapping) or not isinstance(manifest.codes, Mapping):
-        raise FormatError(f"{name}: source and codes are {manifest.source!r} and {manifest.codes!r}, expected objects")
-    if not all(isinstance(provenance, Mapping) for provenance in manifest.codes.values()):
-        raise FormatError(f"{name}: codes is {manifest.codes!r}, expected an object with one of fields per column")
     rejects = sum(manifest.rejects.values())
     if manifest.inputs != manifest.samples + rejects:
         raise FormatError(
@@ -212,23 +268,12 @@ def _check_row(row: ShardRow, name: str) -> None:
     if not is_plain_name(row.name):
         raise FormatError(f"{name}: the shard name {row.name!r} is not a plain relative path, such as shard-000000-0000.tar")
     where = f"{name}: {row.name}"
-    for what in ("samples", "bytes", "text_chars", "num_codes"):
-        if not _is_count(getattr(row, what)):
-            raise FormatError(f"{where}: {what}={getattr(row, what)!r} is not a number of {what}")
-    if not isinstance(row.xxh128, str) or not _XXH128.fullmatch(row.xxh128):
+    if row.samples * _LEAST_SAMPLE_BYTES > row.bytes:
+        raise FormatError(f"{where}: samples={row.samples} can't be in {row.bytes} bytes: each has {_LEAST_SAMPLE_BYTES} or more")
+    if not _XXH128.fullmatch(row.xxh128):
         raise FormatError(f"{where}: xxh128={row.xxh128!r}, expected 32 hexadecimal digits")
-    if not all(isinstance(member, str) for member in row.members):
-        raise FormatError(f"{where}: members={row.members!r}, expected names")
-    if not _is_tally(row.data_types) or (row.data_types and sum(row.data_types.values()) != row.samples):
+    if row.data_types and sum(row.data_types.values()) != row.samples:
         raise FormatError(f"{where}: data_types={row.data_types!r} do not add up to {row.samples} samples")
-
-
-def _is_count(value: object) -> bool:
-    return type(value) is int and 0 <= value < 1 << 53  # what every JSON reader keeps exact
-
-
-def _is_tally(value: object) -> bool:
-    return isinstance(value, Mapping) and all(isinstance(key, str) and _is_count(count) for key, count in value.items())
 
 
 def _repeated(names: Iterable[str]) -> str | None:

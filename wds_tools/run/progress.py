@@ -13,6 +13,8 @@ from typing import Self, TextIO
 
 from tqdm import tqdm
 
+from wds_tools.terminal import printable
+
 _LINE_EVERY_S = 10.0
 
 
@@ -94,4 +96,4 @@ class Progress:
         if self._total and self._done:
             left_s = (self._shown - self._begun) * max(self._total - self._done, 0) / self._done
             left = f", {100 * self._done / self._total:.0f} % done, about {tqdm.format_interval(left_s)} left"
-        print(f"{self._title}: {self._counts()}{left}", file=self._stream, flush=True)
+        print(printable(f"{self._title}: {self._counts()}{left}"), file=self._stream, flush=True)

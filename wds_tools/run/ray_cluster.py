@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 
 from wds_tools.errors import MissingPackage, UsageError, WorkerDied
 from wds_tools.run.local import Report, Work
+from wds_tools.terminal import say
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -218,11 +219,10 @@ def _connect(ray: Any, address: str | None) -> None:
 def _check_room(ray: Any, cpus: float, gpus: float) -> None:
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     if not any(node.get("CPU", 0) >= cpus and node.get("GPU", 0) >= gpus for node in nodes):
-        print(
+        say(
             f"wds-tools: no node of the cluster has the {cpus:g} CPUs and {gpus:g} GPUs of a task: waiting for one to join "
             "(see --task-cpus, --task-gpus)",
-            file=sys.stderr,
-            flush=True,
+            error=True,
         )
 
 

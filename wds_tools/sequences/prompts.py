@@ -9,9 +9,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import orjson
-
 from wds_tools.errors import UsageError
+from wds_tools.format.typed_json import read_json
 
 Turn = tuple[str, str]
 """What stands before and behind a turn's words."""
@@ -65,11 +64,10 @@ def read_prompts(path: str | None) -> Prompts:
     if path is None:
         return Prompts()
     try:
-        record = orjson.loads(Path(path).read_bytes())
-    except (OSError, orjson.JSONDecodeError) as error:
-        raise UsageError(f"prompts: {path} can't be read as JSON: {error}") from error
-    if not isinstance(record, dict):
-        raise UsageError(f"prompts: {path} holds no JSON object")
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise UsageError(f"prompts: {path} can't be read: {error}") from error
+    record = read_json(dict[str, Any], data, f"prompts: {path} holds no JSON object", UsageError)
     names = [field.name for field in fields(Prompts)]
     if unknown := sorted(record.keys() - set(names)):
         raise UsageError(f"prompts: {path} has {', '.join(unknown)}: known are {', '.join(names)}")

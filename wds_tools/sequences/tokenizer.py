@@ -9,13 +9,13 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import orjson
 from numpy.typing import NDArray
 
 from wds_tools.errors import MissingPackage, TokenizerError, UsageError
+from wds_tools.format.typed_json import read_json
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -124,13 +124,14 @@ def _special_names(path: Path) -> dict[str, str]:
     names: dict[str, str] = {}
     for file in reversed(_NAMES):
         try:
-            record = orjson.loads((folder / file).read_bytes())
+            data = (folder / file).read_bytes()
         except FileNotFoundError:
             continue
-        except (OSError, orjson.JSONDecodeError) as error:
+        except OSError as error:
             raise TokenizerError(f"{folder / file} can't be read: {error}") from error
+        record = read_json(dict[str, Any], data, f"{folder / file} can't be read", TokenizerError)
         for role in ("bos_token", "eos_token"):
-            token = record.get(role) if isinstance(record, dict) else None
+            token = record.get(role)
             content = token.get("content") if isinstance(token, dict) else token
             if isinstance(content, str):
                 names[role] = content

@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import orjson
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from wds_tools.errors import MissingPackage, TokenizerError, UsageError
+from wds_tools.format.typed_json import read_json, shape
 from wds_tools.vq.norm import use_right_norms
 from wds_tools.vq.pickles import load_pickle
 from wds_tools.vq.quantize import CodebookTokenizer, Precision, hash_files
@@ -129,7 +129,8 @@ def load_emu3(folder: Path, *, device: torch.device | str = "cpu", precision: Pr
 def _transformers_model(folder: Path, model_type: str, class_name: str) -> tuple[Any, int]:
     """An empty model of a class of transformers, and its stride."""
     config = _read_json(folder / CONFIG_NAME)
-    config = config if config.get("model_type") == model_type else config.get("vq_config") or {}
+    if config.get("model_type") != model_type:
+        config = shape(dict[str, Any], config.get("vq_config") or {}, f"{folder}: {CONFIG_NAME}: vq_config", TokenizerError)
     if config.get("model_type", model_type) != model_type or not config:
         raise TokenizerError(f"{folder}: {CONFIG_NAME} has no {model_type}, neither as its model nor as vq_config")
     try:
@@ -206,11 +207,12 @@ def _weight_files(folder: Path) -> list[Path]:
     """The files that hold the weights: all parts of them, in order."""
     for stem in ("model", "diffusion_pytorch_model"):
         if (index := folder / f"{stem}.safetensors.index.json").is_file():
-            names = sorted(set(_read_json(index).get("weight_map", {}).values()))
-            paths = [folder / name for name in names]
-            if outside := [path for path in paths if path.resolve().parent != folder.resolve() or not path.is_file()]:
-                raise TokenizerError(f"{index} names {outside[0].name}, which is not there")
-            return paths
+            weight_map = shape(dict[str, str], _read_json(index).get("weight_map", {}), f"{index}: weight_map", TokenizerError)
+            names = sorted(set(weight_map.values()))
+            there = {path.name for path in folder.iterdir() if path.is_file() and path.resolve().parent == folder.resolve()}
+            if absent := [name for name in names if name not in there]:
+                raise TokenizerError(f"{index} names {absent[0][:80]!r}, which is not there")
+            return [folder / name for name in names]
         for name in (f"{stem}.safetensors", f"{stem}.bin"):
             if (folder / name).is_file():
                 return [folder / name]
@@ -259,9 +261,11 @@ def _pixel_scale(folder: Path) -> tuple[float, float]:
     if not path.is_file():
         return 1.0, 0.0
     settings = _read_json(path)
-    mean, std = settings.get("image_mean", [0.5]), settings.get("image_std", [0.5])
-    rescale = settings.get("rescale_factor", 1 / 255)
-    if not (len(set(mean)) == len(set(std)) == 1 and all(isinstance(value, float | int) for value in (*mean, *std, rescale))):
+    kept = {name: settings[name] for name in ("image_mean", "image_std") if name in settings}
+    means = shape(dict[str, list[float]], kept, f"{path}: not a preprocessor", TokenizerError)
+    mean, std = means.get("image_mean", [0.5]), means.get("image_std", [0.5])
+    rescale = shape(float, settings.get("rescale_factor", 1 / 255), f"{path}: rescale_factor", TokenizerError)
+    if len(set(mean)) != 1 or len(set(std)) != 1 or not std[0]:
         raise TokenizerError(f"{path}: image_mean={mean!r}, image_std={std!r}: expected one number for all channels")
     scale, shift = 127.5 * rescale / std[0], (127.5 * rescale - mean[0]) / std[0]
     return (1.0, 0.0) if abs(scale - 1) + abs(shift) < 1e-6 else (scale, shift)
@@ -269,14 +273,12 @@ def _pixel_scale(folder: Path) -> tuple[float, float]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        record = orjson.loads(path.read_bytes())
+        data = path.read_bytes()
     except FileNotFoundError as error:
         raise TokenizerError(f"{path} is missing") from error
-    except (OSError, orjson.JSONDecodeError) as error:
+    except OSError as error:
         raise TokenizerError(f"{path} can't be read: {_short(error)}") from error
-    if not isinstance(record, dict):
-        raise TokenizerError(f"{path} holds a {type(record).__name__}, expected an object")
-    return record
+    return read_json(dict[str, Any], data, f"{path} can't be read", TokenizerError)
 
 
 def _short(error: Exception) -> str:

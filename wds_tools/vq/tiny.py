@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from wds_tools.errors import TokenizerError
+from wds_tools.format.typed_json import read_json
 from wds_tools.vq.quantize import CodebookTokenizer, Precision, hash_files
 
 BUNDLED = Path(__file__).parent / "weights" / "tiny.safetensors"
@@ -132,7 +133,7 @@ def load_tiny(path: Path = BUNDLED, *, device: torch.device | str = "cpu", preci
         raise TokenizerError(f"{path} is a folder: a tiny tokenizer is one .safetensors file; for a folder's see --tokenizer")
     try:
         with safe_open(path, framework="pt") as file:
-            config = TinyConfig(**json.loads((file.metadata() or {})[_METADATA_KEY]))
+            config = read_json(TinyConfig, (file.metadata() or {})[_METADATA_KEY], _METADATA_KEY)
             state = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 (not a dict)
         model = TinyVQ(config)
         model.load_state_dict(state)

@@ -12,10 +12,9 @@ import time
 from functools import cached_property
 from typing import Any
 
-import orjson
-
 from wds_tools.dataset.write import REJECTS
-from wds_tools.errors import StorageError
+from wds_tools.errors import FormatError, StorageError
+from wds_tools.format.typed_json import read_json
 from wds_tools.storage import Entry, Store
 
 PIECE_BYTES = 1 << 20
@@ -75,8 +74,8 @@ class Rejects:
 
 def _parse(line: bytes) -> dict[str, str]:
     try:
-        record = orjson.loads(line)
+        record = read_json(dict[str, Any], line, "not a reject")
         return {name: str(record.get(name, ""))[:_MAX_FIELD_CHARS] for name in FIELDS}
-    except (orjson.JSONDecodeError, AttributeError):
+    except FormatError:
         text = line[:_MAX_FIELD_CHARS].decode(errors="replace").rstrip("\n")
         return dict.fromkeys(FIELDS, "") | {"reason": "?", "detail": text}

@@ -28,6 +28,7 @@ import orjson
 from wds_tools.check.view.pages import Answer, Pages, PagesConfig, Request
 from wds_tools.errors import DataError, NotFound, StorageError, UsageError, WdsToolsError
 from wds_tools.storage import open_store
+from wds_tools.terminal import say
 
 MAX_CONNECTIONS = 64
 IDLE_S = 30.0
@@ -205,7 +206,7 @@ class _Handler(BaseHTTPRequestHandler):
             for piece in (answer.body,) if isinstance(answer.body, bytes) else answer.body:
                 self.wfile.write(piece)
         except WdsToolsError as error:  # too late for another status: the browser sees an answer that breaks off
-            print(f"wds-tools view: {error}", file=sys.stderr)
+            say(f"wds-tools view: {error}", error=True)
             self.close_connection = True
 
     def log_message(self, format: str, *args: Any) -> None:

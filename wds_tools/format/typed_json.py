@@ -1,0 +1,204 @@
+"""JSON that anybody may have written, as a value of a type: how manifests, indices, working files, states, receipts are read.
+
+    bytes -> read_json(kind, ...) -> orjson -> shape(kind, value, ...) -> a value of that kind
+
+A kind is a type: a dataclass, by the names and types of its fields; a mapping, list or tuple of kinds; Literal, unions, bool,
+str, float (finite), int (64 bits), Annotated[int, range(...)] such as Count; Any, which is nested MAX_DEPTH deep at most. The
+document itself may have more fields than its dataclass, so that later releases can add some; the objects in it may not.
+Invariant: what is not of the kind is one error of this project that names document, field, value and what was expected.
+Cost: about 4 us a shard of a manifest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import MISSING, fields, is_dataclass
+from functools import cache, partial
+from itertools import repeat
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+
+import orjson
+
+from wds_tools.errors import FormatError, UsageError, WdsToolsError
+
+MAX_DEPTH = 100
+"""Lists and objects in one another. Python and orjson go further, but not much."""
+MAX_BYTES = 1 << 30
+Count = Annotated[int, range(1 << 53)]
+"""What every JSON reader keeps exact."""
+_WORD = range(-(1 << 63), 1 << 64)
+_SHOWN_CHARS = 80
+_OBJECTS = dict, Mapping
+_Kind = TypeVar("_Kind")
+_Read = Callable[[Any], Any]
+
+
+def read_json(kind: type[_Kind], data: bytes | memoryview | str, what: str, error: type[WdsToolsError] = FormatError) -> _Kind:
+    """The value of this kind that a JSON document holds.
+
+    Args:
+        kind: see the module.
+        data: the document.
+        what: how the message begins, such as "m.json: not a manifest".
+        error: what is raised.
+
+    Raises:
+        WdsToolsError: of the class `error`: this is no JSON, larger than MAX_BYTES, or not of the kind.
+    """
+    if len(data) > MAX_BYTES:
+        raise error(f"{what} (it has {len(data):,} bytes, at most {MAX_BYTES:,} are read)")
+    try:
+        value = orjson.loads(data)
+    except orjson.JSONDecodeError as cause:
+        raise error(f"{what} (no JSON: {cause})") from cause
+    return shape(kind, value, what, error)
+
+
+def shape(kind: type[_Kind], value: Any, what: str, error: type[WdsToolsError] = FormatError) -> _Kind:
+    """The same of a value that was parsed already, such as a state in a checkpoint."""
+    if is_dataclass(kind) and isinstance(value, Mapping):
+        value = {field.name: value[field.name] for field in fields(kind) if field.name in value}
+    try:
+        shaped: _Kind = _reader(cast(Hashable, kind))(value)
+    except _Odd as odd:
+        raise error(f"{what} ({odd})") from odd.__cause__
+    return shaped
+
+
+class _Odd(Exception):
+    """A value is not of its kind. Each container that the error leaves puts the way to it in front."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(problem)
+        self.way = ""
+
+    def inside(self, step: str) -> _Odd:
+        self.way = step + self.way
+        return self
+
+    def __str__(self) -> str:
+        return f"{self.way.removeprefix('.') or 'it'} {self.args[0]}"
+
+
+def _expected(what: str, value: Any) -> _Odd:
+    is_plain = value is None or isinstance(value, bool | int | float | str)
+    text = repr(value[:_SHOWN_CHARS] if isinstance(value, str) else value) if is_plain else f"a {type(value).__name__}"
+    return _Odd(f"is {text[:_SHOWN_CHARS]}, expected {what}")
+
+
+@cache
+def _reader(kind: Any) -> _Read:
+    """What reads a value of this kind, or raises _Odd."""
+    origin, args = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return partial(_any, left=MAX_DEPTH)
+    if kind is int:
+        return partial(_int, allowed=_WORD)
+    if origin is Annotated:
+        return partial(_int, allowed=args[1])
+    if kind is float:
+        return _float
+    if origin is Literal:
+        return partial(_literal, allowed=args)
+    if origin in (Union, UnionType):
+        return partial(_union, readers=tuple(map(_reader, args)))
+    if origin is tuple and args[-1] is not Ellipsis:
+        return partial(_tuple, readers=tuple(map(_reader, args)))
+    if origin in (list, tuple):
+        return partial(_items, make=origin, read=_reader(args[0]))
+    if is_dataclass(kind):
+        hints = get_type_hints(kind, include_extras=True)
+        required = frozenset(one.name for one in fields(kind) if one.default is MISSING and one.default_factory is MISSING)
+        return partial(_record, kind=kind, readers={name: _reader(hint) for name, hint in hints.items()}, required=required)
+    if origin in (dict, Mapping):
+        return partial(_mapping, read=_reader(args[1]))
+    assert kind in (str, bool, NoneType), kind
+    return partial(_plain, kind=kind)
+
+
+def _plain(value: Any, kind: type) -> Any:
+    if type(value) is not kind:
+        raise _expected({str: "text", bool: "true or false"}.get(kind, "null"), value)
+    return value
+
+
+def _int(value: Any, allowed: range) -> Any:
+    if type(value) is not int or value not in allowed:
+        raise _expected(f"a whole number from {allowed[0]} to {allowed[-1]}", value)
+    return value
+
+
+def _float(value: Any) -> Any:
+    if not (value in _WORD if type(value) is int else type(value) is float and math.isfinite(value)):
+        raise _expected("a finite number", value)
+    return value
+
+
+def _literal(value: Any, allowed: tuple[Any, ...]) -> Any:
+    if not any(type(value) is type(one) and value == one for one in allowed):
+        raise _expected(" or ".join(map(repr, allowed)), value)
+    return value
+
+
+def _union(value: Any, readers: tuple[_Read, ...]) -> Any:
+    for read in readers[:-1]:
+        try:
+            return read(value)
+        except _Odd:
+            pass
+    return readers[-1](value)
+
+
+def _tuple(value: Any, readers: tuple[_Read, ...]) -> Any:
+    if not isinstance(value, list | tuple) or len(value) != len(readers):
+        raise _expected(f"a list of {len(readers)} values", value)
+    return tuple(_each(readers, value))
+
+
+def _items(value: Any, make: type, read: _Read) -> Any:
+    if not isinstance(value, list | tuple):
+        raise _expected("a list", value)
+    return make(_each(repeat(read), value))
+
+
+def _mapping(value: Any, read: _Read) -> Any:
+    if not isinstance(value, _OBJECTS) or not all(type(name) is str for name in value):
+        raise _expected("an object", value)
+    return dict(zip(value, _each(repeat(read), value.values(), tuple(value)), strict=True))
+
+
+def _record(value: Any, kind: Any, readers: Mapping[str, _Read], required: frozenset[str]) -> Any:
+    if not isinstance(value, _OBJECTS):
+        raise _expected("an object", value)
+    names = tuple(value)
+    for name in (*readers, *names):
+        if name not in readers or (name in required and name not in value):
+            raise _Odd("is missing" if name in readers else "is unknown").inside(f".{str(name)[:_SHOWN_CHARS]}")
+    items = _each([readers[name] for name in names], value.values(), names)
+    try:
+        return kind(**dict(zip(names, items, strict=True)))
+    except UsageError as cause:
+        raise _Odd(f"can't be meant: {cause}") from cause
+
+
+def _each(readers: Iterable[_Read], items: Iterable[Any], names: Sequence[str] | None = None) -> list[Any]:
+    """Each item, read by its reader. The error of one says which: its name, or by default its number."""
+    done: list[Any] = []
+    try:
+        for read, item in zip(readers, items, strict=False):
+            done.append(read(item))
+    except _Odd as odd:
+        at = len(done)
+        raise odd.inside(f"[{at}]" if names is None else f".{names[at][:_SHOWN_CHARS]}")  # noqa: B904 (it is the same error)
+    return done
+
+
+def _any(value: Any, left: int) -> Any:
+    if isinstance(value, str | bool | int | float | NoneType):
+        return value
+    if not left:
+        raise _Odd(f"is nested deeper than {MAX_DEPTH} levels")
+    read = partial(_any, left=left - 1)
+    return _mapping(value, read) if isinstance(value, _OBJECTS) else _items(value, list, read)

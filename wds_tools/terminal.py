@@ -1,0 +1,25 @@
+"""Every line that commands write to a terminal goes through `say`, on standard output or standard error.
+
+Names, keys and messages come from files that anybody may have written. What a terminal would act on or hide in them (escape
+codes, line ends, marks that reverse the direction) is shown as \\uXXXX, which is also what it is called in JSON.
+Invariant: a call with n lines writes n lines, of printable characters.
+"""
+
+from __future__ import annotations
+
+import sys
+
+
+def say(*lines: str, error: bool = False) -> None:
+    """Write lines to standard output, or to standard error."""
+    print(*map(printable, lines), sep="\n", file=sys.stderr if error else sys.stdout, flush=True)
+
+
+def printable(text: str) -> str:
+    """The text with everything but printable characters escaped."""
+    return text if text.isprintable() else "".join(one if one.isprintable() else _escaped(one) for one in text)
+
+
+def _escaped(character: str) -> str:
+    units = character.encode("utf-16-be", "surrogatepass")
+    return "".join(f"\\u{units[at : at + 2].hex()}" for at in range(0, len(units), 2))
