@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 
 from wds_tools.errors import NotFound
 from wds_tools.format.checksum import content_hash
@@ -64,6 +65,12 @@ def find_changed(store: Store, files: Mapping[str, Written], *, verify: bool = F
             if found != hashes[name]:
                 changed[name] = "is gone" if found is None else "has other bytes than were written"
     return changed
+
+
+def describe_changed(store: Store, changed: Mapping[str, str]) -> str:
+    """What find_changed found, in a part of a line: the first few by name."""
+    shown = [f"{name} {what}" for name, what in islice(changed.items(), 5)] + ["..."] * (len(changed) > 5)
+    return f"{store.url}: {len(changed)} files are not what was written: {', '.join(shown)}"
 
 
 def _hash(store: Store, name: str) -> str | None:

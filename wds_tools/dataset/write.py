@@ -25,7 +25,7 @@ from typing import Any, Literal
 import orjson
 
 from wds_tools.dataset.claim import PREFIX as CLAIMS
-from wds_tools.dataset.files import Written, find_changed, written
+from wds_tools.dataset.files import Written, describe_changed, find_changed, written
 from wds_tools.errors import FormatError, NotFound, Reject, UsageError
 from wds_tools.format import manifest as manifests
 from wds_tools.format.index import SUFFIX, ShardIndex, pack_index
@@ -336,8 +336,7 @@ def sound_tasks(
         store.delete(_marker(task))
     if again:
         say(
-            f"wds-tools: {store.url}: {len(again)} finished tasks are done again, since their files are not what they wrote: "
-            f"{_few(f'{name} {what}' for name, what in changed.items())}",
+            f"wds-tools: {describe_changed(store, changed)}; {len(again)} finished tasks are done again",
             error=True,
         )
     return {task: result for task, result in results.items() if task not in again}
@@ -346,13 +345,10 @@ def sound_tasks(
 def check_complete(store: Store, manifest: Manifest, *, verify: bool = False, quiet: bool = True) -> None:
     """Raise FormatError if shards are missing or changed, or indices are missing. Arguments: see find_changed."""
     files = {row.name: Written(row.bytes, row.xxh128) for row in manifest.shards}
-    changed = find_changed(store, {name + SUFFIX: Written(None) for name in files} | files, verify=verify, quiet=quiet)
-    if changed:
-        raise FormatError(
-            f"{store.url} has a manifest, but {len(changed)} files are not what it says: "
-            f"{_few(f'{name} {what}' for name, what in changed.items())}: copy them again, or make the data set again with "
-            "--overwrite (indices alone: `wds-tools index`)"
-        )
+    files |= {name + SUFFIX: Written(None) for name in files}
+    if changed := find_changed(store, files, verify=verify, quiet=quiet):
+        how = "copy them again, or make the data set again with --overwrite (indices alone: `wds-tools index`)"
+        raise FormatError(f"{describe_changed(store, changed)}, but it has a manifest: {how}")
 
 
 def _files(results: Iterable[TaskResult]) -> dict[str, Written]:
@@ -383,11 +379,7 @@ def finish(
             raise NotFound(f"{what}; they belong to part {_few(names)}: run these again, they go on where they stopped")
         raise NotFound(f"{what}: run with --resume")
     if changed := find_changed(store, _files(results.values())):
-        raise FormatError(
-            f"{store.url}: {len(changed)} files are not what their tasks wrote: "
-            f"{_few(f'{name} {what}' for name, what in changed.items())}: run with --resume, or the part again: it does these "
-            "tasks again"
-        )
+        raise FormatError(f"{describe_changed(store, changed)}: run with --resume, or the part again, which makes them again")
     manifest = manifest_of([results[task] for task in range(num_tasks)], codes, source, schema_version)
     store.put(manifests.NAME, pack_manifest(manifest))
     drop_working_files(store)

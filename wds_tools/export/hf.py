@@ -32,7 +32,7 @@ import orjson
 
 from wds_tools.dataset.claim import PREFIX as CLAIMS
 from wds_tools.dataset.claim import Claim
-from wds_tools.dataset.files import Written, find_changed, written
+from wds_tools.dataset.files import Written, describe_changed, find_changed, written
 from wds_tools.dataset.read import read_manifest, read_shard
 from wds_tools.errors import UsageError
 from wds_tools.export.card import NAME as CARD
@@ -235,8 +235,8 @@ def _is_complete(store: Store, config: ExportConfig, page: bytes, names: Sequenc
         changed = find_changed(store, dict.fromkeys(names, Written(None)) | files, verify=config.verify, quiet=config.quiet)
     except (orjson.JSONDecodeError, AttributeError, TypeError, ValueError):
         changed = {FILES: "is not what an export writes"}
-    for name, what in islice(changed.items(), 1):
-        say(f"wds-tools: {store.url}: {name} {what}: the export is made again", error=True)
+    if changed:
+        say(f"wds-tools: {describe_changed(store, changed)}; the export is made again", error=True)
     return not changed
 
 

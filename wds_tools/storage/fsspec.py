@@ -255,15 +255,11 @@ class _Reader(io.RawIOBase):
 
 
 def _find(fs: Any, folder: str) -> dict[str, Any]:
-    """All files below a folder, by path. A backend's own find is one request; fsspec's leaves out what can't be listed."""
-    base = importlib.import_module("fsspec.asyn").AsyncFileSystem
-    if type(fs).find is not base.find or getattr(type(fs), "_find", base._find) is not base._find:
-        found: dict[str, Any] = fs.find(folder, detail=True)
-        return found
+    """All files below a folder, by path. fsspec's own find leaves out folders that can't be listed."""
     files: dict[str, Any] = {}
     folders = [folder]
-    while folders:
-        for info in fs.ls(folder := folders.pop(), detail=True):
+    for folder in folders:
+        for info in fs.ls(folder, detail=True):
             if info["type"] != "directory":
                 files[info["name"]] = info
             elif info["name"].rstrip("/") != folder.rstrip("/"):

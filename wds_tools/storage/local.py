@@ -298,7 +298,7 @@ def translate(error: OSError, verb: str, show: str) -> StorageError:
         what = "the disk is full: free some space"
         if error.errno == errno.EDQUOT:
             what = "the quota of bytes or of files is full (`quota` says which): delete some files"
-        elif error.filename is not None and _has_no_inodes(os.path.dirname(error.filename)):
+        elif error.filename is not None and _has_no_inodes(os.path.dirname(error.filename) or "."):
             what = "the disk has space, but no inodes for more files (`df -i`): delete some files, or write larger shards"
         return OutOfSpace(f"{show}: can't {verb}, {what} or choose another place, then run again")
     if isinstance(error, FileNotFoundError):
@@ -313,11 +313,9 @@ def translate(error: OSError, verb: str, show: str) -> StorageError:
 
 
 def _has_no_inodes(folder: str) -> bool:
-    """Whether a file system that counts its files has no room for another; where folders are still to be made, of the nearest."""
-    while folder and not os.path.isdir(folder):
-        folder = os.path.dirname(folder)
+    """Whether a file system that counts its files has no room for another."""
     try:
-        counts = os.statvfs(folder or ".")
+        counts = os.statvfs(folder)
     except OSError:
         return False
     return counts.f_files > 0 and not counts.f_favail
