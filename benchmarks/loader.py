@@ -147,7 +147,7 @@ def index_speed(bench: Bench) -> dict[str, float]:
     energon = Path(bench.python(next(way for way in WAYS if way.module == "energon"))).parent / "energon"
     prepare = [str(energon), "prepare", "--non-interactive", "--no-progress", "--split-ratio", "1,0,0"]
     commands = {
-        "ours": [sys.executable, "-m", "wds_tools.cli.main", "index"],
+        "ours": [sys.executable, "-m", "wds_tools", "index"],
         "energon": [*prepare, "--sample-type", "CrudeWebdataset"],
     }
     if "energon" in bench.missing:

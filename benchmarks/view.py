@@ -69,7 +69,7 @@ class Viewer:
 
     def __init__(self, url: str) -> None:
         begun = time.perf_counter()
-        command = [sys.executable, "-m", "wds_tools.cli.main", "view", url, "--port", "0"]
+        command = [sys.executable, "-m", "wds_tools", "view", url, "--port", "0"]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
         self.address = re.findall(r"http://\S+", self.process.stdout.readline())[0]
@@ -190,7 +190,7 @@ def measure(url: str, num_samples: int) -> dict[str, Any]:
 def report(url: str) -> dict[str, Any]:
     """The whole of `wds-tools stats`, on all cores."""
     begun = time.perf_counter()
-    command = [sys.executable, "-m", "wds_tools.cli.main", "stats", url, "--workers", str(os.cpu_count()), "--json", "--quiet"]
+    command = [sys.executable, "-m", "wds_tools", "stats", url, "--workers", str(os.cpu_count()), "--json", "--quiet"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE)
     assert process.stdout is not None
     peaks: dict[int, float] = {}

@@ -1,9 +1,12 @@
-"""Runs requests in the background, a few at a time, and starts none once the process ends.
+"""Runs requests in the background, a few at a time, and starts none once the process ends; and workers end with their trainer.
 
     Fetcher(threads).submit(task) -> Future
 
 A plain thread pool is waited for at exit until its queue is empty: a run that is interrupted would first fetch all that it had
 planned. Here the pool has what is under way only; what waits is handed to it as threads get free, which it refuses at exit.
+
+A worker of torch looks every 5 s whether its trainer lives. That does not help one that waits for a read, nor one that has ended
+its work and waits for somebody to take more than a pipe holds: `end_with_trainer` ends those too.
 """
 
 from __future__ import annotations
@@ -12,10 +15,31 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from functools import cache
 from threading import Lock
 from typing import Generic, TypeVar
 
+from torch.utils.data import get_worker_info
+
+from wds_tools.run.local import exit_with_parent
+
 _T = TypeVar("_T")
+_GRACE_S = 10.0
+"""For a worker without a trainer to end by itself, which leaves no temporary folder behind."""
+
+
+def end_with_trainer() -> None:
+    """In a worker process of torch, whoever has started it: it does not outlive the process that it reads for. Elsewhere nothing.
+
+    To be called wherever a dataset begins to read; costs something once a process.
+    """
+    if get_worker_info() is not None:
+        _watch_trainer()
+
+
+@cache
+def _watch_trainer() -> None:
+    exit_with_parent(_GRACE_S)
 
 
 class Fetcher(Generic[_T]):

@@ -16,6 +16,7 @@ import orjson
 import torch
 from torch.utils.data import Dataset
 
+from loaders.fetch import end_with_trainer
 from wds_tools.errors import FormatError, Reject, UsageError
 from wds_tools.format.schema import DATA_TYPES
 from wds_tools.storage import open_store, split_url
@@ -60,6 +61,7 @@ class JsonlDataset(Dataset[dict[str, Any]]):
             IndexError: out of range.
             FormatError: the line is no such record, or its image is unusable; names the file and the line.
         """
+        end_with_trainer()
         start, end = int(self._starts[number]), int(self._ends[number])
         where = f"{self._path}, line {int(self._numbers[number])}"
         try:

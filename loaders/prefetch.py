@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from loaders.cache import BlockCache
-from loaders.fetch import Fetcher
+from loaders.fetch import Fetcher, end_with_trainer
 from loaders.plan import MAX_EXTENT_BYTES, SMALL_BYTES, Ints, block_rows, extent_rows
 from loaders.read import LoadedRows, SourceReader
 from loaders.stream import Located, OpenSource, Stream
@@ -121,6 +121,7 @@ class Reader:
             )
         self._pool: Fetcher[LoadedRows] | None = None
         self._pid = os.getpid()
+        end_with_trainer()
         self.num_evicted = 0
         """Runs of rows that were dropped for want of memory and may be fetched again."""
 

@@ -19,6 +19,7 @@ import webdataset as wds
 from torch.utils.data import get_worker_info
 
 from loaders.config import World
+from loaders.fetch import end_with_trainer
 from loaders.plan import shuffled
 from wds_tools.errors import NotFound
 from wds_tools.format.scan import scan_tar
@@ -71,6 +72,7 @@ class _Tars:
             raise NotFound(f"{self._store.url} has no *.tar: give the folder that holds the shards")
 
     def __call__(self) -> Iterator[dict[str, Any]]:
+        end_with_trainer()
         info = get_worker_info()
         worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
         order = shuffled(len(self.names), self._seed, self.epoch) if self._shuffle else np.arange(len(self.names))

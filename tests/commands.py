@@ -36,7 +36,7 @@ def shared(name: str) -> Path:
 
 def command(*args: str | Path) -> list[str]:
     """The command line as this Python starts it."""
-    return [sys.executable, "-m", "wds_tools.cli.main", *map(str, args)]
+    return [sys.executable, "-m", "wds_tools", *map(str, args)]
 
 
 def environment() -> dict[str, str]:

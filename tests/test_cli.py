@@ -272,7 +272,7 @@ def test_verify_says_all_is_well_or_lists_what_is_wrong(tmp_path: Path, capsys: 
 def test_a_reader_that_goes_away_is_no_traceback(tmp_path: Path) -> None:
     make_dataset(tmp_path / "set", [text_sample(1)])
     process = subprocess.Popen(
-        [sys.executable, "-m", "wds_tools.cli.main", "verify", str(tmp_path / "set")],
+        [sys.executable, "-m", "wds_tools", "verify", str(tmp_path / "set")],
         env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -99,7 +99,7 @@ def place(tmp_path: Path, demo: Path) -> Path:
     write_tokenizer(tmp_path / "gemma", added=())
     (tmp_path / "bin").mkdir()
     command = tmp_path / "bin/wds-tools"
-    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m wds_tools.cli.main "$@"\n')
+    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m wds_tools "$@"\n')
     command.chmod(0o755)
     return tmp_path
 

@@ -38,7 +38,7 @@ ALLOWED = {
     "wds_tools.cli": PASSES
     | {f"wds_tools.{room}" for room in ("convert", "encode", "pack", "sequences", "export", "check")}
     | {"wds_tools"},
-    "loaders": FORMAT | STORAGE | {"wds_tools.images", "wds_tools.sequences"},
+    "loaders": FORMAT | STORAGE | {"wds_tools.run", "wds_tools.images", "wds_tools.sequences"},
 }
 # module -> rooms that it may import from beside those of its own room
 ALSO_ALLOWED = {

@@ -3,10 +3,22 @@
 The command line is `wds-tools`; docs/flow.md says which module does what.
 """
 
-from wds_tools.errors import WdsToolsError
-from wds_tools.format.manifest import Manifest
-from wds_tools.format.schema import Sample
+TYPE_CHECKING = False  # as a type checker takes it; typing itself would have to be loaded
+if TYPE_CHECKING:
+    from wds_tools.errors import WdsToolsError
+    from wds_tools.format.manifest import Manifest
+    from wds_tools.format.schema import Sample
 
 __all__ = ["Manifest", "Sample", "WdsToolsError", "__version__"]
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> object:
+    """The public names, loaded when they are asked for: the command line has to listen to signals before it loads anything."""
+    homes = {"Manifest": "format.manifest", "Sample": "format.schema", "WdsToolsError": "errors"}
+    if name not in homes:
+        raise AttributeError(f"module 'wds_tools' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"wds_tools.{homes[name]}"), name)

@@ -2,7 +2,8 @@
 
 A command is a module beside this one with `Config` (a frozen dataclass, which is the command line), `EXAMPLE` and
 `run(config) -> exit status`. It is imported only when it is called, so `wds-tools verify` starts without torch.
-Exit status: 0 done, 1 failed or problems found, 2 wrong arguments, 130 interrupted. Errors are one line on stderr.
+Exit status: 0 done, 1 failed or problems found, 2 wrong arguments, 128 + the signal that stopped it. Errors are one line on
+stderr. Signals and streams are those of the process: see `wds_tools/__main__.py`.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ import difflib
 import importlib
 import inspect
 import io
-import os
 import re
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import tyro
@@ -45,11 +46,12 @@ COMMANDS = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, *, begin: Callable[[], None] = lambda: None) -> int:
     """Run a command line.
 
     Args:
         argv: the arguments behind the program's name; by default those of the process.
+        begin: called when all is loaded and the arguments are right, before anything is done.
 
     Returns:
         The exit status.
@@ -62,26 +64,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         module = importlib.import_module(f"wds_tools.cli.{COMMANDS[words][0]}")
         config = _parse(module, words, args[len(words) :])
+        begin()
         status: int = module.run(config)
-        sys.stdout.flush()
-    except BrokenPipeError:  # whoever read our output has left, as in `wds-tools ... | head -1`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     except WdsToolsError as error:
         say(f"wds-tools: {' '.join(map(str.strip, str(error).splitlines()))}", error=True)  # a library may say more
         return 2 if isinstance(error, UsageError) else 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
+        number = signal.Signals(stop.args[0] if stop.args else signal.SIGINT)
+        what = "interrupted" if number == signal.SIGINT else f"stopped by {number.name}"
         can_resume = hasattr(config, "resume")
         how = "finished shards are kept, run again with --resume" if can_resume else "run the same command again"
-        say(f"wds-tools: interrupted; {how}", error=True)
-        return 130
+        say(f"wds-tools: {what}; {how}", error=True)
+        return 128 + number
     return status
 
 
 def _at_home(arg: str) -> str:
     """An argument with `~/` at the beginning of its value as a shell gives it; none does so behind `--option=`."""
     match = re.fullmatch(r"(--[\w-]+=)?(~(?:/.*)?)", arg, re.DOTALL)
-    return arg if match is None else (match[1] or "") + os.path.expanduser(match[2])  # noqa: PTH111
+    return arg if match is None else (match[1] or "") + os.path.expanduser(match[2])
 
 
 def _parse(module: Any, words: tuple[str, ...], args: Sequence[str]) -> Any:
@@ -153,7 +154,3 @@ def _no_command(args: list[str]) -> int:
         lines = [f"wds-tools: unknown command {' '.join(args[:2])!r}: {meant}The commands are {', '.join(known)}"]
     say(*lines, error=not asked)
     return 0 if asked else 2
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -31,10 +31,11 @@ def run(config: Config) -> int:
     say(f"view: {config.input} at {server.url} (Ctrl-C ends)")
     if config.open:
         threading.Thread(target=webbrowser.open, args=(server.url,), daemon=True).start()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does, with what it has started
     try:
         server.serve_forever()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
+        if stop.args != (signal.SIGINT,):
+            raise
         say("")
     finally:
         server.server_close()

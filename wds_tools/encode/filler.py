@@ -27,6 +27,7 @@ from wds_tools.errors import FormatError, Reject, UsageError
 from wds_tools.format.schema import Sample, code_column, code_dtype, join_grids
 from wds_tools.images import PREPROCESSING_VERSION, ImageLimits, Mode, prepare
 from wds_tools.passes import check_ray_device
+from wds_tools.run.local import stops_held
 from wds_tools.vq.base import ImageTokenizer
 from wds_tools.vq.quantize import ENCODER_VERSION
 from wds_tools.vq.registry import find_device, load_tokenizer
@@ -88,7 +89,8 @@ class Filler:
         self._modes: Mapping[str, Mode] = {**MODES, "visual_sft": sft_mode}
         self._devices: Any = None
         if len(options.devices) > 1:
-            self._devices = multiprocessing.get_context("spawn").SimpleQueue()
+            with stops_held():
+                self._devices = multiprocessing.get_context("spawn").SimpleQueue()
             for name in options.devices:
                 self._devices.put(str(find_device(name)))
 

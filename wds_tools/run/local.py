@@ -4,7 +4,7 @@
 this process. With more, `fn` is pickled once to each spawned process and kept there, so what it loads (a model) is loaded once.
 `report(...)` may be called as often as fn likes, with numbers; reports reach `on_report` in this process.
 Invariant: no worker outlives this process or the generator: the generator kills those it leaves behind, and each worker watches
-a pipe that closes with this process, however it ends.
+a pipe that closes with this process, however it ends. What asks a run to stop (STOPS) is for this process alone to hear.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -29,7 +30,10 @@ Report = Callable[..., None]
 """What is new since the last report, as numbers that can be added up; see Progress."""
 Work = Callable[[Task, Report], Result]
 
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Signals that ask a run to stop: Ctrl-C; Slurm, Kubernetes, a machine that is taken back; a terminal that has gone."""
 _POLL_S = 0.25
+_LOOK_EVERY_S = 1.0
 _worker: tuple[Callable[..., Any], Report] | None = None
 
 
@@ -54,14 +58,15 @@ def run_tasks(fn: Work[Task, Result], tasks: Sequence[Task], *, workers: int, on
             yield fn(task, on_report)
         return
     context = multiprocessing.get_context("spawn")
-    reports = context.SimpleQueue()
+    with stops_held():
+        reports = context.SimpleQueue()
     pool = ProcessPoolExecutor(min(workers, len(tasks)), mp_context=context, initializer=_start_worker, initargs=(fn, reports))
     others = set(multiprocessing.active_children())
     waiting = iter(tasks)
     running: set[Future[Result]] = set()
     try:
         while True:
-            with _interrupts_held():
+            with stops_held():
                 for task in islice(waiting, 2 * workers - len(running)):
                     running.add(pool.submit(_run_in_worker, task))
             if not running:
@@ -87,28 +92,40 @@ def run_tasks(fn: Work[Task, Result], tasks: Sequence[Task], *, workers: int, on
 
 
 @contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """Ctrl-C waits until this is over, so that no process is left half started; and processes that start in here never see it,
-    from birth: it is their parent's, which stops them."""
+def stops_held() -> Iterator[None]:
+    """A signal that asks to stop waits until this is over, so that no process is left half started; and processes that start in
+    here never see it, from birth: it is their parent's, which stops them."""
     pressed: list[int] = []
     is_main = threading.current_thread() is threading.main_thread()
-    handler = signal.signal(signal.SIGINT, lambda number, _: pressed.append(number)) if is_main else None
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # is inherited, which a handler isn't
+    found = {number: signal.getsignal(number) for number in STOPS if is_main}
+    handlers = {number: handler for number, handler in found.items() if handler not in (signal.SIG_IGN, None)}
+    for number in handlers:
+        signal.signal(number, lambda number, _: pressed.append(number))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # is inherited, which a handler isn't
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        if handler is not None:
-            signal.signal(signal.SIGINT, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         if pressed:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(pressed[0])
+
+
+def exit_with_parent(grace_s: float = 0.0) -> None:
+    """In a process that multiprocessing has started: see to it that it ends with its parent, however that ends.
+
+    Args:
+        grace_s: how long it may take to end by itself.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=_exit_with, args=(parent.sentinel, grace_s), daemon=True).start()
 
 
 def _start_worker(fn: Callable[..., Any], reports: Any) -> None:
     global _worker
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    threading.Thread(target=_exit_with, args=(parent.sentinel,), daemon=True).start()
+    exit_with_parent()
     _worker = (fn, lambda *counts: reports.put(counts))
 
 
@@ -118,6 +135,9 @@ def _run_in_worker(task: Any) -> Any:
     return fn(task, report)
 
 
-def _exit_with(parent: int) -> None:
-    wait_for([parent])
+def _exit_with(parent: int, grace_s: float) -> None:
+    born_of = os.getppid()  # changes at once, where processes that were forked later keep the pipe open
+    while os.getppid() == born_of and not wait_for([parent], _LOOK_EVERY_S):
+        pass
+    time.sleep(grace_s)
     os._exit(1)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import signal
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
@@ -21,7 +20,6 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import lru_cache
-from multiprocessing.connection import wait
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,6 +27,7 @@ from numpy.typing import NDArray
 
 from wds_tools.check.png import png_bytes
 from wds_tools.errors import DataError, UsageError, WorkerDied
+from wds_tools.run.local import exit_with_parent, stops_held
 
 if TYPE_CHECKING:
     from wds_tools.vq import ImageTokenizer
@@ -121,11 +120,8 @@ class Pictures:
     def _ask(self, decoder: Decoder, codes_hw: NDArray[Any], is_small: bool) -> bytes:
         if self._process is None:
             self._process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _begin)
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C is the viewer's; a process inherits this
-        try:
+        with stops_held():  # they are the viewer's, and a process is started here
             future = self._process.submit(_picture, decoder, codes_hw, is_small)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         try:
             return future.result()
         except BrokenProcessPool as error:
@@ -161,14 +157,7 @@ def _begin() -> None:
     import torch
 
     torch.set_num_threads(max(1, (os.cpu_count() or 1) - 1))
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    threading.Thread(target=_exit_with, args=(parent.sentinel,), daemon=True).start()
-
-
-def _exit_with(parent: int) -> None:
-    wait([parent])
-    os._exit(1)
+    exit_with_parent()
 
 
 @lru_cache(maxsize=2)

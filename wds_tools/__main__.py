@@ -1,0 +1,98 @@
+"""The `wds-tools` process: what it does before a command is loaded and after it has ended. Nothing but the standard library here.
+
+    signals and streams -> main(arguments), in cli/main.py -> what standard output could not take -> exit status
+
+SIGINT, SIGTERM and SIGHUP are one thing, KeyboardInterrupt: whatever cleans up after one of them does so after all. While modules
+load nothing is begun, and the process ends at once. One that is ignored from birth (nohup) stays ignored.
+Invariant: no traceback tells of a signal or of a stream that nobody reads.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+
+try:
+    import signal
+except KeyboardInterrupt:  # Ctrl-C before anybody listens
+    os._exit(130)
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from types import FrameType
+    from typing import NoReturn
+
+_STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class _Stream(io.FileIO):
+    """Standard output or standard error. What it can't take is dropped, and why is kept: a run does not fail for its messages."""
+
+    failure: OSError | None = None
+
+    def write(self, data: bytes, /) -> int:  # type: ignore[override]
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.failure = self.failure or error
+            return len(data)
+
+
+def start() -> int:
+    """Run the command line of this process; returns the exit status."""
+    handled = [number for number in _STOPS if signal.getsignal(number) != signal.SIG_IGN]
+    _listen(handled, _end)
+    out, error = _open(1), _open(2)
+    encoding = getattr(sys.stdout or sys.stderr, "encoding", None)
+    sys.stdout = io.TextIOWrapper(io.BufferedWriter(out), encoding, "backslashreplace", line_buffering=out.isatty())
+    sys.stderr = io.TextIOWrapper(error, encoding, "backslashreplace", write_through=True)
+
+    from wds_tools.cli.main import main
+
+    try:
+        status = main(begin=lambda: _listen(handled, _stop))
+    except SystemExit as ended:  # --help
+        status = int(ended.code or 0)
+    except KeyboardInterrupt:  # once more, in the midst of saying so
+        _end(signal.SIGINT, None)
+    _listen((number for number in handled if signal.getsignal(number) is _stop), _end)
+    sys.stdout.flush()
+    if out.failure is None:
+        return status
+    if not isinstance(out.failure, BrokenPipeError):  # then whoever read it has left, as in `wds-tools ... | head -1`
+        print(f"wds-tools: can't write to standard output: {out.failure.strerror}", file=sys.stderr)
+    return status or 1
+
+
+def _open(descriptor: int) -> _Stream:
+    try:
+        os.fstat(descriptor)
+    except OSError:  # closed: nothing else may take its number
+        os.dup2(os.open(os.devnull, os.O_RDONLY), descriptor)
+    return _Stream(descriptor, "w", closefd=False)
+
+
+def _listen(numbers: Iterable[signal.Signals], handler: Callable[[int, FrameType | None], NoReturn]) -> None:
+    for number in numbers:
+        signal.signal(number, handler)
+
+
+def _end(number: int, _: FrameType | None) -> NoReturn:
+    """Before a command has begun and after it has ended: an exception could come out of any import as something else."""
+    try:
+        os.write(2, f"wds-tools: stopped by {signal.Signals(number).name}\n".encode())
+    finally:
+        os._exit(128 + number)
+
+
+def _stop(number: int, _: FrameType | None) -> NoReturn:
+    """The first one ends the command. SIGTERM is often sent twice, and cleaning up is under way then; Ctrl-C breaks that off."""
+    for other in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(other, signal.SIG_IGN)
+    raise KeyboardInterrupt(number)
+
+
+if __name__ == "__main__":
+    sys.exit(start())
