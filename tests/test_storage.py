@@ -445,7 +445,7 @@ def test_symlinks_are_followed_by_every_read_and_nothing_is_written_or_removed_t
         assert list(store.list(prefix)) == [entry for entry in store.list() if entry.name.startswith(prefix)]
     assert store.read("x") == store.read_range("far/more/y", 0, 4) == bytes(LocalStore(str(root)).map("near/b/real")) == b"1234"
     for read in (store.read, store.size, store.open):
-        with pytest.raises(NotFound, match="gone: can't .*, it is a symlink to nowhere, where nothing is"):
+        with pytest.raises(NotFound, match=r"gone: can't .*, it is a symlink to nowhere, where nothing is"):
             read("gone")
     for write in (store.delete, lambda name: store.put(name, b"")):
         with pytest.raises(StorageError, match="nothing is written or removed through a symlink"):

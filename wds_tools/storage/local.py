@@ -4,15 +4,15 @@ A write goes to `.tmp/<random>` under the root, is flushed to the disk, and is r
 also after a power cut, and whatever a killed process leaves lies in `.tmp/`. A file costs two fsyncs: its own and its
 folder's.
 
-Symlinks are followed by reads and by list(), as by any other tool: the Hugging Face cache, DVC, and data on several disks are made
-of them. A file is the path as it was named, never its target. list() does not enter a folder that is one of those it lies in
-(by device and inode), and shows a link to nothing, so that whoever wants it hears of it. With `strict_links` reads refuse a link
-that leaves the root, and list() leaves it out, as it does links to folders and to nothing. Nothing is written or removed through
-a link; the root itself may be one. Only regular files are opened: a FIFO would wait, a device might act.
+Symlinks are followed by reads and by list(), as by any other tool: the Hugging Face cache, DVC, and data on several disks are
+made of them. A file is the path as it was named, never its target. list() does not enter a folder that is one of those it lies
+in (by device and inode), and shows a link to nothing, so that whoever wants it hears of it. With `strict_links` reads refuse a
+link that leaves the root, and list() leaves it out, as it does links to folders and to nothing. Nothing is written or removed
+through a link; the root itself may be one. Only regular files are opened: a FIFO would wait, a device might act.
 """
 
 # A listing makes 100,000 of these calls, and realpath, fsync and O_EXCL live in os:
-# ruff: noqa: PTH100, PTH103, PTH105, PTH106, PTH108, PTH112, PTH113, PTH114, PTH116, PTH120, PTH202
+# ruff: noqa: PTH100, PTH103, PTH105, PTH106, PTH108, PTH113, PTH114, PTH115, PTH116, PTH120, PTH202
 import errno
 import io
 import mmap
