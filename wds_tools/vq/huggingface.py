@@ -207,10 +207,9 @@ def _weight_files(folder: Path) -> list[Path]:
     for stem in ("model", "diffusion_pytorch_model"):
         if (index := folder / f"{stem}.safetensors.index.json").is_file():
             names = sorted(set(_read_json(index).get("weight_map", {}).values()))
-            paths = [folder / name for name in names]
-            if outside := [path for path in paths if path.resolve().parent != folder.resolve() or not path.is_file()]:
-                raise TokenizerError(f"{index} names {outside[0].name}, which is not there")
-            return paths
+            if outside := [name for name in names if Path(name).name != name or not (folder / name).is_file()]:
+                raise TokenizerError(f"{index} names {outside[0]}, which is not there")
+            return [folder / name for name in names]
         for name in (f"{stem}.safetensors", f"{stem}.bin"):
             if (folder / name).is_file():
                 return [folder / name]
