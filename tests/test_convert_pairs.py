@@ -173,7 +173,8 @@ def test_nothing_outside_of_the_image_root_is_read(
     (root / "folder_link").symlink_to(tmp_path)
     monkeypatch.chdir(tmp_path)
     image_path = path.replace("/SECRET", str(tmp_path / "secret.jpg"))
-    reject = one_line(tmp_path, {"image_path": image_path, "text": "x"}, image_root="root" if is_relative else str(root))
+    settings = {"image_root": "root" if is_relative else str(root), "strict_links": "link" in path}
+    reject = one_line(tmp_path, {"image_path": image_path, "text": "x"}, **settings)
     assert reject["reason"] == "outside_root"
 
 

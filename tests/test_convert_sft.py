@@ -149,6 +149,87 @@ def test_what_cannot_be_used_is_a_reject_with_its_reason(broken: Record, reason:
     assert (reject["element"], reject["reason"]) == (1, reason)
 
 
+TURN = {"from": "human", "value": "What?"}
+ANSWER = {"from": "gpt", "value": "This."}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"image_path": "a.jpg"},
+        {"image_url": "a"},
+        {"images_paths": ["a"]},
+        {"img": {"url": "https://host/a"}},
+        {"Image_File": "a"},
+        {"picture": "iVBORw0KGgo="},
+        {"file_name": "folder/a.PNG"},
+        {"source": {"where": ["https://host/a.webp?size=512"]}},
+        {"note": "data:image/png;base64,iVBORw0KGgo="},
+        {"image": "b.jpg", "second": "c.jpg", "conversations": turns("<image>What?", "This.")},
+        {"conversations": [{**TURN, "image": "a.jpg"}, ANSWER]},
+        {"conversations": [TURN, {**ANSWER, "images": ["a"]}]},
+        {"conversations": turns("<img>a.jpg</img>What?", "This.")},
+        {"conversations": turns("<img> What?", "This.")},
+        {"conversations": turns("What?", "<|image|>")},
+        {"conversations": turns("<|image_1|> What?", "This.")},
+        {"conversations": turns("<|vision_start|><|image_pad|><|vision_end|> What?", "This.")},
+        {"conversations": turns("What is in <image 1>?", "This.")},
+    ],
+    ids=str,
+)
+def test_an_image_that_would_be_left_behind_is_a_reject_and_never_a_text_alone(fields: Record, tmp_path: Path) -> None:
+    source = write(tmp_path / "in", [{"conversations": turns("What?", "This."), **fields}, record()])
+    manifest = convert(source, tmp_path / "out")
+    assert (manifest.samples, manifest.rejects) == (1, {"unused_image": 1})
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"image": ""},
+        {"image": None},
+        {"image": []},
+        {"images": [""]},
+        {"image_path": "", "image_url": None, "imgs": []},
+        {"image_id": 139, "image_width": 640, "image_size": [640, 480], "url": "https://host/page.html"},
+        {"conversations": turns('Is <img src="a"> right?', "Add alt: <image/>.")},
+        {"system": "", "system_prompt": None},
+    ],
+    ids=str,
+)
+def test_a_conversation_without_an_image_may_say_so_in_any_way(fields: Record, tmp_path: Path) -> None:
+    source = write(tmp_path / "in", [{"conversations": turns("What?", "This."), **fields}])
+    assert convert(source, tmp_path / "out").samples == 1
+    assert read_samples(tmp_path / "out")[0].images == ()
+
+
+def test_another_name_for_the_image_that_is_used_and_a_field_that_is_kept_leave_nothing_behind(tmp_path: Path) -> None:
+    talks = [record(image_url="https://host/x/a.jpg", id="coco/a.jpg"), record(original="https://host/0017.jpg")]
+    source = write(tmp_path / "in", talks)
+    assert convert(source, tmp_path / "out").rejects == {"unused_image": 1}
+    assert convert(source, tmp_path / "kept", keep=("original",)).samples == 2
+    assert read_samples(tmp_path / "kept")[1].provenance["original"] == "https://host/0017.jpg"
+
+
+def test_a_system_prompt_is_the_first_turn_whatever_the_field_is_called_and_two_of_them_are_a_reject(tmp_path: Path) -> None:
+    prompts = [{"system": "A."}, {"system_prompt": "A."}, {"system": "A.", "system_prompt": "A."}]
+    wrong = [{"system": "A.", "system_prompt": "B."}, {"system": ["A."]}]
+    source = write(tmp_path / "in", [record(**fields) for fields in [*prompts, *wrong]])
+    assert convert(source, tmp_path / "out").rejects == {"bad_conversation": 1, "wrong_type": 1}
+    for sample in read_samples(tmp_path / "out"):
+        assert (sample.conversations or [])[0] == {"from": "system", "value": "A."}
+        assert len(sample.conversations or []) == 3
+
+
+def test_a_folder_gives_its_json_and_jsonl_files_in_order(tmp_path: Path) -> None:
+    write(tmp_path / "in", [record(id="b")], "b.json")
+    write_jsonl(tmp_path / "in/a.jsonl", [record(id="a")])
+    write_jsonl(tmp_path / "in/c.JSONL", [record(id="c")])
+    manifest = convert(tmp_path / "in", tmp_path / "out")
+    assert [sample.provenance["source_id"] for sample in read_samples(tmp_path / "out")] == ["a", "b", "c"]
+    assert manifest.source["left_out"]["files"] == 3
+
+
 def test_roles_and_ids_of_other_tools_are_taken_and_fields_kept(tmp_path: Path) -> None:
     talk = [{"from": "system", "value": "Be kind."}, {"from": "user", "value": "Hi"}, {"from": "assistant", "value": "Hello"}]
     source = write(tmp_path / "in", [{"id": 7, "conversations": talk, "source": "vqa"}, record(["a.jpg", "b.jpg"], 2, id="x")])

@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from wds_tools.convert import lines
 from wds_tools.convert.lines import (
     InputFile,
+    InputOptions,
     Line,
     LineRange,
+    by_suffix,
     expand_inputs,
     number_lines,
     parse_record,
@@ -219,6 +221,11 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def expand(*inputs: str | Path) -> list[InputFile]:
+    options = InputOptions(input=tuple(map(str, inputs)), output="elsewhere")
+    return expand_inputs(options, by_suffix(".jsonl")).files
+
+
 def names(found: list[InputFile], folder: Path) -> list[str]:
     assert all(file.size == 3 for file in found)
     return [str(Path(file.url).relative_to(folder)) for file in found]
@@ -240,17 +247,17 @@ def names(found: list[InputFile], folder: Path) -> list[str]:
     ],
 )
 def test_files_folders_and_patterns_are_expanded(inputs: list[str], expected: list[str], folder: Path) -> None:
-    assert names(expand_inputs([str(folder / pattern) for pattern in inputs], ".jsonl"), folder) == expected
+    assert names(expand(*(folder / pattern for pattern in inputs)), folder) == expected
 
 
 def test_urls_are_expanded_too(folder: Path) -> None:
-    found = expand_inputs([f"file://{folder}/part-{{0..1}}.jsonl"], ".jsonl")
+    found = expand(f"file://{folder}/part-{{0..1}}.jsonl")
     assert [file.size for file in found] == [3, 3]
     assert [line.number for span in plan_lines(found, 5) for line in read_lines(span)] == [1, 1]
 
 
 def test_the_files_of_a_folder_can_be_read(folder: Path) -> None:
-    _, found = read_planned(expand_inputs([str(folder)], ".jsonl"), 10)
+    _, found = read_planned(expand(folder), 10)
     assert found == [Line(1, b"{}")] * 6
 
 
@@ -266,13 +273,13 @@ def test_the_files_of_a_folder_can_be_read(folder: Path) -> None:
 def test_inputs_that_are_not_there_are_named(pattern: str, error: type[Exception], words: str, folder: Path) -> None:
     (folder / "empty").mkdir()
     with pytest.raises(error, match=words):
-        expand_inputs([str(folder / pattern)], ".jsonl")
+        expand(folder / pattern)
 
 
 @pytest.mark.parametrize("inputs", [[], [""], ["a\0b"]])
 def test_no_input_is_refused(inputs: list[str]) -> None:
     with pytest.raises(UsageError):
-        expand_inputs(inputs, ".jsonl")
+        expand(*inputs)
 
 
 # --- Records -------------------------------------------------------------------------------------------------------
@@ -333,7 +340,7 @@ needs_data = pytest.mark.skipif(not FOLDER.is_dir(), reason=f"the malformed file
     ("name", "num_records"), [("pairs_bom.jsonl", 4), ("pairs_crlf.jsonl", 4), ("pairs_u2028.jsonl", 3), ("pairs_empty.jsonl", 0)]
 )
 def test_odd_but_valid_files_give_all_their_records(name: str, num_records: int) -> None:
-    found = [parse_record(line) for line in read_planned(expand_inputs([str(FOLDER / name)], ".jsonl"), 2)[1]]
+    found = [parse_record(line) for line in read_planned(expand(FOLDER / name), 2)[1]]
     assert len(found) == num_records
     assert all(required_text(record, ("text_prompt",)) for record in found)
 
@@ -342,7 +349,7 @@ def test_odd_but_valid_files_give_all_their_records(name: str, num_records: int)
 @pytest.mark.parametrize(("name", "words"), [("pairs_utf16.jsonl", "is UTF-16"), ("pairs_array.json", "is a JSON array")])
 def test_files_of_something_else_are_refused(name: str, words: str) -> None:
     with pytest.raises(UsageError, match=words):
-        plan_lines(expand_inputs([str(FOLDER / name)], ".jsonl"), 100)
+        plan_lines(expand(FOLDER / name), 100)
 
 
 BAD_LINES = {
@@ -367,7 +374,7 @@ BAD_LINES = {
 @pytest.mark.parametrize("lines_per_range", [1, 7, 1000])
 def test_the_bad_lines_of_a_real_file_are_found_under_their_numbers(lines_per_range: int) -> None:
     expected = json.loads((FOLDER / "pairs_bad.expect.json").read_text())
-    _, found = read_planned(expand_inputs([str(FOLDER / "pairs_bad.jsonl")], ".jsonl"), lines_per_range)
+    _, found = read_planned(expand(FOLDER / "pairs_bad.jsonl"), lines_per_range)
     case_of = {entry["line"]: entry["case"] for entry in expected}
     reasons = {}
     for line in found:

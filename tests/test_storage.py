@@ -7,6 +7,7 @@ import io
 import os
 import pickle
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -23,7 +24,7 @@ from hypothesis import strategies as st
 from s3 import S3Server
 
 from wds_tools.errors import MissingPackage, NotFound, OutOfSpace, StorageError, UsageError
-from wds_tools.storage import Entry, Store, join, open_store, redact, split_url
+from wds_tools.storage import Entry, LocalStore, Store, join, local, open_store, redact, split_url
 from wds_tools.storage.base import check_name
 from wds_tools.storage.local import translate
 
@@ -395,7 +396,7 @@ def test_importing_storage_loads_no_backend() -> None:
 # --- folders ---------------------------------------------------------------------------------------------------------------
 
 
-def test_symlinks_are_followed_inside_the_root_only(tmp_path: Path) -> None:
+def test_with_strict_links_symlinks_are_followed_inside_the_root_only(tmp_path: Path) -> None:
     root, outside = tmp_path / "root", tmp_path / "outside"
     for folder in (root / "folder", outside):
         folder.mkdir(parents=True)
@@ -404,7 +405,7 @@ def test_symlinks_are_followed_inside_the_root_only(tmp_path: Path) -> None:
     for name, target in {**links, "folder-in": "folder", "folder-out": "../outside", "loop": "."}.items():
         (root / name).symlink_to(target)
     (tmp_path / "link").symlink_to(root)
-    for store in (open_store(str(root)), open_store(str(tmp_path / "link"))):
+    for store in (open_store(str(root), strict_links=True), open_store(str(tmp_path / "link"), strict_links=True)):
         assert [entry.name for entry in store.list()] == ["folder/file", "inside"]
         assert store.read("inside") == store.read("folder-in/file") == b"1234"
         assert list(store.list("folder-out/")) == []
@@ -413,13 +414,63 @@ def test_symlinks_are_followed_inside_the_root_only(tmp_path: Path) -> None:
                 with pytest.raises(StorageError, match="leads out of its folder"):
                     read(name)
         for write in (store.write, store.delete, lambda name, store=store: store.put(name, b"")):
-            with pytest.raises(StorageError, match="leads out of its folder"):
+            with pytest.raises(StorageError, match="nothing is written or removed through a symlink"):
                 write("folder-out/new")
         assert not store.exists("dangling")
     assert [path.name for path in outside.iterdir()] == ["file"]
     store.put("out", b"in its place")
     assert (outside / "file").read_bytes() == b"1234"
     assert store.read("out") == b"in its place"
+
+
+def test_symlinks_are_followed_by_every_read_and_nothing_is_written_or_removed_through_them(tmp_path: Path) -> None:
+    root, blobs = tmp_path / "root", tmp_path / "blobs"
+    for folder in (root / "a/b", blobs / "more"):
+        folder.mkdir(parents=True)
+    for file in (root / "a/b/real", blobs / "x", blobs / "more/y"):
+        file.write_bytes(b"1234")
+    links = {"x": blobs / "x", "far": blobs, "near": "a", "a/b/up": "../..", "loop": ".", "self": "self", "gone": "nowhere"}
+    for name, target in links.items():
+        (root / name).symlink_to(target)
+    store = open_store(str(root))
+    assert [(entry.name, entry.size) for entry in store.list()] == [
+        ("a/b/real", 4),
+        ("far/more/y", 4),
+        ("far/x", 4),
+        ("gone", 0),  # listed, for whoever wants it to hear of it
+        ("near/b/real", 4),
+        ("self", 0),
+        ("x", 4),
+    ]
+    for prefix in ("a/", "far/more/", "near/", "a/b/up/", "loop/", "x", "nowhere/"):
+        assert list(store.list(prefix)) == [entry for entry in store.list() if entry.name.startswith(prefix)]
+    assert store.read("x") == store.read_range("far/more/y", 0, 4) == bytes(LocalStore(str(root)).map("near/b/real")) == b"1234"
+    for read in (store.read, store.size, store.open):
+        with pytest.raises(NotFound, match=r"gone: can't .*, it is a symlink to nowhere, where nothing is"):
+            read("gone")
+    for write in (store.delete, lambda name: store.put(name, b"")):
+        with pytest.raises(StorageError, match="nothing is written or removed through a symlink"):
+            write("far/x")
+    store.delete("x")
+    store.put("gone", b"here")
+    assert (blobs / "x").read_bytes() == b"1234"
+    assert not (root / "nowhere").exists()
+    (root / ".tmp").symlink_to(blobs)
+    with pytest.raises(StorageError, match="nothing is written"):
+        store.put("new", b"")
+    with pytest.raises(StorageError):
+        store.clean_temp()
+    assert sorted(path.name for path in blobs.iterdir()) == ["more", "x"]
+
+
+def test_folders_that_all_link_to_each_other_are_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "_MAX_LINKED_FOLDERS", 50)
+    for folder in range(5):
+        (tmp_path / f"{folder}").mkdir()
+        for other in range(5):
+            (tmp_path / f"{folder}/{other}").symlink_to(f"../{other}")
+    with pytest.raises(StorageError, match="more than 50 symlinks to folders: they lead to each other"):
+        list(open_store(str(tmp_path)).list())
 
 
 def test_a_killed_writer_leaves_only_a_temporary_file(tmp_path: Path) -> None:
@@ -462,12 +513,27 @@ def test_a_relative_root_stays_put_when_the_folder_changes(tmp_path: Path, monke
     assert (tmp_path / "set" / "a").exists()
 
 
-def test_a_folder_or_a_fifo_is_no_file_and_nobody_waits_for_it(tmp_path: Path) -> None:
+def test_what_is_no_regular_file_is_not_read_and_nobody_waits_for_it(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     os.mkfifo(tmp_path / "fifo")
-    for name in ("folder", "fifo"):
-        with pytest.raises(NotFound, match="not a file"):
-            open_store(str(tmp_path)).open(name)
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(os.path.relpath(tmp_path / "socket"))
+    (tmp_path / "device").symlink_to("/dev/zero")
+    store = LocalStore(str(tmp_path))
+    for name in ("folder", "fifo", "socket", "device"):
+        for read in (store.open, store.read, store.size, store.map, lambda name: store.read_range(name, 0, 1)):
+            with pytest.raises(NotFound, match="not a file"):
+                read(name)
+        assert not store.exists(name)
+
+
+def test_a_file_of_no_size_is_empty_though_reading_it_would_give_bytes_or_wait(tmp_path: Path) -> None:
+    for name in ("kmsg", "self/mem", "self/environ"):
+        if os.access(f"/proc/{name}", os.R_OK):
+            (tmp_path / "link").unlink(missing_ok=True)
+            (tmp_path / "link").symlink_to(f"/proc/{name}")
+            with open_store(str(tmp_path)).open("link") as stream:
+                assert (stream.read(10), stream.read()) == (b"", b"")
 
 
 def test_a_file_in_the_way_of_a_folder_is_an_error(tmp_path: Path) -> None:

@@ -171,6 +171,20 @@ def test_a_tokenizer_is_found_inside_a_language_model(
     assert inside.weights_hash != alone.weights_hash
 
 
+def test_weights_in_several_files_load_from_the_links_of_a_cache_and_never_from_outside_the_folder(
+    made: Callable[[str], tuple[Path, Made]], tmp_path: Path
+) -> None:
+    whole = in_a_language_model(made("janus")[0], tmp_path / "blobs")
+    (tmp_path / "snapshot").mkdir()
+    for path in whole.iterdir():
+        (tmp_path / "snapshot" / path.name).symlink_to(f"../blobs/{path.name}")
+    linked = load_tokenizer("janus", weights=str(tmp_path / "snapshot"), device="cpu")
+    assert linked.weights_hash == load_tokenizer("janus", weights=str(whole), device="cpu").weights_hash
+    (whole / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../blobs/config.json"}}))
+    with pytest.raises(TokenizerError, match=r"names '\.\./blobs/config\.json', which is not there"):
+        load_tokenizer("janus", weights=str(whole), device="cpu")
+
+
 def test_emu3_takes_pixels_as_its_preprocessor_scales_them(made: Callable[[str], tuple[Path, Made]], tmp_path: Path) -> None:
     folder, (_, codes) = made("emu3")
     shutil.copytree(folder, tmp_path / "emu3")

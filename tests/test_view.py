@@ -551,14 +551,14 @@ def test_a_manifest_that_names_shards_outside_the_set_is_refused(folder: Path, t
             ViewServer(ViewConfig(input=str(copy), port=0))
 
 
-def test_symlinks_out_of_the_set_are_not_followed(folder: Path, tmp_path: Path) -> None:
+def test_with_strict_links_symlinks_out_of_the_set_are_not_followed(folder: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(folder, tmp_path / "set"))
     secret = tmp_path / "secret.txt"
     secret.write_text("the secret\n")
     for name in ("shard-000000-0000.tar", "shard-000000-0001.tar.index", "rejects/task-000000.jsonl"):
         (copy / name).unlink()
         (copy / name).symlink_to(secret)
-    with serving(copy) as server:
+    with serving(copy, strict_links=True) as server:
         for path in ("/api/samples", "/api/sample/20", "/image/3", "/api/rejects", "/api/search?text=e", "/stats"):
             status, _, body = fetch(server, path)
             assert b"the secret" not in body

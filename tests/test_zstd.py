@@ -233,7 +233,7 @@ def test_a_window_beyond_the_limit_is_refused(window: bytes) -> None:
     ("file", "reason", "words"),
     [
         (b"", "empty_file", "0 bytes"),
-        (b"\x1f\x8b\x08" + bytes(20), "not_zst", "a gzip file under a .zst name"),
+        (b"\x1f\x8b\x08" + bytes(20), "not_zst", "a gzip file, not zstd"),
         (b'  {"text": "x"}\n', "not_zst", "plain JSON"),
         (b'[{"text": "x"}]', "not_zst", "plain JSON"),
         (b"PK\x03\x04....", "not_zst", "it begins with b'PK"),

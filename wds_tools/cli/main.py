@@ -13,6 +13,7 @@ import difflib
 import importlib
 import inspect
 import io
+import os
 import re
 import signal
 import sys
@@ -82,7 +83,7 @@ def main(argv: Sequence[str] | None = None, *, begin: Callable[[], None] = lambd
 def _at_home(arg: str) -> str:
     """An argument with `~/` at the beginning of its value as a shell gives it; none does so behind `--option=`."""
     match = re.fullmatch(r"(--[\w-]+=)?(~(?:/.*)?)", arg, re.DOTALL)
-    return arg if match is None else (match[1] or "") + os.path.expanduser(match[2])
+    return arg if match is None else (match[1] or "") + os.path.expanduser(match[2])  # noqa: PTH111 (of a URL or path as it stands)
 
 
 def _parse(module: Any, words: tuple[str, ...], args: Sequence[str]) -> Any:

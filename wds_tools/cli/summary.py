@@ -36,6 +36,7 @@ def data_set_record(url: str, manifest: Manifest) -> dict[str, Any]:
         "data_types": manifest.data_types,
         "members": manifest.members,
         "rejects": manifest.rejects,
+        **({"left_out": left_out} if (left_out := manifest.source.get("left_out")) else {}),
         "shards": len(manifest.shards),
         "bytes": manifest.bytes,
         "codes": manifest.codes,
@@ -55,6 +56,8 @@ def print_data_set(url: str, manifest: Manifest, *, json: bool = False) -> None:
         "rejects": f"{rejected:,} ({_counts(manifest.rejects)}), listed in {url.rstrip('/')}/{REJECTS}" if rejected else "none",
         "shards": f"{len(manifest.shards):,}, {manifest.bytes / 1e6:,.1f} MB, {_per_sample(manifest)}",
     }
+    if isinstance(left_out := manifest.source.get("left_out"), dict):
+        facts["left out"] = f"{left_out.get('files')} files of the input folders, such as {left_out.get('such_as')}"
     for column, provenance in manifest.codes.items():
         size = provenance.get("codebook_size")
         settings = [f"{size:,} codes" if isinstance(size, int) else "codes of unknown number"]

@@ -1,4 +1,4 @@
-"""DCLM documents (`*.jsonl.zst`) -> text_pretrain samples.
+"""DCLM documents (`*.jsonl.zst`, `*.json.zst`, `*.zstd`) -> text_pretrain samples.
 
     files, grouped into tasks -> decompress -> lines -> records -> Sample(text) -> shards
 
@@ -12,22 +12,32 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from wds_tools.convert.lines import Line, check_kept_fields, expand_inputs, kept_fields, number_lines, parse_record, required_text
+from wds_tools.convert.lines import (
+    InputOptions,
+    Line,
+    by_suffix,
+    check_kept_fields,
+    expand_inputs,
+    kept_fields,
+    number_lines,
+    parse_record,
+    required_text,
+)
 from wds_tools.convert.zstd import decompress
 from wds_tools.dataset.write import TaskWriter
 from wds_tools.errors import FormatError, Reject, UsageError
 from wds_tools.format.manifest import Manifest
 from wds_tools.format.schema import Sample
-from wds_tools.passes import Advance, PassOptions, Plan, group_to_limit, run_pass
+from wds_tools.passes import Advance, Plan, group_to_limit, run_pass
 from wds_tools.storage import open_store, split_url
 
 
 @dataclass(frozen=True, kw_only=True)
-class DclmConfig(PassOptions):
+class DclmConfig(InputOptions):
     """Convert DCLM-style documents to shards."""
 
     input: tuple[str, ...]
-    """Folders (searched for *.jsonl.zst), files or brace patterns; local paths or URLs."""
+    """Folders (searched for *.jsonl.zst, *.json.zst and *.zstd of both), files or brace patterns; local paths or URLs."""
     keep: tuple[str, ...] = ()
     """Fields of the record to keep as provenance, such as url."""
     task_bytes: int = 16 << 20
@@ -42,13 +52,13 @@ class DclmConfig(PassOptions):
 
 def convert_dclm(config: DclmConfig) -> Manifest:
     """Convert; returns the manifest of the finished data set. Raises: see run_pass."""
-    files = expand_inputs(config.input, ".jsonl.zst")
+    inputs = expand_inputs(config, by_suffix(".jsonl.zst", ".json.zst", ".jsonl.zstd", ".json.zstd"))
     plan = Plan(
         command="convert dclm",
         settings={"keep": config.keep},
-        tasks=[list(map(tuple, group)) for group in group_to_limit(files, lambda file: file.size, config.task_bytes)],
-        total=sum(file.size for file in files),
-        source={"inputs": [{"url": file.url, "bytes": file.size} for file in files]},
+        tasks=[list(map(tuple, group)) for group in group_to_limit(inputs.files, lambda file: file.size, config.task_bytes)],
+        total=sum(file.size for file in inputs.files),
+        source=inputs.source,
     )
     return run_pass(plan, _ConvertFiles(config.keep), config)
 

@@ -21,9 +21,11 @@ from numpy.typing import NDArray
 
 from wds_tools.convert.lines import (
     InputFile,
+    InputOptions,
     Line,
     LineRange,
     check_kept_fields,
+    expand_inputs,
     kept_fields,
     parse_record,
     plan_lines,
@@ -31,12 +33,12 @@ from wds_tools.convert.lines import (
     required_text,
 )
 from wds_tools.convert.sft import turns_of
-from wds_tools.convert.tables import JSONL, TableRow, files_at, load_pyarrow, table_rows
+from wds_tools.convert.tables import JSONL, TableRow, check_files, data_files, load_pyarrow, table_rows
 from wds_tools.dataset.write import TaskWriter
 from wds_tools.errors import FormatError, Reject, UsageError
 from wds_tools.format.manifest import Manifest
 from wds_tools.format.schema import CODE_COLUMNS, DATA_TYPES, Codes, Sample, code_dtype, validate
-from wds_tools.passes import Advance, PassOptions, Plan, run_pass
+from wds_tools.passes import Advance, Plan, run_pass
 
 _ABSENT = "no"
 _SIDE_512 = 512
@@ -44,7 +46,7 @@ _IMAGE_TYPES = ("image_text", "image_text_multi")
 
 
 @dataclass(frozen=True, kw_only=True)
-class HfConfig(PassOptions):
+class HfConfig(InputOptions):
     """Convert Hugging Face data sets that hold codes, the reference pipeline's or those of `export hf`, to shards."""
 
     input: tuple[str, ...]
@@ -81,7 +83,8 @@ def convert_hf(config: HfConfig) -> Manifest:
         MissingPackage: pyarrow is not installed, and there are Arrow or Parquet files.
         Otherwise see run_pass.
     """
-    files = [file for url in config.input for file in files_at(url)]
+    inputs = expand_inputs(config, data_files)
+    files = check_files(inputs.files)
     tables = [file for file in files if not file.url.endswith(JSONL)]
     if tables:
         load_pyarrow()
@@ -95,7 +98,7 @@ def convert_hf(config: HfConfig) -> Manifest:
         tasks=[*map(tuple, tables), *ranges],
         total=sum(file.size for file in tables) + sum(span.end - span.start for span in ranges),
         codes=dict.fromkeys(CODE_COLUMNS, provenance),
-        source={"inputs": [{"url": file.url, "bytes": file.size} for file in files]},
+        source=inputs.source,
     )
     return run_pass(plan, _ConvertRows(config.codebook_size, config.stride, config.keep), config)
 

@@ -9,7 +9,6 @@ time ahead of their turn; the order of the lines is kept.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -18,8 +17,10 @@ from typing import Any, NamedTuple, Protocol
 
 from wds_tools.convert.image_source import FETCH_AHEAD, ImageSource, in_order
 from wds_tools.convert.lines import (
+    InputOptions,
     Line,
     LineRange,
+    by_suffix,
     check_kept_fields,
     expand_inputs,
     kept_fields,
@@ -33,15 +34,13 @@ from wds_tools.errors import FormatError, Reject, UsageError
 from wds_tools.format.manifest import Manifest
 from wds_tools.format.schema import Sample
 from wds_tools.images import ImageLimits, Mode, crop_for, probe
-from wds_tools.passes import Advance, PassOptions, Plan, run_pass
+from wds_tools.passes import Advance, Plan, run_pass
 
-_OUR_REJECTS = re.compile(r"(^|/)rejects/task-\d{6,}\.jsonl$")
-"""What lies in a data set that an input folder holds, perhaps the output itself: no input, unless it is named."""
 _DATA_TYPES = {"cc512": "image_text", "multi768": "image_text_multi"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImagePairsConfig(PassOptions):
+class ImagePairsConfig(InputOptions):
     """Convert image-caption pairs to shards; the images go in byte for byte, codes come with `wds-tools encode`."""
 
     input: tuple[str, ...]
@@ -95,10 +94,10 @@ class Filler(Protocol):
 
 def convert_image_pairs(config: ImagePairsConfig, filler: Filler | None = None) -> Manifest:
     """Convert, and fill the codes if there is a filler; returns the manifest of the finished data set. Raises: see run_pass."""
-    found = expand_inputs(config.input, ".jsonl")
-    files = [file for file in found if file.url in config.input or not _OUR_REJECTS.search(file.url)]
-    ranges = plan_lines(files, config.task_lines, quiet=config.quiet)
-    settings = {"mode": config.mode, "image_root": config.image_root, "keep": config.keep, **asdict(config.limits)}
+    inputs = expand_inputs(config, by_suffix(".jsonl"))
+    ranges = plan_lines(inputs.files, config.task_lines, quiet=config.quiet)
+    root = {"image_root": config.image_root, "strict_links": config.strict_links}
+    settings = {"mode": config.mode, **root, "keep": config.keep, **asdict(config.limits)}
     codes: dict[str, dict[str, Any]] = {}
     if filler is not None:
         decides, codes = filler.provenance([_DATA_TYPES[config.mode]])
@@ -110,9 +109,9 @@ def convert_image_pairs(config: ImagePairsConfig, filler: Filler | None = None) 
         total=sum(span.num_lines for span in ranges),
         codes=codes,
         device="cpu" if filler is None else filler.runs_on,
-        source={"inputs": [{"url": file.url, "bytes": file.size} for file in files]},
+        source=inputs.source,
     )
-    work = _ConvertLines(config.mode, config.image_root, config.limits, config.keep, filler)
+    work = _ConvertLines(config.mode, root, config.limits, config.keep, filler)
     return run_pass(plan, work, config if filler is None else replace(config, workers=filler.workers))
 
 
@@ -130,7 +129,7 @@ class _Fetched(NamedTuple):
 @dataclass(frozen=True)
 class _ConvertLines:
     mode: Mode
-    image_root: str | None
+    root: Mapping[str, Any]
     limits: ImageLimits
     keep: tuple[str, ...]
     filler: Filler | None = None
@@ -152,7 +151,7 @@ class _ConvertLines:
 
     def _samples(self, task: LineRange, number: int) -> Iterator[tuple[int, Sample | Reject]]:
         """(line, what it is) in the order of the lines."""
-        source = ImageSource(task.url, self.image_root)
+        source = ImageSource(task.url, **self.root)
         with ThreadPoolExecutor(FETCH_AHEAD) as pool:
             for fetched in in_order(pool, lambda line: self._fetch(line, source), read_lines(task)):
                 if fetched.cause is not None:

@@ -1,5 +1,7 @@
 """Input files -> lines -> JSON records, with line numbers, in constant memory.
 
+What lies in an input folder is taken, or counted and named: on standard error, in the manifest, and in the summary.
+
 Lines end at b"\\n" alone (U+2028 and friends are data). Blank lines are no records. `plan_lines` cuts big files into ranges that
 begin and end at a line, so that several workers can read one file and every reject still has its true line number.
 """
@@ -7,7 +9,10 @@ begin and end at a line, so that several workers can read one file and every rej
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import posixpath
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,6 +22,7 @@ from braceexpand import braceexpand
 
 from wds_tools.errors import NotFound, Reject, StorageError, UsageError
 from wds_tools.format.schema import RESERVED_FIELDS
+from wds_tools.passes import PassOptions
 from wds_tools.run.progress import Progress
 from wds_tools.storage import join, open_store, split_url
 from wds_tools.storage.base import split_scheme
@@ -24,6 +30,24 @@ from wds_tools.storage.base import split_scheme
 MAX_LINE_BYTES = 64 << 20
 _READ_BYTES = 4 << 20
 _RANGE_BYTES = 64 << 20
+_NAMED_FILES = 8
+_NO_DATA = ("state.json", "dataset_info.json")
+"""Of save_to_disk, beside the data."""
+_OUR_REJECTS = re.compile(r"(^|/)rejects/task-\d{6,}\.jsonl$")
+"""What lies in a data set that an input folder holds: no input, unless it is named."""
+
+Choice = Callable[[str, Mapping[str, int]], Sequence[str]]
+"""URL of a folder, and the names and sizes of the files below it -> the names of those that are inputs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputOptions(PassOptions):
+    """How any conversion finds its files."""
+
+    input: tuple[str, ...]
+    """Files, folders or brace patterns; paths or URLs."""
+    strict_links: bool = False
+    """Of folders (--input, --image-root), follow no symlink that leads out: for what was unpacked from archives of strangers."""
 
 
 class InputFile(NamedTuple):
@@ -52,24 +76,60 @@ class Line(NamedTuple):
     data: bytes | None
 
 
-def expand_inputs(inputs: Sequence[str], suffix: str) -> list[InputFile]:
-    """The files that are meant.
+class Inputs(NamedTuple):
+    """The files of a conversion, and the URLs of what lies in its folders and is left out."""
+
+    files: list[InputFile]
+    left_out: list[str]
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """For the manifest."""
+        record: dict[str, Any] = {"inputs": [{"url": file.url, "bytes": file.size} for file in self.files]}
+        if self.left_out:
+            one_of_each: dict[str, str] = {}
+            for url in self.left_out:
+                one_of_each.setdefault(posixpath.splitext(url)[1].lower(), url)
+            names = ", ".join(list(one_of_each.values())[:_NAMED_FILES]).encode(errors="replace").decode()
+            record["left_out"] = {"files": len(self.left_out), "such_as": names}
+        return record
+
+
+def by_suffix(*suffixes: str) -> Choice:
+    """Files whose names end so, in upper or lower case."""
+
+    def choose(url: str, sizes: Mapping[str, int]) -> Sequence[str]:
+        names = [name for name in sizes if name.lower().endswith(suffixes) and not _OUR_REJECTS.search(name)]
+        if not names:
+            others = f"; there are {len(sizes)} other files, such as {min(sizes)}" if sizes else ""
+            raise NotFound(f"{url}: no such file, and no *{' or *'.join(suffixes)} under a folder of that name{others}")
+        return names
+
+    return choose
+
+
+def expand_inputs(options: InputOptions, choose: Choice) -> Inputs:
+    """The files that are meant; says on standard error what is left out.
 
     Args:
-        inputs: files, folders (all files below that end in `suffix`, sorted) and brace patterns such as part-{000..127}.jsonl.
-        suffix: such as ".jsonl.zst".
+        options: `input` has files, folders (of which `choose` takes what it wants) and brace patterns, as part-{000..127}.jsonl;
+            the output, if it lies in one of the folders, is not looked at.
+        choose: such as `by_suffix(".jsonl")`.
 
     Raises:
         UsageError: no inputs, or a broken pattern.
         NotFound: something does not exist, or a folder has no such file.
     """
-    files: list[InputFile] = []
-    for pattern in inputs:
+    found = Inputs([], [])
+    for pattern in options.input:
         for url in _expand_braces(pattern):
-            files.extend(_files_at(url, suffix))
-    if not files:
+            _add_files(found, url, options, choose)
+    if not found.files:
         raise UsageError("no input: pass --input with files or folders")
-    return files
+    if found.left_out:
+        left_out = found.source["left_out"]
+        print(f"wds-tools: {left_out['files']:,} files are left out, such as {left_out['such_as']}", file=sys.stderr)
+    return found
 
 
 def plan_lines(files: Sequence[InputFile], lines_per_range: int, *, quiet: bool = True) -> list[LineRange]:
@@ -173,20 +233,22 @@ def _expand_braces(pattern: str) -> list[str]:
         raise UsageError(f"--input {pattern!r}: unbalanced braces") from error
 
 
-def _files_at(url: str, suffix: str) -> Iterator[InputFile]:
+def _add_files(found: Inputs, url: str, options: InputOptions, choose: Choice) -> None:
     try:
         root, name = split_url(url)
-        yield InputFile(url, open_store(root).size(name))
+        found.files.append(InputFile(url, open_store(root).size(name)))
         return
     except (UsageError, StorageError):
         if split_scheme(url)[0] in ("http", "https"):
             raise  # there are no folders
         # a bucket, or a folder: what is wrong with it shows when it is listed
-    entries = [entry for entry in open_store(url).list() if entry.name.endswith(suffix)]
-    if not entries:
-        raise NotFound(f"{url}: no such file, and no *{suffix} under a folder of that name")
-    for entry in entries:
-        yield InputFile(join(url, entry.name), entry.size)
+    sizes = dict(open_store(url).list())
+    allowed = {name for name, _ in open_store(url, strict_links=True).list()} if options.strict_links else sizes.keys()
+    chosen = choose(url, {name: size for name, size in sizes.items() if name in allowed})
+    for name in chosen:
+        found.files.append(InputFile(join(url, name), sizes[name] or open_store(url).size(name)))  # raises for a link to nothing
+    left_out = sorted(sizes.keys() - set(chosen))
+    found.left_out.extend(join(url, name) for name in left_out if posixpath.basename(name) not in _NO_DATA)
 
 
 def _plan_file(url: str, lines_per_range: int) -> Iterator[LineRange]:

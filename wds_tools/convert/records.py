@@ -131,7 +131,7 @@ def _group(url: str, elements: Iterable[tuple[int, int]], per_range: int) -> Ite
 def _check_lines(url: str, head: bytes) -> None:
     """Raise UsageError if a file that is no list can't be one object a line either."""
     first = head.removeprefix(_BOM).lstrip().partition(b"\n")[0]
-    if url.endswith(".jsonl") or not first.startswith(b"{"):
+    if url.lower().endswith(".jsonl") or not first.startswith(b"{"):
         return
     try:
         record = orjson.loads(first)

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import io
 import posixpath
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from wds_tools.convert.lines import InputFile, Line, expand_inputs
+from wds_tools.convert.lines import InputFile, Line
 from wds_tools.dataset.write import REJECTS
 from wds_tools.errors import FormatError, MissingPackage, NotFound, Reject, StorageError, UsageError
 from wds_tools.format.typed_json import read_json, shape
@@ -52,44 +52,35 @@ class TableRow(NamedTuple):
     """What it adds to the bytes read."""
 
 
-def files_at(url: str) -> Iterator[InputFile]:
-    """The files of a folder: its jsonl and Parquet files, and the Arrow files that its state.json names; or those that are named.
+def data_files(url: str, sizes: Mapping[str, int]) -> Sequence[str]:
+    """The files of a folder that are inputs: jsonl and Parquet files, and the Arrow files that its state.json names. See Choice.
 
     Raises:
         UsageError: a folder has several splits, or a data set whose rows are reordered by an indices file.
         NotFound: there are none, or one that is named is missing.
-        FormatError: a state.json is none, or a Parquet export is not finished.
+        FormatError: a state.json is none.
     """
-    for suffix in (JSONL, ARROW, PARQUET):
-        if url.endswith(suffix):
-            found = expand_inputs([url], suffix)
-            _check_finished(found)
-            yield from found
-            return
-    entries = {entry.name: entry for entry in open_store(url).list()}
-    for name in entries:
+    for name in sizes:
         if posixpath.basename(name) == _SPLITS:
             splits = read_json(_Splits, open_store(url).read(name), f"{join(url, name)} {_NOT_SAVED}").splits
             folder = join(url, posixpath.dirname(name)).rstrip("/")
             example = f"{folder}/{(*splits, 'SPLIT')[0]}"
             raise UsageError(f"{folder} holds the splits {', '.join(splits)}: name those that you want, as {example}")
-    names = [name for name in entries if name.endswith((JSONL, PARQUET)) and REJECTS not in name]
-    for name in entries:
+    names = [name for name in sizes if name.endswith((JSONL, PARQUET)) and REJECTS not in name]
+    for name in sizes:
         if posixpath.basename(name) == _STATE:
             names += _data_files(url, name)
     if not names:
         what = (
             "an unfinished save_to_disk: there is no state.json"
-            if any(name.endswith(ARROW) for name in entries)
+            if any(name.endswith(ARROW) for name in sizes)
             else "no .jsonl and no .parquet"
         )
         raise NotFound(f"{url}: no folder of save_to_disk and {what}")
     for name in names:
-        if name not in entries:
+        if name not in sizes:
             raise NotFound(f"{join(url, name)} is missing, though its {_STATE} names it: copy the folder again")
-    files = [InputFile(join(url, name), entries[name].size) for name in names]
-    _check_finished(files)
-    yield from files
+    return names
 
 
 def table_rows(file: InputFile) -> Iterator[TableRow]:
@@ -111,15 +102,23 @@ def load_pyarrow() -> Any:
     return pyarrow
 
 
-def _check_finished(files: list[InputFile]) -> None:
-    """Raise FormatError if a Parquet file is the note that stands in the last one's place while an export runs."""
+def check_files(files: list[InputFile]) -> list[InputFile]:
+    """The same files.
+
+    Raises:
+        UsageError: one that was named is none of these.
+        FormatError: a Parquet file is the note that stands in the last one's place while an export runs.
+    """
     for url, size in files:
+        if not url.endswith((JSONL, ARROW, PARQUET)):
+            raise UsageError(f"{url}: expected a folder of save_to_disk, or {JSONL}, {ARROW} or {PARQUET} files")
         if url.endswith(PARQUET) and size < _LEAST_PARQUET_BYTES:
             root, name = split_url(url)
             if bytes(open_store(root).read(name))[:4] != _PARQUET_MAGIC:
                 raise FormatError(
                     f"{url} is no Parquet file but {size} bytes of something else: an unfinished export: finish it first"
                 )
+    return files
 
 
 def _data_files(url: str, state_name: str) -> list[str]:

@@ -143,7 +143,7 @@ def _not_zstd(head: bytes, *, first: bool) -> str:
     if not first:
         return "bytes behind the last frame that are no frame: trailing garbage"
     if head.startswith(b"\x1f\x8b"):
-        return "a gzip file under a .zst name: `gunzip < FILE | zstd`"
+        return "a gzip file, not zstd: `gunzip < FILE | zstd`"
     if head.lstrip()[:1] in (b"{", b"["):
-        return "plain JSON under a .zst name: compress it with `zstd FILE`"
+        return "plain JSON, not compressed: `zstd FILE`"
     return f"not a zstd file: it begins with {head[:8]!r}"

@@ -19,7 +19,9 @@ _OURS: Final = (
     (b"MM\x00+", "TIFF"),
     (b"BM", "BMP"),
 )
+_TGA_END: Final = b"TRUEVISION-XFILE.\0"
 _OTHER_IMAGES: Final = (
+    *((0, bytes((0, 0, kind, 0, 0, 0, 0, 0)), "TGA") for kind in (2, 3, 10, 11)),  # as a cursor begins, but one of no image
     (0, b"\x00\x00\x01\x00", "an ICO icon"),
     (0, b"\x00\x00\x02\x00", "a CUR cursor"),
     (4, b"ftypavif", "AVIF"),
@@ -45,7 +47,7 @@ _OTHER_FILES: Final = (
     (0, b"PK\x03\x04", "a zip archive"),
     (0, b"\x1f\x8b", "gzip data"),
     (0, b"\x28\xb5\x2f\xfd", "zstandard data"),
-    (4, b"ftyp", "an MP4 video"),
+    (4, b"ftyp", "an MP4 file or one of its kin (a video?)"),
     (0, b"\x1a\x45\xdf\xa3", "a Matroska or WebM video"),
     (0, b"RIFF", "a RIFF file (AVI, WAV), not WebP"),
 )
@@ -70,7 +72,7 @@ def beginning_of(data: bytes) -> str | None:
 
 def other_image(data: bytes) -> str | None:
     """What image that is not allowed here the bytes are, as a noun ("AVIF", "an ICO icon"), or None."""
-    return _first_match(data, _OTHER_IMAGES)
+    return "TGA" if data.endswith(_TGA_END) else _first_match(data, _OTHER_IMAGES)
 
 
 def other_file(data: bytes) -> str:

@@ -20,7 +20,7 @@ from wds_tools.storage.objects import SCHEMES, ObjectStore
 __all__ = ["Entry", "LocalStore", "Store", "Writer", "join", "open_store", "redact", "split_url"]
 
 
-def open_store(url: str) -> Store:
+def open_store(url: str, *, strict_links: bool = False) -> Store:
     """Make the store of a folder or prefix. Touches neither disk nor network; nothing need exist there yet.
 
     Args:
@@ -28,6 +28,7 @@ def open_store(url: str) -> Store:
             `https://host/set`, `memory://set`, `hf://datasets/owner/name`). Credentials and endpoints come from the
             cloud's own environment variables (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, GOOGLE_APPLICATION_CREDENTIALS,
             AZURE_STORAGE_ACCOUNT_NAME, ...).
+        strict_links: of a folder, refuse symlinks that lead out of it; see local.py.
 
     Returns:
         A store rooted there: picklable, usable from many threads and after a fork.
@@ -39,7 +40,7 @@ def open_store(url: str) -> Store:
         raise UsageError(f"{url!r} is not a path or URL: give a folder, or scheme://bucket/prefix")
     scheme = split_scheme(url)[0]
     if scheme in ("", "file"):
-        return LocalStore(url)
+        return LocalStore(url, strict_links=strict_links)
     if scheme in SCHEMES:
         return ObjectStore(url)
     return FsspecStore(url)

@@ -4,13 +4,15 @@ A write goes to `.tmp/<random>` under the root, is flushed to the disk, and is r
 also after a power cut, and whatever a killed process leaves lies in `.tmp/`. A file costs two fsyncs: its own and its
 folder's.
 
-Symlinks are followed while they stay inside the root. One that leaves it is refused by every read and left out of
-list(), as is a dangling one; list() doesn't descend into a symlinked folder, so there are no loops. The root itself may be
-one.
+Symlinks are followed by reads and by list(), as by any other tool: the Hugging Face cache, DVC, and data on several disks are
+made of them. A file is the path as it was named, never its target. list() does not enter a folder that is one of those it lies
+in (by device and inode), and shows a link to nothing, so that whoever wants it hears of it. With `strict_links` reads refuse a
+link that leaves the root, and list() leaves it out, as it does links to folders and to nothing. Nothing is written or removed
+through a link; the root itself may be one. Only regular files are opened: a FIFO would wait, a device might act.
 """
 
 # A listing makes 100,000 of these calls, and realpath, fsync and O_EXCL live in os:
-# ruff: noqa: PTH100, PTH103, PTH105, PTH106, PTH108, PTH112, PTH113, PTH114, PTH116, PTH120, PTH202
+# ruff: noqa: PTH100, PTH103, PTH105, PTH106, PTH108, PTH113, PTH114, PTH115, PTH116, PTH120, PTH202
 import errno
 import io
 import mmap
@@ -18,6 +20,8 @@ import os
 import shutil
 import stat
 from collections.abc import Iterator
+from contextlib import suppress
+from itertools import accumulate
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -37,6 +41,8 @@ from wds_tools.storage.base import (
 )
 
 BUFFER_BYTES = 1 << 20  # of a reader and of a writer
+_NO_FILE = "is a folder, a device or a pipe, not a file"
+_MAX_LINKED_FOLDERS = 100_000  # a few folders with links to each other have more paths than anyone can walk
 
 
 class LocalStore:
@@ -44,10 +50,12 @@ class LocalStore:
 
     Args:
         url: a path, or file:///path with percent escapes.
+        strict_links: see above.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, strict_links: bool = False) -> None:
         self.url = redact(url)
+        self._strict_links = strict_links
         self._root = os.path.abspath(_path_of(url))  # so that a worker with another current folder means the same
 
     def __repr__(self) -> str:
@@ -58,10 +66,9 @@ class LocalStore:
         found: list[Entry] = []
         try:
             real_root = os.path.realpath(self._root)
-            top = os.path.realpath(join(self._root, folder)) if folder else self._root
-            if folder and not _is_inside(top, real_root):
-                return iter(())
-            _scan(top, f"{folder}/" if folder else "", real_root, found)
+            top = join(self._root, folder) if folder else self._root
+            if not self._strict_links or _is_inside(os.path.realpath(top), real_root):
+                found += _scan(self._root, folder, real_root if self._strict_links else None)
         except NotADirectoryError as error:
             if not folder:
                 raise StorageError(f"{self.url} is a file, or lies below one: give a folder") from error
@@ -76,9 +83,9 @@ class LocalStore:
         try:
             status = os.stat(path)
         except OSError as error:
-            raise translate(error, "look at", self._show(name)) from error
-        if os.path.isdir(path):
-            raise NotFound(f"{self._show(name)} is a folder, not a file")
+            raise self._failure(error, "look at", name) from error
+        if not stat.S_ISREG(status.st_mode):
+            raise NotFound(f"{self._show(name)} {_NO_FILE}")
         return status.st_size
 
     def exists(self, name: str) -> bool:
@@ -94,18 +101,16 @@ class LocalStore:
 
     def read_range(self, name: str, start: int, end: int, size: int | None = None) -> bytes:
         check_range(name, start, end)
-        path = self._existing(name)
         if start == end:
+            self._existing(name)
             return b""
+        descriptor, found = self._open(name)
         try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                found = os.fstat(descriptor).st_size
-                data = _pread(descriptor, start, end) if end <= found else b""
-            finally:
-                os.close(descriptor)
+            data = _pread(descriptor, start, end) if end <= found else b""
         except OSError as error:
             raise translate(error, "read", self._show(name)) from error
+        finally:
+            os.close(descriptor)
         if len(data) != end - start:
             raise StorageError(
                 f"{self._show(name)}: wanted bytes [{start}, {end}), the file ends at {found}: "
@@ -123,32 +128,23 @@ class LocalStore:
         Raises:
             NotFound, StorageError: as read().
         """
-        path = self._existing(name)
+        descriptor, size = self._open(name)
         try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                if not os.fstat(descriptor).st_size:  # mmap refuses it
-                    return memoryview(b"")
-                return memoryview(mmap.mmap(descriptor, 0, prot=mmap.PROT_READ))
-            finally:
-                os.close(descriptor)
+            return memoryview(mmap.mmap(descriptor, 0, prot=mmap.PROT_READ) if size else b"")  # mmap refuses to map nothing
         except OSError as error:
             raise translate(error, "read", self._show(name)) from error
+        finally:
+            os.close(descriptor)
 
     def open(self, name: str) -> io.BufferedReader:
-        path = self._existing(name)
-        try:
-            if stat.S_ISREG(os.stat(path).st_mode):  # opening a FIFO would wait for somebody to write to it
-                return io.BufferedReader(_File(path, self._show(name)), BUFFER_BYTES)
-        except OSError as error:
-            raise translate(error, "read", self._show(name)) from error
-        raise NotFound(f"{self._show(name)}: can't read, this is a folder or a device, not a file")
+        return io.BufferedReader(_File(*self._open(name), self._show(name)), BUFFER_BYTES)
 
     def put(self, name: str, data: Buffer) -> None:
         with self.write(name) as writer:
             writer.write(data)
 
     def write(self, name: str) -> "LocalWriter":
+        self._refuse_links(TEMP_FOLDER, name)
         return LocalWriter(self._new(name), self._root, self._show(name))
 
     def delete(self, name: str) -> None:
@@ -181,31 +177,49 @@ class LocalStore:
     def _show(self, name: str) -> str:
         return join(self.url, name)
 
+    def _open(self, name: str) -> tuple[int, int]:
+        """A descriptor of a regular file, and its size. Raises NotFound, StorageError."""
+        path = self._existing(name)
+        try:
+            if stat.S_ISREG(os.stat(path).st_mode):
+                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+                status = os.fstat(descriptor)
+                if stat.S_ISREG(status.st_mode):  # not a FIFO that was put in its place
+                    os.set_blocking(descriptor, True)
+                    return descriptor, status.st_size
+                os.close(descriptor)
+        except OSError as error:
+            raise self._failure(error, "read", name) from error
+        raise NotFound(f"{self._show(name)}: can't read, this {_NO_FILE}")
+
+    def _failure(self, error: OSError, verb: str, name: str) -> StorageError:
+        if isinstance(error, FileNotFoundError) and os.path.islink(path := join(self._root, name)):
+            return NotFound(f"{self._show(name)}: can't {verb}, it is a symlink to {os.readlink(path)}, where nothing is")
+        return translate(error, verb, self._show(name))
+
     def _existing(self, name: str) -> str:
-        """The path to read from, which is inside the root after all symlinks."""
-        return self._inside(check_name(name, self.url), name)
-
-    def _new(self, name: str) -> str:
-        """The path to write or delete: its folder is inside the root; if it is a symlink, the link itself is meant."""
-        folder, _, last = check_name(name, self.url).rpartition("/")
-        return join(self._inside(folder, name), last)
-
-    def _inside(self, relative: str, name: str) -> str:
-        """The path of `relative`, refused for `name` if a symlink takes it out of the root."""
-        path = self._root
-        for segment in relative.split("/") if relative else ():
-            path = join(path, segment)
-            if os.path.islink(path):  # rare; without one the text decides, for a microsecond a segment
-                break
-        else:
+        """The path to read from; with strict_links it is inside the root after all symlinks."""
+        path = join(self._root, check_name(name, self.url))
+        if not self._strict_links or not _has_link(self._root, name):  # rare; without one the text decides
             return path
-        path = os.path.realpath(join(self._root, relative))
+        path = os.path.realpath(path)
         if _is_inside(path, os.path.realpath(self._root)):
             return path
         raise StorageError(
             f"{self._show(name)} is a symlink that leads out of its folder, to {path}: "
             "copy the file in, or open the folder that holds it"
         )
+
+    def _new(self, name: str) -> str:
+        """The path to write or delete; if that is a symlink, the link itself is meant."""
+        self._refuse_links(check_name(name, self.url).rpartition("/")[0], name)
+        return join(self._root, name)
+
+    def _refuse_links(self, folder: str, name: str) -> None:
+        if folder and _has_link(self._root, folder):
+            raise StorageError(
+                f"{self._show(name)}: {folder} is a symlink, or behind one: nothing is written or removed through a symlink"
+            )
 
 
 class LocalWriter(WriterBase):
@@ -262,21 +276,22 @@ class LocalWriter(WriterBase):
 
 
 class _File(io.FileIO):
-    """A file opened for reading whose errors are ours."""
+    """A file opened for reading whose errors are ours. One of size 0 is empty: some of /proc's wait, or have no end."""
 
-    def __init__(self, path: str, show: str) -> None:
-        super().__init__(path, "rb")
+    def __init__(self, descriptor: int, size: int, show: str) -> None:
+        super().__init__(descriptor, "rb")
+        self._is_empty = not size
         self._show = show
 
     def readinto(self, buffer: Any, /) -> int | None:
         try:
-            return super().readinto(buffer)
+            return 0 if self._is_empty else super().readinto(buffer)
         except OSError as error:
             raise translate(error, "read", self._show) from error
 
     def readall(self) -> bytes:
         try:
-            return super().readall()
+            return b"" if self._is_empty else super().readall()
         except OSError as error:
             raise translate(error, "read", self._show) from error
 
@@ -321,27 +336,51 @@ def _has_no_inodes(folder: str) -> bool:
     return counts.f_files > 0 and not counts.f_favail
 
 
-def _scan(folder: str, at: str, real_root: str, found: list[Entry]) -> None:
-    """Add the files below `folder`, whose names begin with `at`."""
+def _scan(root: str, start: str, real_root: str | None) -> Iterator[Entry]:
+    """The files below the folder `start` of the root, in no order; with `real_root`, only those inside it after all symlinks."""
+    folders = list(accumulate([root, *start.split("/")] if start else [root], join))
     try:
-        entries = os.scandir(folder)
+        above = tuple(_place(os.stat(folder)) for folder in folders)
     except FileNotFoundError:
         return
-    with entries:
-        for entry in entries:
-            name = at + entry.name
-            try:
-                if entry.is_symlink():
-                    target = os.path.realpath(entry.path)
-                    if _is_inside(target, real_root) and os.path.isfile(target):
-                        found.append(Entry(name, os.path.getsize(target)))
-                elif entry.is_dir():
-                    if name != TEMP_FOLDER:
-                        _scan(entry.path, name + "/", real_root, found)
-                else:
-                    found.append(Entry(name, entry.stat(follow_symlinks=False).st_size))
-            except FileNotFoundError:
-                continue  # deleted while we looked
+    todo = [(folders[-1], f"{start}/" if start else "", above)] if len({*above}) == len(above) else []
+    num_linked = 0
+    while todo:
+        folder, at, above = todo.pop()
+        with suppress(FileNotFoundError), os.scandir(folder) as entries:  # it may go while we look
+            for entry in entries:
+                name, is_link = at + entry.name, entry.is_symlink()
+                try:
+                    if is_link and real_root is not None:
+                        target = os.path.realpath(entry.path)
+                        if _is_inside(target, real_root) and os.path.isfile(target):
+                            yield Entry(name, os.path.getsize(target))
+                    elif not entry.is_dir():
+                        yield Entry(name, entry.stat().st_size)
+                    elif name != TEMP_FOLDER and (place := _place(entry.stat())) not in above:
+                        todo.append((entry.path, name + "/", (*above, place)))
+                        num_linked += is_link
+                except OSError as error:
+                    if error.errno not in (errno.ENOENT, errno.ELOOP):
+                        raise
+                    if is_link and real_root is None:
+                        yield Entry(name, 0)  # a link to nothing; else deleted while we looked
+        if num_linked > _MAX_LINKED_FOLDERS:
+            raise StorageError(f"{root}: more than {_MAX_LINKED_FOLDERS} symlinks to folders: they lead to each other")
+
+
+def _place(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
+
+
+def _has_link(root: str, relative: str) -> bool:
+    """Whether the path below the root is a symlink or lies behind one."""
+    path = root
+    for segment in relative.split("/"):
+        path = join(path, segment)
+        if os.path.islink(path):
+            return True
+    return False
 
 
 def _pread(descriptor: int, start: int, end: int) -> bytes:

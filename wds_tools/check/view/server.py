@@ -58,6 +58,8 @@ class ViewConfig(PagesConfig):
     """The address to listen on. Whoever reaches another one than the default can read the data set: there is no password."""
     allow_host: tuple[str, ...] = ()
     """Names under which the page may be asked for, beside localhost and addresses in numbers: those of a proxy in front."""
+    strict_links: bool = False
+    """Follow no symlink that leads out of the data set: for what was unpacked from archives of strangers."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
@@ -79,7 +81,7 @@ class ViewServer(ThreadingHTTPServer):
     request_queue_size = MAX_CONNECTIONS
 
     def __init__(self, config: ViewConfig) -> None:
-        self.pages = Pages(open_store(config.input), config)
+        self.pages = Pages(open_store(config.input, strict_links=config.strict_links), config)
         self.allowed_names = {"localhost", *(name.lower() for name in config.allow_host)}
         self._free = threading.BoundedSemaphore(MAX_CONNECTIONS)
         try:
