@@ -30,13 +30,14 @@ from wds_tools.convert.lines import (
     read_lines,
     required_text,
 )
+from wds_tools.convert.options import ConvertOptions
 from wds_tools.convert.sft import turns_of
 from wds_tools.convert.tables import JSONL, TableRow, files_at, load_pyarrow, table_rows
 from wds_tools.dataset.write import TaskWriter
 from wds_tools.errors import FormatError, Reject, UsageError
 from wds_tools.format.manifest import Manifest
 from wds_tools.format.schema import CODE_COLUMNS, DATA_TYPES, Codes, Sample, code_dtype, validate
-from wds_tools.passes import Advance, PassOptions, Plan, run_pass
+from wds_tools.passes import Advance, Plan, run_pass
 
 _ABSENT = "no"
 _SIDE_512 = 512
@@ -44,7 +45,7 @@ _IMAGE_TYPES = ("image_text", "image_text_multi")
 
 
 @dataclass(frozen=True, kw_only=True)
-class HfConfig(PassOptions):
+class HfConfig(ConvertOptions):
     """Convert Hugging Face data sets that hold codes, the reference pipeline's or those of `export hf`, to shards."""
 
     input: tuple[str, ...]
@@ -90,6 +91,7 @@ def convert_hf(config: HfConfig) -> Manifest:
     fields = {"tokenizer": config.tokenizer, "codebook_size": config.codebook_size, "stride": config.stride}
     provenance = {**fields, "weights_hash": config.weights_hash, "precision": "unknown", "imported": True}
     plan = Plan(
+        key_prefix=config.key_prefix,
         command="convert hf",
         settings={**fields, "weights_hash": config.weights_hash, "keep": config.keep},
         tasks=[*map(tuple, tables), *ranges],
@@ -116,7 +118,7 @@ class _ConvertRows:
         inputs = number = 0
         try:
             for number, record, num_bytes in rows:
-                key = f"{writer.task:06d}-{inputs:08d}"
+                key = writer.key(inputs)
                 inputs += 1
                 advance(num_bytes)
                 try:

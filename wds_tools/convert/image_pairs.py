@@ -28,12 +28,13 @@ from wds_tools.convert.lines import (
     read_lines,
     required_text,
 )
+from wds_tools.convert.options import ConvertOptions
 from wds_tools.dataset.write import TaskWriter
 from wds_tools.errors import FormatError, Reject, UsageError
 from wds_tools.format.manifest import Manifest
 from wds_tools.format.schema import Sample
 from wds_tools.images import ImageLimits, Mode, crop_for, probe
-from wds_tools.passes import Advance, PassOptions, Plan, run_pass
+from wds_tools.passes import Advance, Plan, run_pass
 
 _OUR_REJECTS = re.compile(r"(^|/)rejects/task-\d{6,}\.jsonl$")
 """What lies in a data set that an input folder holds, perhaps the output itself: no input, unless it is named."""
@@ -41,7 +42,7 @@ _DATA_TYPES = {"cc512": "image_text", "multi768": "image_text_multi"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImagePairsConfig(PassOptions):
+class ImagePairsConfig(ConvertOptions):
     """Convert image-caption pairs to shards; the images go in byte for byte, codes come with `wds-tools encode`."""
 
     input: tuple[str, ...]
@@ -104,6 +105,7 @@ def convert_image_pairs(config: ImagePairsConfig, filler: Filler | None = None) 
         decides, codes = filler.provenance([_DATA_TYPES[config.mode]])
         settings["encode"] = decides
     plan = Plan(
+        key_prefix=config.key_prefix,
         command="convert image-pairs",
         settings=settings,
         tasks=ranges,
@@ -137,7 +139,7 @@ class _ConvertLines:
 
     def __call__(self, task: LineRange, writer: TaskWriter, advance: Advance) -> int:
         inputs = 0
-        samples = self._samples(task, writer.task)
+        samples = self._samples(task, writer)
         for line, sample in samples if self.filler is None else self.filler.fill(samples):
             inputs += 1
             advance(1, *self.filler.device.new_use() if self.filler is not None else ())
@@ -150,7 +152,7 @@ class _ConvertLines:
                 writer.reject(Reject("unwritable_record", str(error)), source=task.url, line=line)
         return inputs
 
-    def _samples(self, task: LineRange, number: int) -> Iterator[tuple[int, Sample | Reject]]:
+    def _samples(self, task: LineRange, writer: TaskWriter) -> Iterator[tuple[int, Sample | Reject]]:
         """(line, what it is) in the order of the lines."""
         source = ImageSource(task.url, self.image_root)
         with ThreadPoolExecutor(FETCH_AHEAD) as pool:
@@ -161,7 +163,7 @@ class _ConvertLines:
                 yield (
                     fetched.line.number,
                     Sample(
-                        key=f"{number:06d}-{fetched.line.number - task.first_line:08d}",
+                        key=writer.key(fetched.line.number - task.first_line),
                         data_type=_DATA_TYPES[self.mode],
                         text=fetched.text,
                         image=fetched.image,

@@ -16,13 +16,14 @@ from typing import Any, NamedTuple
 
 from wds_tools.convert.image_source import FETCH_AHEAD, ImageSource, in_order
 from wds_tools.convert.lines import Line, LineRange, check_kept_fields, expand_inputs, kept_fields, parse_record, required_text
+from wds_tools.convert.options import ConvertOptions
 from wds_tools.convert.records import ElementRange, plan_records, read_records
 from wds_tools.dataset.write import TaskWriter
 from wds_tools.errors import FormatError, Reject, UsageError
 from wds_tools.format.manifest import Manifest
 from wds_tools.format.schema import Sample, SourceImage
 from wds_tools.images import ImageLimits, probe
-from wds_tools.passes import Advance, PassOptions, Plan, run_pass
+from wds_tools.passes import Advance, Plan, run_pass
 
 MARK = "<image>"
 _ROLES = {"system": "system", "human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
@@ -30,7 +31,7 @@ _SOURCE_ID = "source_id"
 
 
 @dataclass(frozen=True, kw_only=True)
-class SftConfig(PassOptions):
+class SftConfig(ConvertOptions):
     """Convert conversations about images to shards; the images go in byte for byte, codes come with `wds-tools encode`."""
 
     input: tuple[str, ...]
@@ -65,6 +66,7 @@ def convert_sft(config: SftConfig) -> Manifest:
     files = expand_inputs(config.input, ".json")
     ranges = plan_records(files, config.task_records)
     plan = Plan(
+        key_prefix=config.key_prefix,
         command="convert sft",
         settings={"image_root": config.image_root, "keep": config.keep, **asdict(config.limits)},
         tasks=ranges,
@@ -98,7 +100,7 @@ class _ConvertRecords:
             for fetched in in_order(pool, lambda line: self._fetch(line, source), read_records(task)):
                 inputs += 1
                 advance(1)
-                key = f"{writer.task:06d}-{fetched.line.number - task.first_line:08d}"
+                key = writer.key(fetched.line.number - task.first_line)
                 cause = fetched.cause
                 if cause is None:
                     try:
