@@ -137,7 +137,7 @@ def write_or_die(writer, records, file_format):
     if "die" in sys.argv:
         os.kill(os.getpid(), signal.SIGKILL)
     sys.argv.append("die")
-    write(writer, records, file_format)
+    return write(writer, records, file_format)
 
 hf.write_part = write_or_die
 hf.export_hf(hf.ExportConfig(input=(sys.argv[1],), output=sys.argv[2], format=sys.argv[3], num_shards=6, quiet=True))

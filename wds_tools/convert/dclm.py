@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from wds_tools.convert.lines import Line, check_kept_fields, expand_inputs, kept_fields, number_lines, parse_record, required_text
+from wds_tools.convert.lines import check_kept_fields, expand_inputs, kept_fields, number_lines
 from wds_tools.convert.options import ConvertOptions
 from wds_tools.convert.zstd import decompress
 from wds_tools.dataset.write import TaskWriter
@@ -20,6 +20,7 @@ from wds_tools.errors import FormatError, Reject, UsageError
 from wds_tools.format.manifest import Manifest
 from wds_tools.format.schema import Sample
 from wds_tools.passes import Advance, Plan, group_to_limit, run_pass
+from wds_tools.sources.fields import Line, parse_record, required_text
 from wds_tools.storage import open_store, split_url
 
 

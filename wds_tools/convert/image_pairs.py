@@ -16,17 +16,13 @@ from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
-from wds_tools.convert.image_source import FETCH_AHEAD, ImageSource, in_order
 from wds_tools.convert.lines import (
-    Line,
     LineRange,
     check_kept_fields,
     expand_inputs,
     kept_fields,
-    parse_record,
     plan_lines,
     read_lines,
-    required_text,
 )
 from wds_tools.convert.options import ConvertOptions
 from wds_tools.dataset.write import TaskWriter
@@ -35,6 +31,8 @@ from wds_tools.format.manifest import Manifest
 from wds_tools.format.schema import Sample
 from wds_tools.images import ImageLimits, Mode, crop_for, probe
 from wds_tools.passes import Advance, Plan, run_pass
+from wds_tools.sources.fields import CAPTION, Line, parse_record, required_text
+from wds_tools.sources.images import FETCH_AHEAD, ImageSource, in_order
 
 _OUR_REJECTS = re.compile(r"(^|/)rejects/task-\d{6,}\.jsonl$")
 """What lies in a data set that an input folder holds, perhaps the output itself: no input, unless it is named."""
@@ -175,7 +173,7 @@ class _ConvertLines:
     def _fetch(self, line: Line, source: ImageSource) -> _Fetched:
         try:
             record = parse_record(line)
-            text = required_text(record, ("text_prompt", "text"))
+            text = required_text(record, CAPTION)
             image = source.read(required_text(record, ("image_path",)), self.limits.max_bytes)
             info = probe(image, self.limits)
             crop_for(self.mode, info.width, info.height)

@@ -1,4 +1,4 @@
-"""Input files -> lines -> JSON records, with line numbers, in constant memory.
+"""Input files -> lines, with their numbers, in constant memory.
 
 Lines end at b"\\n" alone (U+2028 and friends are data). Blank lines are no records. `plan_lines` cuts big files into ranges that
 begin and end at a line, so that several workers can read one file and every reject still has its true line number.
@@ -15,13 +15,13 @@ import numpy as np
 import orjson
 from braceexpand import braceexpand
 
-from wds_tools.errors import NotFound, Reject, StorageError, UsageError
+from wds_tools.errors import NotFound, StorageError, UsageError
 from wds_tools.format.schema import RESERVED_FIELDS
 from wds_tools.run.progress import Progress
+from wds_tools.sources.fields import MAX_LINE_BYTES, Line
 from wds_tools.storage import join, open_store, split_url
 from wds_tools.storage.base import split_scheme
 
-MAX_LINE_BYTES = 64 << 20
 _READ_BYTES = 4 << 20
 _RANGE_BYTES = 64 << 20
 
@@ -43,13 +43,6 @@ class LineRange:
     first_line: int
     """Number of the first line, from 1."""
     num_lines: int
-
-
-class Line(NamedTuple):
-    """One line that is not blank. `data` is None if it is longer than MAX_LINE_BYTES."""
-
-    number: int
-    data: bytes | None
 
 
 def expand_inputs(inputs: Sequence[str], suffix: str) -> list[InputFile]:
@@ -109,48 +102,6 @@ def number_lines(chunks: Iterable[bytes], first: int = 1) -> Iterator[Line]:
             data = data.removeprefix(b"\xef\xbb\xbf")
         if data is None or (data and not data.isspace()):
             yield Line(number, data)
-
-
-def parse_record(line: Line) -> dict[str, Any]:
-    """The JSON object of a line.
-
-    Raises:
-        Reject: "line_too_long", "invalid_utf8", "bad_json" or "not_an_object".
-    """
-    if line.data is None:
-        raise Reject("line_too_long", f"more than {MAX_LINE_BYTES} bytes")
-    try:
-        record = orjson.loads(line.data)
-    except orjson.JSONDecodeError as error:
-        try:
-            line.data.decode()
-        except UnicodeDecodeError as wrong:
-            raise Reject(
-                "invalid_utf8", f"byte {wrong.start} of the line is {line.data[wrong.start]:#04x}: {wrong.reason}"
-            ) from wrong
-        raise Reject("bad_json", str(error)) from error
-    if type(record) is not dict:
-        raise Reject("not_an_object", f"a JSON {type(record).__name__}, expected an object with fields")
-    return record
-
-
-def required_text(record: dict[str, Any], names: Sequence[str]) -> str:
-    """The first of these fields that is there and not null: a string with more than white space.
-
-    Raises:
-        Reject: "missing_field", "wrong_type" or "empty_text".
-    """
-    for name in names:
-        text = record.get(name)
-        if text is None:
-            continue
-        if type(text) is not str:
-            raise Reject("wrong_type", f"{name} is a {type(text).__name__}, expected a string")
-        if not text or text.isspace():
-            raise Reject("empty_text", f"{name} is empty")
-        return text
-    found = ", ".join(list(record)[:8]) or "none"
-    raise Reject("missing_field", f"no {' or '.join(names)}; the fields are: {found[:200]}")
 
 
 def check_kept_fields(keep: Sequence[str]) -> None:

@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from wds_tools.convert.lines import InputFile, Line, expand_inputs
+from wds_tools.convert.lines import InputFile, expand_inputs
 from wds_tools.dataset.write import REJECTS
 from wds_tools.errors import FormatError, MissingPackage, NotFound, Reject, StorageError, UsageError
+from wds_tools.sources.fields import Line
 from wds_tools.storage import Store, join, open_store, split_url
 
 ARROW, JSONL, PARQUET = ".arrow", ".jsonl", ".parquet"
