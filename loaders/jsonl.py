@@ -1,94 +1,242 @@
-"""A map-style data set over a jsonl file, for sets that are small or kept by hand.
+"""A map-style dataset over a jsonl file, for sets that are small or kept by hand.
 
-    {"data_type": ..., "text": ..., "vq_code": [..] | "image_path": "..."}
+    a line -> record (`sources`, as the conversions read it) -> Sample, and the paths of images without codes -> item
+                                                                 items -> token rows (`collate`)
 
-Opening scans the file once for line ends and keeps 8 bytes a line; a record is read when it is asked for, by range, so a file of
+Opening scans the file once for line ends and keeps 24 bytes a line; a record is read when it is asked for, by range, so a file of
 many gigabytes opens in constant memory otherwise, may lie on object storage, and travels to workers as its offsets alone.
+Invariant: of a record nothing that it names is left out without an error, but for what `JsonlDataset` says here.
 """
 
 from __future__ import annotations
 
-import posixpath
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
-import orjson
 import torch
 from torch.utils.data import Dataset
 
 from loaders.fetch import end_with_trainer
-from wds_tools.errors import FormatError, Reject, UsageError
-from wds_tools.format.schema import DATA_TYPES
+from loaders.rows import RowMaker, sample_of
+from wds_tools.errors import DataError, FormatError, Reject, StorageError, UsageError
+from wds_tools.format.schema import CODE_COLUMNS, DATA_TYPES, Sample
+from wds_tools.sequences.config import SequenceConfig
+from wds_tools.sources.coded import SIDE_512, CodedRows, codes_in, talk_of
+from wds_tools.sources.conversations import image_paths
+from wds_tools.sources.fields import CAPTION, MAX_LINE_BYTES, Line, parse_record, required_text
+from wds_tools.sources.images import ImageSource
 from wds_tools.storage import open_store, split_url
 
 _READ_BYTES = 8 << 20
+_MOST_TRIED = 64
+_MOST_TOLD = 1000
+_CODES = "vq_code"
+_ANY_CODE = 1 << 31
+
+Item = dict[str, Any]
 
 
-class JsonlDataset(Dataset[dict[str, Any]]):
-    """Records of a jsonl file, by number.
+class JsonlDataset(Dataset[Item]):
+    """Records of a jsonl file, by number. Blank lines are no records.
 
-    `dataset[i]` has `data_type` and `text`, and `codes` (int64 tensor (n,), the file's `vq_code`) or `pixels_CHW` (uint8 tensor
-    (3, H, W), the image at the file's `image_path`) where the record has one of them. Blank lines are no records.
+    `dataset[i]` has `__key__` (the line's number), `data_type`, and `text` (the record's `text_prompt`, else its `text`); a
+    conversation has `conversations` instead. If the record has codes, `codes`: int64, (n,) of a `vq_code`, (h, w) of Liquid's
+    `vqcode_512` or `vqcode_multi768` (the first of the three that it has, and `width` and `height` with the last); images
+    beside codes are not read. Else, for each image, `pixels_CHW`: uint8 (3, H, W), or what `transform` makes of it.
+    A conversation has lists of codes or pixels, one for each image. Without a `data_type`, records with an image or codes are
+    image_text (image_text_multi, with that mode), those with `conversations` visual_sft.
 
     Args:
         path: the file: a path or URL.
-        image_root: folder or URL that image paths are relative to, and may not leave; by default the file's own folder.
-        mode: how images are cropped: see docs/format.md. Needs Pillow.
+        image_root: folder or URL that image paths are relative to, and may not leave; they may be absolute. By default the file's
+            own folder, which they may leave.
+        mode: how images are cropped: see docs/format.md; None: not at all, whatever their shape. Needs Pillow.
+        size: pixels of a side: a centre square of this size in place of `mode`'s; images beyond 2:1 are refused.
+        transform: called with the pixels of each image; its result takes their place.
+        stride: pixels of a side for each code of Liquid's columns.
+        on_error: "raise" a FormatError for a record that can't be used, or "substitute" the next one that can; see `stats`.
+        max_bad: with substitute: more records than this, over all workers, are an error.
+        sequences: how items become token rows, for `collate`; a record that makes none can't be used. Its codebook_size says how
+            many codes there may be.
+        seed: of the choices that token rows leave to chance.
 
     Raises:
         NotFound: no such file.
-        UsageError: it holds no records.
+        UsageError: it holds no records; or settings that exclude each other.
     """
 
-    def __init__(self, path: str, *, image_root: str | None = None, mode: Literal["cc512", "multi768"] = "cc512") -> None:
+    def __init__(
+        self,
+        path: str,
+        *,
+        image_root: str | None = None,
+        mode: Literal["cc512", "multi768"] | None = "cc512",
+        size: int | None = None,
+        transform: Callable[[torch.Tensor], Any] | None = None,
+        stride: int = 16,
+        on_error: Literal["raise", "substitute"] = "raise",
+        max_bad: int = 100,
+        sequences: SequenceConfig | None = None,
+        seed: int = 42,
+    ) -> None:
+        if on_error not in ("raise", "substitute"):
+            raise UsageError(f"on_error={on_error!r} is not raise or substitute")
+        if size is not None and (size < 1 or mode != "cc512"):
+            raise UsageError(f"size={size}, mode={mode!r}: a size is at least 1 pixel, and takes the place of a mode")
+        if stride < 1 or SIDE_512 % stride:
+            raise UsageError(f"stride={stride}, expected a divisor of {SIDE_512}")
         self._path = path
         root, self._name = split_url(path)
         self._store = open_store(root)
-        self._images = open_store(root if image_root is None else image_root)
-        self._mode: Literal["cc512", "multi768"] = mode
+        self._images = ImageSource(path, image_root)
+        self._mode = mode if size is None else size
+        self._transform = transform
+        self._rows = CodedRows(_ANY_CODE, stride)
+        self._on_error, self._max_bad = on_error, max_bad
+        self._maker = RowMaker(sequences, seed, ()) if sequences is not None else None
+        self._epoch = 0
         self._starts, self._ends, self._numbers = self._scan()
         if not len(self._starts):
             raise UsageError(f"{path} holds no records")
+        self._bad = torch.zeros(len(self) if on_error == "substitute" else 0, dtype=torch.bool).share_memory_()  # type: ignore[no-untyped-call]
 
     def __len__(self) -> int:
         """Number of records."""
         return len(self._starts)
 
-    def __getitem__(self, number: int) -> dict[str, Any]:
+    def __getitem__(self, number: int) -> Item:
         """Record `number` (negative counts from the end).
 
         Raises:
             IndexError: out of range.
-            FormatError: the line is no such record, or its image is unusable; names the file and the line.
+            FormatError: it can't be used, and neither, if it was to be substituted, can the next 64; names the file and the line.
+            DataError: more than max_bad can't be used.
+            StorageError: the file or an image can't be read, through no fault of the record's.
         """
         end_with_trainer()
-        start, end = int(self._starts[number]), int(self._ends[number])
-        where = f"{self._path}, line {int(self._numbers[number])}"
         try:
-            record = orjson.loads(self._store.read_range(self._name, start, end))
-        except orjson.JSONDecodeError as error:
-            raise FormatError(f"{where}: not JSON: {error}") from error
-        if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-            raise FormatError(f"{where}: expected an object with a string `text`")
-        if record.get("data_type") not in DATA_TYPES:
-            raise FormatError(f"{where}: data_type={record.get('data_type')!r} is not one of {', '.join(DATA_TYPES)}")
-        item: dict[str, Any] = {"data_type": record["data_type"], "text": record["text"]}
-        if record.get("vq_code") is not None:
-            item["codes"] = _codes(record["vq_code"], where)
-        elif record.get("image_path") is not None:
-            item["pixels_CHW"] = self._pixels(record["image_path"], where)
+            return self._item(number)
+        except FormatError as error:
+            if self._on_error == "raise":
+                raise
+            return self._substitute(range(len(self))[number], error)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose token rows `collate` makes. Call it before the workers start."""
+        self._epoch = epoch
+
+    def collate(self, items: Sequence[Item]) -> dict[str, Any]:
+        """Token rows of items, for `DataLoader(dataset, collate_fn=dataset.collate)`: padded batches as build_loader makes them.
+
+        Raises:
+            UsageError: the dataset has no `sequences`.
+        """
+        if self._maker is None:
+            raise UsageError("collate makes token rows: give JsonlDataset sequences=SequenceConfig(...)")
+        epochs = np.full(len(items), self._epoch)
+        columns = self._maker.padded([_tokens_of(item) for item in items], epochs, [self._path] * len(items))
+        assert columns.tokens is not None
+        return {**columns.lists, **columns.tokens.unpack()}
+
+    def stats(self) -> dict[str, int]:
+        """With on_error="substitute": `bad`, the records that could not be used so far, and `bad_REASON`; in all workers."""
+        problems = [self._problem(number) for number in self._bad.nonzero().flatten().tolist()]
+        return {"bad": len(problems), **Counter(f"bad_{_reason(error)}" for error in problems)}
+
+    def validate(self) -> dict[str, Any]:
+        """Read all records as `dataset[i]` does, images included.
+
+        Returns:
+            `records`, how many; `bad`, those that can't be used, by reason; `problems`, a sentence with file and line for each
+            of the first 1,000 of them.
+        """
+        bad: Counter[str] = Counter()
+        problems: list[str] = []
+        for number in range(len(self)):
+            if (error := self._problem(number)) is not None:
+                bad[_reason(error)] += 1
+                problems += [str(error)] if len(problems) < _MOST_TOLD else []
+        return {"records": len(self), "bad": dict(sorted(bad.items())), "problems": problems}
+
+    def _substitute(self, number: int, error: FormatError) -> Item:
+        for step in range(_MOST_TRIED):
+            self._bad[(number + step) % len(self)] = True
+            if (num_bad := int(self._bad.sum())) > self._max_bad:
+                raise DataError(f"{num_bad} records can't be used, max_bad={self._max_bad}; one of them: {error}") from error
+            if self._problem(other := (number + step + 1) % len(self)) is None:
+                return self._item(other)
+        raise FormatError(f"{error}; nor can any of the next {_MOST_TRIED} be used") from error
+
+    def _problem(self, number: int) -> FormatError | None:
+        try:
+            self._item(number)
+        except FormatError as error:
+            return error
+        return None
+
+    def _item(self, number: int) -> Item:
+        start, end, line = int(self._starts[number]), int(self._ends[number]), int(self._numbers[number])
+        where = f"{self._path}, line {line}"
+        try:
+            data = bytes(self._store.read_range(self._name, start, end)) if end - start <= MAX_LINE_BYTES else None
+            record = parse_record(Line(line, data))
+            sample, paths = self._sample(str(line), record)
+            if self._maker is not None:
+                self._maker.builder.check(sample)
+            pixels = [self._pixels(path) for path in paths]
+        except Reject as cause:
+            raise FormatError(f"{where}: {cause}") from cause
+        except StorageError as error:
+            raise type(error)(f"{where}: {error}") from error
+        is_talk = sample.conversations is not None
+        item: Item = {"__key__": sample.key, "data_type": sample.data_type, "text": sample.text}
+        item |= {"conversations": sample.conversations} if is_talk else {}
+        if sample.width is not None:
+            item |= {"width": sample.width, "height": sample.height}
+        for column in list(sample.codes)[:1]:
+            grids = [torch.from_numpy(grid.astype(np.int64)) for grid in sample.grids_of(column)]
+            item["codes"] = grids if is_talk else grids[0]
+        if pixels:
+            item["pixels_CHW"] = pixels if is_talk else pixels[0]
         return item
 
-    def _pixels(self, image_path: Any, where: str) -> torch.Tensor:
-        from wds_tools.images import prepare
+    def _sample(self, key: str, record: dict[str, Any]) -> tuple[Sample, list[str]]:
+        """The sample of a record, and the paths of its images if it has no codes. Raises Reject."""
+        columns = [column for column in (_CODES, *CODE_COLUMNS) if codes_in(record, column) is not None]
+        kind = record.get("data_type") or self._kind(record, has_image=bool(columns) or record.get("image_path") is not None)
+        if kind not in DATA_TYPES:
+            raise Reject("unknown_data_type", f"data_type is {kind!r}, expected one of {', '.join(DATA_TYPES)}")
+        paths: list[str] = []
+        if kind == "visual_sft":
+            sample = self._rows.conversation(key, record, record if "conversations" in record else talk_of(record))
+            paths = [] if columns else image_paths(record, sample.conversations or [])
+        else:
+            sample = Sample(key, kind, required_text(record, CAPTION))
+            if kind == "text_pretrain":
+                if columns or record.get("image_path") is not None:
+                    raise Reject("wrong_type", f"text_pretrain with {(*columns, 'image_path')[0]}: a document has no image")
+            elif not columns:
+                paths = [required_text(record, ("image_path",))]
+            elif columns[0] != _CODES:
+                sample = self._rows.sample(key, {**record, "data_type": kind, "text": sample.text})
+        if columns[:1] == [_CODES]:
+            sample = sample._replace(codes={_CODES: self._rows.values(_CODES, codes_in(record, _CODES) or [])}, grids=None)
+        return sample._replace(codes=dict(list(sample.codes.items())[:1])), paths
 
-        if not isinstance(image_path, str):
-            raise FormatError(f"{where}: image_path is a {type(image_path).__name__}, expected a string")
-        try:
-            pixels_HWC = prepare(self._images.read(posixpath.normpath(image_path)), self._mode)
-        except Reject as cause:
-            raise FormatError(f"{where}: {image_path}: {cause}") from cause
-        return torch.from_numpy(pixels_HWC).permute(2, 0, 1).contiguous()
+    def _kind(self, record: dict[str, Any], has_image: bool) -> str | None:
+        """What a record is that does not say it; None: who knows."""
+        if "conversations" in record:
+            return "visual_sft"
+        return ("image_text_multi" if self._mode == "multi768" else "image_text") if has_image else None
+
+    def _pixels(self, image_path: str) -> Any:
+        from wds_tools.images import ImageLimits, prepare
+
+        pixels_HWC = prepare(self._images.read(image_path, ImageLimits.max_bytes), self._mode)
+        pixels_CHW = torch.from_numpy(pixels_HWC).permute(2, 0, 1).contiguous()
+        return pixels_CHW if self._transform is None else self._transform(pixels_CHW)
 
     def _scan(self) -> tuple[Any, Any, Any]:
         """Start and end (without its newline) of each line that is not empty, and its number from 1."""
@@ -109,7 +257,14 @@ class JsonlDataset(Dataset[dict[str, Any]]):
         return starts[kept], stops[kept], np.flatnonzero(kept) + 1
 
 
-def _codes(value: Any, where: str) -> torch.Tensor:
-    if not isinstance(value, list) or not all(type(code) is int and 0 <= code < 1 << 32 for code in value):
-        raise FormatError(f"{where}: vq_code is not a list of codebook indices")
-    return torch.tensor(value, dtype=torch.int64)
+def _reason(error: FormatError | None) -> str:
+    """A short word for a count."""
+    cause = error and error.__cause__
+    return cause.reason if isinstance(cause, Reject) else "changed"
+
+
+def _tokens_of(item: Item) -> Sample:
+    """What token rows are made of."""
+    codes = item.get("codes", [])
+    grids = [grid.numpy() for grid in (codes if isinstance(codes, list) else [codes])]
+    return sample_of(item["__key__"], {"width": None, "height": None, **item}, grids)

@@ -9,7 +9,7 @@ Legend: B rows, L tokens, N tokens of all rows. Cost: the tokenizer's, all of a 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -73,7 +73,7 @@ class RowMaker:
             return []
         keys, records, codes = read_records(rows, numbers)
         grids: Sequence[Sequence[Codes]] = codes.arrays() if codes is not None else [()] * len(keys)
-        samples = [_sample(key, record, own) for key, record, own in zip(keys, records, grids, strict=True)]
+        samples = [sample_of(key, record, own) for key, record, own in zip(keys, records, grids, strict=True)]
         for sample in samples:
             self.builder.check(sample)
         return samples
@@ -111,7 +111,7 @@ class RowMaker:
         self.counts.update({"rows": rows, "tokens": tokens, "padding": padding})
 
 
-def _sample(key: str, record: dict[str, Any], grids: Sequence[Codes]) -> Sample:
+def sample_of(key: str, record: Mapping[str, Any], grids: Sequence[Codes]) -> Sample:
     """What examples are made of."""
     fields: dict[str, Any] = {name: record[name] for name in ("data_type", "text", "width", "height")}
     if len(grids) == 1:

@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
+from commands import wds_tools
 from factory import image_sample, make_dataset, multi_sample, random_codes, text_sample
 from hypothesis import given
 from hypothesis import strategies as st
@@ -179,7 +180,41 @@ def test_every_sample_is_in_once_and_the_summary_counts_them(source: Path, tmp_p
     summary = export(source, tmp_path / "out")
     assert multiset(load(tmp_path / "out")) == multiset([row(sample) for sample in samples()])
     kinds = {"image_text": 20, "image_text_multi": 20, "text_pretrain": 20}
-    assert summary == ExportSummary(rows=NUM_SAMPLES, files=4, data_types=kinds)
+    assert summary == ExportSummary(rows=NUM_SAMPLES, files=4, data_types=kinds, left_out={})
+
+
+# Liquid's own trainer
+
+
+def test_what_liquids_trainer_would_take_for_plain_text_is_told_in_the_card_and_on_the_command_line(
+    source: Path, tmp_path: Path
+) -> None:
+    said = wds_tools("export", "hf", "--input", source, "--output", tmp_path / "out", "--num-shards", "2", "--quiet")
+    assert said.stderr.startswith("wds-tools: Liquid's own trainer would take 20 image_text_multi rows for plain text")
+    assert "--for liquid" in said.stderr
+    assert "the others (20 image_text_multi) for plain text" in (tmp_path / "out/README.md").read_text()
+
+
+def test_for_liquid_they_are_left_out_and_counted(source: Path, tmp_path: Path) -> None:
+    make_dataset(tmp_path / "talk", [conversation(image=b"...", image_extension="jpg")])  # nothing that has to be encoded first
+    inputs = [source, tmp_path / "talk"]
+    said = wds_tools("export", "hf", "--input", *inputs, "--output", tmp_path / "out", "--for", "liquid", "--quiet", "--json")
+    assert said.stderr == ""
+    summary = json.loads(said.stdout)
+    assert summary["left_out"] == {"image_text_multi": 20, "visual_sft": 1}
+    assert summary["rows"] == 40
+    expected = [row(sample) for sample in samples() if sample.data_type != "image_text_multi"]
+    assert multiset(load(tmp_path / "out")) == multiset(expected)
+    assert "left out: 20 image_text_multi, 1 visual_sft." in (tmp_path / "out/README.md").read_text()
+    with pytest.raises(UsageError, match="another export"):
+        export(source, tmp_path / "out", resume=True)
+
+
+def test_an_export_for_liquid_without_any_row_for_it_is_refused(tmp_path: Path) -> None:
+    make_dataset(tmp_path / "in", [multi_sample(0)])
+    with pytest.raises(UsageError, match="none can be exported for liquid"):
+        export(tmp_path / "in", tmp_path / "out", reader="liquid")
+    assert not (tmp_path / "out").exists()
 
 
 # The order

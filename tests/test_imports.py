@@ -18,6 +18,7 @@ FORMAT = BASE | {"wds_tools.format"}
 STORAGE = BASE | {"wds_tools.storage"}
 DATASET = FORMAT | STORAGE | {"wds_tools.run", "wds_tools.dataset"}
 PASSES = DATASET | {"wds_tools.passes"}
+SOURCES = FORMAT | STORAGE | {"wds_tools.sources"}
 ALLOWED = {
     "wds_tools": FORMAT,
     "wds_tools.errors": set(),
@@ -30,7 +31,8 @@ ALLOWED = {
     "wds_tools.run": BASE,
     "wds_tools.passes": PASSES,
     "wds_tools.sequences": FORMAT,
-    "wds_tools.convert": PASSES | {"wds_tools.images"},
+    "wds_tools.sources": FORMAT | STORAGE,
+    "wds_tools.convert": PASSES | SOURCES | {"wds_tools.images"},
     "wds_tools.encode": PASSES | {"wds_tools.images", "wds_tools.vq"},
     "wds_tools.pack": PASSES | {"wds_tools.sequences"},
     "wds_tools.export": DATASET,
@@ -38,7 +40,7 @@ ALLOWED = {
     "wds_tools.cli": PASSES
     | {f"wds_tools.{room}" for room in ("convert", "encode", "pack", "sequences", "export", "check")}
     | {"wds_tools"},
-    "loaders": FORMAT | STORAGE | {"wds_tools.run", "wds_tools.images", "wds_tools.sequences"},
+    "loaders": SOURCES | {"wds_tools.run", "wds_tools.images", "wds_tools.sequences"},
 }
 # module -> rooms that it may import from beside those of its own room
 ALSO_ALLOWED = {

@@ -16,10 +16,11 @@ import datasets
 import numpy as np
 import pytest
 import webdataset as wds
-from commands import wds_tools
+from commands import image_bytes, wds_tools
 from factory import CODEBOOK_SIZE, image_sample, make_dataset, multi_sample, text_sample
 
 from loaders import LoaderConfig, ShardDataset, Source, TarDataset, build_loader
+from wds_tools.export.hf import ExportConfig, export_hf
 from wds_tools.format.schema import Sample
 
 NUM_SAMPLES = 30
@@ -40,6 +41,12 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def tars(folder: Path) -> list[str]:
     return sorted(map(str, folder.rglob("*.tar")))
+
+
+def load(paths: list[str], folder: Path, streaming: bool) -> list[dict[str, Any]]:
+    """What Hugging Face's reader makes of tars."""
+    cache = str(folder / "cache")
+    return list(datasets.load_dataset("webdataset", data_files=paths, split="train", streaming=streaming, cache_dir=cache))
 
 
 def check(found: list[dict[str, Any]], expected: list[Sample] | None = None) -> None:
@@ -65,18 +72,14 @@ def test_webdataset_decodes_every_sample(pairs: Path) -> None:
 
 @pytest.mark.parametrize("streaming", [True, False])
 def test_load_dataset_reads_every_sample(pairs: Path, tmp_path: Path, streaming: bool) -> None:
-    found = datasets.load_dataset(
-        "webdataset", data_files=tars(pairs), split="train", streaming=streaming, cache_dir=str(tmp_path)
-    )
-    check(list(found))
+    check(load(tars(pairs), tmp_path, streaming))
 
 
 @pytest.mark.parametrize("make", [text_sample, multi_sample])
 def test_load_dataset_reads_documents_and_wide_images_too(make: Any, tmp_path: Path) -> None:
     expected = [make(number) for number in range(NUM_SAMPLES)]
     make_dataset(tmp_path / "set", expected, shard_samples=8)
-    stream = datasets.load_dataset("webdataset", data_files=tars(tmp_path / "set"), split="train", streaming=True)
-    check(list(stream), expected)
+    check(load(tars(tmp_path / "set"), tmp_path, streaming=True), expected)
 
 
 def test_python_and_gnu_tar_list_and_unpack_the_same_plain_files(pairs: Path, tmp_path: Path) -> None:
@@ -100,23 +103,117 @@ def test_python_and_gnu_tar_list_and_unpack_the_same_plain_files(pairs: Path, tm
     assert json.loads((tmp_path / f"tar-0/{first.key}.json").read_text())["text"] == first.text
 
 
+# Sets with images of several formats, and several kinds of samples in one list: who reads them, and who does not
+
+
+def mixed(*kinds: str) -> list[Sample]:
+    """Samples with source images of these formats in turn."""
+    made = [image_sample(number)._replace(codes={}) for number in range(12)]
+    formats = [kinds[number % len(kinds)] for number in range(12)]
+    images = [image_bytes(number, kind={"jpg": "JPEG", "png": "PNG"}[kind]) for number, kind in enumerate(formats)]
+    return [sample._replace(image=data, image_extension=kind) for sample, data, kind in zip(made, images, formats, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def jpeg_and_png(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("interop") / "mixed"
+    make_dataset(folder, mixed("jpg", "png"), shard_samples=6)
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_webdataset_and_tar_read_images_of_several_formats(jpeg_and_png: Path, tmp_path: Path) -> None:
+    found = {sample["__key__"]: sample for sample in wds.WebDataset(tars(jpeg_and_png), shardshuffle=False)}
+    gc.collect()
+    for path in tars(jpeg_and_png):
+        subprocess.run(["tar", "-xf", path, "-C", tmp_path], check=True)
+    for sample in mixed("jpg", "png"):
+        assert found[sample.key][str(sample.image_extension)] == sample.image
+        assert (tmp_path / f"{sample.key}.{sample.image_extension}").read_bytes() == sample.image
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_load_dataset_refuses_a_set_whose_first_images_are_of_several_formats(
+    jpeg_and_png: Path, tmp_path: Path, streaming: bool
+) -> None:
+    with pytest.raises(ValueError, match="don't share the same prefix or the same types"):
+        load(tars(jpeg_and_png), tmp_path, streaming)
+
+
+def test_load_dataset_shows_no_image_of_a_format_that_first_comes_later(tmp_path: Path) -> None:
+    make_dataset(tmp_path / "set", mixed(*["jpg"] * 8, *["png"] * 4))
+    found = load(tars(tmp_path / "set"), tmp_path, streaming=True)
+    assert [row["jpg"] is not None for row in found] == [True] * 8 + [False] * 4
+    assert "png" not in found[-1]
+
+
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Documents, pairs, and wide pairs, each a data set."""
+    folder = tmp_path_factory.mktemp("interop")
+    for name, make in (("text", text_sample), ("pairs", image_sample), ("wide", multi_sample)):
+        make_dataset(folder / name, map(make, range(6)))
+    return folder
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_load_dataset_takes_its_columns_from_the_first_kind_of_a_list(kinds: Path, tmp_path: Path, streaming: bool) -> None:
+    found = load([*tars(kinds / "text"), *tars(kinds / "pairs")], tmp_path, streaming)
+    assert len(found) == 12
+    assert not any("vqcode_512.npy" in row for row in found)  # the codes of all pairs are lost
+
+
+def test_load_dataset_can_not_cast_square_and_wide_images_in_one_list(kinds: Path, tmp_path: Path) -> None:
+    with pytest.raises(datasets.exceptions.DatasetGenerationError) as caught:
+        load([*tars(kinds / "pairs"), *tars(kinds / "wide")], tmp_path, streaming=False)
+    assert "Couldn't cast" in str(caught.value.__cause__)
+
+
+def test_an_export_of_several_kinds_loses_nothing(kinds: Path, tmp_path: Path) -> None:
+    inputs = tuple(str(kinds / name) for name in ("text", "pairs", "wide"))
+    export_hf(ExportConfig(input=inputs, output=str(tmp_path / "out"), format="parquet", num_shards=2, quiet=True))
+    rows = datasets.load_dataset(str(tmp_path / "out"), split="train", cache_dir=str(tmp_path / "cache"))
+    found = {row["text"]: row for row in rows}
+    for number in range(6):
+        assert found[f"document {number}"]["vqcode_512"] == "no"
+        for sample in (image_sample(number), multi_sample(number)):
+            ((column, grid_hw),) = sample.codes.items()
+            assert json.loads(found[sample.text][column]) == grid_hw.ravel().tolist()
+
+
 RAY = """
 import json, sys
 import ray
 ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-rows = ray.data.read_webdataset(sys.argv[1:]).take_all()
-codes = [{**row, "vqcode_512.npy": row["vqcode_512.npy"].tolist()} for row in rows]
-print("|" + json.dumps(codes))
+pairs, mixed = map(json.loads, sys.argv[1:])
+rows = ray.data.read_webdataset(pairs).take_all()
+try:
+    ray.data.read_webdataset(mixed).take_all()
+    fails = ""
+except Exception as error:
+    fails = str(error)
+plain = ray.data.read_webdataset(mixed, decoder=None).take_all()
+print("\\n|" + json.dumps({
+    "pairs": [{**row, "vqcode_512.npy": row["vqcode_512.npy"].tolist()} for row in rows],
+    "fails": fails,
+    "mixed": {row["__key__"]: {k: row[k].hex() for k in ("jpg", "png") if isinstance(row[k], bytes)} for row in plain},
+}))
 """
 
 
 @pytest.mark.timeout(180)
-def test_ray_data_reads_every_sample(pairs: Path, tmp_path: Path) -> None:
+def test_ray_data_reads_every_sample_undecoded_where_images_are_of_several_formats(
+    pairs: Path, jpeg_and_png: Path, tmp_path: Path
+) -> None:
     pytest.importorskip("ray", reason="pip install 'ray[data]'")
     environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled", "HOME": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", RAY, *tars(pairs)], env=environment, capture_output=True, text=True, check=False)
+    paths = [json.dumps(tars(pairs)), json.dumps(tars(jpeg_and_png))]
+    done = subprocess.run([sys.executable, "-c", RAY, *paths], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    check(json.loads(done.stdout.rpartition("|")[2]))
+    found = json.loads(done.stdout.rpartition("\n|")[2])
+    check(found["pairs"])
+    assert "unsupported element of type <class 'float'>" in found["fails"]
+    assert found["mixed"] == {sample.key: {sample.image_extension: (sample.image or b"").hex()} for sample in mixed("jpg", "png")}
 
 
 ENERGON = """

@@ -12,18 +12,17 @@ from hypothesis import strategies as st
 from wds_tools.convert import lines
 from wds_tools.convert.lines import (
     InputFile,
-    InputOptions,
-    Line,
     LineRange,
     by_suffix,
     expand_inputs,
     number_lines,
-    parse_record,
     plan_lines,
     read_lines,
-    required_text,
 )
+from wds_tools.convert.options import ConvertOptions
 from wds_tools.errors import NotFound, Reject, UsageError
+from wds_tools.sources import fields
+from wds_tools.sources.fields import Line, parse_record, required_text
 
 DATA = Path(__file__).parents[1].parent / "shared" / "data"
 FOLDER = DATA / "malformed" / "jsonl"
@@ -130,7 +129,8 @@ def test_ranges_of_long_lines_close_early_but_hold_a_line(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("read_bytes", [1, 7, 64, 1 << 20])
 def test_a_line_is_too_long_by_its_length_alone(read_bytes: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(lines, "MAX_LINE_BYTES", 100)
+    for module in (lines, fields):
+        monkeypatch.setattr(module, "MAX_LINE_BYTES", 100)
     monkeypatch.setattr(lines, "_READ_BYTES", read_bytes)
     data = b"a" * 100 + b"\n" + b"b" * 101 + b"\n" + b"c" * 300 + b"\n{}\n" + b"d" * 101
     _, found = read_planned(write(tmp_path, data), 2)
@@ -222,7 +222,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def expand(*inputs: str | Path) -> list[InputFile]:
-    options = InputOptions(input=tuple(map(str, inputs)), output="elsewhere")
+    options = ConvertOptions(input=tuple(map(str, inputs)), output="elsewhere")
     return expand_inputs(options, by_suffix(".jsonl")).files
 
 

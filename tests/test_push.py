@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from commands import environment, last_line, wds_tools
@@ -67,19 +68,36 @@ def test_a_card_says_what_is_in_it_where_it_comes_from_and_how_to_load_it(source
     fields = yaml.safe_load(header)
     assert fields["license"] == "cc-by-4.0"
     assert fields["size_categories"] == ["n<1K"]
-    assert fields["dataset_info"]["splits"] == [{"name": "train", "num_examples": 40}]
+    num_bytes = 0
+    for path in (tmp_path / "out/data").iterdir():
+        rows = pq.read_table(path).to_pylist()
+        num_bytes += sum(len(value.encode()) for row in rows for value in row.values() if isinstance(value, str))
+        num_bytes += (6 * 4 + 8) * len(rows)  # offsets of six columns of strings, and one of numbers
+    assert fields["dataset_info"]["splits"] == [{"name": "train", "num_bytes": num_bytes, "num_examples": 40}]
     assert [feature["name"] for feature in fields["dataset_info"]["features"]][:3] == ["data_type", "text", "length"]
     assert "40 rows in 6 files, shuffled with seed 42: 30 image_text, 10 text_pretrain." in page
     assert "- 40 samples (30 image_text, 10 text_pretrain) of `test`, sha256:" in page
     assert "`vqcode_512`: tokenizer tiny, 8,192 codes, stride 16, fp32" in page
 
 
-def test_a_folder_with_its_card_loads_as_the_hub_would_load_it(source: Path, tmp_path: Path) -> None:
+def test_a_folder_with_its_card_loads_as_the_hub_would_load_it(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(datasets.info.logger, "warning", said.append)
     export(source, tmp_path / "out")
     (tmp_path / "out/data/notes.txt").write_text("not matched by the card's pattern")
     rows = datasets.load_dataset(str(tmp_path / "out"), split="train", cache_dir=str(tmp_path / "cache"))
     assert rows.num_rows == 40
     assert rows.features["length"] == datasets.Value("int64")
+    assert said == []
+
+
+def test_the_card_lets_the_reader_find_that_a_file_is_missing(source: Path, tmp_path: Path) -> None:
+    export(source, tmp_path / "out")
+    next((tmp_path / "out/data").iterdir()).unlink()
+    with pytest.raises(datasets.exceptions.NonMatchingSplitsSizesError):
+        datasets.load_dataset(str(tmp_path / "out"), split="train", cache_dir=str(tmp_path / "cache"))
 
 
 def test_load_from_disk_does_not_mind_the_card(source: Path, tmp_path: Path) -> None:
@@ -122,7 +140,7 @@ def write_or_die(writer, records, file_format):
     if "die" in sys.argv:
         os.kill(os.getpid(), signal.SIGKILL)
     sys.argv.append("die")
-    write(writer, records, file_format)
+    return write(writer, records, file_format)
 
 hf.write_part = write_or_die
 hf.export_hf(hf.ExportConfig(input=(sys.argv[1],), output=sys.argv[2], format=sys.argv[3], num_shards=6, quiet=True))

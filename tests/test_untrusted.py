@@ -31,7 +31,7 @@ from wds_tools.check.verify import VerifyConfig, verify
 from wds_tools.check.view.rejects import Rejects
 from wds_tools.cli.main import main
 from wds_tools.cli.summary import print_data_set
-from wds_tools.convert.tables import files_at
+from wds_tools.convert.tables import data_files
 from wds_tools.dataset import claim
 from wds_tools.dataset.write import ShardLimits, TaskWriter, begin
 from wds_tools.errors import FormatError, Reject, UsageError, WdsToolsError
@@ -279,7 +279,7 @@ def test_exports(tmp_path: Path) -> None:
     def read_as(name: str) -> Read:
         def read(data: bytes) -> None:
             (tmp_path / name).write_bytes(data)
-            list(files_at(str(tmp_path)))
+            list(data_files(str(tmp_path), {path.name: path.stat().st_size for path in tmp_path.iterdir()}))
 
         return read
 

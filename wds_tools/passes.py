@@ -139,6 +139,8 @@ class Plan:
     """Of the samples."""
     device: str = "cpu"
     """What a task runs on: "cpu", "cuda" (or "cuda:..."), or "auto", which is a GPU where there is one."""
+    key_prefix: str = ""
+    """Of the keys that are made here; if it is empty, neither keys nor manifest mention it."""
 
 
 class Advance(Protocol):
@@ -246,9 +248,10 @@ def _fixed(plan: Plan, options: PassOptions) -> dict[str, Any]:
         tasks_json = orjson.dumps(plan.tasks)
     except TypeError as error:
         raise UsageError("the name of an input file is not UTF-8, and can't be written down in a manifest: rename it") from error
+    prefix = {"key_prefix": plan.key_prefix} if plan.key_prefix else {}
     return {
         "command": plan.command,
-        "settings": {**plan.settings, "shard_samples": options.shard_samples, "shard_bytes": options.shard_bytes},
+        "settings": {**plan.settings, **prefix, "shard_samples": options.shard_samples, "shard_bytes": options.shard_bytes},
         "num_tasks": len(plan.tasks),
         "inputs_sha256": hashlib.sha256(tasks_json).hexdigest(),
     }
@@ -276,7 +279,8 @@ def _run_claimed(plan: Plan, fixed: Mapping[str, Any], work: Work, options: Pass
     results = sound_tasks(store, results, verify=options.verify, quiet=options.quiet)
     todo = [(number, plan.tasks[number]) for number in own if number not in results]
     rejects, inputs = _tally(results.values())
-    task_fn = _RunTask(work, options.output, ShardLimits(samples=options.shard_samples, bytes=options.shard_bytes))
+    limits = ShardLimits(samples=options.shard_samples, bytes=options.shard_bytes)
+    task_fn = _RunTask(work, options.output, limits, plan.key_prefix)
     with (
         Progress(plan.command, _share(plan, todo), quiet=options.quiet) as progress,
         closing(_execute(plan, task_fn, todo, options, progress)) as finished,  # whatever ends this ends the tasks
@@ -408,10 +412,11 @@ class _RunTask:
     work: Work
     output: str
     limits: ShardLimits
+    key_prefix: str
 
     def __call__(self, numbered: tuple[int, Any], report: Report) -> TaskResult:
         number, task = numbered
-        with TaskWriter(open_store(self.output), number, self.limits) as writer:
+        with TaskWriter(open_store(self.output), number, self.limits, self.key_prefix) as writer:
             told = [0, 0, 0]
             use = [0.0, 0.0, 0]
 

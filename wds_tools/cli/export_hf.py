@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import Annotated, Literal
 
-from wds_tools.cli.summary import Printed, print_json
+import tyro
+
+from wds_tools.cli.summary import Printed, itemize, print_json
+from wds_tools.export.card import unknown_to_liquid
 from wds_tools.export.hf import ExportConfig, export_hf
 from wds_tools.terminal import say
 
@@ -15,16 +19,26 @@ EXAMPLE = "wds-tools export hf --input s3://bucket/pairs s3://bucket/dclm --outp
 class Config(Printed, ExportConfig):
     """Shuffle data sets together and write them as a Hugging Face data set."""
 
+    reader: Annotated[Literal["any", "liquid"], tyro.conf.arg(name="for")] = "any"
+    """liquid: leave out and count what Liquid's own trainer takes for plain text: image_text_multi, visual_sft."""
+
 
 def run(config: Config) -> int:
     """Export, and say what came of it."""
     summary = export_hf(config)
+    if strange := unknown_to_liquid(summary.data_types):
+        say(
+            f"wds-tools: Liquid's own trainer would take {itemize(strange)} rows for plain text, without their images: "
+            "for it, export with --for liquid",
+            error=True,
+        )
     if config.json:
         print_json({"output": config.output, "format": config.format, **asdict(summary)})
         return 0
-    kinds = ", ".join(f"{count:,} {name}" for name, count in sorted(summary.data_types.items()))
+    left_out = [f"left out   {itemize(summary.left_out)}: for {config.reader}"] if summary.left_out else []
     how = "datasets.load_from_disk" if config.format == "arrow" else 'load_dataset("parquet", ...)'
-    say(f"exported   {config.output}", f"rows       {summary.rows:,} ({kinds})", f"files      {summary.files:,}, for {how}")
+    say(f"exported   {config.output}", f"rows       {summary.rows:,} ({itemize(summary.data_types)})", *left_out)
+    say(f"files      {summary.files:,}, for {how}")
     if summary.pushed is not None:
         say(f"pushed     {summary.pushed:,} files to hf://datasets/{config.push_to_hub}")
     return 0

@@ -53,7 +53,7 @@ def print_data_set(url: str, manifest: Manifest, *, json: bool = False) -> None:
     facts = {
         "data set": url,
         "samples": f"{manifest.samples:,} of {manifest.inputs:,} inputs ({describe_samples(manifest)})",
-        "rejects": f"{rejected:,} ({_counts(manifest.rejects)}), listed in {url.rstrip('/')}/{REJECTS}" if rejected else "none",
+        "rejects": f"{rejected:,} ({itemize(manifest.rejects)}), listed in {url.rstrip('/')}/{REJECTS}" if rejected else "none",
         "shards": f"{len(manifest.shards):,}, {manifest.bytes / 1e6:,.1f} MB, {_per_sample(manifest)}",
     }
     if isinstance(left_out := manifest.source.get("left_out"), dict):
@@ -78,11 +78,12 @@ def describe_samples(manifest: Manifest) -> str:
     if rows := manifest.token_rows:
         return f"token rows of {rows['length']:,}"
     if manifest.schema_version != ANY_MEMBERS:
-        return _counts(manifest.data_types)
+        return itemize(manifest.data_types)
     return f"WebDataset samples of any members: {', '.join(manifest.members) or 'none'}"
 
 
-def _counts(counts: Mapping[str, int]) -> str:
+def itemize(counts: Mapping[str, int]) -> str:
+    """Counts by name, the largest first."""
     return ", ".join(f"{count:,} {name}" for name, count in sorted(counts.items(), key=lambda item: -item[1])) or "nothing"
 
 

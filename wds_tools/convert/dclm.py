@@ -12,28 +12,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from wds_tools.convert.lines import (
-    InputOptions,
-    Line,
-    by_suffix,
-    check_kept_fields,
-    expand_inputs,
-    kept_fields,
-    number_lines,
-    parse_record,
-    required_text,
-)
+from wds_tools.convert.lines import by_suffix, check_kept_fields, expand_inputs, kept_fields, number_lines
+from wds_tools.convert.options import ConvertOptions
 from wds_tools.convert.zstd import decompress
 from wds_tools.dataset.write import TaskWriter
 from wds_tools.errors import FormatError, Reject, UsageError
 from wds_tools.format.manifest import Manifest
 from wds_tools.format.schema import Sample
 from wds_tools.passes import Advance, Plan, group_to_limit, run_pass
+from wds_tools.sources.fields import Line, parse_record, required_text
 from wds_tools.storage import open_store, split_url
 
 
 @dataclass(frozen=True, kw_only=True)
-class DclmConfig(InputOptions):
+class DclmConfig(ConvertOptions):
     """Convert DCLM-style documents to shards."""
 
     input: tuple[str, ...]
@@ -54,6 +46,7 @@ def convert_dclm(config: DclmConfig) -> Manifest:
     """Convert; returns the manifest of the finished data set. Raises: see run_pass."""
     inputs = expand_inputs(config, by_suffix(".jsonl.zst", ".json.zst", ".jsonl.zstd", ".json.zstd"))
     plan = Plan(
+        key_prefix=config.key_prefix,
         command="convert dclm",
         settings={"keep": config.keep},
         tasks=[list(map(tuple, group)) for group in group_to_limit(inputs.files, lambda file: file.size, config.task_bytes)],
@@ -73,7 +66,7 @@ class _ConvertFiles:
             line = Line(0, b"")
             try:
                 for line in _read_documents(url, advance):
-                    key = f"{writer.task:06d}-{inputs:08d}"
+                    key = writer.key(inputs)
                     inputs += 1
                     try:
                         record = parse_record(line)

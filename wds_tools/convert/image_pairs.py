@@ -15,32 +15,30 @@ from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
-from wds_tools.convert.image_source import FETCH_AHEAD, ImageSource, in_order
 from wds_tools.convert.lines import (
-    InputOptions,
-    Line,
     LineRange,
     by_suffix,
     check_kept_fields,
     expand_inputs,
     kept_fields,
-    parse_record,
     plan_lines,
     read_lines,
-    required_text,
 )
+from wds_tools.convert.options import ConvertOptions
 from wds_tools.dataset.write import TaskWriter
 from wds_tools.errors import FormatError, Reject, UsageError
 from wds_tools.format.manifest import Manifest
 from wds_tools.format.schema import Sample
 from wds_tools.images import ImageLimits, Mode, crop_for, probe
 from wds_tools.passes import Advance, Plan, run_pass
+from wds_tools.sources.fields import CAPTION, Line, parse_record, required_text
+from wds_tools.sources.images import FETCH_AHEAD, ImageSource, in_order
 
 _DATA_TYPES = {"cc512": "image_text", "multi768": "image_text_multi"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImagePairsConfig(InputOptions):
+class ImagePairsConfig(ConvertOptions):
     """Convert image-caption pairs to shards; the images go in byte for byte, codes come with `wds-tools encode`."""
 
     input: tuple[str, ...]
@@ -103,6 +101,7 @@ def convert_image_pairs(config: ImagePairsConfig, filler: Filler | None = None) 
         decides, codes = filler.provenance([_DATA_TYPES[config.mode]])
         settings["encode"] = decides
     plan = Plan(
+        key_prefix=config.key_prefix,
         command="convert image-pairs",
         settings=settings,
         tasks=ranges,
@@ -136,7 +135,7 @@ class _ConvertLines:
 
     def __call__(self, task: LineRange, writer: TaskWriter, advance: Advance) -> int:
         inputs = 0
-        samples = self._samples(task, writer.task)
+        samples = self._samples(task, writer)
         for line, sample in samples if self.filler is None else self.filler.fill(samples):
             inputs += 1
             advance(1, *self.filler.device.new_use() if self.filler is not None else ())
@@ -149,7 +148,7 @@ class _ConvertLines:
                 writer.reject(Reject("unwritable_record", str(error)), source=task.url, line=line)
         return inputs
 
-    def _samples(self, task: LineRange, number: int) -> Iterator[tuple[int, Sample | Reject]]:
+    def _samples(self, task: LineRange, writer: TaskWriter) -> Iterator[tuple[int, Sample | Reject]]:
         """(line, what it is) in the order of the lines."""
         source = ImageSource(task.url, **self.root)
         with ThreadPoolExecutor(FETCH_AHEAD) as pool:
@@ -160,7 +159,7 @@ class _ConvertLines:
                 yield (
                     fetched.line.number,
                     Sample(
-                        key=f"{number:06d}-{fetched.line.number - task.first_line:08d}",
+                        key=writer.key(fetched.line.number - task.first_line),
                         data_type=_DATA_TYPES[self.mode],
                         text=fetched.text,
                         image=fetched.image,
@@ -172,7 +171,7 @@ class _ConvertLines:
     def _fetch(self, line: Line, source: ImageSource) -> _Fetched:
         try:
             record = parse_record(line)
-            text = required_text(record, ("text_prompt", "text"))
+            text = required_text(record, CAPTION)
             image = source.read(required_text(record, ("image_path",)), self.limits.max_bytes)
             info = probe(image, self.limits)
             crop_for(self.mode, info.width, info.height)

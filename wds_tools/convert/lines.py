@@ -1,4 +1,4 @@
-"""Input files -> lines -> JSON records, with line numbers, in constant memory.
+"""Input files -> lines, with their numbers, in constant memory.
 
 What lies in an input folder is taken, or counted and named: on standard error, in the manifest, and in the summary.
 
@@ -20,14 +20,14 @@ import numpy as np
 import orjson
 from braceexpand import braceexpand
 
-from wds_tools.errors import NotFound, Reject, StorageError, UsageError
+from wds_tools.convert.options import ConvertOptions
+from wds_tools.errors import NotFound, StorageError, UsageError
 from wds_tools.format.schema import RESERVED_FIELDS
-from wds_tools.passes import PassOptions
 from wds_tools.run.progress import Progress
+from wds_tools.sources.fields import MAX_LINE_BYTES, Line
 from wds_tools.storage import join, open_store, split_url
 from wds_tools.storage.base import split_scheme
 
-MAX_LINE_BYTES = 64 << 20
 _READ_BYTES = 4 << 20
 _RANGE_BYTES = 64 << 20
 _NAMED_FILES = 8
@@ -38,16 +38,6 @@ _OUR_REJECTS = re.compile(r"(^|/)rejects/task-\d{6,}\.jsonl$")
 
 Choice = Callable[[str, Mapping[str, int]], Sequence[str]]
 """URL of a folder, and the names and sizes of the files below it -> the names of those that are inputs."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class InputOptions(PassOptions):
-    """How any conversion finds its files."""
-
-    input: tuple[str, ...]
-    """Files, folders or brace patterns; paths or URLs."""
-    strict_links: bool = False
-    """Of folders (--input, --image-root), follow no symlink that leads out: for what was unpacked from archives of strangers."""
 
 
 class InputFile(NamedTuple):
@@ -67,13 +57,6 @@ class LineRange:
     first_line: int
     """Number of the first line, from 1."""
     num_lines: int
-
-
-class Line(NamedTuple):
-    """One line that is not blank. `data` is None if it is longer than MAX_LINE_BYTES."""
-
-    number: int
-    data: bytes | None
 
 
 class Inputs(NamedTuple):
@@ -108,12 +91,11 @@ def by_suffix(*suffixes: str) -> Choice:
     return choose
 
 
-def expand_inputs(options: InputOptions, choose: Choice) -> Inputs:
+def expand_inputs(options: ConvertOptions, choose: Choice) -> Inputs:
     """The files that are meant; says on standard error what is left out.
 
     Args:
-        options: `input` has files, folders (of which `choose` takes what it wants) and brace patterns, as part-{000..127}.jsonl;
-            the output, if it lies in one of the folders, is not looked at.
+        options: `input` has files, folders (of which `choose` takes what it wants) and brace patterns, as part-{000..127}.jsonl.
         choose: such as `by_suffix(".jsonl")`.
 
     Raises:
@@ -171,48 +153,6 @@ def number_lines(chunks: Iterable[bytes], first: int = 1) -> Iterator[Line]:
             yield Line(number, data)
 
 
-def parse_record(line: Line) -> dict[str, Any]:
-    """The JSON object of a line.
-
-    Raises:
-        Reject: "line_too_long", "invalid_utf8", "bad_json" or "not_an_object".
-    """
-    if line.data is None:
-        raise Reject("line_too_long", f"more than {MAX_LINE_BYTES} bytes")
-    try:
-        record = orjson.loads(line.data)
-    except orjson.JSONDecodeError as error:
-        try:
-            line.data.decode()
-        except UnicodeDecodeError as wrong:
-            raise Reject(
-                "invalid_utf8", f"byte {wrong.start} of the line is {line.data[wrong.start]:#04x}: {wrong.reason}"
-            ) from wrong
-        raise Reject("bad_json", str(error)) from error
-    if type(record) is not dict:
-        raise Reject("not_an_object", f"a JSON {type(record).__name__}, expected an object with fields")
-    return record
-
-
-def required_text(record: dict[str, Any], names: Sequence[str]) -> str:
-    """The first of these fields that is there and not null: a string with more than white space.
-
-    Raises:
-        Reject: "missing_field", "wrong_type" or "empty_text".
-    """
-    for name in names:
-        text = record.get(name)
-        if text is None:
-            continue
-        if type(text) is not str:
-            raise Reject("wrong_type", f"{name} is a {type(text).__name__}, expected a string")
-        if not text or text.isspace():
-            raise Reject("empty_text", f"{name} is empty")
-        return text
-    found = ", ".join(list(record)[:8]) or "none"
-    raise Reject("missing_field", f"no {' or '.join(names)}; the fields are: {found[:200]}")
-
-
 def check_kept_fields(keep: Sequence[str]) -> None:
     """Raise UsageError if a field can't be kept under its own name."""
     if taken := RESERVED_FIELDS.intersection(keep):
@@ -233,7 +173,7 @@ def _expand_braces(pattern: str) -> list[str]:
         raise UsageError(f"--input {pattern!r}: unbalanced braces") from error
 
 
-def _add_files(found: Inputs, url: str, options: InputOptions, choose: Choice) -> None:
+def _add_files(found: Inputs, url: str, options: ConvertOptions, choose: Choice) -> None:
     try:
         root, name = split_url(url)
         found.files.append(InputFile(url, open_store(root).size(name)))

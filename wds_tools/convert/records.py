@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 import orjson
 
-from wds_tools.convert.lines import MAX_LINE_BYTES, InputFile, Line, LineRange, plan_lines, read_lines
+from wds_tools.convert.lines import InputFile, LineRange, plan_lines, read_lines
 from wds_tools.errors import FormatError, UsageError
+from wds_tools.sources.fields import MAX_LINE_BYTES, Line
 from wds_tools.storage import open_store, split_url
 
 _READ_BYTES = 4 << 20

@@ -98,11 +98,13 @@ class TaskWriter:
         store: the data set.
         task: its number in the plan.
         limits: when a shard closes.
+        key_prefix: of the keys that `key` makes.
     """
 
-    def __init__(self, store: Store, task: int, limits: ShardLimits) -> None:
+    def __init__(self, store: Store, task: int, limits: ShardLimits, key_prefix: str = "") -> None:
         self._store = store
         self.task = task
+        self._key_prefix = f"{key_prefix}-" if key_prefix else ""
         self._limits = limits
         self._builder: ShardBuilder | None = None
         self._writer: Writer | None = None
@@ -124,6 +126,10 @@ class TaskWriter:
         if self._writer is not None:
             self._writer.abort()
             self._writer = None
+
+    def key(self, number: int) -> str:
+        """The key of the task's input of this number, from 0."""
+        return f"{self._key_prefix}{self.task:06d}-{number:08d}"
 
     def add(self, sample: Sample) -> None:
         """Append a sample; closes the shard if it is full.

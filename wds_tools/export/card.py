@@ -7,8 +7,7 @@ an export that carries the same card was made of the same data in the same way.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import orjson
@@ -18,6 +17,8 @@ from wds_tools.format.manifest import Manifest
 
 NAME = "README.md"
 TAG = "wds-tools"
+LIQUID_TYPES = ("image_text", "text_pretrain")
+"""Data types of which Liquid's trainer makes what they are; of any other it takes the text column for a document."""
 _MEANING = {
     "data_type": "`image_text` (a square image and its caption), `image_text_multi` (an image of its own shape), `text_pretrain`"
     ", `visual_sft` (a conversation about any number of images)",
@@ -33,25 +34,38 @@ _LARGER = (("10M<n<100M", 10**8), ("100M<n<1B", 10**9), ("1B<n<10B", 10**10), ("
 
 
 def pack_card(
-    manifests: Sequence[Manifest], file_format: Format, *, files: int, seed: int, fingerprint: str, license_id: str | None
+    manifests: Sequence[Manifest],
+    file_format: Format,
+    *,
+    data_types: Mapping[str, int],
+    left_out: Mapping[str, int],
+    files: int,
+    seed: int,
+    fingerprint: str,
+    license_id: str | None,
+    num_bytes: int | None = None,
 ) -> bytes:
     """The card of an export.
 
     Args:
         manifests: of the data sets that are in it.
         file_format: what kind of files it has.
+        data_types: rows by data type.
+        left_out: samples that are not in it, by data type.
         files: how many.
         seed: of the shuffle.
         fingerprint: of the rows and their order.
         license_id: as the Hub names licences, such as cc-by-4.0.
+        num_bytes: of the rows in Arrow's memory; None as long as it is not known.
     """
-    rows = sum(manifest.samples for manifest in manifests)
-    header = "\n".join(["---", *_yaml(_header(rows, file_format, license_id)), "---"])
+    rows = sum(data_types.values())
+    header = "\n".join(["---", *_yaml(_header(rows, num_bytes, file_format, license_id)), "---"])
     lines = [
         "# Image tokens and text",
         "",
-        f"{rows:,} rows in {files:,} files, shuffled with seed {seed}: {_counts(_data_types(manifests))}.",
+        f"{rows:,} rows in {files:,} files, shuffled with seed {seed}: {_counts(data_types)}.",
         f"Fingerprint {fingerprint}.",
+        *_about_liquid(data_types, left_out),
         "",
         "| column | type | |",
         "|---|---|---|",
@@ -73,14 +87,26 @@ def pack_card(
     return "\n".join([header, "", *lines, ""]).encode()
 
 
-def _header(rows: int, file_format: Format, license_id: str | None) -> dict[str, Any]:
+def unknown_to_liquid(data_types: Mapping[str, int]) -> dict[str, int]:
+    """Of counts by data type those that Liquid's own trainer takes for plain text."""
+    return {name: count for name, count in sorted(data_types.items()) if name not in LIQUID_TYPES}
+
+
+def _about_liquid(data_types: Mapping[str, int], left_out: Mapping[str, int]) -> Iterator[str]:
+    knows = f"Liquid's own trainer knows {' and '.join(f'`{name}`' for name in LIQUID_TYPES)} only"
+    if strange := unknown_to_liquid(data_types):
+        yield f"{knows}: it takes the `text` of the others ({_counts(strange)}) for plain text, and never sees their images."
+    if left_out:
+        yield f"{knows}, so these samples were left out: {_counts(left_out)}."
+
+
+def _header(rows: int, num_bytes: int | None, file_format: Format, license_id: str | None) -> dict[str, Any]:
     header: dict[str, Any] = {} if license_id is None else {"license": license_id}
     header["tags"] = [TAG, "image-tokens", "webdataset"]
     header["size_categories"] = [next((name for name, limit in (*_SIZES, *_LARGER) if rows < limit), "n>1T")]
-    header["dataset_info"] = {
-        "features": [{"name": name, "dtype": dtype} for name, dtype in COLUMNS.items()],
-        "splits": [{"name": "train", "num_examples": rows}],
-    }
+    header["dataset_info"] = {"features": [{"name": name, "dtype": dtype} for name, dtype in COLUMNS.items()]}
+    if num_bytes is not None:
+        header["dataset_info"]["splits"] = [{"name": "train", "num_bytes": num_bytes, "num_examples": rows}]
     if file_format == "parquet":
         header["configs"] = [{"config_name": "default", "data_files": [{"split": "train", "path": "data/train-*.parquet"}]}]
     return header
@@ -89,13 +115,6 @@ def _header(rows: int, file_format: Format, license_id: str | None) -> dict[str,
 def _yaml(record: Mapping[str, Any]) -> Iterator[str]:
     """As yaml, of which JSON is a part: one line for each field."""
     yield from (f"{name}: {orjson.dumps(value).decode()}" for name, value in record.items())
-
-
-def _data_types(manifests: Iterable[Manifest]) -> Counter[str]:
-    counts: Counter[str] = Counter()
-    for manifest in manifests:
-        counts.update(manifest.data_types)
-    return counts
 
 
 def _counts(counts: Mapping[str, int]) -> str:

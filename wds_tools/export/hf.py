@@ -20,12 +20,13 @@ import json
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 from urllib.parse import unquote, urlsplit
 
 import orjson
@@ -35,8 +36,8 @@ from wds_tools.dataset.claim import Claim
 from wds_tools.dataset.files import Written, describe_changed, find_changed, written
 from wds_tools.dataset.read import read_manifest, read_shard
 from wds_tools.errors import UsageError
+from wds_tools.export.card import LIQUID_TYPES, TAG, pack_card
 from wds_tools.export.card import NAME as CARD
-from wds_tools.export.card import TAG, pack_card
 from wds_tools.export.push import push
 from wds_tools.export.rows import FEATURES, ROW_BYTES, Format, load_pyarrow, pack_row, write_part
 from wds_tools.export.shuffle import Shuffle
@@ -55,6 +56,7 @@ STATE, INFO = "state.json", "dataset_info.json"
 FILES = "export.json"
 """Sizes and hashes of the other files, but for the card: the export is finished, and this is what it wrote."""
 _OURS = re.compile(rf"data-\d{{5}}-of-\d{{5}}\.arrow|{STATE}|{INFO}|{FILES}|{CARD}|data/train-\d{{5}}-of-\d{{5}}\.parquet")
+_NUM_BYTES = re.compile(rb'"num_bytes":(\d+)')
 _UNFINISHED = b"This export is not finished: run the same command again with --overwrite.\n"
 _REPORT_EVERY = 256
 _ONE_TOKENIZER = ("tokenizer", "codebook_size", "weights_hash")
@@ -80,6 +82,8 @@ class ExportConfig:
     """Name of the codes to export, where data sets have several (see `wds-tools encode --codes`)."""
     seed: int = 42
     """Of the shuffle: 0 to 2**64 - 1. The order depends on it and on the inputs, not on format or num_shards."""
+    reader: Literal["any", "liquid"] = "any"
+    """liquid: leave out and count what Liquid's own trainer takes for plain text: image_text_multi, visual_sft."""
     license: str | None = None
     """Of the rows, for the data set card, as the Hub names it: cc-by-4.0, apache-2.0, other ..."""
     push_to_hub: str | None = None
@@ -128,6 +132,8 @@ class ExportSummary:
     """Arrow or Parquet files, all of about the same number of rows, none empty."""
     data_types: Mapping[str, int]
     """Rows by data type."""
+    left_out: Mapping[str, int]
+    """Samples by data type that the reader would take for something else."""
     pushed: int | None = None
     """Files sent to the Hub, if that was asked for; those that it had are not sent."""
 
@@ -150,14 +156,21 @@ def export_hf(config: ExportConfig) -> ExportSummary:
     """
     load_pyarrow()
     sources = [(store, read_manifest(store, instead_of_rows="export those data sets")) for store in map(open_store, config.input)]
-    _check_sources(sources, config.codes)
-    rows = sum(manifest.samples for _, manifest in sources)
-    data_types = sum((Counter(manifest.data_types) for _, manifest in sources), Counter[str]())
+    _check_sources(sources, config)
+    held = sum((Counter(manifest.data_types) for _, manifest in sources), Counter[str]())
+    data_types = {name: held[name] for name in sorted(held) if _takes(config, name)}
+    left_out = {name: held[name] for name in sorted(held) if name not in data_types}
+    rows = sum(data_types.values())
+    if not rows:
+        raise UsageError(f"{', '.join(config.input)}: of {dict(held)} samples, none can be exported for {config.reader}")
     names = _part_names(config.format, min(config.num_shards, rows))
     fingerprint = _fingerprint(sources, config)
-    page = pack_card(
+    page = partial(
+        pack_card,
         [manifest for _, manifest in sources],
         config.format,
+        data_types=data_types,
+        left_out=left_out,
         files=len(names),
         seed=config.seed,
         fingerprint=fingerprint,
@@ -171,34 +184,47 @@ def export_hf(config: ExportConfig) -> ExportSummary:
     if not is_complete or config.push_to_hub is not None:
         with Claim(store, 0, 0) as claim:
             if not is_complete:
-                _begin(store, config, page, names[-1])
-                files = _write(store, sources, config, names, rows, claim)
+                _begin(store, config, page(), names[-1])
+                files = _write(store, sources, config, names, rows, page, claim)
                 claim.check()
                 if config.format == "arrow":
                     files[STATE] = _write_state(store, names, fingerprint)
                 store.put(FILES, orjson.dumps(files, option=orjson.OPT_INDENT_2))
             if config.push_to_hub is not None:
                 pushed = push(Path(_local_path(config.output)), config.push_to_hub, private=config.private, quiet=config.quiet)
-    return ExportSummary(rows=rows, files=len(names), data_types=dict(sorted(data_types.items())), pushed=pushed)
+    return ExportSummary(rows=rows, files=len(names), data_types=data_types, left_out=left_out, pushed=pushed)
+
+
+def _takes(config: ExportConfig, data_type: str) -> bool:
+    return config.reader == "any" or data_type in LIQUID_TYPES
 
 
 def _write(
-    store: Store, sources: Sequence[_Source], config: ExportConfig, names: Sequence[str], rows: int, claim: Claim
+    store: Store,
+    sources: Sequence[_Source],
+    config: ExportConfig,
+    names: Sequence[str],
+    rows: int,
+    page: Callable[..., bytes],
+    claim: Claim,
 ) -> dict[str, Written]:
     with _scratch_folder(config.output) as folder:
         size = sum(_record_bytes(row) for _, manifest in sources for row in manifest.shards)
         shuffle = Shuffle(folder, seed=config.seed, num_buckets=-(-size // BUCKET_BYTES))
         with Progress("export, 1 of 2: reading", rows, quiet=config.quiet) as progress:
-            _scatter(sources, config.codes, shuffle, progress)
+            _scatter(sources, config, shuffle, progress)
         with Progress("export, 2 of 2: writing", rows, quiet=config.quiet) as progress:
-            return _write_parts(store, names, rows, _counted(shuffle.drain(), progress), config.format, claim)
+            return _write_parts(store, names, rows, _counted(shuffle.drain(), progress), config.format, page, claim)
 
 
-def _check_sources(sources: Sequence[_Source], codes: str) -> None:
+def _check_sources(sources: Sequence[_Source], config: ExportConfig) -> None:
     """Refuse at once what the manifests show to be impossible."""
+    codes = config.codes
     seen: dict[tuple[str, str], tuple[str, Any]] = {}
     for store, manifest in sources:
         for row in manifest.shards:
+            if not any(_takes(config, data_type) for data_type in row.data_types):
+                continue
             has_codes = any(member.startswith("vqcode_") for member in row.members)
             has_images = any(member in IMAGE_EXTENSIONS for member in row.members)
             if not has_codes and (has_images or not {"image_text", "image_text_multi"}.isdisjoint(row.data_types)):
@@ -219,14 +245,15 @@ def _check_sources(sources: Sequence[_Source], codes: str) -> None:
         raise UsageError(f"{', '.join(store.url for store, _ in sources)}: no samples, nothing to export")
 
 
-def _is_complete(store: Store, config: ExportConfig, page: bytes, names: Sequence[str]) -> bool:
+def _is_complete(store: Store, config: ExportConfig, page: Callable[..., bytes], names: Sequence[str]) -> bool:
     """Whether this very export lies there, finished, and its files are those that were written; if not, says so in a line.
 
     Raises:
         UsageError: another one does, finished or not.
     """
-    has_card, is_finished = store.exists(CARD), store.exists(FILES)
-    if (has_card or is_finished) and not (has_card and store.read(CARD) == page):
+    card, is_finished = bytes(store.read(CARD)) if store.exists(CARD) else b"", store.exists(FILES)
+    known = _NUM_BYTES.search(card)
+    if (card or is_finished) and card != page(num_bytes=int(known[1]) if known else None):
         raise UsageError(f"{store.url} holds another export, or one of other data: choose another output, or pass --overwrite")
     if not is_finished:
         return False
@@ -314,23 +341,36 @@ def _record_bytes(row: ShardRow) -> int:
     return min(row.bytes, 4 * (row.text_chars + row.num_codes) + (ROW_BYTES + 16) * row.samples)
 
 
-def _scatter(sources: Sequence[_Source], codes: str, shuffle: Shuffle, progress: Progress) -> None:
+def _scatter(sources: Sequence[_Source], config: ExportConfig, shuffle: Shuffle, progress: Progress) -> None:
+    codes = config.codes
     for store, manifest in sources:
         for row in manifest.shards:
             for sample in _counted(read_shard(store, row), progress):
+                if not _takes(config, sample.data_type):
+                    continue
                 grids = None if sample.grids is None else codes_named(sample.grids, codes)
                 shuffle.add(pack_row(sample._replace(codes=codes_named(sample.codes, codes), grids=grids)))
 
 
 def _write_parts(
-    store: Store, names: Sequence[str], rows: int, records: Iterator[bytes], file_format: Format, claim: Claim
+    store: Store,
+    names: Sequence[str],
+    rows: int,
+    records: Iterator[bytes],
+    file_format: Format,
+    page: Callable[..., bytes],
+    claim: Claim,
 ) -> dict[str, Written]:
-    """Cut the records into files whose row counts differ by one at most."""
+    """Cut the records into files whose row counts differ by one at most; the card is whole before the last is published."""
     files = {}
     each, more = divmod(rows, len(names))
+    num_bytes = 0
     for number, name in enumerate(names):
         with store.write(name) as writer:
-            files[name] = write_part(writer, islice(records, each + (number < more)), file_format)
+            files[name], written_bytes = write_part(writer, islice(records, each + (number < more)), file_format)
+            num_bytes += written_bytes
+            if name == names[-1]:
+                store.put(CARD, page(num_bytes=num_bytes))
             claim.check()
     return files
 
@@ -366,6 +406,7 @@ def _fingerprint(sources: Sequence[_Source], config: ExportConfig) -> str:
     """What Hugging Face's caches know the rows by: equal for equal rows only."""
     made_of = ["wds-tools export 1", config.seed, *(manifest.fingerprint() for _, manifest in sources)]
     made_of += [config.codes] if config.codes else []
+    made_of += [] if config.reader == "any" else [{"for": config.reader}]
     return hashlib.sha256(orjson.dumps(made_of)).hexdigest()[:16]
 
 

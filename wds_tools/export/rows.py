@@ -81,8 +81,12 @@ def pack_row(sample: Sample) -> bytes:
     return b"".join((fields, text, *(grid.tobytes() for grid in grids if grid is not None)))
 
 
-def write_part(writer: Writer, records: Iterable[bytes], file_format: Format) -> Written:
-    """Write records as one file: an Arrow IPC stream or a Parquet file, with the features in its metadata. Returns what it is."""
+def write_part(writer: Writer, records: Iterable[bytes], file_format: Format) -> tuple[Written, int]:
+    """Write records as one file: an Arrow IPC stream or a Parquet file, with the features in its metadata.
+
+    Returns:
+        What the file is, and the bytes of its columns in Arrow's memory, which Hugging Face calls num_bytes.
+    """
     pa = load_pyarrow()
     metadata = {"huggingface": json.dumps({"info": {"features": FEATURES}})}
     schema = pa.schema([(name, getattr(pa, dtype)()) for name, dtype in COLUMNS.items()], metadata=metadata)
@@ -91,10 +95,15 @@ def write_part(writer: Writer, records: Iterable[bytes], file_format: Format) ->
         table = pa.ipc.new_stream(sink, schema)
     else:
         table = pa.parquet.ParquetWriter(sink, schema, compression="zstd")
+
+    def write(batch: Any) -> int:  # holds none while the next is made
+        table.write_batch(batch)
+        return int(batch.nbytes)
+
     with table:
-        for batch in _batches(records, _BATCH[file_format]):
-            table.write_batch(pa.RecordBatch.from_arrays(_columns(pa, batch), schema=schema))
-    return Written(sink.num_bytes, sink.digest.hexdigest())
+        batches = _batches(records, _BATCH[file_format])
+        num_bytes = sum(write(pa.RecordBatch.from_arrays(_columns(pa, batch), schema=schema)) for batch in batches)
+    return Written(sink.num_bytes, sink.digest.hexdigest()), num_bytes
 
 
 def load_pyarrow() -> Any:

@@ -21,12 +21,13 @@ PREPROCESSING_VERSION: Final = "1"
 Mode: TypeAlias = Literal["cc512", "multi768"]
 
 
-def prepare(data: bytes, mode: Mode, limits: ImageLimits = DEFAULT_LIMITS) -> NDArray[np.uint8]:
+def prepare(data: bytes, mode: Mode | int | None, limits: ImageLimits = DEFAULT_LIMITS) -> NDArray[np.uint8]:
     """Decode an image and bring it to the size that its codes are made from.
 
     Args:
         data: the encoded image, of a format of `FORMATS`.
-        mode: "cc512" (512 x 512, images beyond 2:1 rejected) or "multi768" (nearest of TARGETS, beyond 4:1 rejected).
+        mode: "cc512" (512 x 512, images beyond 2:1 rejected) or "multi768" (nearest of TARGETS, beyond 4:1 rejected); a
+            number: as cc512, with so many pixels a side; None: the whole image as it is.
         limits: what the image may be.
 
     Returns:
@@ -40,22 +41,22 @@ def prepare(data: bytes, mode: Mode, limits: ImageLimits = DEFAULT_LIMITS) -> ND
     # behind it does not give the pixels that LANCZOS gives on the whole image.
     image = decode_rgb(data, limits)
     # np.array, not asarray: a copy, as asarray's is read-only and torch.from_numpy warns about that.
-    return np.array(_resize_and_crop(image, crop_for(mode, *image.size)))
+    return np.array(image if mode is None else _resize_and_crop(image, crop_for(mode, *image.size)))
 
 
-def crop_for(mode: Mode, width: int, height: int) -> Crop:
+def crop_for(mode: Mode | int, width: int, height: int) -> Crop:
     """How a mode brings an image of this size, as displayed, to its final one.
 
     Raises:
         Reject: reason "aspect_ratio": the mode does not take images of this shape.
         UsageError: an unknown mode.
     """
-    if mode not in get_args(Mode):
+    if not isinstance(mode, int) and mode not in get_args(Mode):
         raise UsageError(f"mode={mode!r} is unknown: use one of {', '.join(get_args(Mode))}")
     if mode == "multi768":
         return multi768(width, height)
     check_ratio(width, height)
-    return cc512(width, height)
+    return cc512(width, height, mode) if isinstance(mode, int) else cc512(width, height)
 
 
 def _resize_and_crop(image: Image.Image, crop: Crop) -> Image.Image:

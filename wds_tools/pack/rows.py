@@ -205,7 +205,7 @@ class _Sink:
         self.num_ended = 0
 
     def write(self, row: Any) -> None:
-        key = f"{self._writer.task:06d}-{self._writer.num_samples:08d}"
+        key = self._writer.key(self._writer.num_samples)
         self._writer.add_members(key, row_members(row, self._dtype))
         self._writer.count("padding", row.num_padding)
         self.num_ended += len(row.ended)

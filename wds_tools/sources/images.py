@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
-from wds_tools.convert.lines import Line
 from wds_tools.errors import NotFound, Reject, StorageError, UsageError
+from wds_tools.sources.fields import Line
 from wds_tools.storage import LocalStore, Store, open_store, split_url
 
 Fetched = TypeVar("Fetched")

@@ -1,0 +1,1 @@
+"""What records hold, whatever file they come from: what conversions and JsonlDataset share."""

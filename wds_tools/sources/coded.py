@@ -1,0 +1,148 @@
+"""A row of Liquid's seven fields -> Sample(text, codes, conversations). Pure.
+
+All are strings, "no" for what is absent, codes a JSON list in a string (a list will do). Codes get their grid back: 512 / stride
+on a side, or height / stride by width / stride; those of a conversation the grids that its text, the JSON of `export.rows`, says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+
+from wds_tools.errors import FormatError, Reject
+from wds_tools.format.schema import CODE_COLUMNS, DATA_TYPES, Codes, Sample, code_dtype, validate
+from wds_tools.sources.conversations import turns_of
+from wds_tools.sources.fields import required_text
+
+_ABSENT = "no"
+_IMAGE_TYPES = ("image_text", "image_text_multi")
+SIDE_512 = 512
+
+
+@dataclass(frozen=True)
+class CodedRows:
+    """Reads rows whose codes are below `codebook_size`, one for `stride` pixels of a side."""
+
+    codebook_size: int
+    stride: int
+
+    def sample(self, key: str, row: Mapping[str, Any]) -> Sample:
+        """The sample of a row.
+
+        Raises:
+            Reject: "unknown_data_type", "missing_codes", "bad_codes", "bad_conversation", or as required_text.
+        """
+        data_type = row.get("data_type")
+        if data_type not in DATA_TYPES:
+            raise Reject("unknown_data_type", f"data_type is {data_type!r}, expected one of {', '.join(DATA_TYPES)}")
+        if data_type == "visual_sft":
+            return self.conversation(key, row, talk_of(row))
+        text = required_text(dict(row), ("text",))
+        codes: dict[str, Codes] = {}
+        width = height = None
+        if (flat := codes_in(row, "vqcode_512")) is not None:
+            side = SIDE_512 // self.stride
+            codes["vqcode_512"] = self._grid("vqcode_512", flat, side, side)
+        if (flat := codes_in(row, "vqcode_multi768")) is not None:
+            width, height = _pixels(row, "width"), _pixels(row, "height")
+            if width % self.stride or height % self.stride:
+                raise Reject(
+                    "bad_codes", f"an image of {width} x {height} pixels is no whole number of codes at stride {self.stride}"
+                )
+            codes["vqcode_multi768"] = self._grid("vqcode_multi768", flat, height // self.stride, width // self.stride)
+            data_type = "image_text_multi" if data_type == "image_text" and len(codes) == 1 else data_type
+        if data_type in _IMAGE_TYPES and not codes:
+            raise Reject("missing_codes", f"{data_type} without vqcode_512 and vqcode_multi768")
+        return Sample(key=key, data_type=data_type, text=text, codes=codes, width=width, height=height)
+
+    def conversation(self, key: str, row: Mapping[str, Any], talk: dict[str, Any]) -> Sample:
+        """The sample of a row whose turns, and perhaps grids, are in `talk`. Raises as `sample`."""
+        turns, grids = turns_of(talk), talk.get("grids")
+        codes: dict[str, Codes] = {}
+        for column in CODE_COLUMNS:
+            flat = codes_in(row, column)
+            if flat is None:
+                continue
+            if grids is None:  # one image, as everywhere else
+                side = SIDE_512 // self.stride
+                codes[column] = self._grid(column, flat, side, side)
+                continue
+            shapes = grids.get(column) if isinstance(grids, dict) else None
+            if isinstance(shapes, list) and len(shapes) == 1 and _is_shape(shapes[0]):
+                codes[column] = self._grid(column, flat, *shapes[0])
+            else:
+                codes[column] = self.values(column, flat)[None]
+        sample = Sample(
+            key=key,
+            data_type="visual_sft",
+            text="",
+            codes=codes,
+            conversations=turns,
+            grids=grids,
+        )
+        try:
+            validate(sample)
+        except FormatError as error:
+            raise Reject("bad_codes", str(error)) from error
+        return sample
+
+    def _grid(self, column: str, flat: list[int], height: int, width: int) -> Codes:
+        if len(flat) != height * width:
+            raise Reject("bad_codes", f"{column} has {len(flat)} codes, expected {height} x {width} at stride {self.stride}")
+        return self.values(column, flat).reshape(height, width)
+
+    def values(self, column: str, flat: list[int]) -> Codes:
+        """Codes of the type that the codebook needs, (N,). Raises Reject: "bad_codes"."""
+        try:
+            values: NDArray[Any] = np.array(flat) if flat else np.zeros(0, np.int64)
+        except ValueError:  # lists among the numbers
+            values = np.array([""])
+        is_whole = values.dtype.kind == "i" and values.ndim == 1
+        if not is_whole or values.min(initial=0) < 0 or values.max(initial=0) >= self.codebook_size:
+            raise Reject("bad_codes", f"{column} is not a list of whole numbers from 0 to {self.codebook_size - 1}")
+        return values.astype(code_dtype(self.codebook_size))
+
+
+def talk_of(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The record of a conversation, which is its text in JSON. Raises Reject."""
+    text = required_text(dict(row), ("text",))
+    try:
+        talk = orjson.loads(text)
+    except orjson.JSONDecodeError as error:
+        raise Reject("bad_conversation", f"text is {text[:40]!r}, expected the JSON of a conversation: {error}") from error
+    if not isinstance(talk, dict):
+        raise Reject("bad_conversation", f"text is {text[:40]!r}, expected an object with conversations")
+    return talk
+
+
+def _is_shape(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(type(side) is int and side > 0 for side in value)
+
+
+def codes_in(row: Mapping[str, Any], column: str) -> list[int] | None:
+    """The codes in a column, as a list or its JSON; None where there are none. Raises Reject: "bad_codes"."""
+    value = row.get(column)
+    if value is None or value == _ABSENT:
+        return None
+    try:
+        flat = orjson.loads(value) if isinstance(value, str) else value
+    except orjson.JSONDecodeError as error:
+        raise Reject("bad_codes", f"{column} is {value[:40]!r}, expected a JSON list: {error}") from error
+    if not isinstance(flat, list) or not (flat or row.get("data_type") == "visual_sft"):  # a conversation may have no image
+        raise Reject("bad_codes", f"{column} is {str(value)[:40]!r}, expected a list of codes")
+    return flat
+
+
+def _pixels(row: Mapping[str, Any], name: str) -> int:
+    try:
+        pixels = int(row[name])
+    except (KeyError, TypeError, ValueError):
+        pixels = 0
+    if pixels <= 0:
+        raise Reject("bad_codes", f"vqcode_multi768 needs {name} in pixels, got {row.get(name)!r}")
+    return pixels

@@ -1,0 +1,63 @@
+"""A line -> the JSON object in it -> its texts, or why not. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import orjson
+
+from wds_tools.errors import Reject
+
+MAX_LINE_BYTES = 64 << 20
+CAPTION = ("text_prompt", "text")
+"""Fields that a caption is looked for in."""
+
+
+class Line(NamedTuple):
+    """One line that is not blank. `data` is None if it is longer than MAX_LINE_BYTES."""
+
+    number: int
+    data: bytes | None
+
+
+def parse_record(line: Line) -> dict[str, Any]:
+    """The JSON object of a line.
+
+    Raises:
+        Reject: "line_too_long", "invalid_utf8", "bad_json" or "not_an_object".
+    """
+    if line.data is None:
+        raise Reject("line_too_long", f"more than {MAX_LINE_BYTES} bytes")
+    try:
+        record = orjson.loads(line.data)
+    except orjson.JSONDecodeError as error:
+        try:
+            line.data.decode()
+        except UnicodeDecodeError as wrong:
+            raise Reject(
+                "invalid_utf8", f"byte {wrong.start} of the line is {line.data[wrong.start]:#04x}: {wrong.reason}"
+            ) from wrong
+        raise Reject("bad_json", str(error)) from error
+    if type(record) is not dict:
+        raise Reject("not_an_object", f"a JSON {type(record).__name__}, expected an object with fields")
+    return record
+
+
+def required_text(record: dict[str, Any], names: Sequence[str]) -> str:
+    """The first of these fields that is there and not null: a string with more than white space.
+
+    Raises:
+        Reject: "missing_field", "wrong_type" or "empty_text".
+    """
+    for name in names:
+        text = record.get(name)
+        if text is None:
+            continue
+        if type(text) is not str:
+            raise Reject("wrong_type", f"{name} is a {type(text).__name__}, expected a string")
+        if not text or text.isspace():
+            raise Reject("empty_text", f"{name} is empty")
+        return text
+    found = ", ".join(list(record)[:8]) or "none"
+    raise Reject("missing_field", f"no {' or '.join(names)}; the fields are: {found[:200]}")
