@@ -6,7 +6,7 @@ through fetch(), with clients of their own that have a quarter of the budget, WD
 minute for a body, and call a connection dead that brings no byte for WDS_TOOLS_STALL_S (default 20 seconds, a quarter of the
 budget at most). What obstore gives up, fetch() goes on with, round after round, until for so long nothing has come, or less than
 WDS_TOOLS_LEAST_BYTES_PER_S (default 10,000), that one more would exceed the budget. All other requests are obstore's alone; one
-try has a third of the budget, a minute at most, body included, and all tries together end within the budget.
+try has half of the budget, a minute at most, body included, and all tries together end within the budget.
 
 obstore's I/O threads don't survive a fork, while its epoll descriptor is shared by it: used in a forked child, it hangs the
 child and can crash the parent (seen with 0.12). So obstore() gives a forked child a copy of its own, and nothing of the
@@ -188,7 +188,7 @@ def client_of(kind: str, bucket: str, login: str | None, use: Use) -> Any:
 def _new(store: Any, kind: str, bucket: str, login: str | None, use: Use, settings: dict[str, str]) -> Any:
     # The last try begins after the longest pause, and all has to be over within the budget.
     budget = retry_s() if use == "other" else retry_s() / ROUNDS
-    silence_s = min(60, budget / 3 or 60) if use == "other" else min(stall_s(), budget or stall_s())
+    silence_s = min(60, budget / 2 or 60) if use == "other" else min(stall_s(), budget or stall_s())
     pause_s = min(LONGEST_PAUSE_S, max(FIRST_PAUSE_S, budget / 6))
     answer_s = {"other": silence_s, "ranges": PERIOD_S, "whole": 86400}[use]
     options: dict[str, Any] = {

@@ -36,7 +36,7 @@ from wds_tools.storage.base import (
     split_scheme,
 )
 from wds_tools.storage.local import translate
-from wds_tools.storage.meanings import meaning_of, translated
+from wds_tools.storage.meanings import translated
 from wds_tools.storage.waits import waiting
 
 Answer = TypeVar("Answer")
@@ -193,8 +193,8 @@ class FsspecStore:
     def _translate(self, error: Exception, verb: str, name: str) -> StorageError:
         show = join(self.url, name) if name else self.url
         scheme, rest = split_scheme(self.url)
-        if row := meaning_of(error):
-            return translated(error, row, show, verb, scheme, rest.partition("/")[0])
+        if ours := translated(error, show, verb, scheme, rest.partition("/")[0]):
+            return ours
         if isinstance(error, OSError) and (error.errno is not None or isinstance(error, FileNotFoundError | StorageError)):
             return translate(error, verb, show)
         return StorageError(f"{show}: can't {verb}: {type(error).__name__}: {_one_line(error)}")

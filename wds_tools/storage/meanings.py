@@ -9,7 +9,7 @@ A code is believed wherever it comes from; a status where no code says more. HEA
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from wds_tools.errors import NotFound, OutOfSpace, StorageError
 from wds_tools.storage.base import redact
@@ -33,103 +33,77 @@ _CODE = re.compile(r"<Code>(\w+)</Code>|error occurred \((\w+)\) when calling")
 _REGION = re.compile(r"<Region>([\w-]+)</Region>|expecting '([\w-]+)'")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Meaning:
+class Meaning(NamedTuple):
     """What happened, and what to do."""
 
     text: str
     """With "{hint}" for HINTS, "{bucket}" and "{region}"."""
-    codes: frozenset[str] = frozenset()
-    statuses: frozenset[int] = frozenset()
+    codes: str = ""
+    """Separated by spaces."""
+    statuses: tuple[int, ...] = ()
     words: str = ""
-    """A pattern in the error's own words."""
+    """A pattern in the error's type and own words."""
     kind: type[StorageError] = StorageError
 
 
 TABLE = (
     Meaning(
-        text="this machine's clock is wrong, and requests are signed with the time: set it (by NTP, say)",
-        codes=frozenset({"RequestTimeTooSkewed", "RequestExpired", "RequestInTheFuture"}),
+        "this machine's clock is wrong, and requests are signed with the time: set it (by NTP, say)",
+        "RequestTimeTooSkewed RequestExpired RequestInTheFuture",
     ),
     Meaning(
-        text="the keys have expired: get new ones (AWS_SESSION_TOKEN has an end, so has `aws sso login`)",
-        codes=frozenset({"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired"}),
+        "the keys have expired: get new ones (AWS_SESSION_TOKEN has an end, so has `aws sso login`)",
+        "ExpiredToken ExpiredTokenException TokenRefreshRequired",
     ),
     Meaning(
-        text="the bucket is in another region{region}: set AWS_REGION",
-        codes=frozenset(
-            {"AuthorizationHeaderMalformed", "PermanentRedirect", "TemporaryRedirect", "IllegalLocationConstraintException"}
-        ),
-        statuses=frozenset({301, 307}),
-        words="inner: BareRedirect",
+        "the bucket is in another region{region}: set AWS_REGION",
+        "AuthorizationHeaderMalformed PermanentRedirect TemporaryRedirect IllegalLocationConstraintException",
+        (301, 307),
+        "inner: BareRedirect",
     ),
+    Meaning("there is no bucket {bucket}: create it, or correct the URL", "NoSuchBucket ContainerNotFound", kind=NotFound),
     Meaning(
-        text="there is no bucket {bucket}: create it, or correct the URL",
-        codes=frozenset({"NoSuchBucket", "ContainerNotFound"}),
-        kind=NotFound,
+        "the store does not know this key: check AWS_ACCESS_KEY_ID (and AWS_SESSION_TOKEN, and AWS_ENDPOINT_URL)",
+        "InvalidAccessKeyId InvalidToken InvalidClientTokenId",
     ),
+    Meaning("the secret is not that of the key: check AWS_SECRET_ACCESS_KEY, and this machine's clock", "SignatureDoesNotMatch"),
+    Meaning("it is in an archive: restore it first, or copy it to another storage class", "InvalidObjectState"),
+    Meaning("the store says that it is full", "StorageFull XMinioStorageFull QuotaExceeded", (507,), kind=OutOfSpace),
+    Meaning("nothing is there", "NoSuchKey BlobNotFound", (404,), "^(FileNotFound|NotFound)Error ", NotFound),
+    Meaning("access denied: no keys were found; {hint}", words=r"169\.254\.169\.254"),
     Meaning(
-        text="the store does not know this key: check AWS_ACCESS_KEY_ID (and AWS_SESSION_TOKEN, and AWS_ENDPOINT_URL)",
-        codes=frozenset({"InvalidAccessKeyId", "InvalidToken", "InvalidClientTokenId"}),
-    ),
-    Meaning(
-        text="the secret is not that of the key: check AWS_SECRET_ACCESS_KEY, and this machine's clock",
-        codes=frozenset({"SignatureDoesNotMatch"}),
-    ),
-    Meaning(
-        text="it is in an archive: restore it first, or copy it to another storage class", codes=frozenset({"InvalidObjectState"})
-    ),
-    Meaning(
-        text="the store says that it is full",
-        codes=frozenset({"StorageFull", "XMinioStorageFull", "QuotaExceeded"}),
-        statuses=frozenset({507}),
-        kind=OutOfSpace,
-    ),
-    Meaning(
-        text="nothing is there",
-        codes=frozenset({"NoSuchKey", "BlobNotFound"}),
-        statuses=frozenset({404}),
-        words="^(FileNotFound|NotFound)Error ",
-        kind=NotFound,
-    ),
-    Meaning(text="access denied: no keys were found; {hint}", words=r"169\.254\.169\.254"),
-    Meaning(
-        text="access denied: {hint}",
-        codes=frozenset({"AccessDenied", "AllAccessDisabled", "AuthenticationFailed"}),
-        statuses=frozenset({401, 403}),
-        words="^(PermissionDenied|Unauthenticated|Permission)Error ",
+        "access denied: {hint}",
+        "AccessDenied AllAccessDisabled AuthenticationFailed",
+        (401, 403),
+        "^(PermissionDenied|Unauthenticated|Permission)Error ",
     ),
 )
 
 
-def meaning_of(error: BaseException) -> Meaning | None:
-    """The row of an error, by its code, else by its own words, else by its status; None if it has none."""
-    code, words, status = code_of(error), f"{type(error).__name__} {error}", status_of(error)
-    by_code = (row for row in TABLE if code in row.codes)
-    by_words = (row for row in TABLE if row.words and re.search(row.words, words))
-    by_status = (row for row in TABLE if status in row.statuses)
-    return next((row for rows in (by_code, by_words, by_status) for row in rows), None)
-
-
-def translated(error: BaseException, row: Meaning, show: str, verb: str, scheme: str, bucket: str) -> StorageError:
-    """Our error for one that has a row, to be raised from it.
+def translated(error: BaseException, show: str, verb: str, scheme: str, bucket: str) -> StorageError | None:
+    """Our error for a foreign one, to be raised from it: by its code, else by its own words, else by its status.
 
     Args:
         error: the foreign one.
-        row: of the table.
         show: the URL.
         verb: what was tried.
         scheme: a key of HINTS, or another.
         bucket: its name.
+
+    Returns:
+        None if the table has no row for it.
     """
-    region = _REGION.search(str(error))
-    text = row.text.format(
-        hint=HINTS.get(scheme, "check the keys of this protocol"),
-        bucket=bucket,
-        region=f" ({region[1] or region[2]})" if region else "",
-    )
-    why = "" if row.kind is NotFound else f" ({reason(error)})"
-    return row.kind(f"{show}: can't {verb}, {text}{why}")
+    code, words, status = code_of(error), f"{type(error).__name__} {error}", status_of(error)
+    by_code = (row for row in TABLE if code in row.codes.split())
+    by_words = (row for row in TABLE if row.words and re.search(row.words, words))
+    by_status = (row for row in TABLE if status in row.statuses)
+    row = next((row for rows in (by_code, by_words, by_status) for row in rows), None)
+    if row is None:
+        return None
+    found = _REGION.search(words)
+    region = f" ({found[1] or found[2]})" if found else ""
+    text = row.text.format(hint=HINTS.get(scheme, "check the keys of this protocol"), bucket=bucket, region=region)
+    return row.kind(f"{show}: can't {verb}, {text}" + ("" if row.kind is NotFound else f" ({reason(error)})"))
 
 
 def reason(error: BaseException) -> str:

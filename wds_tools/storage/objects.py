@@ -35,7 +35,7 @@ from wds_tools.storage.base import (
     redact,
     split_scheme,
 )
-from wds_tools.storage.meanings import HINTS, meaning_of, reason, status_of, translated
+from wds_tools.storage.meanings import HINTS, reason, status_of, translated
 from wds_tools.storage.waits import Wait, waiting
 
 SCHEMES = {
@@ -303,8 +303,8 @@ class ObjectStore:
             if error.num_bytes:
                 came = f"less than {client.least_bytes_per_s():g} bytes a second ({client.LEAST_VARIABLE})"
             error = error.__cause__ or error
-        if row := meaning_of(error):
-            return translated(error, row, show, verb, self._kind, self._bucket)
+        if ours := translated(error, show, verb, self._kind, self._bucket):
+            return ours
         if stuck or client.may_pass(error):
             todo = "check the network" + (" and AWS_ENDPOINT_URL" if self._kind == "s3" else " and the address")
             if status_of(error) is not None:
