@@ -176,7 +176,7 @@ def client_of(kind: str, bucket: str, login: str | None, use: Use) -> Any:
     settings = {
         name: value
         for name, value in os.environ.items()
-        if name.startswith(("AWS_", "AZURE_", "GOOGLE_")) or name in (RETRY_VARIABLE, STALL_VARIABLE)
+        if name.startswith(("AWS_", "AZURE_", "GOOGLE_")) or name in (RETRY_VARIABLE, STALL_VARIABLE, LEAST_VARIABLE)
     }
     key = (kind,) if kind == "memory" else (kind, bucket, login, use, *sorted(settings.items()))
     with _lock:
@@ -187,6 +187,7 @@ def client_of(kind: str, bucket: str, login: str | None, use: Use) -> Any:
 
 def _new(store: Any, kind: str, bucket: str, login: str | None, use: Use, settings: dict[str, str]) -> Any:
     # The last try begins after the longest pause, and all has to be over within the budget.
+    least_bytes_per_s()  # said now if it is no number
     budget = retry_s() if use == "other" else retry_s() / ROUNDS
     silence_s = min(60, budget / 2 or 60) if use == "other" else min(stall_s(), budget or stall_s())
     pause_s = min(LONGEST_PAUSE_S, max(FIRST_PAUSE_S, budget / 6))
