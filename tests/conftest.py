@@ -24,5 +24,5 @@ def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
     """The session's S3 server, with this test's environment (and that of its subprocesses) pointing at it."""
     for name, value in s3_server.env.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv("WDS_TOOLS_RETRY_S", "5")
+    monkeypatch.setenv("WDS_TOOLS_RETRY_S", "60")
     return s3_server

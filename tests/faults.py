@@ -27,7 +27,7 @@ import termios
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import TracebackType
 from urllib.parse import urlsplit
@@ -344,6 +344,43 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *arguments: object) -> None:
         pass
+
+
+@contextlib.contextmanager
+def serve_raw(answer: Callable[[socket.socket, bytes], None]) -> Iterator[str]:
+    """A server that does with each request what you say, until the block ends.
+
+    Args:
+        answer: called with the connection and the request's head, in a thread a connection, until it raises OSError.
+
+    Yields:
+        http://127.0.0.1:port
+    """
+    connections: list[socket.socket] = []
+
+    def serve(connection: socket.socket) -> None:
+        head = b""
+        with connection, contextlib.suppress(OSError):
+            while data := connection.recv(1 << 16):
+                head += data
+                if b"\r\n\r\n" in head:
+                    answer(connection, head)
+                    head = b""
+
+    def accept() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connections.append(listener.accept()[0])
+                threading.Thread(target=serve, args=(connections[-1],), daemon=True).start()
+
+    with socket.create_server(("127.0.0.1", 0), backlog=128) as listener:
+        threading.Thread(target=accept, daemon=True).start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        with contextlib.suppress(OSError):
+            listener.shutdown(socket.SHUT_RDWR)
+    for connection in connections:
+        with contextlib.suppress(OSError):
+            connection.shutdown(socket.SHUT_RDWR)
 
 
 def _unsent(connection: socket.socket) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -100,6 +101,24 @@ def test_images_stay_on_request_byte_for_byte(tmp_path: Path) -> None:
     filled = read_samples(tmp_path / "out")
     assert [(s.image, s.image_extension) for s in filled] == [(s.image, s.image_extension) for s in sources]
     assert all(len(sample.codes) == 1 for sample in filled)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_network_that_overflows_ends_the_run_and_names_image_precision_and_tokenizer(tmp_path: Path, workers: int) -> None:
+    model = TinyVQ(TinyConfig(codebook_size=8, enc8=4, enc16=4, dec16=4, dec8=4, dec4=4))
+    with torch.no_grad():
+        for weights in model.encoder.parameters():
+            weights.fill_(500.0)
+    save_tiny(model, tmp_path / "w.safetensors")
+    make_dataset(tmp_path / "in", [image(i) for i in range(3)], shard_samples=2)
+    arguments = ["encode", "--input", tmp_path / "in", "--output", tmp_path / "out", "--device", "cpu", "--workers", workers]
+    done = wds_tools(*arguments, "--weights", tmp_path / "w.safetensors", "--precision", "fp16", "--quiet", status=1)
+    assert re.fullmatch(
+        r"wds-tools: .*0000000\d: tokenizer tiny in fp16 gave NaN or infinite numbers for 1024 of the 1024 codes of image 0 "
+        r"\(512 x 512 pixels\): use --precision bf16 or fp32 .*\n",
+        done.stderr,
+    ), done.stderr
+    assert not (tmp_path / "out" / "manifest.json").exists()
 
 
 JPEG = image_bytes(1, 200, 150)

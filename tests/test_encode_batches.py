@@ -190,6 +190,27 @@ def test_a_consumer_that_leaves_early_leaves_no_thread() -> None:
     assert not [thread.name for thread in threading.enumerate() if thread.name.startswith(("prepare", "batch"))]
 
 
+@pytest.mark.parametrize(
+    ("codes", "is_told"),
+    [([0] * 25, True), ([7] * 25, True), ([*range(25)], False), ([0] * 8 + [1] * 17, False)],
+    ids=["NaN inside", "another code", "codes", "in the first seven"],
+)
+def test_one_code_for_all_pictures_is_said_once(codes: list[int], is_told: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    class Blind(FakeTokenizer):
+        def encode(self, pixels_BHWC: Tensor) -> Tensor:
+            return torch.stack([torch.full((2, 2), codes[int(image_HWC[16, 16, 0])]) for image_HWC in pixels_BHWC])
+
+    def picture(number: int) -> Pixels:
+        image_HWC = pixels(number)
+        image_HWC[:16] = number + 100
+        return image_HWC
+
+    empty = [(n, lambda: pixels(1)) for n in range(20)]  # pages without anything on them
+    run(iter([*empty, *((n, lambda n=n: picture(n)) for n in range(1, 25))]), Blind(), 2)
+    said = capsys.readouterr().err
+    assert said.count("tokenizer fake gave code") == is_told, said
+
+
 def test_a_device_knows_how_long_it_waited(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr("wds_tools.encode.device.time", SimpleNamespace(monotonic=lambda: now[0]))

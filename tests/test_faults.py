@@ -19,7 +19,7 @@ from faults import Fault, FaultProxy, Faults, Request, reset, stall, status, tru
 from s3 import S3Server
 
 from wds_tools.errors import NotFound, StorageError
-from wds_tools.storage import Store, client, open_store
+from wds_tools.storage import Store, open_store
 
 MB = 1 << 20
 DATA = random.Random(1).randbytes(6 * MB)
@@ -278,7 +278,7 @@ def test_a_server_gone_for_good_is_given_up_within_the_budget(
     with pytest.raises(
         StorageError,
         match=re.escape(f"{store.url}/a: can't read bytes [{START}, {END}), no answer in ")
-        + r"[12][\d.]* s of trying \(WDS_TOOLS_RETRY_S\): check the network and AWS_ENDPOINT_URL \(Connection refused\)",
+        + r"[12][\d.]* s of trying \(WDS_TOOLS_RETRY_S=2\): check the network and AWS_ENDPOINT_URL \(Connection refused\)",
     ):
         store.read_range("a", START, END)
     assert 1.4 < seconds_of(start) < 5
@@ -293,7 +293,7 @@ def test_a_server_gone_in_the_middle_is_given_up_within_the_budget_after_its_las
     gone = threading.Timer(1, proxy.leave)
     gone.start()
     start = time.monotonic()
-    with pytest.raises(StorageError, match=r"/a: can't read bytes .* in [12][\d.]* s of trying \(WDS_TOOLS_RETRY_S\)"):
+    with pytest.raises(StorageError, match=r"/a: can't read bytes .* in [12][\d.]* s of trying \(WDS_TOOLS_RETRY_S=2\)"):
         store.read_range("a", START, END)
     gone.join()
     assert 2.4 < seconds_of(start) < 7
@@ -306,7 +306,9 @@ def test_nothing_but_errors_is_given_up_within_the_budget_and_named(
     store = open_store(store.url)
     proxy.once(*[status(503)] * 1000)
     start = time.monotonic()
-    with pytest.raises(StorageError, match=r"trying \(WDS_TOOLS_RETRY_S\): the server is overloaded or broken \(503 Service Una"):
+    with pytest.raises(
+        StorageError, match=r"trying \(WDS_TOOLS_RETRY_S=2\): the server is overloaded or broken \(503 Service Una"
+    ):
         store.read_range("a", START, END)
     assert seconds_of(start) < 4
     assert 3 < len(proxy.reads("/a")) < 100, "the pauses grow"
@@ -320,7 +322,7 @@ def test_silence_is_given_up_within_the_budget_and_one_stall(
     store = open_store(store.url)
     proxy.once(*[stall(60)] * 100)
     start = time.monotonic()
-    with pytest.raises(StorageError, match=r"no answer in .* s of trying \(WDS_TOOLS_RETRY_S\): check the network"):
+    with pytest.raises(StorageError, match=r"no answer in .* s of trying \(WDS_TOOLS_RETRY_S=2\): check the network"):
         store.read_range("a", START, END)
     assert seconds_of(start) < 4
 
@@ -331,7 +333,7 @@ def test_a_budget_of_zero_is_one_try(store: Store, proxy: FaultProxy, monkeypatc
     for fault in (status(503), reset(MB), truncate(5)):
         proxy.requests.clear()
         proxy.once(fault)
-        with pytest.raises(StorageError, match=r"in 0[.\d]* s of trying"):
+        with pytest.raises(StorageError, match=r"in 0[.\d]* s of trying \(WDS_TOOLS_RETRY_S=0\)"):
             store.read_range("a", START, END)
         assert len(proxy.reads("/a")) == 1
 
@@ -428,7 +430,6 @@ def test_an_object_without_a_tag_is_resumed_by_us(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(("tag", "sent"), [('"strong"', '"strong"'), ('W/"weak"', "None")])
 def test_a_tag_is_sent_back_if_it_can_match(tag: str, sent: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WDS_TOOLS_RETRY_S", "8")
-    monkeypatch.setattr(client, "ROUNDS", 1e9)  # obstore gives up at once
     with serve_ranges(DATA, tag) as (url, asked):
         assert open_store(url).read_range("a", START, END) == DATA[START:END]
     assert asked == [f"{START}-{END} None", f"{START}-{END} {sent}", f"{START + 1000}-{END} {sent}"]

@@ -674,7 +674,9 @@ def test_a_wrong_secret_says_which_variable_to_check(s3: S3Server, monkeypatch: 
         lambda: store.delete("a"),
         writer.close,
     ):
-        with pytest.raises(StorageError, match=r"^s3://tests/x.*denied: check AWS_ACCESS_KEY_ID.*403 Forbidden") as caught:
+        with pytest.raises(
+            StorageError, match=r"^s3://tests/x.*is not that of the key: check AWS_SECRET_ACCESS_KEY.*403 Forb"
+        ) as caught:
             use()
         assert not isinstance(caught.value, NotFound)
         assert caught.value.__cause__ is not None
@@ -696,18 +698,24 @@ def test_a_server_that_is_not_there_is_given_up_in_time(s3: S3Server, monkeypatc
     for use in (lambda: store.read("a"), lambda: list(store.list()), lambda: store.read_range("a", 0, 1)):
         start = time.monotonic()
         with pytest.raises(
-            StorageError, match=r"no answer in [\d.]+ s of trying \(WDS_TOOLS_RETRY_S\).*AWS_ENDPOINT_URL.*refused"
+            StorageError, match=r"no answer in [\d.]+ s of trying \(WDS_TOOLS_RETRY_S=1\).*AWS_ENDPOINT_URL.*refused"
         ):
             use()
         assert time.monotonic() - start < 5
 
 
 @pytest.mark.parametrize(
-    ("variable", "value"), [("WDS_TOOLS_RETRY_S", "soon"), ("WDS_TOOLS_STALL_S", "0"), ("WDS_TOOLS_STALL_S", "1h")]
+    ("variable", "value"),
+    [
+        ("WDS_TOOLS_RETRY_S", "soon"),
+        ("WDS_TOOLS_STALL_S", "0"),
+        ("WDS_TOOLS_STALL_S", "1h"),
+        ("WDS_TOOLS_LEAST_BYTES_PER_S", "-1"),
+    ],
 )
-def test_a_time_that_is_no_number_is_refused(variable: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_limit_that_is_no_number_is_refused(variable: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(variable, value)
-    with pytest.raises(UsageError, match=f"{variable}='{value}': expected a number of seconds"):
+    with pytest.raises(UsageError, match=f"{variable}='{value}': expected a number of "):
         open_store("s3://tests/x").read("a")
 
 
@@ -719,16 +727,33 @@ def test_a_server_that_comes_back_is_waited_for(monkeypatch: pytest.MonkeyPatch,
         assert open_store(url).read("a") == b"at last"
 
 
-def test_keys_of_a_profile_are_read(s3: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("profile", ["mine", "default"])
+def test_keys_of_a_profile_are_read(s3: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, profile: str) -> None:
     pytest.importorskip("boto3")
-    (tmp_path / "credentials").write_text(f"[mine]\naws_access_key_id={s3.access_key}\naws_secret_access_key={s3.secret_key}\n")
+    (tmp_path / "credentials").write_text(
+        f"[{profile}]\naws_access_key_id={s3.access_key}\naws_secret_access_key={s3.secret_key}\n"
+    )
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
-    monkeypatch.setenv("AWS_PROFILE", "mine")
+    if profile != "default":
+        monkeypatch.setenv("AWS_PROFILE", profile)
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
     store = open_store(f"s3://tests/{uuid.uuid4().hex}")
     store.put("a", b"1")
     assert store.read("a") == b"1"
+
+
+def test_keys_that_only_boto3_can_read_are_said_to_be_such(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setitem(sys.modules, "obstore.auth.boto3", None)
+    (tmp_path / ".aws").mkdir()
+    (tmp_path / ".aws" / "credentials").write_text("[default]\naws_access_key_id=a\naws_secret_access_key=b\n")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(
+        MissingPackage, match=r"profile default \(AWS_PROFILE, ~/\.aws\), which takes boto3 to read: pip install boto3"
+    ):
+        open_store("s3://of-nobody/x").read("a")  # no test has its client
 
 
 FORK = """

@@ -31,6 +31,7 @@ from wds_tools.errors import DataError, MissingPackage, TokenizerError, UsageErr
 from wds_tools.vq import ImageTokenizer, load_tokenizer, nearest
 from wds_tools.vq.lanes import side_by_side
 from wds_tools.vq.norm import GroupNorm
+from wds_tools.vq.quantize import CodebookTokenizer
 from wds_tools.vq.tiny import BUNDLED, TinyConfig, TinyVQ, load_tiny, save_tiny
 
 PHOTOS = ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg", "camera.png")
@@ -528,6 +529,25 @@ def test_tiny_weights_that_do_not_fit_are_refused_in_one_line(tmp_path: Path) ->
         assert "\n" not in str(caught.value)
 
 
+def test_weights_that_are_no_numbers_are_refused_and_named_and_so_are_pictures(tmp_path: Path) -> None:
+    model = TinyVQ(TinyConfig(codebook_size=8, enc8=4, enc16=4, dec16=4, dec8=4, dec4=4))
+    assert isinstance(model.decoder[-2], torch.nn.Conv2d)
+    for weights, name in ((model.decoder[-2].bias, r"decoder\.12\.bias"), (model.codebook_KD, "codebook_KD")):
+        was = weights.detach().clone()
+        with torch.no_grad():
+            weights[1] = torch.nan
+        save_tiny(model, tmp_path / "w.safetensors")
+        with torch.no_grad():
+            weights.copy_(was)
+        with pytest.raises(TokenizerError, match=f"tokenizer tiny: {name} has NaN or infinite weights: the file is damaged"):
+            load_tokenizer("tiny", weights=str(tmp_path / "w.safetensors"), device="cpu")
+    tokenizer = CodebookTokenizer(name="tiny", stride=16, weights_hash="", network=model, codebook_KD=model.codebook_KD)
+    with torch.no_grad():
+        model.decoder[-2].bias.fill_(torch.inf)
+    with pytest.raises(TokenizerError, match="tiny in fp32 gave NaN or infinite pixels for picture 0 of 2: use --precision"):
+        tokenizer.decode(torch.zeros(2, 1, 1, dtype=torch.int64))
+
+
 # --- the registry --------------------------------------------------------------------------------------------------
 
 
@@ -596,6 +616,18 @@ def test_nearest_compares_in_float32_under_autocast_too() -> None:
     codebook = torch.tensor([[1000.0], [1001.0], [1002.0]])  # one number in bfloat16
     with torch.autocast("cpu", torch.bfloat16):
         assert nearest(torch.tensor([[1001.1], [1001.9]]), codebook, 8).tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_a_latent_that_is_no_number_is_nearest_to_no_code(bad: float) -> None:
+    rng = torch.Generator().manual_seed(0)
+    latents, codebook = torch.randn(700, 16, generator=rng), torch.randn(512, 16, generator=rng)
+    expected = nearest(latents, codebook)
+    latents[[3, 256, 699], [0, 5, 15]] = bad
+    expected[[3, 256, 699]] = -1
+    assert torch.equal(nearest(latents, codebook), expected)
+    codebook[7, 2] = bad  # an entry that is as near as any, or none
+    assert (nearest(latents, codebook)[[3, 256, 699]] == -1).all()
 
 
 def test_nearest_refuses_shapes_that_do_not_go_together() -> None:

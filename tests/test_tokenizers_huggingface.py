@@ -119,6 +119,18 @@ def test_codes_are_those_of_the_class_itself(name: str, made: Callable[[str], tu
             assert len(found.unique()) > 8, "a comparison of constant codes would prove nothing"
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_an_image_that_overflows_has_no_codes_and_leaves_the_others_theirs(
+    name: str, made: Callable[[str], tuple[Path, Made]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer: Any = load_tokenizer(name, weights=str(made(name)[0]), device="cpu")
+    expected, latents = tokenizer.encode(pixels()), tokenizer._latents
+    monkeypatch.setattr(tokenizer, "_latents", lambda x: latents(x.mul(torch.inf) if torch.equal(x[0], second) else x))
+    second = (pixels()[1].float() / 255 * 2 - 1).permute(2, 0, 1)
+    expected[1] = -1
+    assert torch.equal(tokenizer.encode(pixels()), expected)
+
+
 @pytest.mark.parametrize("name", ["vqmodel", "emu3", "janus"])
 def test_pictures_are_those_of_the_class_itself(name: str, made: Callable[[str], tuple[Path, Made]]) -> None:
     folder, (model, _) = made(name)

@@ -3,7 +3,8 @@
 On a GPU, pixels are copied from pinned memory on a stream of their own while the batch before is computed, and codes go back
 into pinned memory, where a second thread waits for them. On a CPU the same steps follow each other. A batch that does not fit
 the memory is cut in halves, and so are those that come after it.
-Invariant: every outcome that is handed in is set, to codes of the codebook or to an exception.
+Invariant: every outcome that is handed in is set, to codes of the codebook (or NO_CODE, which the filler refuses) or to an
+exception. A tokenizer that gives one code for all of its first pictures is reported, once: that is how NaN looks from outside.
 Cost: the memory of `_BATCHES` batches.
 """
 
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from wds_tools.errors import Reject, TokenizerError, WdsToolsError
 from wds_tools.vq.base import ImageTokenizer
+from wds_tools.vq.quantize import NO_CODE
 
 Pixels = NDArray[np.uint8]
 Outcome = NDArray[np.int64] | Reject | None
@@ -30,6 +32,10 @@ Outcome = NDArray[np.int64] | Reject | None
 
 _BATCHES = 2
 """On the device at once: one that is computed and one that is copied."""
+_ALIKE = 8
+"""So many pictures with one and the same code everywhere are no chance."""
+_PICTURE_LEVELS = 64
+"""From its darkest value to its brightest, at least: an empty page may have one code."""
 
 
 class Device:
@@ -52,6 +58,8 @@ class Device:
         self._free_since = 0.0
         self._waited_s = 0.0
         self._num_images = 0
+        self._alike: tuple[int, int] | None = (0, NO_CODE)
+        """How many pictures had this one code only; None once there was another, or it was said."""
         self._told = 0.0, 0.0, 0
 
     def new_use(self) -> tuple[float, float, int]:
@@ -146,11 +154,27 @@ class Device:
         size, (H, W, _) = self.tokenizer.codebook_size, images[0].shape
         expected = len(images), H // self.tokenizer.stride, W // self.tokenizer.stride
         low, high = (int(code) for code in codes_Bhw.aminmax()) if codes_Bhw.numel() else (0, 0)
-        if codes_Bhw.is_floating_point() or tuple(codes_Bhw.shape) != expected or low < 0 or high >= size:
+        if codes_Bhw.is_floating_point() or tuple(codes_Bhw.shape) != expected or low < NO_CODE or high >= size:
             got = f"{codes_Bhw.dtype} {tuple(codes_Bhw.shape)} from {low} to {high}"
             raise TokenizerError(
                 f"tokenizer {self.tokenizer.name} gave codes of {got} for {len(images)} images of {W} x {H} pixels: "
                 f"expected integers {expected} from 0 to {size - 1}"
+            )
+        if self._alike is not None and low >= 0 and expected[1] * expected[2] > 1:
+            self._compare(low, high, sum(int(np.ptp(image)) >= _PICTURE_LEVELS for image in images))
+
+    def _compare(self, low: int, high: int, num_pictures: int) -> None:
+        """Say it once if all pictures so far have one code, and whether that may be NaN inside, which can't be seen from here."""
+        assert self._alike is not None
+        count, code = self._alike
+        self._alike = (count + num_pictures, low) if low == high and (low == code or not count) else None
+        if self._alike is not None and self._alike[0] >= _ALIKE:
+            self._alike = None
+            print(
+                f"wds-tools: tokenizer {self.tokenizer.name} gave code {low} for every place of {count + num_pictures} pictures: "
+                "it may have NaN inside (--precision fp16?) or damaged weights: look at the pictures in `wds-tools view`",
+                file=sys.stderr,
+                flush=True,
             )
 
     def _named(self, error: BaseException, images: Sequence[Pixels]) -> BaseException:

@@ -23,13 +23,13 @@ from wds_tools.encode.device import Device
 from wds_tools.encode.memory import keep_freed_memory
 from wds_tools.encode.options import TokenizerOptions
 from wds_tools.encode.resize import check_torch_resize, prepare_with_torch
-from wds_tools.errors import FormatError, Reject, UsageError
+from wds_tools.errors import FormatError, Reject, TokenizerError, UsageError
 from wds_tools.format.schema import Sample, code_column, code_dtype, join_grids
 from wds_tools.images import PREPROCESSING_VERSION, ImageLimits, Mode, prepare
 from wds_tools.passes import check_ray_device
 from wds_tools.run.local import stops_held
 from wds_tools.vq.base import ImageTokenizer
-from wds_tools.vq.quantize import ENCODER_VERSION
+from wds_tools.vq.quantize import ENCODER_VERSION, NAN_HELP
 from wds_tools.vq.registry import find_device, load_tokenizer
 
 Place = TypeVar("Place")
@@ -163,6 +163,7 @@ class Filler:
 
         Raises:
             FormatError: a sample that has to have an image has none.
+            TokenizerError: the network gave NaN or infinite numbers for an image, or what encode_in_batches raises.
         """
         device = self.device
         batches = encode_in_batches(self._jobs(samples), device, batch_size=self.options.batch_size, threads=self._threads)
@@ -191,6 +192,13 @@ class Filler:
 
     def _filled(self, sample: Sample, grids: Sequence[NDArray[np.int64]]) -> Sample:
         tokenizer, column = self.device.tokenizer, self.column_of(sample.data_type)
+        for number, grid_hw in enumerate(grids):
+            if num_bad := int((grid_hw < 0).sum()):
+                height, width = (side * tokenizer.stride for side in grid_hw.shape)
+                raise TokenizerError(
+                    f"{sample.key}: tokenizer {tokenizer.name} in {self.options.precision} gave NaN or infinite numbers for "
+                    f"{num_bad} of the {grid_hw.size} codes of image {number} ({width} x {height} pixels): {NAN_HELP}"
+                )
         dtype = code_dtype(tokenizer.codebook_size)
         codes, shapes = join_grids([grid_hw.astype(dtype) for grid_hw in grids], dtype)
         filled = sample if self._keep_images else sample._replace(image=None, image_extension=None, more_images=())

@@ -3,9 +3,10 @@
 obstore tries again by itself, and resumes a body at the byte reached if the object has a tag, both for as long as its client's
 budget lasts from the request's first moment: one that has run for longer dies of any fault, however well it went. So reads go
 through fetch(), with clients of their own that have a quarter of the budget, WDS_TOOLS_RETRY_S (default 180 seconds), and a
-day for a body, and call a connection dead that brings no byte for WDS_TOOLS_STALL_S (default 20 seconds). What obstore gives
-up, fetch() goes on with, round after round, until nothing has come for so long that one more would exceed the budget. All
-other requests are obstore's alone, for the whole budget.
+minute for a body, and call a connection dead that brings no byte for WDS_TOOLS_STALL_S (default 20 seconds, a quarter of the
+budget at most). What obstore gives up, fetch() goes on with, round after round, until for so long nothing has come, or less than
+WDS_TOOLS_LEAST_BYTES_PER_S (default 10,000), that one more would exceed the budget. All other requests are obstore's alone; one
+try has half of the budget, a minute at most, body included, and all tries together end within the budget.
 
 obstore's I/O threads don't survive a fork, while its epoll descriptor is shared by it: used in a forked child, it hangs the
 child and can crash the parent (seen with 0.12). So obstore() gives a forked child a copy of its own, and nothing of the
@@ -22,35 +23,39 @@ import re
 import sys
 import threading
 import time
+from contextlib import suppress
 from datetime import timedelta
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 from urllib.parse import unquote
 
 from wds_tools.errors import MissingPackage, StorageError, UsageError
-from wds_tools.storage.base import Buffer, cause, redact
+from wds_tools.storage.base import Buffer, cause
+from wds_tools.storage.meanings import HINTS, reason, status_of
+from wds_tools.storage.waits import Wait
 
 RETRY_VARIABLE = "WDS_TOOLS_RETRY_S"
 RETRY_S = 180.0  # obstore advises to stay below 5 minutes: a retried request keeps its credentials
 STALL_VARIABLE = "WDS_TOOLS_STALL_S"
 STALL_S = 20.0
+LEAST_VARIABLE = "WDS_TOOLS_LEAST_BYTES_PER_S"
+LEAST_BYTES_PER_S = 10_000.0
+PERIOD_S = 60.0  # after which a body that is slower is cut
 FIRST_PAUSE_S = 0.1
 LONGEST_PAUSE_S = 15.0
 ROUNDS = 4  # a read's budget over that of one request
 
-HINTS = {
-    "s3": "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY (and AWS_SESSION_TOKEN), and that they may use the bucket "
-    "(a public one wants AWS_SKIP_SIGNATURE=true)",
-    "gs": "check GOOGLE_APPLICATION_CREDENTIALS, and that this account may use the bucket",
-    "az": "check AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY, and that this account may use the container",
-    "http": "this address needs a login, or forbids it",
+Use = Literal["ranges", "whole", "other"]
+"""What a client is for: fetch(), files of servers that know no ranges, and everything else."""
+
+_OWN_KEYS = {
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SKIP_SIGNATURE",
+    "AWS_WEB_IDENTITY_TOKEN_FILE",
+    "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
+    "AWS_CONTAINER_CREDENTIALS_FULL_URI",
 }
-
-_REASONS = (
-    r"status code: (\d+ [A-Za-z ]+)",
-    r"<Code>(\w+)</Code>",
-    r'message: "([^"]+)"',  # of an errno, or of the resolver
-)
-
+"""With one of these, obstore needs no profile."""
 _lock = threading.Lock()
 _clients: dict[tuple[Any, ...], Any] = {}
 _kept: list[Any] = []  # what belongs to the process we were forked from
@@ -126,66 +131,78 @@ if hasattr(os, "register_at_fork"):
 
 def retry_s() -> float:
     """The budget for retries in seconds, from WDS_TOOLS_RETRY_S; 0 means a single try. Raises UsageError."""
-    return _seconds(RETRY_VARIABLE, RETRY_S, 0)
+    return _number(RETRY_VARIABLE, RETRY_S, "seconds", 0, 3600)
 
 
 def stall_s() -> float:
     """After how many seconds without a byte a read is cut and resumed, from WDS_TOOLS_STALL_S. Raises UsageError."""
-    return _seconds(STALL_VARIABLE, STALL_S, 0.1)
+    return _number(STALL_VARIABLE, STALL_S, "seconds", 0.1, 3600)
 
 
-def _seconds(variable: str, default: float, least: float) -> float:
+def least_bytes_per_s() -> float:
+    """How fast bytes have to come, over a minute, from WDS_TOOLS_LEAST_BYTES_PER_S; 0 for no limit. Raises UsageError."""
+    return _number(LEAST_VARIABLE, LEAST_BYTES_PER_S, "bytes a second", 0, 1e9)
+
+
+def _number(variable: str, default: float, unit: str, least: float, most: float) -> float:
     value = os.environ.get(variable, "")
     try:
-        seconds = float(value) if value else default
+        number = float(value) if value else default
     except ValueError:
-        seconds = -1
-    if not least <= seconds <= 3600:
-        raise UsageError(f"{variable}={value!r}: expected a number of seconds from {least:g} to 3600")
-    return seconds
+        number = -1
+    if not least <= number <= most:
+        raise UsageError(f"{variable}={value!r}: expected a number of {unit} from {least:g} to {most:g}")
+    return number
 
 
-def client_of(kind: str, bucket: str, login: str | None, *, reading: bool = False) -> Any:
+def client_of(kind: str, bucket: str, login: str | None, use: Use) -> Any:
     """The client of a bucket: one per process and environment, so that all stores in it share its connections.
 
     Args:
         kind: "s3", "gs", "az", "http" or "memory".
         bucket: its name; the container for az, scheme://host for http, "" for memory.
         login: user:password of an http address, percent-encoded.
-        reading: for fetch(), see above.
+        use: what for.
 
     Returns:
         An obstore store.
 
     Raises:
         StorageError: obstore refuses the settings it finds in the environment.
-        UsageError: WDS_TOOLS_RETRY_S or WDS_TOOLS_STALL_S is no number of seconds.
+        UsageError: one of our own variables is no number.
         MissingPackage: AWS_PROFILE is set, and boto3 isn't here to read it.
     """
     store = obstore().store
     settings = {
         name: value
         for name, value in os.environ.items()
-        if name.startswith(("AWS_", "AZURE_", "GOOGLE_")) or name in (RETRY_VARIABLE, STALL_VARIABLE)
+        if name.startswith(("AWS_", "AZURE_", "GOOGLE_")) or name in (RETRY_VARIABLE, STALL_VARIABLE, LEAST_VARIABLE)
     }
-    key = (kind,) if kind == "memory" else (kind, bucket, login, reading, *sorted(settings.items()))
+    key = (kind,) if kind == "memory" else (kind, bucket, login, use, *sorted(settings.items()))
     with _lock:
         if key not in _clients:
-            _clients[key] = store.MemoryStore() if kind == "memory" else _new(store, kind, bucket, login, reading, settings)
+            _clients[key] = store.MemoryStore() if kind == "memory" else _new(store, kind, bucket, login, use, settings)
         return _clients[key]
 
 
-def _new(store: Any, kind: str, bucket: str, login: str | None, reading: bool, settings: dict[str, str]) -> Any:
-    budget = retry_s() / ROUNDS if reading else retry_s()
-    options: dict[str, Any] = {"connect_timeout": "10s", "read_timeout": "60s", "timeout": "120s"}
-    if reading:
-        options |= {"read_timeout": f"{stall_s() * 1000:.0f}ms", "timeout": "1day"}
+def _new(store: Any, kind: str, bucket: str, login: str | None, use: Use, settings: dict[str, str]) -> Any:
+    # The last try begins after the longest pause, and all has to be over within the budget.
+    least_bytes_per_s()  # said now if it is no number
+    budget = retry_s() if use == "other" else retry_s() / ROUNDS
+    silence_s = min(60, budget / 2 or 60) if use == "other" else min(stall_s(), budget or stall_s())
+    pause_s = min(LONGEST_PAUSE_S, max(FIRST_PAUSE_S, budget / 6))
+    answer_s = {"other": silence_s, "ranges": PERIOD_S, "whole": 86400}[use]
+    options: dict[str, Any] = {
+        "connect_timeout": f"{min(10, silence_s) * 1000:.0f}ms",
+        "read_timeout": f"{silence_s * 1000:.0f}ms",  # counts while a body is sent, too
+        "timeout": f"{answer_s * 1000:.0f}ms",
+    }
     retry = {
         "max_retries": 1000 if budget else 0,  # time is the limit, not the count
-        "retry_timeout": timedelta(seconds=budget),
+        "retry_timeout": timedelta(seconds=max(0, budget - silence_s - pause_s)),
         "backoff": {
             "init_backoff": timedelta(seconds=FIRST_PAUSE_S),
-            "max_backoff": timedelta(seconds=min(LONGEST_PAUSE_S, max(0.1, budget / 4))),
+            "max_backoff": timedelta(seconds=pause_s),
             "base": 2,
         },
     }
@@ -196,8 +213,8 @@ def _new(store: Any, kind: str, bucket: str, login: str | None, reading: bool, s
     if login:  # in a header, so that no message can show it
         token = base64.b64encode(unquote(login).encode()).decode()
         options["default_headers"] = {"authorization": f"Basic {token}"}
-    if kind == "s3" and settings.get("AWS_PROFILE") and "AWS_ACCESS_KEY_ID" not in settings:
-        more["credential_provider"] = _profile()
+    if kind == "s3" and not _OWN_KEYS.intersection(settings) and (settings.get("AWS_PROFILE") or _has_default_profile(settings)):
+        more["credential_provider"] = _profile(settings.get("AWS_PROFILE", "default"))
     make = {"s3": "S3Store", "gs": "GCSStore", "az": "AzureStore", "http": "HTTPStore"}[kind]
     try:
         return getattr(store, make)(bucket, client_options=options, retry_config=retry, **more)
@@ -206,12 +223,27 @@ def _new(store: Any, kind: str, bucket: str, login: str | None, reading: bool, s
         raise StorageError(f"{show}: can't set up a client: {reason(error)}; {HINTS[kind]}") from cause(error)
 
 
-def _profile() -> Any:
-    """What asks boto3 for the keys of AWS_PROFILE, which obstore doesn't read."""
+def _has_default_profile(settings: dict[str, str]) -> bool:
+    """Whether the files of AWS' own tools have a profile of that name."""
+    files = {"AWS_SHARED_CREDENTIALS_FILE": "credentials", "AWS_CONFIG_FILE": "config"}
+    for variable, name in files.items():
+        with suppress(OSError):
+            if "[default]" in Path(settings.get(variable) or Path.home() / ".aws" / name).read_text("utf-8", "replace"):
+                return True
+    return False
+
+
+def _profile(name: str) -> Any:
+    """What asks boto3 for the keys of a profile, which obstore doesn't read."""
     try:
         return importlib.import_module("obstore.auth.boto3").Boto3CredentialProvider()
     except ImportError as error:
-        raise MissingPackage("AWS_PROFILE is set, and reading profiles takes boto3: pip install boto3") from error
+        raise MissingPackage(
+            f"the keys are in the profile {name} (AWS_PROFILE, ~/.aws), which takes boto3 to read: pip install boto3, or set "
+            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (for a public bucket AWS_SKIP_SIGNATURE=true)"
+        ) from error
+    except Exception as error:  # noqa: BLE001  boto3's errors have no base that is here without it
+        raise StorageError(f"the profile {name} (AWS_PROFILE, ~/.aws) gives no keys: {reason(error)}") from cause(error)
 
 
 class FetchError(Exception):
@@ -219,25 +251,56 @@ class FetchError(Exception):
 
 
 class Stuck(FetchError):
-    """No byte came in the time that may be spent on waiting for one.
+    """No byte came in the time that may be spent on waiting for one, or too few.
 
     Attributes:
         start: first byte wanted.
         end: one past the last.
         reached: the first that didn't come.
-        seconds: how long it was tried to get that one.
+        seconds: how long it was tried to get that one, or enough of those before it.
+        num_bytes: that came in this time, or 1 if there were some.
     """
 
-    def __init__(self, start: int, end: int, reached: int, seconds: float) -> None:
-        super().__init__(f"bytes [{start}, {end}): stuck at {reached} for {seconds:.1f} s")
-        self.start, self.end, self.reached, self.seconds = start, end, reached, seconds
+    def __init__(self, start: int, end: int, reached: int, seconds: float, num_bytes: int) -> None:
+        super().__init__(f"bytes [{start}, {end}): {num_bytes} up to {reached} in {seconds:.1f} s")
+        self.start, self.end, self.reached, self.seconds, self.num_bytes = start, end, reached, seconds, num_bytes
 
 
 class Replaced(FetchError):
     """The object is no longer the one whose first bytes are here."""
 
 
-def fetch(bucket: Any, key: str, start: int, end: int) -> tuple[Buffer, Any]:
+class Pace:
+    """Whether bytes come fast enough: since when they don't, or nothing does, and how many have come since.
+
+    Args:
+        wait: what is said aloud if they don't.
+    """
+
+    def __init__(self, wait: Wait) -> None:
+        self._least, self._wait = least_bytes_per_s(), wait
+        self.renew()
+
+    def renew(self, num_bytes: int = 0) -> None:
+        """All is well so far; so many bytes are to come at once."""
+        self.since, self.num_bytes = time.monotonic(), 0
+        self._wait.renew(num_bytes)
+
+    def add(self, num_bytes: int) -> bool:
+        """Take note of bytes; whether they came fast enough, as all before."""
+        self.num_bytes += num_bytes
+        is_well = self.num_bytes >= self._least * self.waited_s
+        if is_well:
+            self.renew()
+        return is_well
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds since all was well."""
+        return time.monotonic() - self.since
+
+
+def fetch(bucket: Any, key: str, start: int, end: int, wait: Wait) -> tuple[Buffer, Any]:
     """Bytes of an object, however often the connection breaks on the way.
 
     The first request is obstore's: it copies nothing into Python, and resumes by itself; what it got is lost if it fails in
@@ -245,16 +308,17 @@ def fetch(bucket: Any, key: str, start: int, end: int) -> tuple[Buffer, Any]:
     the object. Before it is a pause: anything up to 0.1 s, doubled with every failure in a row, 15 s at most.
 
     Args:
-        bucket: a client for reading.
+        bucket: a client for ranges.
         key: the object's.
         start: first byte.
         end: one past the last, more than `start`; the object may end before.
+        wait: for this.
 
     Returns:
         The bytes, read-only, and obstore's metadata of the object.
 
     Raises:
-        Stuck: nothing came for so long that another round would exceed retry_s().
+        Stuck: for so long nothing came, or less than least_bytes_per_s(), that another round would exceed retry_s().
         Replaced: the object changed on the way.
         foreign(): what trying again would not mend.
     """
@@ -264,20 +328,22 @@ def fetch(bucket: Any, key: str, start: int, end: int) -> tuple[Buffer, Any]:
     meta: Any = None
     data = memoryview(b"")
     reached, last = start, end  # the object may end before `end`
-    num_failures, progress_s = 0, time.monotonic()
+    num_failures, pace = 0, Pace(wait)
     while reached < last:
         is_first = meta is None
         try:
             result = get(bucket, key, options=options)
             if is_first:
                 meta, last = result.meta, result.range[1]
+                wait.num_bytes = last - start
                 return memoryview(result.bytes()), meta
             if _version(result.meta) != _version(meta):
                 raise Replaced(f"{key}: {_version(meta)} became {_version(result.meta)}")
             for piece in result.stream(min_chunk_size=1):
                 data[reached - start : reached - start + len(piece)] = piece
                 reached += len(piece)
-                num_failures, progress_s = 0, time.monotonic()
+                if pace.add(len(piece)):
+                    num_failures = 0
             if reached < last:
                 raise ConnectionError(f"the response ended at byte {reached}, it was to end at {last}")
         except errors as error:
@@ -285,12 +351,16 @@ def fetch(bucket: Any, key: str, start: int, end: int) -> tuple[Buffer, Any]:
                 raise Replaced(f"{key}: {_version(meta)} is gone") from cause(error)
             if not may_pass(error):
                 raise
-            if is_first and meta is not None:  # bytes did come, a round ago at most
-                data, progress_s = memoryview(bytearray(last - start)), time.monotonic()
-            waited_s = time.monotonic() - progress_s
-            left_s = (ROUNDS - 1) * round_s - waited_s
+            if is_first and meta is not None:
+                data = memoryview(bytearray(last - start))
+                if pace.waited_s < PERIOD_S:  # bytes did come, a round ago at most
+                    pace.renew()
+                else:  # it was cut for coming too slowly
+                    pace.num_bytes = 1
+            wait.reason = reason(error)
+            left_s = (ROUNDS - 1) * round_s - pace.waited_s
             if left_s <= 0:
-                raise Stuck(start, end, reached, waited_s) from cause(error)
+                raise Stuck(start, end, reached, pace.waited_s, pace.num_bytes) from cause(error)
             longest_s = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** min(num_failures, 20))
             time.sleep(min(_jitter.uniform(0, longest_s), left_s))
             num_failures += 1
@@ -317,27 +387,17 @@ def failures() -> tuple[type[Exception], ...]:
     return (FetchError, *foreign())
 
 
-def reason(error: BaseException) -> str:
-    """What a foreign message comes down to: status and S3's word for it, what the socket said, or its first line."""
-    text = str(error)
-    parts = [match[1] for pattern in _REASONS if (match := re.search(pattern, text))]
-    return ": ".join(parts) or redact(text.partition("\n")[0])[:300] or type(error).__name__
-
-
-def status_of(error: BaseException) -> int | None:
-    """The HTTP status in obstore's message, which has no field for it; None without one."""
-    _, found, rest = str(error).partition("status code: ")
-    return int(rest[:3]) if found and rest[:3].isdigit() else None
-
-
-def is_unreachable(error: BaseException) -> bool:
-    """Whether nobody answered, as opposed to an answer we don't like."""
-    return any(mark in str(error) for mark in ("kind: Connect", "kind: Timeout", "error sending request"))
+def tried_s(error: BaseException) -> float | None:
+    """How long obstore tried, by its own account; None if it doesn't say."""
+    found = re.search(r"performing \w+ \S+ in ([\d.]+)(ms|s)", str(error))
+    return float(found[1]) / (1000 if found[2] == "ms" else 1) if found else None
 
 
 def may_pass(error: BaseException) -> bool:
     """Whether the same request may do better: nobody answered, the connection broke, or the server is overloaded or broken."""
     status = status_of(error)
+    if "169.254.169.254" in str(error):  # where obstore looks for keys if there are no others
+        return False
     if status is not None:
         return status in (408, 429) or (status >= 500 and status not in (501, 505))
     return isinstance(error, ConnectionError) or "HTTP error: " in str(error)

@@ -1,7 +1,9 @@
 """Whatever obstore doesn't speak (hf://, abfs://, ftp://, ...), through fsspec and the package of that protocol.
 
 A writer spools to a temporary file and uploads it when closed, since not every fsspec backend can take back a file it
-has begun: it needs local disk for one file. The publish is as atomic as the backend's upload: one commit on the Hugging
+has begun: it needs local disk for one file. Whatever is asked of a backend is asked in a thread of its own (_ask), which is left
+alone after WDS_TOOLS_RETRY_S seconds and the time that its bytes have at WDS_TOOLS_LEAST_BYTES_PER_S, since few backends have a
+limit, and fsspec none. The publish is as atomic as the backend's upload: one commit on the Hugging
 Face hub, one object on a cloud; on a plain file protocol (sftp, smb) a reader may catch the file half there.
 """
 
@@ -11,10 +13,14 @@ import importlib
 import io
 import os
 import tempfile
-from collections.abc import Iterator
-from typing import Any
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
+from contextlib import suppress
+from typing import Any, TypeVar
 
 from wds_tools.errors import MissingPackage, NotFound, StorageError, UsageError
+from wds_tools.storage import client
 from wds_tools.storage.base import (
     TEMP_FOLDER,
     Buffer,
@@ -30,7 +36,10 @@ from wds_tools.storage.base import (
     split_scheme,
 )
 from wds_tools.storage.local import translate
+from wds_tools.storage.meanings import translated
+from wds_tools.storage.waits import waiting
 
+Answer = TypeVar("Answer")
 BLOCK_BYTES = 8 << 20  # what a reader fetches at once
 _PACKAGES = {
     "hf": "huggingface_hub",
@@ -65,29 +74,22 @@ class FsspecStore:
     def list(self, prefix: str = "") -> Iterator[Entry]:
         folder = check_prefix(prefix, self.url)
         fs = self._connect()
+        fs.invalidate_cache()
         try:
-            fs.invalidate_cache()
-            files = _find(fs, join(self._root, folder) if folder else self._root)
-        except FileNotFoundError:
+            files = self._ask("list", prefix, lambda: _find(fs, join(self._root, folder) if folder else self._root))
+        except NotFound:
             return iter(())
-        except Exception as error:
-            if isinstance(error, OSError) and error.filename:  # a folder below, perhaps
-                raise translate(error, "list", redact(str(error.filename))) from error
-            raise self._translate(error, "list", prefix) from error
         skip = len(self._root.rstrip("/")) + 1
         entries = (Entry(path[skip:], int(info["size"])) for path, info in files.items())
         return iter(sorted(e for e in entries if e.name.startswith(prefix) and not e.name.startswith(TEMP_FOLDER + "/")))
 
     def size(self, name: str) -> int:
-        path = self._path(name)
-        try:
-            self._connect().invalidate_cache()
-            info = self._connect().info(path)
-            if info["type"] != "file":
-                raise FileNotFoundError(name)
-            return int(info["size"])
-        except Exception as error:
-            raise self._translate(error, "look at", name) from cause(error)
+        path, fs = self._path(name), self._connect()
+        fs.invalidate_cache()
+        info = self._ask("look at", name, lambda: fs.info(path))
+        if info["type"] != "file":
+            raise NotFound(f"{join(self.url, name)}: can't look at it, no file is there")
+        return int(info["size"])
 
     def exists(self, name: str) -> bool:
         try:
@@ -97,11 +99,8 @@ class FsspecStore:
         return True
 
     def read(self, name: str) -> bytes:
-        path = self._path(name)
-        try:
-            return bytes(self._connect().cat_file(path))
-        except Exception as error:
-            raise self._translate(error, "read", name) from cause(error)
+        with self.open(name) as file:
+            return file.read()
 
     def read_range(self, name: str, start: int, end: int, size: int | None = None) -> bytes:
         check_range(name, start, end)
@@ -113,20 +112,15 @@ class FsspecStore:
                 raise self._short(name, start, end, found)  # some backends would set that much memory aside before they look
             if size not in (None, found):
                 raise StorageError(other_size(join(self.url, name), found, size))
-        try:
-            data = bytes(self._connect().cat_file(path, start=start, end=end))
-        except Exception as error:
-            raise self._translate(error, "read", name) from cause(error)
+        fs = self._connect()
+        data = self._ask("read", name, lambda: bytes(fs.cat_file(path, start=start, end=end)), end - start)
         if len(data) != end - start:
             raise self._short(name, start, end, self.size(name))
         return data
 
     def open(self, name: str) -> io.BufferedReader:
-        path = self._path(name)
-        try:
-            file = self._connect().open(path, "rb", block_size=BLOCK_BYTES, cache_type="readahead")
-        except Exception as error:
-            raise self._translate(error, "read", name) from cause(error)
+        path, fs = self._path(name), self._connect()
+        file = self._ask("read", name, lambda: fs.open(path, "rb", block_size=BLOCK_BYTES, cache_type="readahead"))
         return io.BufferedReader(_Reader(self, name, file), 1 << 20)
 
     def put(self, name: str, data: Buffer) -> None:
@@ -138,13 +132,9 @@ class FsspecStore:
         return FsspecWriter(self, name)
 
     def delete(self, name: str) -> None:
-        path = self._path(name)
-        try:
-            self._connect().rm_file(path)
-        except FileNotFoundError:
-            pass
-        except Exception as error:
-            raise self._translate(error, "delete", name) from cause(error)
+        path, fs = self._path(name), self._connect()
+        with suppress(NotFound):
+            self._ask("delete", name, lambda: fs.rm_file(path))
 
     def clean_temp(self) -> None:
         """Nothing to do: writers here leave nothing behind."""
@@ -166,22 +156,48 @@ class FsspecStore:
         core = importlib.import_module("fsspec.core")
         scheme = split_scheme(self._raw)[0]
         try:
-            self._fs, self._root = core.url_to_fs(self._raw)
+            self._fs, self._root = self._ask("open", "", lambda: core.url_to_fs(self._raw))
         except ImportError as error:
             package = _PACKAGES.get(scheme, "")
             fix = f"pip install {package}" if package else _one_line(error)
             raise MissingPackage(f"{self.url}: {scheme}:// needs a package that isn't here: {fix}") from cause(error)
         except ValueError as error:
             raise UsageError(f"{self.url}: {scheme}:// is no protocol that fsspec knows: {_one_line(error)}") from cause(error)
-        except Exception as error:
-            raise self._translate(error, "open", "") from cause(error)
         self._pid = os.getpid()
         return self._fs
 
+    def _ask(self, verb: str, name: str, call: Callable[[], Answer], num_bytes: int = 0) -> Answer:
+        """What call() gives, in time; its errors are ours, but for those that say that a package or a protocol is missing."""
+        show = join(self.url, name) if name else self.url
+        limit_s = (client.retry_s() or 60) + num_bytes / (client.least_bytes_per_s() or 1)
+        answer: Future[Answer] = Future()
+
+        def work() -> None:
+            try:
+                answer.set_result(call())
+            except BaseException as error:
+                answer.set_exception(error)
+
+        with waiting(f"{verb} {show}", "/".join(self.url.split("/")[:3]), limit_s, num_bytes):
+            threading.Thread(target=work, name="wds-fsspec", daemon=True).start()  # no pool's, which Python would wait for
+            wait([answer], limit_s)
+        if not answer.done():
+            limits = f"{client.RETRY_VARIABLE}={client.retry_s():g}"
+            limits += f" and {num_bytes} bytes at {client.LEAST_VARIABLE}={client.least_bytes_per_s():g}" if num_bytes else ""
+            raise StorageError(f"{show}: can't {verb}, no answer in {limit_s:.1f} s of trying ({limits}): check the network")
+        error = answer.exception()
+        if not isinstance(error, Exception) or (verb == "open" and isinstance(error, ImportError | ValueError)):
+            return answer.result()
+        raise self._translate(error, verb, name) from cause(error)
+
     def _translate(self, error: Exception, verb: str, name: str) -> StorageError:
         show = join(self.url, name) if name else self.url
+        scheme, rest = split_scheme(self.url)
+        if ours := translated(error, show, verb, scheme, rest.partition("/")[0]):
+            return ours
         if isinstance(error, OSError) and (error.errno is not None or isinstance(error, FileNotFoundError | StorageError)):
-            return translate(error, verb, show)
+            is_below = verb == "list" and error.filename  # a folder that can't be listed
+            return translate(error, verb, redact(str(error.filename)) if is_below else show)
         return StorageError(f"{show}: can't {verb}: {type(error).__name__}: {_one_line(error)}")
 
 
@@ -210,11 +226,13 @@ class FsspecWriter(WriterBase):
         path = self._store._path(self._name)
         try:
             self._file.flush()
-            fs = self._store._connect()
-            fs.makedirs(path.rpartition("/")[0], exist_ok=True)
-            fs.put_file(self._file.name, path)
-        except Exception as error:
-            raise self._store._translate(error, "write", self._name) from error
+            fs, size = self._store._connect(), self._file.tell()
+            self._store._ask("write", self._name, lambda: fs.makedirs(path.rpartition("/")[0], exist_ok=True))
+            self._store._ask("write", self._name, lambda: fs.put_file(self._file.name, path), size)
+        except StorageError:
+            raise
+        except OSError as error:
+            raise translate(error, "spool", join(self._store.url, self._name)) from error
         finally:
             self._discard()
 
@@ -235,18 +253,14 @@ class _Reader(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any, /) -> int:
-        try:
-            data = self._file.read(len(buffer))
-        except Exception as error:
-            raise self._store._translate(error, "read", self._name) from error
+        data = self._store._ask("read", self._name, lambda: self._file.read(len(buffer)), max(len(buffer), BLOCK_BYTES))
         buffer[: len(data)] = data
         return len(data)
 
     def readall(self) -> bytes:
-        try:
-            return bytes(self._file.read())
-        except Exception as error:
-            raise self._store._translate(error, "read", self._name) from error
+        return b"".join(
+            iter(lambda: self._store._ask("read", self._name, lambda: self._file.read(BLOCK_BYTES), BLOCK_BYTES), b"")
+        )
 
     def close(self) -> None:
         if not self.closed:

@@ -2,23 +2,25 @@
 
 A small object is one GET or one PUT. A large one is read as ranges of 8 MiB, two ahead of the reader, so a slow consumer
 never meets a timeout; a writer sends parts of 8 MiB, two under way, and the object appears when the last is acknowledged.
-Either holds about 32 MiB. A range whose connection breaks or stalls is resumed at the byte reached (client.fetch). What fails
-is tried again with growing pauses, for WDS_TOOLS_RETRY_S seconds (default 180) without progress, then reported.
+Either holds about 32 MiB. A range whose connection breaks, stalls or creeps is resumed at the byte reached (client.fetch). What
+fails is tried again with growing pauses, for WDS_TOOLS_RETRY_S seconds (default 180) without progress, then reported; after 5 of
+them a line on stderr says so (waits). Every request goes through _asking, which is where obstore's errors become ours.
 
 A reader or writer doesn't cross a fork; a store does (client.py says how).
 """
 
 import io
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from itertools import islice
 from typing import Any
 from urllib.parse import unquote
 
-from wds_tools.errors import NotFound, OutOfSpace, StorageError, UsageError
+from wds_tools.errors import NotFound, StorageError, UsageError
 from wds_tools.storage import client
 from wds_tools.storage.base import (
     Buffer,
@@ -33,6 +35,8 @@ from wds_tools.storage.base import (
     redact,
     split_scheme,
 )
+from wds_tools.storage.meanings import HINTS, reason, status_of, translated
+from wds_tools.storage.waits import Wait, waiting
 
 SCHEMES = {
     "s3": "s3",
@@ -48,7 +52,9 @@ SCHEMES = {
 CHUNK_BYTES = 8 << 20  # of a ranged read, and of a part of a multipart upload (10,000 parts: objects up to 80 GiB)
 READ_AHEAD = 2  # chunks fetched while the reader works on another
 PARTS_UNDER_WAY = 2
-MAX_PUT_BYTES = 64 << 20  # a larger put() is sent as a multipart upload
+_UNDER_WAY_BYTES = (PARTS_UNDER_WAY + 1) * CHUNK_BYTES  # that a writer may have to send before it goes on
+_ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
+MAX_PUT_BYTES = CHUNK_BYTES  # a larger put() is sent as a multipart upload: a try is a minute at most
 
 
 class ObjectStore:
@@ -73,7 +79,7 @@ class ObjectStore:
             if not host:
                 raise UsageError(f"{self.url}: expected {scheme}://bucket/prefix")
             if login and self._kind != "http":
-                raise UsageError(f"{self.url}: keys don't belong in a URL: {client.HINTS[self._kind]}")
+                raise UsageError(f"{self.url}: keys don't belong in a URL: {HINTS[self._kind]}")
             if self._kind == "http":
                 self._login = login or None
                 self._bucket = f"{scheme}://{host}"
@@ -81,7 +87,7 @@ class ObjectStore:
         self._prefix = path.strip("/")
         if self._prefix:
             check_name(self._prefix, url)
-        self._clients: dict[bool, Any] = {}
+        self._clients: dict[client.Use, Any] = {}
         self._pid = 0
 
     def __repr__(self) -> str:
@@ -98,20 +104,30 @@ class ObjectStore:
         skip = len(self._prefix) + 1 if self._prefix else 0
         bucket = self._connect()
         found: list[Entry] = []
-        try:
-            for page in client.obstore().list(bucket, top or None, chunk_size=1000):
-                found.extend(Entry(meta["path"][skip:], meta["size"]) for meta in page)
-        except client.foreign() as error:
-            raise self._translate(error, "list", prefix) from cause(error)
+        with self._asking("list", prefix) as wait:
+            begun = time.monotonic()
+            while True:
+                try:
+                    for page in client.obstore().list(bucket, top or None, chunk_size=1000):
+                        found.extend(Entry(meta["path"][skip:], meta["size"]) for meta in page)
+                        wait.renew()
+                    break
+                except client.foreign() as error:  # obstore asks again for all but a body that breaks off
+                    if "list response body" not in str(error) or time.monotonic() - begun > client.retry_s() / 2:
+                        raise
+                    found.clear()
         found.sort()
         return (entry for entry in found if entry.name.startswith(prefix)) if prefix else iter(found)
 
     def size(self, name: str) -> int:
         key, bucket = self._key(name), self._connect()
-        try:
-            return int(client.obstore().head(bucket, key)["size"])
-        except client.foreign() as error:
-            raise self._translate(error, "look at", name) from cause(error)
+        with self._asking("look at", name):
+            try:
+                return int(client.obstore().head(bucket, key)["size"])
+            except client.foreign() as error:
+                if status_of(error) not in (400, 403):
+                    raise
+            return int(client.obstore().get(bucket, key, options={"range": (0, 1)}).meta["size"])  # HEAD doesn't say why
 
     def exists(self, name: str) -> bool:
         try:
@@ -129,9 +145,10 @@ class ObjectStore:
         key = self._key(name)
         if start == end:
             return b""
-        bucket = self._connect(reading=True)
+        bucket = self._connect("ranges")
         try:
-            data, meta = client.fetch(bucket, key, start, end)
+            with self._waiting("read", name) as wait:
+                data, meta = client.fetch(bucket, key, start, end, wait)
         except client.failures() as error:
             found = self._size_if_known(name) if self._is_about_range(error) else None
             if found is not None and found < end:
@@ -150,33 +167,28 @@ class ObjectStore:
         key = self._key_to_write(name)
         bucket = self._connect()
         large = len(data) > MAX_PUT_BYTES
-        try:
+        with self._asking("write", name, len(data)):
             client.obstore().put(bucket, key, data, use_multipart=large, chunk_size=CHUNK_BYTES, max_concurrency=PARTS_UNDER_WAY)
-        except client.foreign() as error:
-            raise self._translate(error, "write", name) from cause(error)
 
     def write(self, name: str) -> "ObjectWriter":
         return ObjectWriter(self, name)
 
     def delete(self, name: str) -> None:
         key, bucket = self._key_to_write(name), self._connect()
-        try:
+        with self._asking("delete", name), suppress(FileNotFoundError):
             client.obstore().delete(bucket, key)
-        except FileNotFoundError:
-            pass
-        except client.foreign() as error:
-            raise self._translate(error, "delete", name) from cause(error)
 
     def clean_temp(self) -> None:
         """Nothing to do: a bucket's lifecycle rule for incomplete multipart uploads is what clears those."""
 
     def _chunks(self, name: str) -> Generator[memoryview, None, None]:
         """The object's bytes in order, fetched up to READ_AHEAD chunks ahead of whoever takes them."""
-        key, bucket = self._key(name), self._connect(reading=True)
+        key, bucket = self._key(name), self._connect("ranges")
 
         def fetch(start: int) -> tuple[memoryview, Any]:
             try:
-                data, meta = client.fetch(bucket, key, start, start + CHUNK_BYTES)
+                with self._waiting("read", name) as wait:
+                    data, meta = client.fetch(bucket, key, start, start + CHUNK_BYTES, wait)
                 return memoryview(data), meta
             except client.failures() as error:
                 if start == 0 and self._has_no_ranges(name, error):
@@ -210,15 +222,26 @@ class ObjectStore:
 
     def _is_about_range(self, error: Exception) -> bool:
         """Whether it was the range that was refused: status 416, or the memory store's error without one."""
-        return client.status_of(error) == 416 or (self._kind == "memory" and not isinstance(error, FileNotFoundError))
+        return status_of(error) == 416 or (self._kind == "memory" and not isinstance(error, FileNotFoundError))
 
     def _whole(self, name: str) -> Iterator[memoryview]:
-        key, bucket = self._key(name), self._connect()
-        try:
-            for piece in client.obstore().get(bucket, key).stream(min_chunk_size=CHUNK_BYTES):
-                yield memoryview(piece)
-        except client.foreign() as error:
-            raise self._translate(error, "read", name) from cause(error)
+        """The same of a server that knows no ranges: one request, which can't be resumed."""
+        key, bucket = self._key(name), self._connect("whole")
+        with self._asking("read", name) as wait:
+            pieces = iter(client.obstore().get(bucket, key).stream(min_chunk_size=1))
+        waited_s, num_bytes = 0.0, 0  # so far without enough bytes; what the reader does with them doesn't count
+        while True:
+            with self._asking("read", name) as wait:
+                piece = next(pieces, None)
+                waited_s += time.monotonic() - wait.since
+            if piece is None:
+                return
+            num_bytes += len(piece)
+            if num_bytes >= client.least_bytes_per_s() * waited_s:
+                waited_s, num_bytes = 0.0, 0
+            elif waited_s > client.PERIOD_S:
+                raise self._translate(client.Stuck(0, 0, 0, waited_s, num_bytes), "read", name)
+            yield memoryview(piece)
 
     def _size_if_known(self, name: str) -> int | None:
         try:
@@ -242,49 +265,55 @@ class ObjectStore:
             raise StorageError(f"{join(self.url, name)}: http(s) addresses are read-only here: write to a folder or a bucket")
         return key
 
-    def _connect(self, *, reading: bool = False) -> Any:
-        """The client of this process: one for client.fetch, one for everything else."""
+    def _connect(self, use: client.Use = "other") -> Any:
+        """The client of this process for a use."""
         if self._pid != os.getpid():
             self._clients = {}
             self._pid = os.getpid()
-        if reading not in self._clients:
-            self._clients[reading] = client.client_of(self._kind, self._bucket, self._login, reading=reading)
-        return self._clients[reading]
+        if use not in self._clients:
+            self._clients[use] = client.client_of(self._kind, self._bucket, self._login, use)
+        return self._clients[use]
 
-    def _translate(self, error: BaseException, verb: str, name: str) -> StorageError:
+    def _waiting(self, verb: str, name: str, num_bytes: int = 0) -> AbstractContextManager[Wait]:
+        where = self._bucket if self._kind == "http" else f"{self._kind}://{self._bucket}"
+        endpoint = next((os.environ[name] for name in _ENDPOINTS if self._kind == "s3" and os.environ.get(name)), "")
+        where = f"{where} at {redact(endpoint)}" if endpoint else where
+        return waiting(f"{verb} {join(self.url, name) if name else self.url}", where, client.retry_s(), num_bytes)
+
+    @contextmanager
+    def _asking(self, verb: str, name: str, num_bytes: int = 0) -> Iterator[Wait]:
+        """While obstore is asked for something: if it takes long, it is said, and its errors are ours."""
+        with self._waiting(verb, name, num_bytes) as wait:
+            try:
+                yield wait
+            except client.foreign() as error:
+                raise self._translate(error, verb, name, time.monotonic() - wait.since) from cause(error)
+
+    def _translate(self, error: BaseException, verb: str, name: str, waited_s: float = 0.0) -> StorageError:
         """Our error for one of obstore's or of client.fetch, to be raised from it."""
         show = join(self.url, name) if name else self.url
-        tried = f"no answer in {client.retry_s():g} s of trying ({client.RETRY_VARIABLE})"
-        stuck = isinstance(error, client.Stuck)
         if isinstance(error, client.Replaced):
             return StorageError(f"{show} was replaced while it was read: read it again")
+        seconds, came = client.tried_s(error) or waited_s, "no answer"
+        stuck = isinstance(error, client.Stuck)
         if isinstance(error, client.Stuck):
-            verb = f"{verb} bytes [{error.start}, {error.end})"
-            nothing = f"nothing from byte {error.reached} on" if error.reached > error.start else "no answer"
-            tried = f"{nothing} in {round(error.seconds, 1):g} s of trying ({client.RETRY_VARIABLE})"
+            seconds = error.seconds
+            verb = f"{verb} bytes [{error.start}, {error.end})" if error.end else verb
+            came = f"nothing from byte {error.reached} on" if error.reached > error.start else came
+            if error.num_bytes:
+                came = f"less than {client.least_bytes_per_s():g} bytes a second ({client.LEAST_VARIABLE})"
             error = error.__cause__ or error
-        status = client.status_of(error)
-        reason = client.reason(error)
-        if isinstance(error, FileNotFoundError) or status == 404:
-            if "NoSuchBucket" in str(error):
-                return NotFound(f"{show}: can't {verb}, there is no bucket {self._bucket}: create it, or correct the URL")
-            return NotFound(f"{show}: can't {verb}, nothing is there")
-        if status == 507 or any(word in str(error) for word in ("StorageFull", "QuotaExceeded")):
-            return OutOfSpace(f"{show}: can't {verb}, the store says that it is full: {reason}")
-        if (
-            status in (401, 403)
-            or "169.254.169.254" in str(error)
-            or type(error).__name__ in ("PermissionDeniedError", "UnauthenticatedError")
-        ):
-            return StorageError(f"{show}: can't {verb}, access denied: {client.HINTS.get(self._kind, '')} ({reason})")
-        if stuck and status is not None:
-            return StorageError(f"{show}: can't {verb}, {tried}: the server is overloaded or broken ({reason})")
-        if stuck or client.is_unreachable(error):
-            where = "check the network" + (" and AWS_ENDPOINT_URL" if self._kind == "s3" else " and the address")
-            return StorageError(f"{show}: can't {verb}, {tried}: {where} ({reason})")
-        if status == 301 and self._kind == "s3":
-            return StorageError(f"{show}: can't {verb}, the bucket is in another region: set AWS_REGION ({reason})")
-        return StorageError(f"{show}: can't {verb}: {reason}")
+        if ours := translated(error, show, verb, self._kind, self._bucket):
+            return ours
+        if stuck or client.may_pass(error):
+            todo = "check the network" + (" and AWS_ENDPOINT_URL" if self._kind == "s3" else " and the address")
+            if status_of(error) is not None:
+                todo = "the server is overloaded or broken"
+            limit = f"{client.RETRY_VARIABLE}={client.retry_s():g}"
+            return StorageError(
+                f"{show}: can't {verb}, {came} in {round(seconds, 1):g} s of trying ({limit}): {todo} ({reason(error)})"
+            )
+        return StorageError(f"{show}: can't {verb}: {reason(error)}")
 
 
 class ObjectWriter(WriterBase):
@@ -299,25 +328,20 @@ class ObjectWriter(WriterBase):
         self._store, self._name = store, name
         self._file: Any = None
         key, bucket = store._key_to_write(name), store._connect()
-        try:
+        with store._asking("write", name):
             self._file = client.obstore().open_writer(bucket, key, buffer_size=CHUNK_BYTES, max_concurrency=PARTS_UNDER_WAY)
-        except client.foreign() as error:
-            raise store._translate(error, "write", name) from cause(error)
 
     def write(self, data: Buffer, /) -> int:
         if self._done:
             raise ValueError("write to a closed writer")
-        try:
+        with self._store._asking("write", self._name, _UNDER_WAY_BYTES):
             self._file.write(data)
-        except client.foreign() as error:
-            raise self._store._translate(error, "write", self._name) from cause(error)
         return len(data)
 
     def _publish(self) -> None:
         try:
-            self._file.close()
-        except client.foreign() as error:
-            raise self._store._translate(error, "write", self._name) from cause(error)
+            with self._store._asking("write", self._name, _UNDER_WAY_BYTES):
+                self._file.close()
         finally:
             self._file = None
 

@@ -36,7 +36,8 @@ class ImageTokenizer(Protocol):
             pixels_BHWC: uint8 RGB in [0, 255], all images of one size. May lie on any device.
 
         Returns:
-            codes_Bhw: int64 on the tokenizer's device, values in [0, codebook_size), row-major raster order.
+            codes_Bhw: int64 on the tokenizer's device, values in [0, codebook_size), row-major raster order; -1 where the network
+            gave NaN or an infinite number, which ends a pass with an error. (To raise here would make a GPU wait.)
 
         Raises:
             UsageError: H or W is not a multiple of `stride`, or the dtype or shape is wrong.

@@ -4,7 +4,9 @@ The network turns pixels in [-1, 1] into a grid of latents and back; here the la
 entry) and the codes latents again (a lookup). Invariant: in fp32 a code depends on its image alone. So images go through the
 network one by one, on a CPU each on one thread (`lanes`), since kernels sum in another order for another batch or another number
 of threads. The other precisions take a batch in one pass on a GPU, where one image alone would not fill it. `nearest` is always
-computed in true float32; ties go to the lowest index. Cost of `nearest`: 2 N K D operations, and chunk x K x 4 bytes.
+computed in true float32; ties go to the lowest index. What is no number (NaN, infinite) never becomes a code: weights are
+refused, latents get -1, which no table takes, and pictures are refused. Cost of `nearest`: 2 N K D operations, and chunk x K x 4
+bytes; of looking whether latents are numbers, less than 1 % of that, and no wait for a GPU.
 
 Legend: B images, H x W pixels, h x w codes, N latents of D numbers, K codebook entries.
 """
@@ -18,16 +20,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from wds_tools.errors import DataError, UsageError
+from wds_tools.errors import DataError, TokenizerError, UsageError
 from wds_tools.vq.lanes import side_by_side
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 
 ENCODER_VERSION = "2"
 """Changes whenever equal pixels and weights give other codes in fp32. 1: sums depended on the number of threads."""
+NO_CODE = -1
+"""What `nearest` gives for a latent that is no number."""
+NAN_HELP = "use --precision bf16 or fp32 (fp16 ends at 65,504); in fp32, look for other or damaged weights"
 _CHUNK = {"cpu": 256}  # latents at a time: of 8192 entries 8 MiB of distances, which stay in a processor's cache
 _GPU_CHUNK = 4096
 _MOST_SHAPES = 256  # that are compiled: 25 sizes of images, of each a few of batches
@@ -45,7 +51,7 @@ def nearest(latents_ND: Tensor, codebook_KD: Tensor, chunk: int | None = None) -
         chunk: latents compared at a time, >= 1; bounds the memory to chunk x K x 4 bytes.
 
     Returns:
-        codes_N: int64 in [0, K); the lowest index among equally near entries.
+        codes_N: int64 in [0, K); the lowest index among equally near entries; -1 where the latent is NaN or infinite.
 
     Raises:
         UsageError: the shapes do not go together, the codebook is empty, or chunk < 1.
@@ -58,6 +64,7 @@ def nearest(latents_ND: Tensor, codebook_KD: Tensor, chunk: int | None = None) -
     if chunk < 1 or not len(codebook_KD):
         raise UsageError(f"nearest() got chunk={chunk} and {len(codebook_KD)} codebook entries: both must be at least 1")
     codes_N = torch.empty(len(latents_ND), dtype=torch.int64, device=device)
+    lowest_N = torch.empty(len(latents_ND), device=device)
     with torch.no_grad(), torch.autocast(device.type, enabled=False), running_in(device, "fp32"):
         codebook_DK = codebook_KD.float().T
         norms_K = codebook_DK.square().sum(dim=0)
@@ -65,11 +72,14 @@ def nearest(latents_ND: Tensor, codebook_KD: Tensor, chunk: int | None = None) -
             part_ND = latents_ND[start : start + chunk].float()
             # |x - c|^2 without the |x|^2 that all entries share
             scores_NK = torch.addmm(norms_K, part_ND, codebook_DK, alpha=-2.0)
+            part = slice(start, start + len(part_ND))
             if device.type == "cpu":  # numpy's argmin uses the vector units, torch's does not
-                codes_N[start : start + chunk] = torch.from_numpy(scores_NK.numpy().argmin(axis=1))
+                found = scores_NK.numpy().argmin(axis=1)
+                lowest_N.numpy()[part] = scores_NK.numpy()[np.arange(len(found)), found]
+                codes_N.numpy()[part] = found
             else:
-                codes_N[start : start + chunk] = scores_NK.argmin(dim=1)
-    return codes_N
+                torch.min(scores_NK, dim=1, out=(lowest_N[part], codes_N[part]))
+        return codes_N.masked_fill_(~(lowest_N.abs() < torch.inf), NO_CODE)
 
 
 class Network(Protocol):
@@ -86,7 +96,7 @@ class Network(Protocol):
 
 @dataclass(kw_only=True)
 class CodebookTokenizer:
-    """An `ImageTokenizer` made of a network and a codebook."""
+    """An `ImageTokenizer` made of a network and a codebook. Raises TokenizerError if a weight is NaN or infinite."""
 
     name: str
     """What `--tokenizer` calls it."""
@@ -106,6 +116,11 @@ class CodebookTokenizer:
 
     def __post_init__(self) -> None:
         self.codebook_size = len(self.codebook_KD)
+        model = getattr(self.network, "model", self.network)
+        weights = model.state_dict() if isinstance(model, nn.Module) else {}
+        for name, tensor in {**weights, "the codebook": self.codebook_KD}.items():
+            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                raise TokenizerError(f"tokenizer {self.name}: {name} has NaN or infinite weights: the file is damaged")
         self._latents = self.network.latents
         self._is_compiled = False
 
@@ -139,11 +154,17 @@ class CodebookTokenizer:
         B, h, w = codes_Bhw.shape
         shape = (B, h * self.stride, w * self.stride, 3)
         pixels_BHWC = torch.empty(shape, dtype=torch.uint8, device=self.device)
+        is_number_B = torch.empty(B, dtype=torch.bool, device=self.device)
 
         def work(i: int) -> None:
-            pixels_BHWC[i] = self._pixels(codes_Bhw[i])
+            pixels_BHWC[i], is_number_B[i] = self._pixels(codes_Bhw[i])
 
         self._for_each(work, range(B))
+        if not bool(is_number_B.all()):
+            number = int(is_number_B.int().argmin())
+            raise TokenizerError(
+                f"tokenizer {self.name} in {self.precision} gave NaN or infinite pixels for picture {number} of {B}: {NAN_HELP}"
+            )
         return pixels_BHWC
 
     def _images_at_once(self, B: int) -> int:
@@ -170,11 +191,12 @@ class CodebookTokenizer:
         return nearest(latents_ND, self.codebook_KD).view(B, H // self.stride, W // self.stride)
 
     @torch.inference_mode()
-    def _pixels(self, codes_hw: Tensor) -> Tensor:
+    def _pixels(self, codes_hw: Tensor) -> tuple[Tensor, Tensor]:
         latents_hwD = self.codebook_KD[codes_hw.to(self.device, torch.int64)]
         with running_in(self.device, self.precision):
             pixels_CHW = self.network.image(latents_hwD.permute(2, 0, 1)[None])[0].float()
-        return ((pixels_CHW.clamp(-1, 1) + 1) / 2 * 255).round().permute(1, 2, 0).to(torch.uint8)
+        is_number = pixels_CHW.isfinite().all()
+        return ((pixels_CHW.clamp(-1, 1) + 1) / 2 * 255).round().permute(1, 2, 0).to(torch.uint8), is_number
 
 
 def _power_of_two(count: int) -> int:
