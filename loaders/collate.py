@@ -150,7 +150,7 @@ def read_samples(rows: Sequence[LoadedRows], numbers: Sequence[int]) -> list[Sam
         sample: Sample = {"__key__": key, "__url__": held.url, "data_type": record["data_type"], "text": record["text"]}
         if len(record) > _PLAIN_FIELDS or record["width"] is not None or record["height"] is not None:
             extra = {name: value for name, value in record.items() if name not in _OTHERWISE_GIVEN}
-            sample.update((name, value) for name, value in extra.items() if value is not None)
+            sample.update((name, value) for name, value in extra.items() if value is not None and name not in sample)
         if held.reader.has_images and (image := _image(held, row, record)) is not None:
             sample["image"] = image
         samples.append(sample)

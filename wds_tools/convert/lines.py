@@ -16,7 +16,7 @@ import orjson
 from braceexpand import braceexpand
 
 from wds_tools.errors import NotFound, Reject, StorageError, UsageError
-from wds_tools.format.schema import RESERVED_FIELDS
+from wds_tools.format.schema import taken_names
 from wds_tools.run.progress import Progress
 from wds_tools.storage import join, open_store, split_url
 from wds_tools.storage.base import split_scheme
@@ -155,7 +155,7 @@ def required_text(record: dict[str, Any], names: Sequence[str]) -> str:
 
 def check_kept_fields(keep: Sequence[str]) -> None:
     """Raise UsageError if a field can't be kept under its own name."""
-    if taken := RESERVED_FIELDS.intersection(keep):
+    if taken := taken_names(keep):
         raise UsageError(f"--keep {', '.join(sorted(taken))}: these names are the schema's own, or not safe for readers")
 
 

@@ -28,6 +28,7 @@ import safetensors.numpy
 from numpy.typing import NDArray
 
 from wds_tools.errors import FormatError
+from wds_tools.format.schema import is_reserved
 from wds_tools.format.tar import BLOCK
 
 INDEX_VERSION = 1
@@ -295,6 +296,8 @@ def _check(index: ShardIndex) -> None:
         raise FormatError(f"its tar has the size {tar_bytes!r} and the hash {index.tar_xxh128!r}")
     if not all(type(member) is str for member in members) or len(set(members)) < len(members):
         raise FormatError(f"its members are {members!r}: expected different names")
+    if taken := [member for member in members if is_reserved(member)]:
+        raise FormatError(f"its member {taken[0]} would replace what a sample says of itself: rename it in the tar")
     start, size = index.start.astype(np.uint64), index.size.astype(np.uint64)
     beyond = (start > tar_bytes) | (size > tar_bytes - np.minimum(start, tar_bytes))
     if beyond.any():
