@@ -64,8 +64,10 @@ def check_resume(
         for step in range(0, len(states), every):
             seen, state = states[step]
             for after in topologies:
-                rest, _ = run(make, after, state, items, merge)
+                rest, its_states = run(make, after, state, items, merge)
                 expected = reference[seen:] if seen < len(reference) else None
+                if expected is not None and len(its_states) == 1 and after.world_size > 1:
+                    rest = rest[: len(expected)]  # with fewer samples than ranks left, the next epoch's make up one for each
                 assert expected is None or rest == expected, (
                     f"saved under {before} after step {step + 1} ({seen} items), restored under {after}: "
                     f"{_difference(rest, expected)}"
