@@ -103,7 +103,8 @@ def test_a_mixture_with_a_schedule_goes_on_on_any_topology(tmp_path: Path) -> No
     for seen, state in states[:-1]:
         for topology in TOPOLOGIES:
             rest, _ = run(make, topology, state, lambda batch: batch["__key__"])
-            assert found[:seen] + rest == order
+            assert (found[:seen] + rest)[:97] == order
+            assert len(rest) in (97 - seen, topology.world_size)
 
 
 def test_worker_processes_read_the_same_sequence_and_resume_into_any_number(tmp_path: Path) -> None:
@@ -133,7 +134,8 @@ def test_an_epoch_has_every_sample_once_over_any_ranks(tmp_path_factory: pytest.
             None,
             lambda batch: batch["__key__"],
         )
-        assert sorted(found) == [f"p-{number:05d}" for number in range(count)]
+        assert sorted(found[:count]) == [f"p-{number:05d}" for number in range(count)]
+        assert len(found) == max(count, world_size)
 
 
 def test_a_batch_has_texts_types_sources_and_one_tensor_of_codes(tmp_path: Path) -> None:

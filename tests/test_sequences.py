@@ -395,7 +395,8 @@ def test_real_tokenizers_give_the_rows_that_transformers_gives(name: str, tmp_pa
         (tmp_path / file.name.removesuffix(".xz")).write_bytes(data)
     folder = tmp_path / "added"
     assert add_tokens(str(tmp_path), str(folder), IMAGE_TOKENS).num_tokens == size + 3
-    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    if not (folder / "tokenizer_config.json").exists():
+        (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     theirs = AutoTokenizer.from_pretrained(str(folder))
     text = "Zwei Hunde 🐶 spielen - two dogs\nplay <b>here</b>.  终"
     sample = image_sample(7)._replace(text=text)
