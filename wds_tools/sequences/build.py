@@ -30,7 +30,7 @@ from wds_tools.format.schema import Codes, Sample
 from wds_tools.sequences.choices import choose
 from wds_tools.sequences.config import SequenceConfig
 from wds_tools.sequences.tokenizer import NO_IDS, Ids, Part, TextTokenizer, joined
-from wds_tools.sequences.vocabulary import find_vocabulary
+from wds_tools.sequences.vocabulary import find_vocabulary, ids_of
 
 ROWS_VERSION = 2
 """Which ids an example has. 1: texts and wordings were tokenized apart."""
@@ -80,9 +80,9 @@ class ExampleBuilder:
             for role, (before, behind) in (("system", prompts.system), ("human", prompts.human), ("gpt", prompts.gpt))
         }
         vocabulary = self.vocabulary
-        self._bos, self._boi, self._eoi = (Part(_ids(token)) for token in (vocabulary.bos, vocabulary.boi, vocabulary.eoi))
+        self._bos, self._boi, self._eoi = (Part(ids_of(token)) for token in (vocabulary.bos, vocabulary.boi, vocabulary.eoi))
         self._trained_bos, self._trained_eoi = (part._replace(trained=True) for part in (self._bos, self._eoi))
-        self._eos = Part(_ids(vocabulary.eos), True)
+        self._eos = Part(ids_of(vocabulary.eos), True)
         self._around_image = lru_cache(4096)(self._count_around_image)
 
     @property
@@ -257,7 +257,3 @@ def _grids(sample: Sample) -> list[Codes]:
 def _common_length(lengths: Sequence[int], room: int) -> int:
     """The greatest length to which texts can be shortened so that they fit the room together."""
     return max(most for most in range(max(lengths) + 1) if sum(min(length, most) for length in lengths) <= room)
-
-
-def _ids(token: int | None) -> Ids:
-    return NO_IDS if token is None else np.array([token], np.int32)

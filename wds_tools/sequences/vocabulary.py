@@ -17,7 +17,7 @@ import numpy as np
 from wds_tools.errors import StorageError, UsageError
 from wds_tools.sequences.config import SequenceConfig
 from wds_tools.sequences.prompts import Prompts, read_prompts
-from wds_tools.sequences.tokenizer import FILE, Part, TextTokenizer, joined, load_backend
+from wds_tools.sequences.tokenizer import FILE, NO_IDS, Ids, Part, TextTokenizer, joined, load_backend
 
 MOST_IDS = 1 << 31
 """Ids that an int32 tells apart."""
@@ -53,14 +53,10 @@ class Vocabulary:
 
     def before_image(self, text: str, size: tuple[int, int] | None, wording: int) -> list[Part]:
         """What stands before the codes of a text-to-image example; see `prompt_ids`."""
-        parts = [] if self.bos is None else [Part(np.array([self.bos], np.int32))]
         stated = self.prompts.size.format(width=size[0], height=size[1]) if size else ""
-        if text:
-            draw = self.prompts.draw[wording % len(self.prompts.draw)]
-            parts += [Part(words=text, is_own=True), *self.tokenizer.wording(stated), *self.tokenizer.wording(draw)]
-        else:
-            parts += [*self.tokenizer.wording(stated), *self.tokenizer.wording(self.names.unconditional)]
-        return [*parts, *self.tokenizer.wording(self.names.boi)]
+        draw = self.prompts.draw[wording % len(self.prompts.draw)] if text else self.names.unconditional
+        ours = self.tokenizer.wording(stated + draw + self.names.boi)
+        return [Part(ids_of(self.bos)), Part(words=text, is_own=True), *ours]
 
     def prompt_ids(self, text: str, *, size: tuple[int, int] | None = None, wording: int = 0) -> list[int]:
         """What to generate an image from: exactly the ids that stand before its codes in a row, `<boi>` the last.
@@ -154,6 +150,11 @@ def add_tokens(path: str, output: str, names: Sequence[str]) -> TextTokenizer:
     except OSError as error:
         raise StorageError(f"--output {output}: can't write the tokenizer there: {error}") from error
     return TextTokenizer(output)
+
+
+def ids_of(token: int | None) -> Ids:
+    """One id, or none."""
+    return NO_IDS if token is None else np.array([token], np.int32)
 
 
 def _known(tokenizer: TextTokenizer, name: str | None) -> int:
