@@ -24,7 +24,8 @@ from wds_tools.errors import FormatError, UsageError
 from wds_tools.format.typed_json import Count, read_json, shape
 
 MODULUS = 1 << 128
-RECEIPT_VERSION = 1
+RECEIPT_VERSION = 2
+"""1: tail="short" dealt the last step out so that ranks could come away empty."""
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -146,7 +147,8 @@ class Receipt:
     def steps(self, span: Span) -> tuple[Steps, int]:
         """The steps of which a span is the first ones, and how many it is."""
         _, low, high, batch_size = span
-        return Steps(self.recipe["length"], low, batch_size, self.tail), -((low - high) // batch_size)
+        steps = Steps(self.recipe["length"], low, batch_size, self.tail, self.world.world_size)
+        return steps, min(-((low - high) // batch_size), len(steps))
 
 
 def unpack_receipt(data: bytes, name: str) -> Receipt:
@@ -188,7 +190,7 @@ def unpack_receipt(data: bytes, name: str) -> Receipt:
         if span[3] < receipt.world.world_size or span[1] >= span[2]:
             raise FormatError(f"{what}: {list(span)} is no span (epoch, low, high, batch size)")
         steps, count = receipt.steps(span)
-        if count > len(steps) or steps.end(count - 1) != span[2]:
+        if not count or steps.end(count - 1) != span[2]:
             raise FormatError(f"{what}: the span {list(span)} does not end with a step of an epoch of {steps.length} samples")
     return receipt
 

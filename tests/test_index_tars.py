@@ -8,6 +8,7 @@ import shutil
 import signal
 import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from commands import last_line, start, tree, wait_until, wds_tools, write_docume
 from factory import image_sample, make_dataset, text_sample
 from s3 import S3Server
 
+from loaders import LoaderConfig, ShardDataset, Source, TarDataset, World, build_loader
 from wds_tools.check.verify import VerifyConfig, verify
 from wds_tools.cli import index as cli_index
 from wds_tools.cli.main import main
@@ -24,7 +26,7 @@ from wds_tools.dataset.index import index_tars, rebuild_indices
 from wds_tools.dataset.read import ShardBytes, read_manifest
 from wds_tools.errors import FormatError, NotFound, StorageError, UsageError, WorkerDied
 from wds_tools.format.checksum import content_hash
-from wds_tools.format.index import ABSENT, unpack_index
+from wds_tools.format.index import ABSENT, pack_index, unpack_index
 from wds_tools.format.manifest import Manifest
 from wds_tools.format.schema import ANY_MEMBERS, SCHEMA_VERSION
 from wds_tools.storage import open_store
@@ -309,6 +311,26 @@ def test_ctrl_c_says_to_run_the_same_command_again(
     monkeypatch.setattr(cli_index, "run", pressed)
     assert main(["index", str(tars)]) == 130
     assert capsys.readouterr().err == "wds-tools: interrupted; run the same command again\n"
+
+
+@pytest.mark.parametrize("name", ["__key__", "__url__", "__source__", "__local_path__"])
+@pytest.mark.parametrize("long", [False, True])
+def test_a_member_cannot_replace_what_a_sample_says_of_itself(tmp_path: Path, name: str, long: bool) -> None:
+    """In any reader, and by an index that another program wrote: a long name makes the tar one that is read member by member."""
+    key = "k" * (120 if long else 1)
+    write_tarfile(tmp_path / "a.tar", {f"{key}.txt": b"1", f"{key}.{name}": b"forged"})
+    with pytest.raises(FormatError, match=rf"a\.tar, byte \d+: .*would replace the sample's own {name}"):
+        list(TarDataset(str(tmp_path)))
+    with pytest.raises(FormatError, match=rf"a\.tar, byte \d+: .*would replace the sample's own {name}"):
+        index(tmp_path)
+    write_tarfile(tmp_path / "a.tar", {f"{key}.txt": b"1", f"{key}.forged": b"forged"})
+    index(tmp_path)
+    path = tmp_path / "a.tar.index"
+    path.write_bytes(pack_index(replace(unpack_index(path.read_bytes()), members=("txt", name))))
+    with pytest.raises(FormatError, match=f"a.tar.index: its member {name} would replace"):
+        list(ShardDataset(str(tmp_path)))
+    with pytest.raises(FormatError, match=f"a.tar.index: its member {name} would replace"):
+        next(iter(build_loader(LoaderConfig(sources=(Source(str(tmp_path)),), batch_size=1), World())))
 
 
 # ---- What may be done with it ----

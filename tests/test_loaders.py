@@ -103,6 +103,17 @@ def test_a_sample_has_only_the_fields_that_it_has(tmp_path: Path) -> None:
     }
 
 
+def test_fields_of_a_record_cannot_replace_what_a_sample_says_of_itself(tmp_path: Path) -> None:
+    """A writer refuses such fields; a shard that another program wrote may have them."""
+    url = tmp_path / "text"
+    fields = {"xxkeyxx": "forged", "xxurlxx": "forged", "kept": 1}
+    make_dataset(url, [Sample(key="a", data_type="text_pretrain", text="t", provenance=fields)])
+    (shard,) = url.glob("*.tar")
+    shard.write_bytes(shard.read_bytes().replace(b"xxkeyxx", b"__key__").replace(b"xxurlxx", b"__url__"))
+    (sample,) = ShardDataset(str(url))
+    assert (sample["__key__"], sample["__url__"], sample["kept"]) == ("a", str(shard), 1)
+
+
 def test_large_codes_and_odd_grids_survive(tmp_path: Path) -> None:
     grid_hw = np.array([[0, 262_143, 70_000]], dtype="<u4")
     url = str(tmp_path / "multi")

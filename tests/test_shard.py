@@ -340,6 +340,7 @@ INVALID: dict[str, tuple[dict[str, Any], str]] = {
     "document with image": ({"data_type": "text_pretrain", "image": b"", "image_extension": "jpg"}, "neither image nor codes"),
     "provenance named text": ({"provenance": {"text": 1}}, "reserved names text"),
     "provenance named id": ({"provenance": {"id": 1, "cls": 2}}, "reserved names cls, id"),
+    "provenance named as a sample names itself": ({"provenance": {"__key__": "x"}}, "reserved names __key__"),
     "provenance that is no JSON": ({"provenance": {"when": {1, 2}}}, "can't be written as JSON"),
     "provenance beyond 64 bits": ({"provenance": {"n": 1 << 64}}, "can't be written as JSON"),
     "provenance name that is a number": ({"provenance": {1: 2}}, "can't be written as JSON"),
@@ -553,6 +554,13 @@ def test_a_name_is_cut_at_the_first_dot_behind_the_last_slash_as_webdataset_does
 def test_a_name_without_key_or_suffix_is_refused(name: str) -> None:
     with pytest.raises(FormatError, match=r"^here: .* is not KEY\.SUFFIX"):
         split_name(name, "here")
+
+
+@pytest.mark.parametrize("suffix", ["__key__", "__url__", "__source__", "__local_path__", "____"])
+def test_a_member_that_would_replace_what_a_sample_says_of_itself_is_refused(suffix: str) -> None:
+    with pytest.raises(FormatError, match=f"^here: .*would replace the sample's own {suffix}"):
+        split_name(f"a.{suffix}", "here")
+    assert split_name("__a__.__b.json", "here") == ("__a__", "__b.json")
 
 
 OUTCOMES: dict[str, int | str] = {

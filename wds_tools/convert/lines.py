@@ -22,7 +22,7 @@ from braceexpand import braceexpand
 
 from wds_tools.convert.options import ConvertOptions
 from wds_tools.errors import NotFound, StorageError, UsageError
-from wds_tools.format.schema import RESERVED_FIELDS
+from wds_tools.format.schema import taken_names
 from wds_tools.run.progress import Progress
 from wds_tools.sources.fields import MAX_LINE_BYTES, Line
 from wds_tools.storage import join, open_store, split_url
@@ -155,7 +155,7 @@ def number_lines(chunks: Iterable[bytes], first: int = 1) -> Iterator[Line]:
 
 def check_kept_fields(keep: Sequence[str]) -> None:
     """Raise UsageError if a field can't be kept under its own name."""
-    if taken := RESERVED_FIELDS.intersection(keep):
+    if taken := taken_names(keep):
         raise UsageError(f"--keep {', '.join(sorted(taken))}: these names are the schema's own, or not safe for readers")
 
 

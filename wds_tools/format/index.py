@@ -28,6 +28,7 @@ import safetensors.numpy
 from numpy.typing import NDArray
 
 from wds_tools.errors import FormatError
+from wds_tools.format.schema import is_reserved
 from wds_tools.format.tar import BLOCK
 from wds_tools.format.typed_json import Count, read_json, shape
 
@@ -311,6 +312,8 @@ def _check(index: ShardIndex) -> None:
     members, tar_bytes, lengths = index.members, index.tar_bytes, index.lengths
     if len(set(members)) < len(members):
         raise FormatError(f"its members are {members!r}: expected different names")
+    if taken := [member for member in members if is_reserved(member)]:
+        raise FormatError(f"its member {taken[0]} would replace what a sample says of itself: rename it in the tar")
     start, size = index.start.astype(np.uint64), index.size.astype(np.uint64)
     beyond = (start > tar_bytes) | (size > tar_bytes - np.minimum(start, tar_bytes))
     if beyond.any():

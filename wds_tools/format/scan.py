@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from wds_tools.errors import FormatError
 from wds_tools.format.checksum import crc32
 from wds_tools.format.index import ShardIndex, make_index
+from wds_tools.format.schema import is_reserved
 from wds_tools.format.shard import group_samples
 from wds_tools.format.tar import BLOCK, MAX_MEMBER_BYTES, changes_member, pax_records, read_members
 
@@ -259,6 +260,8 @@ def _group(names: _Array, begin: _Array, offset: _Array, length: _Array) -> Scan
         key_texts = b"\0".join(_as_bytes(keys[firsts])).decode().split("\0")
         suffix_texts = tuple(text.decode() for text in suffixes)
     except UnicodeDecodeError:
+        return None
+    if any(map(is_reserved, suffix_texts)):
         return None
     if len(set(key_texts)) < len(key_texts) or len(np.unique(sample * len(suffixes) + suffix)) < len(names):
         return None

@@ -9,7 +9,7 @@ in `grids`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
@@ -174,6 +174,16 @@ def one_set(codes: Mapping[str, _Value], name: str | None) -> dict[str, _Value]:
     return {column: value for column, value in codes.items() if column.partition("-")[2] == name}
 
 
+def is_reserved(suffix: str) -> bool:
+    """Whether loaders, or webdataset, could take a member of this suffix for what they say of a sample themselves: `__key__`."""
+    return suffix.startswith("__") and suffix.endswith("__")
+
+
+def taken_names(names: Iterable[str]) -> list[str]:
+    """Those of these names that provenance may not use."""
+    return [name for name in names if name in RESERVED_FIELDS or is_reserved(str(name))]
+
+
 def check_key(key: str) -> None:
     """Raise FormatError unless `key` can name a sample (see Sample.key)."""
     if not key or len(key) > MAX_KEY_BYTES or not _KEY_ALPHABET.issuperset(key):
@@ -220,7 +230,7 @@ def validate(sample: Sample) -> None:
         raise FormatError(f"{sample.key}: conversations are not a list of turns with a string 'from' and a string 'value'")
     if sample.data_type == "text_pretrain" and (sample.codes or sample.image is not None):
         raise FormatError(f"{sample.key}: text_pretrain has neither image nor codes")
-    if sample.provenance and (taken := RESERVED_FIELDS.intersection(sample.provenance)):
+    if sample.provenance and (taken := taken_names(sample.provenance)):
         raise FormatError(f"{sample.key}: provenance may not use the reserved names {', '.join(sorted(taken))}")
 
 

@@ -28,7 +28,7 @@ from wds_tools.errors import FormatError
 from wds_tools.format.checksum import content_hash, crc32
 from wds_tools.format.index import IndexBuilder, ShardIndex
 from wds_tools.format.manifest import ShardRow
-from wds_tools.format.schema import IMAGE_EXTENSIONS, JSON_FIELDS, Sample, SourceImage, validate
+from wds_tools.format.schema import IMAGE_EXTENSIONS, JSON_FIELDS, Sample, SourceImage, is_reserved, validate
 from wds_tools.format.tar import BLOCK, END, Member, header, padding
 
 _PIXELS = {int, type(None)}
@@ -273,12 +273,14 @@ def split_name(name: str, where: str) -> tuple[str, str]:
     """A member's name as (key, suffix): "a/b.x.npy" is ("a/b", "x.npy"). The leading "./" of some tars is dropped.
 
     Raises:
-        FormatError: there is no key or no suffix; the message names `where`.
+        FormatError: there is no key or no suffix, or it would replace what loaders say of a sample; the message names `where`.
     """
     folder, slash, base = name.removeprefix("./").rpartition("/")
     stem, dot, suffix = base.partition(".")
     if not stem or not dot or not suffix:
         raise FormatError(f"{where}: {name!r} is not KEY.SUFFIX")
+    if is_reserved(suffix):
+        raise FormatError(f"{where}: {name!r} would replace the sample's own {suffix}: rename the member, or leave it out")
     return folder + slash + stem, suffix
 
 
