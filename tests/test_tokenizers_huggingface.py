@@ -181,7 +181,7 @@ def test_weights_in_several_files_load_from_the_links_of_a_cache_and_never_from_
     linked = load_tokenizer("janus", weights=str(tmp_path / "snapshot"), device="cpu")
     assert linked.weights_hash == load_tokenizer("janus", weights=str(whole), device="cpu").weights_hash
     (whole / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../blobs/config.json"}}))
-    with pytest.raises(TokenizerError, match="names ../blobs/config.json, which is not there"):
+    with pytest.raises(TokenizerError, match=r"names \.\./blobs/config\.json, which is not there"):
         load_tokenizer("janus", weights=str(whole), device="cpu")
 
 
