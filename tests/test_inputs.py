@@ -36,10 +36,20 @@ def dclm(folder: Path, output: Path, **options: Any) -> Manifest:
 
 DCLM, PAIRS, SFT = "convert dclm --input", "convert image-pairs --input", "convert sft --input"
 CASES = [
-    ("folder-mixed-suffixes", f"{DCLM} in", 0, "12 of 12 inputs.*2 files are left out, such as in/d.jsonl.gz, in/e.jsonl"),
+    (
+        "folder-mixed-suffixes",
+        f"{DCLM} in",
+        0,
+        "12 of 12 inputs.*2 files of the input folders are not read as records, such as in/d.jsonl.gz, in/e.jsonl",
+    ),
     ("symlinks-silently-skipped", f"{DCLM} in", 0, "4 of 4 inputs"),
-    ("symlinks-silently-skipped", f"{DCLM} in --strict-links", 0, "2 of 2 inputs.*2 files are left out, such as in/b.jsonl.zst"),
-    ("hf-cache-symlinks", f"{DCLM} snapshots/rev", 0, "3 of 3 inputs.*2 files are left out"),
+    (
+        "symlinks-silently-skipped",
+        f"{DCLM} in --strict-links",
+        0,
+        "2 of 2 inputs.*2 files of the input folders are not read as records, such as in/b.jsonl.zst",
+    ),
+    ("hf-cache-symlinks", f"{DCLM} snapshots/rev", 0, "3 of 3 inputs.*2 files of the input folders are not read"),
     ("hf-cache-symlinks", f"{DCLM} snapshots/rev/shard_00000000.jsonl.zst", 0, "3 of 3 inputs"),
     ("hf-cache-symlinks", f"{PAIRS} pairs.jsonl --image-root snapshots/rev", 0, "1 of 1 inputs"),
     ("hf-cache-symlinks", f"{PAIRS} pairs.jsonl --image-root snapshots/rev --strict-links", 1, "1 outside_root"),
@@ -107,12 +117,15 @@ def test_what_a_folder_holds_beside_its_inputs_is_counted_and_named_but_not_the_
     assert captions(read_samples(folder / "sets/out")) == ["C.JSONL.ZSTD", "a.jsonl.zst", "b.json.zst"]
     left_out = {"files": 4, "such_as": ", ".join(f"{folder}/{name}" for name in ("notes", "n?.txt", "x.gz"))}
     assert json.loads(manifest)["source"]["left_out"] == left_out
-    assert capsys.readouterr().err == f"wds-tools: 4 files are left out, such as {left_out['such_as']}\n"
+    assert (
+        capsys.readouterr().err
+        == f"wds-tools: 4 files of the input folders are not read as records, such as {left_out['such_as']}\n"
+    )
     dclm(folder, folder / "sets/out", overwrite=True)
     assert (folder / "sets/out/manifest.json").read_bytes() == manifest
     capsys.readouterr()
     assert main(["verify", str(folder / "sets/out"), "--quiet"]) == 0
-    assert f"left out     4 files of the input folders, such as {folder}/notes" in capsys.readouterr().out
+    assert f"left out     4 files, not read as records, such as {folder}/notes" in capsys.readouterr().out
 
 
 def test_a_link_to_nothing_among_the_inputs_is_an_error_before_anything_is_written(tmp_path: Path) -> None:

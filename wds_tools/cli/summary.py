@@ -57,7 +57,7 @@ def print_data_set(url: str, manifest: Manifest, *, json: bool = False) -> None:
         "shards": f"{len(manifest.shards):,}, {manifest.bytes / 1e6:,.1f} MB, {_per_sample(manifest)}",
     }
     if isinstance(left_out := manifest.source.get("left_out"), dict):
-        facts["left out"] = f"{left_out.get('files')} files of the input folders, such as {left_out.get('such_as')}"
+        facts["left out"] = f"{left_out.get('files')} files, not read as records, such as {left_out.get('such_as')}"
     for column, provenance in manifest.codes.items():
         size = provenance.get("codebook_size")
         settings = [f"{size:,} codes" if isinstance(size, int) else "codes of unknown number"]

@@ -110,7 +110,8 @@ def expand_inputs(options: ConvertOptions, choose: Choice) -> Inputs:
         raise UsageError("no input: pass --input with files or folders")
     if found.left_out:
         left_out = found.source["left_out"]
-        print(f"wds-tools: {left_out['files']:,} files are left out, such as {left_out['such_as']}", file=sys.stderr)
+        what = f"{left_out['files']:,} files of the input folders are not read as records, such as {left_out['such_as']}"
+        print(f"wds-tools: {what}", file=sys.stderr)
     return found
 
 
