@@ -65,9 +65,9 @@ class Claim:
         self._thread = threading.Thread(target=self._stay, daemon=True)
 
     def __enter__(self) -> Self:
-        self._come()
-        self._thread.start()
         try:
+            self._come()
+            self._thread.start()
             self._wait_for_others()
         except BaseException:
             self._leave()
@@ -111,7 +111,8 @@ class Claim:
 
     def _leave(self) -> None:
         self._is_over.set()
-        self._thread.join(_LEAVE_S)
+        if self._thread.ident is not None:
+            self._thread.join(_LEAVE_S)
         try:
             self._store.delete(self._name)
         except StorageError:
