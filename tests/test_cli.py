@@ -10,18 +10,20 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import environment, image_bytes, last_line, wds_tools, write_documents, write_jsonl, write_pairs
+from commands import command, environment, image_bytes, last_line, wds_tools, write_documents, write_jsonl, write_pairs
 from factory import image_sample, make_dataset, text_sample
 from s3 import S3Server
 
 from wds_tools.cli.main import COMMANDS, main
 from wds_tools.dataset.read import read_manifest
+from wds_tools.errors import UsageError
 from wds_tools.storage import open_store
 
 
@@ -285,6 +287,71 @@ def test_a_reader_that_goes_away_is_no_traceback(tmp_path: Path) -> None:
     process.wait(30)
 
 
+@pytest.mark.parametrize("args", [["verify", "SET"], ["verify", "SET", "--json"], ["verify", "--help"], ["--help"]], ids=" ".join)
+def test_a_full_disk_under_standard_output_is_one_line(tmp_path: Path, args: list[str]) -> None:
+    make_dataset(tmp_path / "set", [text_sample(1)])
+    words = [word.replace("SET", str(tmp_path / "set")) for word in args]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            command(*words), env=environment(), stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False
+        )
+    assert (done.returncode, done.stderr) == (1, "wds-tools: can't write to standard output: No space left on device\n")
+
+
+def test_messages_that_nobody_can_read_change_nothing(tmp_path: Path) -> None:
+    write_documents(tmp_path / "in.jsonl.zst", [{"text": "a"}])
+    args = command("convert", "dclm", "--input", tmp_path / "in.jsonl.zst", "--output", tmp_path / "out")
+    for closed in ("2> /dev/full", "2>&-"):
+        done = subprocess.run(["sh", "-c", f'"$@" {closed}', "sh", *args, "--overwrite"], env=environment(), check=False)
+        assert done.returncode == 0
+    assert subprocess.run(["sh", "-c", '"$@" 2>&- >&-', "sh", *args], env=environment(), check=False).returncode == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_while_modules_load_is_one_line(tmp_path: Path, number: signal.Signals) -> None:
+    (tmp_path / "tyro.py").write_text(
+        "import sys, time; sys.__stdout__.write('loading'); sys.__stdout__.close(); time.sleep(100)"
+    )
+    environ = environment()
+    environ["PYTHONPATH"] = os.pathsep.join([str(tmp_path), environ["PYTHONPATH"]])
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command("verify", "x"), env=environ, stdout=pipe, stderr=pipe, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.read(7) == "loading"
+        process.send_signal(number)
+        _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (128 + number, f"wds-tools: stopped by {number.name}\n")
+
+
+@pytest.mark.parametrize("name", [os.fsdecode(b"caf\xe9"), "a\nb", "a\x1b[2Jb"], ids=["latin-1", "newline", "escape"])
+def test_a_path_that_could_not_be_written_down_is_refused_wherever_it_is_given(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(tmp_path / name)
+    for args in (
+        ["verify", path, "--json"],
+        ["stats", str(tmp_path), "--html", f"{path}/report.html"],
+        ["encode", "--input", path, "--output", str(tmp_path / "out")],
+        ["convert", "sft", "--input", "x.json", "--image-root", path, "--output", str(tmp_path / "out")],
+        ["doctor", path],
+    ):
+        assert main(args) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "has a control character, or bytes that are not UTF-8" in line
+        assert line.isprintable()
+    with pytest.raises(UsageError, match="rename it"):
+        open_store(path)
+
+
+def test_a_stray_file_whose_name_is_not_utf_8_is_named(tmp_path: Path) -> None:
+    make_dataset(tmp_path / "set", [text_sample(1)])
+    stray = os.fsdecode(b"caf\xe9")
+    (tmp_path / "set" / stray).write_text("")
+    assert "WRONG  caf\\udce9: not in the manifest" in wds_tools("verify", tmp_path / "set", status=1).stdout
+    said = json.loads(wds_tools("verify", tmp_path / "set", "--json", status=1).stdout)
+    assert said["problems"][0].startswith(f"{stray}: not in the manifest")
+
+
 NO_RECORD = {"completion", "view"}
 """Commands whose output is no record: a script, a web page."""
 
@@ -331,6 +398,8 @@ def test_doctor_says_what_is_installed_and_what_can_be_read(tmp_path: Path, caps
     assert re.search(r"new +readable in .*: nothing is there; writable", shown)
     assert shown.endswith("doctor: all is well\n")
     assert [path.name for path in (tmp_path / "files").iterdir() if path.is_file()] == ["a.txt"]
+    assert main(["doctor", f"{tmp_path}/nope"]) == 1
+    assert re.search(r"nope +WRONG: nothing is there: ", capsys.readouterr().out)
 
 
 def test_doctor_shows_no_secret(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

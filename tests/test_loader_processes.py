@@ -271,6 +271,51 @@ def test_workers_of_a_killed_run_end_by_themselves_and_leave_nothing(
     following.close()
 
 
+LONG = """
+import signal, sys, time
+import loaders.fetch
+from loaders import LoaderConfig, ShardDataset, Source, World, build_loader
+from torch.utils.data import DataLoader
+
+loaders.fetch._GRACE_S = 0.5
+if sys.argv[2] == "its own DataLoader":
+    made = DataLoader(ShardDataset(sys.argv[1]), batch_size=None, num_workers=2)
+else:
+    made = build_loader(LoaderConfig(sources=(Source(sys.argv[1]),), batch_size=4, num_workers=2), World())
+if sys.argv[2] == "a handler":
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+batches = iter(made)
+next(batches)
+time.sleep(0.5)  # workers have more on their way by now than a pipe holds
+print("reading", flush=True)
+time.sleep(100)
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "how", "status"),
+    [
+        (signal.SIGKILL, "nothing", -signal.SIGKILL),
+        (signal.SIGTERM, "nothing", -signal.SIGTERM),
+        (signal.SIGTERM, "a handler", 143),
+        (signal.SIGTERM, "its own DataLoader", -signal.SIGTERM),
+    ],
+)
+def test_workers_end_with_their_trainer_also_if_nobody_takes_what_they_have(
+    tmp_path: Path, short_folder: Path, number: signal.Signals, how: str, status: int
+) -> None:
+    make_dataset(tmp_path / "set", (text_sample(n)._replace(text="x" * 300_000) for n in range(40)), shard_samples=20)
+    script = tmp_path / "train.py"
+    script.write_text(LONG)
+    with started(script, str(tmp_path / "set"), how, short_folder / "tmp") as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "reading\n"
+        assert len(session(process.pid)) >= 2
+        process.send_signal(number)
+        assert process.wait(WATCHDOG_S) == status
+        wait_until(lambda: not session(process.pid), "the workers end", WATCHDOG_S)
+
+
 @pytest.mark.parametrize(
     ("sleeping", "to_all"),
     [

@@ -294,17 +294,32 @@ def test_workers_end_when_their_parent_is_killed(texts: Path, tmp_path: Path) ->
     wait_until(lambda: not session(process.pid), "no process is left", 10)
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
-def test_ctrl_c_ends_the_run_with_one_line_and_no_orphans(texts: Path, peace: Peace, tmp_path: Path, workers: str) -> None:
+@pytest.mark.parametrize(
+    ("workers", "number", "kill"),
+    [
+        pytest.param("1", signal.SIGINT, os.killpg, id="Ctrl-C, which a terminal sends to all processes"),
+        pytest.param("2", signal.SIGINT, os.killpg, id="Ctrl-C with workers"),
+        pytest.param("1", signal.SIGTERM, os.kill, id="a container that is stopped"),
+        pytest.param("2", signal.SIGTERM, os.kill, id="a container that is stopped, with workers"),
+        pytest.param("2", signal.SIGTERM, os.killpg, id="a batch job at its time limit"),
+        pytest.param("2", signal.SIGHUP, os.killpg, id="a terminal that is closed"),
+    ],
+)
+def test_whatever_stops_a_run_one_line_says_so_and_nothing_is_left_but_what_is_finished(
+    texts: Path, peace: Peace, tmp_path: Path, workers: str, number: signal.Signals, kill: Callable[[int, int], None]
+) -> None:
     args, output = [*convert_dclm(texts), "--workers", workers], tmp_path / "out"
     process = begin(args, output, 1)
-    os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to all processes
+    kill(process.pid, number)
     go_on(process)
-    _, said = process.communicate(timeout=30)
-    assert process.returncode == 130, said
-    assert said.splitlines() == ["wds-tools: interrupted; finished shards are kept, run again with --resume"]
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, said
+    what = "interrupted" if number == signal.SIGINT else f"stopped by {number.name}"
+    assert said.splitlines() == [f"wds-tools: {what}; finished shards are kept, run again with --resume"]
     wait_until(lambda: not session(process.pid), "no process is left", 10)
     assert not (output / "manifest.json").exists()
+    assert not (output / ".tmp").exists()
+    assert list(output.glob("_work/run-*")) == []  # so that a rerun on another machine need not wait
     wds_tools(*args, "--output", output, "--resume")
     assert tree(output) == peace(convert_dclm(texts))[0]
 

@@ -12,9 +12,10 @@ import signal
 import socket
 import tarfile
 import threading
+import time
 import urllib.parse
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from s3 import S3Server
 from wds_tools.check.rows import Rows, find_key
 from wds_tools.check.view import browse, rejects
 from wds_tools.check.view.pages import PagesConfig, Request
-from wds_tools.check.view.server import ViewConfig, ViewServer
+from wds_tools.check.view.server import IDLE_S, MAX_CONNECTIONS, ViewConfig, ViewServer
 from wds_tools.dataset.index import index_tars
 from wds_tools.dataset.read import read_manifest
 from wds_tools.dataset.write import ShardLimits, TaskWriter, begin, finish
@@ -644,6 +645,45 @@ def test_many_at_once_are_answered(server: ViewServer) -> None:
     assert answers == [200] * 60
 
 
+def half_open(server: ViewServer) -> socket.socket:
+    """A connection that has begun to ask."""
+    connection = socket.create_connection(("127.0.0.1", server.server_address[1]), timeout=20)
+    connection.sendall(b"GET / HTTP/1.1\r\nHost: ")
+    return connection
+
+
+def deaf(server: ViewServer) -> socket.socket:
+    """A connection that asks and asks, and takes no answer."""
+    connection = socket.create_connection(("127.0.0.1", server.server_address[1]), timeout=20)
+    connection.setblocking(False)
+    with suppress(BlockingIOError):
+        while connection.send(b"GET /app.js HTTP/1.1\r\nHost: localhost\r\n\r\n" * 100):
+            pass
+    return connection
+
+
+@pytest.mark.parametrize("rude", [half_open, pytest.param(deaf, marks=pytest.mark.slow)])
+def test_who_keeps_connections_open_locks_nobody_out(folder: Path, rude: Callable[[ViewServer], socket.socket]) -> None:
+    with serving(folder) as server, ExitStack() as opened:
+        for _ in range(MAX_CONNECTIONS + 16):
+            opened.enter_context(rude(server))
+        begun = time.monotonic()
+        assert fetch(server, "/")[0] == 200
+        assert time.monotonic() - begun < IDLE_S / 2
+
+
+def test_a_request_that_drips_in_is_ended(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wds_tools.check.view.server.IDLE_S", 0.3)
+    with serving(folder) as server, half_open(server) as connection:
+        connection.settimeout(0.1)
+        for _ in range(100):
+            with suppress(TimeoutError):  # until it says something, or ends
+                connection.recv(1)
+                return
+            connection.sendall(b"x")
+    raise AssertionError("it was listened to for ten seconds")
+
+
 def test_pictures_that_nobody_waits_for_are_not_made(server: ViewServer) -> None:
     answer = server.pages.answer("/picture/9/vqcode_512.png", Request(query={}, is_wanted=lambda: False))
     assert answer is not None
@@ -667,7 +707,8 @@ def test_the_command_serves_until_it_is_interrupted_and_leaves_nothing(folder: P
         assert session(process.pid)
         process.send_signal(ending)
         _, errors = process.communicate(timeout=30)
-        assert (process.returncode, errors) == (0, "")
+        expected = {signal.SIGINT: (0, ""), signal.SIGTERM: (143, "wds-tools: stopped by SIGTERM; run the same command again\n")}
+        assert (process.returncode, errors) == expected[ending]
         wait_until(lambda pid=process.pid: not session(pid), "its processes are still there")
 
 

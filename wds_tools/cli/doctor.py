@@ -21,7 +21,7 @@ from wds_tools import __version__
 from wds_tools.cli.summary import Printed, print_json
 from wds_tools.dataset.read import read_manifest
 from wds_tools.encode.devices import describe_devices
-from wds_tools.errors import WdsToolsError
+from wds_tools.errors import NotFound, WdsToolsError
 from wds_tools.format import manifest as manifests
 from wds_tools.storage import Store, open_store, redact
 from wds_tools.terminal import say
@@ -129,7 +129,7 @@ def _place(url: str, write: bool) -> _Fact:
     try:
         store = open_store(url)
         begun = time.monotonic()
-        what = _read(store)
+        what = _read(store, write)
         found = f"readable in {1000 * (time.monotonic() - begun):,.0f} ms: {what}"
         if write:
             begun = time.monotonic()
@@ -141,7 +141,7 @@ def _place(url: str, write: bool) -> _Fact:
     return _Fact(name=name, text=found)
 
 
-def _read(store: Store) -> str:
+def _read(store: Store, write: bool) -> str:
     if store.exists(manifests.NAME):
         manifest = read_manifest(store, any_members=True)
         for row in manifest.shards[:1]:
@@ -150,4 +150,6 @@ def _read(store: Store) -> str:
     for entry in islice(store.list(), 1):
         store.read_range(entry.name, 0, min(entry.size, 1))
         return f"no data set, but files such as {entry.name}"
+    if not write:
+        raise NotFound("nothing is there: correct the path, or try with --write whether something can be put there")
     return "nothing is there"

@@ -23,6 +23,7 @@ from typing import Any
 import tyro
 
 from wds_tools.errors import UsageError, WdsToolsError
+from wds_tools.storage import check_writable
 from wds_tools.terminal import say
 
 COMMANDS = {
@@ -63,6 +64,8 @@ def main(argv: Sequence[str] | None = None, *, begin: Callable[[], None] = lambd
         return _no_command(args)
     config: Any = None
     try:
+        for word in args:
+            check_writable(word)
         module = importlib.import_module(f"wds_tools.cli.{COMMANDS[words][0]}")
         config = _parse(module, words, args[len(words) :])
         begin()

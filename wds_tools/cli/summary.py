@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,8 +24,12 @@ class Printed:
 
 
 def print_json(record: Mapping[str, Any]) -> None:
-    """One object on standard output, indented."""
-    say(*orjson.dumps(record, option=orjson.OPT_INDENT_2).decode().split("\n"))
+    """One object on standard output, indented. A file's name that is not UTF-8 is in it as Python's json reads it back."""
+    try:
+        text = orjson.dumps(record, option=orjson.OPT_INDENT_2).decode()
+    except TypeError:
+        text = json.dumps(record, indent=2)
+    say(*text.split("\n"))
 
 
 def data_set_record(url: str, manifest: Manifest) -> dict[str, Any]:

@@ -70,9 +70,9 @@ class Claim:
         self._thread = threading.Thread(target=self._stay, daemon=True)
 
     def __enter__(self) -> Self:
-        self._put_surely()
-        self._thread.start()
         try:
+            self._put_surely()
+            self._thread.start()
             known = {name: self._read(name) for name in self._rivals()}
             self._outlast(known)
             if not self._store.exists(self._name):
@@ -124,7 +124,8 @@ class Claim:
 
     def _leave(self) -> None:
         self._is_over.set()
-        self._thread.join(_LEAVE_S)
+        if self._thread.ident is not None:
+            self._thread.join(_LEAVE_S)
         try:
             self._store.delete(self._name)
         except StorageError:

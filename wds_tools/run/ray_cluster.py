@@ -13,8 +13,10 @@ Invariant: whatever ends the driver ends its tasks: the cluster does that for dr
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -58,7 +60,10 @@ def on_cluster(address: str | None) -> Iterator[None]:
     with redirect_stdout(sys.stderr):  # Ray tells of dead workers on standard output, which is for what a command found
         is_ours = not ray.is_initialized()
         if is_ours:
+            listener = signal.getsignal(signal.SIGTERM)
             _connect(ray, address)
+            if listener is not None and threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, listener)  # Ray has put its own there, which exits without a word
         try:
             yield
         finally:

@@ -12,12 +12,12 @@ use, once per process, so stores can be pickled and used after a fork.
 """
 
 from wds_tools.errors import UsageError
-from wds_tools.storage.base import Entry, Store, Writer, join, redact, split_scheme, split_url
+from wds_tools.storage.base import Entry, Store, Writer, check_writable, join, redact, split_scheme, split_url
 from wds_tools.storage.fsspec import FsspecStore
 from wds_tools.storage.local import LocalStore
 from wds_tools.storage.objects import SCHEMES, ObjectStore
 
-__all__ = ["Entry", "LocalStore", "Store", "Writer", "join", "open_store", "redact", "split_url"]
+__all__ = ["Entry", "LocalStore", "Store", "Writer", "check_writable", "join", "open_store", "redact", "split_url"]
 
 
 def open_store(url: str, *, strict_links: bool = False) -> Store:
@@ -34,10 +34,12 @@ def open_store(url: str, *, strict_links: bool = False) -> Store:
         A store rooted there: picklable, usable from many threads and after a fork.
 
     Raises:
-        UsageError: the URL names no root (empty, `s3://` without a bucket), or carries a query or a bucket's key.
+        UsageError: the URL names no root (empty, `s3://` without a bucket), carries a query or a bucket's key, or could not be
+            written down: a control character (a newline) or bytes that are not UTF-8.
     """
-    if not url or "\0" in url:
-        raise UsageError(f"{url!r} is not a path or URL: give a folder, or scheme://bucket/prefix")
+    if not url:
+        raise UsageError("'' is not a path or URL: give a folder, or scheme://bucket/prefix")
+    check_writable(url)
     scheme = split_scheme(url)[0]
     if scheme in ("", "file"):
         return LocalStore(url, strict_links=strict_links)

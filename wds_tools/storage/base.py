@@ -16,6 +16,7 @@ TEMP_FOLDER = ".tmp"  # under a local root: files being written; hidden from lis
 
 Buffer = bytes | bytearray | memoryview
 
+_UNWRITABLE = re.compile(r"[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _USERINFO = re.compile(r"://[^/\s]*@")
 _QUERY = re.compile(r"(://[^\s?\"']*)\?[^\s,)\"']+")
@@ -146,6 +147,19 @@ class WriterBase:
             self.abort()
 
 
+def check_writable(text: str) -> None:
+    """Refuse what no path or name may hold, since both are written into JSON and into lines.
+
+    Raises:
+        UsageError: there is a control character (a newline too) in it, or what stands for bytes that are not UTF-8.
+    """
+    if _UNWRITABLE.search(text):
+        raise UsageError(
+            f"{redact(text)!r} has a control character, or bytes that are not UTF-8, and could not be written down in a manifest "
+            "or a message: rename it, or name it by a symlink"
+        )
+
+
 def check_name(name: str, url: str) -> str:
     """Refuse a name that isn't a plain relative path.
 
@@ -157,13 +171,13 @@ def check_name(name: str, url: str) -> str:
         The name.
 
     Raises:
-        UsageError: empty, absolute, with an empty, '.' or '..' segment, a backslash or control character; in `.tmp/`.
+        UsageError: empty, absolute, with an empty, '.' or '..' segment, a backslash or what check_writable refuses; in `.tmp/`.
     """
     segments = name.split("/")
     if any(segment in ("", ".", "..") for segment in segments):
         problem = "is not a plain relative path (a/b.tar)"
-    elif "\\" in name or any(ord(character) < 32 or ord(character) == 127 for character in name):
-        problem = "has a backslash or a control character"
+    elif "\\" in name or _UNWRITABLE.search(name):
+        problem = "has a backslash, a control character, or bytes that are not UTF-8"
     elif segments[0] == TEMP_FOLDER:
         problem = f"lies in {TEMP_FOLDER}/, which is for files being written"
     else:

@@ -6,7 +6,8 @@
 Invariant: nothing can be changed from here, only GET and HEAD are answered. A request whose Host is a name that nobody gave us
 is refused, so a web page elsewhere can't reach the data by pointing its own name at this address (DNS rebinding); one that a
 page of another site makes is refused too. Content-Security-Policy lets the page run its own files and nothing else.
-Cost: a thread a connection, at most MAX_CONNECTIONS; idle ones end after IDLE_S.
+Cost: a thread a connection, at most MAX_CONNECTIONS. A peer has IDLE_S for each request head and each piece of an answer, however
+it drips; and when all threads are taken, whoever has kept one waiting longest makes room, so nobody can lock the viewer.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ import socket
 import socketserver
 import sys
 import threading
+import time
 import traceback
+from contextlib import suppress
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -32,6 +35,7 @@ from wds_tools.terminal import say
 
 MAX_CONNECTIONS = 64
 IDLE_S = 30.0
+_LOOK_EVERY_S = 0.05
 _MAX_FIELDS = 16
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
@@ -84,6 +88,9 @@ class ViewServer(ThreadingHTTPServer):
         self.pages = Pages(open_store(config.input, strict_links=config.strict_links), config)
         self.allowed_names = {"localhost", *(name.lower() for name in config.allow_host)}
         self._free = threading.BoundedSemaphore(MAX_CONNECTIONS)
+        self._on_peers: dict[socket.socket, float] = {}
+        """Connections whose peer is to send or to take something, and since when; the longest first."""
+        self._lock = threading.Lock()
         try:
             self.address_family = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0][0]
             super().__init__((config.host, config.port), _Handler)
@@ -104,7 +111,8 @@ class ViewServer(ThreadingHTTPServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """In a thread, when one is free."""
-        self._free.acquire()
+        while not self._free.acquire(timeout=_LOOK_EVERY_S):
+            self._cut(self._kept_waiting(0.0)[:1])
         super().process_request(request, client_address)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
@@ -112,7 +120,28 @@ class ViewServer(ThreadingHTTPServer):
         try:
             super().process_request_thread(request, client_address)
         finally:
+            self.wait_for(request, None)
             self._free.release()
+
+    def service_actions(self) -> None:
+        """Now and then: end what has lasted too long."""
+        self._cut(self._kept_waiting(IDLE_S))
+
+    def wait_for(self, connection: socket.socket, since: float | None) -> None:
+        """Note that a connection waits for its peer since then (time.monotonic), or that it does not."""
+        with self._lock:
+            self._on_peers.pop(connection, None)
+            if since is not None:
+                self._on_peers[connection] = since
+
+    def _kept_waiting(self, patience_s: float) -> list[socket.socket]:
+        with self._lock:
+            return [peer for peer, since in self._on_peers.items() if time.monotonic() - since >= patience_s]
+
+    def _cut(self, connections: list[socket.socket]) -> None:
+        for connection in connections:
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)  # its thread reads an end, or can't write
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A browser that has left is no error."""
@@ -132,8 +161,14 @@ class _Handler(BaseHTTPRequestHandler):
     sys_version = ""
     timeout = IDLE_S
 
+    def handle_one_request(self) -> None:
+        """Wait for a request."""
+        self.server.wait_for(self.connection, time.monotonic())
+        super().handle_one_request()
+
     def do_GET(self) -> None:
         """Answer, or say why not."""
+        self.server.wait_for(self.connection, None)
         if (refusal := self._refusal()) is not None:
             return self._fail(*refusal)
         path, _, query = self.path.partition("?")
@@ -195,6 +230,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(status, Answer(body=body, content_type="application/json; charset=utf-8", length=len(body)))
 
     def _send(self, status: int, answer: Answer, *, is_fixed: bool = False) -> None:
+        self.server.wait_for(self.connection, time.monotonic())
         self.send_response(status)
         for name, value in _HEADERS.items():
             self.send_header(name, value)
@@ -206,7 +242,9 @@ class _Handler(BaseHTTPRequestHandler):
             return
         try:
             for piece in (answer.body,) if isinstance(answer.body, bytes) else answer.body:
+                self.server.wait_for(self.connection, time.monotonic())
                 self.wfile.write(piece)
+                self.server.wait_for(self.connection, None)
         except WdsToolsError as error:  # too late for another status: the browser sees an answer that breaks off
             say(f"wds-tools view: {error}", error=True)
             self.close_connection = True
