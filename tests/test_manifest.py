@@ -340,6 +340,13 @@ HOSTILE: dict[str, Callable[[Any], Any]] = {
 }
 
 
+def test_token_rows_without_their_facts_are_refused() -> None:
+    with pytest.raises(FormatError, match=r"source \(rows\.length is 'many', expected a whole number from 1 to"):
+        unpack_manifest(
+            edited(lambda record: record["source"].update(rows={"length": "many", "vocabulary_size": 9, "text_size": 5}))
+        )
+
+
 @pytest.mark.parametrize("change", HOSTILE.values(), ids=HOSTILE)
 def test_values_of_a_wrong_kind_are_a_format_error(change: Callable[[Any], Any]) -> None:
     with pytest.raises(FormatError, match=r"^m\.json: "):

@@ -113,7 +113,7 @@ DAMAGE: Mapping[str, tuple[Callable[[Path], object], str]] = {
     "a reject too few": (lambda f: cut_rejects(f), "rejects/ lists {'bad_json': 1}"),
     "broken rejects": (lambda f: (f / "rejects/task-000000.jsonl").write_text("["), "rejects/task-000000.jsonl: not a list"),
     "a wrong hash": (lambda f: change_manifest(f, change_row(xxh128="0" * 32)), f"{SHARD}: xxh128 is"),
-    "a wrong size": (lambda f: change_manifest(f, change_row(bytes=5)), f"{SHARD}: bytes is"),
+    "a wrong size": (lambda f: change_manifest(f, change_row(bytes=51_200)), f"{SHARD}: bytes is"),
     "a wrong number of samples": (
         lambda f: change_manifest(f, change_row(samples=3, data_types={"image_text": 3})),
         f"{SHARD}: samples is 4",

@@ -143,12 +143,12 @@ def _literal(value: Any, allowed: tuple[Any, ...]) -> Any:
 
 
 def _union(value: Any, readers: tuple[_Read, ...]) -> Any:
-    for read in readers[:-1]:
+    for read in readers[1:]:
         try:
             return read(value)
         except _Odd:
             pass
-    return readers[-1](value)
+    return readers[0](value)  # whose error is worth most: the others are such as None
 
 
 def _tuple(value: Any, readers: tuple[_Read, ...]) -> Any:
