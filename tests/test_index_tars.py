@@ -273,7 +273,7 @@ def test_an_unfinished_data_set_of_this_project_is_not_blessed(tmp_path: Path) -
 def test_somebody_elses_manifest_is_left_alone(tars: Path) -> None:
     (tars / "manifest.json").write_text('{"format": "theirs"}')
     said = wds_tools("index", tars, status=1)
-    assert "format 'theirs', expected 'wds-tools'" in last_line(said.stderr)
+    assert "format is 'theirs', expected 'wds-tools'" in last_line(said.stderr)
     assert (tars / "manifest.json").read_text() == '{"format": "theirs"}'
 
 

@@ -172,15 +172,19 @@ def _mapping(value: Any, read: _Read) -> Any:
 def _record(value: Any, kind: Any, readers: Mapping[str, _Read], required: frozenset[str]) -> Any:
     if not isinstance(value, _OBJECTS):
         raise _expected("an object", value)
-    names = tuple(value)
-    for name in (*readers, *names):
-        if name not in readers or (name in required and name not in value):
-            raise _Odd("is missing" if name in readers else "is unknown").inside(f".{str(name)[:_SHOWN_CHARS]}")
-    items = _each([readers[name] for name in names], value.values(), names)
+    for name in value:
+        if name not in readers:
+            raise _Odd("is unknown").inside(f".{str(name)[:_SHOWN_CHARS]}")
+    names = [name for name in readers if name in value or name in required]
+    items = _each([readers[name] if name in value else _missing for name in names], map(value.get, names), names)
     try:
         return kind(**dict(zip(names, items, strict=True)))
     except UsageError as cause:
         raise _Odd(f"can't be meant: {cause}") from cause
+
+
+def _missing(_: Any) -> Any:
+    raise _Odd("is missing")
 
 
 def _each(readers: Iterable[_Read], items: Iterable[Any], names: Sequence[str] | None = None) -> list[Any]:
