@@ -15,7 +15,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, nullcontext
+from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Protocol, TypeVar
 
@@ -40,7 +40,7 @@ from wds_tools.dataset.write import (
     read_begun,
     sound_tasks,
 )
-from wds_tools.errors import TooManyRejects, UsageError
+from wds_tools.errors import StorageError, TooManyRejects, UsageError
 from wds_tools.format.manifest import NAME, Manifest
 from wds_tools.format.schema import SCHEMA_VERSION
 from wds_tools.format.typed_json import shape
@@ -239,7 +239,14 @@ def run_pass(plan: Plan, work: Work, options: PassOptions) -> Manifest:
         on_cluster(options.ray_address) if options.executor == "ray" else nullcontext(),
         Claim(store, part, joining) as claim,
     ):
-        return _run_claimed(plan, fixed, work, options, store, claim)
+        try:
+            return _run_claimed(plan, fixed, work, options, store, claim)
+        except KeyboardInterrupt:
+            with suppress(StorageError):
+                claim.check()
+                if not joining:  # else other parts write there too, and finalize clears up
+                    store.clean_temp()  # workers were killed in the midst of writing
+            raise
 
 
 def _fixed(plan: Plan, options: PassOptions) -> dict[str, Any]:

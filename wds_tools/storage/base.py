@@ -182,7 +182,7 @@ def check_name(name: str, url: str) -> str:
         problem = f"lies in {TEMP_FOLDER}/, which is for files being written"
     else:
         return name
-    raise UsageError(f"the name {name!r} {problem}; names in {redact(url)} must stay inside it")
+    raise UsageError(f"the name {name!r} in {redact(url)} {problem}")
 
 
 def check_prefix(prefix: str, url: str) -> str:
