@@ -34,6 +34,8 @@ _PLAIN_FIELDS = 5
 """data_type, text, length, width, height."""
 _OTHERWISE_GIVEN = ("data_type", "text", "length", "grids")
 Shape = tuple[int, int]
+Data = Sequence[memoryview]
+"""The bytes of each row; see read.bytes_of."""
 
 
 class Codes(NamedTuple):
@@ -99,31 +101,30 @@ class Columns(NamedTuple):
     """Of token rows: see docs/training.md."""
 
 
-def check_crc(rows: Sequence[LoadedRows], numbers: Sequence[int]) -> None:
+def check_crc(rows: Sequence[LoadedRows], numbers: Sequence[int], data: Data) -> None:
     """Raise FormatError for the first of these rows whose bytes are not those of the index."""
-    for held, row in zip(rows, numbers, strict=True):
-        number = row - held.first
-        start, end = held.start[number], held.end[number]
-        if crc32(held.data[start:end]) != held.index.crc32[number]:
+    for held, row, sample in zip(rows, numbers, data, strict=True):
+        if crc32(sample) != held.index.crc32[row - held.first]:
             raise FormatError("it is damaged: its bytes have another CRC-32 than the index says")
 
 
-def read_columns(rows: Sequence[LoadedRows], numbers: Sequence[int]) -> Columns:
+def read_columns(rows: Sequence[LoadedRows], numbers: Sequence[int], data: Data) -> Columns:
     """Parse rows of sources that all follow our schema, or all do not.
 
     Args:
         rows: what holds each row; at least one.
         numbers: the row in its shard.
+        data: its bytes.
 
     Raises:
         FormatError, or what a parser raises: one of them can't be read.
     """
     if not rows[0].reader.has_schema:
-        samples = [_members(held, row) for held, row in zip(rows, numbers, strict=True)]
+        samples = list(map(_members, rows, numbers, data))
         names = dict.fromkeys(name for sample in samples for name in sample)
         return Columns({name: [sample.get(name) for sample in samples] for name in names}, None)
     readers = {held.reader for held in rows}
-    keys, records, codes = read_records(rows, numbers)
+    keys, records, codes = read_records(rows, numbers, data)
     lists: dict[str, list[Any]] = {
         "__key__": keys,
         "data_type": [record["data_type"] for record in records],
@@ -132,22 +133,22 @@ def read_columns(rows: Sequence[LoadedRows], numbers: Sequence[int]) -> Columns:
     if any(reader.has_conversations for reader in readers):
         lists["conversations"] = [record.get("conversations") for record in records]
     if any(reader.has_images for reader in readers):
-        lists["image"] = [_image(held, row, record) for held, row, record in zip(rows, numbers, records, strict=True)]
+        lists["image"] = list(map(_image, rows, numbers, data, records))
     return Columns(lists, codes)
 
 
-def read_samples(rows: Sequence[LoadedRows], numbers: Sequence[int]) -> list[Sample]:
+def read_samples(rows: Sequence[LoadedRows], numbers: Sequence[int], data: Data) -> list[Sample]:
     """The same rows as samples: dicts with `__key__`, `__url__` and the fields that each has. See ShardDataset."""
     if not rows[0].reader.has_schema:
-        return [_members(held, row) | {"__url__": held.url} for held, row in zip(rows, numbers, strict=True)]
-    keys, records, codes = read_records(rows, numbers)
+        return [_members(held, row, own) | {"__url__": held.url} for held, row, own in zip(rows, numbers, data, strict=True)]
+    keys, records, codes = read_records(rows, numbers, data)
     samples = []
-    for held, row, key, record in zip(rows, numbers, keys, records, strict=True):
+    for held, row, own, key, record in zip(rows, numbers, data, keys, records, strict=True):
         sample: Sample = {"__key__": key, "__url__": held.url, "data_type": record["data_type"], "text": record["text"]}
         if len(record) > _PLAIN_FIELDS or record["width"] is not None or record["height"] is not None:
             extra = {name: value for name, value in record.items() if name not in _OTHERWISE_GIVEN}
             sample.update((name, value) for name, value in extra.items() if value is not None and name not in sample)
-        if held.reader.has_images and (image := _image(held, row, record)) is not None:
+        if held.reader.has_images and (image := _image(held, row, own, record)) is not None:
             sample["image"] = image
         samples.append(sample)
     if codes is not None:
@@ -157,18 +158,20 @@ def read_samples(rows: Sequence[LoadedRows], numbers: Sequence[int]) -> list[Sam
     return samples
 
 
-def read_records(rows: Sequence[LoadedRows], numbers: Sequence[int]) -> tuple[list[str], list[dict[str, Any]], Codes | None]:
+def read_records(
+    rows: Sequence[LoadedRows], numbers: Sequence[int], data: Data
+) -> tuple[list[str], list[dict[str, Any]], Codes | None]:
     """The keys, the parsed json, and the codes of rows that follow our schema. Raises as read_columns."""
     headers: list[memoryview] = []
     json: list[memoryview] = []
     codes: list[memoryview] = []
-    for held, row in zip(rows, numbers, strict=True):
-        number, data = row - held.first, held.data
+    for held, row, sample in zip(rows, numbers, data, strict=True):
+        number = row - held.first
         json_at, json_end, codes_at, codes_end = held.places
         at = json_at[number]
-        headers.append(data[at - BLOCK : at - _BEHIND_NAME])
-        json.append(data[at : json_end[number]])
-        codes.append(data[codes_at[number] : codes_end[number]])
+        headers.append(sample[at - BLOCK : at - _BEHIND_NAME])
+        json.append(sample[at : json_end[number]])
+        codes.append(sample[codes_at[number] : codes_end[number]])
     records: list[dict[str, Any]] = []
     for own in _in_cache(json):
         records += orjson.loads(b"[%b]" % b",".join(own))
@@ -180,13 +183,13 @@ def read_records(rows: Sequence[LoadedRows], numbers: Sequence[int]) -> tuple[li
     return read_keys(headers), records, _codes(codes, grids)
 
 
-def _image(held: LoadedRows, row: int, record: dict[str, Any]) -> bytes | list[bytes] | None:
+def _image(held: LoadedRows, row: int, data: memoryview, record: dict[str, Any]) -> bytes | list[bytes] | None:
     """The encoded image of a row, if it has one; of a conversation the list of its images."""
     images = {}
     for suffix, at, end in _payloads(held, row):
         number = image_number(suffix)
         if number is not None:
-            images[number] = bytes(held.data[at:end])
+            images[number] = bytes(data[at:end])
     if record["data_type"] == "visual_sft":
         return [images[number] for number in sorted(images)] or None
     return images.get(0)
@@ -201,32 +204,32 @@ def _grids(held: LoadedRows, row: int, record: dict[str, Any]) -> list[Shape] | 
 
 
 def _payloads(held: LoadedRows, row: int) -> Iterator[tuple[str, int, int]]:
-    """(suffix, begin, end in `held.data`) of each payload of a row."""
+    """(suffix, begin, end in its bytes) of each payload of a row."""
     number = row - held.first
-    start, offsets = held.start[number], held.index.offsets[number].tolist()
+    offsets = held.index.offsets[number].tolist()
     for suffix, offset, length in zip(held.index.members, offsets, held.index.lengths[number].tolist(), strict=True):
         if length != ABSENT:
-            yield suffix, start + offset, start + offset + length
+            yield suffix, offset, offset + length
 
 
-def _members(held: LoadedRows, row: int) -> dict[str, Any]:
+def _members(held: LoadedRows, row: int, data: memoryview) -> dict[str, Any]:
     """A row of a source without our schema: `__key__` and, by suffix, the members' bytes."""
     sample: dict[str, Any] = {"__key__": ""}
     for suffix, at, end in _payloads(held, row):
         if not sample["__key__"]:
-            sample["__key__"] = _member_name(held, row, at).removesuffix(f".{suffix}")
-        sample[suffix] = bytes(held.data[at:end])
+            sample["__key__"] = _member_name(held, row, data, at).removesuffix(f".{suffix}")
+        sample[suffix] = bytes(data[at:end])
     return sample
 
 
-def _in_cache(members: Sequence[memoryview]) -> Iterator[Sequence[memoryview]]:
+def _in_cache(members: Data) -> Iterator[Data]:
     """The members in runs that are joined without leaving the processor's cache."""
     size = max(_CACHE_BYTES * len(members) // max(sum(map(len, members)), 1), 1)
     for start in range(0, len(members), size):
         yield members[start : start + size]
 
 
-def read_keys(headers: Sequence[memoryview]) -> list[str]:
+def read_keys(headers: Data) -> list[str]:
     """The keys in tar headers of json members: up to the first dot. Our schema's keys are ASCII without dots."""
     joined = b"".join(headers)
     names = np.frombuffer(joined, np.uint8).reshape(len(headers), NAME_BYTES)
@@ -238,7 +241,7 @@ def read_keys(headers: Sequence[memoryview]) -> list[str]:
     return [text[start : start + end] for start, end in zip(starts, ends.tolist(), strict=True)]
 
 
-def _codes(members: Sequence[memoryview], grids: Sequence[list[Shape] | None] | None) -> Codes | None:
+def _codes(members: Data, grids: Sequence[list[Shape] | None] | None) -> Codes | None:
     lengths = set(map(len, members))
     if lengths == {0}:
         return None
@@ -258,7 +261,7 @@ def _codes(members: Sequence[memoryview], grids: Sequence[list[Shape] | None] | 
     return Codes(_tensor(flat), first if isinstance(first, tuple) and shapes.count(first) == len(shapes) else shapes)
 
 
-def stack_npy(members: Sequence[memoryview]) -> NDArray[Any] | None:
+def stack_npy(members: Data) -> NDArray[Any] | None:
     """The arrays of npy members, side by side in a first dimension; None if they differ in type or shape."""
     if len(set(map(len, members))) > 1:
         return None
@@ -281,15 +284,14 @@ def _tensor(flat: NDArray[Any]) -> torch.Tensor:
     return torch.from_numpy(flat if flat.dtype.itemsize > 1 else flat.astype(np.uint16))
 
 
-def _member_name(held: LoadedRows, row: int, at: int) -> str:
+def _member_name(held: LoadedRows, row: int, data: memoryview, at: int) -> str:
     """The full name of the member whose payload begins at `at`."""
-    start = held.start[row - held.first]
-    if at - start > BLOCK:  # a pax or long-name header stands before it
-        blocks = bytes(held.data[start:at])
+    if at > BLOCK:  # a pax or long-name header stands before it
+        blocks = bytes(data[:at])
         if b"path=" in blocks or blocks[156:157] == b"L":
-            members = TarReader(held.where(row)).feed(bytes(held.data[start : held.end[row - held.first]]))
+            members = TarReader(held.where(row)).feed(data)
             return members[0].name.removeprefix("./")
-    header = bytes(held.data[at - BLOCK : at])
+    header = bytes(data[at - BLOCK : at])
     name = header[:NAME_BYTES].split(b"\0", 1)[0]
     if header[257:263] == b"ustar\0" and header[345]:
         name = header[345:500].split(b"\0", 1)[0] + b"/" + name

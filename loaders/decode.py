@@ -14,14 +14,14 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import orjson
 
-from loaders.collate import check_crc
-from loaders.read import LoadedRows
+from loaders.collate import Data, check_crc
+from loaders.read import LoadedRows, bytes_of
 from loaders.stream import Located
 from wds_tools.errors import DataError, FormatError, Reject
 
 _MOST_TRIED = 64
 _T = TypeVar("_T")
-Parse = Callable[[Sequence[LoadedRows], Sequence[int]], _T]
+Parse = Callable[[Sequence[LoadedRows], Sequence[int], Data], _T]
 """Makes something of rows, as collate.read_columns does."""
 _READING_ERRORS = (DataError, KeyError, IndexError, ValueError, TypeError)
 
@@ -78,9 +78,10 @@ class Decoder:
         numbers: Sequence[int],
         parse: Parse[_T],
     ) -> _T:
+        data = bytes_of(rows, numbers)
         if self._check_crc:
-            check_crc(rows, numbers)
-        return parse(rows, numbers)
+            check_crc(rows, numbers, data)
+        return parse(rows, numbers, data)
 
     def _replace_bad(
         self, located: Located, rows: list[LoadedRows], numbers: list[int], parse: Parse[object]

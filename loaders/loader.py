@@ -16,7 +16,7 @@ import warnings
 import weakref
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sized
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ import torch.distributed as dist
 
 from loaders.collate import Batch
 from loaders.config import LoaderConfig, World
+from loaders.handover import affordable_prefetch, tell_of_failures
 from loaders.packing import ENDLESS, Cursor, LaneBook, check_packing, merge_states, pack_lanes, unpack_lanes
 from loaders.receipt import MODULUS, Span, pack_receipt
 from loaders.rows import RowMaker
@@ -32,8 +33,9 @@ from loaders.state import check_data, check_recipe, pack_state, unpack_state
 from loaders.steps import Steps
 from loaders.stream import Stream, open_source
 from loaders.work import Errand, Parcel, PartReader
-from wds_tools.errors import DataError, UsageError, WdsToolsError, WorkerDied
+from wds_tools.errors import DataError, StorageError, UsageError, WdsToolsError, WorkerDied
 from wds_tools.sequences.vocabulary import Vocabulary
+from wds_tools.storage import LocalStore, join
 
 _WAITS_KEPT = 10_000
 
@@ -278,7 +280,8 @@ class Loader:
                 sampler=self._errands,
                 batch_size=None,
                 num_workers=self.config.num_workers,
-                prefetch_factor=self.config.prefetch,
+                prefetch_factor=affordable_prefetch(self.config, self.world, self._sources),
+                worker_init_fn=tell_of_failures,
                 persistent_workers=True,
                 collate_fn=_as_it_is,
                 multiprocessing_context=self.config.start_method,
@@ -303,7 +306,17 @@ class Loader:
             if isinstance(error, WdsToolsError) or not (_tells_of_a_worker(error) or isinstance(error, OSError | EOFError)):
                 raise
             self.close()
-            raise WorkerDied(f"a worker process ended ({error}); {self._whence()}") from error
+            cut = self._cut_off() if "Bus error" in str(error) else ""
+            raise WorkerDied(f"a worker process ended ({error}{cut}); {self._whence()}") from error
+
+    def _cut_off(self) -> str:
+        """A local shard that is not as long as it was: to touch what is missing of a mapped file is a bus error."""
+        for opened in self._sources:
+            for row in opened.manifest.shards if isinstance(opened.store, LocalStore) else ():
+                with suppress(StorageError):
+                    if (size := opened.store.size(row.name)) < row.bytes:
+                        return f"; {join(opened.store.url, row.name)} has {size} bytes, the manifest says {row.bytes}"
+        return ""
 
     def _whence(self) -> str:
         return f"everything before epoch {self.epoch}, position {self._position} was handed over: state_dict() goes on there"

@@ -87,12 +87,12 @@ class Reader:
         side_by_side: int,
         memory_bytes: int,
         cache: BlockCache | None = None,
-        open_reader: Callable[[OpenSource, BlockCache | None], SourceReader] = SourceReader,
+        open_reader: Callable[[OpenSource, BlockCache | None, int], SourceReader] = SourceReader,
     ) -> None:
         self._stream = stream
         self._cache = cache
         self._memory_bytes = memory_bytes
-        self.sources = [open_reader(opened, cache) for opened in stream.sources]
+        self.sources = [open_reader(opened, cache, len(stream.sources)) for opened in stream.sources]
         self._any_remote = any(not source.is_mapped for source in self.sources)
         regions = [self._rows_of_regions(source, own_lanes, side_by_side) for source in self.sources]
         self._region_base = np.cumsum([0, *map(len, regions)])

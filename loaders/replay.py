@@ -95,8 +95,8 @@ _NO_ROWS = ShardIndex(**dict.fromkeys(ShardIndex.__dataclass_fields__, np.zeros(
 class _CountingReader(SourceReader):
     """Counts what it is asked for, and what it would fetch of the indices."""
 
-    def __init__(self, as_remote: bool, opened: OpenSource, cache: BlockCache | None) -> None:
-        super().__init__(opened, cache)
+    def __init__(self, as_remote: bool, opened: OpenSource, cache: BlockCache | None, num_sources: int) -> None:
+        super().__init__(opened, cache, num_sources)
         self.is_mapped = self.is_mapped and not as_remote
         self.index_requests = 0
         self.index_bytes = 0

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from loaders.collate import NAME_BYTES, Columns, TokenTensors, read_keys, read_records, stack_npy
+from loaders.collate import NAME_BYTES, Columns, Data, TokenTensors, read_keys, read_records, stack_npy
 from loaders.plan import Ints
 from loaders.read import LoadedRows
 from loaders.stream import OpenSource
@@ -67,9 +67,9 @@ class RowMaker:
         """See ExampleBuilder.recipe."""
         return self.builder.recipe
 
-    def read(self, rows: Sequence[LoadedRows], numbers: Sequence[int]) -> list[Sample]:
+    def read(self, rows: Sequence[LoadedRows], numbers: Sequence[int], data: Data) -> list[Sample]:
         """Parse rows as samples of which examples can be made. Raises as collate.read_records, and Reject."""
-        keys, records, codes = read_records(rows, numbers)
+        keys, records, codes = read_records(rows, numbers, data)
         grids: Sequence[Sequence[Codes]] = codes.arrays() if codes is not None else [()] * len(keys)
         samples = [sample_of(key, record, own) for key, record, own in zip(keys, records, grids, strict=True)]
         for sample in samples:
@@ -120,7 +120,7 @@ def sample_of(key: str, record: Mapping[str, Any], grids: Sequence[Codes]) -> Sa
     return Sample(key=key, conversations=record.get("conversations"), **fields)
 
 
-def read_token_rows(rows: Sequence[LoadedRows], numbers: Sequence[int]) -> Columns:
+def read_token_rows(rows: Sequence[LoadedRows], numbers: Sequence[int], data: Data) -> Columns:
     """A batch of rows that were packed ahead.
 
     Raises:
@@ -130,18 +130,17 @@ def read_token_rows(rows: Sequence[LoadedRows], numbers: Sequence[int]) -> Colum
     ids: list[memoryview] = []
     bits: list[memoryview] = []
     lengths: list[memoryview] = []
-    for held, row in zip(rows, numbers, strict=True):
+    for held, row, sample in zip(rows, numbers, data, strict=True):
         if held.index.members != TOKEN_MEMBERS:
             raise FormatError(
                 f"{held.where(row)} has members {', '.join(held.index.members)}, expected {', '.join(TOKEN_MEMBERS)}"
             )
-        number, data = row - held.first, held.data
-        start = held.start[number]
-        headers.append(data[start : start + NAME_BYTES])
+        number = row - held.first
+        headers.append(sample[:NAME_BYTES])
         at, ids_end, loss, loss_end, begin, end = held.places
-        ids.append(data[at[number] : ids_end[number]])
-        bits.append(data[loss[number] : loss_end[number]])
-        lengths.append(data[begin[number] : end[number]])
+        ids.append(sample[at[number] : ids_end[number]])
+        bits.append(sample[loss[number] : loss_end[number]])
+        lengths.append(sample[begin[number] : end[number]])
     ids_BL, bits_BM, segments = stack_npy(ids), stack_npy(bits), _lists(lengths)
     if ids_BL is None or bits_BM is None or bits_BM.shape[1] != -(-ids_BL.shape[1] // 8):
         raise FormatError(f"{rows[0].where(numbers[0])} and the others of its batch are not rows of one length")

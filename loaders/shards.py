@@ -18,6 +18,7 @@ from loaders.cache import BlockCache
 from loaders.collate import Sample, read_samples
 from loaders.config import LoaderConfig, Source, Tail, World
 from loaders.decode import Decoder
+from loaders.handover import tell_of_failures
 from loaders.prefetch import Part, Reader, lanes_of
 from loaders.state import check_data, check_recipe, pack_state, unpack_state
 from loaders.steps import Steps
@@ -140,6 +141,8 @@ class _Samples:
         self._world.check()
         info = get_worker_info()
         worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
+        if info:
+            tell_of_failures(wrapped=True)
         rank, world_size = self._world.rank, self._world.world_size
         stride = world_size * num_workers
         self.position, self.start = self.start, 0

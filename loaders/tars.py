@@ -5,7 +5,7 @@
 What it promises: an epoch has every sample once over all ranks and workers, and which shards a worker reads, in which order, is
 a function of (seed, epoch). What it doesn't: ranks get different numbers of samples, samples are mixed only by a `.shuffle(n)`
 behind it, and there is no resume. `wds-tools index` makes an index once, and ShardDataset and build_loader give all that.
-Memory: a remote shard and the next one; a local shard is mapped.
+Memory: a shard and the next one.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from torch.utils.data import get_worker_info
 
 from loaders.config import World
 from loaders.fetch import end_with_trainer
+from loaders.handover import tell_of_failures
 from loaders.plan import shuffled
 from wds_tools.errors import NotFound
 from wds_tools.format.scan import scan_tar
-from wds_tools.storage import LocalStore, join, open_store
+from wds_tools.storage import join, open_store
 
 
 class TarDataset(wds.DataPipeline, wds.compat.FluidInterface):  # type: ignore[misc]  # webdataset has no types
@@ -83,6 +84,8 @@ class _Tars:
         self._world.check()
         info = get_worker_info()
         worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
+        if info:
+            tell_of_failures(wrapped=True)
         order = shuffled(len(self.names), self._seed, self.epoch) if self._shuffle else np.arange(len(self.names))
         own = order[self._world.rank * num_workers + worker :: self._world.world_size * num_workers].tolist()
         with ThreadPoolExecutor(1, thread_name_prefix="wds-tar") as pool:
@@ -100,4 +103,4 @@ class _Tars:
                     yield sample
 
     def _read(self, name: str) -> memoryview:
-        return self._store.map(name) if isinstance(self._store, LocalStore) else memoryview(self._store.read(name))
+        return memoryview(self._store.read(name))

@@ -12,8 +12,6 @@ images is one GET more.
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -29,6 +27,7 @@ from wds_tools.format.schema import IMAGE_EXTENSIONS
 from wds_tools.format.shard import split_name
 from wds_tools.format.tar import first_name
 from wds_tools.storage import Store, join
+from wds_tools.storage.recent import Recent
 
 INDEX_BYTES = 128 << 20
 PIECE_BYTES = 8 << 20
@@ -112,9 +111,7 @@ class Rows:
         self.store = store
         self.manifest = manifest
         self._ends = np.cumsum([row.samples for row in manifest.shards], dtype=np.int64)
-        self._indices: OrderedDict[int, bytes] = OrderedDict()
-        self._index_bytes = 0
-        self._lock = threading.Lock()
+        self._indices: Recent[str, bytes] = Recent(INDEX_BYTES, len)
         self._readers = ThreadPoolExecutor(_PARALLEL_READS, "read")
         self._ahead = ThreadPoolExecutor(2, "read-ahead")
 
@@ -203,26 +200,15 @@ class Rows:
     def _index_rows(self, shard: int, first: int, last: int) -> ShardIndex:
         row = self.manifest.shards[shard]
         name = row.name + SUFFIX
-        index = read_rows(self._index(shard, name), first, last, join(self.store.url, name))
+        index = read_rows(self._indices.get(name, self._index), first, last, join(self.store.url, name))
         check_fresh(index, samples=row.samples, tar_bytes=row.bytes, xxh128=row.xxh128, name=join(self.store.url, name))
         return index
 
-    def _index(self, shard: int, name: str) -> bytes:
-        with self._lock:
-            if shard in self._indices:
-                self._indices.move_to_end(shard)
-                return self._indices[shard]
+    def _index(self, name: str) -> bytes:
         try:
-            data = self.store.read(name)
+            return self.store.read(name)
         except NotFound as error:
             raise NotFound(f"{join(self.store.url, name)} is missing: write it anew with `wds-tools index`") from error
-        with self._lock:
-            if shard not in self._indices:
-                self._indices[shard] = data
-                self._index_bytes += len(data)
-            while self._index_bytes > INDEX_BYTES and len(self._indices) > 1:
-                self._index_bytes -= len(self._indices.popitem(last=False)[1])
-        return data
 
     def _fetch(self, shard: int, first: int, index: ShardIndex, wanted: Wanted, max_member_bytes: int) -> list[Row]:
         name, number = self.manifest.shards[shard].name, self.first_of(shard) + first

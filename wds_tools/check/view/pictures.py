@@ -98,7 +98,7 @@ class Pictures:
             with self._turn:
                 if self._is_closed or not is_wanted():
                     return b""
-                png = self._ask(decoder, codes_hw, is_small)
+                png = self._kept(name) or self._ask(decoder, codes_hw, is_small)  # another may have been faster
             self._keep(name, png)
         return png
 
