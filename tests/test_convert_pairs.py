@@ -239,9 +239,9 @@ def test_folders_brace_patterns_and_several_files_are_read_in_order(tmp_path: Pa
 
 def test_rejects_of_a_data_set_below_an_input_folder_are_no_input_unless_named(half_bad: Path, tmp_path: Path) -> None:
     folder = half_bad.parent
-    first = convert(folder / "out", folder)
-    for flags in ({"resume": True}, {"overwrite": True}):
-        assert convert(folder / "out", folder, **flags).source["inputs"] == first.source["inputs"]
+    first = convert(tmp_path / "out", folder)
+    (tmp_path / "out").rename(folder / "out")
+    assert convert(tmp_path / "again", folder).source["inputs"] == first.source["inputs"]
     assert convert(tmp_path / "named", folder / "out/rejects/task-000000.jsonl").rejects == {"missing_field": 6}
 
 
