@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import orjson
 import pytest
+from factory import image_sample, make_dataset, text_sample
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,7 +25,6 @@ from loaders.audit import audit
 from loaders.packing import unpack_lanes
 from loaders.receipt import unpack_receipt
 from loaders.stream import OpenSource, Stream
-from tests.factory import image_sample, make_dataset, text_sample
 from wds_tools.check.report import render
 from wds_tools.check.stats import StatsConfig, stats
 from wds_tools.check.verify import VerifyConfig, verify

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
+import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -278,3 +280,46 @@ def test_the_factory_and_the_reader_agree(folder: Path) -> None:
     manifest = read_manifest(open_store(str(folder)))
     assert (manifest.samples, manifest.inputs) == (10, 12)
     assert [asdict(row)["samples"] for row in manifest.shards] == [4, 4, 2]
+
+
+# --- Every bit -----------------------------------------------------------------------------------------------------
+
+
+def test_a_flipped_bit_of_manifest_rejects_index_or_tar_is_found(tmp_path: Path) -> None:
+    """Every bit of the rejects, and some of the others: of the manifest every bit is flipped in test_manifest.py."""
+    folder = tmp_path / "set"
+    store = open_store(str(folder))
+    begin(store, {}, resume=False, overwrite=False)
+    with TaskWriter(store, 0, ShardLimits()) as writer:
+        writer.add(text_sample(1))
+        writer.reject(Reject("x", "y"), source="z", line=1)
+        writer.finish(2)
+    finish(store, 1, codes={}, source={})
+    assert problems(folder) == ()
+    shard = "shard-000000-0000.tar"
+    for name, step in (("manifest.json", 31), ("rejects/task-000000.jsonl", 1), (f"{shard}.index", 17), (shard, 199)):
+        data = (folder / name).read_bytes()
+        for bit in range(0, 8 * len(data), step):
+            flipped = bytearray(data)
+            flipped[bit // 8] ^= 1 << bit % 8
+            (folder / name).write_bytes(flipped)
+            try:
+                assert problems(folder), f"bit {bit} of {name}"
+            except FormatError:
+                pass
+        (folder / name).write_bytes(data)
+
+
+def test_of_a_manifest_without_hashes_verify_says_that_nothing_protects_it(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change_manifest(folder, lambda manifest: replace(manifest, rejects_hash=None))
+    assert main(["verify", str(folder), "--quiet"]) == 0
+    said = capsys.readouterr().out
+    assert "NOTE   manifest.json has no manifest_hash and no rejects_hash" in said
+    assert said.endswith("verify: all is well\n")
+
+
+def test_the_hash_over_rejects_is_that_of_what_sha256sum_prints(folder: Path) -> None:
+    printed = subprocess.run(["sha256sum", "rejects/task-000000.jsonl"], cwd=folder, capture_output=True, check=True).stdout
+    assert read_manifest(open_store(str(folder))).rejects_hash == f"sha256:{hashlib.sha256(printed).hexdigest()}"

@@ -12,7 +12,7 @@ Cost: about 4 us a shard of a manifest.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache, partial
 from itertools import repeat
@@ -31,6 +31,7 @@ Count = Annotated[int, range(1 << 53)]
 _WORD = range(-(1 << 63), 1 << 64)
 _SHOWN_CHARS = 80
 _OBJECTS = dict, Mapping
+_SCALARS = frozenset((str, int, float, bool, NoneType))
 _Kind = TypeVar("_Kind")
 _Read = Callable[[Any], Any]
 
@@ -93,7 +94,7 @@ def _reader(kind: Any) -> _Read:
     """What reads a value of this kind, or raises _Odd."""
     origin, args = get_origin(kind), get_args(kind)
     if kind is Any:
-        return partial(_any, left=MAX_DEPTH)
+        return _any
     if kind is int:
         return partial(_int, allowed=_WORD)
     if origin is Annotated:
@@ -101,7 +102,7 @@ def _reader(kind: Any) -> _Read:
     if kind is float:
         return _float
     if origin is Literal:
-        return partial(_literal, allowed=args)
+        return partial(_literal, allowed=args, types=tuple(map(type, args)))
     if origin in (Union, UnionType):
         return partial(_union, readers=tuple(map(_reader, args)))
     if origin is tuple and args[-1] is not Ellipsis:
@@ -136,8 +137,8 @@ def _float(value: Any) -> Any:
     return value
 
 
-def _literal(value: Any, allowed: tuple[Any, ...]) -> Any:
-    if not any(type(value) is type(one) and value == one for one in allowed):
+def _literal(value: Any, allowed: tuple[Any, ...], types: tuple[type, ...]) -> Any:
+    if type(value) not in types or value not in allowed:
         raise _expected(" or ".join(map(repr, allowed)), value)
     return value
 
@@ -166,17 +167,21 @@ def _items(value: Any, make: type, read: _Read) -> Any:
 def _mapping(value: Any, read: _Read) -> Any:
     if not isinstance(value, _OBJECTS) or not all(type(name) is str for name in value):
         raise _expected("an object", value)
-    return dict(zip(value, _each(repeat(read), value.values(), tuple(value)), strict=True))
+    return dict(zip(value, _each(repeat(read), value.values(), value), strict=True))
 
 
 def _record(value: Any, kind: Any, readers: Mapping[str, _Read], required: frozenset[str]) -> Any:
     if not isinstance(value, _OBJECTS):
         raise _expected("an object", value)
-    for name in value:
-        if name not in readers:
-            raise _Odd("is unknown").inside(f".{str(name)[:_SHOWN_CHARS]}")
-    names = [name for name in readers if name in value or name in required]
-    items = _each([readers[name] if name in value else _missing for name in names], map(value.get, names), names)
+    names: Collection[str] = readers
+    reads: Iterable[_Read] = readers.values()
+    if value.keys() != readers.keys():
+        for name in value:
+            if name not in readers:
+                raise _Odd("is unknown").inside(f".{str(name)[:_SHOWN_CHARS]}")
+        names = [name for name in readers if name in value or name in required]
+        reads = [readers[name] if name in value else _missing for name in names]
+    items = _each(reads, map(value.get, names), names)
     try:
         return kind(**dict(zip(names, items, strict=True)))
     except UsageError as cause:
@@ -187,7 +192,7 @@ def _missing(_: Any) -> Any:
     raise _Odd("is missing")
 
 
-def _each(readers: Iterable[_Read], items: Iterable[Any], names: Sequence[str] | None = None) -> list[Any]:
+def _each(readers: Iterable[_Read], items: Iterable[Any], names: Collection[str] | None = None) -> list[Any]:
     """Each item, read by its reader. The error of one says which: its name, or by default its number."""
     done: list[Any] = []
     try:
@@ -195,14 +200,18 @@ def _each(readers: Iterable[_Read], items: Iterable[Any], names: Sequence[str] |
             done.append(read(item))
     except _Odd as odd:
         at = len(done)
-        raise odd.inside(f"[{at}]" if names is None else f".{names[at][:_SHOWN_CHARS]}")  # noqa: B904 (it is the same error)
+        raise odd.inside(f"[{at}]" if names is None else f".{list(names)[at][:_SHOWN_CHARS]}")  # noqa: B904 (it is the same error)
     return done
 
 
-def _any(value: Any, left: int) -> Any:
-    if isinstance(value, str | bool | int | float | NoneType):
+def _any(value: Any, left: int = MAX_DEPTH) -> Any:
+    if type(value) in _SCALARS:
         return value
+    if not isinstance(value, dict | list | tuple):
+        raise _expected("a JSON value", value)
     if not left:
         raise _Odd(f"is nested deeper than {MAX_DEPTH} levels")
-    read = partial(_any, left=left - 1)
-    return _mapping(value, read) if isinstance(value, _OBJECTS) else _items(value, list, read)
+    for item in value.values() if isinstance(value, dict) else value:
+        if type(item) not in _SCALARS:
+            _any(item, left - 1)
+    return value
