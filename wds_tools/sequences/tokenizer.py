@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import orjson
@@ -169,19 +169,25 @@ def _converted(path: Path) -> Tokenizer:
     return backend
 
 
+def read_settings(file: Path) -> dict[str, Any]:
+    """The JSON object of a file beside a tokenizer; empty if there is none. Raises TokenizerError if it can't be read."""
+    try:
+        record = orjson.loads(file.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (OSError, orjson.JSONDecodeError) as error:
+        raise TokenizerError(f"{file} can't be read: {error}") from error
+    return record if isinstance(record, dict) else {}
+
+
 def _special_names(path: Path) -> dict[str, str]:
     """Role -> token, as the files beside the tokenizer say."""
     folder = path if path.is_dir() else path.parent
     names: dict[str, str] = {}
     for file in reversed(_NAMES):
-        try:
-            record = orjson.loads((folder / file).read_bytes())
-        except FileNotFoundError:
-            continue
-        except (OSError, orjson.JSONDecodeError) as error:
-            raise TokenizerError(f"{folder / file} can't be read: {error}") from error
+        record = read_settings(folder / file)
         for role in ("bos_token", "eos_token"):
-            token = record.get(role) if isinstance(record, dict) else None
+            token = record.get(role)
             content = token.get("content") if isinstance(token, dict) else token
             if isinstance(content, str):
                 names[role] = content
