@@ -237,6 +237,7 @@ def loader_at(url: str, epoch: int) -> Loader:
     return made
 
 
+@settings(deadline=None)
 @given(st.integers(1, 200), st.integers(0, 199), st.integers(1, 20), st.integers(0, 19), st.sampled_from(get_args(Tail)))
 def test_no_batch_of_any_world_is_empty_and_what_is_left_is_handed_out_once(
     length: int, start: int, world_size: int, more: int, tail: Any

@@ -169,18 +169,23 @@ def _converted(path: Path) -> Tokenizer:
     return backend
 
 
+def read_settings(file: Path) -> dict[str, Any]:
+    """The JSON object of a file beside a tokenizer; empty if there is none. Raises TokenizerError if it can't be read."""
+    try:
+        data = file.read_bytes()
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise TokenizerError(f"{file} can't be read: {error}") from error
+    return read_json(dict[str, Any], data, f"{file} can't be read", TokenizerError)
+
+
 def _special_names(path: Path) -> dict[str, str]:
     """Role -> token, as the files beside the tokenizer say."""
     folder = path if path.is_dir() else path.parent
     names: dict[str, str] = {}
     for file in reversed(_NAMES):
-        try:
-            data = (folder / file).read_bytes()
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            raise TokenizerError(f"{folder / file} can't be read: {error}") from error
-        record = read_json(dict[str, Any], data, f"{folder / file} can't be read", TokenizerError)
+        record = read_settings(folder / file)
         for role in ("bos_token", "eos_token"):
             token = record.get(role)
             content = token.get("content") if isinstance(token, dict) else token

@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import orjson
 
 from wds_tools.errors import StorageError, UsageError
 from wds_tools.sequences.config import SequenceConfig
 from wds_tools.sequences.prompts import Prompts, read_prompts
-from wds_tools.sequences.tokenizer import FILE, NO_IDS, Ids, Part, TextTokenizer, joined, load_backend
+from wds_tools.sequences.tokenizer import CONFIG, FILE, NO_IDS, Ids, Part, TextTokenizer, joined, load_backend, read_settings
 
 MOST_IDS = 1 << 31
 """Ids that an int32 tells apart."""
@@ -146,6 +147,11 @@ def add_tokens(path: str, output: str, names: Sequence[str]) -> TextTokenizer:
                 if file.is_file():
                     shutil.copyfile(file, folder / file.name)
             tokenizer.save(str(folder / FILE))
+            settings = read_settings(folder / CONFIG)
+            if isinstance(listed := settings.get("added_tokens_decoder"), dict):  # where transformers' Gemma looks for them
+                flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False) | {"special": True}
+                listed |= {str(tokenizer.token_to_id(name)): {"content": name, **flags} for name in names}
+                (folder / CONFIG).write_bytes(orjson.dumps(settings, option=orjson.OPT_INDENT_2))
             folder.rename(target)
     except OSError as error:
         raise StorageError(f"--output {output}: can't write the tokenizer there: {error}") from error
