@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from typing import NoReturn
 
 _STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_stops: list[int] = []
+"""Those that came."""
 
 
 class _Stream(io.FileIO):
@@ -52,7 +54,7 @@ def start() -> int:
     from wds_tools.cli.main import main
 
     try:
-        status = main(begin=lambda: _listen(handled, _stop))
+        status = main(begin=lambda: _listen(handled, _stop), stops=_stops)
     except SystemExit as ended:  # --help
         status = int(ended.code or 0)
     except KeyboardInterrupt:  # once more, in the midst of saying so
@@ -91,6 +93,7 @@ def _stop(number: int, _: FrameType | None) -> NoReturn:
     """The first one ends the command. SIGTERM is often sent twice, and cleaning up is under way then; Ctrl-C breaks that off."""
     for other in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(other, signal.SIG_IGN)
+    _stops.append(number)
     raise KeyboardInterrupt(number)
 
 

@@ -48,12 +48,13 @@ COMMANDS = {
 }
 
 
-def main(argv: Sequence[str] | None = None, *, begin: Callable[[], None] = lambda: None) -> int:
+def main(argv: Sequence[str] | None = None, *, begin: Callable[[], None] = lambda: None, stops: Sequence[int] = ()) -> int:
     """Run a command line.
 
     Args:
         argv: the arguments behind the program's name; by default those of the process.
         begin: called when all is loaded and the arguments are right, before anything is done.
+        stops: the signals behind a KeyboardInterrupt, since libraries raise one of their own in its place; none means SIGINT.
 
     Returns:
         The exit status.
@@ -73,8 +74,8 @@ def main(argv: Sequence[str] | None = None, *, begin: Callable[[], None] = lambd
     except WdsToolsError as error:
         say(f"wds-tools: {' '.join(map(str.strip, str(error).splitlines()))}", error=True)  # a library may say more
         return 2 if isinstance(error, UsageError) else 1
-    except KeyboardInterrupt as stop:
-        number = signal.Signals(stop.args[0] if stop.args else signal.SIGINT)
+    except KeyboardInterrupt:
+        number = signal.Signals(stops[0] if stops else signal.SIGINT)
         what = "interrupted" if number == signal.SIGINT else f"stopped by {number.name}"
         can_resume = hasattr(config, "resume")
         how = "finished shards are kept, run again with --resume" if can_resume else "run the same command again"
