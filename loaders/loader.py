@@ -306,11 +306,10 @@ class Loader:
             if isinstance(error, WdsToolsError) or not (_tells_of_a_worker(error) or isinstance(error, OSError | EOFError)):
                 raise
             self.close()
-            cut = self._cut_off() if "Bus error" in str(error) else ""
-            raise WorkerDied(f"a worker process ended ({error}{cut}); {self._whence()}") from error
+            raise WorkerDied(f"a worker process ended ({error}{self._cut_off()}); {self._whence()}") from error
 
     def _cut_off(self) -> str:
-        """A local shard that is not as long as it was: to touch what is missing of a mapped file is a bus error."""
+        """A local shard that is not as long as it was: who touches what is missing of a mapped file, dies."""
         for opened in self._sources:
             for row in opened.manifest.shards if isinstance(opened.store, LocalStore) else ():
                 with suppress(StorageError):
