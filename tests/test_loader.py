@@ -659,6 +659,7 @@ def test_less_memory_reads_more_often_and_never_changes_the_order(tmp_path: Path
     with pytest.warns(UserWarning, match=r"memory_bytes=20,000 does not hold .* 16 lanes"):
         assert keys(tight) == order
     assert tight.stats()["requests"] > whole.stats()["requests"]
+    assert (whole.stats()["evicted"], tight.stats()["evicted"] > 0) == (0, True)
 
 
 def test_shard_dataset_reads_the_order_of_the_plan_and_resumes_on_other_ranks(tmp_path: Path) -> None:

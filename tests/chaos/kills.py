@@ -28,6 +28,7 @@ from commands import (
     write_jsonl,
     write_pairs,
 )
+from s3 import BUCKET
 from tokens import write_small_sets
 
 from wds_tools.storage import LocalStore, Store, open_store
@@ -57,6 +58,8 @@ COMMANDS: Mapping[str, Sequence[str]] = {
 }
 """With inputs below one folder, where they are run."""
 WITHOUT_WORKERS = ("export hf",)
+LIMIT_S = 240.0
+"""Of anything that is waited for: seconds on an idle machine."""
 
 
 class Peace(NamedTuple):
@@ -81,7 +84,7 @@ class Kills:
     def plan(self, rng: random.Random, number: int) -> tuple[str, Callable[[], None]]:
         name = list(COMMANDS)[number % len(COMMANDS)]
         on_s3 = self._has_s3 and rng.random() < 0.25
-        url = f"s3://chaos/out-{number}" if on_s3 else str(self._outputs / str(number))
+        url = f"s3://{BUCKET}/chaos-{number}" if on_s3 else str(self._outputs / str(number))
         blows = [
             (rng.choice(SIGNALS), rng.choice(("parent", "group", "worker")), rng.random() < 0.7, rng.random())
             for _ in range(rng.choice((1, 1, 2)))
@@ -98,7 +101,7 @@ class Kills:
         for number, target, is_at_work, moment in blows:
             process = start(*self._words(name, url), *again, cwd=self._inputs)
             if is_at_work:
-                wait_until(lambda: store.list("_work/") or process.poll() is not None, "the run begins")  # noqa: B023
+                wait_until(lambda: store.list("_work/") or process.poll() is not None, "the run begins", LIMIT_S)  # noqa: B023
                 time.sleep(moment * (peace.ends_s - peace.starts_s))
             else:
                 time.sleep(moment * peace.ends_s)
@@ -111,7 +114,7 @@ class Kills:
             env=environment(),
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=LIMIT_S,
         )
         assert done.returncode == 0, f"the run that should go on: {done.stderr}"
         assert contents(store) == peace.files
@@ -135,15 +138,15 @@ class Kills:
         self._prepare(name, store)
         begun = time.monotonic()
         process = start(*self._words(name, url), cwd=self._inputs)
-        wait_until(lambda: store.list("_work/") or process.poll() is not None, "the run begins")
+        wait_until(lambda: store.list("_work/") or process.poll() is not None, "the run begins", LIMIT_S)
         starts_s = time.monotonic() - begun
-        _, said = process.communicate(timeout=120)
+        _, said = process.communicate(timeout=LIMIT_S)
         assert process.returncode == 0, said
         return Peace(contents(store), starts_s, time.monotonic() - begun)
 
     def _check_end(self, process: subprocess.Popen[str], number: signal.Signals, target: Target | None, store: Store) -> None:
         """What a run that was hit says, leaves behind, and gives as its exit status."""
-        _, said = process.communicate(timeout=60)
+        _, said = process.communicate(timeout=LIMIT_S)
         status = process.returncode if process.returncode >= 0 else 128 - process.returncode
         allowed = {0}  # it may have been at its end
         if target == "worker":
@@ -153,7 +156,7 @@ class Kills:
         assert status in allowed, f"exit status {status}, expected one of {allowed}: {said}"
         assert "Traceback" not in said, said
         assert len([line for line in said.splitlines() if line.startswith("wds-tools: ")]) <= 1, said
-        wait_until(lambda: not session(process.pid), "no process of the run is left", 20)
+        wait_until(lambda: not session(process.pid), "no process of the run is left", LIMIT_S)
         if number != signal.SIGKILL or target == "worker":
             left = [entry.name for entry in store.list("_work/run-")]
             assert left == [], f"leases that are left: {left}; {said}"

@@ -23,7 +23,7 @@ from chaos.network import Network
 
 LANES: tuple[tuple[Callable[[Path], Kind], ...], ...] = ((Kills,), (Flips, Network, Documents))
 MAX_FAILURES = 5
-GRACE_S = 240.0
+GRACE_S = 600.0
 """A case that is still running so long after the end hangs."""
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from factory import image_sample, make_dataset, text_sample
 from faults import FaultProxy, Faults
+from s3 import BUCKET
 from tokens import PROVENANCE
 
 from loaders import LoaderConfig, ShardDataset, Source, build_loader
@@ -20,7 +21,7 @@ from wds_tools.dataset.read import read_manifest, read_shard
 from wds_tools.errors import StorageError
 from wds_tools.storage import open_store
 
-SET = "s3://chaos/set"
+SET = f"s3://{BUCKET}/chaos-set"
 NUM_SHARDS = 6
 RETRY_S, STALL_S = 8.0, 0.5
 LIMIT_S = 60.0 + NUM_SHARDS * 2 * RETRY_S
