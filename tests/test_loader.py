@@ -650,7 +650,7 @@ def test_statistics_are_a_plain_dict_of_numbers(tmp_path: Path) -> None:
 def test_less_memory_reads_more_often_and_never_changes_the_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("loaders.plan.SMALL_BYTES", 0)
     monkeypatch.setattr("loaders.prefetch.SMALL_BYTES", 0)
-    monkeypatch.setattr("loaders.plan.MIN_BLOCK_BYTES", 4096)
+    monkeypatch.setattr("loaders.plan.MIN_BLOCK_BYTES", 16384)
     make_dataset("memory://sets/less", [pair(number) for number in range(300)], shard_samples=50)
     whole = loader("memory://sets/less", lanes=16)
     order = keys(whole)

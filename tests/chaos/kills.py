@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import re
 import signal
 import subprocess
 import time
@@ -155,7 +156,10 @@ class Kills:
             allowed |= {128 + number}
         assert status in allowed, f"exit status {status}, expected one of {allowed}: {said}"
         assert "Traceback" not in said, said
-        assert len([line for line in said.splitlines() if line.startswith("wds-tools: ")]) <= 1, said
+        lines = said.splitlines()
+        assert all(line.startswith("wds-tools: ") for line in lines), said
+        told = sum(bool(re.search("stopped by|interrupted|a worker process ended", line)) for line in lines)
+        assert told == (status not in (0, 128 + signal.SIGKILL)), f"status {status}: {said}"
         wait_until(lambda: not session(process.pid), "no process of the run is left", LIMIT_S)
         if number != signal.SIGKILL or target == "worker":
             left = [entry.name for entry in store.list("_work/run-")]

@@ -109,7 +109,7 @@ def _verify(_: Path) -> Any:
 def _stream(cache: Path, **options: Any) -> Any:
     loader = build_loader(LoaderConfig(sources=(Source(SET),), batch_size=4, seed=1, check_crc=True, **options))
     try:
-        batches = [(batch["__key__"], batch["text"], batch["codes"]) for batch in loader]
+        batches = [(batch["__key__"], batch["text"], batch.get("codes", ())) for batch in loader]
         return [[None if grid is None else grid.tolist() for grid in codes] for _, _, codes in batches], [b[:2] for b in batches]
     finally:
         loader.close()
