@@ -30,7 +30,16 @@ class Documents:
         return f"{name.removeprefix('test_')}, --hypothesis-seed={seed}", lambda: self._check(name, seed)
 
     def _check(self, name: str, seed: int) -> None:
-        words = [f"{_TESTS}::{name}", f"--hypothesis-seed={seed}", "-q", "-p", "no:cacheprovider", "-p", "no:timeout"]
+        words = [
+            f"{_TESTS}::{name}",
+            f"--hypothesis-seed={seed}",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-p",
+            "no:faulthandler",
+            "--timeout=0",
+        ]
         said = io.StringIO()
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             status = pytest.main([*words, f"--rootdir={ROOT}", f"--basetemp={self._folder}"])

@@ -11,7 +11,7 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -100,24 +100,17 @@ class Kills:
         again: list[str] = []
         self._prepare(name, store)
         for number, target, is_at_work, moment in blows:
-            process = start(*self._words(name, url), *again, cwd=self._inputs)
-            if is_at_work:
-                wait_until(lambda: store.list("_work/") or process.poll() is not None, "the run begins", LIMIT_S)  # noqa: B023
-                time.sleep(moment * (peace.ends_s - peace.starts_s))
-            else:
-                time.sleep(moment * peace.ends_s)
-            target = strike(process, number, target)
-            self._check_end(process, number, target, store)
+            with started(*self._words(name, url), *again, cwd=self._inputs) as process:
+                if is_at_work:
+                    wait_until(lambda: store.list("_work/") or process.poll() is not None, "the run begins", LIMIT_S)  # noqa: B023
+                    time.sleep(moment * (peace.ends_s - peace.starts_s))
+                else:
+                    time.sleep(moment * peace.ends_s)
+                self._check_end(process, number, strike(process, number, target), store)
             again = [] if name == "index" else ["--resume"]
-        done = subprocess.run(
-            command(*self._words(name, url), *again),
-            cwd=self._inputs,
-            env=environment(),
-            capture_output=True,
-            text=True,
-            timeout=LIMIT_S,
-        )
-        assert done.returncode == 0, f"the run that should go on: {done.stderr}"
+        with started(*self._words(name, url), *again, cwd=self._inputs) as process:
+            _, said = process.communicate(timeout=LIMIT_S)
+        assert process.returncode == 0, f"the run that should go on: {said}"
         assert contents(store) == peace.files
         assert not any(word.startswith((".tmp", "_work")) for word in tree(Path(url))) or "://" in url
 
@@ -138,10 +131,10 @@ class Kills:
         store = open_store(url)
         self._prepare(name, store)
         begun = time.monotonic()
-        process = start(*self._words(name, url), cwd=self._inputs)
-        wait_until(lambda: store.list("_work/") or process.poll() is not None, "the run begins", LIMIT_S)
-        starts_s = time.monotonic() - begun
-        _, said = process.communicate(timeout=LIMIT_S)
+        with started(*self._words(name, url), cwd=self._inputs) as process:
+            wait_until(lambda: store.list("_work/") or process.poll() is not None, "the run begins", LIMIT_S)
+            starts_s = time.monotonic() - begun
+            _, said = process.communicate(timeout=LIMIT_S)
         assert process.returncode == 0, said
         return Peace(contents(store), starts_s, time.monotonic() - begun)
 
@@ -166,6 +159,18 @@ class Kills:
             assert left == [], f"leases that are left: {left}; {said}"
             if isinstance(store, LocalStore):
                 assert not (Path(store.url) / ".tmp").exists(), f"unfinished files are left: {said}"
+
+
+@contextlib.contextmanager
+def started(*args: str, cwd: Path) -> Iterator[subprocess.Popen[str]]:
+    """A command that does not outlive the block, whatever becomes of it."""
+    with start(*args, cwd=cwd) as process:
+        try:
+            yield process
+        finally:
+            for pid in [*session(process.pid), process.pid]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
 
 
 def strike(process: subprocess.Popen[str], number: signal.Signals, target: Target) -> Target | None:
