@@ -102,7 +102,7 @@ class Kills:
         for number, target, is_at_work, moment in blows:
             with started(*self._words(name, url), *again, cwd=self._inputs) as process:
                 if is_at_work:
-                    wait_until(lambda: store.list("_work/") or process.poll() is not None, "the run begins", LIMIT_S)  # noqa: B023
+                    wait_until(lambda: store.list("_work/") or process.poll() is not None, "the run begins", LIMIT_S)
                     time.sleep(moment * (peace.ends_s - peace.starts_s))
                 else:
                     time.sleep(moment * peace.ends_s)
@@ -168,7 +168,8 @@ def started(*args: str, cwd: Path) -> Iterator[subprocess.Popen[str]]:
         try:
             yield process
         finally:
-            for pid in [*session(process.pid), process.pid]:
+            process.kill()
+            for pid in session(process.pid):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
 
