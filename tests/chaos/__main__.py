@@ -42,13 +42,12 @@ def main() -> int:
         else:
             os.environ.update(stack.enter_context(serve_s3(folder / "s3")).env)
         context = multiprocessing.get_context("spawn")
-        until = time.monotonic() + options.seconds
         lanes = []
         for kinds in LANES:
             if options.case and options.case.partition(":")[0] not in [kind.__name__.lower() for kind in kinds]:
                 continue
             ours, theirs = context.Pipe(duplex=False)
-            arguments = (kinds, folder, options.seed, until, options.case, theirs)
+            arguments = (kinds, folder, options.seed, options.seconds, options.case, theirs)
             lanes.append((ours, context.Process(target=run_lane, args=arguments)))
             lanes[-1][1].start()
             theirs.close()

@@ -35,15 +35,16 @@ class Kind(Protocol):
 
 
 def run_lane(
-    kinds: tuple[Callable[[Path], Kind], ...], folder: Path, seed: int, until: float, only: str, out: Connection
+    kinds: tuple[Callable[[Path], Kind], ...], folder: Path, seed: int, seconds: float, only: str, out: Connection
 ) -> None:
-    """Run cases of these kinds until the time is over; send how often each was tried, and the failures."""
-    faulthandler.dump_traceback_later(max(until - time.monotonic(), 0) + GRACE_S, exit=True)
+    """Run cases of these kinds for so long, once their inputs are there; send how often each was tried, and how often it failed."""
+    faulthandler.dump_traceback_later(seconds + GRACE_S, exit=True)
     tried: Counter[str] = Counter()
     failed: Counter[str] = Counter()
     made = {kind.__name__.lower(): kind for kind in kinds}
     name, _, wanted = only.partition(":")
     running = {one: made[one](folder / one) for one in made if only in ("", one) or one == name}
+    until = time.monotonic() + seconds
     used_s = dict.fromkeys(running, 0.0)
     number = dict.fromkeys(running, int(wanted or 0))
     while running and time.monotonic() < until and failed.total() < MAX_FAILURES:
