@@ -2,6 +2,7 @@
 # make train-demo   train from an S3 server on this machine: killed, resumed, audited; into train-demo-out/
 # make test     all quick tests, two at a time (JOBS=N)      make test-slow   those that take minutes
 # make check    what CI runs: lint, types, tests
+# make test-chaos   kills, flipped bits, a broken network, hostile documents, at random (10 minutes; SECONDS=120, SEED=N, CASE=kills:17)
 # make bench    throughput against the plain way
 # make bench-encode   encoding against one image at a time (4 minutes, on a CPU)
 # make docs     the documentation as a site, into site/
@@ -18,12 +19,15 @@ READY := $(VENV)/.ready
 PEERS := .venv-peers
 PEERS_READY := $(PEERS)/.ready
 JOBS ?= 2
+SECONDS ?= 600
+SEED ?=
+CASE ?=
 ARGS ?=
 # A package index with another build of torch, such as its CPU build: a twentieth of the size.
 TORCH_INDEX ?=
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: setup demo train-demo test test-slow check lint types docs dist bench bench-encode bench-loader bench-sequences bench-peers convert-pairs convert-dclm encode export clean
+.PHONY: setup demo train-demo test test-slow test-chaos check lint types docs dist bench bench-encode bench-loader bench-sequences bench-peers convert-pairs convert-dclm encode export clean
 
 setup: $(READY)
 
@@ -50,6 +54,9 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow tests
+
+test-chaos: $(READY)
+	PYTHONPATH=tests $(BIN)/python -m chaos --seconds $(SECONDS) $(if $(SEED),--seed $(SEED)) $(if $(CASE),--case $(CASE))
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -52,10 +52,11 @@ def wds_tools(*args: str | Path, status: int = 0) -> subprocess.CompletedProcess
     return result
 
 
-def start(*args: str | Path) -> subprocess.Popen[str]:
+def start(*args: str | Path, cwd: Path | None = None) -> subprocess.Popen[str]:
     """Start the command line in a session of its own, so that `session` finds all that belongs to it."""
     pipe = subprocess.PIPE
-    return subprocess.Popen(command(*args), env=environment(), stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+    words, env = command(*args), environment()
+    return subprocess.Popen(words, cwd=cwd, env=env, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
 
 
 def session(leader: int) -> list[int]:
@@ -69,6 +70,11 @@ def session(leader: int) -> list[int]:
         if fields[3] == str(leader) and fields[0] != "Z" and folder.name != str(leader):
             found.append(int(folder.name))
     return found
+
+
+def workers_of(process: subprocess.Popen[str]) -> list[int]:
+    """The worker processes of a run (not multiprocessing's resource tracker)."""
+    return [pid for pid in session(process.pid) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
 def wait_until(what: Callable[[], Any], why: str, timeout_s: float = WAIT_S) -> None:

@@ -201,3 +201,31 @@ def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
     pages = "".join(page.read_text() for page in (tmp_path / "site").rglob("*.html"))
     loaded = re.findall(r'(?:<script[^>]* src|<img[^>]* src|<link[^>]*stylesheet"? href)="?(https?://[^" >]+)', pages)
     assert loaded == [], "pages that load anything from elsewhere do not work offline"
+
+
+def test_every_test_and_module_that_the_page_on_reliability_names_is_there() -> None:
+    page = (ROOT / "docs/reliability.md").read_text()
+    named = re.findall(r"`(test_\w+\.py)::(\w+)`", page)
+    assert len(named) > 60
+    assert [one for one in named if f"\ndef {one[1]}(" not in (ROOT / "tests" / one[0]).read_text()] == []
+    modules = [name for name in re.findall(r"`([\w/]+\.py)`", page) if not name.startswith("test_")]
+    places = {name: {"loaders": ROOT, "chaos": ROOT / "tests"}.get(name.split("/")[0], ROOT / "wds_tools") for name in modules}
+    assert [name for name, place in places.items() if not (place / name).is_file()] == []
+
+
+def test_every_row_of_the_page_on_reliability_names_a_test() -> None:
+    rows = [line for line in (ROOT / "docs/reliability.md").read_text().splitlines() if line.startswith("| ")]
+    headers = [row for row in rows if row.endswith("| test |")]
+    assert (len(headers), len(rows) > 50) == (5, True)
+    assert [row for row in rows if row not in headers and "`test_" not in row.split(" | ")[-1]] == []
+
+
+def test_every_reason_of_a_reject_is_documented_and_provoked() -> None:
+    code = "".join(path.read_text() for folder in ("wds_tools", "loaders") for path in (ROOT / folder).rglob("*.py"))
+    table = (ROOT / "docs/flow.md").read_text().partition("| reason | found by |")[2]
+    documented = {name for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)}
+    assert len(documented) > 35
+    assert set(re.findall(r'Reject\(\s*"(\w+)"', code)) - documented == set()
+    assert {name for name in documented if f'"{name}"' not in code} == set()
+    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py") if path.name != "test_docs.py")
+    assert {name for name in documented if not re.search(rf"[\"']{name}\b", tests)} == set()

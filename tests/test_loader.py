@@ -651,7 +651,7 @@ def test_statistics_are_a_plain_dict_of_numbers(tmp_path: Path) -> None:
 def test_less_memory_reads_more_often_and_never_changes_the_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("loaders.plan.SMALL_BYTES", 0)
     monkeypatch.setattr("loaders.prefetch.SMALL_BYTES", 0)
-    monkeypatch.setattr("loaders.plan.MIN_BLOCK_BYTES", 4096)
+    monkeypatch.setattr("loaders.plan.MIN_BLOCK_BYTES", 16384)
     make_dataset("memory://sets/less", [pair(number) for number in range(300)], shard_samples=50)
     whole = loader("memory://sets/less", lanes=16)
     order = keys(whole)
@@ -660,6 +660,7 @@ def test_less_memory_reads_more_often_and_never_changes_the_order(tmp_path: Path
     with pytest.warns(UserWarning, match=r"memory_bytes=20,000 does not hold .* 16 lanes"):
         assert keys(tight) == order
     assert tight.stats()["requests"] > whole.stats()["requests"]
+    assert (whole.stats()["evicted"], tight.stats()["evicted"] > 0) == (0, True)
 
 
 def test_shard_dataset_reads_the_order_of_the_plan_and_resumes_on_other_ranks(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from commands import (
     tree,
     wait_until,
     wds_tools,
+    workers_of,
     write_documents,
     write_jsonl,
     write_pairs,
@@ -244,11 +245,6 @@ def test_resume_with_other_inputs_is_refused(tmp_path: Path) -> None:
     write_documents(path, [{"text": "abcdefgh"}, {"text": ""}])
     refused = wds_tools(*args, "--resume", status=2)
     assert "inputs_sha256 was" in refused.stderr
-
-
-def workers_of(process: subprocess.Popen[str]) -> list[int]:
-    """The worker processes of a run (not multiprocessing's resource tracker)."""
-    return [pid for pid in session(process.pid) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
 def begin(args: Sequence[str], output: Path, num_done: int) -> subprocess.Popen[str]:

@@ -344,6 +344,21 @@ def test_an_image_that_fits_no_row_or_no_codebook_stops_the_run_or_is_replaced_a
         assert loader.stats()["bad_too_long"] > 5
 
 
+def test_what_packing_shortens_and_pads_is_counted_ahead_and_on_the_fly(data: Path, tmp_path: Path) -> None:
+    make_dataset(tmp_path / "long", [image_sample(0)._replace(text="so it is " * 100), image_sample(1)], codes=PROVENANCE)
+    url, settings = str(tmp_path / "long"), {"tokenizer": str(data / "tokenizer"), "unconditional_ratio": 0.0}
+    output = str(tmp_path / "made")
+    counts = pack(PackConfig(input=(url,), output=output, seq_len=LENGTH, quiet=True, **settings)).source["counts"]
+    assert counts["shortened"] == 1
+    assert counts["padding"] + counts["tokens"] == 2 * LENGTH
+    rows = SequenceConfig(max_length=LENGTH, **settings)
+    loader = build_loader(LoaderConfig(sources=(Source(url),), sequences=rows, batch_size=2), World())
+    (batch,) = loader
+    stats = loader.stats()
+    assert (stats["shortened"], stats["tokens"]) == (1, int(batch["attention_mask"].sum()))
+    assert stats["padding"] == batch["input_ids"].numel() - stats["tokens"] > 0
+
+
 def test_what_does_not_go_together_is_refused(data: Path, tmp_path: Path) -> None:
     bare = write_tokenizer(tmp_path / "bare", added=())
     rows = Source(str(data / "rows"))

@@ -5,7 +5,9 @@ Each reader gets a valid document with some changes: types swapped, fields remov
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 import json
 import re
 from collections.abc import Callable
@@ -43,6 +45,7 @@ from wds_tools.passes import FinalizeConfig, finalize
 from wds_tools.sequences.prompts import read_prompts
 from wds_tools.sequences.tokenizer import _special_names
 from wds_tools.storage import open_store
+from wds_tools.terminal import say
 from wds_tools.vq.huggingface import _pixel_scale, _weight_files
 
 Read = Callable[[bytes], object]
@@ -327,6 +330,15 @@ def test_lines_of_rejects(tmp_path: Path) -> None:
         assert any("rejects/" in problem for problem in verify(VerifyConfig(input=store.url, quiet=True)).problems)
 
     fuzz()
+
+
+@given(st.lists(st.text() | st.sampled_from(["\x1b[2J", "\x9b1m", "a\nb", "\u202egnp.exe", "\ud800", "ä 猫"])))
+def test_no_line_that_is_said_acts_on_a_terminal(lines: list[str]) -> None:
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        say("first", *lines)
+    said = out.getvalue().removesuffix("\n").split("\n")
+    assert len(said) == len(lines) + 1
+    assert all(line.isprintable() for line in said)
 
 
 # --- The whole way -------------------------------------------------------------------------------------------------

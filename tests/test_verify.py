@@ -182,6 +182,16 @@ def test_an_edited_manifest_is_refused_and_named(
     assert "manifest.json" in line
 
 
+def test_a_manifest_without_hashes_is_noted(folder: Path) -> None:
+    path = folder / "manifest.json"
+    document = json.loads(path.read_bytes())
+    del document["manifest_hash"], document["rejects_hash"]
+    path.write_text(json.dumps(document))
+    found = verify(VerifyConfig(input=str(folder), quiet=True))
+    assert found.problems == ()
+    assert [note.partition(" (")[0] for note in found.notes] == ["manifest.json has no manifest_hash and no rejects_hash"]
+
+
 @pytest.mark.parametrize("data", [b"", b"[]", b"null", b"{", b'{"format": "wds-tools"}', b"\xff"])
 def test_what_is_no_manifest_is_refused(folder: Path, data: bytes) -> None:
     (folder / "manifest.json").write_bytes(data)

@@ -61,6 +61,8 @@ class TokenRows:
     vocabulary_size: Annotated[int, range(1, 1 << 32)]
     text_size: Count
     """Ids of the text tokenizer."""
+    version: Count = 1
+    """Of the way from a sample to its tokens."""
 
 
 def hash_rejects(digests: Mapping[str, str]) -> str:

@@ -209,7 +209,8 @@ def _weight_files(folder: Path) -> list[Path]:
         if (index := folder / f"{stem}.safetensors.index.json").is_file():
             weight_map = shape(dict[str, str], _read_json(index).get("weight_map", {}), f"{index}: weight_map", TokenizerError)
             names = sorted(set(weight_map.values()))
-            if outside := [name for name in names if Path(name).name != name or not (folder / name).is_file()]:
+            there = {path.name for path in folder.iterdir() if path.is_file()}
+            if outside := [name for name in names if name not in there]:
                 raise TokenizerError(f"{index} names {outside[0][:80]!r}, which is not there")
             return [folder / name for name in names]
         for name in (f"{stem}.safetensors", f"{stem}.bin"):
