@@ -345,7 +345,7 @@ def test_output_on_input_is_refused_however_it_is_spelled(
     (tmp_path / "link").symlink_to("in")
     monkeypatch.chdir(tmp_path)
     before = tree(tmp_path / "in")
-    with pytest.raises(UsageError, match="--output .* is the input "):
+    with pytest.raises(UsageError, match=r"--output .* is the input "):
         encode(EncodeConfig(input=str(tmp_path / "in"), output=spelling.format(tmp_path / "in", tmp_path.name), **flags))
     assert tree(tmp_path / "in") == before
 

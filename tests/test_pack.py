@@ -229,7 +229,7 @@ def test_impossible_arguments_are_refused_before_anything_is_written(inputs: Pat
     with pytest.raises(UsageError, match="task-samples"):
         config(inputs, tmp_path / "rows", task_samples=0)
     for spelling in ("text", "text/", "pairs/../text"):
-        with pytest.raises(UsageError, match="--output .* is the input "):
+        with pytest.raises(UsageError, match=r"--output .* is the input "):
             config(inputs, inputs / "text", input=(str(inputs / "pairs"), f"{inputs}/{spelling}"), overwrite=True)
     with pytest.raises(UsageError, match="max_length=1"):
         config(inputs, tmp_path / "rows", seq_len=1)
