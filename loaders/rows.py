@@ -69,8 +69,6 @@ class RowMaker:
 
     def read(self, rows: Sequence[LoadedRows], numbers: Sequence[int]) -> list[Sample]:
         """Parse rows as samples of which examples can be made. Raises as collate.read_records, and Reject."""
-        if not rows:
-            return []
         keys, records, codes = read_records(rows, numbers)
         grids: Sequence[Sequence[Codes]] = codes.arrays() if codes is not None else [()] * len(keys)
         samples = [_sample(key, record, own) for key, record, own in zip(keys, records, grids, strict=True)]
@@ -128,8 +126,6 @@ def read_token_rows(rows: Sequence[LoadedRows], numbers: Sequence[int]) -> Colum
     Raises:
         FormatError: they are no rows, or of different lengths.
     """
-    if not rows:
-        return Columns({"__key__": []}, None)
     headers: list[memoryview] = []
     ids: list[memoryview] = []
     bits: list[memoryview] = []
@@ -174,12 +170,12 @@ def check_packed_ahead(sources: Sequence[OpenSource]) -> bool:
     """Whether the sources are rows of `wds-tools pack`.
 
     Raises:
-        UsageError: some are and some are not, or they differ in length or vocabulary.
+        UsageError: some are and some are not, or they differ in version, length or vocabulary.
     """
     made = [opened.manifest.token_rows for opened in sources]
     if made and any(one != made[0] for one in made):
         told = "; ".join(f"{opened.store.url}: {one or 'samples'}" for opened, one in zip(sources, made, strict=True))
-        raise UsageError(f"sources of rows must have one length and one vocabulary, and can't be mixed with samples: {told}")
+        raise UsageError(f"sources of rows must have one version, length and vocabulary, and can't be mixed with samples: {told}")
     return bool(made and made[0])
 
 

@@ -96,7 +96,7 @@ def test_rows_hold_every_token_of_every_sample_once_and_little_padding(inputs: P
 
 def test_the_manifest_says_what_a_model_needs_and_verify_finds_nothing(made: tuple[Path, Manifest]) -> None:
     output, manifest = made
-    assert manifest.source["rows"] == {"length": LENGTH, "vocabulary_size": 2003 + 8192, "text_size": 2003}
+    assert manifest.source["rows"] == {"version": 2, "length": LENGTH, "vocabulary_size": 2003 + 8192, "text_size": 2003}
     assert manifest.samples == len(read_rows(output))
     assert wds_tools("verify", output).stdout
 

@@ -6,6 +6,7 @@ import json
 import lzma
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -124,10 +125,9 @@ def test_a_conversation_trains_its_answers_only_and_puts_the_image_at_its_mark(t
     sample, is_ = conversation(*turns), Expected(tokenizer)
     image = [*is_.ids("<boi>"), *is_.codes(sample), *is_.ids("<eoi>")]
     assert as_row(built(tokenizer, sample)) == row(
-        ([is_.bos, *is_.ids("User: "), *is_.ids("Look: "), *image, *is_.ids("\nWhat?"), *is_.ids("\n")], False),
-        (is_.ids("Assistant: "), False),
+        ([is_.bos, *is_.ids("User: Look: "), *image, *is_.ids("\nWhat?\nAssistant: ")], False),
         ([*is_.ids("A cat."), is_.eos], True),
-        ([*is_.ids("User: "), *is_.ids("Sure?"), *is_.ids("\n"), *is_.ids("Assistant: ")], False),
+        (is_.ids("User: Sure?\nAssistant: "), False),
         ([*is_.ids("Yes."), is_.eos], True),
     )
 
@@ -189,6 +189,23 @@ def test_the_longest_texts_of_a_conversation_give_way_and_every_answer_keeps_its
     assert (len(ids) <= 128, example.is_shortened, ids.count(is_.eos)) == (True, True, 2)
     assert ids[-4 - len(is_.ids("ok.")) + 3 :] == [*is_.ids("ok."), is_.eos]
     assert [token for token in ids if token >= is_.tokenizer.get_vocab_size()] == is_.codes(sample)
+
+
+def test_a_text_is_cut_before_it_is_joined_to_its_prompt(tokenizer: Path) -> None:
+    made = builder(tokenizer, max_length=64, t2i_ratio=1, unconditional_ratio=0)
+    for number, text in enumerate(["many words " * 200, "🐶" * 300, "x" * 900, "a\n" * 200]):
+        sample, is_ = image_sample(number)._replace(text=text), Expected(tokenizer)
+        made.check(sample)
+        (example,) = made.build([sample], [0])
+        ids = example.ids.tolist()
+        joined = ids[1 : ids.index(is_.ids("<boi>")[0])]
+        draw, turn = wording(sample, "draw"), choose(1, 0, sample.key).wording
+        cut = is_.tokenizer.decode(joined).removesuffix(draw)
+        assert text.startswith(cut)
+        assert len(cut) < len(text)
+        assert joined == is_.ids(cut + draw)
+        assert 60 <= len(ids) <= 64
+        assert made.vocabulary.prompt_ids(cut, wording=turn) == [is_.bos, *joined, *is_.ids("<boi>")]
 
 
 def test_a_pair_without_text_is_trained_without_it(tokenizer: Path) -> None:
@@ -347,6 +364,17 @@ def test_codes_of_two_image_tokenizers_are_not_mixed() -> None:
     assert codebook_size_of([manifest(None)], ["b"], 300, [None]) == 300
 
 
+TURNS = ("A cat.", "User: ?\nAssistant: ", "!")
+
+
+def shown(made: ExampleBuilder, sample: Sample, **settings: Any) -> list[Example]:
+    """Of a builder with other ratios; a tokenizer takes seconds to load."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(made, "config", replace(made.config, **settings))
+        made.check(sample)
+        return made.build([sample], [0])
+
+
 GOLDEN = {
     "llama": ("<s>", "</s>", 32003),
     "minimind": (None, None, 6400),
@@ -357,7 +385,8 @@ GOLDEN = {
 
 @pytest.mark.parametrize("name", GOLDEN)
 def test_real_tokenizers_give_the_rows_that_transformers_gives(name: str, tmp_path: Path) -> None:
-    from transformers import PreTrainedTokenizerFast
+    """Up to where the loss begins the ids are those of the joined string: in one call, special tokens and all."""
+    from transformers import AutoTokenizer
 
     bos, eos, size = GOLDEN[name]
     source = shared(f"tokenizer/{name}")
@@ -366,7 +395,9 @@ def test_real_tokenizers_give_the_rows_that_transformers_gives(name: str, tmp_pa
         (tmp_path / file.name.removesuffix(".xz")).write_bytes(data)
     folder = tmp_path / "added"
     assert add_tokens(str(tmp_path), str(folder), IMAGE_TOKENS).num_tokens == size + 3
-    theirs = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+    if not (folder / "tokenizer_config.json").exists():
+        (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    theirs = AutoTokenizer.from_pretrained(str(folder))
     text = "Zwei Hunde 🐶 spielen - two dogs\nplay <b>here</b>.  终"
     sample = image_sample(7)._replace(text=text)
     made = builder(folder, bos=bos, eos=eos, t2i_ratio=0)
@@ -378,4 +409,31 @@ def test_real_tokenizers_give_the_rows_that_transformers_gives(name: str, tmp_pa
     ask, says = (theirs(part, add_special_tokens=False)["input_ids"] for part in (wording(sample, "describe"), text))
     assert as_row(example) == row(([begin, boi, *codes, eoi, *ask], False), ([*says, end], True))
     assert made.vocabulary.size == size + 3 + CODEBOOK_SIZE
+
+    def called(string: str, *images: Sample) -> list[int]:
+        """BOS, and what one call gives for a string, with codes in each <boi><eoi>."""
+        ids = list(theirs(string, add_special_tokens=False)["input_ids"])
+        for image in images:
+            at = next(at for at in range(len(ids)) if ids[at : at + 2] == [boi, eoi]) + 1
+            ids[at:at] = (size + 3 + image.codes["vqcode_512"].astype(int)).reshape(-1).tolist()
+        return ids if begin is None else [begin, *ids]
+
+    draw = Prompts().draw
+    for number, pixels in ((3, None), (4, (96, 32)), (5, None)):
+        pair = (multi_sample(number, height=32, width=96) if pixels else image_sample(number))._replace(text=text)
+        (ids,) = (example.ids.tolist() for example in shown(made, pair, t2i_ratio=1, unconditional_ratio=0))
+        stated = f"\nThe picture is {pixels[0]} pixels wide and {pixels[1]} pixels high." if pixels else ""
+        turn = choose(1, 0, pair.key).wording
+        before = called(f"{text}{stated}{draw[turn % len(draw)]}<boi>")
+        assert ids[: ids.index(boi) + 1] == before == made.vocabulary.prompt_ids(text, size=pixels, wording=turn)
+        (ids,) = (example.ids.tolist() for example in shown(made, pair, t2i_ratio=1, unconditional_ratio=1))
+        before = called(f"{stated}<unconditional><boi>")
+        assert ids[: ids.index(boi) + 1] == before == made.vocabulary.prompt_ids("", size=pixels)
+    talk = conversation(
+        ("system", "Be kind."), ("human", "Look: <image>\nWhat?"), ("gpt", "A cat."), ("human", "?"), ("gpt", "!")
+    )
+    (example,) = made.build([talk], [0])
+    prompt = called("Be kind.\nUser: Look: <boi><eoi>\nWhat?\nAssistant: ", talk)
+    answer, more, last = (list(theirs(part, add_special_tokens=False)["input_ids"]) for part in TURNS)
+    assert as_row(example) == row((prompt, False), ([*answer, end], True), (more, False), ([*last, end], True))
     assert made.vocabulary.padded(128) % 128 == 0

@@ -361,7 +361,7 @@ def test_what_does_not_go_together_is_refused(data: Path, tmp_path: Path) -> Non
         )
     )
     assert other.samples
-    with pytest.raises(UsageError, match="one length and one vocabulary"):
+    with pytest.raises(UsageError, match="one version, length and vocabulary"):
         build_loader(config(data, sources=(rows, Source(str(tmp_path / "rows"))), sequences=None), World())
 
 

@@ -25,7 +25,7 @@ from wds_tools.format.manifest import Manifest, row_from_json
 from wds_tools.format.schema import ANY_MEMBERS, Sample, one_set
 from wds_tools.format.shard import sample_from_members
 from wds_tools.passes import Advance, PassOptions, Plan, run_pass
-from wds_tools.sequences.build import ExampleBuilder
+from wds_tools.sequences.build import ROWS_VERSION, ExampleBuilder
 from wds_tools.sequences.config import SequenceConfig
 from wds_tools.sequences.pack import Packer
 from wds_tools.sequences.rows import ids_dtype, row_members
@@ -110,7 +110,8 @@ def pack(config: PackConfig) -> Manifest:
     total = sum(manifest.samples for manifest in manifests)
     num_tasks = -(-total // config.task_samples)
     settings = builder.recipe | {"seed": config.seed, "epoch": config.epoch, "codes": config.codes}
-    rows = {"length": config.seq_len, "vocabulary_size": vocabulary.size, "text_size": vocabulary.text_size}
+    rows = {"version": ROWS_VERSION, "length": config.seq_len, "vocabulary_size": vocabulary.size}
+    rows["text_size"] = vocabulary.text_size
     plan = Plan(
         command="pack",
         settings=settings,

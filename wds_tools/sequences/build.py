@@ -7,14 +7,16 @@
     conversation    BOS turns, <boi> codes <eoi> for each <image>       answers, each with its EOS
 
 Codes are shifted behind the text vocabulary. Which form, which wording, and whether the text is dropped: choices.py.
-Invariant: an image is whole. Where texts leave no room for it in a row, the longest are shortened to one length, and counted;
-a document is never cut here.
+Texts and wordings that stand side by side are one string, tokenized in one call, as inference does it; they are apart where an
+image or a special token stands between them, and where the loss begins or ends, since a prompt ends there.
+Invariant: an image is whole. Where texts leave no room for it in a row, the longest are shortened to one length, before they are
+joined, and counted; a document is never cut here.
 Cost: all texts of a call are tokenized at once; the rest is about 15 us a sample.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -27,10 +29,11 @@ from wds_tools.errors import Reject
 from wds_tools.format.schema import Codes, Sample
 from wds_tools.sequences.choices import choose
 from wds_tools.sequences.config import SequenceConfig
-from wds_tools.sequences.prompts import read_prompts
-from wds_tools.sequences.tokenizer import Ids, TextTokenizer
-from wds_tools.sequences.vocabulary import find_vocabulary
+from wds_tools.sequences.tokenizer import NO_IDS, Ids, Part, TextTokenizer, joined
+from wds_tools.sequences.vocabulary import find_vocabulary, ids_of
 
+ROWS_VERSION = 2
+"""Which ids an example has. 1: texts and wordings were tokenized apart."""
 IMAGE_MARK = "<image>"
 _PAIRS = ("image_text", "image_text_multi")
 _DOCUMENT = "text_pretrain"
@@ -53,15 +56,6 @@ class Example(NamedTuple):
     """Its text was cut to fit a row."""
 
 
-class _Part(NamedTuple):
-    """A run of ids of an example, all trained or none."""
-
-    ids: Ids
-    trained: bool = False
-    text: int = -1
-    """If not negative: the ids are those of this text of the call, not yet known."""
-
-
 class ExampleBuilder:
     """Makes examples.
 
@@ -79,30 +73,27 @@ class ExampleBuilder:
         self._seed = seed
         self.tokenizer = TextTokenizer(config.tokenizer)
         self.vocabulary = find_vocabulary(self.tokenizer, config, config.codebook_size or codebook_size)
-        prompts = read_prompts(config.prompts)
-        self._prompts = asdict(prompts)
-        encode = self.tokenizer.encode_template
-        self._draw = [encode(text) for text in prompts.draw]
-        self._describe = [encode(text) for text in prompts.describe]
+        prompts, wording = self.vocabulary.prompts, self.tokenizer.wording
+        self._describe = [wording(text) for text in prompts.describe]
         self._turns = {
-            role: tuple(map(encode, turn))
-            for role, turn in (("system", prompts.system), ("human", prompts.human), ("gpt", prompts.gpt))
+            role: (wording(before), wording(behind))
+            for role, (before, behind) in (("system", prompts.system), ("human", prompts.human), ("gpt", prompts.gpt))
         }
-        self._size = lru_cache(4096)(lambda width, height: encode(prompts.size.format(width=width, height=height)))
         vocabulary = self.vocabulary
-        self._bos, self._boi, self._eoi = (_Part(_ids(token)) for token in (vocabulary.bos, vocabulary.boi, vocabulary.eoi))
+        self._bos, self._boi, self._eoi = (Part(ids_of(token)) for token in (vocabulary.bos, vocabulary.boi, vocabulary.eoi))
         self._trained_bos, self._trained_eoi = (part._replace(trained=True) for part in (self._bos, self._eoi))
-        self._eos = _Part(_ids(vocabulary.eos), True)
-        self._unconditional = _Part(_ids(vocabulary.unconditional))
-        longest = (max(map(len, wordings)) for wordings in (self._draw, self._describe))
-        self._around_image = max(longest) + 5  # BOS, <boi>, <eoi>, EOS, and a token of text
+        self._eos = Part(ids_of(vocabulary.eos), True)
+        self._around_image = lru_cache(4096)(self._count_around_image)
 
     @property
     def recipe(self) -> dict[str, Any]:
         """All that examples depend on beside seed, epoch and sample, as plain JSON values, wherever the files lie."""
-        content = {"tokenizer": self.tokenizer.backend.to_str().encode(), "prompts": repr(self._prompts).encode()}
+        content = {
+            "tokenizer": self.tokenizer.backend.to_str().encode(),
+            "prompts": repr(asdict(self.vocabulary.prompts)).encode(),
+        }
         hashes = {name: xxhash.xxh3_128_hexdigest(data) for name, data in content.items()}
-        return {**asdict(self.config), **hashes, "codebook_size": self.vocabulary.codebook_size}
+        return {"version": ROWS_VERSION, **asdict(self.config), **hashes, "codebook_size": self.vocabulary.codebook_size}
 
     def check(self, sample: Sample) -> None:
         """Raise Reject if no example can be made of a valid sample, whatever chance says."""
@@ -116,7 +107,7 @@ class ExampleBuilder:
         if sample.data_type in _PAIRS:
             if not sample.codes:
                 raise Reject("no_codes", f"{key} is {sample.data_type} without codes: run `wds-tools encode` first")
-            self._check_fits(key, sample.num_codes + self._around_image + len(self._size_of(sample)))
+            self._check_fits(key, sample.num_codes + self._around_image(_size_of(sample)))
         elif sample.data_type == "visual_sft":
             self._check_turns(sample)
         elif sample.data_type == _DOCUMENT:
@@ -135,75 +126,84 @@ class ExampleBuilder:
         Returns:
             Examples whose arrays are views of two arrays that all of the call share.
         """
-        texts: list[str] = []
-        plans = [self._plan(sample, epoch, texts) for sample, epoch in zip(samples, epochs, strict=True)]
-        encoded = self.tokenizer.encode(texts)
-        runs = [self._runs(sample, plan, encoded) for sample, plan in zip(samples, plans, strict=True)]
-        sizes = [len(run) for own, _ in runs for run in own]
-        ids = np.concatenate([_NOTHING, *(run for own, _ in runs for run in own)])
-        loss = np.repeat(np.array([part.trained for plan in plans for part in plan], np.bool_), sizes)
+        plans = [list(self._plan(sample, epoch)) for sample, epoch in zip(samples, epochs, strict=True)]
+        rows = [joined(plan) for plan in plans]
+        encoded = self.tokenizer.encode_runs(rows)
+        shortened = [
+            sample.data_type != _DOCUMENT and sum(map(len, runs)) > self.config.max_length
+            for sample, runs in zip(samples, encoded, strict=True)
+        ]
+        for number in np.flatnonzero(shortened).tolist():
+            rows[number], encoded[number] = self._shortened(plans[number], encoded[number])
+        sizes = [len(run) for runs in encoded for run in runs]
+        ids = np.concatenate([NO_IDS, *(run for runs in encoded for run in runs)])
+        loss = np.repeat(np.array([part.trained for parts in rows for part in parts], np.bool_), sizes)
         examples, begin = [], 0
-        for sample, (own, is_shortened) in zip(samples, runs, strict=True):
-            taken = slice(begin, begin := begin + sum(map(len, own)))
+        for sample, runs, is_shortened in zip(samples, encoded, shortened, strict=True):
+            taken = slice(begin, begin := begin + sum(map(len, runs)))
             examples.append(Example(sample.key, ids[taken], loss[taken], sample.data_type == _DOCUMENT, is_shortened))
         return examples
 
-    def _plan(self, sample: Sample, epoch: int, texts: list[str]) -> list[_Part]:
-        """The parts of an example; the texts among them go to `texts`."""
+    def _plan(self, sample: Sample, epoch: int) -> Iterable[Part]:
+        """The parts of an example."""
         if sample.data_type == _DOCUMENT:
-            document = [self._trained_bos, _text(sample.text, texts, True)]
+            document = [self._trained_bos, Part(words=sample.text, is_own=True, trained=True)]
             return [*document, self._eos] if self.config.document_eos else document
         if sample.data_type == "visual_sft":
-            return [self._bos, *self._conversation(sample, texts)]
+            return [self._bos, *self._conversation(sample)]
         (grid_hw,) = sample.codes.values()
         codes = self._shifted(grid_hw)
         choice = choose(self._seed, epoch, sample.key)
         if choice.form >= self.config.t2i_ratio and sample.text:
             instruction = self._describe[choice.wording % len(self._describe)]
-            return [self._bos, *self._image(codes), _Part(instruction), _text(sample.text, texts, True), self._eos]
-        size = _Part(self._size_of(sample))
-        if choice.drop < self.config.unconditional_ratio or not sample.text:
-            before = [size, self._unconditional]
-        else:
-            before = [_text(sample.text, texts), size, _Part(self._draw[choice.wording % len(self._draw)])]
-        return [self._bos, *before, self._boi, _Part(codes, True), self._trained_eoi, self._eos]
+            caption = Part(words=sample.text, is_own=True, trained=True)
+            return [self._bos, *self._image(codes), *instruction, caption, self._eos]
+        text = "" if choice.drop < self.config.unconditional_ratio else sample.text
+        before = self.vocabulary.before_image(text, _size_of(sample), choice.wording)
+        return [*before, Part(codes, True), self._trained_eoi, self._eos]
 
-    def _conversation(self, sample: Sample, texts: list[str]) -> Iterator[_Part]:
+    def _conversation(self, sample: Sample) -> Iterator[Part]:
         images = [self._shifted(grid_hw) for grid_hw in _grids(sample)]
         turns = sample.conversations or []
         are_marked = any(IMAGE_MARK in turn["value"] for turn in turns)
         for turn in turns:
             before, behind = self._turns[turn["from"]]
             is_answer = turn["from"] == "gpt"
-            yield _Part(before)
+            yield from before
             if not are_marked and turn["from"] == "human":
                 while images:
                     yield from self._image(images.pop(0))
             first, *others = turn["value"].split(IMAGE_MARK)
-            yield _text(first, texts, is_answer)
+            yield Part(words=first, is_own=True, trained=is_answer)
             for words in others:
                 yield from self._image(images.pop(0))
-                yield _text(words, texts, is_answer)
-            yield _Part(behind)
+                yield Part(words=words, is_own=True, trained=is_answer)
+            yield from behind
             if is_answer:
                 yield self._eos
 
-    def _runs(self, sample: Sample, plan: list[_Part], encoded: Sequence[Ids]) -> tuple[list[Ids], bool]:
-        """The ids of each part of an example, and whether its texts were shortened to fit a row."""
-        runs = [encoded[part.text] if part.text >= 0 else part.ids for part in plan]
-        if sample.data_type == _DOCUMENT or sum(map(len, runs)) <= self.config.max_length:
-            return runs, False
-        texts = [at for at, part in enumerate(plan) if part.text >= 0]
-        fixed = sum(len(run) for at, run in enumerate(runs) if at not in texts)
-        most = _common_length([len(runs[at]) for at in texts], self.config.max_length - fixed)
-        for at in texts:
-            runs[at] = runs[at][:most]
-        return runs, True
+    def _shortened(self, plan: Sequence[Part], runs: Sequence[Ids]) -> tuple[list[Part], list[Ids]]:
+        """The runs of an example whose texts are cut so that it fits a row, and their ids, which are too many as they are."""
+        own = [at for at, part in enumerate(plan) if part.is_own]
+        ends = self.tokenizer.ends([plan[at].words for at in own])
+        room = sum(map(len, ends))
+        while True:
+            room -= sum(map(len, runs)) - self.config.max_length
+            assert room >= 0, "check() lets no example pass that does not fit without its texts"
+            most = _common_length(list(map(len, ends)), room)
+            shorter = list(plan)
+            for at, behind in zip(own, ends, strict=True):
+                if len(behind) > most:
+                    shorter[at] = plan[at]._replace(words=plan[at].words[: behind[most - 1] if most else 0])
+            row = joined(shorter)
+            (runs,) = self.tokenizer.encode_runs([row])
+            if sum(map(len, runs)) <= self.config.max_length:  # else joined, or cut within a character, they take more
+                return row, runs
 
-    def _image(self, codes: Ids) -> Iterator[_Part]:
+    def _image(self, codes: Ids) -> Iterator[Part]:
         """An image that is not trained."""
         yield self._boi
-        yield _Part(codes)
+        yield Part(codes)
         yield self._eoi
 
     def _shifted(self, grid_hw: NDArray[np.unsignedinteger]) -> Ids:
@@ -211,11 +211,13 @@ class ExampleBuilder:
         shifted += self.vocabulary.text_size
         return shifted
 
-    def _size_of(self, sample: Sample) -> Ids:
-        """The sentence that states the size of an image of many shapes; nothing for others."""
-        if sample.data_type != "image_text_multi" or sample.width is None or sample.height is None:
-            return _NOTHING
-        return self._size(sample.width, sample.height)
+    def _count_around_image(self, size: tuple[int, int] | None) -> int:
+        """The most tokens that stand beside the codes of a pair, whose text may have shrunk to one."""
+        vocabulary = self.vocabulary
+        before = [[*vocabulary.before_image("", size, 0)]]
+        before += [vocabulary.before_image(".", size, number) for number in range(len(vocabulary.prompts.draw))]
+        before += [[self._bos, self._boi, *instruction, Part(words=".", trained=True)] for instruction in self._describe]
+        return max(sum(map(len, runs)) for runs in self.tokenizer.encode_runs(list(map(joined, before)))) + 2  # <eoi>, EOS
 
     def _check_fits(self, key: str, num_tokens: int) -> None:
         if num_tokens > self.config.max_length:
@@ -234,12 +236,17 @@ class ExampleBuilder:
         has_place = marks == num_images or (not marks and any(turn["from"] == "human" for turn in turns))
         if not has_place:
             raise Reject("image_count", f"{sample.key}: {marks} times {IMAGE_MARK} for {num_images} images with codes")
-        wordings = sum(len(ids) for turn in turns for ids in self._turns[turn["from"]])
+        wordings = (self._turns[turn["from"]] for turn in turns)
+        ids = self.tokenizer.encode_runs([[part for around in turn for part in around] for turn in wordings])
         around = 1 + 2 * num_images + 2 * len(turns) + marks  # BOS, <boi> <eoi>, EOS, and a token of every text
-        self._check_fits(sample.key, sample.num_codes + wordings + around)
+        self._check_fits(sample.key, sample.num_codes + sum(len(run) for runs in ids for run in runs) + around)
 
 
-_NOTHING = np.zeros(0, np.int32)
+def _size_of(sample: Sample) -> tuple[int, int] | None:
+    """What an image of many shapes states before its prompt: (width, height)."""
+    if sample.data_type != "image_text_multi" or sample.width is None or sample.height is None:
+        return None
+    return sample.width, sample.height
 
 
 def _grids(sample: Sample) -> list[Codes]:
@@ -250,12 +257,3 @@ def _grids(sample: Sample) -> list[Codes]:
 def _common_length(lengths: Sequence[int], room: int) -> int:
     """The greatest length to which texts can be shortened so that they fit the room together."""
     return max(most for most in range(max(lengths) + 1) if sum(min(length, most) for length in lengths) <= room)
-
-
-def _ids(token: int | None) -> Ids:
-    return _NOTHING if token is None else np.array([token], np.int32)
-
-
-def _text(text: str, texts: list[str], trained: bool = False) -> _Part:
-    texts.append(text)
-    return _Part(_NOTHING, trained, len(texts) - 1)

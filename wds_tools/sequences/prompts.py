@@ -1,6 +1,6 @@
 """The wordings between texts, codes and turns, ours or those of a file.
 
-They are tokenized by themselves and may contain special tokens by name; samples' texts may not.
+They are joined to the texts beside them and tokenized together. They may contain special tokens by name; samples' texts may not.
 """
 
 from __future__ import annotations

@@ -92,17 +92,16 @@ def packed_batch(ids_BL: NDArray[Any], loss_BL: NDArray[np.bool_], segments: Seq
 def padded_batch(pieces: Sequence[Example], pad_id: int) -> TokenBatch:
     """A batch of examples of at most a row, padded on the right to the longest."""
     lengths = np.array([len(piece.ids) for piece in pieces], np.int64)
-    is_token = np.arange(lengths.max(initial=0)) < lengths[:, None]
+    is_token = np.arange(lengths.max()) < lengths[:, None]
     numbers_KBL = np.empty((3, *is_token.shape), np.int64)
     input_ids, labels, attention_mask = numbers_KBL
     input_ids[:] = pad_id
     labels[:] = NOT_TRAINED
     attention_mask[:] = is_token
-    if pieces:
-        ids = np.concatenate([piece.ids for piece in pieces])
-        loss = np.concatenate([piece.loss for piece in pieces])
-        input_ids[is_token] = ids
-        labels[is_token] = np.where(loss, ids, NOT_TRAINED)
+    ids = np.concatenate([piece.ids for piece in pieces])
+    loss = np.concatenate([piece.loss for piece in pieces])
+    input_ids[is_token] = ids
+    labels[is_token] = np.where(loss, ids, NOT_TRAINED)
     return TokenBatch(numbers_KBL)
 
 

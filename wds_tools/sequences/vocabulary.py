@@ -9,12 +9,16 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+
+import numpy as np
+import orjson
 
 from wds_tools.errors import StorageError, UsageError
 from wds_tools.sequences.config import SequenceConfig
-from wds_tools.sequences.tokenizer import FILE, TextTokenizer, load_backend
+from wds_tools.sequences.prompts import Prompts, read_prompts
+from wds_tools.sequences.tokenizer import CONFIG, FILE, NO_IDS, Ids, Part, TextTokenizer, joined, load_backend, read_settings
 
 MOST_IDS = 1 << 31
 """Ids that an int32 tells apart."""
@@ -34,6 +38,10 @@ class Vocabulary:
     """None where no image is expected and the tokenizer has none; so the next two."""
     eoi: int | None
     unconditional: int | None
+    names: SequenceConfig = field(repr=False)
+    """The tokens' names, among others."""
+    tokenizer: TextTokenizer = field(repr=False, compare=False)
+    prompts: Prompts = field(repr=False)
 
     @property
     def size(self) -> int:
@@ -43,6 +51,27 @@ class Vocabulary:
     def padded(self, multiple: int) -> int:
         """The size, rounded up to a multiple: matrices of such sizes are faster on a GPU."""
         return -(-self.size // multiple) * multiple
+
+    def before_image(self, text: str, size: tuple[int, int] | None, wording: int) -> list[Part]:
+        """What stands before the codes of a text-to-image example; see `prompt_ids`."""
+        stated = self.prompts.size.format(width=size[0], height=size[1]) if size else ""
+        draw = self.prompts.draw[wording % len(self.prompts.draw)] if text else self.names.unconditional
+        ours = self.tokenizer.wording(stated + draw + self.names.boi)
+        return [Part(ids_of(self.bos)), Part(words=text, is_own=True), *ours]
+
+    def prompt_ids(self, text: str, *, size: tuple[int, int] | None = None, wording: int = 0) -> list[int]:
+        """What to generate an image from: exactly the ids that stand before its codes in a row, `<boi>` the last.
+
+        Args:
+            text: what to draw; "": without a text, for classifier-free guidance.
+            size: (width, height) in pixels, for models trained on images of many shapes (image_text_multi); else None.
+            wording: which of the draw prompts, modulo their number; rows have one as often as another.
+
+        Raises:
+            TokenizerError: the text is no Unicode.
+        """
+        (runs,) = self.tokenizer.encode_runs([joined(self.before_image(text, size, wording))])
+        return [number for run in runs for number in run.tolist()]
 
 
 def find_vocabulary(tokenizer: TextTokenizer, config: SequenceConfig, codebook_size: int) -> Vocabulary:
@@ -54,7 +83,7 @@ def find_vocabulary(tokenizer: TextTokenizer, config: SequenceConfig, codebook_s
         codebook_size: 0: there are no images, and the tokens around them need not exist.
 
     Raises:
-        UsageError: tokens are missing (lists all of them), or there are more ids than an int32 holds.
+        UsageError: tokens are missing (lists all of them), the prompts can't be read, or there are more ids than an int32 holds.
     """
     bos, eos = (getattr(config, role) for role in ("bos", "eos"))
     bos, eos = tokenizer.named("bos_token") if bos is None else bos, tokenizer.named("eos_token") if eos is None else eos
@@ -83,6 +112,9 @@ def find_vocabulary(tokenizer: TextTokenizer, config: SequenceConfig, codebook_s
         boi=tokenizer.id_of(config.boi),
         eoi=tokenizer.id_of(config.eoi),
         unconditional=tokenizer.id_of(config.unconditional),
+        names=config,
+        tokenizer=tokenizer,
+        prompts=read_prompts(config.prompts),
     )
 
 
@@ -115,10 +147,20 @@ def add_tokens(path: str, output: str, names: Sequence[str]) -> TextTokenizer:
                 if file.is_file():
                     shutil.copyfile(file, folder / file.name)
             tokenizer.save(str(folder / FILE))
+            settings = read_settings(folder / CONFIG)
+            if isinstance(listed := settings.get("added_tokens_decoder"), dict):  # where transformers' Gemma looks for them
+                flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False) | {"special": True}
+                listed |= {str(tokenizer.token_to_id(name)): {"content": name, **flags} for name in names}
+                (folder / CONFIG).write_bytes(orjson.dumps(settings, option=orjson.OPT_INDENT_2))
             folder.rename(target)
     except OSError as error:
         raise StorageError(f"--output {output}: can't write the tokenizer there: {error}") from error
     return TextTokenizer(output)
+
+
+def ids_of(token: int | None) -> Ids:
+    """One id, or none."""
+    return NO_IDS if token is None else np.array([token], np.int32)
 
 
 def _known(tokenizer: TextTokenizer, name: str | None) -> int:
