@@ -116,13 +116,10 @@ def make_model(config: TrainConfig, loader: Loader) -> LlamaForCausalLM:
 def train_step(model: torch.nn.Module, batch: dict[str, Any], optimizer: torch.optim.Optimizer) -> float:
     """One step on this rank's part of a batch; returns the mean loss of a token over all ranks.
 
-    Ranks have different numbers of trained tokens, and at the end of an epoch a rank may have none: so losses are summed, and
-    divided by the tokens of all.
+    Ranks have different numbers of trained tokens: so losses are summed, and divided by the tokens of all.
     """
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
     labels = batch["labels"]
-    if not len(labels):
-        inputs, labels = {"input_ids": torch.zeros(1, 2, dtype=torch.int64)}, torch.full((1, 2), -100)
     logits = model(**inputs, use_cache=False).logits
     loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum")
     totals = torch.tensor([float(loss.detach()), float((labels[:, 1:] != -100).sum())], dtype=torch.float64)

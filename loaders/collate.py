@@ -112,14 +112,12 @@ def read_columns(rows: Sequence[LoadedRows], numbers: Sequence[int]) -> Columns:
     """Parse rows of sources that all follow our schema, or all do not.
 
     Args:
-        rows: what holds each row.
+        rows: what holds each row; at least one.
         numbers: the row in its shard.
 
     Raises:
         FormatError, or what a parser raises: one of them can't be read.
     """
-    if not rows:
-        return Columns({"__key__": [], "data_type": [], "text": []}, None)
     if not rows[0].reader.has_schema:
         samples = [_members(held, row) for held, row in zip(rows, numbers, strict=True)]
         names = dict.fromkeys(name for sample in samples for name in sample)
@@ -140,8 +138,6 @@ def read_columns(rows: Sequence[LoadedRows], numbers: Sequence[int]) -> Columns:
 
 def read_samples(rows: Sequence[LoadedRows], numbers: Sequence[int]) -> list[Sample]:
     """The same rows as samples: dicts with `__key__`, `__url__` and the fields that each has. See ShardDataset."""
-    if not rows:
-        return []
     if not rows[0].reader.has_schema:
         return [_members(held, row) | {"__url__": held.url} for held, row in zip(rows, numbers, strict=True)]
     keys, records, codes = read_records(rows, numbers)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import KW_ONLY, dataclass
-from typing import Literal, Self
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Any, Literal, Self
 
 from wds_tools.errors import UsageError
 from wds_tools.sequences.config import SequenceConfig
 
 Tail = Literal["drop", "short", "wrap"]
+_LAUNCHERS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+"""Where srun, Open MPI's mpirun and MPICH's say how many processes they have started."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,8 @@ class LoaderConfig:
     """False: the order of the manifest, for evaluation. One source or several without weights."""
     tail: Tail = "drop"
     """What becomes of an epoch's last samples, fewer than a batch: `drop` leaves them out (and counts them), `short` gives a
-    smaller batch, `wrap` fills up from the beginning of the next epoch. Every rank takes the same number of steps."""
+    smaller batch (or, if they are fewer than the ranks, a larger one before), `wrap` fills up from the beginning of the next
+    epoch. Every rank takes the same number of steps, and no batch is empty."""
     length: int | Literal["first", "last"] = "first"
     """With weights, where an epoch ends: at a number of samples, or when the first or the last source has been seen in full."""
     schedule: tuple[tuple[int, tuple[float, ...]], ...] = ()
@@ -140,29 +143,72 @@ class World:
 
     rank: int = 0
     world_size: int = 1
+    is_detected: bool = field(default=False, compare=False, repr=False)
+    """Nobody named it: what torch.distributed says at the first batch has to be the same."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.world_size:
             raise UsageError(f"rank={self.rank} is not in 0 ... world_size - 1 = {self.world_size - 1}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.check()  # before it goes to a worker process, which may not know of torch.distributed
+        return self.__dict__
 
     @classmethod
     def detect(cls, environment: Mapping[str, str] | None = None) -> Self:
         """From torch.distributed where it is initialized, else from RANK and WORLD_SIZE (torchrun), else one process.
 
         Raises:
-            UsageError: RANK or WORLD_SIZE is set alone, or is no number.
+            UsageError: RANK or WORLD_SIZE is set alone, or is no number; or neither is, and Slurm or MPI started several
+                processes.
         """
         import torch.distributed as dist
 
         if environment is None and dist.is_available() and dist.is_initialized():
-            return cls(rank=dist.get_rank(), world_size=dist.get_world_size())
+            return cls(rank=dist.get_rank(), world_size=dist.get_world_size(), is_detected=True)
         variables = os.environ if environment is None else environment
         rank, world_size = variables.get("RANK"), variables.get("WORLD_SIZE")
         if rank is None and world_size is None:
-            return cls()
+            if started := [f"{name}={variables[name]}" for name in _LAUNCHERS if variables.get(name, "1") != "1"]:
+                raise UsageError(
+                    f"{', '.join(started)} without RANK: is this one of several training processes, or the only one? Say it with "
+                    "World(rank=..., world_size=...), World(rank=0, world_size=1) for the only one; or set RANK and WORLD_SIZE"
+                )
+            return cls(is_detected=True)
         if rank is None or world_size is None or not rank.isdigit() or not world_size.isdigit():
             raise UsageError(f"RANK={rank!r}, WORLD_SIZE={world_size!r}: expected two numbers, as torchrun sets them")
-        return cls(rank=int(rank), world_size=int(world_size))
+        return cls(rank=int(rank), world_size=int(world_size), is_detected=True)
+
+    @classmethod
+    def of(cls, rank: int | None, world_size: int | None) -> Self:
+        """The one that is named, or, if neither number is given, the one that is detected.
+
+        Raises:
+            UsageError: one is given without the other, or see `detect`.
+        """
+        if rank is None and world_size is None:
+            return cls.detect()
+        if rank is None or world_size is None:
+            raise UsageError(f"rank={rank}, world_size={world_size}: give both, or neither to have them detected")
+        return cls(rank=rank, world_size=world_size)
+
+    def check(self) -> None:
+        """Compare what was detected with torch.distributed, without communication; to be called before the first batch.
+
+        Raises:
+            UsageError: they differ: the process group came later, so that ranks would read what others read too.
+        """
+        import torch.distributed as dist
+
+        if not self.is_detected or not dist.is_available() or not dist.is_initialized():
+            return
+        now = World(rank=dist.get_rank(), world_size=dist.get_world_size())
+        if now != self:
+            raise UsageError(
+                f"this loader was made as rank {self.rank} of {self.world_size}, torch.distributed says rank {now.rank} of "
+                f"{now.world_size}: make it behind init_process_group, or give it World(rank={now.rank}, world_size="
+                f"{now.world_size}); World(rank={self.rank}, world_size={self.world_size}) to read so on purpose"
+            )
 
 
 def _check_ints(where: str, **values: int | None) -> None:

@@ -12,6 +12,7 @@ import atexit
 import json
 import secrets
 import time
+import warnings
 import weakref
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sized
@@ -42,7 +43,8 @@ def build_loader(config: LoaderConfig, world: World | None = None) -> Loader:
 
     Args:
         config: what to read.
-        world: this process among the training processes; by default World.detect().
+        world: this process among the training processes; by default World.detect(), compared with torch.distributed at the
+            first batch.
 
     Raises:
         NotFound, FormatError: a source is no data set.
@@ -72,12 +74,14 @@ class Loader:
             raise UsageError("sources of this project's schema can't be mixed with indexed tars of any members")
         self._stream = Stream(self._sources, config)
         self._maker = RowMaker(config.sequences, config.seed, self._sources) if config.sequences else None
-        self._book = LaneBook(self._stream.order.lanes, world)
+        self._book = LaneBook(self._stream.order.lanes, world.rank)
         if config.tail == "drop" and not config.packing and self._stream.length < config.batch_size:
             raise UsageError(
                 f"an epoch of {self._stream.length} samples is less than a batch of {config.batch_size}, and tail='drop' "
                 "leaves it out: choose a smaller batch_size, or tail='short' or 'wrap'"
             )
+        for sentence in self._stream.rare():
+            warnings.warn(sentence, stacklevel=3)
         self.epoch = 0
         """The epoch that the next batch belongs to."""
         self._position = 0
@@ -94,7 +98,7 @@ class Loader:
 
     def _begin(self) -> None:
         """Set up reading for the present stream."""
-        self._parts = PartReader(self._stream, self.config, self.world, self._maker)
+        self._parts = PartReader(self._stream, self.config, self.world.rank, self._maker)
         self._workers: Any = None
         self._errands = _Errands()
 
@@ -126,6 +130,7 @@ class Loader:
         return self._stream.length
 
     def __iter__(self) -> Iterator[Batch]:
+        self.world.check()
         steps = self._steps()
         self._loop = loop = self._loop + 1
         self._book.begin()
@@ -186,7 +191,7 @@ class Loader:
         cursors = self._cursors(state, stream)
         self.close()
         self._stream = stream
-        self._book = LaneBook(order.lanes, self.world, cursors)
+        self._book = LaneBook(order.lanes, self.world.rank, cursors)
         self._begin()
         self.epoch, self._position = epoch, position
         self._end_epoch_if_done()
@@ -247,9 +252,8 @@ class Loader:
                     raise
 
     def _steps(self) -> Steps:
-        return Steps(
-            ENDLESS if self.config.packing else self._stream.length, self._position, self.config.batch_size, self.config.tail
-        )
+        length = ENDLESS if self.config.packing else self._stream.length
+        return Steps(length, self._position, self.config.batch_size, self.config.tail, self.world.world_size)
 
     def _cursors(self, state: Mapping[str, Any], stream: Stream) -> dict[int, Cursor]:
         """Where a state says that lanes stand; none without packing.
@@ -335,7 +339,7 @@ class Loader:
         self._num_batches += 1
         self._counts[parcel.worker] = parcel.counts
         self._book.cursors.update(parcel.cursors)
-        self._position = low + steps.batch_size
+        self._position = high
         self._end_epoch_if_done()
 
     def _end_epoch_if_done(self) -> None:

@@ -20,6 +20,8 @@ from loaders.plan import Ints
 from wds_tools.errors import UsageError
 
 MAX_PERIOD = 10_000
+_LONG_ROUNDS = 100
+"""A source that is absent for more draws of every lane than this is absent for long: with 8 lanes a sample, 800 steps."""
 
 
 class Draws(NamedTuple):
@@ -60,6 +62,11 @@ class Weights:
         for source in range(len(shares)):
             np.cumsum(self.pattern == source, out=self._before[source, 1:])
 
+    def gap(self, source: int) -> int:
+        """Slots from one of a source's to its next, at most; 0 if it has none."""
+        at = np.flatnonzero(self.pattern == source)
+        return int(np.diff(at, append=at[0] + self.period).max()) if len(at) else 0
+
     def draws(self, source: Ints, lane: Ints, depth: Ints) -> Ints:
         """How often each lane draws its source before this depth (counted from where these weights begin)."""
         return self._until(source, lane + depth) - self._until(source, lane)
@@ -99,6 +106,14 @@ class Mixture:
             source, draw = self._draw(positions, lane, depth)
         epoch, position = np.divmod(draw * self._lanes + lane, self._num_samples[source])
         return Draws(source, epoch, position)
+
+    def absence(self, source: int) -> int:
+        """Stream positions without a draw of the source, at most, between two that have one; 0 if that is no long while.
+
+        Lanes walk the pattern one slot apart, so a gap in it that is wider than all lanes is crossed by all at once.
+        """
+        wider = max(weights.gap(source) for weights in self._weights) - self._lanes
+        return (wider + 2) * self._lanes - 2 if wider > _LONG_ROUNDS else 0
 
     def seen_once(self, source: int, times: int = 1) -> int:
         """The number of stream positions until the source has been drawn in full, `times` times.

@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from loaders.collate import Columns, TokenTensors
-from loaders.config import World
 from loaders.decode import Decoder, Substitution
 from loaders.prefetch import Part, Planned, Reader
 from loaders.rows import RowMaker
@@ -53,13 +52,13 @@ class LaneBook:
 
     Args:
         num_lanes: of the order.
-        world: this rank.
+        rank: of this process.
         cursors: of a state.
     """
 
-    def __init__(self, num_lanes: int, world: World, cursors: Mapping[int, Cursor] | None = None) -> None:
+    def __init__(self, num_lanes: int, rank: int, cursors: Mapping[int, Cursor] | None = None) -> None:
         self._num_lanes = num_lanes
-        self._world = world
+        self._rank = rank
         self.cursors: dict[int, Cursor] = dict(cursors or {})
         self._told: dict[int, set[int]] = {}
 
@@ -69,7 +68,7 @@ class LaneBook:
 
     def tell(self, steps: Steps, step: int, stride: int) -> dict[int, Cursor]:
         """The cursors of the lanes that the worker of a step meets for the first time in this loop."""
-        low, high = steps.part(step, self._world)
+        low, high = steps.part(step, self._rank)
         told = self._told.setdefault(step % stride, set())
         new = {row % self._num_lanes for row in range(low, min(high, low + self._num_lanes))} - told
         told |= new

@@ -1,6 +1,6 @@
 """Plays the part of one training process: what it would ask of storage, counted instead of fetched.
 
-    Stream, Steps, World -> the process's own Reader over sources that only count -> ProcessCost
+    Stream, Steps -> the process's own Reader over sources that only count -> ProcessCost
 
 A process that has few steps is played in full. Of any other, two windows are: from the start of the epoch, for what is in
 memory at most, and from its middle, where whole cycles of its read-ahead are counted and taken for the whole epoch. Where not
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from loaders.cache import BlockCache
-from loaders.config import LoaderConfig, World
+from loaders.config import LoaderConfig
 from loaders.fetch import Fetcher
 from loaders.plan import block_rows
 from loaders.prefetch import Part, Reader, lanes_of
@@ -158,15 +158,15 @@ class _CountingProcess(Reader):
     """The Reader of worker 0 of a rank, which reads its part of one step after the other.
 
     Args:
-        stream, steps, world: what it reads.
+        stream, steps: what it reads, as rank 0.
         config: its workers and memory.
         as_remote: see simulate().
     """
 
-    def __init__(self, stream: Stream, config: LoaderConfig, steps: Steps, world: World, *, as_remote: bool) -> None:
+    def __init__(self, stream: Stream, config: LoaderConfig, steps: Steps, *, as_remote: bool) -> None:
         self.numbers = range(0, len(steps), max(config.num_workers, 1))
         """Its steps."""
-        low, high = steps.part(0, world)
+        low, high = steps.part(0, 0)
         self.own_lanes = lanes_of(stream.order.lanes, high - low, self.numbers.step * steps.batch_size)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what a run would warn of is among the results
@@ -175,7 +175,6 @@ class _CountingProcess(Reader):
         self._pool = _AtOnce()
         self._row_bytes = [max(opened.manifest.bytes // max(opened.manifest.samples, 1), 1) for opened in stream.sources]
         self._steps = steps
-        self._world = world
         self._num_steps = self._num_late = self._num_asked = self._samples = self._sample_bytes = 0
         self.peak_blocks = self.peak_bytes = 0
 
@@ -214,7 +213,7 @@ class _CountingProcess(Reader):
         )
 
     def _part_of(self, step: int) -> Part:
-        return Part(0, *self._steps.part(step, self._world))
+        return Part(0, *self._steps.part(step, 0))
 
     def cycle_depth(self) -> float:
         """How deep in its lanes this process is when it has fetched from each of them once more."""
@@ -237,19 +236,19 @@ class _CountingProcess(Reader):
         self.peak_bytes = max(self.peak_bytes, self._held_bytes)
 
 
-def replay(stream: Stream, config: LoaderConfig, steps: Steps, world: World, *, as_remote: bool) -> ProcessCost:
-    """What worker 0 of a rank does in an epoch.
+def replay(stream: Stream, config: LoaderConfig, steps: Steps, *, as_remote: bool) -> ProcessCost:
+    """What worker 0 of rank 0 does in an epoch.
 
     Args:
-        stream, config, steps, world: what is read, and by whom.
+        stream, config, steps: what is read.
         as_remote: count local files as if they were fetched.
     """
-    start, middle, first = (_CountingProcess(stream, config, steps, world, as_remote=as_remote) for _ in range(3))
+    start, middle, first = (_CountingProcess(stream, config, steps, as_remote=as_remote) for _ in range(3))
     first_batch = first.read(0, 1, ahead=False)
     own_steps, stride_samples = len(start.numbers), start.numbers.step * config.batch_size
     budget = min(_WINDOW_STEPS, max(_WINDOW_SAMPLES // first_batch.samples, _CYCLES + 1))
     cycle = max(round(start.cycle_depth() * stream.order.lanes / stride_samples), 1)
-    is_own = not stream.order.lanes % stride_samples and not config.batch_size % world.world_size
+    is_own = not stream.order.lanes % stride_samples and not config.batch_size % steps.world_size
     is_whole, has_cycles = own_steps <= budget, 2 * cycle <= budget
     if is_whole:
         counts = start.read(0, own_steps)

@@ -44,8 +44,8 @@ class ShardDataset(wds.DataPipeline, wds.compat.FluidInterface):  # type: ignore
         shuffle: permute the samples; else the order of the shards.
         seed: of the permutation.
         epoch: of the permutation; see `set_epoch`.
-        rank: this process among `world_size`. Neither torch.distributed nor the environment is asked: without it, every process
-            has all samples.
+        rank: this process among `world_size`. Without both, they are detected (World.detect) and compared with torch.distributed
+            at the first sample; rank=0, world_size=1 gives every process all samples.
         world_size: training processes; each sample goes to one of them.
         tail: what becomes of the last samples, fewer than world_size: `short` hands them out, so that ranks may differ by one;
             `drop` leaves them out; `wrap` fills up from the beginning of the next epoch.
@@ -67,8 +67,8 @@ class ShardDataset(wds.DataPipeline, wds.compat.FluidInterface):  # type: ignore
         shuffle: bool = True,
         seed: int = 42,
         epoch: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
+        rank: int | None = None,
+        world_size: int | None = None,
         tail: Tail = "short",
         lanes: int = _LANES,
         memory_bytes: int = 1 << 30,
@@ -76,10 +76,10 @@ class ShardDataset(wds.DataPipeline, wds.compat.FluidInterface):  # type: ignore
         cache_bytes: int = 100 << 30,
         check_crc: bool = False,
     ) -> None:
-        world = World(rank=rank, world_size=world_size)
+        world = World.of(rank, world_size)
         config = LoaderConfig(
             sources=(Source(url),),
-            batch_size=world_size,
+            batch_size=world.world_size,
             seed=seed,
             shuffle=shuffle,
             tail=tail,
@@ -136,15 +136,14 @@ class _Samples:
         self.stream, self.epoch, self.position, self.start = stream, epoch, position, position
 
     def __call__(self) -> Iterator[Sample]:
+        self._world.check()
         info = get_worker_info()
         worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
         rank, world_size = self._world.rank, self._world.world_size
         stride = world_size * num_workers
         self.position, self.start = self.start, 0
-        steps = Steps(self.stream.length, self.position, world_size, self._config.tail)
-        end = self.position + len(steps) * world_size
-        if self._config.tail == "short":
-            end = min(end, self.stream.length)
+        steps = Steps(self.stream.length, self.position, world_size, self._config.tail, world_size)
+        end = self.stream.length if self._config.tail == "short" else self.position + len(steps) * world_size
         own = range(self.position + rank + world_size * worker, end, stride)
         chunks = range(0, len(own), _CHUNK)
         lanes = self.stream.order.lanes

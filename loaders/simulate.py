@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from loaders.config import LoaderConfig, Source, World
+from loaders.config import LoaderConfig, Source
 from loaders.plan import Ints, SourcePlan
 from loaders.replay import ProcessCost, replay
 from loaders.steps import Steps
@@ -120,12 +120,12 @@ def simulate(sources: Sequence[OpenSource], config: LoaderConfig, world_size: in
     stream.locate(0, np.arange(1))
     epoch_s = time.perf_counter() - started - start_s
     after = _resident_bytes()
-    steps = Steps(stream.length, 0, config.batch_size, config.tail)
+    steps = Steps(stream.length, 0, config.batch_size, config.tail, world_size)
     if not len(steps):
         raise UsageError(
             f"an epoch of {stream.length} samples is less than a batch of {config.batch_size}, and tail='drop' leaves it out"
         )
-    process = replay(stream, config, steps, World(rank=0, world_size=world_size), as_remote=as_remote)
+    process = replay(stream, config, steps, as_remote=as_remote)
     return Simulation(
         samples=sum(opened.manifest.samples for opened in sources),
         shards=sum(len(opened.manifest.shards) for opened in sources),
@@ -207,7 +207,8 @@ def _num_distinct(*columns: Ints) -> int:
 
 
 def _warnings(stream: Stream, config: LoaderConfig, world_size: int, cost: ProcessCost) -> Iterator[str]:
-    """Settings that cost more than they need."""
+    """Settings that cost more than they need, and sources that come in bursts."""
+    yield from stream.rare()
     lanes, batch_size, workers = stream.order.lanes, config.batch_size, max(config.num_workers, 1)
     if lanes % batch_size:
         yield (

@@ -9,7 +9,7 @@ on where it ended.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -147,6 +147,17 @@ class Stream:
     def total_bytes(self) -> int:
         """Bytes of all sources' shards."""
         return sum(opened.manifest.bytes for opened in self.sources)
+
+    def rare(self) -> Iterator[str]:
+        """A sentence about each source that is absent for long."""
+        for number, opened in enumerate(self.sources if self.recipe["weights"] else ()):
+            if absence := self._mixture.absence(number):
+                lanes = self.order.lanes
+                yield (
+                    f"source {opened.name} is so rare that none of it comes for up to {absence:,} samples, then {lanes:,} of it "
+                    f"within {lanes * lanes:,}: all lanes are at nearly the same place of the mixture. A weight of 1 in "
+                    f"{lanes:,} or more, or fewer lanes (lanes=...), brings it sooner; see docs/order.md"
+                )
 
     def locate(self, epoch: int, positions: Ints) -> Located:
         """Where these positions of an epoch of the stream lead; beyond `length` lies the next epoch.

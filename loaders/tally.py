@@ -211,11 +211,11 @@ class Tally:
         receipt = self._receipts[number]
         steps, count = receipt.steps(span)
         _, start, _, batch_size = span
-        first, last = max((begin - start) // batch_size, 0), min(-((start - end) // batch_size), count)
+        first, last = max(min((begin - start) // batch_size, count - 1), 0), min(-((start - end) // batch_size), count)
         offset = np.arange(first, last) * batch_size
-        low, high = (bound + offset for bound in steps.part(0, receipt.world))
-        if last == count:  # the only one that may be short
-            low[-1], high[-1] = steps.part(count - 1, receipt.world)
+        low, high = (bound + offset for bound in steps.part(0, receipt.world.rank))
+        if last == count:  # the only one that may be of another size
+            low[-1], high[-1] = steps.part(count - 1, receipt.world.rank)
         low, high = low.clip(begin, end), high.clip(begin, end)
         here = low < high
         return _Handed(number, low[here], high[here])

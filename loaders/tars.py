@@ -33,7 +33,7 @@ class TarDataset(wds.DataPipeline, wds.compat.FluidInterface):  # type: ignore[m
         shuffle: permute the shards.
         seed: of the permutation.
         epoch: of the permutation; see `set_epoch`.
-        rank: this process among `world_size`.
+        rank: this process among `world_size`; without both, they are detected, as ShardDataset does.
         world_size: training processes; each shard goes to one of them.
 
     Raises:
@@ -42,9 +42,16 @@ class TarDataset(wds.DataPipeline, wds.compat.FluidInterface):  # type: ignore[m
     """
 
     def __init__(
-        self, url: str, *, shuffle: bool = True, seed: int = 42, epoch: int = 0, rank: int = 0, world_size: int = 1
+        self,
+        url: str,
+        *,
+        shuffle: bool = True,
+        seed: int = 42,
+        epoch: int = 0,
+        rank: int | None = None,
+        world_size: int | None = None,
     ) -> None:
-        self._source = _Tars(url, shuffle, seed, epoch, World(rank=rank, world_size=world_size))
+        self._source = _Tars(url, shuffle, seed, epoch, World.of(rank, world_size))
         super().__init__(self._source)
 
     @property
@@ -71,6 +78,7 @@ class _Tars:
             raise NotFound(f"{self._store.url} has no *.tar: give the folder that holds the shards")
 
     def __call__(self) -> Iterator[dict[str, Any]]:
+        self._world.check()
         info = get_worker_info()
         worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
         order = shuffled(len(self.names), self._seed, self.epoch) if self._shuffle else np.arange(len(self.names))

@@ -60,12 +60,14 @@ def check_resume(
     reference, _ = run(make, topologies[0], None, items, merge)
     for before in topologies:
         whole, states = run(make, before, None, items, merge)
+        whole = _without_made_up(whole, states, before, reference)
         assert whole == reference, f"{before} reads another sequence than {topologies[0]}: {_difference(whole, reference)}"
         for step in range(0, len(states), every):
             seen, state = states[step]
             for after in topologies:
-                rest, _ = run(make, after, state, items, merge)
+                rest, its_states = run(make, after, state, items, merge)
                 expected = reference[seen:] if seen < len(reference) else None
+                rest = _without_made_up(rest, its_states, after, expected)
                 assert expected is None or rest == expected, (
                     f"saved under {before} after step {step + 1} ({seen} items), restored under {after}: "
                     f"{_difference(rest, expected)}"
@@ -113,6 +115,11 @@ def run(
         if close := getattr(rank, "close", None):
             close()
     return found, states
+
+
+def _without_made_up(found: list[Any], states: Sequence[Any], topology: Topology, expected: Sequence[Any] | None) -> list[Any]:
+    """Without the next epoch's items, with which a single step of fewer samples than ranks is made up to one for each."""
+    return found[: len(expected)] if expected is not None and len(states) == 1 and topology.world_size > 1 else found
 
 
 def _difference(found: Sequence[Any], expected: Sequence[Any] | None) -> str:

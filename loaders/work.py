@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ import torch
 
 from loaders.cache import BlockCache
 from loaders.collate import Columns, read_columns
-from loaders.config import LoaderConfig, World
+from loaders.config import LoaderConfig
 from loaders.decode import Decoder, Substitution
 from loaders.packing import Cursor, LaneRows
 from loaders.prefetch import Part, Reader, lanes_of
@@ -62,14 +62,14 @@ class PartReader(torch.utils.data.Dataset["Parcel | WdsToolsError"]):
     """Fetches steps of a rank. Indexed by Errand; made in the main process, used in any.
 
     Args:
-        stream, config, world: what is read, and by whom.
+        stream, config, rank: what is read, and by whom.
         maker: of token rows, if they are wanted.
     """
 
-    def __init__(self, stream: Stream, config: LoaderConfig, world: World, maker: RowMaker | None) -> None:
+    def __init__(self, stream: Stream, config: LoaderConfig, rank: int, maker: RowMaker | None) -> None:
         self._stream = stream
         self._config = config
-        self._world = world
+        self._rank = rank
         self._hashes = [SampleHash(fingerprint) for fingerprint in stream.fingerprints]
         self._decoder = Decoder(check_crc=config.check_crc, substitute=config.on_error == "substitute")
         self._parse = read_token_rows if check_packed_ahead(stream.sources) else read_columns
@@ -96,7 +96,7 @@ class PartReader(torch.utils.data.Dataset["Parcel | WdsToolsError"]):
             StorageError: the storage does not answer.
         """
         reader = self._reader_of(errand)
-        low, high = errand.steps.part(errand.step, self._world)
+        low, high = errand.steps.part(errand.step, self._rank)
         if self._lanes is not None:
             packed = self._lanes.part(low, high, errand.loop, errand.cursors)
             return self._parcel(reader, packed.columns, packed.sources, 0, packed.substitutions, packed.cursors)
@@ -134,16 +134,16 @@ class PartReader(torch.utils.data.Dataset["Parcel | WdsToolsError"]):
     def _upcoming(self, errand: Errand) -> Iterator[Part]:
         """The parts of this worker's next steps, into the next epoch."""
         for step in range(errand.step + errand.stride, len(errand.steps), errand.stride):
-            yield Part(errand.epoch, *errand.steps.part(step, self._world))
-        following = Steps(self._stream.length, 0, errand.steps.batch_size, errand.steps.tail)
+            yield Part(errand.epoch, *errand.steps.part(step, self._rank))
+        following = replace(errand.steps, start=0, length=self._stream.length)
         for step in range(_worker_id(), len(following), errand.stride):
-            yield Part(errand.epoch + 1, *following.part(step, self._world))
+            yield Part(errand.epoch + 1, *following.part(step, self._rank))
 
     def _reader_of(self, errand: Errand) -> Reader:
         if self._reader is None or self._pid != os.getpid():
             config, lanes = self._config, self._stream.order.lanes
-            low, high = errand.steps.part(0, self._world)
-            part = max(high - low, 1)
+            low, high = errand.steps.part(0, self._rank)
+            part = high - low
             own_lanes = lanes_of(lanes, part, errand.stride * errand.steps.batch_size)
             cache = BlockCache(config.cache_dir, config.cache_bytes) if config.cache_dir else None
             self._reader, self._pid = Reader(self._stream, own_lanes, part, config.memory_bytes, cache), os.getpid()

@@ -110,3 +110,14 @@ def test_epochs_of_a_source_overlap_by_two_draws_a_lane_at_most(weights: tuple[f
             last_of_before = np.flatnonzero((drawn.source == source) & (drawn.epoch == epoch - 1))[-1]
             first = np.flatnonzero((drawn.source == source) & (drawn.epoch == epoch))[0]
             assert last_of_before - first <= 2 * lanes / weight
+
+
+@pytest.mark.parametrize(("weights", "lanes"), [((999, 1), 32), ((499, 1), 1), ((0.99, 0.008, 0.002), 7)])
+def test_a_rare_source_is_absent_for_as_long_as_is_said(weights: tuple[float, ...], lanes: int) -> None:
+    mixed = Mixture([1000] * len(weights), lanes, [(0, weights)])
+    source = mixed.locate(np.arange(3 * Weights(weights).period * lanes)).source
+    found = [int(np.diff(np.flatnonzero(source == number)).max()) - 1 for number in range(len(weights))]
+    rare = [number for number in range(len(weights)) if mixed.absence(number)]
+    assert [mixed.absence(number) for number in rare] == [found[number] for number in rare]
+    assert rare == [number for number in range(len(weights)) if found[number] > 100 * lanes + 2 * lanes - 2]
+    assert rare

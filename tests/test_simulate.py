@@ -43,14 +43,14 @@ def no_small_sets(monkeypatch: pytest.MonkeyPatch) -> None:
 def real_counts(opened: OpenSource, config: LoaderConfig, world: World) -> dict[str, int]:
     """Of a Reader that fetches, over an epoch."""
     stream = Stream([opened], config)
-    steps = Steps(stream.length, 0, config.batch_size, config.tail)
+    steps = Steps(stream.length, 0, config.batch_size, config.tail, world.world_size)
     numbers = range(0, len(steps), max(config.num_workers, 1))
-    low, high = steps.part(0, world)
+    low, high = steps.part(0, world.rank)
     own_lanes = lanes_of(stream.order.lanes, high - low, numbers.step * config.batch_size)
     reader = Reader(stream, own_lanes, high - low, config.memory_bytes)
 
     def parts(numbers: range) -> Iterator[Part]:
-        return (Part(0, *steps.part(number, world)) for number in numbers)
+        return (Part(0, *steps.part(number, world.rank)) for number in numbers)
 
     for at, part in enumerate(parts(numbers)):
         reader.rows(part, parts(numbers[at + 1 :]))
