@@ -21,6 +21,7 @@ PASSES = DATASET | {"wds_tools.passes"}
 SOURCES = FORMAT | STORAGE | {"wds_tools.sources"}
 ALLOWED = {
     "wds_tools": FORMAT,
+    "wds_tools.__main__": BASE | {"wds_tools.cli"},
     "wds_tools.errors": set(),
     "wds_tools.terminal": set(),
     "wds_tools.format": BASE,

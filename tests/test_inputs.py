@@ -104,27 +104,25 @@ def _copy(source: str, target: str) -> None:
 # ---- folders ----
 
 
-def test_what_a_folder_holds_beside_its_inputs_is_counted_and_named_but_not_the_output_in_it(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_a_folder_holds_beside_its_inputs_is_counted_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("a.jsonl.zst", "b.json.zst", "C.JSONL.ZSTD"):
         write_documents(tmp_path / "in" / name, [{"text": name}])
     for name in ("x.gz", "y.gz", "notes", "n\udce9.txt"):
         (tmp_path / "in" / name).write_bytes(b"")
     folder = tmp_path / "in"
-    dclm(folder, folder / "sets/out")
-    manifest = (folder / "sets/out/manifest.json").read_bytes()
-    assert captions(read_samples(folder / "sets/out")) == ["C.JSONL.ZSTD", "a.jsonl.zst", "b.json.zst"]
+    dclm(folder, tmp_path / "out")
+    manifest = (tmp_path / "out/manifest.json").read_bytes()
+    assert captions(read_samples(tmp_path / "out")) == ["C.JSONL.ZSTD", "a.jsonl.zst", "b.json.zst"]
     left_out = {"files": 4, "such_as": ", ".join(f"{folder}/{name}" for name in ("notes", "n?.txt", "x.gz"))}
     assert json.loads(manifest)["source"]["left_out"] == left_out
     assert (
         capsys.readouterr().err
         == f"wds-tools: 4 files of the input folders are not read as records, such as {left_out['such_as']}\n"
     )
-    dclm(folder, folder / "sets/out", overwrite=True)
-    assert (folder / "sets/out/manifest.json").read_bytes() == manifest
+    dclm(folder, tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out/manifest.json").read_bytes() == manifest
     capsys.readouterr()
-    assert main(["verify", str(folder / "sets/out"), "--quiet"]) == 0
+    assert main(["verify", str(tmp_path / "out"), "--quiet"]) == 0
     assert f"left out     4 files, not read as records, such as {folder}/notes" in capsys.readouterr().out
 
 

@@ -344,7 +344,7 @@ def test_a_refusal_in_the_middle_is_said_at_once_with_the_url(
 
 def test_a_wrong_key_is_said_before_anything_is_read(remote: str, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
-    with pytest.raises(StorageError, match=rf"{remote}.*access denied"):
+    with pytest.raises(StorageError, match=rf"{remote}.*the secret is not that of the key"):
         loader(remote)
     assert len(proxy.requests) == 1
 

@@ -203,7 +203,7 @@ class Hangs(fsspec.AbstractFileSystem):  # type: ignore[misc]
     def _wait(self, *_: Any, **__: Any) -> Any:
         self.answers.wait(20)
 
-    info = cat_file = find = put_file = rm_file = makedirs = _open = _wait
+    info = cat_file = ls = put_file = rm_file = makedirs = _open = _wait
 
 
 @pytest.fixture

@@ -159,7 +159,13 @@ def test_lists_of_segments_are_read_whatever_their_number_and_type(tmp_path: Pat
             payloads = [(name, npy_bytes(array)) for name, array in zip(TOKEN_MEMBERS, members, strict=True)]
             writer.add_members(f"row-{number}", payloads)
         writer.finish(len(lists))
-    finish(store, 1, codes={}, source={"rows": {"length": LENGTH}}, schema_version=ANY_MEMBERS)
+    finish(
+        store,
+        1,
+        codes={},
+        source={"rows": {"length": LENGTH, "vocabulary_size": 300, "text_size": 200}},
+        schema_version=ANY_MEMBERS,
+    )
     (batch,) = build_loader(LoaderConfig(sources=(Source(store.url),), batch_size=len(lists), shuffle=False), World())
     expected = [[60, 36], [20, 30, 46], [96], [1, 2, 3, 90], [96]]
     assert batch["__key__"] == [f"row-{number}" for number in range(len(lists))]

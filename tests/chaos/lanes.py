@@ -37,7 +37,7 @@ class Kind(Protocol):
 def run_lane(
     kinds: tuple[Callable[[Path], Kind], ...], folder: Path, seed: int, seconds: float, only: str, out: Connection
 ) -> None:
-    """Run cases of these kinds for so long, once their inputs are there; send how often each was tried and how often it failed."""
+    """Run cases of these kinds for so long, once their inputs are there; send how often each was tried and failed."""
     faulthandler.dump_traceback_later(seconds + GRACE_S, exit=True)
     tried: Counter[str] = Counter()
     failed: Counter[str] = Counter()

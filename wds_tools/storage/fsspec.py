@@ -193,11 +193,12 @@ class FsspecStore:
     def _translate(self, error: Exception, verb: str, name: str) -> StorageError:
         show = join(self.url, name) if name else self.url
         scheme, rest = split_scheme(self.url)
+        if verb == "list" and isinstance(error, OSError) and error.errno is not None and error.filename:
+            return translate(error, verb, redact(str(error.filename)))  # a folder below that can't be listed
         if ours := translated(error, show, verb, scheme, rest.partition("/")[0]):
             return ours
         if isinstance(error, OSError) and (error.errno is not None or isinstance(error, FileNotFoundError | StorageError)):
-            is_below = verb == "list" and error.filename  # a folder that can't be listed
-            return translate(error, verb, redact(str(error.filename)) if is_below else show)
+            return translate(error, verb, show)
         return StorageError(f"{show}: can't {verb}: {type(error).__name__}: {_one_line(error)}")
 
 

@@ -30,5 +30,6 @@ def check_apart(inputs: str | Sequence[str], output: str, *, option: str = "--ou
 def _place(url: str) -> str:
     scheme, path = split_scheme(url)
     if scheme in ("", "file"):
-        return os.path.realpath(unquote(path) if scheme else path).rstrip("/")
+        path = unquote(path) if scheme else path
+        return path if "\0" in path else os.path.realpath(path).rstrip("/")  # such a name is refused where it is opened
     return f"{SCHEMES.get(scheme, scheme)}://{path.rstrip('/')}"
