@@ -94,6 +94,8 @@ class _Substitution:
     shard: Count
     row: Count
     reason: str
+    by_row: Count = 0
+    """Its substitute, in the same shard."""
 
 
 @dataclass(frozen=True, kw_only=True)
