@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, Literal
 
 import numpy as np
@@ -165,8 +166,8 @@ class JsonlDataset(Dataset[Item]):
             self._bad[(number + step) % len(self)] = True
             if (num_bad := int(self._bad.sum())) > self._max_bad:
                 raise DataError(f"{num_bad} records can't be used, max_bad={self._max_bad}; one of them: {error}") from error
-            if self._problem(other := (number + step + 1) % len(self)) is None:
-                return self._item(other)
+            with suppress(FormatError):
+                return self._item((number + step + 1) % len(self))
         raise FormatError(f"{error}; nor can any of the next {_MOST_TRIED} be used") from error
 
     def _problem(self, number: int) -> FormatError | None:

@@ -52,6 +52,7 @@ def start() -> int:
     sys.stderr = io.TextIOWrapper(error, encoding, "backslashreplace", write_through=True)
 
     from wds_tools.cli.main import main
+    from wds_tools.terminal import say
 
     try:
         status = main(begin=lambda: _listen(handled, _stop), stops=_stops)
@@ -64,7 +65,7 @@ def start() -> int:
     if out.failure is None:
         return status
     if not isinstance(out.failure, BrokenPipeError):  # then whoever read it has left, as in `wds-tools ... | head -1`
-        print(f"wds-tools: can't write to standard output: {out.failure.strerror}", file=sys.stderr)
+        say(f"wds-tools: can't write to standard output: {out.failure.strerror}", error=True)
     return status or 1
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import posixpath
 import re
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -27,6 +26,7 @@ from wds_tools.run.progress import Progress
 from wds_tools.sources.fields import MAX_LINE_BYTES, Line
 from wds_tools.storage import join, open_store, split_url
 from wds_tools.storage.base import split_scheme
+from wds_tools.terminal import say
 
 _READ_BYTES = 4 << 20
 _RANGE_BYTES = 64 << 20
@@ -111,7 +111,7 @@ def expand_inputs(options: ConvertOptions, choose: Choice) -> Inputs:
     if found.left_out:
         left_out = found.source["left_out"]
         what = f"{left_out['files']:,} files of the input folders are not read as records, such as {left_out['such_as']}"
-        print(f"wds-tools: {what}", file=sys.stderr)
+        say(f"wds-tools: {what}", error=True)
     return found
 
 

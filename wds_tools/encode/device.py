@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from wds_tools.errors import Reject, TokenizerError, WdsToolsError
+from wds_tools.terminal import say
 from wds_tools.vq.base import ImageTokenizer
 from wds_tools.vq.quantize import NO_CODE
 
@@ -170,11 +171,10 @@ class Device:
         self._alike = (count + num_pictures, low) if low == high and (low == code or not count) else None
         if self._alike is not None and self._alike[0] >= _ALIKE:
             self._alike = None
-            print(
+            say(
                 f"wds-tools: tokenizer {self.tokenizer.name} gave code {low} for every place of {count + num_pictures} pictures: "
                 "it may have NaN inside (--precision fp16?) or damaged weights: look at the pictures in `wds-tools view`",
-                file=sys.stderr,
-                flush=True,
+                error=True,
             )
 
     def _named(self, error: BaseException, images: Sequence[Pixels]) -> BaseException:

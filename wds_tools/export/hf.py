@@ -35,7 +35,7 @@ from wds_tools.dataset.claim import PREFIX as CLAIMS
 from wds_tools.dataset.claim import Claim
 from wds_tools.dataset.files import Written, describe_changed, find_changed, written
 from wds_tools.dataset.read import read_manifest, read_shard
-from wds_tools.errors import UsageError
+from wds_tools.errors import FormatError, UsageError
 from wds_tools.export.card import LIQUID_TYPES, TAG, pack_card
 from wds_tools.export.card import NAME as CARD
 from wds_tools.export.push import push
@@ -43,6 +43,7 @@ from wds_tools.export.rows import FEATURES, ROW_BYTES, Format, load_pyarrow, pac
 from wds_tools.export.shuffle import Shuffle
 from wds_tools.format.manifest import Manifest, ShardRow
 from wds_tools.format.schema import CODE_COLUMNS, IMAGE_EXTENSIONS, codes_named
+from wds_tools.format.typed_json import read_json
 from wds_tools.run.progress import Progress
 from wds_tools.storage import LocalStore, Store, open_store
 from wds_tools.storage.base import TEMP_FOLDER, split_scheme
@@ -258,9 +259,9 @@ def _is_complete(store: Store, config: ExportConfig, page: Callable[..., bytes],
     if not is_finished:
         return False
     try:
-        files = {name: Written(**file) for name, file in orjson.loads(store.read(FILES)).items()}
+        files = read_json(dict[str, Written], store.read(FILES), FILES)
         changed = find_changed(store, dict.fromkeys(names, Written(None)) | files, verify=config.verify, quiet=config.quiet)
-    except (orjson.JSONDecodeError, AttributeError, TypeError, ValueError):
+    except FormatError:
         changed = {FILES: "is not what an export writes"}
     if changed:
         say(f"wds-tools: {describe_changed(store, changed)}; the export is made again", error=True)

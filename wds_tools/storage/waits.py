@@ -11,12 +11,13 @@ Cost: a microsecond a request, and that thread.
 from __future__ import annotations
 
 import os
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+
+from wds_tools.terminal import say
 
 NOTICE_S = 5.0
 SLOW_BYTES_PER_S = 1_000_000
@@ -83,7 +84,7 @@ def _look() -> None:
                     f"wds-tools: {wait.where}: no answer for {now - wait.since:.0f} s{why}: trying to {wait.what} until {clock}"
                 )
                 with suppress(OSError, ValueError, AttributeError):  # nobody reads it
-                    print(line, file=sys.stderr, flush=True)
+                    say(line, error=True)
 
 
 def _after_fork() -> None:
