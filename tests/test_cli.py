@@ -308,7 +308,7 @@ def test_json_says_what_the_lines_say(tmp_path: Path) -> None:
     assert made["fingerprint"] == manifest.fingerprint()
     assert (made["inputs"], made["samples"], made["rejects"], made["shards"]) == (3, 2, {"missing_field": 1}, 1)
     assert said("index", out) == made
-    assert said("verify", out) == {**made, "problems": []}
+    assert said("verify", out) == {**made, "problems": [], "notes": []}
     (out / "extra").write_text("")
     assert len(said("verify", out, status=1)["problems"]) == 1
     (out / "extra").unlink()
