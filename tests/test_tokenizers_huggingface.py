@@ -245,7 +245,7 @@ def spoil(folder: Path, what: str) -> None:
         ("another shape", r"quantize\.embedding\.weight has the shape \(512, 8\)"),
         ("another class", "of a 'AutoencoderKL', expected a diffusers VQModel"),
         ("nonsense", "makes no model"),
-        ("no object", "holds a list, expected an object"),
+        ("no object", "it is a list, expected an object"),
         ("a pickle", "holds more than tensors, and was not loaded"),
     ],
 )

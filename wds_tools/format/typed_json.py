@@ -3,8 +3,8 @@
     bytes -> read_json(kind, ...) -> orjson -> shape(kind, value, ...) -> a value of that kind
 
 A kind is a type: a dataclass, by the names and types of its fields; a mapping, list or tuple of kinds; Literal, unions, bool,
-str, float (JSON has finite ones only), int (64 bits), Annotated[int, range(...)] such as Count; Any, MAX_DEPTH levels of it. The
-document itself may have more fields than its dataclass, so that later releases can add some; the objects in it may not.
+str, float (JSON has finite ones only), int (64 bits), Annotated[int, range(...)] such as Count; Any, MAX_DEPTH levels of it. An
+object may have more fields than its dataclass: later releases add some, and hashes find those that damage made.
 Invariant: what is not of the kind is one error of this project that names document, field, value and what was expected.
 Cost: two to three times what orjson and the dataclasses take by themselves.
 """
@@ -12,7 +12,7 @@ Cost: two to three times what orjson and the dataclasses take by themselves.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Container, Hashable, Iterable, Mapping
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, fields
 from functools import cache, partial
 from itertools import repeat
 from types import NoneType, UnionType
@@ -64,8 +64,6 @@ def read_json(kind: type[_Kind], data: bytes | memoryview | str, what: str, erro
 
 def shape(kind: type[_Kind], value: Any, what: str, error: type[WdsToolsError] = FormatError) -> _Kind:
     """The same of a value that was parsed already, such as a state in a checkpoint."""
-    if is_dataclass(kind) and isinstance(value, Mapping):
-        value = {field.name: value[field.name] for field in fields(kind) if field.name in value}
     try:
         shaped: _Kind = _reader(cast(Hashable, kind))(value)
     except _Odd as odd:
@@ -90,7 +88,7 @@ class _Odd(Exception):
 
 def _expected(what: str, value: Any) -> _Odd:
     is_shown = type(value) in _SCALARS and (type(value) is not int or value in _WORD)
-    text = repr(value[:_SHOWN_CHARS] if isinstance(value, str) else value) if is_shown else f"of the type {type(value).__name__}"
+    text = repr(value[:_SHOWN_CHARS] if isinstance(value, str) else value) if is_shown else f"a {type(value).__name__}"
     return _Odd(f"is {text}, expected {what}")
 
 
@@ -159,9 +157,6 @@ def _record(value: Any, kind: Any, readers: Mapping[str, _Read], required: froze
     names: Collection[str] = readers
     reads: Iterable[_Read] = readers.values()
     if value.keys() != readers.keys():
-        for name in value:
-            if name not in readers:
-                raise _Odd("is unknown").inside(f".{str(name)[:_SHOWN_CHARS]}")
         names = [name for name in readers if name in value or name in required]
         reads = [readers[name] if name in value else _missing for name in names]
     items = _each(reads, map(value.get, names), names)
