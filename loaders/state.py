@@ -26,8 +26,8 @@ _Small = Annotated[int, range(1 << 40)]
 class Versions:
     """What a state or a receipt says of its version first: that of its form, and that of the order."""
 
-    version: Any
-    order_version: Any
+    version: int
+    order_version: int
 
 
 @dataclass(frozen=True, kw_only=True)

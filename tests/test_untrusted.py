@@ -243,6 +243,14 @@ def test_states(folder: Path) -> None:
     check(lanes, lambda data: unpack_lanes(parsed(data), 8, 0))
 
 
+def test_a_state_may_hold_numbers_that_no_json_has(folder: Path) -> None:
+    loader = build_loader(LoaderConfig(sources=(Source(str(folder)),), batch_size=4))
+    state = loader.state_dict()
+    for change in ({"position": 10**5000}, {"version": 10**5000}, {"recipe": {"length": 10**5000}}, {"sources": [{1: 2}]}):
+        with pytest.raises(UsageError, match=r"^not the state of a loader"):
+            loader.load_state_dict({**state, **change})
+
+
 def test_a_state_beyond_its_epoch_is_refused(folder: Path) -> None:
     loader = build_loader(LoaderConfig(sources=(Source(str(folder)),), batch_size=4))
     with pytest.raises(UsageError, match="at position 25 of an epoch of 24 samples"):
