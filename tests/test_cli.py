@@ -325,9 +325,10 @@ def test_a_signal_while_modules_load_is_one_line(tmp_path: Path, number: signal.
 
 
 @pytest.mark.slow
-def test_a_signal_ends_a_command_that_waits_for_a_silent_server(s3: S3Server) -> None:
+def test_a_signal_ends_a_command_that_waits_for_a_silent_server() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        environ = environment() | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{silent.getsockname()[1]}", "WDS_TOOLS_RETRY_S": "100"}
+        login = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_REGION": "us-east-1"}
+        environ = environment() | login | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{silent.getsockname()[1]}"}
         with subprocess.Popen(command("verify", "s3://b/set"), env=environ, stderr=subprocess.PIPE, text=True) as process:
             silent.accept()
             process.send_signal(signal.SIGTERM)

@@ -20,6 +20,7 @@ DATASET = FORMAT | STORAGE | {"wds_tools.run", "wds_tools.dataset"}
 PASSES = DATASET | {"wds_tools.passes"}
 ALLOWED = {
     "wds_tools": FORMAT,
+    "wds_tools.__main__": {"wds_tools.cli"},
     "wds_tools.errors": set(),
     "wds_tools.format": BASE,
     "wds_tools.storage": BASE,
