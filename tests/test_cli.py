@@ -329,10 +329,10 @@ def test_a_signal_ends_a_command_that_waits_for_a_silent_server() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         login = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_REGION": "us-east-1"}
         environ = environment() | login | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{silent.getsockname()[1]}"}
-        with subprocess.Popen(command("verify", "s3://b/set"), env=environ, stderr=subprocess.PIPE, text=True) as process:
-            with silent.accept()[0]:
-                process.send_signal(signal.SIGTERM)
-                _, said = process.communicate(timeout=40)
+        process = subprocess.Popen(command("verify", "s3://b/set"), env=environ, stderr=subprocess.PIPE, text=True)
+        with process, silent.accept()[0]:
+            process.send_signal(signal.SIGTERM)
+            _, said = process.communicate(timeout=40)
     assert (process.returncode, said) == (143, "wds-tools: stopped by SIGTERM\n")
 
 
