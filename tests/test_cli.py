@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -321,6 +322,18 @@ def test_a_signal_while_modules_load_is_one_line(tmp_path: Path, number: signal.
         process.send_signal(number)
         _, said = process.communicate(timeout=60)
     assert (process.returncode, said) == (128 + number, f"wds-tools: stopped by {number.name}\n")
+
+
+@pytest.mark.slow
+def test_a_signal_ends_a_command_that_waits_for_a_silent_server() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        login = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_REGION": "us-east-1"}
+        environ = environment() | login | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{silent.getsockname()[1]}"}
+        process = subprocess.Popen(command("verify", "s3://b/set"), env=environ, stderr=subprocess.PIPE, text=True)
+        with process, silent.accept()[0]:
+            process.send_signal(signal.SIGTERM)
+            _, said = process.communicate(timeout=40)
+    assert (process.returncode, said) == (143, "wds-tools: stopped by SIGTERM\n")
 
 
 @pytest.mark.parametrize("name", [os.fsdecode(b"caf\xe9"), "a\nb", "a\x1b[2Jb"], ids=["latin-1", "newline", "escape"])

@@ -27,7 +27,7 @@ class Wrong:
             case "above":
                 codes_Bhw[-1, 3, 4] = 65_536 + 3
             case "below":
-                codes_Bhw[0, 0, 0] = -1
+                codes_Bhw[0, 0, 0] = -2
             case "fewer":
                 return codes_Bhw[:-1]
             case "flat":
@@ -58,7 +58,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("name", "message"),
     [
         ("above", "gave codes of torch.int64 (3, 32, 32) from 0 to 65539 for 3 images of 512 x 512 pixels: expected integers"),
-        ("below", "from -1 to 0 for 3 images of 512 x 512 pixels: expected integers (3, 32, 32) from 0 to 15"),
+        ("below", "from -2 to 0 for 3 images of 512 x 512 pixels: expected integers (3, 32, 32) from 0 to 15"),
         ("fewer", "gave codes of torch.int64 (2, 32, 32)"),
         ("flat", "gave codes of torch.int64 (3, 1024)"),
         ("floats", "gave codes of torch.float32 (3, 32, 32)"),

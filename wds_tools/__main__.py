@@ -4,7 +4,7 @@
 
 SIGINT, SIGTERM and SIGHUP are one thing, KeyboardInterrupt: whatever cleans up after one of them does so after all. While modules
 load nothing is begun, and the process ends at once. One that is ignored from birth (nohup) stays ignored.
-Invariant: no traceback tells of a signal or of a stream that nobody reads.
+Invariant: no traceback tells of a signal or of a stream that nobody reads, and a signal ends the process within seconds.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+import time
 
 try:
     import signal
@@ -21,10 +22,14 @@ except KeyboardInterrupt:  # Ctrl-C before anybody listens
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
+    from threading import Event
     from types import FrameType
     from typing import NoReturn
 
 _STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_PATIENCE_S = 20.0
+"""For clearing up. Who sends SIGTERM sends SIGKILL after 30 s, most often."""
+_LEAVE_S = 2.0
 _stops: list[int] = []
 """Those that came."""
 
@@ -51,15 +56,27 @@ def start() -> int:
     sys.stdout = io.TextIOWrapper(io.BufferedWriter(out), encoding, "backslashreplace", line_buffering=out.isatty())
     sys.stderr = io.TextIOWrapper(error, encoding, "backslashreplace", write_through=True)
 
+    from threading import Event, Thread
+
     from wds_tools.cli.main import main
     from wds_tools.terminal import say
 
+    over = Event()
+
+    def begin() -> None:
+        told, tell = os.pipe()
+        os.set_blocking(tell, False)
+        signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
+        Thread(target=_see_to_the_end, args=(told, over), daemon=True).start()
+        _listen(handled, _stop)
+
     try:
-        status = main(begin=lambda: _listen(handled, _stop), stops=_stops)
+        status = main(begin=begin, stops=_stops)
     except SystemExit as ended:  # --help
         status = int(ended.code or 0)
     except KeyboardInterrupt:  # once more, in the midst of saying so
         _end(signal.SIGINT, None)
+    over.set()
     _listen((number for number in handled if signal.getsignal(number) is _stop), _end)
     sys.stdout.flush()
     if out.failure is None:
@@ -80,6 +97,16 @@ def _open(descriptor: int) -> _Stream:
 def _listen(numbers: Iterable[signal.Signals], handler: Callable[[int, FrameType | None], NoReturn]) -> None:
     for number in numbers:
         signal.signal(number, handler)
+
+
+def _see_to_the_end(told: int, over: Event) -> None:
+    """A thread that hears of signals at once, also while the main thread waits for a server that is silent."""
+    while (number := os.read(told, 1)[0]) not in _STOPS:
+        pass
+    if not over.wait(_PATIENCE_S):
+        _end(number, None)
+    time.sleep(_LEAVE_S)  # for threads that the interpreter waits for
+    os._exit(128 + number)
 
 
 def _end(number: int, _: FrameType | None) -> NoReturn:

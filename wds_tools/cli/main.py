@@ -23,7 +23,7 @@ from typing import Any
 import tyro
 
 from wds_tools.errors import UsageError, WdsToolsError
-from wds_tools.storage import check_writable
+from wds_tools.storage.base import check_writable
 from wds_tools.terminal import say
 
 COMMANDS = {

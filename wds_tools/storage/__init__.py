@@ -17,7 +17,7 @@ from wds_tools.storage.fsspec import FsspecStore
 from wds_tools.storage.local import LocalStore
 from wds_tools.storage.objects import SCHEMES, ObjectStore
 
-__all__ = ["Entry", "LocalStore", "Store", "Writer", "check_writable", "join", "open_store", "redact", "split_url"]
+__all__ = ["Entry", "LocalStore", "Store", "Writer", "join", "open_store", "redact", "split_url"]
 
 
 def open_store(url: str, *, strict_links: bool = False) -> Store:
