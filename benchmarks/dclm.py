@@ -60,14 +60,14 @@ def plain(folder: Path, out: Path) -> int:
 
 def ours(folder: Path, out: Path) -> int:
     """This project's converter, one worker."""
-    from wds_tools.convert.dclm import DclmConfig, convert_dclm
+    from wds_tools.convert.documents import DclmConfig, convert_dclm
 
     return convert_dclm(DclmConfig(input=(str(folder),), output=str(out), quiet=True)).samples
 
 
 if __name__ == "__main__":
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    way, package = {"floor": (floor, "orjson"), "plain": (plain, "webdataset"), "ours": (ours, "wds_tools.convert.dclm")}[
+    way, package = {"floor": (floor, "orjson"), "plain": (plain, "webdataset"), "ours": (ours, "wds_tools.convert.documents")}[
         sys.argv[1]
     ]
     importlib.import_module(package)  # before the clock starts

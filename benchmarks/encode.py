@@ -22,7 +22,7 @@ import torch
 import yaml
 from diffusers import VQModel
 
-from wds_tools.convert.image_pairs import ImagePairsConfig, convert_image_pairs
+from wds_tools.convert.pairs import ImagePairsConfig, convert_image_pairs
 from wds_tools.errors import Reject
 from wds_tools.images import crop_for, probe
 from wds_tools.vq.chameleon import CONFIG_NAME, WEIGHTS_NAME, checkpoint_name

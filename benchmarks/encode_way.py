@@ -24,10 +24,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from wds_tools.dataset.read import read_manifest, read_shard
-from wds_tools.dataset.write import ShardLimits, TaskWriter
-from wds_tools.encode.fill import FillShards
-from wds_tools.encode.filler import Filler
+from wds_tools.dataset.reader import read_manifest, read_shard
+from wds_tools.dataset.writer import ShardLimits, TaskWriter
+from wds_tools.encode.encode import FillShards
+from wds_tools.encode.image_encoder import Filler
 from wds_tools.encode.memory import keep_freed_memory
 from wds_tools.encode.options import TokenizerOptions
 from wds_tools.images import ImageLimits, prepare

@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 
 from loaders import LoaderConfig, Source, World, build_loader
-from loaders.plan import SourcePlan, default_order
-from wds_tools.dataset.read import read_manifest
+from loaders.order.plan import SourcePlan, default_order
+from wds_tools.dataset.reader import read_manifest
 from wds_tools.format import manifest as manifests
 from wds_tools.format.index import SUFFIX
 from wds_tools.storage import open_store

@@ -29,7 +29,7 @@ from obstore.store import S3Store
 from benchmarks.loader_workload import CODEBOOK_SIZE, GRID
 from loaders import LoaderConfig, Source, World, build_loader
 from tests.s3 import BUCKET, serve_s3
-from wds_tools.dataset.write import ShardLimits, TaskWriter, begin, finish
+from wds_tools.dataset.writer import ShardLimits, TaskWriter, begin, finish
 from wds_tools.format.schema import Sample
 from wds_tools.storage import open_store
 from wds_tools.storage.objects import ObjectStore

@@ -27,7 +27,7 @@ from benchmarks.loader import machine
 from benchmarks.loader_report import Bar, bar_table, put_section
 from benchmarks.sequences_ways import CODEBOOK_SIZE, sources
 from benchmarks.workload import corpus
-from wds_tools.dataset.write import ShardLimits, TaskWriter, begin, finish
+from wds_tools.dataset.writer import ShardLimits, TaskWriter, begin, finish
 from wds_tools.format.schema import Sample
 from wds_tools.pack.rows import PackConfig, pack
 from wds_tools.storage import open_store

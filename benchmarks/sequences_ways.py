@@ -25,8 +25,8 @@ from typing import Any
 import torch
 
 from loaders import Loader, LoaderConfig, SequenceConfig, Source, World, build_loader
-from loaders.plan import LANES_PER_BATCH
-from wds_tools.dataset.read import read_manifest, read_shard
+from loaders.order.plan import LANES_PER_BATCH
+from wds_tools.dataset.reader import read_manifest, read_shard
 from wds_tools.storage import open_store
 
 CODEBOOK_SIZE = 8192

@@ -9,7 +9,7 @@ import datasets
 import webdataset as wds
 
 from benchmarks.workload import captioned_codes
-from wds_tools.dataset.write import ShardLimits, TaskWriter
+from wds_tools.dataset.writer import ShardLimits, TaskWriter
 from wds_tools.format.schema import Sample
 from wds_tools.storage import open_store
 

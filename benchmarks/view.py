@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from tests.s3 import serve_s3
-from wds_tools.dataset.write import ShardLimits, TaskWriter, begin, finish
+from wds_tools.dataset.writer import ShardLimits, TaskWriter, begin, finish
 from wds_tools.format.schema import Sample
 from wds_tools.storage import open_store
 

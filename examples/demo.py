@@ -27,7 +27,7 @@ from PIL import Image, ImageDraw
 
 from loaders import LoaderConfig, Source, World, build_loader
 from wds_tools.cli.main import main
-from wds_tools.dataset.read import read_manifest, read_shard
+from wds_tools.dataset.reader import read_manifest, read_shard
 from wds_tools.storage import open_store
 from wds_tools.vq import load_tokenizer
 

@@ -6,11 +6,11 @@ docs/flow.md says how the modules fit together.
 from loaders.config import LoaderConfig, Source, World
 from loaders.jsonl import JsonlDataset
 from loaders.loader import Loader, build_loader
-from loaders.packing import merge_states
-from loaders.rounds import Rounds
-from loaders.rows import flatten, model_inputs
 from loaders.shards import ShardDataset
 from loaders.tars import TarDataset
+from loaders.tokens.packing import merge_states
+from loaders.tokens.rows import flatten, model_inputs
+from loaders.trainers.epochs import Rounds
 from wds_tools.sequences.config import SequenceConfig
 
 __all__ = [

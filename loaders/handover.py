@@ -17,7 +17,7 @@ from typing import Any
 from torch._utils import ExceptionWrapper
 
 from loaders.config import LoaderConfig, World
-from loaders.stream import OpenSource
+from loaders.order.samples import OpenSource
 from wds_tools.errors import StorageError, UsageError
 
 SHARED_MEMORY = "/dev/shm"  # noqa: S108  # torch's place

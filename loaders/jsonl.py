@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from loaders.fetch import end_with_trainer
-from loaders.rows import RowMaker, sample_of
+from loaders.reading.fetches import end_with_trainer
+from loaders.tokens.rows import RowMaker, sample_of
 from wds_tools.errors import DataError, FormatError, Reject, StorageError, UsageError
 from wds_tools.format.schema import CODE_COLUMNS, DATA_TYPES, Sample
 from wds_tools.sequences.config import SequenceConfig

@@ -23,16 +23,16 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from loaders.collate import Batch
+from loaders.batches.collate import Batch
 from loaders.config import LoaderConfig, World
 from loaders.handover import affordable_prefetch, tell_of_failures
-from loaders.packing import ENDLESS, Cursor, LaneBook, check_packing, merge_states, pack_lanes, unpack_lanes
-from loaders.receipt import MODULUS, Span, pack_receipt
-from loaders.rows import RowMaker
-from loaders.state import check_data, check_recipe, pack_state, unpack_state
-from loaders.steps import Steps
-from loaders.stream import Stream, open_source
-from loaders.work import Errand, Parcel, PartReader
+from loaders.order.partition import Steps
+from loaders.order.samples import Stream, open_source
+from loaders.proof.receipt import MODULUS, Span, pack_receipt
+from loaders.proof.state import check_data, check_recipe, pack_state, unpack_state
+from loaders.tokens.packing import ENDLESS, Cursor, LaneBook, check_packing, merge_states, pack_lanes, unpack_lanes
+from loaders.tokens.rows import RowMaker
+from loaders.workers import Errand, Parcel, PartReader
 from wds_tools.errors import DataError, StorageError, UsageError, WdsToolsError, WorkerDied
 from wds_tools.sequences.vocabulary import Vocabulary
 from wds_tools.storage import LocalStore, join

@@ -14,15 +14,15 @@ from typing import Any
 import webdataset as wds
 from torch.utils.data import get_worker_info
 
-from loaders.cache import BlockCache
-from loaders.collate import Sample, read_samples
+from loaders.batches.collate import Sample, read_samples
+from loaders.batches.decode import Decoder
 from loaders.config import LoaderConfig, Source, Tail, World
-from loaders.decode import Decoder
 from loaders.handover import tell_of_failures
-from loaders.prefetch import Part, Reader, lanes_of
-from loaders.state import check_data, check_recipe, pack_state, unpack_state
-from loaders.steps import Steps
-from loaders.stream import Stream, open_source
+from loaders.order.partition import Steps
+from loaders.order.samples import Stream, open_source
+from loaders.proof.state import check_data, check_recipe, pack_state, unpack_state
+from loaders.reading.cache import BlockCache
+from loaders.reading.prefetch import Part, Reader, lanes_of
 
 _CHUNK = 256
 _LANES = 1024

@@ -17,7 +17,7 @@ import pytest
 import zstandard
 from PIL import Image
 
-from wds_tools.dataset.read import read_manifest, read_shard
+from wds_tools.dataset.reader import read_manifest, read_shard
 from wds_tools.format.schema import Sample
 from wds_tools.storage import open_store
 

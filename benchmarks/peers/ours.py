@@ -11,7 +11,7 @@ import torch
 from benchmarks.loader_workload import SAMPLES_PER_SHARD, Text, read_source
 from benchmarks.peers.measure import BATCH, main
 from loaders import Loader, LoaderConfig, Source, World, build_loader
-from wds_tools.dataset.write import ShardLimits, TaskWriter, begin, finish
+from wds_tools.dataset.writer import ShardLimits, TaskWriter, begin, finish
 from wds_tools.format.schema import Sample
 from wds_tools.storage import open_store
 

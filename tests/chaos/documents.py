@@ -1,4 +1,4 @@
-"""Documents as anybody may have written them: the readers and the changes of tests/test_untrusted.py, with seeds of our own."""
+"""Documents as anybody may have written them: the readers and the changes of tests/format/test_untrusted.py, with seeds of our own."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from commands import ROOT
 
-_TESTS = ROOT / "tests/test_untrusted.py"
+_TESTS = ROOT / "tests/format/test_untrusted.py"
 
 
 class Documents:

@@ -13,7 +13,7 @@ from tokens import write_small_sets
 
 from wds_tools.check.verify import VerifyConfig, verify
 from wds_tools.dataset.index import index_tars
-from wds_tools.dataset.write import ShardLimits, TaskWriter, begin, finish
+from wds_tools.dataset.writer import ShardLimits, TaskWriter, begin, finish
 from wds_tools.errors import Reject, WdsToolsError
 from wds_tools.pack.rows import PackConfig, pack
 from wds_tools.storage import open_store

@@ -17,7 +17,7 @@ from tokens import PROVENANCE
 
 from loaders import LoaderConfig, ShardDataset, Source, build_loader
 from wds_tools.check.verify import VerifyConfig, verify
-from wds_tools.dataset.read import read_manifest, read_shard
+from wds_tools.dataset.reader import read_manifest, read_shard
 from wds_tools.errors import StorageError
 from wds_tools.storage import open_store
 

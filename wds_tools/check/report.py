@@ -93,7 +93,7 @@ def render(stats: Stats, *, served: bool = False) -> str:
         stats: what to show.
         served: as a part of the viewer: with its navigation and linked styles.
     """
-    style = (files("wds_tools.check.view") / "static" / "common.css").read_text(encoding="utf-8")
+    style = (files("wds_tools.view") / "static" / "common.css").read_text(encoding="utf-8")
     head = _LINKS if served else f"<style>{style}</style>"
     title = escape(stats.url)
     return "".join(

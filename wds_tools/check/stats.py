@@ -21,7 +21,7 @@ from wds_tools.check.count import Count, Part, count_rows
 from wds_tools.check.drift import Outline, ShardStats, drift, outline
 from wds_tools.check.duplicates import HashSet, Repeats
 from wds_tools.check.rows import PIECE_BYTES, Rows, is_text
-from wds_tools.dataset.read import read_manifest
+from wds_tools.dataset.reader import read_manifest
 from wds_tools.errors import DataError, UsageError
 from wds_tools.format.manifest import Manifest
 from wds_tools.run.local import Report, run_tasks

@@ -19,8 +19,8 @@ import numpy as np
 
 from wds_tools.check.token_rows import check_row
 from wds_tools.dataset.index import Contents
-from wds_tools.dataset.read import ShardBytes, read_manifest
-from wds_tools.dataset.write import REJECTS
+from wds_tools.dataset.reader import ShardBytes, read_manifest
+from wds_tools.dataset.writer import REJECTS
 from wds_tools.errors import DataError, FormatError, StorageError, UsageError
 from wds_tools.format import manifest as manifests
 from wds_tools.format.index import SUFFIX, check_fresh, pack_index, unpack_index

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 
 import tyro
 
-from loaders.audit import Audit, audit, num_positions, read_receipts
-from loaders.tally import EpochAudit, Ranges
+from loaders.proof.audit import Audit, audit, num_positions, read_receipts
+from loaders.proof.coverage import EpochAudit, Ranges
 from wds_tools.cli.summary import Printed, print_json
 from wds_tools.errors import UsageError
 from wds_tools.run.progress import Progress

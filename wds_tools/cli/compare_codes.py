@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass
 
 import tyro
 
+from wds_tools.check.compare import CompareConfig, compare_codes
 from wds_tools.cli.summary import Printed, print_json
-from wds_tools.encode.compare import CompareConfig, compare_codes
 from wds_tools.terminal import say
 
 EXAMPLE = "wds-tools compare-codes pairs-fp32 pairs-bf16 --weights vqgan/"

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from wds_tools.cli.summary import Printed, print_data_set
-from wds_tools.convert.dclm import DclmConfig, convert_dclm
+from wds_tools.convert.documents import DclmConfig, convert_dclm
 
 EXAMPLE = "wds-tools convert dclm --input dclm/ --output s3://bucket/dclm --workers 8"
 

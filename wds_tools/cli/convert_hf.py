@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from wds_tools.cli.summary import Printed, print_data_set
-from wds_tools.convert.hf import HfConfig, convert_hf
+from wds_tools.convert.coded import HfConfig, convert_hf
 
 EXAMPLE = "wds-tools convert hf --input liquid-data/ --output s3://bucket/liquid --workers 8"
 

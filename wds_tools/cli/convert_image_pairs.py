@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from wds_tools.cli.summary import Printed, print_data_set
-from wds_tools.convert.image_pairs import ImagePairsConfig, convert_image_pairs
+from wds_tools.convert.pairs import ImagePairsConfig, convert_image_pairs
 from wds_tools.encode.options import TokenizerOptions
 from wds_tools.errors import UsageError
 
@@ -35,7 +35,7 @@ def run(config: Config) -> int:
     """Convert, and say what came of it."""
     filler = None
     if config.encode is not None:
-        from wds_tools.encode.filler import Filler  # with torch, which converting alone does without
+        from wds_tools.encode.image_encoder import Filler  # with torch, which converting alone does without
 
         filler = Filler(
             config.encode,

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from wds_tools.cli.summary import Printed, print_data_set
-from wds_tools.convert.sft import SftConfig, convert_sft
+from wds_tools.convert.conversations import SftConfig, convert_sft
 
 EXAMPLE = "wds-tools convert sft --input llava.json --image-root images/ --output s3://bucket/sft-raw --workers 8"
 

@@ -19,7 +19,7 @@ import tyro
 
 from wds_tools import __version__
 from wds_tools.cli.summary import Printed, print_json
-from wds_tools.dataset.read import read_manifest
+from wds_tools.dataset.reader import read_manifest
 from wds_tools.encode.devices import describe_devices
 from wds_tools.errors import NotFound, WdsToolsError
 from wds_tools.format import manifest as manifests

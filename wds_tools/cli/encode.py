@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from wds_tools.cli.summary import Printed, print_data_set
-from wds_tools.encode.fill import EncodeConfig, encode
+from wds_tools.encode.encode import EncodeConfig, encode
 
 EXAMPLE = "wds-tools encode --input pairs-raw --output pairs --tokenizer chameleon --weights vqgan/ --device cuda"
 

@@ -9,9 +9,9 @@ from typing import Literal
 import tyro
 
 from loaders.config import LoaderConfig, Source
-from loaders.replay import ProcessCost
-from loaders.simulate import Simulation, imagined_source, simulate
-from loaders.stream import open_source
+from loaders.cost.replay import ProcessCost
+from loaders.cost.simulate import Simulation, imagined_source, simulate
+from loaders.order.samples import open_source
 from wds_tools.cli.summary import Printed, print_json
 from wds_tools.errors import UsageError
 from wds_tools.terminal import say

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import tyro
 
-from wds_tools.check.view.server import ViewConfig, ViewServer
 from wds_tools.terminal import say
+from wds_tools.view.server import ViewConfig, ViewServer
 
 EXAMPLE = "wds-tools view s3://bucket/pairs --open"
 

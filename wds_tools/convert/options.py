@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from wds_tools.errors import FormatError, UsageError
 from wds_tools.format.schema import MAX_KEY_BYTES, check_key
-from wds_tools.passes import PassOptions
+from wds_tools.jobs.job import PassOptions
 
 _MAX_PREFIX = MAX_KEY_BYTES - len("-TTTTTTTTT-NNNNNNNN")
 

@@ -18,9 +18,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from wds_tools.dataset.claim import Claim
-from wds_tools.dataset.read import ShardBytes, check_unchanged, read_manifest
-from wds_tools.dataset.write import PLAN
+from wds_tools.dataset.lease import Claim
+from wds_tools.dataset.reader import ShardBytes, check_unchanged, read_manifest
+from wds_tools.dataset.writer import PLAN
 from wds_tools.errors import FormatError, NotFound, OutOfSpace, StorageError, UsageError, WorkerDied
 from wds_tools.format import manifest as manifests
 from wds_tools.format.index import SUFFIX, pack_index, unpack_index

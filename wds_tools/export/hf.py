@@ -31,10 +31,10 @@ from urllib.parse import unquote, urlsplit
 
 import orjson
 
-from wds_tools.dataset.claim import PREFIX as CLAIMS
-from wds_tools.dataset.claim import Claim
 from wds_tools.dataset.files import Written, describe_changed, find_changed, written
-from wds_tools.dataset.read import read_manifest, read_shard
+from wds_tools.dataset.lease import PREFIX as CLAIMS
+from wds_tools.dataset.lease import Claim
+from wds_tools.dataset.reader import read_manifest, read_shard
 from wds_tools.errors import FormatError, UsageError
 from wds_tools.export.card import LIQUID_TYPES, TAG, pack_card
 from wds_tools.export.card import NAME as CARD

@@ -18,13 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from wds_tools.dataset.read import read_manifest, read_stored
-from wds_tools.dataset.write import TaskWriter
+from wds_tools.dataset.reader import read_manifest, read_stored
+from wds_tools.dataset.writer import TaskWriter
 from wds_tools.errors import FormatError, Reject, UsageError
 from wds_tools.format.manifest import Manifest, row_from_json
 from wds_tools.format.schema import ANY_MEMBERS, Sample, one_set
 from wds_tools.format.shard import sample_from_members
-from wds_tools.passes import Advance, PassOptions, Plan, run_pass
+from wds_tools.jobs.job import Advance, PassOptions, Plan, run_pass
 from wds_tools.sequences.build import ROWS_VERSION, ExampleBuilder
 from wds_tools.sequences.config import SequenceConfig
 from wds_tools.sequences.pack import Packer

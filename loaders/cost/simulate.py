@@ -1,0 +1,262 @@
+"""What a recipe will cost, from manifests alone: no shard, no index is read, and the data need not exist yet.
+
+    sources, config, world size -> Stream -> steps, and how well the order is mixed
+                                          -> replay.py: requests, bytes and memory of one process
+
+Cost: a few seconds and the plan's memory, whatever the number of samples.
+"""
+
+from __future__ import annotations
+
+import mmap
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from loaders.config import LoaderConfig, Source
+from loaders.cost.replay import ProcessCost, replay
+from loaders.order.partition import Steps
+from loaders.order.plan import Ints, SourcePlan
+from loaders.order.samples import OpenSource, Stream
+from wds_tools.errors import UsageError
+from wds_tools.format.manifest import Manifest, ShardRow
+from wds_tools.storage import open_store
+
+_MOST_SHARDS = 1 << 24
+_MIXING_SAMPLES = 1 << 20
+_MIXING_LANES = 64
+_GOOD_REQUEST_BYTES = 256 << 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixing:
+    """How far the order takes apart what lies together."""
+
+    batch_extents: float
+    """Runs of neighbouring samples that a batch has samples of, on average. At best the batch size."""
+    batch_shards: float
+    """Shards that it has samples of."""
+    neighbours_median: float | None
+    """How many positions apart two samples are that lie side by side in an extent; None where extents are single samples, and
+    chance puts neighbours anywhere."""
+    neighbours_p5: float | None
+    """The same for the closest 5 % of them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Simulation:
+    """What a recipe will cost."""
+
+    samples: int
+    """Of all sources."""
+    shards: int
+    bytes: int
+    epoch_samples: int
+    steps: int
+    dropped: int
+    """Samples that tail="drop" leaves out."""
+    lanes: int
+    extents: int
+    extent_bytes: int
+    block_bytes: int
+    start_s: float
+    """To plan, at the start of every process (worker processes that are forked share it)."""
+    epoch_s: float
+    """To plan each further epoch."""
+    plan_bytes: int | None
+    """Memory of the plan of an epoch; None where the system does not say."""
+    mixing: Mixing
+    process: ProcessCost
+    warnings: tuple[str, ...]
+
+
+def imagined_source(samples: float, sample_bytes: float, shard_samples: int = 10_000) -> OpenSource:
+    """A data set that does not exist, in shards of one size.
+
+    Args:
+        samples: in all.
+        sample_bytes: of one, in its tar: headers and padding included.
+        shard_samples: in a shard.
+
+    Raises:
+        UsageError: one of them is less than 1, or they are more than can be planned.
+    """
+    if not (1 <= samples < 1 << 53 and 1 <= sample_bytes < 1 << 40 and 1 <= shard_samples < 1 << 32):
+        raise UsageError(
+            f"{samples:,} samples of {sample_bytes} bytes, {shard_samples:,} a shard: expected 1 or more of each, and less than "
+            "2**53, 2**40 and 2**32"
+        )
+    whole, rest = divmod(int(samples), shard_samples)
+    if whole > _MOST_SHARDS:
+        raise UsageError(
+            f"{samples:,} samples are {whole:,} shards of {shard_samples:,}: at most {_MOST_SHARDS:,} are simulated; give larger "
+            "shards (--shard-samples)"
+        )
+    shards = (_imagined_shard(shard_samples, sample_bytes),) * whole
+    if rest:
+        shards += (_imagined_shard(rest, sample_bytes),)
+    return OpenSource(Source("imagined"), open_store("memory://imagined"), Manifest(shards=shards, inputs=int(samples)))
+
+
+def _imagined_shard(samples: int, sample_bytes: float) -> ShardRow:
+    size = round(samples * sample_bytes)
+    nothing: dict[str, int] = {}
+    return ShardRow(
+        name="imagined.tar", samples=samples, bytes=size, xxh128="", members=(), data_types=nothing, text_chars=0, num_codes=0
+    )
+
+
+def simulate(sources: Sequence[OpenSource], config: LoaderConfig, world_size: int = 1, *, as_remote: bool = False) -> Simulation:
+    """Find out what a recipe costs.
+
+    Args:
+        sources: those of the config, opened; or imagined_source(...).
+        config: as for build_loader.
+        world_size: number of ranks.
+        as_remote: count local files as if they were fetched.
+
+    Raises:
+        UsageError: the settings do not fit the data or the world.
+    """
+    if config.batch_size < world_size:
+        raise UsageError(f"batch_size={config.batch_size} is less than one sample for each of {world_size} ranks")
+    before, started = _resident_bytes(), time.perf_counter()
+    stream = Stream(sources, config)
+    start_s = time.perf_counter() - started
+    stream.locate(0, np.arange(1))
+    epoch_s = time.perf_counter() - started - start_s
+    after = _resident_bytes()
+    steps = Steps(stream.length, 0, config.batch_size, config.tail, world_size)
+    if not len(steps):
+        raise UsageError(
+            f"an epoch of {stream.length} samples is less than a batch of {config.batch_size}, and tail='drop' leaves it out"
+        )
+    process = replay(stream, config, steps, as_remote=as_remote)
+    return Simulation(
+        samples=sum(opened.manifest.samples for opened in sources),
+        shards=sum(len(opened.manifest.shards) for opened in sources),
+        bytes=stream.total_bytes,
+        epoch_samples=stream.length,
+        steps=len(steps),
+        dropped=steps.dropped,
+        lanes=stream.order.lanes,
+        extents=_num_extents(stream),
+        extent_bytes=stream.order.extent_bytes,
+        block_bytes=stream.order.block_bytes,
+        start_s=start_s,
+        epoch_s=epoch_s,
+        plan_bytes=None if before is None or after is None else max(after - before, 0),
+        mixing=measure_mixing(stream, config.batch_size),
+        process=process,
+        warnings=tuple(_warnings(stream, config, world_size, process)),
+    )
+
+
+def _num_extents(stream: Stream) -> int:
+    """Extents of an epoch of every source."""
+    total = 0
+    for opened, times, limit in zip(stream.sources, stream.recipe["repeat"], stream.recipe["max_samples"], strict=True):
+        samples, sizes = (np.array([getattr(row, name) for row in opened.manifest.shards]) for name in ("samples", "bytes"))
+        plan = SourcePlan(samples, sizes, stream.order, limit)
+        total += plan.num_extents * (1 if stream.recipe["weights"] else times)
+    return total
+
+
+def measure_mixing(stream: Stream, batch_size: int) -> Mixing:
+    """How well an epoch is mixed: by batches from its middle, and the neighbours in all of it or in some of its lanes.
+
+    Args:
+        stream: the order.
+        batch_size: over all ranks.
+    """
+    length = stream.length
+    count = max(min(_MIXING_SAMPLES, length) // batch_size, 1)
+    begin = max(length // 2 - count * batch_size // 2, 0)
+    located = stream.locate(0, np.arange(begin, min(begin + count * batch_size, length)))
+    batch = np.arange(len(located.row)) // batch_size
+    num_batches = int(batch[-1]) + 1
+    apart = _neighbours_apart(stream)
+    return Mixing(
+        batch_extents=_num_distinct(batch, located.source, located.shard, located.first + located.run) / num_batches,
+        batch_shards=_num_distinct(batch, located.source, located.shard) / num_batches,
+        neighbours_median=float(np.median(apart)) if len(apart) else None,
+        neighbours_p5=float(np.percentile(apart, 5)) if len(apart) else None,
+    )
+
+
+def _neighbours_apart(stream: Stream) -> Ints:
+    """How many positions apart samples are that lie side by side in a shard: all of them, or those of an extent in some lanes."""
+    length, lanes = stream.length, stream.order.lanes
+    if length <= _MIXING_SAMPLES:
+        positions = np.arange(length)
+    else:
+        some = np.linspace(0, lanes - 1, min(lanes, _MIXING_LANES)).astype(np.int64)
+        depths = min(length // lanes, _MIXING_SAMPLES // len(some))
+        positions = (some + lanes * (np.arange(depths) + (length // lanes - depths) // 2)[:, None]).ravel()
+    located = stream.locate(0, positions)
+    order = np.lexsort((located.row, located.shard, located.source))
+    source, shard, row, extent = (
+        np.diff(column[order]) for column in (located.source, located.shard, located.row, located.first + located.run)
+    )
+    side_by_side = (source == 0) & (shard == 0) & (row == 1)
+    if len(positions) < length:
+        side_by_side &= extent == 0
+    apart: Ints = np.abs(np.diff(positions[order]))[side_by_side]
+    return apart
+
+
+def _num_distinct(*columns: Ints) -> int:
+    """How many different rows these columns have."""
+    order = np.lexsort(columns)
+    changes = np.any([np.diff(column[order]) != 0 for column in columns], axis=0)
+    return 1 + int(np.count_nonzero(changes))
+
+
+def _warnings(stream: Stream, config: LoaderConfig, world_size: int, cost: ProcessCost) -> Iterator[str]:
+    """Settings that cost more than they need, and sources that come in bursts."""
+    yield from stream.rare()
+    lanes, batch_size, workers = stream.order.lanes, config.batch_size, max(config.num_workers, 1)
+    if lanes % batch_size:
+        yield (
+            f"batch_size={batch_size} does not divide lanes={lanes}: a process reads {cost.lanes} lanes, which others read too; "
+            f"a divisor, or lanes={batch_size * 8}, keeps every lane to one process"
+        )
+    elif lanes % (batch_size * workers):
+        good = [count for count in range(1, lanes // batch_size + 1) if lanes // batch_size % count == 0]
+        yield (
+            f"{workers} workers do not divide lanes / batch_size = {lanes // batch_size}: a process reads {cost.lanes} lanes, "
+            f"which others read too; {', '.join(map(str, good))} workers keep every lane to one process"
+        )
+    if batch_size % world_size:
+        yield f"{world_size} ranks do not divide batch_size={batch_size}: some get a sample more in every step than others"
+    if cost.evicted:
+        yield (
+            f"memory_bytes={config.memory_bytes} is too little for {cost.lanes} lanes a process: {cost.evicted:,.0f} requests "
+            f"an epoch are dropped before they are used up; two blocks of each are {2 * cost.lanes * stream.order.block_bytes}"
+        )
+    elif cost.late > 0.1:
+        yield (
+            f"memory_bytes={config.memory_bytes} is too full to ask ahead in {cost.late:.0%} of the steps: they wait for "
+            f"storage; more memory_bytes, or fewer lanes a process than {cost.lanes} (more ranks or workers), lets it"
+        )
+    if cost.amplification > 1.1:
+        yield f"a process fetches {cost.amplification:.1f} times the bytes of its samples"
+    if cost.requests and cost.bytes / cost.requests < _GOOD_REQUEST_BYTES:
+        yield (
+            f"requests of {cost.bytes / cost.requests / 1024:,.0f} KiB are dear on object storage: fewer lanes a process (more "
+            "ranks or workers), more memory_bytes, or larger shards make them larger"
+        )
+    if cost.index_bytes > cost.bytes / 10:
+        yield (
+            f"indices are {cost.index_bytes / max(cost.bytes, 1):.0%} of the bytes of the samples: each is fetched whole, "
+            "for every few extents of its shard; smaller shards have smaller ones"
+        )
+
+
+def _resident_bytes() -> int | None:
+    """Memory that this process holds; None where the system does not say."""
+    status = Path("/proc/self/statm")
+    return int(status.read_text().split()[1]) * mmap.PAGESIZE if status.exists() else None

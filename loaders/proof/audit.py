@@ -1,0 +1,265 @@
+"""Receipts against manifests: what became of every sample of every epoch.
+
+    receipts -> those that count -> the Stream that all of them name, over the manifests
+    -> Tally: each epoch counted by position, each receipt and each complete epoch added up -> Audit
+
+A receipt names positions, the stream says which samples they are, the manifest's fingerprint what their hashes are: no shard
+and no index is read.
+Cost: see tally.py.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+
+from loaders.config import LoaderConfig, Source
+from loaders.order.samples import OpenSource, Stream, open_source
+from loaders.proof.coverage import EpochAudit, Tally, runs_of
+from loaders.proof.receipt import Receipt, Span, unpack_receipt
+from wds_tools.errors import FormatError, NotFound, UsageError
+from wds_tools.storage import join, open_store, split_url
+
+
+@dataclass(frozen=True, kw_only=True)
+class Audit:
+    """What receipts come to."""
+
+    num_receipts: int
+    """Those that count."""
+    superseded: tuple[tuple[str, str], ...]
+    """(receipt that does not count, the later one of the same run that contains it)."""
+    absent: tuple[str, ...]
+    """Ranks of which there is no receipt where others of their world have one."""
+    epochs: tuple[EpochAudit, ...]
+    problems: tuple[str, ...]
+    """Receipts and epochs whose hashes don't add up."""
+    totals_compared: int
+    """Complete epochs (of a mixture: of its sources) whose hashes were compared with the manifest's."""
+
+    def is_exact(self, epoch: int | None = None) -> bool:
+        """Whether all adds up and nothing is missing or repeated: in one epoch, or by default in all."""
+        return not self.problems and all(one.is_exact for one in self.epochs if epoch in (None, one.epoch))
+
+
+def read_receipts(urls: Sequence[str]) -> list[Receipt]:
+    """Read receipts.
+
+    Args:
+        urls: of .json files, or of folders of them.
+
+    Raises:
+        NotFound: a file does not exist.
+        FormatError: one is no receipt.
+        UsageError: a folder has none, or one is of another version of the order.
+    """
+    receipts = []
+    for url in urls:
+        if url.endswith(".json"):
+            folder, name = split_url(url)
+            store, names = open_store(folder), [name]
+        else:
+            store = open_store(url)
+            names = [entry.name for entry in store.list() if entry.name.endswith(".json")]
+        if not names:
+            raise UsageError(f"{store.url}: no .json files: expected receipts, as json.dump(loader.receipt(), file) writes them")
+        receipts += [unpack_receipt(store.read(name), join(store.url, name)) for name in names]
+    return receipts
+
+
+def num_positions(receipts: Sequence[Receipt], *, complete: bool = False) -> int:
+    """Positions that `audit` counts, over all epochs: what its progress goes up to."""
+    ends: dict[int, int] = defaultdict(int)
+    for receipt in receipts:
+        for epoch, _, high, _ in receipt.spans:
+            ends[epoch] = max(ends[epoch], high)
+    if not ends:
+        return 0
+    length, last = receipts[0].recipe["length"], max(ends)
+    return sum(
+        ends[epoch] if epoch == last and not complete else max(ends.get(epoch, 0), length) for epoch in range(min(ends), last + 1)
+    )
+
+
+def audit(
+    receipts: Sequence[Receipt],
+    moved: Sequence[str] = (),
+    *,
+    complete: bool = False,
+    quick: bool = False,
+    show: int = 20,
+    on_counted: Callable[[int], None] = lambda _: None,
+) -> Audit:
+    """Compare receipts with the manifests of their sources.
+
+    Args:
+        receipts: of all ranks and restarts, in any order. One that a later one of its run contains does not count.
+        moved: where sources lie that are no longer at the URL of the receipts; recognised by their fingerprints.
+        complete: the last epoch has to be complete too.
+        quick: compare positions only, no hashes.
+        show: how many ranges to give of each kind.
+        on_counted: told how many more positions were counted, of num_positions.
+
+    Raises:
+        UsageError: the receipts are of different data, recipes or orders, or the data is not theirs.
+        FormatError: a receipt or a manifest is damaged.
+        NotFound: a source has no manifest.
+    """
+    if not receipts:
+        raise UsageError("no receipts to audit")
+    _check_alike(receipts)
+    stream = _stream_of(receipts[0], _open_sources(receipts[0], moved))
+    _check_substitutions(receipts, stream)
+    counted, superseded = _last_of_runs(receipts)
+    tally = Tally(stream, counted, quick=quick, show=show, on_counted=on_counted)
+    named = {epoch for receipt in counted for epoch, *_ in receipt.spans}
+    epochs = range(min(named), max(named) + 1) if named else range(0)
+    audited = tuple(tally.epoch(epoch, may_end_early=epoch == epochs[-1] and not complete) for epoch in epochs)
+    totals = tally.complete_epochs()
+    broken = [
+        f"{name}: its samples' hashes add up to {found:032x}, the manifest's to {expected:032x}: this order is no bijection"
+        for name, found, expected in totals
+        if found != expected
+    ]
+    return Audit(
+        num_receipts=len(counted),
+        superseded=superseded,
+        absent=tuple(_absent_ranks(counted)),
+        epochs=audited,
+        problems=(*tally.problems(), *broken),
+        totals_compared=len(totals),
+    )
+
+
+def _check_alike(receipts: Sequence[Receipt]) -> None:
+    """Raise UsageError unless all are of one order over the same data."""
+    first = _what_it_is_of(receipts[0])
+    for receipt in receipts[1:]:
+        this = _what_it_is_of(receipt)
+        names = [name for name in first | this if this.get(name) != first.get(name)]
+        if names:
+            differing = "; ".join(f"{name} is {this.get(name)!r}, not {first.get(name)!r}" for name in names)
+            raise UsageError(f"{receipt.name} is of another run than {receipts[0].name}: {differing}: audit each run by itself")
+
+
+def _what_it_is_of(receipt: Receipt) -> dict[str, object]:
+    data = {f"fingerprint of source {number}": fingerprint for number, (_, fingerprint) in enumerate(receipt.sources)}
+    return {**asdict(receipt.order), **receipt.recipe, **data}
+
+
+def _open_sources(receipt: Receipt, moved: Sequence[str]) -> list[OpenSource]:
+    """The sources of a receipt, at its URLs or where they were moved to."""
+    given = {}
+    for url in moved:
+        opened = open_source(Source(url))
+        fingerprint = opened.manifest.fingerprint()
+        if fingerprint not in {expected for _, expected in receipt.sources}:
+            theirs = ", ".join(f"{old} {expected[:19]}" for old, expected in receipt.sources)
+            raise UsageError(f"{opened.store.url} has {fingerprint[:19]}, which is none of the receipts' data ({theirs})")
+        given[fingerprint] = opened
+    return [given.get(fingerprint) or _open_unmoved(url, fingerprint) for url, fingerprint in receipt.sources]
+
+
+def _open_unmoved(url: str, fingerprint: str) -> OpenSource:
+    hint = "if the data of the run lies elsewhere now, say where with --source"
+    try:
+        opened = open_source(Source(url))
+    except NotFound as error:
+        raise NotFound(f"{error}; {hint}") from error
+    found = opened.manifest.fingerprint()
+    if found != fingerprint:
+        raise UsageError(f"{url} is not the data of the receipts: it has {found[:19]}, they {fingerprint[:19]}; {hint}")
+    return opened
+
+
+def _stream_of(receipt: Receipt, sources: Sequence[OpenSource]) -> Stream:
+    """The stream that a receipt is of: its recipe, with the schedule counted in samples."""
+    recipe = receipt.recipe
+    try:
+        weights = recipe["weights"]
+        weighted = tuple(
+            Source(
+                opened.store.url,
+                weight=weights[0][number] if weights else None,
+                repeat=recipe["repeat"][number],
+                max_samples=recipe["max_samples"][number],
+                codes=recipe["codes"][number] if "codes" in recipe else None,
+            )
+            for number, opened in enumerate(sources)
+        )
+        config = LoaderConfig(
+            sources=weighted,
+            batch_size=1,
+            seed=receipt.order.seed,
+            shuffle=receipt.order.shuffle,
+            length=recipe["length"] if weights else "first",
+            schedule=tuple(zip(recipe["from_positions"], map(tuple, weights), strict=True))[1:] if weights else (),
+        )
+        opened_as = [replace(opened, source=source) for opened, source in zip(sources, weighted, strict=True)]
+        stream = Stream(opened_as, config, receipt.order, step_samples=1)
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise FormatError(f"{receipt.name}: its recipe can't be meant ({type(error).__name__}: {error})") from error
+    if stream.recipe != recipe:
+        raise FormatError(f"{receipt.name}: its recipe is {dict(recipe)}, its data makes it {dict(stream.recipe)}")
+    return stream
+
+
+def _check_substitutions(receipts: Sequence[Receipt], stream: Stream) -> None:
+    """Raise FormatError unless every sample they name is there."""
+    shards = [opened.manifest.shards for opened in stream.sources]
+    for receipt in receipts:
+        for _, source, shard, row, _ in receipt.substitutions:
+            if source >= len(shards) or shard >= len(shards[source]) or row >= shards[source][shard].samples:
+                raise FormatError(f"{receipt.name}: it names source {source}, shard {shard}, row {row}, which is not there")
+
+
+def _last_of_runs(receipts: Sequence[Receipt]) -> tuple[list[Receipt], tuple[tuple[str, str], ...]]:
+    """The receipts that count, and (name, name of the later one) of those that don't.
+
+    A loader whose receipt is written at each checkpoint says the same again, and more: of receipts with the same run, rank,
+    world and tail, one whose spans begin those of another does not count.
+    """
+    runs: dict[object, list[Receipt]] = defaultdict(list)
+    for receipt in receipts:
+        runs[receipt.run, receipt.world, receipt.tail, receipt.spans[:1] and receipt.spans[0][:2]].append(receipt)
+    counted, superseded = [], []
+    for members in runs.values():
+        last: list[Receipt] = []
+        for receipt in sorted(members, key=_extent, reverse=True):
+            later = next((other for other in last if _begins_with(other.spans, receipt.spans)), None)
+            if later is None:
+                last.append(receipt)
+            else:
+                superseded.append((receipt.name, later.name))
+        counted += last
+    return sorted(counted, key=lambda receipt: receipt.name), tuple(sorted(superseded))
+
+
+def _extent(receipt: Receipt) -> int:
+    """Positions that its spans have, over all ranks."""
+    return sum(high - low for _, low, high, _ in receipt.spans)
+
+
+def _begins_with(spans: Sequence[Span], first: Sequence[Span]) -> bool:
+    """Whether a loader that had handed over `first` may since have handed over `spans`."""
+    if not first or len(first) > len(spans):
+        return not first
+    same, (epoch, low, high, batch_size), later = len(first) - 1, first[-1], spans[len(first) - 1]
+    return spans[:same] == first[:same] and later == (epoch, low, max(high, later[2]), batch_size)
+
+
+def _absent_ranks(receipts: Sequence[Receipt]) -> Iterator[str]:
+    """What to say of ranks without a receipt of spans that other ranks of their world began."""
+    starts: dict[tuple[int, int, int, int], set[int]] = defaultdict(set)
+    for receipt in receipts:
+        for epoch, low, _, batch_size in receipt.spans:
+            starts[epoch, low, batch_size, receipt.world.world_size].add(receipt.world.rank)
+    for (epoch, low, _, world_size), ranks in sorted(starts.items()):
+        if len(ranks) < world_size:
+            absent = np.ones(world_size, bool)
+            absent[list(ranks)] = False
+            words = [f"{a}" if b - a == 1 else f"{a}-{b - 1}" for a, b in zip(*runs_of(absent), strict=True)]
+            yield f"no receipt of rank {', '.join(words)} of {world_size} for epoch {epoch} from position {low:,}"

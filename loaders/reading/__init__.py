@@ -1,0 +1,1 @@
+"""Bytes ahead of need: what to load, what is held, what is in flight."""

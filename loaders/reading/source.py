@@ -1,0 +1,332 @@
+"""Rows of a shard in memory: one byte range, and where in it each sample's members lie. No tar is parsed on the way.
+
+    SourceReader.load(shard, first, last) -> LoadedRows        its index in runs of 2,048 rows, its bytes by one ranged read
+    bytes_of(rows, numbers) -> the bytes of each sample        slices of it
+
+A local file is mapped, so its bytes stay in the page cache that all processes share; a remote one is fetched. A mapping holds a
+descriptor: `_most_mapped` files stay mapped, any others are for as long as a batch is read. Before a batch is sliced, each file
+is asked for its size: to touch what was cut off would end the process. Usable from many threads.
+Cost: 48 bytes a row that is loaded, and `_INDEX_BYTES` for the indices that were used last.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import resource
+from array import array
+from collections.abc import Sequence
+from mmap import mmap
+from threading import Lock
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from loaders.order.samples import OpenSource
+from loaders.reading.cache import BlockCache
+from wds_tools.errors import FormatError, NotFound, UsageError
+from wds_tools.format.index import ABSENT, SUFFIX, ShardIndex, check_fresh, read_rows
+from wds_tools.format.schema import CODE_COLUMNS, IMAGE_EXTENSIONS, TOKEN_MEMBERS, named_column
+from wds_tools.storage import LocalStore, join
+from wds_tools.storage.recent import Recent, SingleFlight
+
+_INDEX_ROWS = 2048
+_INDEX_BYTES = 128 << 20
+_OPEN_SHARDS = 4096
+_CACHE_REGION_BYTES = 4 << 20
+
+
+class LoadedRows:
+    """Rows [first, last) of a shard."""
+
+    __slots__ = (
+        "begin",
+        "data",
+        "end",
+        "first",
+        "index",
+        "keys",
+        "last",
+        "left",
+        "num_bytes",
+        "places",
+        "reader",
+        "shard",
+        "start",
+        "url",
+    )
+
+    def __init__(
+        self, reader: SourceReader, shard: int, first: int, last: int, data: memoryview | None, index: ShardIndex
+    ) -> None:
+        self.reader = reader
+        self.shard = shard
+        self.first = first
+        self.last = last
+        self.data = data
+        """From the first byte of the first sample to the last of the last; None of a local shard."""
+        self.begin = int(index.start[0])
+        """Of the first sample in the shard."""
+        self.index = index
+        """Of these rows."""
+        self.num_bytes = len(data) if data is not None else 0
+        self.left = 0
+        """Rows that are still to be handed out; kept by whoever holds this."""
+        self.keys: list[int] = []
+        """Of the pieces it holds; kept by whoever holds this."""
+        self.start, self.end, *self.places = _places(index, reader.wanted)
+        """By row, from `first` on: begin and end of the sample, from `begin` on; and of each wanted member, in the sample (0, 0:
+        none)."""
+        self.url = join(reader.opened.store.url, reader.opened.manifest.shards[shard].name)
+        """Of the shard."""
+
+    def where(self, row: int) -> str:
+        """Shard and byte of a row, for messages."""
+        return f"{self.url}, sample {row} at byte {int(self.index.start[row - self.first])}"
+
+
+def bytes_of(rows: Sequence[LoadedRows], numbers: Sequence[int]) -> list[memoryview]:
+    """The bytes of each sample, from its first header to the last padding. Those of local shards are read here.
+
+    Args:
+        rows: what holds each row.
+        numbers: the row in its shard.
+
+    Raises:
+        FormatError: a shard is shorter than the manifest says.
+        StorageError: it can't be read.
+    """
+    out: list[memoryview] = []
+    local: dict[tuple[SourceReader, int], Mapped] = {}
+    for held, row in zip(rows, numbers, strict=True):
+        number = row - held.first
+        if held.data is not None:
+            out.append(held.data[held.start[number] : held.end[number]])
+            continue
+        place = held.reader, held.shard
+        mapped = local.get(place)
+        if mapped is None:
+            mapped = held.reader.mapped(held.shard)
+            if mapped.stays:
+                local[place] = mapped
+        end = held.begin + held.end[number]
+        if end > mapped.size:
+            raise held.reader.cut_off(held.shard, mapped.size)
+        data = mapped.view[held.begin + held.start[number] : end]
+        out.append(data if mapped.stays else memoryview(bytes(data)))
+    return out
+
+
+class Mapped(NamedTuple):
+    """A local shard."""
+
+    view: memoryview
+    size: int
+    """That it has at this moment, at least as far as it was mapped: what lies behind it would be a SIGBUS."""
+    stays: bool
+    """It stays mapped; else nothing may refer to it for long."""
+
+
+class SourceReader:
+    """Reads rows of one source.
+
+    Args:
+        opened: the source.
+        cache: keeps what is fetched on a local disk; not asked for local sources.
+        num_sources: that share the files that may stay mapped.
+    """
+
+    def __init__(self, opened: OpenSource, cache: BlockCache | None = None, num_sources: int = 1) -> None:
+        self.opened = opened
+        self.has_schema = opened.has_schema
+        self.has_images = any(suffix in IMAGE_EXTENSIONS for suffix in opened.manifest.members)
+        self.has_conversations = any("visual_sft" in row.data_types for row in opened.manifest.shards)
+        self.code_members = _code_members(opened)
+        self.wanted = _wanted(opened, self.code_members)
+        """Members to have the places of in every row: any one of each."""
+        self._store = opened.store
+        self._local = opened.store if isinstance(opened.store, LocalStore) else None
+        self.is_mapped = self._local is not None
+        self._cache = None if self.is_mapped else cache
+        self._maps: dict[int, memoryview] = {}
+        self._most_maps = _most_mapped() // num_sources
+        self._index_files: Recent[int, Any] = Recent(_INDEX_BYTES // 2, len)
+        self._index_rows: Recent[tuple[int, int], ShardIndex] = Recent(_INDEX_BYTES // 2, lambda _: 40 * _INDEX_ROWS)
+        self._regions: SingleFlight[tuple[int, int, bool], memoryview] = SingleFlight()
+        self._counting = Lock()
+        self.num_requests = 0
+        self.num_bytes = 0
+
+    def row_bytes(self, shard: int) -> int:
+        """Bytes of a row of a shard, on average."""
+        return max(int(self.opened.sizes[shard]) // max(int(self.opened.samples[shard]), 1), 1)
+
+    @property
+    def most_row_bytes(self) -> int:
+        """The greatest `row_bytes` of its shards."""
+        return int((self.opened.sizes // np.maximum(self.opened.samples, 1)).max(initial=1))
+
+    @property
+    def is_cached(self) -> bool:
+        """Whether what is loaded may come from a local disk."""
+        return self._cache is not None
+
+    def load(self, shard: int, first: int, last: int, *, anew: bool = False) -> LoadedRows:
+        """Rows [first, last) of a shard.
+
+        Args:
+            shard, first, last: which.
+            anew: fetch them whatever the cache has, and put them there.
+
+        Raises:
+            FormatError: the index is damaged or of other bytes; the shard is shorter than the manifest says.
+            StorageError: the storage does not answer.
+        """
+        index = self._rows(shard, first, last)
+        data = None
+        if not self.is_mapped:
+            data = self._bytes(shard, int(index.start[0]), int(index.start[-1]) + int(index.size[-1]), anew=anew)
+        return LoadedRows(self, shard, first, last, data, index)
+
+    def _bytes(self, shard: int, begin: int, end: int, *, anew: bool) -> memoryview:
+        if self._cache is not None:
+            regions = range(begin // _CACHE_REGION_BYTES * _CACHE_REGION_BYTES, end, _CACHE_REGION_BYTES)
+            parts = [self._regions.get((shard, at, anew), self._region) for at in regions]
+            parts[-1] = parts[-1][: end - regions[-1]]
+            parts[0] = parts[0][begin - regions[0] :]
+            return memoryview(b"".join(parts))  # a copy, so that a small piece does not keep its whole region
+        return self._fetch(shard, begin, end)
+
+    def _region(self, place: tuple[int, int, bool]) -> memoryview:
+        assert self._cache is not None
+        shard, begin, anew = place
+        row = self.opened.manifest.shards[shard]
+        end = min(begin + _CACHE_REGION_BYTES, row.bytes)
+        data = None if anew else self._cache.read(row.xxh128, begin, end)
+        if data is None:
+            data = self._fetch(shard, begin, end)
+            self._cache.write(row.xxh128, begin, end, data)
+        return memoryview(data)
+
+    def _fetch(self, shard: int, begin: int, end: int) -> memoryview:
+        row = self.opened.manifest.shards[shard]
+        data = memoryview(self._store.read_range(row.name, begin, end, row.bytes))
+        self._count(end - begin)
+        return data
+
+    def _count(self, num_bytes: int) -> None:
+        with self._counting:
+            self.num_requests += 1
+            self.num_bytes += num_bytes
+
+    def mapped(self, shard: int) -> Mapped:
+        """A local shard.
+
+        Raises:
+            FormatError: it was not as long as the manifest says when it was mapped.
+            StorageError: it can't be read.
+        """
+        view = self._maps.get(shard)
+        if view is None:
+            row = self.opened.manifest.shards[shard]
+            assert self._local is not None
+            if not faulthandler.is_enabled():  # a file may still be cut between the look at its size and the reading
+                faulthandler.enable(2)
+            view = self._local.map(row.name)
+            if len(view) != row.bytes:
+                raise self.cut_off(shard, len(view))
+            if len(self._maps) < self._most_maps:
+                self._maps[shard] = view
+        return Mapped(view, view.obj.size() if isinstance(view.obj, mmap) else 0, shard in self._maps)
+
+    def cut_off(self, shard: int, num_bytes: int) -> FormatError:
+        """What to raise for a shard that has so many bytes."""
+        row = self.opened.manifest.shards[shard]
+        return FormatError(
+            f"{join(self._store.url, row.name)}: {num_bytes} bytes, the manifest says {row.bytes}: "
+            "the shard was cut off or replaced"
+        )
+
+    def _rows(self, shard: int, first: int, last: int) -> ShardIndex:
+        starts = range(first // _INDEX_ROWS * _INDEX_ROWS, last, _INDEX_ROWS)
+        runs = [self._index_rows.get((shard, start), self._read_index) for start in starts]
+        if len(runs) == 1:
+            return _slice(runs[0], first - starts[0], last - starts[0])
+        return _joined([_slice(run, max(first - start, 0), last - start) for run, start in zip(runs, starts, strict=True)])
+
+    def _read_index(self, place: tuple[int, int]) -> ShardIndex:
+        shard, start = place
+        row = self.opened.manifest.shards[shard]
+        name = row.name + SUFFIX
+        where = join(self._store.url, name)
+        data = self._index_files.get(shard, lambda _: self._index_file(name))
+        index = read_rows(data, start, min(start + _INDEX_ROWS, row.samples), where)
+        check_fresh(index, samples=row.samples, tar_bytes=row.bytes, xxh128=row.xxh128, name=where)
+        return index
+
+    def _index_file(self, name: str) -> Any:
+        try:
+            data = self._store.read(name)
+        except NotFound as error:
+            raise NotFound(f"{join(self._store.url, name)}: the index is missing: write it with `wds-tools index`") from error
+        if not self.is_mapped:
+            self._count(len(data))
+        return data
+
+
+def _most_mapped() -> int:
+    """Files that a reader may keep mapped: they hold a quarter of the descriptors that the process may have."""
+    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return _OPEN_SHARDS if allowed == resource.RLIM_INFINITY else min(allowed // 4, _OPEN_SHARDS)
+
+
+_COLUMNS = ("start", "size", "lengths", "offsets", "crc32", "text_chars", "num_codes")
+
+
+def _slice(index: ShardIndex, first: int, last: int) -> ShardIndex:
+    return _with_columns(index, {name: getattr(index, name)[first:last] for name in _COLUMNS})
+
+
+def _joined(runs: list[ShardIndex]) -> ShardIndex:
+    return _with_columns(runs[0], {name: np.concatenate([getattr(run, name) for run in runs]) for name in _COLUMNS})
+
+
+def _with_columns(index: ShardIndex, columns: dict[str, Any]) -> ShardIndex:
+    return ShardIndex(
+        members=index.members, samples=index.samples, tar_bytes=index.tar_bytes, tar_xxh128=index.tar_xxh128, **columns
+    )
+
+
+def _code_members(opened: OpenSource) -> Sequence[str]:
+    """The members that hold the codes of a source; of those that a sample has the first counts."""
+    members = [member for member in opened.manifest.members if member.endswith(".npy")]
+    name = opened.source.codes
+    if name is None:
+        return members
+    named = [member for member in members if member.removesuffix(".npy") in {named_column(c, name) for c in CODE_COLUMNS}]
+    if not named:
+        raise UsageError(f"source {opened.source.url} has no codes named {name!r}, but {', '.join(members) or 'none at all'}")
+    return named
+
+
+def _wanted(opened: OpenSource, code_members: Sequence[str]) -> Sequence[Sequence[str]]:
+    """The json and the codes of a sample, or the members of a row that was packed ahead; of tars of any members none."""
+    if opened.has_schema:
+        return ("json",), code_members
+    return [(name,) for name in TOKEN_MEMBERS] if opened.manifest.token_rows else ()
+
+
+def _places(index: ShardIndex, wanted: Sequence[Sequence[str]]) -> list[array[int]]:
+    """See LoadedRows.places. Arrays, since taking one number from a numpy column costs four times as much."""
+    start = index.start.astype(np.int64)
+    start -= start[0]
+    out = np.zeros((2 + 2 * len(wanted), len(start)), np.int64)
+    out[0], out[1] = start, start + index.size
+    for low, names in zip(range(2, len(out), 2), wanted, strict=True):
+        for column, suffix in reversed(list(enumerate(index.members))):
+            if suffix in names:
+                lengths = index.lengths[:, column]
+                present = lengths != ABSENT
+                at = index.offsets[:, column].astype(np.int64)
+                out[low] = np.where(present, at, out[low])
+                out[low + 1] = np.where(present, at + lengths, out[low + 1])
+    return [array("q", row.tobytes()) for row in out]

@@ -1,0 +1,75 @@
+"""A loader for trainers that think in epochs, with a length and a state: Lightning, Accelerate, the Trainer of transformers.
+
+    Loader -> Rounds(loader, steps) -> the trainer
+
+A round is so many steps, or an epoch of the loader. Its length stays what it is when a round is taken up in the middle, which
+is how those trainers count. The state is that of all ranks, so `state_dict` is to be called by all of them, as they do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from loaders.batches.collate import Batch
+from loaders.loader import Loader
+from loaders.tokens.rows import model_inputs
+from wds_tools.errors import UsageError
+
+
+class Rounds:
+    """Rounds of a loader: an iteration gives what is left of one.
+
+    Args:
+        loader: of this rank.
+        steps: of a round; None: an epoch. Rows packed on the fly have no epochs.
+        prepare: what a trainer gets of a batch; by default what a model's `forward` takes.
+
+    Raises:
+        UsageError: rows packed on the fly need `steps`.
+    """
+
+    def __init__(
+        self, loader: Loader, steps: int | None = None, prepare: Callable[[Batch], dict[str, Any]] = model_inputs
+    ) -> None:
+        if steps is None and loader.config.packing:
+            raise UsageError("rows packed on the fly have no epochs: give Rounds the number of steps")
+        if steps is not None and steps < 1:
+            raise UsageError(f"steps={steps}: a round has at least one step")
+        self.loader = loader
+        self._num_steps = steps
+        self._prepare = prepare
+        self._done = 0
+
+    def __len__(self) -> int:
+        """Steps of a round, those done among them."""
+        if self._num_steps is not None:
+            return self._num_steps
+        return -(-self.loader.position // self.loader.config.batch_size) + len(self.loader)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        if self._num_steps is None:
+            yield from map(self._prepare, self.loader)
+            return
+        batches = iter(self.loader)
+        for _ in range(self._num_steps - self._done):
+            batch = next(batches, None)
+            while batch is None:  # an epoch of the loader is over
+                batches = iter(self.loader)
+                batch = next(batches, None)
+            self._done = (self._done + 1) % self._num_steps
+            yield self._prepare(batch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of all ranks, the same on each: all must call it."""
+        return {"loader": self.loader.gather_state(), "done": self._done}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state, of any number of ranks. Raises UsageError as Loader.load_state_dict does."""
+        done = state.get("done") if isinstance(state, Mapping) else None
+        if type(done) is not int or "loader" not in state:
+            raise UsageError(
+                f"not the state of a Rounds, which has `loader` and `done`: {str(state)[:80]}; a loader's is for rounds.loader"
+            )
+        self.loader.load_state_dict(state["loader"])
+        self._done = done % (self._num_steps or 1)

@@ -1,0 +1,508 @@
+"""The command line: help, exit statuses, one-line errors, summaries that are true, and nothing heavy where it isn't needed."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.metadata
+import inspect
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import command, environment, image_bytes, last_line, wds_tools, write_documents, write_jsonl, write_pairs
+from factory import image_sample, make_dataset, text_sample
+from s3 import S3Server
+
+from wds_tools.cli.main import COMMANDS, main
+from wds_tools.dataset.reader import read_manifest
+from wds_tools.errors import UsageError
+from wds_tools.storage import open_store
+
+
+@pytest.fixture
+def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+EVERY_COMMAND = pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+
+
+@EVERY_COMMAND
+def test_help_shows_what_it_does_an_example_and_every_option(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([*words, "--help"])
+    assert stopped.value.code == 0
+    shown = " ".join(re.sub(r"[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
+    module = importlib.import_module(f"wds_tools.cli.{COMMANDS[words][0]}")
+    assert module.EXAMPLE in shown
+    assert module.EXAMPLE.startswith(f"wds-tools {' '.join(words)} ")
+    assert " ".join(module.Config.__doc__.split()) in shown
+    options = set(re.findall(r"--([a-z0-9-]+)", shown))
+    names = {field.name.replace("_", "-") for field in dataclasses.fields(module.Config)} - {"reader"}  # which is --for
+    assert names - options <= ({"input", "shell", "a", "b"} if "positional arguments" in shown else set())
+
+
+@EVERY_COMMAND
+def test_help_explains_every_option_with_its_own_words(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([*words, "--help"])
+    shown = " ".join(re.sub(r"[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
+    config = importlib.import_module(f"wds_tools.cli.{COMMANDS[words][0]}").Config
+    documented: dict[str, str] = {}
+    for base in reversed(config.__mro__[:-1]):
+        for name, words_of in re.findall(
+            r'^    (\w+):[^\n]*\n    """(.*?)"""', inspect.getsource(base), re.MULTILINE | re.DOTALL
+        ):
+            documented[name] = " ".join(words_of.split())
+    assert sorted(documented) == sorted(field.name for field in dataclasses.fields(config))
+    assert [name for name, explained in documented.items() if explained not in shown] == []
+
+
+@pytest.mark.parametrize("args", [[], ["--help"], ["-h"], ["help"], ["convert", "--help"], ["export", "-h"]])
+def test_help_without_a_command_lists_them_all(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(args) == 0
+    shown = capsys.readouterr().out
+    assert all(" ".join(words) in shown and summary in shown for words, (_, summary) in COMMANDS.items())
+
+
+def test_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
+    from wds_tools import __version__
+
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"wds-tools {__version__}\n"
+
+
+@pytest.mark.parametrize("args", [["bake"], ["convert"], ["convert", "cake"], ["--frobnicate"], ["verfy", "x"]])
+def test_an_unknown_command_is_status_2_and_names_the_known(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(args) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "convert image-pairs" in line
+    assert args[0] in line
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["convert", "dclm"],
+        ["convert", "dclm", "--input", "a"],
+        ["convert", "dclm", "--input", "a", "--output", "b", "--workers", "many"],
+        ["convert", "image-pairs", "--input", "a", "--output", "b", "--mode", "square"],
+        ["convert", "image-pairs", "--input", "a", "--output", "b", "--bogus"],
+        ["encode", "--input", "a", "--output", "b", "--precision", "fp64"],
+        ["verify"],
+        ["index"],
+        ["export", "hf"],
+    ],
+)
+def test_wrong_arguments_are_status_2_without_a_traceback(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(args) == 2
+    said = capsys.readouterr()
+    (line,) = said.err.splitlines()
+    assert line.startswith("wds-tools: ")
+    assert line.endswith(" --help says more)")
+    assert said.out == ""
+
+
+@pytest.mark.parametrize(
+    ("args", "line"),
+    [
+        (["verify"], "missing: the data set: a directory or URL (wds-tools verify --help says more)"),
+        (["convert", "dclm"], "missing: --output, --input (wds-tools convert dclm --help says more)"),
+        (["audit"], "name the receipts of the run: files or folders (wds-tools audit --help says more)"),
+        (
+            ["export", "hf", "--input", "a", "--output", "b", "--format", "x"],
+            "invalid choice 'x' for argument '--format'. Expected one of ('arrow', 'parquet'). "
+            "(wds-tools export hf --help says more)",
+        ),
+    ],
+)
+def test_wrong_arguments_are_one_line_however_wide_the_terminal_is(
+    args: list[str], line: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for width in ("40", "200"):
+        monkeypatch.setenv("COLUMNS", width)
+        assert main(args) == 2
+        assert capsys.readouterr().err == f"wds-tools: {line}\n"
+
+
+def test_a_command_of_several_that_is_not_named_lists_them(capsys: pytest.CaptureFixture[str]) -> None:
+    for said in (["convert"], ["convert", "bogus"]):
+        assert main(said) == 2
+        expected = (
+            f"wds-tools: unknown command {' '.join(said)!r}: The commands are convert dclm, convert hf, convert image-pairs"
+        )
+        assert capsys.readouterr().err == f"{expected}, convert sft\n"
+
+
+def test_codes_of_which_the_manifest_says_little_are_described_all_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_dataset(tmp_path / "set", [image_sample(1)], codes={"vqcode_512": {}})
+    assert main(["stats", str(tmp_path / "set"), "--quiet"]) == 0
+    assert "vqcode_512   unknown tokenizer, codes of unknown number, unknown precision\n" in capsys.readouterr().out
+
+
+def test_a_librarys_long_story_is_one_line_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["vocabulary", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("said", "meant"), [("verfy x", "verify"), ("convert dlcm", "convert dclm"), ("exprot hf", "export hf"), ("idx", "index")]
+)
+def test_a_slip_of_the_fingers_is_answered_with_what_was_meant(said: str, meant: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(said.split()) == 2
+    assert f"did you mean {meant}? " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("args", "status", "message"),
+    [
+        (["convert", "dclm", "--input", "IN", "--output", "OUT", "--resume", "--overwrite"], 2, "exclude each other"),
+        (["convert", "dclm", "--input", "IN{", "--output", "OUT"], 2, "unbalanced braces"),
+        (["convert", "dclm", "--input", "nowhere", "--output", "OUT"], 1, "nowhere: no such file"),
+        (["verify", "nowhere"], 1, "nowhere: there is no such folder, or nothing is in it"),
+        (["stats", __file__], 1, f"{__file__} is a file, or lies below one: give a folder"),
+        (["convert", "dclm", "--input", "IN", "--output", __file__], 1, "is a file, or lies below one: give a folder"),
+        (["convert", "dclm", "--input", "IN", "--output", f"{__file__}/deeper"], 1, "is a file, or lies below one"),
+        (["convert", "dclm", "--input", "s3://", "--output", "OUT"], 2, "s3://"),
+        (["convert", "dclm", "--input", "nope://a/b", "--output", "OUT"], 2, "nope"),
+        (["index", "nowhere"], 1, "nowhere has no manifest.json"),
+        (["encode", "--input", "nowhere", "--output", "OUT"], 1, "nowhere: there is no such folder"),
+    ],
+)
+def test_an_error_is_one_line_with_the_right_status(
+    in_tmp_path: Path, args: list[str], status: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tmp_path = in_tmp_path
+    write_documents(tmp_path / "in.jsonl.zst", [{"text": "a"}])
+    assert main([word.replace("IN", "in.jsonl.zst").replace("OUT", "out") for word in args]) == status
+    said = capsys.readouterr()
+    assert said.out == ""
+    (line,) = said.err.splitlines()
+    assert line.startswith("wds-tools: ")
+    assert message in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["convert", "dclm", "--input", "a", "--output", "b", "--workers", "0"], "--workers 0: at least 1"),
+        (["convert", "dclm", "--input", "a", "--output", "b", "--max-rejects", "few"], "--max-rejects 'few'"),
+        (["convert", "dclm", "--input", "a", "--output", "b", "--keep", "id"], "--keep id"),
+        (["convert", "image-pairs", "--input", "a", "--output", "b", "--task-lines", "0"], "--task-lines 0: at least 1"),
+        (["encode", "--input", "a", "--output", "./a/"], "--output ./a/ is the input a"),
+    ],
+)
+def test_a_wrong_value_is_status_2_and_says_what_is_wrong(
+    args: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(args) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"wds-tools: {message}")
+    assert line.endswith("--help says more)")
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_may_not_be_written_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_documents(tmp_path / "in.jsonl.zst", [{"text": "a"}])
+    tmp_path.chmod(0o500)
+    assert main(["convert", "dclm", "--input", str(path), "--output", str(tmp_path / "out")]) == 1
+    assert "permission denied" in capsys.readouterr().err
+
+
+def test_file_names_that_are_no_utf_8_are_refused_in_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "in" / os.fsdecode(b"caf\xe9.jsonl.zst")
+    try:
+        write_documents(path, [{"text": "a"}])
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    said = wds_tools("convert", "dclm", "--input", tmp_path / "in", "--output", tmp_path / "out", status=2)
+    assert "not UTF-8" in said.stderr
+    assert len(said.stderr.splitlines()) == 1
+
+
+def test_names_with_spaces_and_umlauts_are_fine(tmp_path: Path) -> None:
+    write_documents(tmp_path / "über uns/ä b.jsonl.zst", [{"text": "a"}])
+    wds_tools("convert", "dclm", "--input", tmp_path / "über uns", "--output", tmp_path / "ö ö")
+    assert "verify: all is well" in wds_tools("verify", tmp_path / "ö ö").stdout
+
+
+def test_the_summary_of_a_conversion_is_true(tmp_path: Path) -> None:
+    path = write_pairs(tmp_path / "in", 3)
+    (tmp_path / "in/images/1.jpg").write_bytes(image_bytes(1, 200, 20))
+    write_jsonl(path, [*path.read_bytes().splitlines(), b"broken"])
+    out = tmp_path / "out"
+    said = wds_tools("convert", "image-pairs", "--input", path, "--output", out, "--max-rejects", "1").stdout
+    manifest = read_manifest(open_store(str(out)))
+    size = sum(file.stat().st_size for file in out.glob("*.tar"))
+    assert said.splitlines() == [
+        f"data set     {out}",
+        "samples      2 of 4 inputs (2 image_text)",
+        f"rejects      2 (1 aspect_ratio, 1 bad_json), listed in {out}/rejects/",
+        f"shards       1, {size / 1e6:,.1f} MB, {size / 2:,.0f} bytes a sample",
+        f"fingerprint  {manifest.fingerprint()}",
+    ]
+    encoded = wds_tools("encode", "--input", out, "--output", tmp_path / "codes", "--device", "cpu").stdout
+    assert "samples      2 of 2 inputs (2 image_text)" in encoded
+    assert "rejects      none" in encoded
+    assert "vqcode_512   tiny, 4,096 codes, fp32" in encoded
+
+
+def test_verify_says_all_is_well_or_lists_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_dataset(tmp_path / "set", [text_sample(1)])
+    assert main(["verify", str(tmp_path / "set")]) == 0
+    assert last_line(capsys.readouterr().out) == "verify: all is well"
+    (tmp_path / "set/extra").write_text("")
+    assert main(["verify", str(tmp_path / "set")]) == 1
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        "WRONG  extra: not in the manifest: left by something else, or by a run that was interrupted",
+        "verify: 1 problems",
+    ]
+
+
+def test_a_reader_that_goes_away_is_no_traceback(tmp_path: Path) -> None:
+    make_dataset(tmp_path / "set", [text_sample(1)])
+    process = subprocess.Popen(
+        [sys.executable, "-m", "wds_tools", "verify", str(tmp_path / "set")],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.stderr is not None
+    assert process.stderr.read() == b""
+    process.stderr.close()
+    process.wait(30)
+
+
+@pytest.mark.parametrize("args", [["verify", "SET"], ["verify", "SET", "--json"], ["verify", "--help"], ["--help"]], ids=" ".join)
+def test_a_full_disk_under_standard_output_is_one_line(tmp_path: Path, args: list[str]) -> None:
+    make_dataset(tmp_path / "set", [text_sample(1)])
+    words = [word.replace("SET", str(tmp_path / "set")) for word in args]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            command(*words), env=environment(), stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False
+        )
+    assert (done.returncode, done.stderr) == (1, "wds-tools: can't write to standard output: No space left on device\n")
+
+
+def test_messages_that_nobody_can_read_change_nothing(tmp_path: Path) -> None:
+    write_documents(tmp_path / "in.jsonl.zst", [{"text": "a"}])
+    args = command("convert", "dclm", "--input", tmp_path / "in.jsonl.zst", "--output", tmp_path / "out")
+    for closed in ("2> /dev/full", "2>&-"):
+        done = subprocess.run(["sh", "-c", f'"$@" {closed}', "sh", *args, "--overwrite"], env=environment(), check=False)
+        assert done.returncode == 0
+    assert subprocess.run(["sh", "-c", '"$@" 2>&- >&-', "sh", *args], env=environment(), check=False).returncode == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_while_modules_load_is_one_line(tmp_path: Path, number: signal.Signals) -> None:
+    (tmp_path / "tyro.py").write_text(
+        "import sys, time; sys.__stdout__.write('loading'); sys.__stdout__.close(); time.sleep(100)"
+    )
+    environ = environment()
+    environ["PYTHONPATH"] = os.pathsep.join([str(tmp_path), environ["PYTHONPATH"]])
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command("verify", "x"), env=environ, stdout=pipe, stderr=pipe, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.read(7) == "loading"
+        process.send_signal(number)
+        _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (128 + number, f"wds-tools: stopped by {number.name}\n")
+
+
+@pytest.mark.slow
+def test_a_signal_ends_a_command_that_waits_for_a_silent_server() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        login = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_REGION": "us-east-1"}
+        environ = environment() | login | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{silent.getsockname()[1]}"}
+        process = subprocess.Popen(command("verify", "s3://b/set"), env=environ, stderr=subprocess.PIPE, text=True)
+        with process, silent.accept()[0]:
+            process.send_signal(signal.SIGTERM)
+            _, said = process.communicate(timeout=40)
+    assert (process.returncode, said) == (143, "wds-tools: stopped by SIGTERM\n")
+
+
+@pytest.mark.parametrize("name", [os.fsdecode(b"caf\xe9"), "a\nb", "a\x1b[2Jb"], ids=["latin-1", "newline", "escape"])
+def test_a_path_that_could_not_be_written_down_is_refused_wherever_it_is_given(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(tmp_path / name)
+    for args in (
+        ["verify", path, "--json"],
+        ["stats", str(tmp_path), "--html", f"{path}/report.html"],
+        ["encode", "--input", path, "--output", str(tmp_path / "out")],
+        ["convert", "sft", "--input", "x.json", "--image-root", path, "--output", str(tmp_path / "out")],
+        ["doctor", path],
+    ):
+        assert main(args) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "has a control character, or bytes that are not UTF-8" in line
+        assert line.isprintable()
+    with pytest.raises(UsageError, match="rename it"):
+        open_store(path)
+
+
+def test_a_stray_file_whose_name_is_not_utf_8_is_named(tmp_path: Path) -> None:
+    make_dataset(tmp_path / "set", [text_sample(1)])
+    stray = os.fsdecode(b"caf\xe9")
+    (tmp_path / "set" / stray).write_text("")
+    assert "WRONG  caf\\udce9: not in the manifest" in wds_tools("verify", tmp_path / "set", status=1).stdout
+    said = json.loads(wds_tools("verify", tmp_path / "set", "--json", status=1).stdout)
+    assert said["problems"][0].startswith(f"{stray}: not in the manifest")
+
+
+NO_RECORD = {"completion", "view"}
+"""Commands whose output is no record: a script, a web page."""
+
+
+@EVERY_COMMAND
+def test_every_command_can_answer_with_one_json_object(words: tuple[str, ...]) -> None:
+    config = importlib.import_module(f"wds_tools.cli.{COMMANDS[words][0]}").Config
+    assert ("json" in {field.name for field in dataclasses.fields(config)}) == (words[0] not in NO_RECORD)
+
+
+def test_json_says_what_the_lines_say(tmp_path: Path) -> None:
+    write_documents(tmp_path / "in.jsonl.zst", [{"text": "one"}, {"text": "two"}, {"no": "text"}])
+    out = tmp_path / "set"
+
+    def said(*args: str | Path, status: int = 0) -> dict[str, Any]:
+        record: dict[str, Any] = json.loads(wds_tools(*args, "--json", status=status).stdout)
+        return record
+
+    made = said("convert", "dclm", "--input", tmp_path / "in.jsonl.zst", "--output", out, "--max-rejects", "1")
+    manifest = read_manifest(open_store(str(out)))
+    assert made["fingerprint"] == manifest.fingerprint()
+    assert (made["inputs"], made["samples"], made["rejects"], made["shards"]) == (3, 2, {"missing_field": 1}, 1)
+    assert said("index", out) == made
+    assert said("verify", out) == {**made, "problems": [], "notes": []}
+    (out / "extra").write_text("")
+    assert len(said("verify", out, status=1)["problems"]) == 1
+    (out / "extra").unlink()
+    exported = said("export", "hf", "--input", out, "--output", tmp_path / "hf")
+    assert (exported["rows"], exported["files"], exported["data_types"]) == (2, 2, {"text_pretrain": 2})
+
+
+# ---- doctor ----
+
+
+def test_doctor_says_what_is_installed_and_what_can_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_dataset(tmp_path / "set", [text_sample(1)])
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files/a.txt").write_text("a")
+    assert main(["doctor", f"{tmp_path}/set", f"{tmp_path}/files", f"{tmp_path}/new", "--write"]) == 0
+    shown = capsys.readouterr().out
+    assert f"numpy {importlib.metadata.version('numpy')}" in shown
+    assert re.search(r"set +readable in .* ms: a data set of 1 samples in 1 shards; writable in ", shown)
+    assert re.search(r"files +readable in .*: no data set, but files such as a.txt; writable", shown)
+    assert re.search(r"new +readable in .*: nothing is there; writable", shown)
+    assert shown.endswith("doctor: all is well\n")
+    assert [path.name for path in (tmp_path / "files").iterdir() if path.is_file()] == ["a.txt"]
+    assert main(["doctor", f"{tmp_path}/nope"]) == 1
+    assert re.search(r"nope +WRONG: nothing is there: ", capsys.readouterr().out)
+
+
+def test_doctor_shows_no_secret(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AZURE_STORAGE_SAS_KEY", "HF_TOKEN", "AWS_ACCESS_KEY_ID"):
+        monkeypatch.setenv(name, "hunter2")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://me:hunter2@127.0.0.1:9/")
+    main(["doctor"])
+    shown = capsys.readouterr().out
+    assert "hunter2" not in shown
+    assert re.search(r"AWS_SECRET_ACCESS_KEY +set\n", shown)
+    assert re.search(r"AWS_ENDPOINT_URL +http://127.0.0.1:9/\n", shown)
+
+
+def test_doctor_names_a_bucket_that_cannot_be_read(s3: S3Server, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", f"s3://{s3.bucket}/nothing-yet", "--write"]) == 0
+    assert "doctor: all is well" in capsys.readouterr().out
+    assert main(["doctor", "s3://no-such-bucket/set", "--json"]) == 1
+    said = json.loads(capsys.readouterr().out)
+    assert said["problems"][0].startswith("s3://no-such-bucket/set: ")
+    assert said["facts"][-1]["is_fine"] is False
+
+
+# ---- Completion ----
+
+
+def script_for(shell: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> Path:
+    assert main(["completion", shell]) == 0
+    path = folder / f"completion.{shell}"
+    path.write_text(capsys.readouterr().out)
+    return path
+
+
+def completed(script: Path, *words: str) -> list[str]:
+    """What bash offers for the last word."""
+    asked = 'source "$0"; COMP_WORDS=("$@"); COMP_CWORD=$(($#-1)); _wds_tools; echo "${COMPREPLY[*]}"'
+    return subprocess.run(
+        ["bash", "-c", asked, script, "wds-tools", *words], capture_output=True, text=True, check=True
+    ).stdout.split()
+
+
+def test_bash_completes_commands_options_and_what_an_option_may_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    script = script_for("bash", tmp_path, capsys)
+    assert {words[0] for words in COMMANDS} == set(completed(script, ""))
+    assert completed(script, "compl") == ["completion"]
+    assert completed(script, "convert", "dc") == ["dclm"]
+    assert completed(script, "convert", "dclm", "--inp") == ["--input"]
+    assert completed(script, "export", "hf", "--format", "") == ["arrow", "parquet"]
+    assert completed(script, "export", "hf", "--input", "x", "--fo") == ["--format"]
+    assert completed(script, "completion", "z") == ["zsh"]
+    assert completed(script, "verify", "") == []  # then bash offers files
+    assert completed(script, "nonsense", "--") == []
+
+
+@pytest.mark.parametrize(("shell", "check"), [("zsh", ["zsh", "-n"]), ("fish", ["fish", "--no-execute"])])
+def test_scripts_for_other_shells_name_every_command_and_parse(
+    tmp_path: Path, shell: str, check: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = script_for(shell, tmp_path, capsys)
+    assert all(word in script.read_text() for words in COMMANDS for word in words)
+    if shutil.which(shell):
+        subprocess.run([*check, script], check=True)
+
+
+HEAVY = ("torch", "PIL", "datasets", "diffusers", "transformers", "webdataset", "pandas", "ray")
+
+
+@pytest.mark.parametrize(
+    ("args", "allowed"),
+    [
+        (["verify", "SET"], ()),
+        (["index", "SET"], ()),
+        (["convert", "dclm", "--input", "IN", "--output", "OUT"], ()),
+        (["convert", "image-pairs", "--input", "PAIRS", "--output", "OUT"], ("PIL",)),
+        (["--help"], ()),
+    ],
+)
+def test_commands_import_only_what_they_need(tmp_path: Path, args: list[str], allowed: tuple[str, ...]) -> None:
+    make_dataset(tmp_path / "set", [text_sample(1)])
+    write_documents(tmp_path / "in.jsonl.zst", [{"text": "a"}])
+    write_pairs(tmp_path / "pairs", 1)
+    names = {"SET": "set", "IN": "in.jsonl.zst", "PAIRS": "pairs/pairs.jsonl", "OUT": "out"}
+    code = "import sys; from wds_tools.cli.main import main; assert main(sys.argv[1:]) == 0; print('|', *sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *(names.get(word, word) for word in args)],
+        env=environment(),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    loaded = done.stdout.rpartition("|")[2].split()
+    assert [name for name in HEAVY if name in loaded and name not in allowed] == []

@@ -1,0 +1,188 @@
+"""Two runs on one output: the second is refused, or finds the first dead; the bytes are those of one run, or there are none."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from commands import start, tree, wait_until, wds_tools, write_documents
+from s3 import S3Server
+
+from wds_tools.dataset import lease as claim
+from wds_tools.dataset.lease import PREFIX, Claim
+from wds_tools.dataset.writer import PLAN
+from wds_tools.errors import StorageError, UsageError
+from wds_tools.storage import Store, open_store
+
+
+@pytest.fixture(scope="module")
+def convert(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("texts")
+    for number in range(12):
+        write_documents(folder / f"{number:02}.jsonl.zst", ({"text": f"{number} {i}" if i % 20 else ""} for i in range(100)))
+    return ["convert", "dclm", "--input", str(folder), "--task-bytes", "1"]
+
+
+@pytest.fixture(scope="module")
+def expected(convert: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, bytes | None]]:
+    """What one run makes, by the samples of a shard."""
+    folder = tmp_path_factory.mktemp("peace")
+    for samples in ("30", "50"):
+        wds_tools(*convert, "--shard-samples", samples, "--output", folder / samples)
+    return {samples: tree(folder / samples) for samples in ("30", "50")}
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return open_store(str(tmp_path / "out"))
+
+
+def claims(store: Store) -> list[str]:
+    return [entry.name for entry in store.list(PREFIX)]
+
+
+@pytest.mark.parametrize("how", [["--resume"], ["--overwrite"], ["--part", "1/2"]])
+def test_a_run_beside_a_living_one_is_refused_and_changes_nothing(
+    how: list[str], convert: list[str], expected: dict[str, dict[str, bytes | None]], tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    words = [*convert, "--shard-samples", "50", "--output", str(output)]
+    with Claim(open_store(str(output)), 0, 0):
+        before = tree(output)
+        refused = wds_tools(*words, *how, status=2)
+        assert f"another run is writing there (process {os.getpid()} on " in refused.stderr
+        assert len(refused.stderr.splitlines()) == 1
+        assert tree(output) == before
+    wds_tools(*words)
+    assert tree(output) == expected["50"]
+
+
+def test_of_many_runs_that_begin_together_one_makes_its_bytes_and_the_others_are_refused(
+    convert: list[str], expected: dict[str, dict[str, bytes | None]], tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    ran = {}
+    for samples in ("30", "50"):
+        for how in ((), ("--overwrite",), ("--resume",)):
+            ran[(samples, *how)] = start(*convert, "--shard-samples", samples, "--output", str(output), *how)
+    for process in ran.values():
+        _, said = process.communicate(timeout=100)
+        assert process.returncode in (0, 2), said
+        assert process.returncode == 0 or len(said.splitlines()) == 1, said
+    assert any(process.returncode == 0 for process in ran.values())
+    assert tree(output) in expected.values()
+
+
+def test_parts_go_together_but_not_with_themselves_or_with_parts_of_another_number(store: Store) -> None:
+    with Claim(store, 0, 3), Claim(store, 1, 3):
+        for part, parts in ((0, 3), (1, 3), (0, 2), (2, 4), (0, 0)):
+            with pytest.raises(UsageError, match="another run is writing there"), Claim(store, part, parts):
+                pass
+        with Claim(store, 2, 3):
+            assert len(claims(store)) == 3
+    assert claims(store) == []
+
+
+@pytest.mark.parametrize("place", ["folder", "s3"])
+def test_a_run_that_was_killed_holds_up_nobody_on_its_machine(
+    place: str, convert: list[str], request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    url = str(tmp_path / "out")
+    if place == "s3":
+        s3: S3Server = request.getfixturevalue("s3")
+        url = f"s3://{s3.bucket}/claim-{os.getpid()}"
+    process = start(*convert, "--output", url)
+    wait_until(lambda: open_store(url).exists(PLAN) or process.poll() is not None, "the run has begun")
+    os.kill(process.pid, signal.SIGSTOP)
+    assert process.poll() is None, "it was done before it could be stopped"
+    assert "another run is writing there" in wds_tools(*convert, "--output", url, "--resume", status=2).stderr
+    process.kill()
+    process.communicate()
+    wds_tools(*convert, "--output", url, "--resume")
+    assert claims(open_store(url)) == []
+
+
+@pytest.mark.parametrize("machines", ["one", "many"])
+@pytest.mark.parametrize("place", ["folder", "memory", "s3"])
+def test_of_runs_that_come_at_the_same_moment_exactly_one_goes_on(
+    place: str, machines: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    if place == "s3":
+        request.getfixturevalue("s3")
+    if machines == "many":  # nobody sees the others' processes, only their claims
+        monkeypatch.setattr(claim, "_lives", lambda found: None)  # noqa: ARG005
+        monkeypatch.setattr(claim, "BEAT_S", 0.05)
+    for number in range(2 if place == "s3" else 10):
+        url = {"folder": tmp_path, "memory": "memory://claims", "s3": f"s3://tests/{os.getpid()}"}[place]
+        store = open_store(f"{url}/{machines}-{number}")
+        together, all_have_tried = threading.Barrier(5), threading.Barrier(5)
+
+        def come(
+            store: Store = store, together: threading.Barrier = together, all_have_tried: threading.Barrier = all_have_tried
+        ) -> bool:
+            mine = Claim(store, 0, 0)
+            together.wait()
+            try:
+                with mine:
+                    all_have_tried.wait(60)
+                    return True
+            except UsageError:
+                pass
+            all_have_tried.wait(60)
+            return False
+
+        with ThreadPoolExecutor(5) as pool:
+            assert sum(future.result() for future in [pool.submit(come) for _ in range(5)]) == 1
+        assert claims(store) == []
+
+
+@contextlib.contextmanager
+def on_machine(name: str) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(claim, "_process", lambda pid: [name, "namespace", str(pid)])
+        yield
+
+
+def test_a_run_that_lives_elsewhere_is_known_by_its_beat(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claim, "BEAT_S", 0.02)
+    with on_machine("a"):
+        first = Claim(store, 0, 0)
+    with first, on_machine("b"), pytest.raises(UsageError, match="another run is writing there"), Claim(store, 0, 0):
+        pass
+
+
+def test_a_claim_from_elsewhere_that_does_not_change_is_dropped(
+    store: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(claim, "PATIENCE_S", 0.1)
+    store.put(f"{PREFIX}0123456789abcdef.json", b"by another release")
+    with on_machine("a"):
+        dead = Claim(store, 0, 0)
+        dead._facts["is_held"] = True
+        dead._put()
+    with on_machine("b"), Claim(store, 0, 0) as living:
+        assert len(claims(store)) == 1
+        living.check()
+    assert "waiting up to 0.1 s to see whether that run is alive" in capsys.readouterr().err
+
+
+def test_a_run_that_was_taken_for_dead_stops(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claim, "BEAT_S", 0.01)
+    with Claim(store, 0, 0) as slow:
+        slow.check()
+
+        def is_found() -> bool:
+            for name in claims(store):  # again, if it was just being written
+                store.delete(name)
+            return slow._is_lost.is_set()
+
+        wait_until(is_found, "it finds its claim gone")
+        with pytest.raises(StorageError, match="another run writes there now"):
+            slow.check()
+    assert claims(store) == []

@@ -1,0 +1,228 @@
+"""wds-tools simulate: what it foretells is what a real process does, from manifests alone."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import wds_tools
+from factory import image_sample, make_dataset, text_sample
+
+from loaders import LoaderConfig, Source, World, build_loader
+from loaders.cost.simulate import Mixing, Simulation, imagined_source, measure_mixing, simulate
+from loaders.order.partition import Steps
+from loaders.order.samples import OpenSource, Stream, open_source
+from loaders.reading.prefetch import Part, Reader, lanes_of
+from wds_tools.cli.main import main
+from wds_tools.errors import UsageError
+
+MB = 1 << 20
+
+
+def config(*sources: Source, batch_size: int = 64, **settings: Any) -> LoaderConfig:
+    return LoaderConfig(sources=sources or (Source("imagined"),), batch_size=batch_size, **settings)
+
+
+def imagine(samples: int, world_size: int = 1, *, shard_samples: int = 10_000, **settings: Any) -> Simulation:
+    """Of samples of 4 KiB."""
+    return simulate([imagined_source(samples, 4096, shard_samples)], config(**settings), world_size)
+
+
+@pytest.fixture
+def no_small_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sets of a few MB are planned and read as large ones are."""
+    monkeypatch.setattr("loaders.order.plan.SMALL_BYTES", 0)
+    monkeypatch.setattr("loaders.reading.prefetch.SMALL_BYTES", 0)
+
+
+def real_counts(opened: OpenSource, config: LoaderConfig, world: World) -> dict[str, int]:
+    """Of a Reader that fetches, over an epoch."""
+    stream = Stream([opened], config)
+    steps = Steps(stream.length, 0, config.batch_size, config.tail, world.world_size)
+    numbers = range(0, len(steps), max(config.num_workers, 1))
+    low, high = steps.part(0, world.rank)
+    own_lanes = lanes_of(stream.order.lanes, high - low, numbers.step * config.batch_size)
+    reader = Reader(stream, own_lanes, high - low, config.memory_bytes)
+
+    def parts(numbers: range) -> Iterator[Part]:
+        return (Part(0, *steps.part(number, world.rank)) for number in numbers)
+
+    for at, part in enumerate(parts(numbers)):
+        reader.rows(part, parts(numbers[at + 1 :]))
+    return reader.counts()
+
+
+@pytest.mark.parametrize(("world_size", "workers", "batch_size"), [(1, 0, 16), (2, 0, 16), (4, 2, 16), (3, 2, 12), (2, 3, 16)])
+def test_what_is_foretold_is_what_a_real_process_fetches(
+    no_small_sets: None, world_size: int, workers: int, batch_size: int
+) -> None:
+    url = f"memory://simulate-{world_size}-{workers}-{batch_size}"
+    make_dataset(url, (image_sample(number, side=32) for number in range(4000)), shard_samples=1000)
+    opened = open_source(Source(url))
+    wanted = config(opened.source, batch_size=batch_size, num_workers=workers)
+    cost = simulate([opened], wanted, world_size).process
+    real = real_counts(opened, wanted, World(rank=0, world_size=world_size))
+    assert cost.is_whole
+    assert cost.requests + cost.index_requests == pytest.approx(real["requests"], rel=0.1)
+    assert cost.bytes + cost.index_bytes == pytest.approx(real["bytes"], rel=0.05)
+
+
+def test_steps_and_what_is_dropped_are_those_of_the_loader(tmp_path: Path) -> None:
+    url = str(tmp_path / "set")
+    make_dataset(url, (text_sample(number) for number in range(103)), shard_samples=10)
+    for tail in ("drop", "short", "wrap"):
+        wanted = config(Source(url), batch_size=10, tail=tail)
+        found = simulate([open_source(Source(url))], wanted, 5)
+        loader = build_loader(wanted, World(rank=2, world_size=5))
+        assert (found.steps, found.epoch_samples) == (len(loader), loader.num_samples)
+        assert found.dropped == (3 if tail == "drop" else 0)
+
+
+def test_neither_shards_nor_indices_are_read(tmp_path: Path) -> None:
+    url = str(tmp_path / "set")
+    make_dataset(url, (text_sample(number) for number in range(100)), shard_samples=10)
+    for path in (*Path(url).glob("*.tar"), *Path(url).glob("*.index")):
+        path.unlink()
+    local = simulate([open_source(Source(url))], config(batch_size=10))
+    assert (local.process.requests, local.process.bytes) == (0, 0)
+    remote = simulate([open_source(Source(url))], config(batch_size=10), as_remote=True)
+    assert (remote.process.requests, remote.process.bytes) == (10, remote.bytes)
+
+
+@pytest.mark.parametrize(("world_size", "workers"), [(1, 0), (8, 0), (8, 2), (16, 4), (64, 8)])
+def test_a_process_with_lanes_of_its_own_fetches_each_byte_about_once(world_size: int, workers: int) -> None:
+    """Of a set that fits memory it fetches whole extents, of which the ends of its lanes share some with others."""
+    found = imagine(100_000, world_size, num_workers=workers, tail="short")
+    assert found.process.is_whole
+    assert 0.999 < found.process.amplification < 1.15
+    in_pieces = imagine(100_000, world_size, num_workers=workers, tail="short", memory_bytes=500 * MB).process
+    assert in_pieces.amplification == pytest.approx(1, abs=0.001)
+    assert in_pieces.evicted == 0
+    assert found.process.evicted == 0
+    assert found.process.lanes == 512 // world_size // max(workers, 1)
+    assert not any("lanes" in warning and "others" in warning for warning in found.warnings)
+
+
+@pytest.mark.parametrize("steps", [4000, 600])
+def test_what_is_not_replayed_is_extrapolated(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    whole = imagine(400_000, 8, lanes=64, num_workers=1, memory_bytes=32 * MB).process
+    monkeypatch.setattr("loaders.cost.replay._WINDOW_STEPS", steps)
+    part = imagine(400_000, 8, lanes=64, num_workers=1, memory_bytes=32 * MB).process
+    assert (whole.is_whole, part.is_whole, part.is_rough) == (True, False, steps == 600)
+    assert part.replayed_steps <= steps < whole.replayed_steps
+    for name in ("samples", "requests", "bytes", "peak_bytes", "peak_blocks"):
+        assert getattr(part, name) == pytest.approx(getattr(whole, name), rel=0.2), name
+    assert part.amplification == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "world_size", "warning"),
+    [
+        ({"lanes": 500}, 1, "batch_size=64 does not divide lanes=500"),
+        ({"num_workers": 3}, 8, "3 workers do not divide lanes / batch_size = 8: .* 1, 2, 4, 8 workers keep every lane"),
+        ({}, 7, "7 ranks do not divide batch_size=64"),
+        ({"memory_bytes": 8 * MB}, 1, "memory_bytes=8388608 is too little for 512 lanes a process"),
+        ({"memory_bytes": 8 * MB}, 1, r"a process fetches \d+\.\d times the bytes of its samples"),
+        ({"lanes": 65536}, 8, r"requests of \d+ KiB are dear on object storage"),
+    ],
+)
+def test_costly_settings_are_warned_of(settings: dict[str, Any], world_size: int, warning: str) -> None:
+    found = imagine(100_000, world_size, **settings)
+    assert any(re.search(warning, one) for one in found.warnings), found.warnings
+
+
+def test_indices_that_are_large_beside_what_is_read_are_warned_of() -> None:
+    found = imagine(4_000_000, 64, shard_samples=1_000_000, num_workers=8)
+    assert any("indices are" in warning for warning in found.warnings)
+
+
+def test_batches_that_fit_well_are_not_warned_of() -> None:
+    assert imagine(4_000_000, 8, num_workers=2).warnings == ()
+
+
+def mixed(samples: int, sample_bytes: int = 4096, shard_samples: int = 10_000, **settings: Any) -> tuple[Stream, Mixing]:
+    wanted = config(**settings)
+    stream = Stream([imagined_source(samples, sample_bytes, shard_samples)], wanted)
+    return stream, measure_mixing(stream, wanted.batch_size)
+
+
+def test_neighbours_are_as_far_apart_as_the_order_puts_them() -> None:
+    _, plain = mixed(50_000, shuffle=False)
+    assert (plain.neighbours_median, plain.neighbours_p5) == (1, 1)
+    assert plain.batch_extents < 5
+    stream, large = mixed(4_000_000)
+    block = stream.order.block_bytes // 4096
+    assert block > 100
+    assert large.neighbours_median == pytest.approx(stream.order.lanes * block * (1 - 0.5**0.5), rel=0.1)
+    assert 60 < large.batch_extents <= 64
+    assert 50 < large.batch_shards <= 64
+    _, small = mixed(10_000)
+    assert small.neighbours_median == pytest.approx(10_000 * (1 - 0.5**0.5), rel=0.1)  # any permutation's
+    _, alone = mixed(2_000_000, 5 * MB, 100)
+    assert alone.neighbours_median is None
+
+
+def test_mixtures_are_simulated_too() -> None:
+    sources = [imagined_source(100_000, 4096), imagined_source(20_000, 20_000)]
+    weighted = tuple(Source(f"imagined-{number}", weight=weight) for number, weight in enumerate((0.7, 0.3)))
+    opened = [replace(one, source=source) for one, source in zip(sources, weighted, strict=True)]
+    found = simulate(opened, config(*weighted, lanes=64), 4)
+    assert found.epoch_samples == pytest.approx(20_000 / 0.3, rel=0.01)
+    sample_bytes = found.process.bytes / found.process.samples / found.process.amplification
+    assert sample_bytes == pytest.approx(0.7 * 4096 + 0.3 * 20_000, rel=0.02)
+
+
+def test_settings_that_no_loader_would_take_are_refused() -> None:
+    with pytest.raises(UsageError, match="less than one sample for each of 65 ranks"):
+        imagine(1000, 65)
+    with pytest.raises(UsageError, match="an epoch of 10 samples is less than a batch of 64"):
+        imagine(10)
+    with pytest.raises(UsageError, match="expected 1 or more of each"):
+        imagined_source(0, 1)
+
+
+def test_the_command_prints_the_cost_of_a_data_set_that_does_not_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["simulate", "--samples", "1e8", "--sample-bytes", "4100", "--batch-size", "4096", "--world", "512", "--workers", "4"]
+    assert main(args) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "data 100,000,000 samples, 410 GB, 10,000 shards" in said
+    assert "epoch 100,000,000 samples: 24,414 steps of 4,096, 256 samples left over" in said
+    assert "order 32,768 lanes; " in said
+    assert "process one of 2,048: 48,832 samples an epoch, from 16 lanes; replayed in full" in said
+    assert "1.00 x those of its samples" in said
+    assert main([*args, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["steps"] == 24_414
+
+
+def test_the_command_takes_data_sets_and_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, count in (("a", 200), ("b", 50)):
+        make_dataset(tmp_path / name, (text_sample(number) for number in range(count)), shard_samples=10)
+    urls = [str(tmp_path / name) for name in "ab"]
+    assert main(["simulate", *urls, "--batch-size", "10"]) == 0
+    assert "250 samples: 25 steps of 10" in capsys.readouterr().out
+    assert main(["simulate", *urls, "--batch-size", "10", "--weights", "0.5", "0.5", "--remote"]) == 0
+    loader = build_loader(config(*(Source(url, weight=0.5) for url in urls), batch_size=10), World())
+    assert f"{loader.num_samples} samples: {len(loader)} steps of 10" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("args", "status", "message"),
+    [
+        ([], 2, "name data sets, or give --samples"),
+        (["SET", "--samples", "5"], 2, "not both"),
+        (["SET", "--weights", "1", "2"], 2, "2 weights for 1 data sets"),
+        (["SET", "--world", "11"], 2, "less than one sample for each of 11 ranks"),
+        (["SET", "--world", "0"], 2, "--world 0"),
+        (["nowhere"], 1, "nowhere has no manifest.json"),
+    ],
+)
+def test_the_command_says_what_is_wrong_with_its_arguments(tmp_path: Path, args: list[str], status: int, message: str) -> None:
+    make_dataset(tmp_path / "set", (text_sample(number) for number in range(20)))
+    words = [str(tmp_path / "set") if word == "SET" else word for word in args]
+    said = wds_tools("simulate", *words, "--batch-size", "10", status=status).stderr
+    assert message in said

@@ -1,0 +1,204 @@
+"""Under a plain loop, the Trainer of transformers, Accelerate and Lightning: stopped, each goes on as if it had not been."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokens import write_small_sets
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from loaders import Loader, LoaderConfig, Rounds, SequenceConfig, Source, World, build_loader, model_inputs
+from wds_tools.errors import UsageError
+
+STEPS = 6
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_small_sets(tmp_path_factory.mktemp("data"))
+
+
+def loader(data: Path, *, packing: bool, num_workers: int = 0) -> Loader:
+    config = LoaderConfig(
+        sources=(Source(str(data / "pairs")), Source(str(data / "texts"))),
+        sequences=SequenceConfig(tokenizer=str(data / "tokenizer"), max_length=64),
+        packing=packing,
+        batch_size=4,
+        num_workers=num_workers,
+    )
+    return build_loader(config, World())
+
+
+def model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=2003 + 8192, **shape))
+
+
+PACKING = pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
+
+
+def train(net: LlamaForCausalLM, batches: Iterator[dict[str, Any]], optimizer: torch.optim.Optimizer) -> list[float]:
+    losses = []
+    for batch in batches:
+        loss = net(**model_inputs(batch)).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+@PACKING
+def test_a_plain_loop_goes_on_from_its_state_with_the_same_losses(data: Path, packing: bool) -> None:
+    def start() -> tuple[Loader, LlamaForCausalLM, torch.optim.Optimizer]:
+        net = model()
+        return loader(data, packing=packing), net, torch.optim.AdamW(net.parameters(), lr=1e-2)
+
+    batches, net, optimizer = start()
+    whole = train(net, islice(batches, STEPS), optimizer)
+    batches, net, optimizer = start()
+    first = train(net, islice(batches, 2), optimizer)
+    other, again, another = start()
+    other.load_state_dict(batches.state_dict())
+    again.load_state_dict(net.state_dict())
+    another.load_state_dict(optimizer.state_dict())
+    assert first + train(again, islice(other, STEPS - 2), another) == whole
+    assert whole[-1] < whole[0]
+
+
+@PACKING
+def test_the_trainer_of_transformers_goes_on_from_its_checkpoint_with_the_same_losses(
+    data: Path, tmp_path: Path, packing: bool
+) -> None:
+    from transformers import TrainingArguments
+
+    from loaders.trainers.transformers import LoaderCallback, LoaderTrainer
+
+    def run(name: str, steps: int, resume: str | None = None, **settings: Any) -> list[float]:
+        rounds = Rounds(loader(data, packing=packing), steps=4)
+        arguments = TrainingArguments(
+            **{
+                "output_dir": str(tmp_path / name),
+                "max_steps": steps,
+                "lr_scheduler_type": "constant",
+                "logging_steps": 1,
+                "save_steps": 3,
+                "gradient_accumulation_steps": 2,
+                "ignore_data_skip": True,
+                "use_cpu": True,
+                "report_to": [],
+                "disable_tqdm": True,
+                **settings,
+            }
+        )
+        trainer = LoaderTrainer(model=model(), args=arguments, train_dataset=rounds, callbacks=[LoaderCallback(rounds)])
+        trainer.train(resume_from_checkpoint=resume)
+        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+    whole = run("whole", 5)
+    assert len(whole) == 5
+    run("broken", 3)
+    resumed = run("broken", 5, str(tmp_path / "broken/checkpoint-3"))
+    assert resumed == whole
+    kept = shutil.copytree(tmp_path / "broken/checkpoint-3", tmp_path / "kept")
+    (kept / "loader.json").rename(tmp_path / "loader.json")
+    with pytest.raises(UsageError, match=r"kept/loader\.json does not exist"):  # rather than that of the other run there
+        run("broken", 5, str(kept))
+    (tmp_path / "loader.json").rename(kept / "loader.json")
+    assert run("anew", 5, str(kept)) == whole
+    with pytest.raises(UsageError, match="ignore_data_skip=True"):
+        run("other", 1, ignore_data_skip=False)
+    (tmp_path / "broken/checkpoint-3/loader.json").unlink()
+    with pytest.raises(UsageError, match="LoaderCallback"):
+        run("broken", 5, str(tmp_path / "broken/checkpoint-3"))
+
+
+@PACKING
+def test_accelerate_saves_and_restores_the_loader_with_its_state(data: Path, tmp_path: Path, packing: bool) -> None:
+    from accelerate import Accelerator, DataLoaderConfiguration
+
+    def start() -> tuple[Any, Rounds, Any, Any]:
+        accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(dispatch_batches=False))
+        net = model()
+        net, optimizer = accelerator.prepare(net, torch.optim.AdamW(net.parameters(), lr=1e-2))
+        rounds = Rounds(loader(data, packing=packing), steps=STEPS)
+        accelerator.register_for_checkpointing(rounds)
+        return accelerator, rounds, net, optimizer
+
+    _, rounds, net, optimizer = start()
+    whole = train(net, iter(rounds), optimizer)
+    accelerator, rounds, net, optimizer = start()
+    first = train(net, islice(rounds, 2), optimizer)
+    accelerator.save_state(str(tmp_path / "state"))
+    accelerator, rounds, net, optimizer = start()
+    accelerator.load_state(str(tmp_path / "state"))
+    assert len(rounds) == STEPS
+    assert first + train(net, iter(rounds), optimizer) == whole
+
+
+@PACKING
+def test_lightning_saves_and_restores_the_loader_with_its_checkpoints(data: Path, tmp_path: Path, packing: bool) -> None:
+    import lightning
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = model()
+            self.losses: list[float] = []
+
+        def training_step(self, batch: dict[str, Any], _: int) -> torch.Tensor:
+            loss = self.net(**batch).loss
+            self.losses.append(float(loss.detach()))
+            return loss
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+    def run(name: str, steps: int, resume: str | None = None) -> list[float]:
+        module, rounds = Module(), Rounds(loader(data, packing=packing), steps=4)
+        trainer = lightning.Trainer(
+            max_steps=steps,
+            accelerator="cpu",
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=[ModelCheckpoint(dirpath=tmp_path / name, every_n_train_steps=3, save_top_k=-1)],
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trainer.fit(module, rounds, ckpt_path=resume, weights_only=True)
+        return module.losses
+
+    whole = run("whole", 10)
+    first = run("broken", 6)
+    (checkpoint,) = (tmp_path / "broken").glob("*step=6*.ckpt")
+    assert first + run("broken", 10, str(checkpoint)) == whole
+
+
+def test_rounds_go_on_over_epochs_and_keep_their_length(data: Path) -> None:
+    whole = loader(data, packing=False)
+    expected = [batch["__key__"] for _ in range(2) for batch in whole]
+    rounds = Rounds(loader(data, packing=False), steps=7, prepare=dict)
+    found = [batch["__key__"] for _ in range(5) for batch in rounds]
+    assert found == expected[:35]
+    epochs = Rounds(loader(data, packing=False), prepare=dict)
+    assert len(epochs) == 20
+    assert [batch["__key__"] for batch in islice(epochs, 3)] == expected[:3]
+    assert len(epochs) == 20
+    assert [batch["__key__"] for batch in epochs] == expected[3:20]
+    for state in (rounds.loader.state_dict(), {"loader": rounds.loader.state_dict(), "done": "7"}, None):
+        with pytest.raises(UsageError, match="not the state of a Rounds"):
+            rounds.load_state_dict(state)  # type: ignore[arg-type]
+    for settings in ({"steps": 0}, {}):
+        with pytest.raises(UsageError, match="steps"):
+            Rounds(loader(data, packing=True), **settings)

@@ -1,0 +1,132 @@
+"""The floors of the house: every import, also those inside functions, points down. See docs/flow.md."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+# room -> rooms it may import from (beside itself)
+BASE = {"wds_tools.errors", "wds_tools.terminal"}
+FORMAT = BASE | {"wds_tools.format"}
+STORAGE = BASE | {"wds_tools.storage"}
+DATASET = FORMAT | STORAGE | {"wds_tools.run", "wds_tools.dataset"}
+PASSES = DATASET | {"wds_tools.jobs.job"}
+SOURCES = FORMAT | STORAGE | {"wds_tools.sources"}
+ALLOWED = {
+    "wds_tools": FORMAT,
+    "wds_tools.__main__": BASE | {"wds_tools.cli"},
+    "wds_tools.errors": set(),
+    "wds_tools.terminal": set(),
+    "wds_tools.format": BASE,
+    "wds_tools.storage": BASE,
+    "wds_tools.images": BASE,
+    "wds_tools.vq": FORMAT,
+    "wds_tools.dataset": FORMAT | STORAGE | {"wds_tools.run"},
+    "wds_tools.run": BASE,
+    "wds_tools.jobs.job": PASSES,
+    "wds_tools.sequences": FORMAT,
+    "wds_tools.sources": FORMAT | STORAGE,
+    "wds_tools.convert": PASSES | SOURCES | {"wds_tools.images"},
+    "wds_tools.encode": PASSES | {"wds_tools.images", "wds_tools.vq"},
+    "wds_tools.pack": PASSES | {"wds_tools.sequences"},
+    "wds_tools.export": DATASET,
+    "wds_tools.check": DATASET | {"wds_tools.images", "wds_tools.vq", "wds_tools.sequences"},
+    "wds_tools.cli": PASSES
+    | {f"wds_tools.{room}" for room in ("convert", "encode", "pack", "sequences", "export", "check")}
+    | {"wds_tools"},
+    "loaders": SOURCES | {"wds_tools.run", "wds_tools.images", "wds_tools.sequences"},
+}
+# module -> rooms that it may import from beside those of its own room
+ALSO_ALLOWED = {
+    "wds_tools.cli.audit": {"loaders"},
+    "wds_tools.cli.simulate": {"loaders"},
+}
+
+# heavy package -> the only places that import it
+HEAVY = {
+    "PIL": {"wds_tools.images"},
+    "torch": {"wds_tools.vq", "wds_tools.encode", "wds_tools.check", "loaders"},
+    "diffusers": {"wds_tools.vq"},
+    "datasets": {"wds_tools.export"},
+    "huggingface_hub": {"wds_tools.export"},
+    "pyarrow": {"wds_tools.export", "wds_tools.convert"},
+    "webdataset": {"loaders"},
+    "obstore": {"wds_tools.storage"},
+    "fsspec": {"wds_tools.storage"},
+    "ray": {"wds_tools.run"},
+    "tyro": {"wds_tools.cli"},
+    "zstandard": {"wds_tools.convert"},
+    "tokenizers": {"wds_tools.sequences"},
+    "transformers": {"wds_tools.vq", "wds_tools.sequences", "loaders"},
+    "accelerate": set(),
+    "lightning": set(),
+    "tarfile": set(),
+    "pickle": set(),
+}
+
+
+def room_of(module: str) -> str:
+    """ "wds_tools.format.tar" is in "wds_tools.format", "loaders.order.plan" in "loaders"."""
+    return "loaders" if module.split(".")[0] == "loaders" else ".".join(module.split(".")[:2])
+
+
+def imports_of(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            assert node.module is not None
+            yield node.module
+
+
+def modules() -> list[tuple[str, Path]]:
+    paths = sorted(path for folder in ("wds_tools", "loaders") for path in (ROOT / folder).rglob("*.py"))
+    names = (".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in paths)
+    return list(zip(names, paths, strict=True))
+
+
+@pytest.mark.parametrize(("name", "path"), modules(), ids=lambda value: value if isinstance(value, str) else "")
+def test_every_import_points_down(name: str, path: Path) -> None:
+    room = room_of(name)
+    allowed = ALLOWED[room] | ALSO_ALLOWED.get(name, set())
+    for imported in imports_of(path):
+        top = imported.split(".")[0]
+        if top in ("wds_tools", "loaders"):
+            target = room_of(imported)
+            assert target == room or target in allowed, f"{name} imports {imported}: {room} may not use {target}"
+        elif top in HEAVY:
+            assert room in HEAVY[top], f"{name} imports {top}, which only {HEAVY[top] or 'nobody'} may"
+
+
+def test_the_order_needs_numpy_and_nothing_heavier() -> None:
+    third_party = {name for name in imports_of(ROOT / "loaders" / "plan.py") if name.split(".")[0] not in sys.stdlib_module_names}
+    assert third_party == {"numpy", "numpy.typing", "wds_tools.errors"}
+
+
+def test_every_room_has_a_rule() -> None:
+    assert {room_of(name) for name, _ in modules()} == set(ALLOWED)
+
+
+@pytest.mark.parametrize(
+    ("module", "heavy"),
+    [
+        ("wds_tools", ("torch", "PIL", "obstore", "zstandard")),
+        ("wds_tools.storage", ("torch", "obstore", "fsspec")),
+        ("wds_tools.convert.documents", ("torch", "PIL", "datasets", "ray")),
+        ("wds_tools.view.server", ("torch", "PIL", "obstore")),
+        ("wds_tools.vq", ("diffusers", "transformers")),
+        ("loaders", ("PIL", "diffusers", "datasets", "ray", "tyro")),
+    ],
+)
+def test_importing_a_room_does_not_load_what_it_does_not_need(module: str, heavy: tuple[str, ...]) -> None:
+    code = f"import sys, {module}; print(sorted({set(heavy)!r} & set(sys.modules)))"
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert found.strip() == "[]"

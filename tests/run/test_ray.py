@@ -1,0 +1,307 @@
+"""`--executor ray` on a cluster of two nodes: the bytes are those of a local run, though a node dies and the driver is killed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import ROOT, environment, last_line, start, tree, wait_until, wds_tools, write_documents, write_jsonl, write_pairs
+from factory import image_sample, make_dataset
+from tokens import PROVENANCE, write_small_sets
+
+from wds_tools.convert.pairs import ImagePairsConfig, convert_image_pairs
+from wds_tools.errors import UsageError
+from wds_tools.export.hf import ExportConfig, export_hf
+from wds_tools.jobs.job import PassOptions, Plan, run_pass
+from wds_tools.run.ray_cluster import _Tally
+
+pytest.importorskip("ray", reason="needs pip install 'wds-tools[ray]'")
+
+NUM_FILES = 6
+
+
+class Cluster:
+    """The cluster of ray_nodes.py."""
+
+    def __init__(self) -> None:
+        pipe = subprocess.PIPE
+        script = str(ROOT / "tests/ray_nodes.py")
+        self._process = subprocess.Popen([sys.executable, script], stdin=pipe, stdout=pipe, text=True, env=environment())
+        self.address = self._answer()
+
+    def _answer(self) -> str:
+        assert self._process.stdout is not None
+        return next((line.strip() for line in self._process.stdout if line.strip()), "")
+
+    def remove_a_node(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write("remove\n")
+        self._process.stdin.flush()
+        assert self._answer() == "removed"
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(30)
+        finally:
+            self._process.kill()
+            assert self._process.stdout is not None
+            self._process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        patch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # all servers on 127.0.0.1, as Ray does it on those systems
+        patch.setenv("PYTHONUNBUFFERED", "1")
+        nodes = Cluster()
+        yield nodes
+        nodes.close()
+
+
+class Gate:
+    """Serves a folder over HTTP; a file's bytes wait until they are let through, so that a run is in the middle for certain."""
+
+    def __init__(self, folder: Path) -> None:
+        self.asked: Counter[str] = Counter()
+        self._open = threading.Event()
+        self._free: set[str] = set()
+        gate = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_HEAD(self) -> None:
+                self._answer(b"", (folder / self.path[1:]).stat().st_size)
+
+            def do_GET(self) -> None:
+                name = self.path[1:]
+                gate.asked[name] += 1
+                if name not in gate._free:
+                    gate._open.wait(60)
+                data = (folder / name).read_bytes()
+                with contextlib.suppress(ConnectionError):
+                    self._answer(data, len(data))
+
+            def _answer(self, data: bytes, size: int) -> None:
+                self.send_response(200)
+                self.send_header("Content-Length", str(size))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def close_but_for(self, *names: str) -> None:
+        self.asked.clear()
+        self._free = set(names)
+        self._open.clear()
+
+    def open(self) -> None:
+        self._open.set()
+
+    def stop(self) -> None:
+        self.open()
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@pytest.fixture(scope="module")
+def gate(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gate]:
+    folder = tmp_path_factory.mktemp("served")
+    for number in range(NUM_FILES):
+        records = ({"text": f"document {number} {i}" if i % 50 else ""} for i in range(400))
+        write_documents(folder / f"{number}.jsonl.zst", records)
+    served = Gate(folder)
+    yield served
+    served.stop()
+
+
+@pytest.fixture(scope="module")
+def convert(gate: Gate) -> list[str]:
+    return ["convert", "dclm", "--input", f"{gate.url}/{{0..{NUM_FILES - 1}}}.jsonl.zst", "--task-bytes", "1"]
+
+
+@pytest.fixture(scope="module")
+def expected(convert: list[str], gate: Gate, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes | None]:
+    """What a local run makes."""
+    gate.open()
+    output = tmp_path_factory.mktemp("local") / "out"
+    wds_tools(*convert, "--output", output)
+    return tree(output)
+
+
+def on(cluster: Cluster) -> list[str]:
+    return ["--executor", "ray", "--ray-address", cluster.address]
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == 0, out + err
+    assert "Traceback" not in err, err
+    return out
+
+
+@pytest.fixture(scope="module")
+def passes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str | Path]]:
+    """A command line of each pass but dclm's, with input for several tasks."""
+    folder = tmp_path_factory.mktemp("passes")
+    pairs = write_pairs(folder, 4)
+    convert_image_pairs(ImagePairsConfig(input=(str(pairs),), output=str(folder / "raw"), task_lines=2, quiet=True))
+    turns = [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "That."}]
+    talks = write_jsonl(folder / "talks.jsonl", ({"image": f"images/{i}.jpg", "conversations": turns} for i in range(6)))
+    make_dataset(folder / "square", (image_sample(i, side=32) for i in range(9)), codes=PROVENANCE)
+    export_hf(ExportConfig(input=(str(folder / "square"),), output=str(folder / "hf"), num_shards=3, quiet=True))
+    write_small_sets(folder)
+    sets = [folder / "pairs", folder / "texts"]
+    return {
+        "pairs": ["convert", "image-pairs", "--input", pairs, "--task-lines", "2"],
+        "sft": ["convert", "sft", "--input", talks, "--task-records", "2", "--max-rejects", "50%"],
+        "hf": ["convert", "hf", "--input", folder / "hf"],
+        "encode": ["encode", "--input", folder / "raw", "--device", "cpu", "--shard-samples", "2"],
+        "pack": ["pack", "--input", *sets, "--tokenizer", folder / "tokenizer", "--seq-len", "128", "--task-samples", "20"],
+    }
+
+
+@pytest.mark.parametrize("name", ["pairs", "sft", "hf", "encode", "pack"])
+def test_each_pass_gives_the_bytes_of_a_local_run(
+    name: str, cluster: Cluster, passes: dict[str, list[str | Path]], tmp_path: Path
+) -> None:
+    wds_tools(*passes[name], "--output", tmp_path / "local")
+    wds_tools(*passes[name], "--output", tmp_path / "ray", *on(cluster))
+    assert tree(tmp_path / "ray") == tree(tmp_path / "local")
+    assert len(list((tmp_path / "ray").glob("*.tar"))) > 1, "one task would prove little"
+
+
+def test_a_driver_that_is_killed_goes_on_with_resume(
+    cluster: Cluster, gate: Gate, convert: list[str], expected: dict[str, bytes | None], tmp_path: Path
+) -> None:
+    gate.close_but_for("0.jsonl.zst", "1.jsonl.zst")
+    process = start(*convert, "--output", tmp_path / "out", *on(cluster))
+    wait_until(lambda: len(gate.asked) == 4 and len(list((tmp_path / "out/_work").glob("task-*"))) == 2, "two tasks are done")
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    gate.open()
+    before = gate.asked.copy()
+    wds_tools(*convert, "--output", tmp_path / "out", *on(cluster), "--resume")
+    assert tree(tmp_path / "out") == expected
+    assert [gate.asked[f"{number}.jsonl.zst"] - before[f"{number}.jsonl.zst"] for number in (0, 1)] == [0, 0]
+
+
+SCRIPT = """
+import sys
+from wds_tools.errors import UsageError
+from wds_tools.run import ray_cluster
+
+ray_cluster._RETRIES = 1
+out = sys.stdout
+
+def work(task, report):
+    import os, time
+    for _ in range(3):
+        report(1, 2, 0)
+    if task == "bad":
+        raise UsageError("this is what is wrong")
+    if task == "dead":
+        os._exit(1)
+    return task * 2
+
+told = []
+where = {"cpus": 1, "gpus": None, "device": "auto"}
+with ray_cluster.on_cluster(sys.argv[1]):
+    print(sorted(ray_cluster.run_on_ray(work, range(30), **where, on_report=lambda *counts: told.append(counts))), file=out)
+    print([sum(column) for column in zip(*told)], file=out)
+    for task in ("bad", "dead"):
+        try:
+            list(ray_cluster.run_on_ray(work, [task], **where, on_report=lambda *_: None))
+        except Exception as error:
+            print(type(error).__name__, error, file=out)
+"""
+
+
+def test_results_reports_and_errors_arrive_as_they_do_from_local_workers(cluster: Cluster) -> None:
+    run = [sys.executable, "-c", SCRIPT, cluster.address]
+    result = subprocess.run(run, env=environment(), capture_output=True, text=True, timeout=100, check=True)
+    assert len(result.stdout.splitlines()) == 4, result.stdout
+    results, told, bad, dead = result.stdout.splitlines()
+    assert results == str([2 * task for task in range(30)])
+    assert told == str([3 * 30, 6 * 30, 0])
+    assert bad == "UsageError this is what is wrong"
+    assert dead.startswith("WorkerDied task 0 lost its worker or its node 2 times")
+
+
+def test_a_node_that_is_removed_in_mid_run_changes_no_byte(
+    cluster: Cluster, gate: Gate, convert: list[str], expected: dict[str, bytes | None], tmp_path: Path
+) -> None:
+    gate.close_but_for("0.jsonl.zst", "1.jsonl.zst")
+    process = start(*convert, "--output", tmp_path / "out", *on(cluster))
+    # One CPU a node: two tasks wait for their input, one on each node.
+    wait_until(lambda: len(gate.asked) == 4, "each node has a task that can't end")
+    cluster.remove_a_node()
+    lost = gate.asked.copy()
+    gate.open()
+    assert "1,968 of 2,400" not in (out := finish(process))
+    assert "2,352 of 2,400 inputs" in out
+    assert tree(tmp_path / "out") == expected
+    assert any(gate.asked[name] > lost[name] for name in lost), "no task was started again"
+
+
+@pytest.mark.parametrize("is_variable", [False, True])
+def test_an_address_where_nobody_answers_is_refused_at_once_and_nothing_is_written(
+    is_variable: bool, convert: list[str], gate: Gate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named = ["--ray-address", "127.0.0.1:1"]
+    if is_variable:
+        monkeypatch.setenv("RAY_ADDRESS", named.pop())
+        named = []
+    failed = wds_tools(*convert, "--output", tmp_path / "out", "--executor", "ray", *named, status=2)
+    said = "RAY_ADDRESS" if is_variable else "--ray-address"
+    assert f"{said} 127.0.0.1:1: no Ray cluster answers there" in last_line(failed.stderr)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"executor": "ray", "workers": 2}, "--workers is for --executor local"),
+        ({"ray_address": "127.0.0.1:1"}, "need --executor ray"),
+        ({"task_gpus": 1}, "need --executor ray"),
+        ({"executor": "ray", "task_cpus": -1}, "at least 0"),
+    ],
+)
+def test_options_that_would_have_no_effect_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        PassOptions(output="out", **options)
+
+
+def test_a_device_by_number_is_refused_since_ray_deals_them_out(tmp_path: Path) -> None:
+    options = PassOptions(output=str(tmp_path / "out"), executor="ray")
+    with pytest.raises(UsageError, match="each task gets a GPU of its own, so give --device cuda"):
+        run_pass(Plan(command="x", settings={}, tasks=[], total=0, device="cuda:1"), lambda *_: 0, options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_lost_task_had_reported_is_taken_back() -> None:
+    told: list[tuple[Any, ...]] = []
+    tally = _Tally(lambda *counts: told.append(counts))
+    tally.take({0: (10, 9, 1), 1: (5, 5, 0)})
+    tally.take({0: (4, 4, 0)})  # its worker died, another began again
+    tally.close(0, (20, 18, 2))
+    tally.take({0: (16, 15, 1)})  # late news of what is done
+    tally.close(1, ())
+    assert [sum(column) for column in zip(*told, strict=True)] == [25, 23, 2]

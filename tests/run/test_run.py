@@ -1,0 +1,150 @@
+"""`run_tasks`: results, reports and errors come through, in this process or from workers, and no worker is left behind."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+from commands import environment, session, wait_until
+
+from wds_tools.errors import MissingPackage, NotFound, OutOfSpace, Reject, TokenizerError, UsageError, WorkerDied
+from wds_tools.run.local import Report, run_tasks
+
+SERIAL_AND_PARALLEL = pytest.mark.parametrize("workers", [1, 2])
+ERRORS: dict[str, Exception] = {
+    "usage": UsageError("wrong"),
+    "not found": NotFound("gone"),
+    "full": OutOfSpace("full"),
+    "tokenizer": TokenizerError("weights"),
+    "reject": Reject("bad_json", "broken"),
+    "package": MissingPackage("pip install it"),
+    "foreign": ZeroDivisionError("division"),
+}
+
+
+def square(task: int, report: Report) -> int:
+    report(1, task, 0)
+    return task * task
+
+
+def fail(task: str, report: Report) -> int:
+    if task in ERRORS:
+        raise ERRORS[task]
+    return len(task)
+
+
+def die(task: int, report: Report) -> int:
+    if task == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return task
+
+
+def sleep(task: float, report: Report) -> float:
+    time.sleep(task)
+    return task
+
+
+def chatter(task: int, report: Report) -> int:
+    for _ in range(task):
+        report(1, 1, 0)
+    return os.getpid()
+
+
+def silent(*counts: int) -> None:
+    pass
+
+
+def no_children_left() -> None:
+    wait_until(lambda: not multiprocessing.active_children(), "no worker is left", 10)
+
+
+@SERIAL_AND_PARALLEL
+def test_every_task_gives_its_result_once(workers: int) -> None:
+    seen: list[tuple[int, ...]] = []
+    results = list(run_tasks(square, range(20), workers=workers, on_report=lambda *counts: seen.append(counts)))
+    assert sorted(results) == [n * n for n in range(20)]
+    assert sorted(seen) == [(1, n, 0) for n in range(20)]
+    no_children_left()
+
+
+@SERIAL_AND_PARALLEL
+def test_no_tasks_are_no_work(workers: int) -> None:
+    assert list(run_tasks(square, [], workers=workers, on_report=silent)) == []
+
+
+def test_more_reports_than_a_pipe_holds_neither_block_nor_get_lost() -> None:
+    seen: list[int] = []
+    pids = set(run_tasks(chatter, [20_000] * 3, workers=3, on_report=lambda done, *_: seen.append(done)))
+    assert sum(seen) == 60_000
+    assert os.getpid() not in pids
+
+
+@SERIAL_AND_PARALLEL
+@pytest.mark.parametrize("kind", ERRORS)
+def test_an_error_comes_through_with_its_type_and_words(workers: int, kind: str) -> None:
+    error = ERRORS[kind]
+    with pytest.raises(type(error)) as caught:
+        list(run_tasks(fail, ["fine", kind, "also fine"], workers=workers, on_report=silent))
+    assert str(caught.value) == str(error)
+    assert caught.value.args == error.args
+    no_children_left()
+
+
+def test_an_error_does_not_wait_for_the_other_tasks() -> None:
+    begun = time.monotonic()
+    with pytest.raises(TypeError):
+        list(run_tasks(sleep, ["not a number", 60.0, 60.0], workers=2, on_report=silent))  # type: ignore[list-item]
+    assert time.monotonic() - begun < 30
+    no_children_left()
+
+
+def test_a_killed_worker_is_said_so_and_nothing_hangs() -> None:
+    with pytest.raises(WorkerDied, match="killed, or memory ran out"):
+        list(run_tasks(die, range(8), workers=2, on_report=silent))
+    no_children_left()
+
+
+def test_whoever_stops_taking_results_leaves_no_worker_behind() -> None:
+    results = run_tasks(sleep, [0.0, 60.0, 60.0], workers=2, on_report=silent)
+    assert next(results) == 0.0
+    results.close()
+    no_children_left()
+
+
+PARENT = """
+    import sys, time
+    sys.path.insert(0, {tests!r})
+    from test_run import silent, sleep
+    from wds_tools.run.local import run_tasks
+
+    if __name__ == "__main__":
+        for result in run_tasks(sleep, [0.0, 600.0, 600.0], workers=2, on_report=silent):
+            print(result, flush=True)
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_workers_die_with_their_parent_however_it_ends(tmp_path: Path, how: signal.Signals) -> None:
+    script = tmp_path / "parent.py"
+    script.write_text(textwrap.dedent(PARENT).format(tests=str(Path(__file__).parents[1])))
+    process = subprocess.Popen(
+        [sys.executable, str(script)],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    with process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"0.0\n"
+        assert session(process.pid)
+        process.send_signal(how)
+        process.wait(30)
+        wait_until(lambda: not session(process.pid), "the workers are gone", 10)

@@ -1,0 +1,296 @@
+"""The viewer in a real browser: what people see and press, that nothing in the data runs, and that nothing leaves the machine.
+
+Needs Chromium (Debian's `chromium`) and Playwright's Python package, which drives it; skipped where one is missing.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from commands import start, wait_until
+from factory import image_sample, make_dataset, text_sample
+from test_view import HOSTILE, samples, serving, small_codes, write_set
+
+from wds_tools.view.server import ViewServer
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, ConsoleMessage, Page
+
+SIZE = {"width": 1200, "height": 800}
+_BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install playwright")
+    path = next(filter(None, map(shutil.which, _BROWSERS)), None)
+    if path is None:
+        pytest.skip("needs Chromium: apt-get install chromium")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_set(tmp_path_factory.mktemp("browser") / "set")
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path, browser: Browser) -> Iterator[ViewServer]:
+    with serving(folder, device="cpu") as server:
+        yield server
+
+
+class Watched:
+    """A page, and what went wrong on it."""
+
+    def __init__(self, browser: Browser, server: ViewServer, **context: Any) -> None:
+        self.context = browser.new_context(viewport=SIZE, **context)
+        self.page: Page = self.context.new_page()
+        self.page.set_default_timeout(20_000)
+        self.base = server.url.rstrip("/")
+        self.problems: list[str] = []
+        self.requests: list[str] = []
+        self.page.on("pageerror", lambda error: self.problems.append(str(error)))
+        self.page.on("console", self._hear)
+        self.page.on("dialog", lambda dialog: (self.problems.append(dialog.message), dialog.dismiss()))
+        self.page.on("request", lambda request: self.requests.append(request.url))
+
+    def _hear(self, said: ConsoleMessage) -> None:
+        if said.type in ("error", "warning") and not said.text.startswith("Canvas2D: Multiple readback"):  # by these tests
+            self.problems.append(said.text)
+
+    def open(self, path: str) -> Page:
+        self.page.goto(self.base + path)
+        return self.page
+
+
+@pytest.fixture
+def watched(browser: Browser, server: ViewServer) -> Iterator[Watched]:
+    watched = Watched(browser, server)
+    yield watched
+    outside = [url for url in watched.requests if not url.startswith((watched.base, "blob:", "data:"))]
+    watched.context.close()
+    assert watched.problems == []
+    assert outside == []
+
+
+def until(page: Page, condition: str) -> None:
+    """Wait until it holds. Not Playwright's own way, which evaluates text in the page: the page's policy forbids that."""
+    wait_until(lambda: page.evaluate(condition), condition, timeout_s=20)
+
+
+def keys_shown(page: Page) -> list[str]:
+    page.wait_for_selector("#cards:not(.stale) .card, .state")
+    return page.locator(".card .foot .mono").all_inner_texts()
+
+
+def test_pages_are_turned_by_keys_and_buttons_and_the_address_follows(watched: Watched) -> None:
+    page, expected = watched.open("/"), [sample.key for sample in samples()]
+    assert keys_shown(page) == expected[:24]
+    page.keyboard.press("n")
+    page.wait_for_url("**/?first=24")
+    assert keys_shown(page) == expected[24:48]
+    page.get_by_role("button", name="Next").click()
+    page.wait_for_url("**/?first=48")
+    assert keys_shown(page) == expected[48:]
+    assert page.get_by_role("button", name="Next").is_disabled()
+    page.go_back()
+    assert keys_shown(page) == expected[24:48]
+    page.keyboard.press("p")
+    page.wait_for_url("**/?first=0")
+    page.get_by_label("place in the data set").fill("48")
+    page.wait_for_url("**/?first=48")
+
+
+def test_a_sample_is_opened_left_and_linked_to(watched: Watched) -> None:
+    page = watched.open("/")
+    keys_shown(page)
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("j")
+    page.keyboard.press("Enter")
+    page.wait_for_url("**/sample/1")
+    assert page.locator("h1").inner_text() == samples()[1].key
+    page.keyboard.press("ArrowRight")
+    page.wait_for_url("**/sample/2")
+    until(page, f"document.querySelector('h1').textContent === '{samples()[2].key}'")
+    page.reload()
+    assert page.locator("h1").inner_text() == samples()[2].key
+    page.keyboard.press("k")
+    page.wait_for_url("**/sample/1")
+    page.keyboard.press("Escape")
+    page.wait_for_url(re.compile(r"/(\?first=0)?$"))
+    page.keyboard.press("g")
+    page.keyboard.type("41")
+    page.keyboard.press("Enter")
+    page.wait_for_url("**/sample/41")
+    until(page, "document.querySelectorAll('.turn').length === 2")
+
+
+def test_the_decoded_picture_the_original_and_the_codes_stand_side_by_side(watched: Watched) -> None:
+    page = watched.open("/sample/3")
+    page.wait_for_selector(".pane img[alt='the picture decoded from its codes']")
+    page.wait_for_selector(".pane img[alt='the source image']")
+    sizes = page.locator(".pane img").evaluate_all("images => images.map(image => image.naturalWidth)")
+    assert sizes == [128, 40]
+    colours = """canvas => { const {width, height} = canvas;
+        return new Set(new Uint32Array(canvas.getContext('2d').getImageData(0, 0, width, height).data.buffer)).size; }"""
+    cells = page.locator("canvas.cells")
+    assert cells.evaluate(colours) > 8
+    cells.hover(position={"x": 5, "y": 5})
+    code = int(samples()[3].codes["vqcode_512"][0, 0])
+    assert f"row 0, column 0 · code {code:,}" in page.locator(".readout").inner_text()
+    cells.focus()
+    page.keyboard.press("ArrowRight")
+    assert "row 0, column 1" in page.locator(".readout").inner_text()
+    page.get_by_role("button", name="rarity").click()
+    until(page, "document.querySelector('.readout').textContent.includes('rarer')")
+    assert cells.evaluate(colours) >= 1
+
+
+def test_nothing_in_the_data_runs_and_all_of_it_is_text(watched: Watched) -> None:
+    for path in ("/", "/sample/7", "/sample/41", "/rejects", "/stats", f"/?text={HOSTILE.split()[0]}"):
+        page = watched.open(path)
+        page.wait_for_load_state("networkidle")
+        assert page.locator("img[src='x']").count() == 0
+        assert page.locator("script:not([src])").count() == 0
+    page = watched.open("/sample/7")
+    assert page.locator(".prose").inner_text() == HOSTILE
+    assert "javascript:alert(3)" in page.locator(".facts").inner_text()
+    assert page.locator("a[href^='javascript']").count() == 0
+    watched.open("/sample/41")
+    assert HOSTILE in page.locator(".turn").first.inner_text()
+
+
+def test_the_policy_stops_what_would_get_through(browser: Browser, server: ViewServer) -> None:
+    watched = Watched(browser, server)
+    page = watched.open("/sample/3")
+    page.wait_for_selector(".prose")
+    inject = """() => { window.ran = false; const script = document.createElement('script');
+        try { script.textContent = 'window.ran = true'; document.body.append(script); } catch (error) { return 'refused'; }
+        return window.ran; }"""
+    assert page.evaluate(inject) in ("refused", False)
+    with pytest.raises(Exception, match="TrustedHTML"):
+        page.evaluate("document.body.innerHTML = '<b>x</b>'")
+    assert page.evaluate("fetch('https://example.org/').then(() => 'sent', () => 'refused')") == "refused"
+    watched.context.close()
+
+
+def test_a_search_shows_what_it_finds_and_says_when_there_is_nothing(watched: Watched) -> None:
+    page = watched.open("/")
+    keys_shown(page)
+    page.keyboard.press("/")
+    page.keyboard.type("Document 1")
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".card mark")
+    until(page, "document.querySelector('.progress').textContent.includes('11 found in 70 samples')")
+    assert page.locator(".card").count() == 11
+    assert page.locator(".card mark").first.inner_text() == "document 1"
+    page.locator("#search").fill("no such thing")
+    page.locator("#search").press("Enter")
+    page.wait_for_selector("text=Nothing found")
+    page.get_by_label("type").select_option("visual_sft")
+    page.wait_for_selector("text=Nothing found")
+    page.locator("#search").fill("")
+    page.locator("#search").press("Enter")
+    until(page, "document.querySelectorAll('.card').length === 5")
+
+
+def test_a_key_leads_to_its_sample(watched: Watched) -> None:
+    page = watched.open("/")
+    page.get_by_label("search in").select_option("key")
+    page.locator("#search").fill("image-00000011")
+    page.locator("#search").press("Enter")
+    page.wait_for_url("**/sample/11")
+    assert page.locator("h1").inner_text() == "image-00000011"
+
+
+def test_rejects_are_listed_by_reason(watched: Watched) -> None:
+    page = watched.open("/rejects")
+    until(page, "document.querySelectorAll('tbody tr').length === 12")
+    page.get_by_role("link", name="empty_text 4").click()
+    until(page, "document.querySelectorAll('tbody tr').length === 4")
+    assert HOSTILE in page.locator("tbody tr").first.inner_text()
+
+
+def test_light_and_dark_are_a_key_apart_and_stay(watched: Watched) -> None:
+    page = watched.open("/")
+    background = "getComputedStyle(document.documentElement).backgroundColor"
+    before = page.evaluate(background)
+    page.keyboard.press("d")
+    after = page.evaluate(background)
+    assert before != after
+    page.keyboard.press("2")
+    page.wait_for_url("**/stats")
+    assert page.evaluate(background) == after
+    assert page.locator("svg.plot").count() >= 4
+
+
+def test_help_is_a_key_away(watched: Watched) -> None:
+    page = watched.open("/")
+    keys_shown(page)
+    page.keyboard.press("?")
+    assert page.get_by_role("heading", name="Keyboard").is_visible()
+    page.keyboard.press("Escape")
+    assert not page.get_by_role("heading", name="Keyboard").is_visible()
+
+
+@pytest.mark.parametrize("width", [360, 768])
+def test_nothing_is_wider_than_a_narrow_screen(watched: Watched, width: int) -> None:
+    watched.page.set_viewport_size({"width": width, "height": 740})
+    for path in ("/", "/sample/3", "/sample/41", "/sample/69", "/rejects", "/stats", "/?text=caption"):
+        page = watched.open(path)
+        page.wait_for_load_state("networkidle")
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, path
+
+
+def test_codes_stand_in_for_pictures_that_can_not_be_decoded(browser: Browser, tmp_path: Path) -> None:
+    codes = {"vqcode_512": {"tokenizer": "chameleon", "codebook_size": 4096, "precision": "fp32"}}
+    make_dataset(tmp_path / "set", [small_codes(image_sample(number)) for number in range(3)], codes=codes)
+    with serving(tmp_path / "set") as server:
+        watched = Watched(browser, server)
+        page = watched.open("/")
+        until(page, "document.querySelectorAll('.thumb img.map').length === 3")
+        assert "chameleon needs weights" in page.locator(".notice").inner_text()
+        watched.open("/sample/0")
+        page.wait_for_selector(".frame p:has-text('chameleon needs weights')")
+        watched.context.close()
+
+
+def test_pages_turn_while_pictures_are_being_made(watched: Watched) -> None:
+    page, expected = watched.open("/"), [sample.key for sample in samples()]
+    for key, first in (("n", 24), ("n", 48), ("p", 24), ("p", 0), ("n", 24)):
+        keys_shown(page)
+        page.keyboard.press(key)
+        page.wait_for_url(f"**/?first={first}")
+    assert keys_shown(page) == expected[24:48]
+    until(page, "document.querySelectorAll('.thumb.waiting').length === 0")
+
+
+def test_an_empty_set_a_missing_sample_and_a_viewer_that_has_ended_are_said(browser: Browser, tmp_path: Path) -> None:
+    make_dataset(tmp_path / "empty", [])
+    with serving(tmp_path / "empty") as server:
+        watched = Watched(browser, server)
+        page = watched.open("/")
+        page.wait_for_selector("text=This data set is empty")
+    make_dataset(tmp_path / "set", [text_sample(number) for number in range(60)])
+    process = start("view", tmp_path / "set", "--port", "0")
+    assert process.stdout is not None
+    address = re.findall(r"http://\S+", process.stdout.readline())[0]
+    page = watched.page
+    page.goto(address + "sample/99")
+    page.wait_for_selector("text=there is no sample 99")
+    page.goto(address)
+    keys_shown(page)
+    process.kill()
+    process.communicate()
+    page.keyboard.press("n")
+    page.wait_for_selector("text=is `wds-tools view` still running?")
+    watched.context.close()

@@ -1,0 +1,215 @@
+"""What another precision, tokenizer setting or machine does to codes: two sets of codes of the same images, side by side.
+
+    samples of A and B, joined by key (both are in the order of their keys) -> equal codes; some, decoded -> PSNR
+
+Cost: one pass over both data sets, and the tokenizer's decoder for the pictures that are looked at.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from wds_tools.dataset.reader import read_manifest, read_shard
+from wds_tools.errors import FormatError, UsageError
+from wds_tools.format.manifest import Manifest
+from wds_tools.format.schema import CODE_COLUMNS, Codes, Sample, codes_named, named_column
+from wds_tools.images import ImageLimits, Mode, prepare
+from wds_tools.run.progress import Progress
+from wds_tools.storage import Store, open_store
+from wds_tools.vq.base import ImageTokenizer
+from wds_tools.vq.registry import load_tokenizer
+
+_SAME = ("tokenizer", "codebook_size", "weights_hash", "preprocessing_version")
+_MODES: dict[str, Mode] = {"vqcode_512": "cc512", "vqcode_multi768": "multi768"}
+"""How the images of a column were cropped."""
+_LIMITS = ImageLimits(min_side=1, max_bytes=sys.maxsize)
+"""Images that have codes are good."""
+_REPORT_EVERY = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """Compare the codes of two encoded data sets, or two sets of codes of one."""
+
+    a: str
+    """The first data set."""
+    b: str
+    """The second; it may be the same, if the names of the codes differ."""
+    codes_a: str = ""
+    """Name of the codes in the first, where it has several."""
+    codes_b: str = ""
+    """Name of the codes in the second."""
+    pictures: int = 100
+    """Decode the pictures of this many samples, evenly spread, and compare them; 0: none."""
+    weights: str | None = None
+    """Folder of the tokenizer's weights, to decode with."""
+    device: str = "auto"
+    """To decode on: auto, cpu, cuda or cuda:N."""
+    quiet: bool = False
+    """Show no progress."""
+
+    def __post_init__(self) -> None:
+        if self.pictures < 0:
+            raise UsageError(f"--pictures {self.pictures}: at least 0")
+        if (self.a, self.codes_a) == (self.b, self.codes_b):
+            raise UsageError("both are the same codes: name two data sets, or two names of codes (--codes-a, --codes-b)")
+
+
+@dataclass(kw_only=True)
+class Comparison:
+    """What came of it."""
+
+    samples: int = 0
+    """With codes in both."""
+    only_a: int = 0
+    only_b: int = 0
+    equal_samples: int = 0
+    """All of whose codes are equal."""
+    codes: int = 0
+    equal_codes: int = 0
+    pictures: int = 0
+    """That were decoded."""
+    psnr_between_db: float | None = None
+    """Of B's pictures against A's, from the squared error over all of them; infinite if equal, None if none was decoded."""
+    psnr_a_db: float | None = None
+    """Of A's pictures against the photographs; None if these were not kept."""
+    psnr_b_db: float | None = None
+    errors: dict[str, list[float]] = field(default_factory=dict, repr=False)
+    """Mean squared error of each picture, by what was compared."""
+
+    def finish(self) -> None:
+        """Turn errors into PSNR."""
+        self.psnr_between_db = _psnr_db(self.errors.get("between"))
+        self.psnr_a_db, self.psnr_b_db = _psnr_db(self.errors.get("a")), _psnr_db(self.errors.get("b"))
+
+
+def compare_codes(config: CompareConfig) -> Comparison:
+    """Compare.
+
+    Raises:
+        UsageError: the codes come from different tokenizers, or the data sets have no such codes.
+        FormatError: keys do not ascend, or the grids of one image differ in size.
+    """
+    a, b = ((store := open_store(url), read_manifest(store)) for url in (config.a, config.b))
+    provenance = _check(config, a[1], b[1])
+    tokenizer = None
+    if config.pictures:
+        tokenizer = load_tokenizer(provenance["tokenizer"], weights=config.weights, device=config.device)
+        if tokenizer.weights_hash != provenance["weights_hash"]:
+            raise UsageError(f"--weights {config.weights} are not those that the codes were made with ({tokenizer.weights_hash})")
+    every = max(1, min(a[1].samples, b[1].samples) // max(config.pictures, 1))
+    result = Comparison()
+    num_looked_at = 0
+    with Progress("compare-codes", min(a[1].samples, b[1].samples), quiet=config.quiet) as progress:
+        for one, two in _joined(_coded(*a, config.codes_a), _coded(*b, config.codes_b), result):
+            _count(result, one, two)
+            if tokenizer is not None and num_looked_at < config.pictures and num_looked_at * every < result.samples and one.grids:
+                num_looked_at += 1
+                _look(result, tokenizer, one, two)
+            if result.samples % _REPORT_EVERY == 0:
+                progress(_REPORT_EVERY, _REPORT_EVERY, 0)
+    result.finish()
+    return result
+
+
+def _check(config: CompareConfig, a: Manifest, b: Manifest) -> dict[str, Any]:
+    """The provenance that both have in common."""
+    known = [
+        (url, codes_named(manifest.codes, name))
+        for url, manifest, name in ((config.a, a, config.codes_a), (config.b, b, config.codes_b))
+    ]
+    for (url, codes), name in zip(known, (config.codes_a, config.codes_b), strict=True):
+        if not codes:
+            raise UsageError(f"{url} has no codes {' or '.join(named_column(column, name) for column in CODE_COLUMNS)}")
+    facts = [next(iter(codes.values())) for _, codes in known]
+    for name in _SAME:
+        if facts[0].get(name) != facts[1].get(name):
+            values = f"{facts[0].get(name)!r} and {facts[1].get(name)!r}"
+            raise UsageError(f"the codes of {config.a} and {config.b} can't be compared: {name} is {values}")
+    return dict(facts[0])
+
+
+class _Coded(NamedTuple):
+    """A sample that has codes."""
+
+    sample: Sample
+    column: str
+    """One of CODE_COLUMNS, whatever the name of the set of codes."""
+    grids: list[Codes]
+    """One an image: a conversation has any number."""
+
+
+def _coded(store: Store, manifest: Manifest, name: str) -> Iterator[_Coded]:
+    """Those of a data set."""
+    last = ""
+    for row in manifest.shards:
+        for sample in read_shard(store, row):
+            if sample.key <= last:
+                raise FormatError(f"{store.url}/{row.name}: {sample.key} follows {last}: keys have to ascend to be compared")
+            last = sample.key
+            for column in codes_named(sample.codes, name):
+                yield _Coded(sample, column, sample.grids_of(named_column(column, name)))
+
+
+def _joined(a: Iterator[_Coded], b: Iterator[_Coded], result: Comparison) -> Iterator[tuple[_Coded, _Coded]]:
+    """The same samples of both."""
+    one, two = next(a, None), next(b, None)
+    while one is not None and two is not None:
+        if one.sample.key < two.sample.key:
+            result.only_a += 1
+            one = next(a, None)
+        elif one.sample.key > two.sample.key:
+            result.only_b += 1
+            two = next(b, None)
+        else:
+            result.samples += 1
+            yield one, two
+            one, two = next(a, None), next(b, None)
+    result.only_a += (one is not None) + sum(1 for _ in a)
+    result.only_b += (two is not None) + sum(1 for _ in b)
+
+
+def _count(result: Comparison, a: _Coded, b: _Coded) -> None:
+    shapes_a, shapes_b = ([grid_hw.shape for grid_hw in coded.grids] for coded in (a, b))
+    if a.column != b.column or shapes_a != shapes_b:
+        says = [f"{', '.join(map(str, shapes)) or 'no image'}" for shapes in (shapes_a, shapes_b)]
+        raise FormatError(
+            f"{a.sample.key}: {a.column} has grids of {says[0]} and {b.column} of {says[1]} codes: "
+            "not of the same images, or cropped in another way (--sft-mode)"
+        )
+    sizes = [grid_hw.size for grid_hw in a.grids]
+    equal = sum(int((one_hw == two_hw).sum()) for one_hw, two_hw in zip(a.grids, b.grids, strict=True))
+    result.codes += sum(sizes)
+    result.equal_codes += equal
+    result.equal_samples += equal == sum(sizes)
+
+
+def _look(result: Comparison, tokenizer: ImageTokenizer, a: _Coded, b: _Coded) -> None:
+    """Decode the images of both, and compare the pictures with each other and with the photographs."""
+    photographs = a.sample.images or b.sample.images
+    for number, grids in enumerate(zip(a.grids, b.grids, strict=True)):
+        both_Bhw = torch.from_numpy(np.stack(grids).astype(np.int64))
+        pictures: dict[str, NDArray[Any]] = dict(zip("ab", tokenizer.decode(both_Bhw).cpu().numpy(), strict=True))
+        result.pictures += 1
+        pairs = {"between": (pictures["a"], pictures["b"])}
+        if photographs:
+            photograph = prepare(photographs[number].data, _MODES[a.column], _LIMITS)
+            pairs |= {"a": (pictures["a"], photograph), "b": (pictures["b"], photograph)}
+        for name, (one, two) in pairs.items():
+            error = float(np.square(one.astype(np.float32) - two).mean())
+            result.errors.setdefault(name, []).append(error)
+
+
+def _psnr_db(errors: list[float] | None) -> float | None:
+    if not errors:
+        return None
+    mean = sum(errors) / len(errors)
+    return math.inf if mean == 0 else 10 * math.log10(255**2 / mean)

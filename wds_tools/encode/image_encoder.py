@@ -1,0 +1,210 @@
+"""Samples with images in, the same samples with codes out, in the same order: what the passes that encode have in common.
+
+A `Filler` is a value that travels to the worker processes; each of them loads the tokenizer when its first task begins. With
+several devices each process takes one of them, and keeps it.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property, partial
+from importlib.metadata import version
+from itertools import groupby
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from wds_tools.encode.batches import Prepare, encode_in_batches
+from wds_tools.encode.device import Device
+from wds_tools.encode.memory import keep_freed_memory
+from wds_tools.encode.options import TokenizerOptions
+from wds_tools.encode.resize import check_torch_resize, prepare_with_torch
+from wds_tools.errors import FormatError, Reject, TokenizerError, UsageError
+from wds_tools.format.schema import Sample, code_column, code_dtype, join_grids
+from wds_tools.images import PREPROCESSING_VERSION, ImageLimits, Mode, prepare
+from wds_tools.jobs.job import check_ray_device
+from wds_tools.run.local import stops_held
+from wds_tools.vq.base import ImageTokenizer
+from wds_tools.vq.quantize import ENCODER_VERSION, NAN_HELP
+from wds_tools.vq.registry import find_device, load_tokenizer
+
+Place = TypeVar("Place")
+_PREPARE = {"pillow": prepare, "torch": prepare_with_torch}
+MODES: Mapping[str, Mode] = {"image_text": "cc512", "image_text_multi": "multi768", "visual_sft": "cc512"}
+
+
+class _Ticket(NamedTuple):
+    """Where an image comes from."""
+
+    number: int
+    """Of its sample."""
+    place: Any
+    sample: Sample | Reject
+
+
+class Filler:
+    """Fills the codes of samples.
+
+    Args:
+        tokenizer: its name.
+        options: how it runs.
+        workers: processes that share this machine's cores.
+        cpus: that a task has on another machine, where the work is done; None if it is done here.
+        keep_images: keep the source images beside the codes.
+        limits: what an image may be.
+        sft_mode: how images of conversations are cropped.
+    """
+
+    def __init__(
+        self,
+        tokenizer: str,
+        options: TokenizerOptions,
+        *,
+        workers: int,
+        cpus: int | None = None,
+        keep_images: bool,
+        limits: ImageLimits,
+        sft_mode: Mode = "cc512",
+    ) -> None:
+        if cpus is not None:
+            check_ray_device(options.device)  # before a device of this machine is looked for
+        if len(options.devices) > 1 and workers not in (1, len(options.devices)):
+            raise UsageError(
+                f"--workers {workers} with --device {options.device}: each device has one process, so leave --workers out"
+            )
+        if options.resize == "torch":
+            check_torch_resize()
+        self.name = tokenizer
+        self.options = options
+        self.workers = max(workers, len(options.devices))
+        """Processes that encode."""
+        self.runs_on = options.device
+        self._cpus = cpus
+        self._keep_images = keep_images
+        self._limits = limits
+        self._modes: Mapping[str, Mode] = {**MODES, "visual_sft": sft_mode}
+        self._devices: Any = None
+        if len(options.devices) > 1:
+            with stops_held():
+                self._devices = multiprocessing.get_context("spawn").SimpleQueue()
+            for name in options.devices:
+                self._devices.put(str(find_device(name)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "device"}  # a worker loads its own
+
+    @cached_property
+    def device(self) -> Device:
+        """The tokenizer of this process, on its device."""
+        name = self._devices.get() if self._devices is not None else self.options.devices[0]
+        if find_device(name).type == "cpu":
+            keep_freed_memory()  # before there are threads
+            if self.workers > 1:
+                torch.set_num_threads(self._threads)
+        return Device(self._load(name, self.options.precision))
+
+    @property
+    def _threads(self) -> int:
+        return self._cpus or max(1, (os.cpu_count() or 1) // self.workers)
+
+    def _load(self, device: str, precision: str) -> ImageTokenizer:
+        options = self.options
+        return load_tokenizer(self.name, weights=options.weights, device=device, precision=precision, compile=options.compile)
+
+    def column_of(self, data_type: str) -> str:
+        """Where the codes of such a sample go."""
+        like = "image_text_multi" if self._modes[data_type] == "multi768" else "image_text"
+        return code_column(like, self.options.codes)
+
+    def provenance(self, column_types: Iterable[str]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+        """What decides on the codes, for the plan; and the provenance of each code column, for the manifest.
+
+        Args:
+            column_types: data types that will have codes.
+        """
+        if self.workers == 1 and self._cpus is None:
+            tokenizer = self.device.tokenizer
+        else:  # the workers load their own, and this process leaves their devices alone
+            if self._cpus is None:
+                for name in self.options.devices:
+                    find_device(name)
+            tokenizer = self._load("cpu", "fp32" if self.options.precision == "tf32" else self.options.precision)
+        settings = {
+            "tokenizer": tokenizer.name,
+            "codebook_size": tokenizer.codebook_size,
+            "stride": tokenizer.stride,
+            "weights_hash": tokenizer.weights_hash,
+            "preprocessing_version": PREPROCESSING_VERSION,
+            "encoder_version": ENCODER_VERSION,
+            "precision": self.options.precision,
+        }
+        if self.options.compile:
+            settings["compile"] = True
+        if self.options.resize != "pillow":
+            settings["resize"] = self.options.resize
+        if self.options.precision != "fp32" or self.options.compile:  # then a code may depend on what shares its batch
+            settings["batch_size"] = self.options.batch_size
+        libraries = {name: version(name) for name in ("torch", "pillow", "numpy")}
+        columns = sorted({self.column_of(data_type) for data_type in column_types})
+        return settings, {column: {**settings, "libraries": libraries} for column in columns}
+
+    def fill(self, samples: Iterable[tuple[Place, Sample | Reject]]) -> Iterator[tuple[Place, Sample | Reject]]:
+        """Fill the codes of samples, beside those that they have. What has no image passes through, and so do rejects.
+
+        Args:
+            samples: (where it comes from, the sample).
+
+        Yields:
+            The same in the same order, filled, or as a Reject that says why it can't be used.
+
+        Raises:
+            FormatError: a sample that has to have an image has none.
+            TokenizerError: the network gave NaN or infinite numbers for an image, or what encode_in_batches raises.
+        """
+        device = self.device
+        batches = encode_in_batches(self._jobs(samples), device, batch_size=self.options.batch_size, threads=self._threads)
+        for _, images in groupby(batches, key=lambda image: image[0].number):
+            tickets, outcomes = zip(*images, strict=True)
+            place, sample = tickets[0].place, tickets[0].sample
+            cause = next((outcome for outcome in outcomes if isinstance(outcome, Reject)), None)
+            if cause is not None:
+                yield place, cause
+            elif isinstance(sample, Reject) or sample.data_type not in self._modes:
+                yield place, sample
+            else:
+                yield place, self._filled(sample, [outcome for outcome in outcomes if outcome is not None])
+
+    def _jobs(self, samples: Iterable[tuple[Place, Sample | Reject]]) -> Iterator[tuple[_Ticket, Prepare | None]]:
+        """Each image, in order; what has none comes once."""
+        for number, (place, sample) in enumerate(samples):
+            ticket = _Ticket(number, place, sample)
+            if isinstance(sample, Reject) or sample.data_type not in self._modes or not sample.images:
+                if isinstance(sample, Sample) and sample.data_type in ("image_text", "image_text_multi"):
+                    raise FormatError(f"{sample.key} is {sample.data_type} but has no image")
+                yield ticket, None
+                continue
+            for image in sample.images:
+                yield ticket, partial(_PREPARE[self.options.resize], image.data, self._modes[sample.data_type], self._limits)
+
+    def _filled(self, sample: Sample, grids: Sequence[NDArray[np.int64]]) -> Sample:
+        tokenizer, column = self.device.tokenizer, self.column_of(sample.data_type)
+        for number, grid_hw in enumerate(grids):
+            if num_bad := int((grid_hw < 0).sum()):
+                height, width = (side * tokenizer.stride for side in grid_hw.shape)
+                raise TokenizerError(
+                    f"{sample.key}: tokenizer {tokenizer.name} in {self.options.precision} gave NaN or infinite numbers for "
+                    f"{num_bad} of the {grid_hw.size} codes of image {number} ({width} x {height} pixels): {NAN_HELP}"
+                )
+        dtype = code_dtype(tokenizer.codebook_size)
+        codes, shapes = join_grids([grid_hw.astype(dtype) for grid_hw in grids], dtype)
+        filled = sample if self._keep_images else sample._replace(image=None, image_extension=None, more_images=())
+        filled = filled._replace(codes={**sample.codes, column: codes})
+        if sample.data_type == "visual_sft":
+            return filled._replace(grids={**(sample.grids or {}), column: shapes})
+        height, width = (side * tokenizer.stride for side in codes.shape)
+        is_multi = sample.data_type == "image_text_multi"
+        return filled._replace(width=width if is_multi else None, height=height if is_multi else None)

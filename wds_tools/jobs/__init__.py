@@ -1,0 +1,1 @@
+"""Jobs: options, plan, tasks, finish."""

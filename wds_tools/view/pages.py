@@ -1,0 +1,296 @@
+"""Path and query -> answer, for one data set: what `server` serves, without HTTP around it.
+
+    /  /sample/N  /rejects       the page (static/index.html), which asks for the rest:
+    /static/NAME                 its parts, from a fixed list
+    /api/set samples sample/N search find rejects usage/N/COLUMN     JSON
+    /picture/N/COLUMN.png        decoded from the codes          /codes/N/COLUMN.png   a pixel a code
+    /image/N                     the source image                /stats                the report, of a part of the samples
+
+Invariant: a path is matched against these patterns and never joined to another path; samples are found by number, and what is
+read of storage goes through Rows and Rejects. Nothing but images is served under a type that a browser would render.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+
+import numpy as np
+import orjson
+
+from wds_tools.check.png import png_bytes
+from wds_tools.check.report import render
+from wds_tools.check.rows import Rows, find_key
+from wds_tools.check.stats import Stats, sample_stats
+from wds_tools.dataset.reader import read_manifest
+from wds_tools.errors import DataError, NotFound, UsageError
+from wds_tools.format.schema import ANY_MEMBERS
+from wds_tools.sequences.tokenizer import TextTokenizer
+from wds_tools.storage import Store
+from wds_tools.view import browse
+from wds_tools.view.pictures import Pictures, code_map
+from wds_tools.view.rejects import Rejects
+
+_STATIC = {
+    "main.js": "text/javascript",
+    "api.js": "text/javascript",
+    "dom.js": "text/javascript",
+    "samples.js": "text/javascript",
+    "sample.js": "text/javascript",
+    "grid.js": "text/javascript",
+    "rejects.js": "text/javascript",
+    "shell.js": "text/javascript",
+    "common.css": "text/css",
+    "page.css": "text/css",
+    "icon.svg": "image/svg+xml",
+}
+_IMAGE_TYPES = {"jpg": "jpeg", "jpeg": "jpeg", "png": "png", "webp": "webp", "gif": "gif", "bmp": "bmp"}
+"""What browsers show; TIFF is made into PNG."""
+_PIECE_BYTES = 4 << 20
+_MAX_TIFF_PIXELS = 1 << 26
+_REJECTS_COUNT = 100
+_MAX_PASSES = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """A response of status 200."""
+
+    body: bytes | Iterable[bytes]
+    """In one piece, or in pieces whose lengths add up to `length`."""
+    content_type: str
+    length: int
+    is_fixed: bool = False
+    """Whether it will be the same as long as the data set is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is asked for, beside the path."""
+
+    query: Mapping[str, str]
+    is_wanted: Callable[[], bool] = lambda: True
+    """Whether somebody still waits for the answer."""
+
+    def word(self, name: str) -> str:
+        """A text of the query; "" if it is not there."""
+        return self.query.get(name, "")
+
+    def number(self, name: str, default: int = 0) -> int:
+        """A whole number of the query.
+
+        Raises:
+            UsageError: it is none.
+        """
+        value = self.query.get(name, str(default))
+        if not re.fullmatch(r"\d{1,15}", value, re.ASCII):
+            raise UsageError(f"{name}={value[:40]!r}: expected a whole number")
+        return int(value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PagesConfig:
+    """What is shown beside the data set itself."""
+
+    weights: str | None = None
+    """Weights of the tokenizer that made the codes, if it brings none: for chameleon, its folder."""
+    device: str = "auto"
+    """What decodes pictures: auto, cpu, cuda or cuda:N."""
+    text_tokenizer: str | None = None
+    """A tokenizer.json or the folder of one, to show how many tokens a text has."""
+
+
+class Pages:
+    """The answers for one data set, for many threads.
+
+    Args:
+        store: the data set.
+        config: settings.
+
+    Raises:
+        NotFound: there is no manifest.
+        FormatError: it is damaged.
+        UsageError, TokenizerError, MissingPackage: the text tokenizer can't be loaded.
+    """
+
+    def __init__(self, store: Store, config: PagesConfig) -> None:
+        manifest = read_manifest(store, any_members=True)
+        self.rows = Rows(store, manifest)
+        self._store = store
+        self._rejects = Rejects(store)
+        self._pictures = Pictures(manifest.codes, config.weights, config.device)
+        self._num_tokens = _token_counter(config.text_tokenizer)
+        self._stats: Stats | None = None
+        self._stats_lock = threading.Lock()
+        self.version = manifest.fingerprint().removeprefix("sha256:")[:16]
+        number, column = r"(\d{1,15})", r"([A-Za-z0-9_-]{1,64})"
+        routes: tuple[tuple[str, Callable[..., Answer]], ...] = (
+            (r"/|/rejects|/sample/\d{1,15}", lambda _: _static("index.html", "text/html")),
+            (r"/static/([a-z]{1,20}\.[a-z]{1,4})", lambda _, name: _known_static(name)),
+            (r"/stats", lambda _: _answer(render(self._sampled(), served=True).encode(), "text/html")),
+            (r"/api/set", lambda _: _json(self._describe())),
+            (r"/api/samples", self._samples),
+            (rf"/api/sample/{number}", self._sample),
+            (r"/api/search", self._search),
+            (r"/api/find", self._find),
+            (r"/api/rejects", self._reject_lines),
+            (rf"/api/usage/{number}/{column}", self._usage),
+            (rf"/picture/{number}/{column}\.png", self._picture),
+            (rf"/codes/{number}/{column}\.png", self._code_map),
+            (rf"/image/{number}", self._image),
+        )
+        self._routes = [(re.compile(pattern, re.ASCII), answer) for pattern, answer in routes]
+
+    def close(self) -> None:
+        """End its threads and its process."""
+        self.rows.close()
+        self._pictures.close()
+
+    def answer(self, path: str, request: Request) -> Answer | None:
+        """The answer to a GET; None if there is nothing at this path.
+
+        Args:
+            path: from its first '/' on, without the query, as it was sent: nothing here needs percent signs.
+            request: the rest.
+
+        Raises:
+            WdsToolsError: what is there can't be shown, and why.
+        """
+        for pattern, answer in self._routes:
+            found = pattern.fullmatch(path)
+            if found is not None:
+                return answer(request, *found.groups())
+        return None
+
+    def _describe(self) -> dict[str, Any]:
+        manifest = self.rows.manifest
+        return {
+            "url": self._store.url,
+            "version": self.version,
+            "samples": manifest.samples,
+            "inputs": manifest.inputs,
+            "bytes": manifest.bytes,
+            "shards": len(manifest.shards),
+            "data_types": manifest.data_types,
+            "rejects": dict(manifest.rejects),
+            "earlier": list(_earlier(manifest.source)),
+            "columns": list(manifest.codes),
+            "has_schema": manifest.schema_version != ANY_MEMBERS,
+            "counts_tokens": self._num_tokens is not None,
+        }
+
+    def _samples(self, request: Request) -> Answer:
+        return _json(browse.page(self.rows, request.number("first"), request.number("count", 24)))
+
+    def _sample(self, _: Request, number: str) -> Answer:
+        shown = browse.sample(self.rows, int(number))
+        if self._num_tokens is not None:
+            shown["tokens"] = sum(map(self._num_tokens, [shown["text"], *(turn["value"] for turn in shown.get("turns", ()))]))
+        return _json(shown)
+
+    def _search(self, request: Request) -> Answer:
+        query = browse.Query(text=request.word("text"), key=request.word("key"), data_type=request.word("type"))
+        limit = max(1, min(request.number("limit", 24), browse.MAX_COUNT))
+        return _json(browse.search(self.rows, query, request.number("after"), limit))
+
+    def _find(self, request: Request) -> Answer:
+        key = request.word("key")
+        return _json({"number": find_key(self.rows, key) if key else None})
+
+    def _reject_lines(self, request: Request) -> Answer:
+        place = request.number("file"), request.number("byte")
+        return _json(self._rejects.read(request.word("reason"), *place, _REJECTS_COUNT))
+
+    def _usage(self, request: Request, number: str, column: str) -> Answer:
+        """How often each code of a grid was used, in the part of the set that the report is of."""
+        codes = browse.codes_of(self.rows, int(number), column, request.number("image"))
+        use = self._sampled().count.codes.get(column)
+        counts = np.zeros(1, np.int64) if use is None else use.counts
+        seen = np.where(codes < len(counts), counts[np.minimum(codes, len(counts) - 1)], 0)
+        return _json({"total": int(counts.sum()), "entries": len(counts), "counts": seen.ravel().tolist()})
+
+    def _picture(self, request: Request, number: str, column: str) -> Answer:
+        image = request.number("image")
+        codes = browse.codes_of(self.rows, int(number), column, image)
+        kept_as, is_small = (int(number), column, image), bool(request.word("small"))
+        return _png(self._pictures.decoded(kept_as, codes, is_small=is_small, is_wanted=request.is_wanted))
+
+    def _code_map(self, request: Request, number: str, column: str) -> Answer:
+        return _png(code_map(browse.codes_of(self.rows, int(number), column, request.number("image"))))
+
+    def _image(self, request: Request, number: str) -> Answer:
+        """The source image, piece by piece as it is sent."""
+        row = self.rows.one(int(number), lambda _: False)
+        images, image = row.images, request.number("image")
+        if image >= len(images):
+            raise DataError(f"sample {int(number):,} has {len(images)} source images")
+        suffix = images[image]
+        begin, end = row.spans[suffix]
+        pieces = (
+            bytes(self._store.read_range(row.shard, at, min(at + _PIECE_BYTES, end))) for at in range(begin, end, _PIECE_BYTES)
+        )
+        kind = _IMAGE_TYPES.get(suffix.rpartition(".")[2])
+        if kind is not None:
+            return Answer(body=pieces, content_type=f"image/{kind}", length=end - begin, is_fixed=True)
+        return _png(_tiff_to_png(b"".join(pieces)))
+
+    def _sampled(self) -> Stats:
+        with self._stats_lock:
+            if self._stats is None:
+                self._stats = sample_stats(self._store.url, self.rows)
+            return self._stats
+
+
+def _earlier(source: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """What the data sets rejected that this one was made from, one after the other. A manifest may say anything there."""
+    for _ in range(_MAX_PASSES):
+        made_from = source.get("input")
+        if not isinstance(made_from, Mapping):
+            return
+        rejects = made_from.get("rejects")
+        if isinstance(rejects, Mapping):
+            counts = {str(reason): count for reason, count in rejects.items() if type(count) is int}
+            yield {"url": str(made_from.get("url", "")), "rejects": counts}
+        source = made_from.get("source")  # type: ignore[assignment]
+        if not isinstance(source, Mapping):
+            return
+
+
+def _tiff_to_png(data: bytes) -> bytes:
+    from wds_tools.images import ImageLimits, decode_rgb  # Pillow, which nothing else here needs
+
+    return png_bytes(np.asarray(decode_rgb(data, ImageLimits(min_side=1, max_pixels=_MAX_TIFF_PIXELS))))
+
+
+def _token_counter(path: str | None) -> Callable[[str], int] | None:
+    """Counts the tokens of a text, without those that mark its beginning and end."""
+    if path is None:
+        return None
+    tokenizer = TextTokenizer(path)
+    return lambda text: len(tokenizer.encode([text])[0])
+
+
+def _answer(body: bytes, content_type: str, *, is_fixed: bool = False) -> Answer:
+    return Answer(body=body, content_type=f"{content_type}; charset=utf-8", length=len(body), is_fixed=is_fixed)
+
+
+def _json(value: Any) -> Answer:
+    return _answer(orjson.dumps(value), "application/json")
+
+
+def _png(data: bytes) -> Answer:
+    return Answer(body=data, content_type="image/png", length=len(data), is_fixed=True)
+
+
+def _static(name: str, content_type: str) -> Answer:
+    return _answer((files(__package__) / "static" / name).read_bytes(), content_type)
+
+
+def _known_static(name: str) -> Answer:
+    if name not in _STATIC:
+        raise NotFound(f"there is no part {name!r} of the page")
+    return _static(name, _STATIC[name])

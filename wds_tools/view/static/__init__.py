@@ -1,0 +1,1 @@
+"""wds_tools/view/static"""
