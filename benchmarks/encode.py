@@ -1,4 +1,4 @@
-"""`make bench-encode`: encoding photographs, against one image at a time in float32 as the reference pipeline does it.
+"""`make bench-encode`: encoding photographs, against one image at a time in float32 as Liquid does it.
 
 The same weights and photographs for all ways, which take turns, each in a process of its own (`encode_way`); medians over the
 rounds. Chameleon's network has its full size and random weights, for which the time is the same. On a CPU; without options the
@@ -42,7 +42,7 @@ LEVELS = (1, 1, 2, 2, 4)
 
 
 def gather(photos: Path, out: Path, count: int) -> Path:
-    """A data set of `count` photographs that fit the square crop, again from the first one if there are fewer."""
+    """A dataset of `count` photographs that fit the square crop, again from the first one if there are fewer."""
     found = []
     for path in sorted(path for path in photos.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg")):
         try:

@@ -2,7 +2,7 @@
 
 Prints JSON. What is timed begins when the model is loaded and has seen an image.
 
-    plain              one image at a time in float32, as the reference pipeline does it; nothing is written
+    plain              one image at a time in float32, as Liquid does it; nothing is written
     fp32, bf16         this project: a shard is read, encoded and written
     fp32/torch, ...    the same with --resize torch
     bare-fp32, -bf16   this project's tokenizer alone, on tensors that are in memory
@@ -27,7 +27,7 @@ from torch import Tensor
 from wds_tools.dataset.reader import read_manifest, read_shard
 from wds_tools.dataset.writer import ShardLimits, TaskWriter
 from wds_tools.encode.encode import FillShards
-from wds_tools.encode.image_encoder import Filler
+from wds_tools.encode.image_encoder import ImageEncoder
 from wds_tools.encode.memory import keep_freed_memory
 from wds_tools.encode.options import TokenizerOptions
 from wds_tools.images import ImageLimits, prepare
@@ -103,14 +103,14 @@ def run(way: str, url: str, name: str, weights: str | None) -> dict[str, float]:
         return clock.read(len(images))
     precision, _, resize = way.partition("/")
     options = TokenizerOptions(weights=weights, device="cpu", precision=precision, resize=resize or "pillow")  # type: ignore[arg-type]
-    filler = Filler(name, options, workers=1, keep_images=False, limits=ImageLimits())
-    filler.device.tokenizer.encode(torch.zeros(2, 512, 512, 3, dtype=torch.uint8))
+    image_encoder = ImageEncoder(name, options, workers=1, keep_images=False, limits=ImageLimits())
+    image_encoder.device.tokenizer.encode(torch.zeros(2, 512, 512, 3, dtype=torch.uint8))
     with tempfile.TemporaryDirectory(dir=Path(url).parent) as folder, TaskWriter(open_store(folder), 0, ShardLimits()) as writer:
         clock = _Clock()
-        inputs = FillShards(url, filler)([asdict(row) for row in manifest.shards], writer, lambda *_: None)
+        inputs = FillShards(url, image_encoder)([asdict(row) for row in manifest.shards], writer, lambda *_: None)
         writer.finish(inputs)
         result = clock.read(inputs)
-    total_s, waited_s = filler.device.times()
+    total_s, waited_s = image_encoder.device.times()
     return {**result, "waited": waited_s / total_s}
 
 

@@ -95,7 +95,7 @@ def report(results: dict[str, Any], out: Path, docs: Path | None) -> None:
 
 
 def put_section(page: Path, marks: tuple[str, str], text: str) -> None:
-    """Write what stands between two marks of a page anew."""
+    """Write what stands between two marks of a page again."""
     before, _, rest = page.read_text().partition(marks[0])
     after = rest.partition(marks[1])[2]
     page.write_text(f"{before}{marks[0]}\n\n{text}\n{marks[1]}{after}")

@@ -49,7 +49,7 @@ def measure(dataset: Path, out: Path) -> dict[str, Any]:
 
 
 def link_many(dataset: Path, out: Path) -> None:
-    """A data set of MANY_SAMPLES (or a few more): the shards of a small one, each under many names."""
+    """A dataset of MANY_SAMPLES (or a few more): the shards of a small one, each under many names."""
     out.mkdir(parents=True)
     manifest = read_manifest(open_store(str(dataset)))
     copies = -(-MANY_SAMPLES // manifest.samples)
@@ -61,11 +61,11 @@ def link_many(dataset: Path, out: Path) -> None:
                 os.link(dataset / (row.name + suffix), out / (name + suffix))
             rows.append(replace(row, name=name))
     many = replace(manifest, shards=tuple(rows), inputs=copies * manifest.inputs)
-    (out / manifests.NAME).write_bytes(manifests.pack_manifest(many))
+    (out / manifests.NAME).write_bytes(manifests.serialize_manifest(many))
 
 
 def first_batch(folder: str) -> dict[str, float]:
-    """Median seconds to the first batch of a fresh start and of a restore; the data set is read from the page cache."""
+    """Median seconds to the first batch of a fresh start and of a restore; the dataset is read from the page cache."""
     config = LoaderConfig(sources=(Source(folder),), batch_size=BATCH, seed=42)
     state = build_loader(config, World()).state_dict()
     state["position"] = int(RESTORE_AT * read_manifest(open_store(folder)).samples) // BATCH * BATCH

@@ -59,7 +59,7 @@ def measure(out: Path, rounds: int) -> dict[str, Any]:
 
 
 def write(_: Path) -> dict[str, float]:
-    """The data set: captions of 40 words and random codes, about 4.1 KB a sample, written by all cores."""
+    """The dataset: captions of 40 words and random codes, about 4.1 KB a sample, written by all cores."""
     store = open_store(URL)
     begin(store, {"command": "benchmark"}, resume=False, overwrite=False)
     with ProcessPoolExecutor() as pool:
@@ -81,7 +81,7 @@ def _write_task(task: int) -> None:
 def ours(_: Path) -> dict[str, float]:
     """An epoch through the loader, in the main process."""
     begun = time.perf_counter()
-    config = LoaderConfig(sources=(Source(URL),), batch_size=1024, seed=42, tail="short")
+    config = LoaderConfig(sources=(Source(URL),), batch_size=1024, seed=42, last_batch="short")
     loader = build_loader(config, World())
     count = sum(len(batch["text"]) for batch in loader)
     seconds = time.perf_counter() - begun

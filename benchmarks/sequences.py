@@ -48,7 +48,7 @@ SECTION = ("<!-- sequences: written by `make bench-sequences ARGS=--publish` -->
 
 
 def write_inputs(folder: Path) -> None:
-    """A tokenizer, both data sets, and rows of them packed ahead."""
+    """A tokenizer, both datasets, and rows of them packed ahead."""
     text = corpus(60_000_000)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -39,7 +39,7 @@ PROMPT = " Draw a picture of this."
 
 
 def sources(folder: Path, kind: str) -> tuple[str, ...]:
-    """The data sets of a kind of input."""
+    """The datasets of a kind of input."""
     names = {"pairs": ("pairs",), "mixture": ("pairs", "documents")}[kind]
     return tuple(str(folder / name) for name in names)
 
@@ -96,7 +96,7 @@ def loader(folder: Path, kind: str, way: str, max_length: int) -> Loader:
         batch_size=WAIT_ROWS if way == "wait" else BATCH if way == "padded" else BATCH_TOKENS // max_length,
         num_workers=2 if way == "wait" else 0,
         lanes=LANES if way == "fly" else None,
-        tail="drop",
+        last_batch="drop",
     )
     return build_loader(config, World())
 

@@ -1,4 +1,4 @@
-"""Bytes on disk of a 512 px sample with a 40-word caption: ours, webdataset's writer, the reference's Hugging Face data set."""
+"""Bytes on disk of a 512 px sample with a 40-word caption: ours, webdataset's writer, the reference's Hugging Face dataset."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How long people wait for the viewer, on a data set of a million samples in object storage: `python -m benchmarks.view`.
+"""How long people wait for the viewer, on a dataset of a million samples in object storage: `python -m benchmarks.view`.
 
 A SeaweedFS on loopback holds 100 shards of 10,000 samples: a caption of 8 to 40 words and 32 x 32 codes of the bundled tokenizer,
 4.1 GB. Timed from outside: the command until its first page of samples has come; random pages and keys over HTTP; a search for

@@ -99,12 +99,12 @@ def run(*words: object) -> None:
         sys.exit(status)
 
 
-def stream(data_sets: Sequence[Path], receipts: Path) -> tuple[int, int]:
+def stream(datasets: Sequence[Path], receipts: Path) -> tuple[int, int]:
     """One shuffled epoch of all of it: half on two ranks, then, from the saved state, the rest on one with another batch size.
 
     Every rank writes its receipt. Returns the samples handed over on two ranks and on one.
     """
-    sources = tuple(Source(str(url)) for url in data_sets)
+    sources = tuple(Source(str(url)) for url in datasets)
     receipts.mkdir()
     two = [
         build_loader(LoaderConfig(sources=sources, batch_size=16, tail="short", num_workers=1), World(rank=rank, world_size=2))
@@ -157,18 +157,18 @@ def demo(out: Path) -> None:
         run("encode", "--input", raw, "--output", encoded, "--tokenizer", "tiny")
     text = out / "dclm"
     run("convert", "dclm", "--input", documents, "--output", text, "--workers", 2)
-    data_sets = [*modes.values(), text]
-    for url in data_sets:
+    datasets = [*modes.values(), text]
+    for url in datasets:
         run("verify", url)
     exported = out / "hf"
-    run("export", "hf", "--input", *data_sets, "--output", exported, "--num-shards", 4)
+    run("export", "hf", "--input", *datasets, "--output", exported, "--num-shards", 4)
     draw(out / "input" / "pairs" / "images", modes["cc512"], out / "decoded.png")
 
-    before, after = stream(data_sets, out / "receipts")
+    before, after = stream(datasets, out / "receipts")
     print(f"\nOne shuffled epoch of all three: {before} samples on 2 ranks, then from the saved state {after} on 1")
     run("audit", out / "receipts")
     rows = []
-    for url in data_sets:
+    for url in datasets:
         manifest = read_manifest(open_store(str(url)))
         rejects = sum(manifest.rejects.values()) + sum(manifest.source.get("input", {}).get("rejects", {}).values())
         rows.append((str(url), manifest.samples, rejects, f"{manifest.bytes / 1e6:.2f} MB", "verified, streamed once each"))

@@ -29,10 +29,10 @@ from loaders import Loader, LoaderConfig, SequenceConfig, Source, World, build_l
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Train a small causal language model on data sets of pairs and documents."""
+    """Train a small causal language model on datasets of pairs and documents."""
 
     source: tuple[str, ...]
-    """The data sets: directories or URLs."""
+    """The datasets: directories or URLs."""
     tokenizer: str
     """Folder of the text tokenizer."""
     output: Path
@@ -99,7 +99,7 @@ def make_loader(config: TrainConfig, world: World) -> Loader:
             packing=config.packing == "fly",
             batch_size=config.batch_size,
             seed=config.seed,
-            tail="short",
+            last_batch="short",
             num_workers=config.num_workers,
         ),
         world,

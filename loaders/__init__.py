@@ -1,4 +1,4 @@
-"""Trains from data sets: stream shards into PyTorch, or read a small jsonl.
+"""Trains from datasets: stream shards into PyTorch, or read a small jsonl.
 
 docs/flow.md says how the modules fit together.
 """
@@ -10,14 +10,14 @@ from loaders.shards import ShardDataset
 from loaders.tars import TarDataset
 from loaders.tokens.packing import merge_states
 from loaders.tokens.rows import flatten, model_inputs
-from loaders.trainers.epochs import Rounds
+from loaders.trainers.epochs import EpochLoader
 from wds_tools.sequences.config import SequenceConfig
 
 __all__ = [
+    "EpochLoader",
     "JsonlDataset",
     "Loader",
     "LoaderConfig",
-    "Rounds",
     "SequenceConfig",
     "ShardDataset",
     "Source",

@@ -10,17 +10,17 @@ from typing import Any, Literal, Self
 from wds_tools.errors import UsageError
 from wds_tools.sequences.config import SequenceConfig
 
-Tail = Literal["drop", "short", "wrap"]
+LastBatch = Literal["drop", "short", "wrap"]
 _LAUNCHERS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 """Where srun, Open MPI's mpirun and MPICH's say how many processes they have started."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A data set and its part in the mixture. `Source("s3://bucket/pairs", weight=0.7)`."""
+    """A dataset and its part in the mixture. `Source("s3://bucket/pairs", weight=0.7)`."""
 
     url: str
-    """Directory or URL of the data set."""
+    """Directory or URL of the dataset."""
     _: KW_ONLY
     weight: float | None = None
     """Its share, relative to the other sources'. None for all: every sample of every source once an epoch."""
@@ -28,7 +28,7 @@ class Source:
     """How often it is seen in an epoch: without weights, exactly; with weights, it counts as seen after so many times."""
     max_samples: int | None = None
     """Use this many of its samples, the same in every epoch."""
-    share: float | None = None
+    fraction: float | None = None
     """The same as a share of its samples, above 0 and up to 1."""
     name: str | None = None
     """What `__source__` says; by default the URL."""
@@ -36,7 +36,7 @@ class Source:
     """Name of the codes to read, where its samples have several (`wds-tools encode --codes`); by default the first they have."""
 
     def __post_init__(self) -> None:
-        weight, repeat, max_samples, share = self.weight, self.repeat, self.max_samples, self.share
+        weight, repeat, max_samples, fraction = self.weight, self.repeat, self.max_samples, self.fraction
         where = f"source {self.url}"
         if not isinstance(self.url, str):
             raise UsageError(f"{where}: a {type(self.url).__name__}, expected a string: a folder or URL")
@@ -47,9 +47,9 @@ class Source:
             raise UsageError(f"{where}: repeat={repeat}, expected 1 or more")
         if max_samples is not None and max_samples < 1:
             raise UsageError(f"{where}: max_samples={max_samples}, expected 1 or more")
-        if share is not None and not 0 < share <= 1:
-            raise UsageError(f"{where}: share={share} is not above 0 and up to 1")
-        if share is not None and max_samples is not None:
+        if fraction is not None and not 0 < fraction <= 1:
+            raise UsageError(f"{where}: share={fraction} is not above 0 and up to 1")
+        if fraction is not None and max_samples is not None:
             raise UsageError(f"{where}: give max_samples or share, not both")
 
 
@@ -65,7 +65,7 @@ class LoaderConfig:
     """Of the order; 0 ... 2**64 - 1."""
     shuffle: bool = True
     """False: the order of the manifest, for evaluation. One source or several without weights."""
-    tail: Tail = "drop"
+    last_batch: LastBatch = "drop"
     """What becomes of an epoch's last samples, fewer than a batch: `drop` leaves them out (and counts them), `short` gives a
     smaller batch (or, if they are fewer than the ranks, a larger one before), `wrap` fills up from the beginning of the next
     epoch. Every rank takes the same number of steps, and no batch is empty."""
@@ -76,7 +76,7 @@ class LoaderConfig:
     of the run's first batch size."""
     num_workers: int = 0
     """Processes that read for this rank; 0: this one reads."""
-    prefetch: int = 4
+    prefetch_factor: int = 4
     """Batches that each worker prepares ahead."""
     start_method: Literal["fork", "spawn", "forkserver"] | None = None
     """How workers are started; None: as torch does."""
@@ -105,17 +105,17 @@ class LoaderConfig:
         sources = self.sources if isinstance(self.sources, tuple | list) else ()
         if not sources or not all(isinstance(source, Source) for source in sources):
             raise UsageError(f"sources={self.sources!r}: expected a tuple of one or more Source(...)")
-        counts = ("batch_size", "seed", "lanes", "num_workers", "prefetch", "max_bad")
+        counts = ("batch_size", "seed", "lanes", "num_workers", "prefetch_factor", "max_bad")
         _check_ints("a loader", **{name: getattr(self, name) for name in counts})
         if self.batch_size < 1:
             raise UsageError(f"batch_size={self.batch_size}, expected 1 or more")
         if not 0 <= self.seed < 1 << 64:
             raise UsageError(f"seed={self.seed} is not in 0 ... 2**64 - 1")
-        if self.tail not in ("drop", "short", "wrap"):
-            raise UsageError(f"tail={self.tail!r} is not drop, short or wrap")
+        if self.last_batch not in ("drop", "short", "wrap"):
+            raise UsageError(f"last_batch={self.last_batch!r} is not drop, short or wrap")
         if self.on_error not in ("raise", "substitute"):
             raise UsageError(f"on_error={self.on_error!r} is not raise or substitute")
-        if self.num_workers < 0 or self.prefetch < 1 or self.memory_bytes < 1 or self.max_bad < 0 or self.cache_bytes < 1:
+        if self.num_workers < 0 or self.prefetch_factor < 1 or self.memory_bytes < 1 or self.max_bad < 0 or self.cache_bytes < 1:
             raise UsageError("num_workers, max_bad: 0 or more; prefetch, memory_bytes, cache_bytes: 1 or more")
         if self.lanes is not None and not 1 <= self.lanes < 1 << 31:
             raise UsageError(f"lanes={self.lanes} is not in 1 ... 2**31 - 1")

@@ -39,15 +39,15 @@ def affordable_prefetch(config: LoaderConfig, world: World, sources: Sequence[Op
     try:
         status = os.statvfs(SHARED_MEMORY)
     except OSError:
-        return config.prefetch
+        return config.prefetch_factor
     free = status.f_bavail * status.f_frsize // max(int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1)
     batch = -(-config.batch_size // world.world_size) * max(_row_bytes(config, opened) for opened in sources)
     fitting = (int(free / max(batch, 1)) - _HELD_BY_TRAINER) // config.num_workers
-    if fitting >= config.prefetch:
-        return config.prefetch
+    if fitting >= config.prefetch_factor:
+        return config.prefetch_factor
     what = (
-        f"{SHARED_MEMORY} has {free:,} bytes free for this rank: {config.num_workers} workers with prefetch={config.prefetch} "
-        f"batches of about {int(batch):,} bytes need {int(batch) * (config.num_workers * config.prefetch + _HELD_BY_TRAINER):,}"
+        f"{SHARED_MEMORY} has {free:,} bytes free for this rank: {config.num_workers} workers with prefetch={config.prefetch_factor} "
+        f"batches of about {int(batch):,} bytes need {int(batch) * (config.num_workers * config.prefetch_factor + _HELD_BY_TRAINER):,}"
     )
     if fitting < 1:
         raise UsageError(f"{what}, and even prefetch=1 is too much. {_MORE}")

@@ -1,9 +1,9 @@
 """build_loader: a config and a place in the world -> batches, with state, receipt and statistics.
 
-    Loader -> errands (steps of the epoch) -> PartReader, here or in worker processes -> parcels -> batches
+    Loader -> requests (steps of the epoch) -> StepDataset, here or in worker processes -> results -> batches
 
 The main process counts: a batch is consumed when it is handed over, not when it was prefetched. All that workers need is in the
-errand, so they keep nothing between batches but what they read ahead.
+request, so they keep nothing between batches but what they read ahead.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ import torch.distributed as dist
 from loaders.batches.collate import Batch
 from loaders.config import LoaderConfig, World
 from loaders.handover import affordable_prefetch, tell_of_failures
-from loaders.order.partition import Steps
-from loaders.order.samples import Stream, open_source
-from loaders.proof.receipt import MODULUS, Span, pack_receipt
-from loaders.proof.state import check_data, check_recipe, pack_state, unpack_state
-from loaders.tokens.packing import ENDLESS, Cursor, LaneBook, check_packing, merge_states, pack_lanes, unpack_lanes
+from loaders.order.partition import BatchPartition
+from loaders.order.samples import SampleOrder, open_source
+from loaders.proof.receipt import MODULUS, Span, receipt_to_json
+from loaders.proof.state import check_data, check_recipe, parse_state, state_to_json
+from loaders.tokens.packing import ENDLESS, Cursor, LaneBook, check_packing, cursors_to_json, merge_states, parse_cursors
 from loaders.tokens.rows import RowMaker
-from loaders.workers import Errand, Parcel, PartReader
+from loaders.workers import StepDataset, StepRequest, StepResult
 from wds_tools.errors import DataError, StorageError, UsageError, WdsToolsError, WorkerDied
 from wds_tools.sequences.vocabulary import Vocabulary
 from wds_tools.storage import LocalStore, join
@@ -49,7 +49,7 @@ def build_loader(config: LoaderConfig, world: World | None = None) -> Loader:
             first batch.
 
     Raises:
-        NotFound, FormatError: a source is no data set.
+        NotFound, FormatError: a source is no dataset.
         UsageError: the settings do not fit the data or the world.
     """
     return Loader(config, world or World.detect())
@@ -74,15 +74,15 @@ class Loader:
         self._sources = [open_source(source) for source in config.sources]
         if len({opened.has_schema for opened in self._sources}) > 1:
             raise UsageError("sources of this project's schema can't be mixed with indexed tars of any members")
-        self._stream = Stream(self._sources, config)
+        self._order = SampleOrder(self._sources, config)
         self._maker = RowMaker(config.sequences, config.seed, self._sources) if config.sequences else None
-        self._book = LaneBook(self._stream.order.lanes, world.rank)
-        if config.tail == "drop" and not config.packing and self._stream.length < config.batch_size:
+        self._book = LaneBook(self._order.spec.lanes, world.rank)
+        if config.last_batch == "drop" and not config.packing and self._order.length < config.batch_size:
             raise UsageError(
-                f"an epoch of {self._stream.length} samples is less than a batch of {config.batch_size}, and tail='drop' "
-                "leaves it out: choose a smaller batch_size, or tail='short' or 'wrap'"
+                f"an epoch of {self._order.length} samples is less than a batch of {config.batch_size}, and last_batch='drop' "
+                "leaves it out: choose a smaller batch_size, or last_batch='short' or 'wrap'"
             )
-        for sentence in self._stream.rare():
+        for sentence in self._order.rare():
             warnings.warn(sentence, stacklevel=3)
         self.epoch = 0
         """The epoch that the next batch belongs to."""
@@ -100,9 +100,9 @@ class Loader:
 
     def _begin(self) -> None:
         """Set up reading for the present stream."""
-        self._parts = PartReader(self._stream, self.config, self.world.rank, self._maker)
+        self._parts = StepDataset(self._order, self.config, self.world.rank, self._maker)
         self._workers: Any = None
-        self._errands = _Errands()
+        self._requests = _StepRequests()
 
     def _begin_receipt(self) -> None:
         self._run = secrets.token_hex(8)
@@ -129,24 +129,26 @@ class Loader:
     @property
     def num_samples(self) -> int:
         """Samples of an epoch over all ranks."""
-        return self._stream.length
+        return self._order.length
 
     def __iter__(self) -> Iterator[Batch]:
         self.world.check()
         steps = self._steps()
         self._loop = loop = self._loop + 1
         self._book.begin()
-        self._errands.set(self.epoch, steps, max(self.config.num_workers, 1), loop, self._book if self.config.packing else None)
+        self._requests.set(self.epoch, steps, max(self.config.num_workers, 1), loop, self._book if self.config.packing else None)
         with self._named_death():
-            parcels = iter(self._parcels())
+            results = iter(self._results())
         for step in range(len(steps)):
             if self._loop != loop:
-                raise UsageError("another loop over this loader, load_state_dict or close came since this loop began: begin anew")
+                raise UsageError(
+                    "another loop over this loader, load_state_dict or close came since this loop began: begin again"
+                )
             started = time.perf_counter()
-            parcel = self._next(parcels)
+            result = self._next(results)
             self._waits.append(time.perf_counter() - started)
-            batch = self._batch(parcel)
-            self._hand_over(parcel, steps, step)
+            batch = self._batch(result)
+            self._hand_over(result, steps, step)
             yield batch
 
     @property
@@ -165,9 +167,9 @@ class Loader:
 
         Of rows packed on the fly it has this rank's lanes: see `merge_states` and `gather_state`.
         """
-        state = pack_state(self._stream, self.epoch, self._position)
+        state = state_to_json(self._order, self.epoch, self._position)
         if self._maker is not None and self.config.packing:
-            state["packing"] = {"recipe": self._maker.recipe, "lanes": pack_lanes(self._book.cursors)}
+            state["packing"] = {"recipe": self._maker.recipe, "lanes": cursors_to_json(self._book.cursors)}
         return state
 
     def gather_state(self) -> dict[str, Any]:
@@ -186,14 +188,14 @@ class Loader:
         Raises:
             UsageError: the data or the recipe is another, or the state is none; says what differs.
         """
-        order, step_samples, epoch, position = unpack_state(state, self.config)
-        check_data(state, self._sources, self._stream.fingerprints)
-        stream = Stream(self._sources, self.config, order, step_samples)
-        check_recipe(state, stream)
-        cursors = self._cursors(state, stream)
+        spec, step_samples, epoch, position = parse_state(state, self.config)
+        check_data(state, self._sources, self._order.fingerprints)
+        order = SampleOrder(self._sources, self.config, spec, step_samples)
+        check_recipe(state, order)
+        cursors = self._cursors(state, order)
         self.close()
-        self._stream = stream
-        self._book = LaneBook(order.lanes, self.world.rank, cursors)
+        self._order = order
+        self._book = LaneBook(spec.lanes, self.world.rank, cursors)
         self._begin()
         self.epoch, self._position = epoch, position
         self._end_epoch_if_done()
@@ -207,10 +209,10 @@ class Loader:
         """
         if self.config.packing:
             raise UsageError("rows packed on the fly have no receipt: pack ahead (`wds-tools pack`), or train on padded rows")
-        return pack_receipt(
-            self._stream,
+        return receipt_to_json(
+            self._order,
             self.world,
-            self.config.tail,
+            self.config.last_batch,
             self._spans,
             self._num_samples,
             self._hash_total,
@@ -253,11 +255,11 @@ class Loader:
                 if not _tells_of_a_worker(error):
                     raise
 
-    def _steps(self) -> Steps:
-        length = ENDLESS if self.config.packing else self._stream.length
-        return Steps(length, self._position, self.config.batch_size, self.config.tail, self.world.world_size)
+    def _steps(self) -> BatchPartition:
+        length = ENDLESS if self.config.packing else self._order.length
+        return BatchPartition(length, self._position, self.config.batch_size, self.config.last_batch, self.world.world_size)
 
-    def _cursors(self, state: Mapping[str, Any], stream: Stream) -> dict[int, Cursor]:
+    def _cursors(self, state: Mapping[str, Any], order: SampleOrder) -> dict[int, Cursor]:
         """Where a state says that lanes stand; none without packing.
 
         Raises:
@@ -269,15 +271,15 @@ class Loader:
         if self._maker is None or packing is None:
             return {}
         check_packing(packing, self._maker.recipe)
-        return unpack_lanes(packing["lanes"], stream.order.lanes, state["position"])
+        return parse_cursors(packing["lanes"], order.spec.lanes, state["position"])
 
-    def _parcels(self) -> Iterable[Parcel | WdsToolsError]:
+    def _results(self) -> Iterable[StepResult | WdsToolsError]:
         if not self.config.num_workers:
-            return (self._parts[errand] for errand in self._errands)
+            return (self._parts[request] for request in self._requests)
         if self._workers is None:
             self._workers = torch.utils.data.DataLoader(
                 self._parts,
-                sampler=self._errands,
+                sampler=self._requests,
                 batch_size=None,
                 num_workers=self.config.num_workers,
                 prefetch_factor=affordable_prefetch(self.config, self.world, self._sources),
@@ -290,12 +292,12 @@ class Loader:
             atexit.register(_close, weakref.ref(self))  # in good order, before multiprocessing kills them
         return self._workers  # type: ignore[no-any-return]
 
-    def _next(self, parcels: Iterator[Parcel | WdsToolsError]) -> Parcel:
+    def _next(self, results: Iterator[StepResult | WdsToolsError]) -> StepResult:
         with self._named_death():
-            parcel = next(parcels)
-        if isinstance(parcel, WdsToolsError):
-            raise type(parcel)(f"{parcel}; {self._whence()}") from parcel
-        return parcel
+            result = next(results)
+        if isinstance(result, WdsToolsError):
+            raise type(result)(f"{result}; {self._whence()}") from result
+        return result
 
     @contextmanager
     def _named_death(self) -> Iterator[None]:
@@ -320,37 +322,37 @@ class Loader:
     def _whence(self) -> str:
         return f"everything before epoch {self.epoch}, position {self._position} was handed over: state_dict() goes on there"
 
-    def _batch(self, parcel: Parcel) -> Batch:
-        lists = parcel.columns.lists
+    def _batch(self, result: StepResult) -> Batch:
+        lists = result.columns.lists
         names = [opened.name for opened in self._sources]
-        sources = lists.get("__source__") or list(map(names.__getitem__, parcel.sources))
+        sources = lists.get("__source__") or list(map(names.__getitem__, result.sources))
         batch: Batch = {"__key__": lists["__key__"], "__source__": sources, **lists}
-        if parcel.columns.tokens is not None:
-            batch |= parcel.columns.tokens.unpack()
-        if parcel.columns.codes is not None:
-            batch["codes"] = parcel.columns.codes.unpack()
+        if result.columns.tokens is not None:
+            batch |= result.columns.tokens.unpack()
+        if result.columns.codes is not None:
+            batch["codes"] = result.columns.codes.unpack()
         return batch
 
-    def _hand_over(self, parcel: Parcel, steps: Steps, step: int) -> None:
+    def _hand_over(self, result: StepResult, steps: BatchPartition, step: int) -> None:
         low, high = steps.start + step * steps.batch_size, steps.end(step)
-        self._bad.update(bad.reason for bad in parcel.substitutions)
+        self._bad.update(bad.reason for bad in result.substitutions)
         if self._bad.total() > self.config.max_bad:
             raise DataError(
                 f"{self._bad.total()} unreadable samples, max_bad={self.config.max_bad}: {dict(self._bad)}; "
                 f"run `wds-tools verify`; {self._whence()}"
             )
-        self._substitutions += [{"epoch": self.epoch, **bad._asdict()} for bad in parcel.substitutions]
+        self._substitutions += [{"epoch": self.epoch, **bad._asdict()} for bad in result.substitutions]
         spans = self._spans
         if spans and spans[-1][0] == self.epoch and spans[-1][2] == low and spans[-1][3] == steps.batch_size:
             spans[-1] = (self.epoch, spans[-1][1], high, steps.batch_size)
         else:
             spans.append((self.epoch, low, high, steps.batch_size))
-        self._hash_total = (self._hash_total + parcel.hash_total) % MODULUS
-        self._num_samples += len(parcel.sources)
-        self._num_handed_over += len(parcel.sources)
+        self._hash_total = (self._hash_total + result.hash_total) % MODULUS
+        self._num_samples += len(result.sources)
+        self._num_handed_over += len(result.sources)
         self._num_batches += 1
-        self._counts[parcel.worker] = parcel.counts
-        self._book.cursors.update(parcel.cursors)
+        self._counts[result.worker] = result.counts
+        self._book.cursors.update(result.cursors)
         self._position = high
         self._end_epoch_if_done()
 
@@ -362,23 +364,23 @@ class Loader:
             self.epoch, self._position = self.epoch + 1, 0
 
 
-class _Errands(Sized, Iterable[Errand]):
+class _StepRequests(Sized, Iterable[StepRequest]):
     """The sampler of the DataLoader: the steps of the epoch at hand."""
 
     def __init__(self) -> None:
-        self._what: tuple[int, Steps, int, int, LaneBook | None] | None = None
+        self._what: tuple[int, BatchPartition, int, int, LaneBook | None] | None = None
 
-    def set(self, epoch: int, steps: Steps, stride: int, loop: int, book: LaneBook | None) -> None:
+    def set(self, epoch: int, steps: BatchPartition, stride: int, loop: int, book: LaneBook | None) -> None:
         self._what = epoch, steps, stride, loop, book
 
     def __len__(self) -> int:
         return len(self._what[1]) if self._what else 0
 
-    def __iter__(self) -> Iterator[Errand]:
+    def __iter__(self) -> Iterator[StepRequest]:
         if self._what:
             epoch, steps, stride, loop, book = self._what
             for step in range(len(steps)):
-                yield Errand(epoch, steps, step, stride, loop, book.tell(steps, step, stride) if book else {})
+                yield StepRequest(epoch, steps, step, stride, loop, book.tell(steps, step, stride) if book else {})
 
 
 def _close(loader: weakref.ref[Loader]) -> None:
@@ -403,5 +405,5 @@ def _tells_of_a_worker(error: Exception) -> bool:
     return "DataLoader worker (pid" in str(error)  # of an error in one it says "in DataLoader worker process"
 
 
-def _as_it_is(parcel: Any) -> Any:
-    return parcel
+def _as_it_is(result: Any) -> Any:
+    return result

@@ -1,4 +1,4 @@
-"""One data set as a torch IterableDataset on webdataset's pipeline: shuffled, decoded samples, each once an epoch.
+"""One dataset as a torch IterableDataset on webdataset's pipeline: shuffled, decoded samples, each once an epoch.
 
     Stream (the order) -> this rank's and worker's positions -> Reader -> dicts -> .map / .batched / WebLoader / DataLoader
 
@@ -16,20 +16,20 @@ from torch.utils.data import get_worker_info
 
 from loaders.batches.collate import Sample, read_samples
 from loaders.batches.decode import Decoder
-from loaders.config import LoaderConfig, Source, Tail, World
+from loaders.config import LastBatch, LoaderConfig, Source, World
 from loaders.handover import tell_of_failures
-from loaders.order.partition import Steps
-from loaders.order.samples import Stream, open_source
-from loaders.proof.state import check_data, check_recipe, pack_state, unpack_state
+from loaders.order.partition import BatchPartition
+from loaders.order.samples import SampleOrder, open_source
+from loaders.proof.state import check_data, check_recipe, parse_state, state_to_json
 from loaders.reading.cache import BlockCache
-from loaders.reading.prefetch import Part, Reader, lanes_of
+from loaders.reading.prefetch import PositionRange, Reader, lanes_of
 
 _CHUNK = 256
 _LANES = 1024
 
 
 class ShardDataset(wds.DataPipeline, wds.compat.FluidInterface):  # type: ignore[misc]  # webdataset has no types
-    """Samples of a data set, as dicts.
+    """Samples of a dataset, as dicts.
 
     A sample has `__key__`, `__url__`, `data_type`, `text`, and what it has of: `codes` (int32 tensor (h, w) of codebook indices),
     `width` and `height` (pixels), `conversations`, `image` (encoded bytes), and its provenance fields. Of a conversation,
@@ -41,7 +41,7 @@ class ShardDataset(wds.DataPipeline, wds.compat.FluidInterface):  # type: ignore
     `batched`), and under torchdata's StatefulDataLoader, which asks each worker. For batches, mixtures, receipts: build_loader.
 
     Args:
-        url: the data set: a directory or URL.
+        url: the dataset: a directory or URL.
         shuffle: permute the samples; else the order of the shards.
         seed: of the permutation.
         epoch: of the permutation; see `set_epoch`.
@@ -70,7 +70,7 @@ class ShardDataset(wds.DataPipeline, wds.compat.FluidInterface):  # type: ignore
         epoch: int = 0,
         rank: int | None = None,
         world_size: int | None = None,
-        tail: Tail = "short",
+        last_batch: LastBatch = "short",
         lanes: int = _LANES,
         memory_bytes: int = 1 << 30,
         cache_dir: str | None = None,
@@ -83,7 +83,7 @@ class ShardDataset(wds.DataPipeline, wds.compat.FluidInterface):  # type: ignore
             batch_size=world.world_size,
             seed=seed,
             shuffle=shuffle,
-            tail=tail,
+            last_batch=last_batch,
             lanes=lanes,
             memory_bytes=memory_bytes,
             cache_dir=cache_dir,
@@ -96,7 +96,7 @@ class ShardDataset(wds.DataPipeline, wds.compat.FluidInterface):  # type: ignore
     @property
     def num_samples(self) -> int:
         """Samples of an epoch over all ranks."""
-        return self._source.stream.length
+        return self._source.order.length
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose order the next iteration takes, from its start. Call it before the workers start."""
@@ -105,7 +105,7 @@ class ShardDataset(wds.DataPipeline, wds.compat.FluidInterface):  # type: ignore
     def state_dict(self) -> dict[str, Any]:
         """Where this process stands: small JSON, the same on every rank that has handed out as many samples."""
         source = self._source
-        return pack_state(source.stream, source.epoch, min(source.position, source.stream.length))
+        return state_to_json(source.order, source.epoch, min(source.position, source.order.length))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state with the next iteration.
@@ -123,7 +123,7 @@ class _Samples:
         self._config = config
         self._world = world
         self._opened = open_source(config.sources[0])
-        self.stream = Stream([self._opened], config)
+        self.order = SampleOrder([self._opened], config)
         self.epoch = epoch
         self.start = 0
         """Position at which the next iteration begins."""
@@ -131,11 +131,11 @@ class _Samples:
         """Of the stream's epoch, behind the samples handed out: a multiple of what all ranks and workers take in turn."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        order, step_samples, epoch, position = unpack_state(state, self._config)
-        check_data(state, [self._opened], self.stream.fingerprints)
-        stream = Stream([self._opened], self._config, order, step_samples)
-        check_recipe(state, stream)
-        self.stream, self.epoch, self.position, self.start = stream, epoch, position, position
+        spec, step_samples, epoch, position = parse_state(state, self._config)
+        check_data(state, [self._opened], self.order.fingerprints)
+        order = SampleOrder([self._opened], self._config, spec, step_samples)
+        check_recipe(state, order)
+        self.order, self.epoch, self.position, self.start = order, epoch, position, position
 
     def __call__(self) -> Iterator[Sample]:
         self._world.check()
@@ -146,13 +146,13 @@ class _Samples:
         rank, world_size = self._world.rank, self._world.world_size
         stride = world_size * num_workers
         self.position, self.start = self.start, 0
-        steps = Steps(self.stream.length, self.position, world_size, self._config.tail, world_size)
-        end = self.stream.length if self._config.tail == "short" else self.position + len(steps) * world_size
+        steps = BatchPartition(self.order.length, self.position, world_size, self._config.last_batch, world_size)
+        end = self.order.length if self._config.last_batch == "short" else self.position + len(steps) * world_size
         own = range(self.position + rank + world_size * worker, end, stride)
         chunks = range(0, len(own), _CHUNK)
-        lanes = self.stream.order.lanes
+        lanes = self.order.spec.lanes
         cache = BlockCache(self._config.cache_dir, self._config.cache_bytes) if self._config.cache_dir else None
-        reader = Reader(self.stream, lanes_of(lanes, 1, stride), 1, self._config.memory_bytes, cache)
+        reader = Reader(self.order, lanes_of(lanes, 1, stride), 1, self._config.memory_bytes, cache)
         decoder = Decoder(check_crc=self._config.check_crc, substitute=False)
         for number, at in enumerate(chunks):
             upcoming = (self._part(own[later : later + _CHUNK]) for later in chunks[number + 1 :])
@@ -162,5 +162,5 @@ class _Samples:
                 self.position += stride
                 yield sample
 
-    def _part(self, positions: range) -> Part:
-        return Part(self.epoch, positions.start, positions.stop, positions.step)
+    def _part(self, positions: range) -> PositionRange:
+        return PositionRange(self.epoch, positions.start, positions.stop, positions.step)

@@ -45,7 +45,7 @@ def check_resume(
     """Save at every step under every topology, restore under every other; the sequence must stay what it is.
 
     Args:
-        make: a fresh stage for one rank, whose epoch loses nothing (tail="short").
+        make: a fresh stage for one rank, whose epoch loses nothing (last_batch="short").
         topologies: between which runs are moved; the first gives the reference.
         items: what to compare of a batch, in order.
         every: restore only every so many steps.

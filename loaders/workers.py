@@ -1,6 +1,6 @@
-"""What a reading process does: an errand (a step) -> a parcel with the batch's columns. In a worker or in the main process.
+"""What a reading process does: an request (a step) -> a result with the batch's columns. In a worker or in the main process.
 
-The errand says all: which positions, and which come after them. A process keeps nothing between errands but what it read ahead.
+The request says all: which positions, and which come after them. A process keeps nothing between requests but what it read ahead.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ import torch
 from loaders.batches.collate import Columns, read_columns
 from loaders.batches.decode import Decoder, Substitution
 from loaders.config import LoaderConfig
-from loaders.order.partition import Steps
-from loaders.order.samples import Stream
+from loaders.order.partition import BatchPartition
+from loaders.order.samples import SampleOrder
 from loaders.proof.receipt import SampleHash, total_of
 from loaders.reading.cache import BlockCache
-from loaders.reading.prefetch import Part, Reader, lanes_of
+from loaders.reading.prefetch_factor import PositionRange, Reader, lanes_of
 from loaders.tokens.packing import Cursor, LaneRows
 from loaders.tokens.rows import RowMaker, check_packed_ahead, read_token_rows
 from wds_tools.errors import WdsToolsError
 
 
 @dataclass(frozen=True, slots=True)
-class Errand:
+class StepRequest:
     """A step to fetch, and how the ones behind it follow."""
 
     epoch: int
-    steps: Steps
+    steps: BatchPartition
     step: int
     stride: int
     """Steps between two of this worker's."""
@@ -42,7 +42,7 @@ class Errand:
 
 
 @dataclass(slots=True, kw_only=True)
-class Parcel:
+class StepResult:
     """A rank's part of a step, as it travels to the main process."""
 
     columns: Columns
@@ -58,21 +58,21 @@ class Parcel:
     """With packing: where its lanes stand behind it."""
 
 
-class PartReader(torch.utils.data.Dataset["Parcel | WdsToolsError"]):
-    """Fetches steps of a rank. Indexed by Errand; made in the main process, used in any.
+class StepDataset(torch.utils.data.Dataset["StepResult | WdsToolsError"]):
+    """Fetches steps of a rank. Indexed by StepRequest; made in the main process, used in any.
 
     Args:
         stream, config, rank: what is read, and by whom.
         maker: of token rows, if they are wanted.
     """
 
-    def __init__(self, stream: Stream, config: LoaderConfig, rank: int, maker: RowMaker | None) -> None:
-        self._stream = stream
+    def __init__(self, order: SampleOrder, config: LoaderConfig, rank: int, maker: RowMaker | None) -> None:
+        self._order = order
         self._config = config
         self._rank = rank
-        self._hashes = [SampleHash(fingerprint) for fingerprint in stream.fingerprints]
+        self._hashes = [SampleHash(fingerprint) for fingerprint in order.fingerprints]
         self._decoder = Decoder(check_crc=config.check_crc, substitute=config.on_error == "substitute")
-        self._parse = read_token_rows if check_packed_ahead(stream.sources) else read_columns
+        self._parse = read_token_rows if check_packed_ahead(order.sources) else read_columns
         self._maker = maker
         self._reader: Reader | None = None
         self._lanes: LaneRows | None = None
@@ -81,38 +81,38 @@ class PartReader(torch.utils.data.Dataset["Parcel | WdsToolsError"]):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_reader": None, "_lanes": None, "_pid": 0}
 
-    def __getitem__(self, errand: Errand) -> Parcel | WdsToolsError:
-        """The parcel of a step, or the error that it met: DataLoader would take its message apart."""
+    def __getitem__(self, request: StepRequest) -> StepResult | WdsToolsError:
+        """The result of a step, or the error that it met: DataLoader would take its message apart."""
         try:
-            return self.fetch(errand)
+            return self.fetch(request)
         except WdsToolsError as error:
             return error
 
-    def fetch(self, errand: Errand) -> Parcel:
-        """The parcel of a step.
+    def fetch(self, request: StepRequest) -> StepResult:
+        """The result of a step.
 
         Raises:
             FormatError: a sample or an index is damaged.
             StorageError: the storage does not answer.
         """
-        reader = self._reader_of(errand)
-        low, high = errand.steps.part(errand.step, self._rank)
+        reader = self._reader_of(request)
+        low, high = request.steps.part(request.step, self._rank)
         if self._lanes is not None:
-            packed = self._lanes.part(low, high, errand.loop, errand.cursors)
-            return self._parcel(reader, packed.columns, packed.sources, 0, packed.substitutions, packed.cursors)
-        part = Part(errand.epoch, low, high)
-        located, rows = reader.rows(part, self._upcoming(errand))
+            packed = self._lanes.part(low, high, request.loop, request.cursors)
+            return self._result(reader, packed.columns, packed.sources, 0, packed.substitutions, packed.cursors)
+        part = PositionRange(request.epoch, low, high)
+        located, rows = reader.rows(part, self._upcoming(request))
         sources = located.source.tolist()
         if self._maker is None:
             columns, substitutions, good = self._decoder.decode(located, rows, self._parse)
         else:
             samples, substitutions, good = self._decoder.decode(located, rows, self._maker.read)
-            epochs = self._stream.source_epochs(errand.epoch, np.arange(low, high))
-            columns = self._maker.padded(samples, epochs, [self._stream.sources[number].name for number in sources])
+            epochs = self._order.source_epochs(request.epoch, np.arange(low, high))
+            columns = self._maker.padded(samples, epochs, [self._order.sources[number].name for number in sources])
         hash_total = total_of(self._hashes, good.source, good.shard, good.row)
-        return self._parcel(reader, columns, sources, hash_total, substitutions)
+        return self._result(reader, columns, sources, hash_total, substitutions)
 
-    def _parcel(
+    def _result(
         self,
         reader: Reader,
         columns: Columns,
@@ -120,8 +120,8 @@ class PartReader(torch.utils.data.Dataset["Parcel | WdsToolsError"]):
         hash_total: int,
         substitutions: list[Substitution],
         cursors: dict[int, Cursor] | None = None,
-    ) -> Parcel:
-        return Parcel(
+    ) -> StepResult:
+        return StepResult(
             columns=columns,
             sources=sources,
             hash_total=hash_total,
@@ -131,24 +131,24 @@ class PartReader(torch.utils.data.Dataset["Parcel | WdsToolsError"]):
             cursors=cursors or {},
         )
 
-    def _upcoming(self, errand: Errand) -> Iterator[Part]:
+    def _upcoming(self, request: StepRequest) -> Iterator[PositionRange]:
         """The parts of this worker's next steps, into the next epoch."""
-        for step in range(errand.step + errand.stride, len(errand.steps), errand.stride):
-            yield Part(errand.epoch, *errand.steps.part(step, self._rank))
-        following = replace(errand.steps, start=0, length=self._stream.length)
-        for step in range(_worker_id(), len(following), errand.stride):
-            yield Part(errand.epoch + 1, *following.part(step, self._rank))
+        for step in range(request.step + request.stride, len(request.steps), request.stride):
+            yield PositionRange(request.epoch, *request.steps.part(step, self._rank))
+        following = replace(request.steps, start=0, length=self._order.length)
+        for step in range(_worker_id(), len(following), request.stride):
+            yield PositionRange(request.epoch + 1, *following.part(step, self._rank))
 
-    def _reader_of(self, errand: Errand) -> Reader:
+    def _reader_of(self, request: StepRequest) -> Reader:
         if self._reader is None or self._pid != os.getpid():
-            config, lanes = self._config, self._stream.order.lanes
-            low, high = errand.steps.part(0, self._rank)
+            config, lanes = self._config, self._order.spec.lanes
+            low, high = request.steps.part(0, self._rank)
             part = high - low
-            own_lanes = lanes_of(lanes, part, errand.stride * errand.steps.batch_size)
+            own_lanes = lanes_of(lanes, part, request.stride * request.steps.batch_size)
             cache = BlockCache(config.cache_dir, config.cache_bytes) if config.cache_dir else None
-            self._reader, self._pid = Reader(self._stream, own_lanes, part, config.memory_bytes, cache), os.getpid()
+            self._reader, self._pid = Reader(self._order, own_lanes, part, config.memory_bytes, cache), os.getpid()
             if config.packing and self._maker is not None:
-                self._lanes = LaneRows(self._stream, self._reader, self._decoder, self._maker)
+                self._lanes = LaneRows(self._order, self._reader, self._decoder, self._maker)
         return self._reader
 
 

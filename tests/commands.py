@@ -91,13 +91,13 @@ def tree(folder: Path) -> dict[str, bytes | None]:
 
 
 def read_samples(url: str | Path) -> list[Sample]:
-    """All samples of a data set, in order."""
+    """All samples of a dataset, in order."""
     store = open_store(str(url))
     return [sample for row in read_manifest(store).shards for sample in read_shard(store, row)]
 
 
 def read_rejects(url: str | Path) -> list[dict[str, Any]]:
-    """All rejects of a data set, in order."""
+    """All rejects of a dataset, in order."""
     store = open_store(str(url))
     return [json.loads(line) for entry in store.list("rejects/") for line in store.read(entry.name).splitlines()]
 

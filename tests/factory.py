@@ -1,4 +1,4 @@
-"""Small data sets for tests, made through the public writer: `make_dataset(url, samples)`, and samples to put in."""
+"""Small datasets for tests, made through the public writer: `make_dataset(url, samples)`, and samples to put in."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def make_dataset(
     shard_samples: int = 10_000,
     codes: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Manifest:
-    """Write a finished data set.
+    """Write a finished dataset.
 
     Args:
         url: where it goes; empty or absent.

@@ -1,4 +1,4 @@
-"""A small text tokenizer for tests, trained in a second on the READMEs of the installed packages; and data sets for it."""
+"""A small text tokenizer for tests, trained in a second on the READMEs of the installed packages; and datasets for it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hugging Face map-style, codes as JSON strings: what the reference pipeline writes and how its trainer reads.
+"""Hugging Face map-style, codes as JSON strings: what Liquid writes and how its trainer reads.
 
 `save_to_disk` of its seven columns, `load_from_disk`, `shuffle(seed=42)`, one row at a time, `json.loads` on the codes.
 """
@@ -34,7 +34,7 @@ def write(folder: Path) -> None:
 
 
 def samples(folder: Path) -> Iterator[Text]:
-    """Row by row, as torch's DataLoader asks a map-style data set."""
+    """Row by row, as torch's DataLoader asks a map-style dataset."""
     rows = datasets.load_from_disk(folder).shuffle(seed=42)
     for number in range(len(rows)):
         yield decode(rows[number])

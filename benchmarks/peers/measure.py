@@ -4,7 +4,7 @@ A way is a module that has
 
     FORMAT                      its folder below FOLDER/pairs and FOLDER/documents
     write(kind_folder)          makes kind_folder/FORMAT from kind_folder/source
-    samples(data_folder)        opens the data set and yields every sample once, shuffled: (str, codes); codes are 1,024 integers
+    samples(data_folder)        opens the dataset and yields every sample once, shuffled: (str, codes); codes are 1,024 integers
                                 in whatever array or tensor the way gives cheapest, None for a document
     batches(data_folder)        the same in ready batches of 1,024, the last one short: (list of str, int32 tensor (B, 32, 32))
 

@@ -19,7 +19,7 @@ FORMAT = "ours"
 
 
 def write(folder: Path) -> None:
-    """A finished data set, as `wds-tools convert` and `encode` leave it."""
+    """A finished dataset, as `wds-tools convert` and `encode` leave it."""
     store = open_store(str(folder / FORMAT))
     begin(store, {"command": "benchmark"}, resume=False, overwrite=False)
     with TaskWriter(store, 0, ShardLimits(samples=SAMPLES_PER_SHARD)) as writer:
@@ -47,7 +47,7 @@ def batches(folder: Path) -> Iterator[tuple[list[str], torch.Tensor]]:
 
 
 def _loader(folder: Path) -> Loader:
-    config = LoaderConfig(sources=(Source(str(folder)),), batch_size=BATCH, seed=42, num_workers=0, tail="short")
+    config = LoaderConfig(sources=(Source(str(folder)),), batch_size=BATCH, seed=42, num_workers=0, last_batch="short")
     return build_loader(config, World(rank=0, world_size=1))
 
 

@@ -111,8 +111,8 @@ class Decoder:
         """Make `rows[at]` what the storage has by now, if a cache may have kept this row damaged; whether it can be read then."""
         if not rows[at].reader.is_cached or isinstance(error, Reject):
             return False
-        for anew in False, True:  # another row of its region may have had it fetched
-            held = rows[at].reader.load(rows[at].shard, row, row + 1, anew=anew)
+        for again in False, True:  # another row of its region may have had it fetched
+            held = rows[at].reader.load(rows[at].shard, row, row + 1, again=again)
             if self._problem(held, row, parse) is None:
                 rows[at] = held
                 return True

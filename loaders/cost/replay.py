@@ -21,12 +21,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from loaders.config import LoaderConfig
-from loaders.order.partition import Steps
-from loaders.order.plan import block_rows
-from loaders.order.samples import OpenSource, Stream
+from loaders.order.partition import BatchPartition
+from loaders.order.plan import block_samples
+from loaders.order.samples import OpenSource, SampleOrder
 from loaders.reading.cache import BlockCache
 from loaders.reading.fetches import Fetcher
-from loaders.reading.prefetch import Part, Reader, lanes_of
+from loaders.reading.prefetch import PositionRange, Reader, lanes_of
 from loaders.reading.source import LoadedRows, SourceReader
 from wds_tools.format.index import ShardIndex
 
@@ -101,7 +101,7 @@ class _CountingReader(SourceReader):
         self.index_requests = 0
         self.index_bytes = 0
 
-    def load(self, shard: int, first: int, last: int, *, anew: bool = False) -> LoadedRows:  # noqa: ARG002
+    def load(self, shard: int, first: int, last: int, *, again: bool = False) -> LoadedRows:  # noqa: ARG002
         """What SourceReader.load would give, but for the bytes."""
         if self.is_mapped:
             return _CountedRows(self, shard, first, last, 0)
@@ -163,17 +163,17 @@ class _CountingProcess(Reader):
         as_remote: see simulate().
     """
 
-    def __init__(self, stream: Stream, config: LoaderConfig, steps: Steps, *, as_remote: bool) -> None:
+    def __init__(self, order: SampleOrder, config: LoaderConfig, steps: BatchPartition, *, as_remote: bool) -> None:
         self.numbers = range(0, len(steps), max(config.num_workers, 1))
         """Its steps."""
         low, high = steps.part(0, 0)
-        self.own_lanes = lanes_of(stream.order.lanes, high - low, self.numbers.step * steps.batch_size)
+        self.own_lanes = lanes_of(order.spec.lanes, high - low, self.numbers.step * steps.batch_size)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what a run would warn of is among the results
             reader = partial(_CountingReader, as_remote)
-            super().__init__(stream, self.own_lanes, high - low, config.memory_bytes, open_reader=reader)
+            super().__init__(order, self.own_lanes, high - low, config.memory_bytes, open_reader=reader)
         self._pool = _AtOnce()
-        self._row_bytes = [max(opened.manifest.bytes // max(opened.manifest.samples, 1), 1) for opened in stream.sources]
+        self._row_bytes = [max(opened.manifest.bytes // max(opened.manifest.samples, 1), 1) for opened in order.sources]
         self._steps = steps
         self._num_steps = self._num_late = self._num_asked = self._samples = self._sample_bytes = 0
         self.peak_blocks = self.peak_bytes = 0
@@ -212,20 +212,20 @@ class _CountingProcess(Reader):
             evicted=self.num_evicted,
         )
 
-    def _part_of(self, step: int) -> Part:
-        return Part(0, *self._steps.part(step, 0))
+    def _part_of(self, step: int) -> PositionRange:
+        return PositionRange(0, *self._steps.part(step, 0))
 
     def cycle_depth(self) -> float:
         """How deep in its lanes this process is when it has fetched from each of them once more."""
-        order, length = self._stream.order, self._stream.length
-        depth = length / order.lanes
+        spec, length = self._order.spec, self._order.length
+        depth = length / spec.lanes
         middle = np.arange(length // 2, min(length // 2 + _SHARE_SAMPLES, length))
-        shares = np.bincount(self._stream.locate(0, middle).source, minlength=len(self.sources)) / len(middle)
+        shares = np.bincount(self._order.locate(0, middle).source, minlength=len(self.sources)) / len(middle)
         rows = [1.0]
-        for opened, share, row_bytes in zip(self._stream.sources, shares.tolist(), self._row_bytes, strict=True):
+        for opened, share, row_bytes in zip(self._order.sources, shares.tolist(), self._row_bytes, strict=True):
             shard = max(opened.manifest.shards, key=lambda row: row.samples)
-            block = int(block_rows(np.array(shard.samples), np.array(shard.bytes), order))
-            most = min(max(order.extent_bytes // row_bytes, block), block + max(self._ahead_bytes // row_bytes, 1), shard.samples)
+            block = int(block_samples(np.array(shard.samples), np.array(shard.bytes), spec))
+            most = min(max(spec.chunk_bytes // row_bytes, block), block + max(self._ahead_bytes // row_bytes, 1), shard.samples)
             rows.append(most / (share or 1))
         return min(max(rows), depth)
 
@@ -236,19 +236,19 @@ class _CountingProcess(Reader):
         self.peak_bytes = max(self.peak_bytes, self._held_bytes)
 
 
-def replay(stream: Stream, config: LoaderConfig, steps: Steps, *, as_remote: bool) -> ProcessCost:
+def replay(order: SampleOrder, config: LoaderConfig, steps: BatchPartition, *, as_remote: bool) -> ProcessCost:
     """What worker 0 of rank 0 does in an epoch.
 
     Args:
         stream, config, steps: what is read.
         as_remote: count local files as if they were fetched.
     """
-    start, middle, first = (_CountingProcess(stream, config, steps, as_remote=as_remote) for _ in range(3))
+    start, middle, first = (_CountingProcess(order, config, steps, as_remote=as_remote) for _ in range(3))
     first_batch = first.read(0, 1, ahead=False)
     own_steps, stride_samples = len(start.numbers), start.numbers.step * config.batch_size
     budget = min(_WINDOW_STEPS, max(_WINDOW_SAMPLES // first_batch.samples, _CYCLES + 1))
-    cycle = max(round(start.cycle_depth() * stream.order.lanes / stride_samples), 1)
-    is_own = not stream.order.lanes % stride_samples and not config.batch_size % steps.world_size
+    cycle = max(round(start.cycle_depth() * order.spec.lanes / stride_samples), 1)
+    is_own = not order.spec.lanes % stride_samples and not config.batch_size % steps.world_size
     is_whole, has_cycles = own_steps <= budget, 2 * cycle <= budget
     if is_whole:
         counts = start.read(0, own_steps)

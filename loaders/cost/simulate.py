@@ -18,11 +18,11 @@ import numpy as np
 
 from loaders.config import LoaderConfig, Source
 from loaders.cost.replay import ProcessCost, replay
-from loaders.order.partition import Steps
+from loaders.order.partition import BatchPartition
 from loaders.order.plan import Ints, SourcePlan
-from loaders.order.samples import OpenSource, Stream
+from loaders.order.samples import OpenSource, SampleOrder
 from wds_tools.errors import UsageError
-from wds_tools.format.manifest import Manifest, ShardRow
+from wds_tools.format.manifest import Manifest, ShardInfo
 from wds_tools.storage import open_store
 
 _MOST_SHARDS = 1 << 24
@@ -35,12 +35,12 @@ _GOOD_REQUEST_BYTES = 256 << 10
 class Mixing:
     """How far the order takes apart what lies together."""
 
-    batch_extents: float
+    batch_chunks: float
     """Runs of neighbouring samples that a batch has samples of, on average. At best the batch size."""
     batch_shards: float
     """Shards that it has samples of."""
     neighbours_median: float | None
-    """How many positions apart two samples are that lie side by side in an extent; None where extents are single samples, and
+    """How many positions apart two samples are that lie side by side in an chunk; None where chunks are single samples, and
     chance puts neighbours anywhere."""
     neighbours_p5: float | None
     """The same for the closest 5 % of them."""
@@ -57,10 +57,10 @@ class Simulation:
     epoch_samples: int
     steps: int
     dropped: int
-    """Samples that tail="drop" leaves out."""
+    """Samples that last_batch="drop" leaves out."""
     lanes: int
-    extents: int
-    extent_bytes: int
+    chunks: int
+    chunk_bytes: int
     block_bytes: int
     start_s: float
     """To plan, at the start of every process (worker processes that are forked share it)."""
@@ -74,7 +74,7 @@ class Simulation:
 
 
 def imagined_source(samples: float, sample_bytes: float, shard_samples: int = 10_000) -> OpenSource:
-    """A data set that does not exist, in shards of one size.
+    """A dataset that does not exist, in shards of one size.
 
     Args:
         samples: in all.
@@ -101,10 +101,10 @@ def imagined_source(samples: float, sample_bytes: float, shard_samples: int = 10
     return OpenSource(Source("imagined"), open_store("memory://imagined"), Manifest(shards=shards, inputs=int(samples)))
 
 
-def _imagined_shard(samples: int, sample_bytes: float) -> ShardRow:
+def _imagined_shard(samples: int, sample_bytes: float) -> ShardInfo:
     size = round(samples * sample_bytes)
     nothing: dict[str, int] = {}
-    return ShardRow(
+    return ShardInfo(
         name="imagined.tar", samples=samples, bytes=size, xxh128="", members=(), data_types=nothing, text_chars=0, num_codes=0
     )
 
@@ -124,101 +124,101 @@ def simulate(sources: Sequence[OpenSource], config: LoaderConfig, world_size: in
     if config.batch_size < world_size:
         raise UsageError(f"batch_size={config.batch_size} is less than one sample for each of {world_size} ranks")
     before, started = _resident_bytes(), time.perf_counter()
-    stream = Stream(sources, config)
+    order = SampleOrder(sources, config)
     start_s = time.perf_counter() - started
-    stream.locate(0, np.arange(1))
+    order.locate(0, np.arange(1))
     epoch_s = time.perf_counter() - started - start_s
     after = _resident_bytes()
-    steps = Steps(stream.length, 0, config.batch_size, config.tail, world_size)
+    steps = BatchPartition(order.length, 0, config.batch_size, config.last_batch, world_size)
     if not len(steps):
         raise UsageError(
-            f"an epoch of {stream.length} samples is less than a batch of {config.batch_size}, and tail='drop' leaves it out"
+            f"an epoch of {order.length} samples is less than a batch of {config.batch_size}, and last_batch='drop' leaves it out"
         )
-    process = replay(stream, config, steps, as_remote=as_remote)
+    process = replay(order, config, steps, as_remote=as_remote)
     return Simulation(
         samples=sum(opened.manifest.samples for opened in sources),
         shards=sum(len(opened.manifest.shards) for opened in sources),
-        bytes=stream.total_bytes,
-        epoch_samples=stream.length,
+        bytes=order.total_bytes,
+        epoch_samples=order.length,
         steps=len(steps),
         dropped=steps.dropped,
-        lanes=stream.order.lanes,
-        extents=_num_extents(stream),
-        extent_bytes=stream.order.extent_bytes,
-        block_bytes=stream.order.block_bytes,
+        lanes=order.spec.lanes,
+        chunks=_num_chunks(order),
+        chunk_bytes=order.spec.chunk_bytes,
+        block_bytes=order.spec.block_bytes,
         start_s=start_s,
         epoch_s=epoch_s,
         plan_bytes=None if before is None or after is None else max(after - before, 0),
-        mixing=measure_mixing(stream, config.batch_size),
+        mixing=measure_mixing(order, config.batch_size),
         process=process,
-        warnings=tuple(_warnings(stream, config, world_size, process)),
+        warnings=tuple(_warnings(order, config, world_size, process)),
     )
 
 
-def _num_extents(stream: Stream) -> int:
-    """Extents of an epoch of every source."""
+def _num_chunks(order: SampleOrder) -> int:
+    """Chunks of an epoch of every source."""
     total = 0
-    for opened, times, limit in zip(stream.sources, stream.recipe["repeat"], stream.recipe["max_samples"], strict=True):
+    for opened, times, limit in zip(order.sources, order.recipe["repeat"], order.recipe["max_samples"], strict=True):
         samples, sizes = (np.array([getattr(row, name) for row in opened.manifest.shards]) for name in ("samples", "bytes"))
-        plan = SourcePlan(samples, sizes, stream.order, limit)
-        total += plan.num_extents * (1 if stream.recipe["weights"] else times)
+        plan = SourcePlan(samples, sizes, order.spec, limit)
+        total += plan.num_chunks * (1 if order.recipe["weights"] else times)
     return total
 
 
-def measure_mixing(stream: Stream, batch_size: int) -> Mixing:
+def measure_mixing(order: SampleOrder, batch_size: int) -> Mixing:
     """How well an epoch is mixed: by batches from its middle, and the neighbours in all of it or in some of its lanes.
 
     Args:
         stream: the order.
         batch_size: over all ranks.
     """
-    length = stream.length
+    length = order.length
     count = max(min(_MIXING_SAMPLES, length) // batch_size, 1)
     begin = max(length // 2 - count * batch_size // 2, 0)
-    located = stream.locate(0, np.arange(begin, min(begin + count * batch_size, length)))
+    located = order.locate(0, np.arange(begin, min(begin + count * batch_size, length)))
     batch = np.arange(len(located.row)) // batch_size
     num_batches = int(batch[-1]) + 1
-    apart = _neighbours_apart(stream)
+    apart = _neighbours_apart(order)
     return Mixing(
-        batch_extents=_num_distinct(batch, located.source, located.shard, located.first + located.run) / num_batches,
+        batch_chunks=_num_distinct(batch, located.source, located.shard, located.first + located.run) / num_batches,
         batch_shards=_num_distinct(batch, located.source, located.shard) / num_batches,
         neighbours_median=float(np.median(apart)) if len(apart) else None,
         neighbours_p5=float(np.percentile(apart, 5)) if len(apart) else None,
     )
 
 
-def _neighbours_apart(stream: Stream) -> Ints:
-    """How many positions apart samples are that lie side by side in a shard: all of them, or those of an extent in some lanes."""
-    length, lanes = stream.length, stream.order.lanes
+def _neighbours_apart(order: SampleOrder) -> Ints:
+    """How many positions apart samples are that lie side by side in a shard: all of them, or those of an chunk in some lanes."""
+    length, lanes = order.length, order.spec.lanes
     if length <= _MIXING_SAMPLES:
         positions = np.arange(length)
     else:
         some = np.linspace(0, lanes - 1, min(lanes, _MIXING_LANES)).astype(np.int64)
         depths = min(length // lanes, _MIXING_SAMPLES // len(some))
         positions = (some + lanes * (np.arange(depths) + (length // lanes - depths) // 2)[:, None]).ravel()
-    located = stream.locate(0, positions)
-    order = np.lexsort((located.row, located.shard, located.source))
-    source, shard, row, extent = (
-        np.diff(column[order]) for column in (located.source, located.shard, located.row, located.first + located.run)
+    located = order.locate(0, positions)
+    ascending = np.lexsort((located.row, located.shard, located.source))
+    source, shard, row, chunk = (
+        np.diff(column[ascending]) for column in (located.source, located.shard, located.row, located.first + located.run)
     )
     side_by_side = (source == 0) & (shard == 0) & (row == 1)
     if len(positions) < length:
-        side_by_side &= extent == 0
-    apart: Ints = np.abs(np.diff(positions[order]))[side_by_side]
+        side_by_side &= chunk == 0
+    apart: Ints = np.abs(np.diff(positions[ascending]))[side_by_side]
     return apart
 
 
 def _num_distinct(*columns: Ints) -> int:
     """How many different rows these columns have."""
-    order = np.lexsort(columns)
-    changes = np.any([np.diff(column[order]) != 0 for column in columns], axis=0)
+    ascending = np.lexsort(columns)
+    changes = np.any([np.diff(column[ascending]) != 0 for column in columns], axis=0)
     return 1 + int(np.count_nonzero(changes))
 
 
-def _warnings(stream: Stream, config: LoaderConfig, world_size: int, cost: ProcessCost) -> Iterator[str]:
+def _warnings(order: SampleOrder, config: LoaderConfig, world_size: int, cost: ProcessCost) -> Iterator[str]:
     """Settings that cost more than they need, and sources that come in bursts."""
-    yield from stream.rare()
-    lanes, batch_size, workers = stream.order.lanes, config.batch_size, max(config.num_workers, 1)
+    yield from order.rare()
+    lanes, batch_size, workers = order.spec.lanes, config.batch_size, max(config.num_workers, 1)
     if lanes % batch_size:
         yield (
             f"batch_size={batch_size} does not divide lanes={lanes}: a process reads {cost.lanes} lanes, which others read too; "
@@ -235,7 +235,7 @@ def _warnings(stream: Stream, config: LoaderConfig, world_size: int, cost: Proce
     if cost.evicted:
         yield (
             f"memory_bytes={config.memory_bytes} is too little for {cost.lanes} lanes a process: {cost.evicted:,.0f} requests "
-            f"an epoch are dropped before they are used up; two blocks of each are {2 * cost.lanes * stream.order.block_bytes}"
+            f"an epoch are dropped before they are used up; two blocks of each are {2 * cost.lanes * order.spec.block_bytes}"
         )
     elif cost.late > 0.1:
         yield (
@@ -252,7 +252,7 @@ def _warnings(stream: Stream, config: LoaderConfig, world_size: int, cost: Proce
     if cost.index_bytes > cost.bytes / 10:
         yield (
             f"indices are {cost.index_bytes / max(cost.bytes, 1):.0%} of the bytes of the samples: each is fetched whole, "
-            "for every few extents of its shard; smaller shards have smaller ones"
+            "for every few chunks of its shard; smaller shards have smaller ones"
         )
 
 

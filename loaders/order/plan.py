@@ -1,14 +1,14 @@
 """The order of one source: a bijection from positions to samples; pure numpy, no buffer, no history.
 
-    samples of a shard -> extents (runs of about `extent_bytes`) -> permuted by (seed, epoch): the epoch's tape
+    samples of a shard -> chunks (runs of about `chunk_bytes`) -> permuted by (seed, epoch): the epoch's tape
     tape -> cut into `lanes` equal parts; position p reads lane p mod lanes at depth p div lanes
-    block: `block_bytes` of an extent; the part of a block in one lane is a piece, and its rows are permuted again
+    block: `block_bytes` of an chunk; the part of a block in one lane is a piece, and its rows are permuted again
 
-So any `lanes` consecutive positions come from as many places of the tape, a lane reads its extents from start to end, and no
+So any `lanes` consecutive positions come from as many places of the tape, a lane reads its chunks from start to end, and no
 more than a block of each lane is open at a time.
 Invariant: for every epoch, `locate` maps [0, num_samples) one to one onto the samples.
-Cost: 16 bytes an extent and epoch; a position takes no state, about 0.3 us when asked in arrays.
-The extents are sorted by keys from Philox (Salmon et al., SC 2011), whose stream numpy keeps fixed; rows go through a small
+Cost: 16 bytes an chunk and epoch; a position takes no state, about 0.3 us when asked in arrays.
+The chunks are sorted by keys from Philox (Salmon et al., SC 2011), whose stream numpy keeps fixed; rows go through a small
 Feistel network (Black and Rogaway, CT-RSA 2002: cycle walking), mixed by MurmurHash3's finalizer as varied by D. Stafford.
 """
 
@@ -24,24 +24,24 @@ from wds_tools.errors import UsageError
 
 ORDER_VERSION = 1
 """Counts changes of the order. A state saved under another one is refused."""
-MAX_EXTENT_BYTES = 4 << 20
+MAX_CHUNK_BYTES = 4 << 20
 MIN_BLOCK_BYTES = 128 << 10
 OPEN_BYTES = 1 << 30
-"""What the open blocks of all processes together take, if the data set is large and the lanes are not too many."""
+"""What the open blocks of all processes together take, if the dataset is large and the lanes are not too many."""
 LANES_PER_BATCH = 8
-_EXTENTS = 1024
+_CHUNKS = 1024
 _MOST_EXTENTS = 1 << 28
 """Of an epoch: a petabyte in those of 4 MiB, planned in 4 GiB of memory."""
 _EPOCH_STREAM, _SUBSET_STREAM = 0, 1
 SMALL_BYTES = 256 << 20
-"""A data set up to this size is permuted sample by sample: every process can hold it whole."""
+"""A dataset up to this size is permuted sample by sample: every process can hold it whole."""
 
 Ints = NDArray[np.int64]
 _Words = NDArray[np.uint64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Order:
+class OrderSpec:
     """What an order depends on beside the samples and the epoch. Kept in the state of a run."""
 
     seed: int
@@ -50,7 +50,7 @@ class Order:
     """Parts of the tape that are read side by side; by default 8 x the global batch."""
     block_bytes: int
     """What is open in a lane at a time, and permuted."""
-    extent_bytes: int
+    chunk_bytes: int
     """What stays together on the tape, so that it can be fetched at once; whole blocks."""
     shuffle: bool = True
     """False: position p is sample p of the manifest."""
@@ -60,9 +60,9 @@ class Order:
             raise UsageError(f"seed={self.seed} is not in 0 ... 2**64 - 1")
         if not 1 <= self.lanes < 1 << 31:
             raise UsageError(f"lanes={self.lanes} is not in 1 ... 2**31 - 1")
-        if not 1 <= self.block_bytes <= self.extent_bytes < 1 << 40:
+        if not 1 <= self.block_bytes <= self.chunk_bytes < 1 << 40:
             raise UsageError(
-                f"block_bytes={self.block_bytes}, extent_bytes={self.extent_bytes}: expected 1 <= block <= extent < 2**40"
+                f"block_bytes={self.block_bytes}, chunk_bytes={self.chunk_bytes}: expected 1 <= block <= chunk < 2**40"
             )
 
 
@@ -81,36 +81,36 @@ class Rows(NamedTuple):
     done: Ints
     """How many of them an epoch hands out before this one."""
     run: Ints
-    """Rows from `first` to the end of the extent or the lane: what the lane reads next lies side by side."""
+    """Rows from `first` to the end of the chunk or the lane: what the lane reads next lies side by side."""
 
 
-def default_order(total_bytes: int, batch_size: int, seed: int, *, lanes: int | None = None, shuffle: bool = True) -> Order:
-    """The order of a data set of this many bytes for a global batch of this many samples.
+def default_order(total_bytes: int, batch_size: int, seed: int, *, lanes: int | None = None, shuffle: bool = True) -> OrderSpec:
+    """The order of a dataset of this many bytes for a global batch of this many samples.
 
-    Lanes: 8 x the batch, so that up to 8 workers of a rank have lanes of their own. Up to 256 MiB an extent is a sample; above,
-    there are about 1,024 extents, until they have 4 MiB: small data sets are mixed finely, large ones are read in large
+    Lanes: 8 x the batch, so that up to 8 workers of a rank have lanes of their own. Up to 256 MiB an chunk is a sample; above,
+    there are about 1,024 chunks, until they have 4 MiB: small datasets are mixed finely, large ones are read in large
     requests. A block is what keeps all open blocks within 1 GiB, and at least 128 KiB.
     """
     if not shuffle:
-        return Order(seed=seed, lanes=1, block_bytes=MIN_BLOCK_BYTES, extent_bytes=MIN_BLOCK_BYTES, shuffle=False)
+        return OrderSpec(seed=seed, lanes=1, block_bytes=MIN_BLOCK_BYTES, chunk_bytes=MIN_BLOCK_BYTES, shuffle=False)
     lanes = lanes or LANES_PER_BATCH * batch_size
     if total_bytes <= SMALL_BYTES:
-        return Order(seed=seed, lanes=lanes, block_bytes=1, extent_bytes=1)
-    extent = min(max(total_bytes // _EXTENTS, MIN_BLOCK_BYTES), MAX_EXTENT_BYTES)
-    block = min(max(OPEN_BYTES // lanes, MIN_BLOCK_BYTES), extent)
-    return Order(seed=seed, lanes=lanes, block_bytes=block, extent_bytes=extent)
+        return OrderSpec(seed=seed, lanes=lanes, block_bytes=1, chunk_bytes=1)
+    chunk = min(max(total_bytes // _CHUNKS, MIN_BLOCK_BYTES), MAX_CHUNK_BYTES)
+    block = min(max(OPEN_BYTES // lanes, MIN_BLOCK_BYTES), chunk)
+    return OrderSpec(seed=seed, lanes=lanes, block_bytes=block, chunk_bytes=chunk)
 
 
-def block_rows(samples: Ints, num_bytes: Ints, order: Order) -> Ints:
+def block_samples(samples: Ints, num_bytes: Ints, spec: OrderSpec) -> Ints:
     """(S,) rows of a block of shards with so many samples and bytes."""
-    rows: Ints = np.maximum(order.block_bytes * samples // np.maximum(num_bytes, 1), 1)
+    rows: Ints = np.maximum(spec.block_bytes * samples // np.maximum(num_bytes, 1), 1)
     return rows
 
 
-def extent_rows(samples: Ints, num_bytes: Ints, order: Order) -> Ints:
-    """(S,) rows of an extent: whole blocks."""
-    block = block_rows(samples, num_bytes, order)
-    rows: Ints = block * np.maximum(order.extent_bytes * samples // (np.maximum(num_bytes, 1) * block), 1)
+def chunk_samples(samples: Ints, num_bytes: Ints, spec: OrderSpec) -> Ints:
+    """(S,) rows of an chunk: whole blocks."""
+    block = block_samples(samples, num_bytes, spec)
+    rows: Ints = block * np.maximum(spec.chunk_bytes * samples // (np.maximum(num_bytes, 1) * block), 1)
     return rows
 
 
@@ -121,50 +121,50 @@ class SourcePlan:
         samples: (S,) samples of each shard.
         sizes: (S,) bytes of each shard.
         order: the recipe.
-        max_samples: use this many samples only, the same in every epoch: extents chosen by the seed.
+        max_samples: use this many samples only, the same in every epoch: chunks chosen by the seed.
         repeat: how often an epoch has each of them.
 
     Raises:
         UsageError: there are no samples, or max_samples is not in 1 ... their number.
     """
 
-    def __init__(self, samples: Ints, sizes: Ints, order: Order, max_samples: int | None = None, repeat: int = 1) -> None:
+    def __init__(self, samples: Ints, sizes: Ints, spec: OrderSpec, max_samples: int | None = None, repeat: int = 1) -> None:
         total = int(samples.sum())
         if not total:
-            raise UsageError("the data set has no samples: there is nothing to train on")
+            raise UsageError("the dataset has no samples: there is nothing to train on")
         if max_samples is not None and not 1 <= max_samples <= total:
             raise UsageError(f"max_samples={max_samples} is not in 1 ... {total}, the samples of the source")
-        self.order = order
+        self.spec = spec
         chosen_samples = max_samples or total
         self.num_samples = chosen_samples * repeat
-        self._block_rows = block_rows(samples, sizes, order)
-        self._extent_rows = extent_rows(samples, sizes, order)
-        counts = -(-samples // self._extent_rows)
+        self._block_samples = block_samples(samples, sizes, spec)
+        self._chunk_samples = chunk_samples(samples, sizes, spec)
+        counts = -(-samples // self._chunk_samples)
         if (needed := int(counts.sum()) * repeat) > _MOST_EXTENTS:
             raise UsageError(
-                f"{total:,} samples, repeated {repeat:,} times, are {needed:,} extents of {order.extent_bytes:,} bytes: a plan "
+                f"{total:,} samples, repeated {repeat:,} times, are {needed:,} chunks of {spec.chunk_bytes:,} bytes: a plan "
                 f"holds {_MOST_EXTENTS:,} at most"
             )
-        self._extents_before = np.concatenate(([0], np.cumsum(counts)))
-        num_extents = int(self._extents_before[-1])
-        rows = np.repeat(self._extent_rows, counts)
-        last = self._extents_before[1:][counts > 0] - 1
-        rows[last] = (samples - (counts - 1) * self._extent_rows)[counts > 0]
-        self._extents = np.arange(num_extents)
+        self._chunks_before = np.concatenate(([0], np.cumsum(counts)))
+        num_chunks = int(self._chunks_before[-1])
+        rows = np.repeat(self._chunk_samples, counts)
+        last = self._chunks_before[1:][counts > 0] - 1
+        rows[last] = (samples - (counts - 1) * self._chunk_samples)[counts > 0]
+        self._chunks = np.arange(num_chunks)
         if chosen_samples < total:
-            chosen = shuffled(num_extents, order.seed, 0, _SUBSET_STREAM)
+            chosen = shuffled(num_chunks, spec.seed, 0, _SUBSET_STREAM)
             ends = np.cumsum(rows[chosen])
             keep = int(np.searchsorted(ends, chosen_samples)) + 1
             rows[chosen[keep - 1]] -= ends[keep - 1] - chosen_samples
-            self._extents = np.sort(chosen[:keep])
-            rows = rows[self._extents]
-        self._extents, self._rows = np.tile(self._extents, repeat), np.tile(rows, repeat)
+            self._chunks = np.sort(chosen[:keep])
+            rows = rows[self._chunks]
+        self._chunks, self._rows = np.tile(self._chunks, repeat), np.tile(rows, repeat)
         self._epochs: dict[int, tuple[Ints, Ints]] = {}
 
     @property
-    def num_extents(self) -> int:
-        """Extents of an epoch."""
-        return len(self._extents)
+    def num_chunks(self) -> int:
+        """Chunks of an epoch."""
+        return len(self._chunks)
 
     def locate(self, epoch: int, positions: Ints) -> Rows:
         """Where these positions of an epoch lead.
@@ -173,47 +173,47 @@ class SourcePlan:
             epoch: from 0.
             positions: (K,) in 0 ... num_samples - 1, in any order.
         """
-        order = self.order
-        extents, tape = self._tape(epoch)
-        lane, depth = positions % order.lanes, positions // order.lanes
-        short, num_longer = divmod(self.num_samples, order.lanes)
+        spec = self.spec
+        chunks, tape = self._tape(epoch)
+        lane, depth = positions % spec.lanes, positions // spec.lanes
+        short, num_longer = divmod(self.num_samples, spec.lanes)
         lane_start = lane * short + np.minimum(lane, num_longer)
         lane_end = lane_start + short + (lane < num_longer)
         at = lane_start + depth
         number = np.searchsorted(tape, at, "right") - 1
-        extent, start, end = extents[number], tape[number], tape[number + 1]
-        shard = np.searchsorted(self._extents_before, extent, "right") - 1
-        rows = self._block_rows[shard]
+        chunk, start, end = chunks[number], tape[number], tape[number + 1]
+        shard = np.searchsorted(self._chunks_before, chunk, "right") - 1
+        rows = self._block_samples[shard]
         block = start + (at - start) // rows * rows
         piece = np.maximum(block, lane_start)
         end = np.minimum(end, lane_end)
         num_rows = np.minimum(block + rows, end) - piece
-        first = (extent - self._extents_before[shard]) * self._extent_rows[shard] + piece - start
+        first = (chunk - self._chunks_before[shard]) * self._chunk_samples[shard] + piece - start
         inside = at - piece
-        if order.shuffle and num_rows.max(initial=1) > 1:
-            inside = _permuted(inside, num_rows, _key(order.seed, epoch), piece)
+        if spec.shuffle and num_rows.max(initial=1) > 1:
+            inside = _permuted(inside, num_rows, _key(spec.seed, epoch), piece)
         return Rows(shard, first + inside, piece, first, num_rows, at - piece, end - piece)
 
     def _tape(self, epoch: int) -> tuple[Ints, Ints]:
-        """(extents in this epoch's order, where each starts on the tape, and at last its end)."""
+        """(chunks in this epoch's order, where each starts on the tape, and at last its end)."""
         if epoch not in self._epochs:
             if len(self._epochs) > 1:  # the lanes of a mixture change epochs at slightly different steps
                 del self._epochs[min(self._epochs)]
-            if self.order.shuffle:
-                turn = shuffled(len(self._extents), self.order.seed, epoch)
-                extents, rows = self._extents[turn], self._rows[turn]
+            if self.spec.shuffle:
+                turn = shuffled(len(self._chunks), self.spec.seed, epoch)
+                chunks, rows = self._chunks[turn], self._rows[turn]
             else:
-                extents, rows = self._extents, self._rows
+                chunks, rows = self._chunks, self._rows
             tape = np.zeros(len(rows) + 1, np.int64)
             np.cumsum(rows, out=tape[1:])
-            self._epochs[epoch] = extents, tape
+            self._epochs[epoch] = chunks, tape
         return self._epochs[epoch]
 
 
-def shuffled(count: int, seed: int, epoch: int, stream: int = _EPOCH_STREAM) -> Ints:
+def shuffled(count: int, seed: int, epoch: int, domain: int = _EPOCH_STREAM) -> Ints:
     """A permutation of range(count), (count,): the order of as many 64-bit keys of Philox, keyed by (seed, epoch)."""
     keys: _Words = np.random.Philox(
-        key=np.array([seed, epoch], np.uint64), counter=np.array([0, 0, 0, stream], np.uint64)
+        key=np.array([seed, epoch], np.uint64), counter=np.array([0, 0, 0, domain], np.uint64)
     ).random_raw(count)
     return np.argsort(keys, kind="stable")
 

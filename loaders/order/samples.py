@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 
 from loaders.config import LoaderConfig, Source
 from loaders.order.mix import Mixture
-from loaders.order.plan import Ints, Order, Rows, SourcePlan, default_order
+from loaders.order.plan import Ints, OrderSpec, Rows, SourcePlan, default_order
 from wds_tools.errors import NotFound, UsageError
 from wds_tools.format import manifest as manifests
-from wds_tools.format.manifest import Manifest, unpack_manifest
+from wds_tools.format.manifest import Manifest, parse_manifest
 from wds_tools.format.schema import ANY_MEMBERS
 from wds_tools.storage import Store, open_store
 
@@ -64,8 +64,8 @@ class OpenSource:
     @property
     def max_samples(self) -> int | None:
         """How many of its samples are used, if not all."""
-        if self.source.share is not None:
-            return max(1, round(self.source.share * self.manifest.samples))
+        if self.source.fraction is not None:
+            return max(1, round(self.source.fraction * self.manifest.samples))
         return self.source.max_samples
 
 
@@ -87,7 +87,7 @@ def open_source(source: Source) -> OpenSource:
     """Read a source's manifest.
 
     Raises:
-        NotFound: there is none: `wds-tools index` makes one for tars of others.
+        NotFound: there is none: `wds-tools index` makes one for third-party tars.
         FormatError: it is damaged.
     """
     store = open_store(source.url)
@@ -95,13 +95,13 @@ def open_source(source: Source) -> OpenSource:
         data = store.read(manifests.NAME)
     except NotFound as error:
         raise NotFound(
-            f"{store.url} has no {manifests.NAME}: not a data set, or one that is not finished; "
+            f"{store.url} has no {manifests.NAME}: not a dataset, or one that is not finished; "
             "for WebDataset tars made elsewhere, `wds-tools index` makes it"
         ) from error
-    return OpenSource(source, store, unpack_manifest(data, f"{store.url}/{manifests.NAME}"))
+    return OpenSource(source, store, parse_manifest(data, f"{store.url}/{manifests.NAME}"))
 
 
-class Stream:
+class SampleOrder:
     """What a run reads, as a function of position.
 
     Args:
@@ -112,22 +112,22 @@ class Stream:
     """
 
     def __init__(
-        self, sources: Sequence[OpenSource], config: LoaderConfig, order: Order | None = None, step_samples: int | None = None
+        self, sources: Sequence[OpenSource], config: LoaderConfig, spec: OrderSpec | None = None, step_samples: int | None = None
     ) -> None:
         self.sources = tuple(sources)
         self.fingerprints = tuple(opened.manifest.fingerprint() for opened in sources)
         self.step_samples = step_samples or config.batch_size
-        if order is None:
+        if spec is None:
             total = sum(opened.manifest.bytes * opened.source.repeat for opened in sources)
-            order = default_order(total, config.batch_size, config.seed, lanes=config.lanes, shuffle=config.shuffle)
-        self.order = order
+            spec = default_order(total, config.batch_size, config.seed, lanes=config.lanes, shuffle=config.shuffle)
+        self.spec = spec
         weighted = config.sources[0].weight is not None
         groups = [[number] for number in range(len(sources))] if weighted else [list(range(len(sources)))]
         self._groups = [self._group(members, repeat=not weighted) for members in groups]
         plans = [group.plan for group in self._groups]
         weights = [tuple(float(source.weight or 0) for source in config.sources)] if weighted else [(1.0,)]
         schedule = [(0, weights[0]), *((step * self.step_samples, changed) for step, changed in config.schedule)]
-        self._mixture = Mixture([plan.num_samples for plan in plans], order.lanes, schedule)
+        self._mixture = Mixture([plan.num_samples for plan in plans], spec.lanes, schedule)
         self.length = self._length(config) if weighted else plans[0].num_samples
         self._recipe: dict[str, Any] = {
             "weights": [list(changed) for _, changed in schedule] if weighted else None,
@@ -153,7 +153,7 @@ class Stream:
         """A sentence about each source that is absent for long."""
         for number, opened in enumerate(self.sources if self.recipe["weights"] else ()):
             if absence := self._mixture.absence(number):
-                lanes = self.order.lanes
+                lanes = self.spec.lanes
                 yield (
                     f"source {opened.name} is so rare that none of it comes for up to {absence:,} samples, then {lanes:,} of it "
                     f"within {lanes * lanes:,}: all lanes are at nearly the same place of the mixture. A weight of 1 in "
@@ -220,7 +220,7 @@ class Stream:
             plan = SourcePlan(
                 np.concatenate([self.sources[number].samples for number in sources]),
                 np.concatenate([self.sources[number].sizes for number in sources]),
-                self.order,
+                self.spec,
                 limited[0].max_samples if limited else None,
                 repeat=by_plan,
             )

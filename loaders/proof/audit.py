@@ -17,9 +17,9 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 
 from loaders.config import LoaderConfig, Source
-from loaders.order.samples import OpenSource, Stream, open_source
-from loaders.proof.coverage import EpochAudit, Tally, runs_of
-from loaders.proof.receipt import Receipt, Span, unpack_receipt
+from loaders.order.samples import OpenSource, SampleOrder, open_source
+from loaders.proof.coverage import Coverage, EpochAudit, runs_of
+from loaders.proof.receipt import Receipt, Span, parse_receipt
 from wds_tools.errors import FormatError, NotFound, UsageError
 from wds_tools.storage import join, open_store, split_url
 
@@ -66,7 +66,7 @@ def read_receipts(urls: Sequence[str]) -> list[Receipt]:
             names = [entry.name for entry in store.list() if entry.name.endswith(".json")]
         if not names:
             raise UsageError(f"{store.url}: no .json files: expected receipts, as json.dump(loader.receipt(), file) writes them")
-        receipts += [unpack_receipt(store.read(name), join(store.url, name)) for name in names]
+        receipts += [parse_receipt(store.read(name), join(store.url, name)) for name in names]
     return receipts
 
 
@@ -111,14 +111,14 @@ def audit(
     if not receipts:
         raise UsageError("no receipts to audit")
     _check_alike(receipts)
-    stream = _stream_of(receipts[0], _open_sources(receipts[0], moved))
-    _check_substitutions(receipts, stream)
+    order = _order_of(receipts[0], _open_sources(receipts[0], moved))
+    _check_substitutions(receipts, order)
     counted, superseded = _last_of_runs(receipts)
-    tally = Tally(stream, counted, quick=quick, show=show, on_counted=on_counted)
+    coverage = Coverage(order, counted, quick=quick, show=show, on_counted=on_counted)
     named = {epoch for receipt in counted for epoch, *_ in receipt.spans}
     epochs = range(min(named), max(named) + 1) if named else range(0)
-    audited = tuple(tally.epoch(epoch, may_end_early=epoch == epochs[-1] and not complete) for epoch in epochs)
-    totals = tally.complete_epochs()
+    audited = tuple(coverage.epoch(epoch, may_end_early=epoch == epochs[-1] and not complete) for epoch in epochs)
+    totals = coverage.complete_epochs()
     broken = [
         f"{name}: its samples' hashes add up to {found:032x}, the manifest's to {expected:032x}: this order is no bijection"
         for name, found, expected in totals
@@ -129,7 +129,7 @@ def audit(
         superseded=superseded,
         absent=tuple(_absent_ranks(counted)),
         epochs=audited,
-        problems=(*tally.problems(), *broken),
+        problems=(*coverage.problems(), *broken),
         totals_compared=len(totals),
     )
 
@@ -147,7 +147,7 @@ def _check_alike(receipts: Sequence[Receipt]) -> None:
 
 def _what_it_is_of(receipt: Receipt) -> dict[str, object]:
     data = {f"fingerprint of source {number}": fingerprint for number, (_, fingerprint) in enumerate(receipt.sources)}
-    return {**asdict(receipt.order), **receipt.recipe, **data}
+    return {**asdict(receipt.spec), **receipt.recipe, **data}
 
 
 def _open_sources(receipt: Receipt, moved: Sequence[str]) -> list[OpenSource]:
@@ -175,7 +175,7 @@ def _open_unmoved(url: str, fingerprint: str) -> OpenSource:
     return opened
 
 
-def _stream_of(receipt: Receipt, sources: Sequence[OpenSource]) -> Stream:
+def _order_of(receipt: Receipt, sources: Sequence[OpenSource]) -> SampleOrder:
     """The stream that a receipt is of: its recipe, with the schedule counted in samples."""
     recipe = receipt.recipe
     try:
@@ -193,23 +193,23 @@ def _stream_of(receipt: Receipt, sources: Sequence[OpenSource]) -> Stream:
         config = LoaderConfig(
             sources=weighted,
             batch_size=1,
-            seed=receipt.order.seed,
-            shuffle=receipt.order.shuffle,
+            seed=receipt.spec.seed,
+            shuffle=receipt.spec.shuffle,
             length=recipe["length"] if weights else "first",
             schedule=tuple(zip(recipe["from_positions"], map(tuple, weights), strict=True))[1:] if weights else (),
         )
         opened_as = [replace(opened, source=source) for opened, source in zip(sources, weighted, strict=True)]
-        stream = Stream(opened_as, config, receipt.order, step_samples=1)
+        order = SampleOrder(opened_as, config, receipt.spec, step_samples=1)
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise FormatError(f"{receipt.name}: its recipe can't be meant ({type(error).__name__}: {error})") from error
-    if stream.recipe != recipe:
-        raise FormatError(f"{receipt.name}: its recipe is {dict(recipe)}, its data makes it {dict(stream.recipe)}")
-    return stream
+    if order.recipe != recipe:
+        raise FormatError(f"{receipt.name}: its recipe is {dict(recipe)}, its data makes it {dict(order.recipe)}")
+    return order
 
 
-def _check_substitutions(receipts: Sequence[Receipt], stream: Stream) -> None:
+def _check_substitutions(receipts: Sequence[Receipt], order: SampleOrder) -> None:
     """Raise FormatError unless every sample they name is there."""
-    shards = [opened.manifest.shards for opened in stream.sources]
+    shards = [opened.manifest.shards for opened in order.sources]
     for receipt in receipts:
         for _, source, shard, row, _ in receipt.substitutions:
             if source >= len(shards) or shard >= len(shards[source]) or row >= shards[source][shard].samples:
@@ -224,7 +224,7 @@ def _last_of_runs(receipts: Sequence[Receipt]) -> tuple[list[Receipt], tuple[tup
     """
     runs: dict[object, list[Receipt]] = defaultdict(list)
     for receipt in receipts:
-        runs[receipt.run, receipt.world, receipt.tail, receipt.spans[:1] and receipt.spans[0][:2]].append(receipt)
+        runs[receipt.run, receipt.world, receipt.last_batch, receipt.spans[:1] and receipt.spans[0][:2]].append(receipt)
     counted, superseded = [], []
     for members in runs.values():
         last: list[Receipt] = []

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from loaders.order.mix import Mixture
 from loaders.order.plan import Ints
-from loaders.order.samples import Stream
+from loaders.order.samples import SampleOrder
 from loaders.proof.receipt import MODULUS, Receipt, SampleHash, Span, total_of
 
 _CHUNK = 1 << 18
@@ -31,11 +31,11 @@ _Flags = NDArray[np.bool_]
 
 
 @dataclass(frozen=True, kw_only=True)
-class RowRange:
+class SampleRange:
     """Rows [first, last) of a shard."""
 
     source: str
-    """URL of the data set."""
+    """URL of the dataset."""
     shard: str
     first: int
     last: int
@@ -52,7 +52,7 @@ class Ranges:
     """The first of them: [low, high)."""
     num_row_ranges: int = 0
     """Ranges of rows that there are, without the untraced."""
-    rows: tuple[RowRange, ...] = ()
+    rows: tuple[SampleRange, ...] = ()
     """The first of them."""
     untraced: int = 0
     """Samples beyond the first 1,048,576, whose rows were not looked up."""
@@ -73,9 +73,9 @@ class EpochAudit:
     repeated_by: tuple[tuple[str, ...], ...]
     """The receipts behind the first position of each of `repeated.positions`."""
     dropped: int
-    """Samples at the end, less than a batch, that tail="drop" left out."""
+    """Samples at the end, less than a batch, that last_batch="drop" left out."""
     wrapped: int
-    """Samples of the next epoch that filled up a last batch: tail="wrap". That epoch has them again."""
+    """Samples of the next epoch that filled up a last batch: last_batch="wrap". That epoch has them again."""
     unseen: int
     """Samples at the end that the run, in its last epoch, has not come to."""
     substituted: Mapping[str, int]
@@ -102,7 +102,7 @@ class _Handed(NamedTuple):
         return positions
 
 
-class Tally:
+class Coverage:
     """Counts epochs of a stream, one after the other.
 
     Args:
@@ -115,22 +115,22 @@ class Tally:
 
     def __init__(
         self,
-        stream: Stream,
+        order: SampleOrder,
         receipts: Sequence[Receipt],
         *,
         quick: bool = False,
         show: int = 20,
         on_counted: Callable[[int], None] = lambda _: None,
     ) -> None:
-        self._stream = stream
+        self._order = order
         self._receipts = receipts
         self._quick = quick
         self._show = show
         self._on_counted = on_counted
-        self._hashes = [SampleHash(fingerprint) for fingerprint in stream.fingerprints]
+        self._hashes = [SampleHash(fingerprint) for fingerprint in order.fingerprints]
         self._num_samples = [0] * len(receipts)
         self._totals = [0] * len(receipts)
-        self._sources = _SourceTotals(stream, self._hashes)
+        self._sources = _SourceTotals(order, self._hashes)
 
     def epoch(self, epoch: int, *, may_end_early: bool) -> EpochAudit:
         """Count an epoch.
@@ -139,7 +139,7 @@ class Tally:
             epoch: which.
             may_end_early: what comes behind its last span is unseen rather than missing.
         """
-        length = self._stream.length
+        length = self._order.length
         spans = [(number, span) for number, receipt in enumerate(self._receipts) for span in receipt.spans if span[0] == epoch]
         last = max((span[2] for _, span in spans), default=0)
         reached = min(last, length)
@@ -162,20 +162,20 @@ class Tally:
             accounted[max(due - begin, 0) :] = True
             self._add_up(epoch, begin, end, handed, accounted)
             self._on_counted(end - begin)
-        too_often = repeated.ranges(self._stream, epoch)
+        too_often = repeated.ranges(self._order, epoch)
         bad = [one for receipt in self._receipts for one in receipt.substitutions if one[0] == epoch]
         return EpochAudit(
             epoch=epoch,
             expected=length,
             handed_over=handed_over,
-            missing=missing.ranges(self._stream, epoch),
+            missing=missing.ranges(self._order, epoch),
             repeated=too_often,
             repeated_by=tuple(tuple(self._handed_by(spans, low)) for low, _ in too_often.positions),
             dropped=dropped,
             wrapped=wrapped,
             unseen=unseen,
             substituted=dict(sorted(Counter(reason for *_, reason in bad).items())),
-            substituted_rows=_row_ranges(self._stream, *_columns(bad), self._show),
+            substituted_rows=_row_ranges(self._order, *_columns(bad), self._show),
         )
 
     def problems(self) -> list[str]:
@@ -198,10 +198,10 @@ class Tally:
         return self._sources.complete()
 
     def _is_dropped(self, epoch: int, reached: int) -> bool:
-        """Whether a run with tail="drop" ended the epoch here: what is left is less than its batch, now or after a resume."""
-        left = self._stream.length - reached
+        """Whether a run with last_batch="drop" ended the epoch here: what is left is less than its batch, now or after a resume."""
+        left = self._order.length - reached
         return any(
-            receipt.tail == "drop" and batch_size > left and ((of, high) == (epoch, reached) or (of, low) == (epoch + 1, 0))
+            receipt.last_batch == "drop" and batch_size > left and ((of, high) == (epoch, reached) or (of, low) == (epoch + 1, 0))
             for receipt in self._receipts
             for of, low, high, batch_size in receipt.spans
         )
@@ -231,7 +231,7 @@ class Tally:
             self._num_samples[number] += int((high - low).sum())
         if self._quick or not (handed or accounted.any()):
             return
-        located = self._stream.locate(epoch, np.arange(begin, end))
+        located = self._order.locate(epoch, np.arange(begin, end))
         for one in handed:
             if len(one.low):
                 at = one.positions() - begin
@@ -246,15 +246,15 @@ class _SourceTotals:
     Sources without weights are one, whose epochs are the stream's.
     """
 
-    def __init__(self, stream: Stream, hashes: Sequence[SampleHash]) -> None:
-        self._stream = stream
+    def __init__(self, order: SampleOrder, hashes: Sequence[SampleHash]) -> None:
+        self._order = order
         self._hashes = hashes
-        self._limits, self._repeat = stream.recipe["max_samples"], stream.recipe["repeat"]
-        weights = stream.recipe["weights"]
-        sizes = [limit or opened.manifest.samples for limit, opened in zip(self._limits, stream.sources, strict=True)]
-        self._sizes = sizes if weights else [stream.length]
-        schedule = list(zip(stream.recipe["from_positions"], weights or (), strict=False))
-        self._mixture = Mixture(sizes, stream.order.lanes, schedule) if weights else None
+        self._limits, self._repeat = order.recipe["max_samples"], order.recipe["repeat"]
+        weights = order.recipe["weights"]
+        sizes = [limit or opened.manifest.samples for limit, opened in zip(self._limits, order.sources, strict=True)]
+        self._sizes = sizes if weights else [order.length]
+        schedule = list(zip(order.recipe["from_positions"], weights or (), strict=False))
+        self._mixture = Mixture(sizes, order.spec.lanes, schedule) if weights else None
         self._found: dict[tuple[int, int], tuple[int, int]] = {}
 
     def add(self, epoch: int, positions: Ints, source: Ints, shard: Ints, row: Ints) -> None:
@@ -262,7 +262,7 @@ class _SourceTotals:
         if self._mixture is None:
             self._add((0, epoch), len(row), total_of(self._hashes, source, shard, row))
             return
-        its_epoch = self._mixture.locate(epoch * self._stream.length + positions).epoch
+        its_epoch = self._mixture.locate(epoch * self._order.length + positions).epoch
         for number, hashed in enumerate(self._hashes):
             for turn in np.unique(its_epoch[source == number]).tolist():
                 here = (source == number) & (its_epoch == turn)
@@ -279,13 +279,13 @@ class _SourceTotals:
             names, full = ["the stream"], [] if any(self._limits) else full
             totals = {0: sum(times * self._total_of(number) for number, times in enumerate(self._repeat))} if full else {}
         else:
-            names, full = [opened.name for opened in self._stream.sources], [at for at in full if not self._limits[at[0]]]
+            names, full = [opened.name for opened in self._order.sources], [at for at in full if not self._limits[at[0]]]
             totals = {number: self._total_of(number) for number in {number for number, _ in full}}
         return [(f"epoch {at[1]} of {names[at[0]]}", self._found[at][1], totals[at[0]] % MODULUS) for at in full]
 
     def _total_of(self, number: int) -> int:
         """The sum of the hashes of all samples of a source, by its manifest."""
-        before = np.cumsum([0, *(row.samples for row in self._stream.sources[number].manifest.shards)])
+        before = np.cumsum([0, *(row.samples for row in self._order.sources[number].manifest.shards)])
         total = 0
         for begin in range(0, int(before[-1]), _CHUNK):
             at = np.arange(begin, min(begin + _CHUNK, int(before[-1])))
@@ -323,11 +323,11 @@ class _Collector:
         self._traced.append(at[: _NAMED_SAMPLES - self._num_traced])
         self._num_traced += len(self._traced[-1])
 
-    def ranges(self, stream: Stream, epoch: int) -> Ranges:
+    def ranges(self, order: SampleOrder, epoch: int) -> Ranges:
         """What was gathered."""
-        located = stream.locate(epoch, np.concatenate(self._traced))
+        located = order.locate(epoch, np.concatenate(self._traced))
         return replace(
-            _row_ranges(stream, located.source, located.shard, located.row, self._show),
+            _row_ranges(order, located.source, located.shard, located.row, self._show),
             samples=self._samples,
             num_ranges=self._num_ranges,
             positions=tuple(self._ranges),
@@ -335,19 +335,19 @@ class _Collector:
         )
 
 
-def _row_ranges(stream: Stream, source: Ints, shard: Ints, row: Ints, show: int) -> Ranges:
+def _row_ranges(order: SampleOrder, source: Ints, shard: Ints, row: Ints, show: int) -> Ranges:
     """These samples as ranges of rows."""
-    order = np.lexsort((row, shard, source))
-    source, shard, row = source[order], shard[order], row[order]
+    ascending = np.lexsort((row, shard, source))
+    source, shard, row = source[ascending], shard[ascending], row[ascending]
     new = np.ones(len(row), bool)
     new[1:] = (np.diff(source) != 0) | (np.diff(shard) != 0) | (np.diff(row) > 1)
     starts = np.flatnonzero(new)
     ends = np.append(starts, len(row))[1:]
     rows = []
     for start, end in zip(starts[:show].tolist(), ends[:show].tolist(), strict=True):
-        opened = stream.sources[int(source[start])]
+        opened = order.sources[int(source[start])]
         name = opened.manifest.shards[int(shard[start])].name
-        rows.append(RowRange(source=opened.store.url, shard=name, first=int(row[start]), last=int(row[end - 1]) + 1))
+        rows.append(SampleRange(source=opened.store.url, shard=name, first=int(row[start]), last=int(row[end - 1]) + 1))
     return Ranges(samples=len(row), num_row_ranges=len(starts), rows=tuple(rows))
 
 

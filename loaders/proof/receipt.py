@@ -15,17 +15,17 @@ from typing import Annotated, Any
 
 import numpy as np
 
-from loaders.config import Tail, World
-from loaders.order.partition import Steps
-from loaders.order.plan import ORDER_VERSION, Ints, Order, mix64
-from loaders.order.samples import Stream
+from loaders.config import LastBatch, World
+from loaders.order.partition import BatchPartition
+from loaders.order.plan import ORDER_VERSION, Ints, OrderSpec, mix64
+from loaders.order.samples import SampleOrder
 from loaders.proof.state import Versions
 from wds_tools.errors import FormatError, UsageError
 from wds_tools.format.typed_json import Count, read_json, shape
 
 MODULUS = 1 << 128
 RECEIPT_VERSION = 2
-"""1: tail="short" dealt the last step out so that ranks could come away empty."""
+"""1: last_batch="short" dealt the last step out so that ranks could come away empty."""
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -34,10 +34,10 @@ Span = tuple[int, int, int, int]
 """(epoch, low, high, batch_size): the positions of whole steps; this rank's part of each was handed over."""
 
 
-def pack_receipt(
-    stream: Stream,
+def receipt_to_json(
+    order: SampleOrder,
     world: World,
-    tail: str,
+    last_batch: str,
     spans: Sequence[Span],
     num_samples: int,
     hash_total: int,
@@ -62,13 +62,13 @@ def pack_receipt(
         "run": run,
         "rank": world.rank,
         "world_size": world.world_size,
-        "order": asdict(stream.order),
-        "step_samples": stream.step_samples,
-        "recipe": dict(stream.recipe),
-        "tail": tail,
+        "order": asdict(order.spec),
+        "step_samples": order.step_samples,
+        "recipe": dict(order.recipe),
+        "last_batch": last_batch,
         "sources": [
             {"url": opened.store.url, "fingerprint": fingerprint}
-            for opened, fingerprint in zip(stream.sources, stream.fingerprints, strict=True)
+            for opened, fingerprint in zip(order.sources, order.fingerprints, strict=True)
         ],
         "spans": [list(span) for span in spans],
         "samples": num_samples,
@@ -117,8 +117,8 @@ class _Document:
     run: str
     rank: Annotated[int, range(1 << 24)]
     world_size: Annotated[int, range(1 << 24)]
-    tail: Tail
-    order: Order
+    last_batch: LastBatch
+    spec: OrderSpec
     recipe: Mapping[str, Any]
     sources: tuple[_Origin, ...]
     spans: tuple[tuple[_Epoch, Count, Count, Count], ...]
@@ -129,14 +129,14 @@ class _Document:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Receipt:
-    """A receipt that was read. See pack_receipt."""
+    """A receipt that was read. See receipt_to_json."""
 
     name: str
     """Where it was read, for messages."""
     run: str
     world: World
-    tail: Tail
-    order: Order
+    last_batch: LastBatch
+    spec: OrderSpec
     recipe: Mapping[str, Any]
     sources: tuple[tuple[str, str], ...]
     """(url, fingerprint) of each."""
@@ -146,14 +146,14 @@ class Receipt:
     substitutions: tuple[tuple[int, int, int, int, str], ...]
     """(epoch, source, shard, row, reason) of each sample that another one stood in for."""
 
-    def steps(self, span: Span) -> tuple[Steps, int]:
+    def steps(self, span: Span) -> tuple[BatchPartition, int]:
         """The steps of which a span is the first ones, and how many it is."""
         _, low, high, batch_size = span
-        steps = Steps(self.recipe["length"], low, batch_size, self.tail, self.world.world_size)
+        steps = BatchPartition(self.recipe["length"], low, batch_size, self.last_batch, self.world.world_size)
         return steps, min(-((low - high) // batch_size), len(steps))
 
 
-def unpack_receipt(data: bytes, name: str) -> Receipt:
+def parse_receipt(data: bytes, name: str) -> Receipt:
     """Read a receipt.
 
     Raises:
@@ -179,8 +179,8 @@ def unpack_receipt(data: bytes, name: str) -> Receipt:
         name=name,
         run=document.run,
         world=World(rank=document.rank, world_size=document.world_size),
-        tail=document.tail,
-        order=document.order,
+        last_batch=document.last_batch,
+        spec=document.spec,
         recipe=document.recipe,
         sources=tuple((source.url, source.fingerprint) for source in document.sources),
         spans=document.spans,

@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
 from loaders.config import LoaderConfig
-from loaders.order.plan import ORDER_VERSION, Order
-from loaders.order.samples import OpenSource, Stream
+from loaders.order.plan import ORDER_VERSION, OrderSpec
+from loaders.order.samples import OpenSource, SampleOrder
 from wds_tools.errors import UsageError
 from wds_tools.format.typed_json import Count, shape
 
@@ -43,7 +43,7 @@ class _Origin:
 class _State:
     """What a state of this version says."""
 
-    order: Order
+    spec: OrderSpec
     step_samples: _Small
     epoch: _Small
     position: _Small
@@ -51,24 +51,24 @@ class _State:
     sources: tuple[_Origin, ...]
 
 
-def pack_state(stream: Stream, epoch: int, position: int) -> dict[str, Any]:
+def state_to_json(order: SampleOrder, epoch: int, position: int) -> dict[str, Any]:
     """The state of a run that has handed over the positions before this one."""
     return {
         "version": STATE_VERSION,
         "order_version": ORDER_VERSION,
         "epoch": epoch,
         "position": position,
-        "order": asdict(stream.order),
-        "step_samples": stream.step_samples,
-        "recipe": dict(stream.recipe),
+        "order": asdict(order.spec),
+        "step_samples": order.step_samples,
+        "recipe": dict(order.recipe),
         "sources": [
             {"fingerprint": fingerprint, "samples": opened.manifest.samples, "url": opened.store.url}
-            for fingerprint, opened in zip(stream.fingerprints, stream.sources, strict=True)
+            for fingerprint, opened in zip(order.fingerprints, order.sources, strict=True)
         ],
     }
 
 
-def unpack_state(state: Mapping[str, Any], config: LoaderConfig) -> tuple[Order, int, int, int]:
+def parse_state(state: Mapping[str, Any], config: LoaderConfig) -> tuple[OrderSpec, int, int, int]:
     """(order, samples of a step, epoch, position) of a state.
 
     Raises:
@@ -83,14 +83,14 @@ def unpack_state(state: Mapping[str, Any], config: LoaderConfig) -> tuple[Order,
             "position would be another sample; finish the epoch with the release that saved it"
         )
     saved = shape(_State, state, _NO_STATE, UsageError)
-    order = saved.order
-    other_lanes = order.shuffle and config.lanes not in (None, order.lanes)
-    if (order.seed, order.shuffle) != (config.seed, config.shuffle) or other_lanes:
+    spec = saved.spec
+    other_lanes = spec.shuffle and config.lanes not in (None, spec.lanes)
+    if (spec.seed, spec.shuffle) != (config.seed, config.shuffle) or other_lanes:
         raise UsageError(
-            f"the state was saved under seed={order.seed}, shuffle={order.shuffle}, lanes={order.lanes}; the config says "
+            f"the state was saved under seed={spec.seed}, shuffle={spec.shuffle}, lanes={spec.lanes}; the config says "
             f"seed={config.seed}, shuffle={config.shuffle}, lanes={config.lanes}: keep the recipe of the run, or start a new one"
         )
-    return order, saved.step_samples, saved.epoch, saved.position
+    return spec, saved.step_samples, saved.epoch, saved.position
 
 
 def check_data(state: Mapping[str, Any], sources: Sequence[OpenSource], fingerprints: Sequence[str]) -> None:
@@ -107,19 +107,19 @@ def check_data(state: Mapping[str, Any], sources: Sequence[OpenSource], fingerpr
             )
 
 
-def check_recipe(state: Mapping[str, Any], stream: Stream) -> None:
+def check_recipe(state: Mapping[str, Any], order: SampleOrder) -> None:
     """Raise UsageError unless the config makes the same stream of the data as the run that saved the state."""
-    if (state["epoch"] + 2) * stream.length >= 1 << 62:
-        raise UsageError(f"the state is at epoch {state['epoch']} of {stream.length} samples each: more than can be counted")
-    if "packing" not in state and state["position"] > stream.length:
+    if (state["epoch"] + 2) * order.length >= 1 << 62:
+        raise UsageError(f"the state is at epoch {state['epoch']} of {order.length} samples each: more than can be counted")
+    if "packing" not in state and state["position"] > order.length:
         raise UsageError(
-            f"the state is at position {state['position']} of an epoch of {stream.length} samples: it was edited or damaged"
+            f"the state is at position {state['position']} of an epoch of {order.length} samples: it was edited or damaged"
         )
     saved = state["recipe"]
-    differing = [name for name in {**stream.recipe, **saved} if saved.get(name) != stream.recipe.get(name)]
+    differing = [name for name in {**order.recipe, **saved} if saved.get(name) != order.recipe.get(name)]
     if differing:
         name = differing[0]
         raise UsageError(
-            f"the state was saved under another recipe: {name} was {saved.get(name)!r}, is {stream.recipe.get(name)!r}: "
+            f"the state was saved under another recipe: {name} was {saved.get(name)!r}, is {order.recipe.get(name)!r}: "
             "keep the recipe of the run, or start a new one"
         )

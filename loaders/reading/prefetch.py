@@ -20,8 +20,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from loaders.order.plan import MAX_EXTENT_BYTES, SMALL_BYTES, Ints, block_rows, extent_rows
-from loaders.order.samples import Located, OpenSource, Stream
+from loaders.order.plan import MAX_CHUNK_BYTES, SMALL_BYTES, Ints, block_samples, chunk_samples
+from loaders.order.samples import Located, OpenSource, SampleOrder
 from loaders.reading.cache import BlockCache
 from loaders.reading.fetches import Fetcher, end_with_trainer
 from loaders.reading.source import LoadedRows, SourceReader
@@ -31,12 +31,12 @@ _MAX_REQUEST_BYTES = 8 << 20
 _PARTS_AHEAD = 64
 _PLANNED_AT_ONCE = 1024
 """Positions."""
-_EXTENTS_SIDE_BY_SIDE = 8
+_CHUNKS_SIDE_BY_SIDE = 8
 _ROW_BYTES = 64
 """What a row of a mapped shard takes in memory."""
 
 
-class Part(NamedTuple):
+class PositionRange(NamedTuple):
     """Positions range(low, high, stride) of a stream's epoch."""
 
     epoch: int
@@ -51,7 +51,7 @@ class Part(NamedTuple):
 
 
 class Planned(NamedTuple):
-    part: Part
+    part: PositionRange
     located: Located
     all_to_load: Located
     """The same, of all that was planned together, with the units to load: pieces, or regions of a source that is kept whole."""
@@ -82,39 +82,39 @@ class Reader:
 
     def __init__(
         self,
-        stream: Stream,
+        order: SampleOrder,
         own_lanes: int,
         side_by_side: int,
         memory_bytes: int,
         cache: BlockCache | None = None,
         open_reader: Callable[[OpenSource, BlockCache | None, int], SourceReader] = SourceReader,
     ) -> None:
-        self._stream = stream
+        self._order = order
         self._cache = cache
         self._memory_bytes = memory_bytes
-        self.sources = [open_reader(opened, cache, len(stream.sources)) for opened in stream.sources]
+        self.sources = [open_reader(opened, cache, len(order.sources)) for opened in order.sources]
         self._any_remote = any(not source.is_mapped for source in self.sources)
         regions = [self._rows_of_regions(source, own_lanes, side_by_side) for source in self.sources]
         self._region_base = np.cumsum([0, *map(len, regions)])
         self._region_rows = np.concatenate(regions)
         """Rows of a region of each shard of each source; 0 for sources that are read in pieces."""
         lane_bytes = memory_bytes // 2 // max(own_lanes, 1) // len(self.sources)
-        self._ahead_bytes = min(max(lane_bytes - stream.order.block_bytes, 0), MAX_EXTENT_BYTES)
+        self._ahead_bytes = min(max(lane_bytes - order.spec.block_bytes, 0), MAX_CHUNK_BYTES)
         self._loaded: dict[int, LoadedRows | Future[LoadedRows]] = {}
         self._held_bytes = 0
         self._planned: deque[Planned] = deque()
-        self._upcoming: Iterator[Part] = iter(())
+        self._upcoming: Iterator[PositionRange] = iter(())
         self._num_planned = 0
         self._own_lanes = own_lanes
         self._at_once = _PLANNED_AT_ONCE
         if self._any_remote:
             largest = max(source.most_row_bytes for source in self.sources)
-            self._at_once = min(_PLANNED_AT_ONCE, max(memory_bytes // 8 // max(stream.order.block_bytes, largest), 1))
+            self._at_once = min(_PLANNED_AT_ONCE, max(memory_bytes // 8 // max(order.spec.block_bytes, largest), 1))
         self._in_flight: deque[Future[LoadedRows]] = deque()
         pieces = not self._region_rows.all() and self._any_remote
-        if pieces and own_lanes * stream.order.block_bytes * len(self.sources) > memory_bytes * 3 // 4:
+        if pieces and own_lanes * order.spec.block_bytes * len(self.sources) > memory_bytes * 3 // 4:
             warnings.warn(
-                f"memory_bytes={memory_bytes:,} does not hold a block of {stream.order.block_bytes:,} bytes for each of the "
+                f"memory_bytes={memory_bytes:,} does not hold a block of {order.spec.block_bytes:,} bytes for each of the "
                 f"{own_lanes:,} lanes that this process reads: it will fetch data more than once. Give it more "
                 "memory, use more processes, or a batch size and workers that divide the lanes; see `wds-tools simulate`",
                 stacklevel=2,
@@ -125,7 +125,7 @@ class Reader:
         self.num_evicted = 0
         """Runs of rows that were dropped for want of memory and may be fetched again."""
 
-    def rows(self, part: Part, upcoming: Iterator[Part]) -> tuple[Located, list[LoadedRows]]:
+    def rows(self, part: PositionRange, upcoming: Iterator[PositionRange]) -> tuple[Located, list[LoadedRows]]:
         """Where the positions of a part lead, and the rows in memory that hold them.
 
         Args:
@@ -154,7 +154,7 @@ class Reader:
             self.forget()
             raise
 
-    def ask(self, parts: Sequence[Part]) -> list[Planned]:
+    def ask(self, parts: Sequence[PositionRange]) -> list[Planned]:
         """Ask for parts, whenever they will be wanted: `answer` takes each, in any order. Not to be mixed with `rows`."""
         return self._plan(parts) if parts else []
 
@@ -184,9 +184,9 @@ class Reader:
         self._held_bytes = 0
         self._num_planned = 0
 
-    def _next_parts(self, num_positions: int) -> list[Part]:
+    def _next_parts(self, num_positions: int) -> list[PositionRange]:
         """The parts that come up, until they have so many positions."""
-        parts: list[Part] = []
+        parts: list[PositionRange] = []
         while num_positions > 0 and (part := next(self._upcoming, None)) is not None:
             parts.append(part)
             num_positions -= max(part.num_positions, 1)
@@ -197,11 +197,11 @@ class Reader:
             self._in_flight.popleft()
         return len(self._in_flight) >= _IN_FLIGHT or self._held_bytes > self._memory_bytes * 3 // 4
 
-    def _plan(self, parts: Sequence[Part]) -> list[Planned]:
+    def _plan(self, parts: Sequence[PositionRange]) -> list[Planned]:
         """Locate the positions of these parts, and ask for what is not in memory. Small parts are dear one by one."""
-        epoch, length = parts[0].epoch, self._stream.length
+        epoch, length = parts[0].epoch, self._order.length
         ranges = [np.arange(part.low, part.high, part.stride) + (part.epoch - epoch) * length for part in parts]
-        located = self._stream.locate(epoch, np.concatenate(ranges))
+        located = self._order.locate(epoch, np.concatenate(ranges))
         to_load = self._with_regions(located)
         self._num_planned += len(located.row)
         begin = 0
@@ -249,9 +249,9 @@ class Reader:
 
     def _request(self, new: Located) -> None:
         """Load these units, the neighbours among them together."""
-        order = np.lexsort((new.first, new.shard, new.source))
+        ascending = np.lexsort((new.first, new.shard, new.source))
         source, shard, key, first, num_rows, done, run = (
-            column[order].tolist() for column in (new.source, new.shard, new.key, new.first, new.num_rows, new.done, new.run)
+            column[ascending].tolist() for column in (new.source, new.shard, new.key, new.first, new.num_rows, new.done, new.run)
         )
         begin = 0
         while begin < len(source):
@@ -269,7 +269,7 @@ class Reader:
             beyond = min(run[last], num_rows[last] + self._ahead_bytes // row_bytes) - num_rows[last]
             if key[last] >= 0 and not reader.is_mapped and self._num_planned > self._own_lanes:  # first a little of each lane
                 row = reader.opened.manifest.shards[where[1]]
-                block = int(block_rows(np.array(row.samples), np.array(row.bytes), self._stream.order))
+                block = int(block_samples(np.array(row.samples), np.array(row.bytes), self._order.spec))
                 for offset in range(num_rows[last], num_rows[last] + beyond, block):
                     if key[last] + offset in self._loaded:
                         break
@@ -351,17 +351,17 @@ class Reader:
 
         Kept is what is mapped, if the places of its samples fit an eighth of the memory; and what is fetched, if it fits three
         quarters of it. Then regions have 4 MiB, if this process needs most of the source anyway or the source is small; else
-        they are the extents, if its lanes that lie side by side have several: the few at their ends are others' too.
+        they are the chunks, if its lanes that lie side by side have several: the few at their ends are others' too.
         """
-        manifest, order = source.opened.manifest, self._stream.order
-        lane_bytes = manifest.bytes / order.lanes
+        manifest, spec = source.opened.manifest, self._order.spec
+        lane_bytes = manifest.bytes / spec.lanes
         if source.is_mapped:
             is_kept = manifest.samples * _ROW_BYTES <= self._memory_bytes // 8
         else:
-            is_kept = manifest.bytes <= self._memory_bytes * 3 // 4 // len(self._stream.sources)
-        if is_kept and (source.is_mapped or own_lanes > order.lanes // 2 or manifest.bytes <= SMALL_BYTES):
-            rows = max(math.ceil(MAX_EXTENT_BYTES * manifest.samples / max(manifest.bytes, 1)), 1)
+            is_kept = manifest.bytes <= self._memory_bytes * 3 // 4 // len(self._order.sources)
+        if is_kept and (source.is_mapped or own_lanes > spec.lanes // 2 or manifest.bytes <= SMALL_BYTES):
+            rows = max(math.ceil(MAX_CHUNK_BYTES * manifest.samples / max(manifest.bytes, 1)), 1)
             return np.full(len(manifest.shards), rows)
-        if is_kept and side_by_side * lane_bytes >= _EXTENTS_SIDE_BY_SIDE * order.extent_bytes:
-            return extent_rows(source.opened.samples, source.opened.sizes, order)
+        if is_kept and side_by_side * lane_bytes >= _CHUNKS_SIDE_BY_SIDE * spec.chunk_bytes:
+            return chunk_samples(source.opened.samples, source.opened.sizes, spec)
         return np.zeros(len(manifest.shards), np.int64)

@@ -170,12 +170,12 @@ class SourceReader:
         """Whether what is loaded may come from a local disk."""
         return self._cache is not None
 
-    def load(self, shard: int, first: int, last: int, *, anew: bool = False) -> LoadedRows:
+    def load(self, shard: int, first: int, last: int, *, again: bool = False) -> LoadedRows:
         """Rows [first, last) of a shard.
 
         Args:
             shard, first, last: which.
-            anew: fetch them whatever the cache has, and put them there.
+            again: fetch them whatever the cache has, and put them there.
 
         Raises:
             FormatError: the index is damaged or of other bytes; the shard is shorter than the manifest says.
@@ -184,13 +184,13 @@ class SourceReader:
         index = self._rows(shard, first, last)
         data = None
         if not self.is_mapped:
-            data = self._bytes(shard, int(index.start[0]), int(index.start[-1]) + int(index.size[-1]), anew=anew)
+            data = self._bytes(shard, int(index.start[0]), int(index.start[-1]) + int(index.size[-1]), again=again)
         return LoadedRows(self, shard, first, last, data, index)
 
-    def _bytes(self, shard: int, begin: int, end: int, *, anew: bool) -> memoryview:
+    def _bytes(self, shard: int, begin: int, end: int, *, again: bool) -> memoryview:
         if self._cache is not None:
             regions = range(begin // _CACHE_REGION_BYTES * _CACHE_REGION_BYTES, end, _CACHE_REGION_BYTES)
-            parts = [self._regions.get((shard, at, anew), self._region) for at in regions]
+            parts = [self._regions.get((shard, at, again), self._region) for at in regions]
             parts[-1] = parts[-1][: end - regions[-1]]
             parts[0] = parts[0][begin - regions[0] :]
             return memoryview(b"".join(parts))  # a copy, so that a small piece does not keep its whole region
@@ -198,10 +198,10 @@ class SourceReader:
 
     def _region(self, place: tuple[int, int, bool]) -> memoryview:
         assert self._cache is not None
-        shard, begin, anew = place
+        shard, begin, again = place
         row = self.opened.manifest.shards[shard]
         end = min(begin + _CACHE_REGION_BYTES, row.bytes)
-        data = None if anew else self._cache.read(row.xxh128, begin, end)
+        data = None if again else self._cache.read(row.xxh128, begin, end)
         if data is None:
             data = self._fetch(shard, begin, end)
             self._cache.write(row.xxh128, begin, end, data)

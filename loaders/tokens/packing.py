@@ -1,6 +1,6 @@
 """Packing on the fly, lane by lane: lane c's packer reads lane c's samples in order, and row q is row q div C of lane q mod C.
 
-    LaneBook (main process): the cursor of each lane, as of the rows handed over -> errands -> LaneRows (reading process): rows
+    LaneBook (main process): the cursor of each lane, as of the rows handed over -> requests -> LaneRows (reading process): rows
 
 Lanes are those of the endless stream: sample position g is lane g mod C at depth g div C, through all epochs. A lane's rows
 depend on its samples alone, so on no topology. A cursor says where a lane stands: its next row, the next depth, and what waits
@@ -20,9 +20,9 @@ import numpy as np
 
 from loaders.batches.collate import Columns, TokenTensors
 from loaders.batches.decode import Decoder, Substitution
-from loaders.order.partition import Steps
-from loaders.order.samples import Located, Stream
-from loaders.reading.prefetch import Part, Planned, Reader
+from loaders.order.partition import BatchPartition
+from loaders.order.samples import Located, SampleOrder
+from loaders.reading.prefetch import Planned, PositionRange, Reader
 from loaders.tokens.rows import RowMaker
 from wds_tools.errors import UsageError
 from wds_tools.sequences.build import Example
@@ -66,7 +66,7 @@ class LaneBook:
         """A new loop begins: its workers know no lane."""
         self._told = {}
 
-    def tell(self, steps: Steps, step: int, stride: int) -> dict[int, Cursor]:
+    def tell(self, steps: BatchPartition, step: int, stride: int) -> dict[int, Cursor]:
         """The cursors of the lanes that the worker of a step meets for the first time in this loop."""
         low, high = steps.part(step, self._rank)
         told = self._told.setdefault(step % stride, set())
@@ -96,8 +96,8 @@ class LaneRows:
         maker: of this process.
     """
 
-    def __init__(self, stream: Stream, reader: Reader, decoder: Decoder, maker: RowMaker) -> None:
-        self._stream = stream
+    def __init__(self, order: SampleOrder, reader: Reader, decoder: Decoder, maker: RowMaker) -> None:
+        self._order = order
         self._reader = reader
         self._decoder = decoder
         self._maker = maker
@@ -126,10 +126,10 @@ class LaneRows:
         try:
             rows = self._rows(low, high)
         except BaseException:
-            self._lanes.clear()  # the next errand would find samples missing
+            self._lanes.clear()  # the next request would find samples missing
             self._reader.forget()
             raise
-        names = [opened.name for opened in self._stream.sources]
+        names = [opened.name for opened in self._order.sources]
         lists: dict[str, list[Any]] = {
             "__key__": [row.keys for row, _ in rows],
             "__source__": [[names[number] for number in sources] for _, sources in rows],
@@ -140,7 +140,7 @@ class LaneRows:
         padding = sum(row.num_padding for row, _ in rows)
         self._maker.count(len(rows), ids_BL.size - padding, padding)
         substitutions, self._substitutions = self._substitutions, []
-        lanes = self._stream.order.lanes
+        lanes = self._order.spec.lanes
         ended = [lane.take_ended() for lane in self._of(low, high)]
         return PackedPart(
             Columns(lists, None, TokenTensors.of(packed_batch(ids_BL, loss_BL, [row.segments for row, _ in rows]))),
@@ -150,12 +150,12 @@ class LaneRows:
         )
 
     def _of(self, low: int, high: int) -> list[_Lane]:
-        count = self._stream.order.lanes
+        count = self._order.spec.lanes
         return [self._lanes[row % count] for row in range(low, min(high, low + count))]
 
     def _rows(self, low: int, high: int) -> list[tuple[Row, list[int]]]:
         """The rows, each with the sources of its segments."""
-        count = self._stream.order.lanes
+        count = self._order.spec.lanes
         made: dict[int, tuple[Row, list[int]]] = {}
         until = {lane.number: (high - 1 - lane.number) // count for lane in self._of(low, high)}
         while hungry := [lane for lane in self._of(low, high) if not lane.pack(until[lane.number], low, count, made)]:
@@ -167,13 +167,13 @@ class LaneRows:
     def _ask(self, lanes: Sequence[_Lane]) -> None:
         """Have what lanes will need read in the background, unless it is."""
         wanted = (WINDOW_ROWS + 1) * self._maker.builder.config.max_length
-        parts: list[Part] = []
+        parts: list[PositionRange] = []
         owners: list[_Lane] = []
         for lane in lanes:
             if not lane.asked:
                 missing = wanted - lane.num_tokens
                 count = min(max(int(missing / self._mean_tokens), 1), _MOST_AT_ONCE) if missing > 0 else 0
-                own = list(lane.parts(count, self._stream.order.lanes))
+                own = list(lane.parts(count, self._order.spec.lanes))
                 parts += own
                 owners += [lane] * len(own)
         for lane, planned in zip(owners, self._reader.ask(parts), strict=True):
@@ -189,13 +189,13 @@ class LaneRows:
         rows = [held for _, part_rows in answers for held in part_rows]
         samples, substitutions, _ = self._decoder.decode(located, rows, self._maker.read)
         self._substitutions += substitutions
-        examples = self._maker.examples(samples, self._stream.source_epochs(0, positions))
+        examples = self._maker.examples(samples, self._order.source_epochs(0, positions))
         self._mean_tokens = 0.9 * self._mean_tokens + 0.1 * sum(len(one.ids) for one in examples) / len(examples)
         found = zip(examples, located.source.tolist(), strict=True)
         for lane in lanes:
             for planned in lane.asked:
                 for position in range(*planned.part[1:]):
-                    lane.take(position // self._stream.order.lanes, *next(found))
+                    lane.take(position // self._order.spec.lanes, *next(found))
             lane.asked = []
 
     def _new_packer(self) -> Packer:
@@ -221,15 +221,15 @@ class _Lane:
         self.num_tokens = 0
         """Of what waits and what is ready."""
 
-    def parts(self, count: int, num_lanes: int) -> Iterator[Part]:
+    def parts(self, count: int, num_lanes: int) -> Iterator[PositionRange]:
         """Where its next samples lie: those that wait, of a state, and so many behind."""
         for depth in self._missing:
             position = depth * num_lanes + self.number
-            yield Part(0, position, position + 1)
+            yield PositionRange(0, position, position + 1)
         if count:
             low = self._next_read * num_lanes + self.number
             self._next_read += count
-            yield Part(0, low, low + count * num_lanes, num_lanes)
+            yield PositionRange(0, low, low + count * num_lanes, num_lanes)
 
     def take(self, depth: int, example: Example, source: int) -> None:
         """A sample that was read."""
@@ -271,7 +271,7 @@ class _Lane:
         return Cursor(self._row, self._depth, tuple(self._packer.waiting))
 
 
-def pack_lanes(cursors: Mapping[int, Cursor]) -> dict[str, Any]:
+def cursors_to_json(cursors: Mapping[int, Cursor]) -> dict[str, Any]:
     """Cursors as JSON values."""
     return {
         str(lane): [cursor.row, cursor.depth, [list(one) for one in cursor.waiting]] for lane, cursor in sorted(cursors.items())
@@ -291,7 +291,7 @@ def check_packing(packing: Any, recipe: Mapping[str, Any]) -> None:
         )
 
 
-def unpack_lanes(lanes: Any, num_lanes: int, position: int) -> dict[int, Cursor]:
+def parse_cursors(lanes: Any, num_lanes: int, position: int) -> dict[int, Cursor]:
     """Cursors from a state at a position of the stream of rows; warns if packing again will take long.
 
     Raises:

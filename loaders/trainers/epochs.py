@@ -1,6 +1,6 @@
 """A loader for trainers that think in epochs, with a length and a state: Lightning, Accelerate, the Trainer of transformers.
 
-    Loader -> Rounds(loader, steps) -> the trainer
+    Loader -> EpochLoader(loader, steps) -> the trainer
 
 A round is so many steps, or an epoch of the loader. Its length stays what it is when a round is taken up in the middle, which
 is how those trainers count. The state is that of all ranks, so `state_dict` is to be called by all of them, as they do.
@@ -17,8 +17,8 @@ from loaders.tokens.rows import model_inputs
 from wds_tools.errors import UsageError
 
 
-class Rounds:
-    """Rounds of a loader: an iteration gives what is left of one.
+class EpochLoader:
+    """EpochLoader of a loader: an iteration gives what is left of one.
 
     Args:
         loader: of this rank.
@@ -33,7 +33,7 @@ class Rounds:
         self, loader: Loader, steps: int | None = None, prepare: Callable[[Batch], dict[str, Any]] = model_inputs
     ) -> None:
         if steps is None and loader.config.packing:
-            raise UsageError("rows packed on the fly have no epochs: give Rounds the number of steps")
+            raise UsageError("rows packed on the fly have no epochs: give EpochLoader the number of steps")
         if steps is not None and steps < 1:
             raise UsageError(f"steps={steps}: a round has at least one step")
         self.loader = loader
@@ -69,7 +69,7 @@ class Rounds:
         done = state.get("done") if isinstance(state, Mapping) else None
         if type(done) is not int or "loader" not in state:
             raise UsageError(
-                f"not the state of a Rounds, which has `loader` and `done`: {str(state)[:80]}; a loader's is for rounds.loader"
+                f"not the state of an EpochLoader, which has `loader` and `done`: {str(state)[:80]}; a loader's is for rounds.loader"
             )
         self.loader.load_state_dict(state["loader"])
         self._done = done % (self._num_steps or 1)

@@ -1,8 +1,8 @@
 """A loader under the Trainer of transformers: batches as they come, and a state in every checkpoint.
 
-    LoaderTrainer(train_dataset=Rounds(loader, steps), callbacks=[LoaderCallback(rounds)], ...)
+    LoaderTrainer(train_dataset=EpochLoader(loader, steps), callbacks=[LoaderCallback(rounds)], ...)
 
-The Trainer would wrap a data set in a DataLoader of accelerate's, which deals out batches anew and reads one ahead of what was
+The Trainer would wrap a dataset in a DataLoader of accelerate's, which deals out batches again and reads one ahead of what was
 trained; the loader's batches are this rank's already, so they go to the model as they are. After a resume it would skip what
 was seen by reading it again: `ignore_data_skip=True` leaves that to the loader, which goes on where the checkpoint stands.
 """
@@ -16,7 +16,7 @@ from typing import Any
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from loaders.trainers.epochs import Rounds
+from loaders.trainers.epochs import EpochLoader
 from wds_tools.errors import UsageError
 from wds_tools.format.typed_json import read_json
 from wds_tools.storage import open_store
@@ -26,7 +26,7 @@ STATE = "loader.json"
 
 
 class LoaderTrainer(Trainer):
-    """A Trainer whose `train_dataset` is a Rounds. Needs `ignore_data_skip=True`; batch sizes are the loader's."""
+    """A Trainer whose `train_dataset` is an EpochLoader. Needs `ignore_data_skip=True`; batch sizes are the loader's."""
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **settings: Any) -> Any:
         """As Trainer.train; the callback is told which checkpoint was named."""
@@ -47,7 +47,7 @@ class LoaderCallback(TrainerCallback):
         rounds: the `train_dataset` of the Trainer.
     """
 
-    def __init__(self, rounds: Rounds) -> None:
+    def __init__(self, rounds: EpochLoader) -> None:
         self._rounds = rounds
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002

@@ -1,8 +1,8 @@
 """`make test-chaos`: break things at random for a while, and count what held.
 
     kills       a command that writes is stopped at any moment, then goes on          one process of these tests
-    flips       one bit of a data set is another, and verify has to say so       ┐
-    network     a data set is read through a proxy that breaks connections       ├    another
+    flips       one bit of a dataset is another, and verify has to say so       ┐
+    network     a dataset is read through a proxy that breaks connections       ├    another
     documents   manifests, states, receipts ... as anybody may have written them ┘
 
 `--case kills:17` does one case again. At the end there is one line for each kind of case: tried, held, failed. Exit status 1 if

@@ -1,4 +1,4 @@
-"""One bit of a data set is another: verify says so, whatever file it is in."""
+"""One bit of a dataset is another: verify says so, whatever file it is in."""
 
 from __future__ import annotations
 

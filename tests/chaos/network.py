@@ -1,4 +1,4 @@
-"""A data set is read from S3 through a proxy that breaks what passes: what comes is right, or there is a StorageError in time."""
+"""A dataset is read from S3 through a proxy that breaks what passes: what comes is right, or there is a StorageError in time."""
 
 from __future__ import annotations
 

@@ -214,7 +214,7 @@ def test_the_table_and_json_say_the_same(folder: Path) -> None:
     assert f"{found['text_chars']['most']:,}" in table
 
 
-def test_an_empty_data_set_is_described(tmp_path: Path) -> None:
+def test_an_empty_dataset_is_described(tmp_path: Path) -> None:
     make_dataset(tmp_path / "set", [])
     found = described(tmp_path / "set")
     assert to_json(found)["counted"] == 0
@@ -235,7 +235,7 @@ def test_wrong_settings_and_lost_parts_are_named(folder: Path, tmp_path: Path) -
         described(tmp_path / "set")
 
 
-def test_memory_does_not_grow_with_the_data_set(tmp_path: Path) -> None:
+def test_memory_does_not_grow_with_the_dataset(tmp_path: Path) -> None:
     text = "words " * 2000
     for name, count in (("small", 500), ("large", 5000)):  # 6 MB and 60 MB, in one shard each
         make_dataset(tmp_path / name, (text_sample(number, text + str(number)) for number in range(count)))

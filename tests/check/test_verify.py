@@ -23,8 +23,8 @@ from wds_tools.dataset.index import rebuild_indices
 from wds_tools.dataset.reader import read_manifest
 from wds_tools.dataset.writer import ShardLimits, TaskWriter, begin, finish
 from wds_tools.errors import FormatError, NotFound, Reject
-from wds_tools.format.index import pack_index, unpack_index
-from wds_tools.format.manifest import Manifest, pack_manifest, unpack_manifest
+from wds_tools.format.index import parse_index, serialize_index
+from wds_tools.format.manifest import Manifest, parse_manifest, serialize_manifest
 from wds_tools.format.schema import Sample
 from wds_tools.storage import open_store
 
@@ -69,7 +69,7 @@ def change_byte(path: Path, at: int) -> None:
 def change_manifest(folder: Path, change: Callable[[Manifest], Manifest]) -> None:
     """An edit that keeps the manifest's own sums and fingerprint right."""
     path = folder / "manifest.json"
-    path.write_bytes(pack_manifest(change(unpack_manifest(path.read_bytes()))))
+    path.write_bytes(serialize_manifest(change(parse_manifest(path.read_bytes()))))
 
 
 def change_row(**changes: Any) -> Callable[[Manifest], Manifest]:
@@ -128,8 +128,8 @@ DAMAGE: Mapping[str, tuple[Callable[[Path], object], str]] = {
 
 
 def change_index(folder: Path) -> None:
-    index = unpack_index((folder / INDEX).read_bytes())
-    (folder / INDEX).write_bytes(pack_index(replace(index, text_chars=index.text_chars + 1)))
+    index = parse_index((folder / INDEX).read_bytes())
+    (folder / INDEX).write_bytes(serialize_index(replace(index, text_chars=index.text_chars + 1)))
 
 
 def cut_rejects(folder: Path) -> None:
@@ -199,7 +199,7 @@ def test_what_is_no_manifest_is_refused(folder: Path, data: bytes) -> None:
         problems(folder)
 
 
-def test_no_manifest_is_no_data_set(folder: Path) -> None:
+def test_no_manifest_is_no_dataset(folder: Path) -> None:
     (folder / "manifest.json").unlink()
     with pytest.raises(NotFound, match="--resume"):
         problems(folder)
@@ -216,7 +216,7 @@ def test_a_key_that_stands_twice_in_the_set_is_found(tmp_path: Path, places: lis
     finish(store, len(places), codes={}, source={})
     (problem,) = problems(tmp_path / "set")
     last = places[-1][0]
-    assert problem.startswith("1 keys stand more than once in the data set")
+    assert problem.startswith("1 keys stand more than once in the dataset")
     assert "shard-000000-0000.tar" in problem
     assert f"shard-00000{last}-0000.tar" in problem
 

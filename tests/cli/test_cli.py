@@ -116,7 +116,7 @@ def test_wrong_arguments_are_status_2_without_a_traceback(args: list[str], capsy
 @pytest.mark.parametrize(
     ("args", "line"),
     [
-        (["verify"], "missing: the data set: a directory or URL (wds-tools verify --help says more)"),
+        (["verify"], "missing: the dataset: a directory or URL (wds-tools verify --help says more)"),
         (["convert", "dclm"], "missing: --output, --input (wds-tools convert dclm --help says more)"),
         (["audit"], "name the receipts of the run: files or folders (wds-tools audit --help says more)"),
         (
@@ -248,7 +248,7 @@ def test_the_summary_of_a_conversion_is_true(tmp_path: Path) -> None:
     manifest = read_manifest(open_store(str(out)))
     size = sum(file.stat().st_size for file in out.glob("*.tar"))
     assert said.splitlines() == [
-        f"data set     {out}",
+        f"dataset     {out}",
         "samples      2 of 4 inputs (2 image_text)",
         f"rejects      2 (1 aspect_ratio, 1 bad_json), listed in {out}/rejects/",
         f"shards       1, {size / 1e6:,.1f} MB, {size / 2:,.0f} bytes a sample",
@@ -406,8 +406,8 @@ def test_doctor_says_what_is_installed_and_what_can_be_read(tmp_path: Path, caps
     assert main(["doctor", f"{tmp_path}/set", f"{tmp_path}/files", f"{tmp_path}/new", "--write"]) == 0
     shown = capsys.readouterr().out
     assert f"numpy {importlib.metadata.version('numpy')}" in shown
-    assert re.search(r"set +readable in .* ms: a data set of 1 samples in 1 shards; writable in ", shown)
-    assert re.search(r"files +readable in .*: no data set, but files such as a.txt; writable", shown)
+    assert re.search(r"set +readable in .* ms: a dataset of 1 samples in 1 shards; writable in ", shown)
+    assert re.search(r"files +readable in .*: no dataset, but files such as a.txt; writable", shown)
     assert re.search(r"new +readable in .*: nothing is there; writable", shown)
     assert shown.endswith("doctor: all is well\n")
     assert [path.name for path in (tmp_path / "files").iterdir() if path.is_file()] == ["a.txt"]

@@ -41,7 +41,7 @@ def test_everything_but_printable_characters_is_escaped(capsys: pytest.CaptureFi
     assert capsys.readouterr() == ("one\\u000atwo\nthree\n", "four\\u000d\n")
 
 
-def test_a_hostile_data_set_is_described_in_printable_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_hostile_dataset_is_described_in_printable_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     evil = EVIL.replace("\udcff", "")
     codes = {"vqcode_512": {"tokenizer": evil, "codebook_size": 8192, "precision": evil, "weights_hash": evil, "resize": evil}}
     make_dataset(tmp_path / "set", [image_sample(1), text_sample(2, evil), text_sample(3, evil)], codes=codes)
@@ -76,16 +76,16 @@ def test_hostile_receipts_and_claims_are_told_of_in_printable_lines(
     loader = build_loader(LoaderConfig(sources=(Source(str(tmp_path / "set")),), batch_size=4))
     next(iter(loader))
     for number, change in enumerate(
-        ({"sources": [{"url": evil, "fingerprint": evil}]}, {"tail": evil}, {"version": evil}, {"order": {evil: 1}})
+        ({"sources": [{"url": evil, "fingerprint": evil}]}, {"last_batch": evil}, {"version": evil}, {"order": {evil: 1}})
     ):
         path = tmp_path / f"receipt-{number}.json"
         path.write_text(json.dumps({**loader.receipt(), **change}))
         status, said = run(["audit", str(path), "--quiet"], capsys)
         assert (status > 0, "1b[31m" in said) == (True, True)
-    monkeypatch.setattr(claim, "PATIENCE_S", 0.05)
+    monkeypatch.setattr(claim, "LEASE_TIMEOUT_S", 0.05)
     store = open_store(str(tmp_path / "out"))
     store.put(f"{claim.PREFIX}0.json", json.dumps({"host": evil, "pid": evil}).encode())
-    with claim.Claim(store, 0, 0):
+    with claim.Lease(store, 0, 0):
         said = capsys.readouterr().err
     assert "was claimed by process \\u001b]0;owned" in said
     assert said.count("\n") == 1

@@ -1,4 +1,4 @@
-"""The reference pipeline's Hugging Face folders and jsonl files come back as shards: the same texts and codes, or a reject."""
+"""Liquid's Hugging Face folders and jsonl files come back as shards: the same texts and codes, or a reject."""
 
 from __future__ import annotations
 
@@ -247,7 +247,7 @@ def test_files_that_no_state_names_are_not_taken(tmp_path: Path) -> None:
     assert convert(folder, output=tmp_path / "set").samples == 1
 
 
-def test_a_folder_that_is_not_one_whole_data_set_is_refused_with_what_to_do(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_one_whole_dataset_is_refused_with_what_to_do(tmp_path: Path) -> None:
     rows = datasets.Dataset.from_list([pair(1), pair(2)])
     datasets.DatasetDict(train=rows, test=rows).save_to_disk(str(tmp_path / "splits"))
     with pytest.raises(UsageError, match=r"holds the splits train, test: name those that you want, as .*splits/train"):

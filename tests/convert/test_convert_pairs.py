@@ -237,7 +237,7 @@ def test_folders_brace_patterns_and_several_files_are_read_in_order(tmp_path: Pa
     assert captions(read_samples(tmp_path / "out")) == ["b/0", "b/sub/1", "a/1", "a/0"]
 
 
-def test_rejects_of_a_data_set_below_an_input_folder_are_no_input_unless_named(half_bad: Path, tmp_path: Path) -> None:
+def test_rejects_of_a_dataset_below_an_input_folder_are_no_input_unless_named(half_bad: Path, tmp_path: Path) -> None:
     folder = half_bad.parent
     first = convert(tmp_path / "out", folder)
     (tmp_path / "out").rename(folder / "out")
@@ -253,7 +253,7 @@ def test_an_input_that_is_not_there_is_named(tmp_path: Path, missing: str) -> No
     assert not (tmp_path / "out").exists()
 
 
-def test_an_empty_file_makes_an_empty_data_set(tmp_path: Path) -> None:
+def test_an_empty_file_makes_an_empty_dataset(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b"")
     manifest = convert(tmp_path / "out", tmp_path / "a.jsonl")
     assert (manifest.inputs, manifest.samples, manifest.shards) == (0, 0, ())
@@ -379,7 +379,7 @@ def test_a_complete_output_is_only_replaced_with_overwrite(pairs: Path, tmp_path
     out = tmp_path / "out"
     convert(out, pairs)
     before = tree(out)
-    with pytest.raises(UsageError, match=r"complete data set already.*--overwrite"):
+    with pytest.raises(UsageError, match=r"complete dataset already.*--overwrite"):
         convert(out, pairs, shard_samples=1)
     assert tree(out) == before
     assert len(convert(out, pairs, shard_samples=1, overwrite=True).shards) == 4
@@ -391,7 +391,7 @@ def test_an_unfinished_output_asks_for_resume_or_overwrite(half_bad: Path, tmp_p
     out = tmp_path / "out"
     with pytest.raises(TooManyRejects):
         convert(out, half_bad, max_rejects="0")
-    with pytest.raises(UsageError, match=r"unfinished data set.*--resume.*--overwrite"):
+    with pytest.raises(UsageError, match=r"unfinished dataset.*--resume.*--overwrite"):
         convert(out, half_bad)
     convert(out, half_bad, overwrite=True, shard_samples=1)
     convert(tmp_path / "fresh", half_bad, shard_samples=1)

@@ -134,7 +134,7 @@ def test_a_link_to_nothing_among_the_inputs_is_an_error_before_anything_is_writt
     assert not (tmp_path / "out").exists()
 
 
-def test_data_sets_that_are_made_of_links_are_read_as_any_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_datasets_that_are_made_of_links_are_read_as_any_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_pairs(tmp_path / "in", 2)
     pairs(tmp_path / "in/pairs.jsonl", tmp_path / "blobs")
     (tmp_path / "set").mkdir()

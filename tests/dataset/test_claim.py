@@ -15,7 +15,7 @@ from commands import start, tree, wait_until, wds_tools, write_documents
 from s3 import S3Server
 
 from wds_tools.dataset import lease as claim
-from wds_tools.dataset.lease import PREFIX, Claim
+from wds_tools.dataset.lease import PREFIX, Lease
 from wds_tools.dataset.writer import PLAN
 from wds_tools.errors import StorageError, UsageError
 from wds_tools.storage import Store, open_store
@@ -53,7 +53,7 @@ def test_a_run_beside_a_living_one_is_refused_and_changes_nothing(
 ) -> None:
     output = tmp_path / "out"
     words = [*convert, "--shard-samples", "50", "--output", str(output)]
-    with Claim(open_store(str(output)), 0, 0):
+    with Lease(open_store(str(output)), 0, 0):
         before = tree(output)
         refused = wds_tools(*words, *how, status=2)
         assert f"another run is writing there (process {os.getpid()} on " in refused.stderr
@@ -80,11 +80,11 @@ def test_of_many_runs_that_begin_together_one_makes_its_bytes_and_the_others_are
 
 
 def test_parts_go_together_but_not_with_themselves_or_with_parts_of_another_number(store: Store) -> None:
-    with Claim(store, 0, 3), Claim(store, 1, 3):
+    with Lease(store, 0, 3), Lease(store, 1, 3):
         for part, parts in ((0, 3), (1, 3), (0, 2), (2, 4), (0, 0)):
-            with pytest.raises(UsageError, match="another run is writing there"), Claim(store, part, parts):
+            with pytest.raises(UsageError, match="another run is writing there"), Lease(store, part, parts):
                 pass
-        with Claim(store, 2, 3):
+        with Lease(store, 2, 3):
             assert len(claims(store)) == 3
     assert claims(store) == []
 
@@ -117,7 +117,7 @@ def test_of_runs_that_come_at_the_same_moment_exactly_one_goes_on(
         request.getfixturevalue("s3")
     if machines == "many":  # nobody sees the others' processes, only their claims
         monkeypatch.setattr(claim, "_lives", lambda found: None)  # noqa: ARG005
-        monkeypatch.setattr(claim, "BEAT_S", 0.05)
+        monkeypatch.setattr(claim, "HEARTBEAT_S", 0.05)
     for number in range(2 if place == "s3" else 10):
         url = {"folder": tmp_path, "memory": "memory://claims", "s3": f"s3://tests/{os.getpid()}"}[place]
         store = open_store(f"{url}/{machines}-{number}")
@@ -126,7 +126,7 @@ def test_of_runs_that_come_at_the_same_moment_exactly_one_goes_on(
         def come(
             store: Store = store, together: threading.Barrier = together, all_have_tried: threading.Barrier = all_have_tried
         ) -> bool:
-            mine = Claim(store, 0, 0)
+            mine = Lease(store, 0, 0)
             together.wait()
             try:
                 with mine:
@@ -150,31 +150,31 @@ def on_machine(name: str) -> Iterator[None]:
 
 
 def test_a_run_that_lives_elsewhere_is_known_by_its_beat(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(claim, "BEAT_S", 0.02)
+    monkeypatch.setattr(claim, "HEARTBEAT_S", 0.02)
     with on_machine("a"):
-        first = Claim(store, 0, 0)
-    with first, on_machine("b"), pytest.raises(UsageError, match="another run is writing there"), Claim(store, 0, 0):
+        first = Lease(store, 0, 0)
+    with first, on_machine("b"), pytest.raises(UsageError, match="another run is writing there"), Lease(store, 0, 0):
         pass
 
 
 def test_a_claim_from_elsewhere_that_does_not_change_is_dropped(
     store: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(claim, "PATIENCE_S", 0.1)
+    monkeypatch.setattr(claim, "LEASE_TIMEOUT_S", 0.1)
     store.put(f"{PREFIX}0123456789abcdef.json", b"by another release")
     with on_machine("a"):
-        dead = Claim(store, 0, 0)
+        dead = Lease(store, 0, 0)
         dead._facts["is_held"] = True
         dead._put()
-    with on_machine("b"), Claim(store, 0, 0) as living:
+    with on_machine("b"), Lease(store, 0, 0) as living:
         assert len(claims(store)) == 1
         living.check()
     assert "waiting up to 0.1 s to see whether that run is alive" in capsys.readouterr().err
 
 
 def test_a_run_that_was_taken_for_dead_stops(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(claim, "BEAT_S", 0.01)
-    with Claim(store, 0, 0) as slow:
+    monkeypatch.setattr(claim, "HEARTBEAT_S", 0.01)
+    with Lease(store, 0, 0) as slow:
         slow.check()
 
         def is_found() -> bool:

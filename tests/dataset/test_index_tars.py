@@ -26,7 +26,7 @@ from wds_tools.dataset.index import index_tars, rebuild_indices
 from wds_tools.dataset.reader import ShardBytes, read_manifest
 from wds_tools.errors import FormatError, NotFound, StorageError, UsageError, WorkerDied
 from wds_tools.format.checksum import content_hash
-from wds_tools.format.index import ABSENT, pack_index, unpack_index
+from wds_tools.format.index import ABSENT, parse_index, serialize_index
 from wds_tools.format.manifest import Manifest
 from wds_tools.format.schema import ANY_MEMBERS, SCHEMA_VERSION
 from wds_tools.storage import open_store
@@ -87,7 +87,7 @@ def tars(tmp_path: Path) -> Path:
 # ---- What is written ----
 
 
-def test_tars_of_webdatasets_writer_become_a_data_set_of_any_members(tars: Path) -> None:
+def test_tars_of_webdatasets_writer_become_a_dataset_of_any_members(tars: Path) -> None:
     (tars / "README.md").write_text("about these")
     (tars / "00000_stats.json").write_text("{}")
     before = tree(tars)
@@ -110,7 +110,7 @@ def test_tars_of_webdatasets_writer_become_a_data_set_of_any_members(tars: Path)
 def test_every_member_of_every_sample_lies_where_the_index_says(tars: Path) -> None:
     for number, row in enumerate(index(tars).shards):
         tar = (tars / row.name).read_bytes()
-        found = unpack_index((tars / f"{row.name}.index").read_bytes())
+        found = parse_index((tars / f"{row.name}.index").read_bytes())
         for sample, start_at, offsets, lengths in zip(
             some_samples(10 * number, 10), found.start.tolist(), found.offsets.tolist(), found.lengths.tolist(), strict=True
         ):
@@ -122,7 +122,7 @@ def test_every_member_of_every_sample_lies_where_the_index_says(tars: Path) -> N
             assert payloads == {suffix: content for suffix, content in sample.items() if suffix != "__key__"}
 
 
-def test_tars_of_this_projects_schema_become_the_data_set_that_they_were(tmp_path: Path) -> None:
+def test_tars_of_this_projects_schema_become_the_dataset_that_they_were(tmp_path: Path) -> None:
     folder = tmp_path / "set"
     original = make_dataset(folder, [*map(image_sample, range(25)), *map(text_sample, range(25))], shard_samples=20)
     before = tree(folder)
@@ -143,7 +143,7 @@ def test_one_sample_of_another_kind_makes_the_set_one_of_any_members(tars: Path)
     assert manifest.schema_version == ANY_MEMBERS
     ours = manifest.shards[-1]
     assert (ours.name, ours.data_types, ours.text_chars, ours.num_codes) == ("ours/shard-000000-0000.tar", {}, 0, 0)
-    found = unpack_index((tars / f"{ours.name}.index").read_bytes())
+    found = parse_index((tars / f"{ours.name}.index").read_bytes())
     assert not found.text_chars.any()
     assert not found.num_codes.any()
     assert problems(tars) == ()
@@ -232,7 +232,7 @@ def test_a_run_that_was_killed_is_simply_run_again(tars: Path, tmp_path: Path) -
 def test_a_folder_without_tars_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("no tars here")
     said = wds_tools("index", tmp_path, status=1)
-    assert last_line(said.stderr).endswith("has no manifest.json and no .tar files: give the folder of a data set, or of tars")
+    assert last_line(said.stderr).endswith("has no manifest.json and no .tar files: give the folder of a dataset, or of tars")
 
 
 @pytest.mark.parametrize(("suffix", "tool"), [(".tar.gz", "gunzip"), (".tgz", "gunzip -S .tgz"), (".tar.zst", "unzstd")])
@@ -261,12 +261,12 @@ def test_a_damaged_tar_is_named_and_there_is_no_manifest(tars: Path, content: by
     assert not (tars / "manifest.json").exists()
 
 
-def test_an_unfinished_data_set_of_this_project_is_not_blessed(tmp_path: Path) -> None:
+def test_an_unfinished_dataset_of_this_project_is_not_blessed(tmp_path: Path) -> None:
     make_dataset(tmp_path, [text_sample(1)])
     (tmp_path / "manifest.json").unlink()
     (tmp_path / "_work").mkdir()
     (tmp_path / "_work/plan.json").write_text("{}")
-    with pytest.raises(UsageError, match="holds an unfinished data set: repeat the command that began it, with --resume"):
+    with pytest.raises(UsageError, match="holds an unfinished dataset: repeat the command that began it, with --resume"):
         index(tmp_path)
 
 
@@ -326,7 +326,7 @@ def test_a_member_cannot_replace_what_a_sample_says_of_itself(tmp_path: Path, na
     write_tarfile(tmp_path / "a.tar", {f"{key}.txt": b"1", f"{key}.forged": b"forged"})
     index(tmp_path)
     path = tmp_path / "a.tar.index"
-    path.write_bytes(pack_index(replace(unpack_index(path.read_bytes()), members=("txt", name))))
+    path.write_bytes(serialize_index(replace(parse_index(path.read_bytes()), members=("txt", name))))
     with pytest.raises(FormatError, match=f"a.tar.index: its member {name} would replace"):
         list(ShardDataset(str(tmp_path)))
     with pytest.raises(FormatError, match=f"a.tar.index: its member {name} would replace"):

@@ -20,10 +20,10 @@ from tokens import write_tokenizer
 
 from wds_tools.check.verify import VerifyConfig, verify
 from wds_tools.cli.main import COMMANDS, main
-from wds_tools.dataset.lease import Claim
+from wds_tools.dataset.lease import Lease
 from wds_tools.errors import StorageError
 from wds_tools.export.hf import FILES, ExportConfig
-from wds_tools.jobs.job import FinalizeConfig, PassOptions
+from wds_tools.jobs.job import FinalizeConfig, JobOptions
 from wds_tools.storage import open_store
 
 NUM_FILES = 6
@@ -66,7 +66,7 @@ def commands_with(*names: str) -> Iterator[tuple[tuple[str, ...], type]]:
 
 
 def test_a_command_that_has_an_output_is_a_pass_or_one_that_is_known_to_claim_it() -> None:
-    others = {words for words, config in commands_with("output") if not issubclass(config, PassOptions)}
+    others = {words for words, config in commands_with("output") if not issubclass(config, JobOptions)}
     assert others == {("export", "hf"), ("finalize",), ("vocabulary",)}  # the last makes a new folder by one rename
     assert issubclass(importlib.import_module("wds_tools.cli.finalize").Config, FinalizeConfig)
 
@@ -101,7 +101,7 @@ def test_what_writes_is_refused_while_another_run_does_and_changes_nothing(
         make_dataset(url, map(text_sample, range(3)))
     if command == "index tars":
         store.put("a.tar", (pairs / "shard-000000-0000.tar").read_bytes())
-    with Claim(store, 0, 0):
+    with Lease(store, 0, 0):
         before = list(store.list())
         capsys.readouterr()
         assert main(args) == 2
@@ -365,5 +365,5 @@ def test_verify_of_a_storage_that_is_gone_is_an_error_at_once(tmp_path: Path, mo
 
 
 def test_export_configs_and_passes_have_the_same_words_for_going_on() -> None:
-    shared = {field.name for field in fields(ExportConfig)} & {field.name for field in fields(PassOptions)}
+    shared = {field.name for field in fields(ExportConfig)} & {field.name for field in fields(JobOptions)}
     assert {"resume", "verify", "overwrite", "output"} <= shared

@@ -1,4 +1,4 @@
-"""`--part I/N` and `finalize`: parts know nothing of each other, and together they are the data set that one run makes."""
+"""`--part I/N` and `finalize`: parts know nothing of each other, and together they are the dataset that one run makes."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_parts_in_any_order_and_on_any_number_of_workers_make_the_bytes_of_one_r
 ) -> None:
     output = tmp_path / "out"
     said = finalize(tmp_path / "out", status=1)
-    assert "no unfinished data set" in said
+    assert "no unfinished dataset" in said
     for part, workers in (("2/3", "1"), ("3/3", "2")):
         out = wds_tools(*convert, "--output", output, "--part", part, "--workers", workers).stdout
         assert f"part      {part}" in out

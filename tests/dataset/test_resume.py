@@ -64,7 +64,7 @@ def convert_dclm(texts: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def raw(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data set to encode, of many shards, with one image that does not decode."""
+    """A dataset to encode, of many shards, with one image that does not decode."""
     folder = tmp_path_factory.mktemp("raw")
     path = write_pairs(folder / "in", 40)
     (folder / "in/images/7.jpg").write_bytes(image_bytes(7, 200, 150)[:2000])

@@ -21,7 +21,7 @@ from loaders import LoaderConfig, Source, build_loader
 from wds_tools.check.verify import VerifyConfig, verify
 from wds_tools.convert.pairs import ImagePairsConfig, convert_image_pairs
 from wds_tools.encode.encode import EncodeConfig, encode
-from wds_tools.encode.image_encoder import Filler
+from wds_tools.encode.image_encoder import ImageEncoder
 from wds_tools.encode.options import TokenizerOptions
 from wds_tools.errors import FormatError, NotFound, TokenizerError, TooManyRejects, UsageError
 from wds_tools.export.hf import ExportConfig, export_hf
@@ -197,10 +197,10 @@ def test_codes_depend_neither_on_batches_nor_on_workers(mixed: Path, tmp_path: P
 
 
 def test_a_worker_gets_the_settings_and_no_tokenizer() -> None:
-    filler = Filler("tiny", TokenizerOptions(device="cpu"), workers=1, keep_images=False, limits=ImageLimits())
-    assert filler.device is filler.device
-    assert len(pickle.dumps(filler)) < 2000
-    assert "device" not in vars(pickle.loads(pickle.dumps(filler)))  # noqa: S301  our own
+    image_encoder = ImageEncoder("tiny", TokenizerOptions(device="cpu"), workers=1, keep_images=False, limits=ImageLimits())
+    assert image_encoder.device is image_encoder.device
+    assert len(pickle.dumps(image_encoder)) < 2000
+    assert "device" not in vars(pickle.loads(pickle.dumps(image_encoder)))  # noqa: S301  our own
 
 
 def test_the_input_is_named_in_the_manifest(mixed: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from plugin import installed, write_plugin
 
 from wds_tools.dataset.reader import read_manifest
 from wds_tools.encode.encode import EncodeConfig, encode
-from wds_tools.encode.image_encoder import Filler
+from wds_tools.encode.image_encoder import ImageEncoder
 from wds_tools.encode.options import TokenizerOptions
 from wds_tools.errors import UsageError
 from wds_tools.format.schema import Sample
@@ -104,7 +104,7 @@ def test_a_list_of_gpus_is_one_device_a_process() -> None:
     with pytest.raises(UsageError, match="names cuda:1 twice"):
         TokenizerOptions(device="cuda:1,2,1")
     with pytest.raises(UsageError, match="each device has one process, so leave --workers out"):
-        Filler("tiny", TokenizerOptions(device="cpu,cpu"), workers=3, keep_images=False, limits=ImageLimits())
+        ImageEncoder("tiny", TokenizerOptions(device="cpu,cpu"), workers=3, keep_images=False, limits=ImageLimits())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")

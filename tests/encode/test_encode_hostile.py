@@ -99,7 +99,7 @@ def check(output: Path, names: Iterable[str], alone: dict[str, Outcome], rejects
     assert result.manifest.inputs == result.manifest.samples + sum(result.manifest.rejects.values())
 
 
-def test_in_a_data_set_whose_images_were_kept(images: dict[str, bytes], alone: dict[str, Outcome], tmp_path: Path) -> None:
+def test_in_a_dataset_whose_images_were_kept(images: dict[str, bytes], alone: dict[str, Outcome], tmp_path: Path) -> None:
     names, data = mingled(images), {**images, **GOOD}
     fields: dict[str, Any] = {"data_type": "image_text", "text": "a picture", "image_extension": "jpg"}
     rows = (Sample(key=f"{number:04d}", image=data[name], **fields) for number, name in enumerate(names))

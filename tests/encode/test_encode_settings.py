@@ -127,13 +127,13 @@ def test_a_torch_without_lanczos_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
 
 FAULTS = """
 import resource, torch
-from wds_tools.encode.image_encoder import Filler
+from wds_tools.encode.image_encoder import ImageEncoder
 from wds_tools.encode.options import TokenizerOptions
 from wds_tools.images import ImageLimits
 from wds_tools.vq.lanes import side_by_side
 
 torch.set_num_threads(2)
-Filler("tiny", TokenizerOptions(device="cpu"), workers=1, keep_images=False, limits=ImageLimits()).device
+ImageEncoder("tiny", TokenizerOptions(device="cpu"), workers=1, keep_images=False, limits=ImageLimits()).device
 
 def take_and_free(_):
     torch.empty(25_000_000).zero_()  # 100 MB, more than an arena of a thread may hold

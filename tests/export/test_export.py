@@ -458,7 +458,7 @@ def test_a_setting_that_makes_no_sense_is_refused(settings: dict[str, Any]) -> N
         ExportConfig(**{"input": ("a",), "output": "b", **settings})
 
 
-def test_an_input_that_is_no_data_set_is_refused_before_the_output_is_touched(tmp_path: Path) -> None:
+def test_an_input_that_is_no_dataset_is_refused_before_the_output_is_touched(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     with pytest.raises(NotFound, match="no such folder"):
         export(tmp_path / "in", tmp_path / "out")

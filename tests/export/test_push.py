@@ -1,4 +1,4 @@
-"""Data set cards, and exports pushed to the Hub: against a stand-in on loopback, since the real one can't be had here."""
+"""Dataset cards, and exports pushed to the Hub: against a stand-in on loopback, since the real one can't be had here."""
 
 from __future__ import annotations
 

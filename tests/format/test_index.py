@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wds_tools.errors import FormatError
-from wds_tools.format.index import ABSENT, IndexBuilder, ShardIndex, check_fresh, pack_index, read_rows, unpack_index
+from wds_tools.format.index import ABSENT, IndexBuilder, ShardIndex, check_fresh, parse_index, read_rows, serialize_index
 from wds_tools.format.schema import Sample
 from wds_tools.format.shard import ShardBuilder, group_samples, sample_from_members
 from wds_tools.format.tar import read_members
@@ -92,11 +92,11 @@ def third_party_tar(tar_format: int, members: list[tuple[str, bytes | None]]) ->
 @settings(max_examples=60, deadline=None)
 def test_an_index_survives_and_is_the_one_rebuilt_from_the_tar(texts: list[str], with_codes: bool, last_has_image: bool) -> None:
     archive, index = shard(texts, with_codes=with_codes, last_has_image=last_has_image)
-    data = pack_index(index)
-    found = unpack_index(data)
+    data = serialize_index(index)
+    found = parse_index(data)
     assert equal(found, index)
     assert equal(rebuild(archive), index)
-    assert pack_index(found) == data == pack_index(rebuild(archive))
+    assert serialize_index(found) == data == serialize_index(rebuild(archive))
     assert len(found) == len(texts)
     assert found.text_chars.tolist() == [len(text) for text in texts]
     for row in range(len(texts)):
@@ -137,13 +137,13 @@ def index_of(rows: list[Row], base: int) -> ShardIndex:
 @settings(max_examples=100, deadline=None)
 def test_any_layout_survives(rows: list[Row], base: int) -> None:
     index = index_of(rows, base)
-    assert equal(unpack_index(pack_index(index)), index)
+    assert equal(parse_index(serialize_index(index)), index)
 
 
 @pytest.mark.parametrize(("with_codes", "bytes_per_sample"), [(False, 16), (True, 20)])
 def test_an_index_takes_the_stated_bytes_a_sample(with_codes: bool, bytes_per_sample: int) -> None:
     _, index = shard(["text"] * 2000, with_codes=with_codes)
-    data = pack_index(index)
+    data = serialize_index(index)
     assert set(columns_of(data)) == {"lengths", "crc32", "text_chars", "num_codes"}
     assert bytes_per_sample <= len(data) / 2000 < bytes_per_sample + 0.5
 
@@ -161,9 +161,9 @@ def test_other_layouts_keep_their_offsets(tar_format: int) -> None:
     ]
     archive = third_party_tar(tar_format, files)
     index = rebuild(archive)
-    data = pack_index(index)
+    data = serialize_index(index)
     assert {"start", "size", "offsets"} <= set(columns_of(data))
-    found = unpack_index(data)
+    found = parse_index(data)
     assert equal(found, index)
     assert found.members == ("jpg", "txt")
     assert [payload(archive, found, row, "jpg") for row in range(3)] == [b"x" * 700, b"", b"three"]
@@ -173,9 +173,9 @@ def test_other_layouts_keep_their_offsets(tar_format: int) -> None:
 
 def test_a_missing_member_alone_needs_no_offsets() -> None:
     archive, index = shard(["one", "two"], last_has_image=True)
-    data = pack_index(index)
+    data = serialize_index(index)
     assert "offsets" not in columns_of(data)
-    found = unpack_index(data)
+    found = parse_index(data)
     assert [payload(archive, found, row, "jpg") for row in range(2)] == [None, b"two"]
 
 
@@ -187,7 +187,7 @@ def test_a_stale_index_is_refused() -> None:
         "xxh128": xxhash.xxh3_128_hexdigest(archive),
         "name": "shard.tar.index",
     }
-    for found in (index, unpack_index(pack_index(index)), read_rows(pack_index(index), 1, 2)):
+    for found in (index, parse_index(serialize_index(index)), read_rows(serialize_index(index), 1, 2)):
         check_fresh(found, **shard_is)
         for change in ({"tar_bytes": len(archive) + 512}, {"xxh128": "0" * 32}, {"samples": 3}):
             with pytest.raises(FormatError, match=r"^shard.tar.index: the index is stale: .*rebuild it with `wds-tools index`"):
@@ -198,9 +198,9 @@ def test_a_stale_index_is_refused() -> None:
 @settings(max_examples=200, deadline=None)
 def test_rows_are_read_as_they_stand_in_the_whole(rows: list[Row], base: int, cut: tuple[int, int]) -> None:
     index = index_of(rows, base)
-    data = pack_index(index)
+    data = serialize_index(index)
     first, last = sorted(min(at, len(index)) for at in cut)
-    whole, part = unpack_index(data), read_rows(memoryview(data), first, last)
+    whole, part = parse_index(data), read_rows(memoryview(data), first, last)
     assert len(part) == last - first
     for field in fields(ShardIndex):
         value = getattr(whole, field.name)
@@ -211,7 +211,7 @@ def test_rows_are_read_as_they_stand_in_the_whole(rows: list[Row], base: int, cu
 def test_rows_of_this_projects_own_layout_are_read_as_they_stand_in_the_whole() -> None:
     _, index = shard([n * "text " for n in range(700)], last_has_image=True)
     for first, last in ((0, 700), (0, 0), (350, 351), (699, 700), (700, 700)):
-        part = read_rows(pack_index(index), first, last)
+        part = read_rows(serialize_index(index), first, last)
         assert part.start.tolist() == index.start[first:last].tolist()
         assert part.offsets.tolist() == index.offsets[first:last].tolist()
         assert len(part) == last - first
@@ -221,22 +221,24 @@ def test_rows_of_this_projects_own_layout_are_read_as_they_stand_in_the_whole() 
 @pytest.mark.parametrize(("first", "last"), [(0, 3), (2, 3), (-1, 1), (2, 1), (1 << 70, (1 << 70) + 1)])
 def test_rows_that_an_index_does_not_have_are_a_format_error(first: int, last: int) -> None:
     with pytest.raises(FormatError, match=r"^a.index: has 2 samples, asked for were .*rebuild it with `wds-tools index`"):
-        read_rows(pack_index(shard(["one", "two"])[1]), first, last, "a.index")
+        read_rows(serialize_index(shard(["one", "two"])[1]), first, last, "a.index")
 
 
 def test_a_cut_index_is_a_format_error_at_every_byte() -> None:
-    data = pack_index(shard(["one", "two"])[1])
+    data = serialize_index(shard(["one", "two"])[1])
     for length in range(len(data)):
         with pytest.raises(FormatError, match="rebuild it with `wds-tools index`"):
-            unpack_index(data[:length])
+            parse_index(data[:length])
     with pytest.raises(FormatError, match="rebuild it"):
-        unpack_index(data + b"\0")
+        parse_index(data + b"\0")
 
 
 INDICES = [
-    pack_index(shard(["one", "two", "three"])[1]),
-    pack_index(shard([])[1]),
-    pack_index(rebuild(third_party_tar(tarfile.PAX_FORMAT, [("d", None), ("a.jpg", b"1"), ("b.txt", b"2"), ("b.jpg", b"3")]))),
+    serialize_index(shard(["one", "two", "three"])[1]),
+    serialize_index(shard([])[1]),
+    serialize_index(
+        rebuild(third_party_tar(tarfile.PAX_FORMAT, [("d", None), ("a.jpg", b"1"), ("b.txt", b"2"), ("b.jpg", b"3")]))
+    ),
 ]
 
 
@@ -250,7 +252,7 @@ def test_a_mutated_index_is_possible_or_a_format_error(data: bytes, changes: lis
     bad = bytearray(data)
     for at, value in changes:
         bad[at % len(bad)] = value
-    for read in (unpack_index, lambda data: read_rows(data, *cut)):
+    for read in (parse_index, lambda data: read_rows(data, *cut)):
         try:
             index = read(bytes(bad))
         except FormatError:
@@ -274,9 +276,9 @@ def check_possible(index: ShardIndex) -> None:
 @settings(max_examples=100, deadline=None)
 def test_random_bytes_are_a_format_error(data: bytes) -> None:
     with pytest.raises(FormatError):
-        unpack_index(data)
+        parse_index(data)
     with pytest.raises(FormatError):
-        unpack_index(len(data).to_bytes(8, "little") + data)
+        parse_index(len(data).to_bytes(8, "little") + data)
 
 
 GOOD = shard(["one", "two", "three"])[1]
@@ -321,12 +323,12 @@ def test_an_impossible_index_is_a_format_error(change: dict[str, Any]) -> None:
         columns = {name: np.ascontiguousarray(getattr(bad, name)) for name in names | explicit}
         data = safetensors.numpy.save(columns, {"wds_tools_index": json.dumps(head)})
         with pytest.raises(FormatError, match=r"^a.index: .*rebuild it with `wds-tools index`"):
-            unpack_index(data, "a.index")
+            parse_index(data, "a.index")
 
 
 @pytest.mark.parametrize("head", ["", "[]", "1", "null", "{}", '{"version": 1}', '{"version": 2, "members": []}', "not json"])
 def test_an_index_with_another_head_is_a_format_error(head: str) -> None:
-    columns = columns_of(pack_index(GOOD))
+    columns = columns_of(serialize_index(GOOD))
     for metadata in ({"wds_tools_index": head}, {"format": "np"}, None):
         with pytest.raises(FormatError, match="rebuild it with `wds-tools index`"):
-            unpack_index(safetensors.numpy.save(columns, metadata))
+            parse_index(safetensors.numpy.save(columns, metadata))

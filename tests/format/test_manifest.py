@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wds_tools.errors import FormatError
-from wds_tools.format.manifest import Manifest, ShardRow, pack_manifest, unpack_manifest
+from wds_tools.format.manifest import Manifest, ShardInfo, parse_manifest, serialize_manifest
 from wds_tools.format.schema import ANY_MEMBERS
 
 
-def row(number: int, samples: int = 5, **changes: Any) -> ShardRow:
+def row(number: int, samples: int = 5, **changes: Any) -> ShardInfo:
     fields: dict[str, Any] = {
         "name": f"shard-{number:06d}-0000.tar",
         "samples": samples,
@@ -28,7 +28,7 @@ def row(number: int, samples: int = 5, **changes: Any) -> ShardRow:
         "text_chars": 100,
         "num_codes": 1024 * samples,
     }
-    return ShardRow(**{**fields, **changes})
+    return ShardInfo(**{**fields, **changes})
 
 
 MANIFEST = Manifest(
@@ -42,7 +42,7 @@ MANIFEST = Manifest(
 
 def edited(change: Callable[[Any], Any]) -> bytes:
     """The manifest's bytes after a change to its JSON."""
-    record = json.loads(pack_manifest(MANIFEST))
+    record = json.loads(serialize_manifest(MANIFEST))
     change(record)
     return json.dumps(record).encode()
 
@@ -51,10 +51,10 @@ def edited(change: Callable[[Any], Any]) -> bytes:
 
 
 def test_a_manifest_survives() -> None:
-    data = pack_manifest(MANIFEST)
-    found = unpack_manifest(data)
+    data = serialize_manifest(MANIFEST)
+    found = parse_manifest(data)
     assert found == MANIFEST
-    assert pack_manifest(found) == data
+    assert serialize_manifest(found) == data
     assert (found.samples, found.bytes) == (8, 4096 * 8 + 2048)
     assert found.data_types == {"image_text": 6, "text_pretrain": 2}
 
@@ -76,27 +76,27 @@ ROWS = st.builds(
     st.dictionaries(NAMES, st.dictionaries(NAMES, st.integers(0, 9) | NAMES | st.none(), max_size=3), max_size=2),
 )
 @settings(max_examples=100, deadline=None)
-def test_any_manifest_survives(shards: list[ShardRow], rejects: dict[str, int], codes: dict[str, Any]) -> None:
+def test_any_manifest_survives(shards: list[ShardInfo], rejects: dict[str, int], codes: dict[str, Any]) -> None:
     inputs = sum(shard.samples for shard in shards) + sum(rejects.values())
     manifest = Manifest(shards=tuple(shards), inputs=inputs, rejects=rejects, codes=codes, source=dict(codes))
-    assert unpack_manifest(pack_manifest(manifest)) == manifest
+    assert parse_manifest(serialize_manifest(manifest)) == manifest
 
 
-def test_an_empty_data_set_has_a_manifest() -> None:
+def test_an_empty_dataset_has_a_manifest() -> None:
     manifest = Manifest(shards=(), inputs=0)
-    assert unpack_manifest(pack_manifest(manifest)) == manifest
+    assert parse_manifest(serialize_manifest(manifest)) == manifest
 
 
 def test_a_shard_of_unknown_data_types_is_accepted() -> None:
     manifest = Manifest(shards=(row(0, data_types={}),), inputs=5)
-    assert unpack_manifest(pack_manifest(manifest)) == manifest
+    assert parse_manifest(serialize_manifest(manifest)) == manifest
 
 
 def test_a_manifest_of_any_members_survives_and_has_a_fingerprint_of_its_own() -> None:
     rows = tuple(row(n, data_types={}, text_chars=0, num_codes=0, members=("jpg", f"{n}.txt")) for n in range(2))
     ours = Manifest(shards=rows, inputs=10, source={"command": "index"})
     any_members = replace(ours, schema_version=ANY_MEMBERS)
-    assert unpack_manifest(pack_manifest(any_members)) == any_members
+    assert parse_manifest(serialize_manifest(any_members)) == any_members
     assert any_members.fingerprint() != ours.fingerprint()
     assert any_members.members == ("jpg", "0.txt", "1.txt")
     assert any_members.is_indexed
@@ -151,7 +151,7 @@ def test_the_fingerprint_depends_on_what_is_trained_on(change: dict[str, Any]) -
 )
 def test_a_stated_total_that_is_not_the_sum_is_refused(key: str, value: Any) -> None:
     with pytest.raises(FormatError, match=f"^m.json: states {key} .*it was edited or damaged"):
-        unpack_manifest(edited(lambda record: record.update({key: value})), "m.json")
+        parse_manifest(edited(lambda record: record.update({key: value})), "m.json")
 
 
 @pytest.mark.parametrize(
@@ -168,41 +168,41 @@ def test_a_stated_total_that_is_not_the_sum_is_refused(key: str, value: Any) -> 
 )
 def test_a_tampered_shard_row_is_refused(change: Callable[[Any], Any]) -> None:
     with pytest.raises(FormatError, match=r"it was edited or damaged|records are unaccounted for"):
-        unpack_manifest(edited(change))
+        parse_manifest(edited(change))
 
 
 @pytest.mark.parametrize("inputs", [10, 12, 8, 0])
 def test_inputs_are_samples_and_rejects(inputs: int) -> None:
     with pytest.raises(FormatError, match=rf"{inputs} inputs are not 8 samples \+ 3 rejects: {inputs - 11} records"):
-        pack_manifest(replace(MANIFEST, inputs=inputs))
+        serialize_manifest(replace(MANIFEST, inputs=inputs))
     with pytest.raises(FormatError, match=f"{inputs - 11} records are unaccounted for"):
-        unpack_manifest(edited(lambda record: record.update(inputs=inputs)))
+        parse_manifest(edited(lambda record: record.update(inputs=inputs)))
 
 
 # --- Its hash ------------------------------------------------------------------------------------------------------
 
 
 def test_every_bit_of_a_manifest_is_protected() -> None:
-    data = pack_manifest(MANIFEST)
+    data = serialize_manifest(MANIFEST)
     for at in range(len(data)):
         for bit in range(8):
             flipped = data[:at] + bytes([data[at] ^ 1 << bit]) + data[at + 1 :]
             with pytest.raises(FormatError):
-                unpack_manifest(flipped)
+                parse_manifest(flipped)
 
 
 def test_the_hash_is_that_of_the_file_with_zeros_in_its_place() -> None:
-    data = pack_manifest(MANIFEST)
+    data = serialize_manifest(MANIFEST)
     stated = json.loads(data)["manifest_hash"].removeprefix("sha256:")
     assert hashlib.sha256(data.replace(stated.encode(), b"0" * 64)).hexdigest() == stated
 
 
 def test_a_manifest_without_hashes_is_read_and_packed_as_it_was() -> None:
-    old = pack_manifest(replace(MANIFEST, rejects_hash=None))
+    old = serialize_manifest(replace(MANIFEST, rejects_hash=None))
     assert b'_hash"' not in old.replace(b"weights_hash", b"")
-    found = unpack_manifest(old)
+    found = parse_manifest(old)
     assert found.rejects_hash is None
-    assert pack_manifest(found) == old
+    assert serialize_manifest(found) == old
 
 
 # --- Manifests that are something else -----------------------------------------------------------------------------
@@ -221,30 +221,30 @@ def test_a_manifest_without_hashes_is_read_and_packed_as_it_was() -> None:
         (edited(lambda record: record.update(format="parquet")), "format is 'parquet', expected 'wds-tools'"),
         (edited(lambda record: record.update(schema_version=2)), "schema_version is 2, expected 0 or 1"),
         (edited(lambda record: record.update(schema_version=None)), "schema_version is None"),
-        (pack_manifest(MANIFEST)[:-3], "not a manifest"),
+        (serialize_manifest(MANIFEST)[:-3], "not a manifest"),
     ],
 )
 def test_what_is_no_manifest_of_this_release_is_refused(data: bytes, problem: str) -> None:
     with pytest.raises(FormatError, match=f"^manifest.json: .*{problem}"):
-        unpack_manifest(data)
+        parse_manifest(data)
 
 
-@pytest.mark.parametrize("key", json.loads(pack_manifest(MANIFEST)))
+@pytest.mark.parametrize("key", json.loads(serialize_manifest(MANIFEST)))
 def test_a_missing_field_is_refused(key: str) -> None:
     with pytest.raises(FormatError, match="has one of manifest_hash and rejects_hash" if "_hash" in key else f"{key} is missing"):
-        unpack_manifest(edited(lambda record: record.pop(key)))
+        parse_manifest(edited(lambda record: record.pop(key)))
 
 
-@pytest.mark.parametrize("key", json.loads(pack_manifest(MANIFEST))["shards"][0])
+@pytest.mark.parametrize("key", json.loads(serialize_manifest(MANIFEST))["shards"][0])
 def test_a_missing_field_of_a_shard_is_refused(key: str) -> None:
     with pytest.raises(FormatError, match=rf"not a manifest .*shards\[0\]\.{key} is missing"):
-        unpack_manifest(edited(lambda record: record["shards"][0].pop(key)))
+        parse_manifest(edited(lambda record: record["shards"][0].pop(key)))
 
 
 def test_fields_that_a_later_release_adds_are_passed_over() -> None:
-    record = json.loads(pack_manifest(replace(MANIFEST, rejects_hash=None)))
+    record = json.loads(serialize_manifest(replace(MANIFEST, rejects_hash=None)))
     record["added"] = record["shards"][0]["added"] = 1
-    assert unpack_manifest(json.dumps(record).encode()) == replace(MANIFEST, rejects_hash=None)
+    assert parse_manifest(json.dumps(record).encode()) == replace(MANIFEST, rejects_hash=None)
 
 
 BAD_NAMES = [
@@ -271,22 +271,22 @@ BAD_NAMES = [
 @pytest.mark.parametrize("name", BAD_NAMES, ids=repr)
 def test_a_shard_name_that_leads_elsewhere_is_refused(name: Any) -> None:
     with pytest.raises(FormatError, match="is not a plain relative path"):
-        unpack_manifest(edited(lambda record: record["shards"][0].update(name=name)))
+        parse_manifest(edited(lambda record: record["shards"][0].update(name=name)))
     with pytest.raises(FormatError, match="is not a plain relative path"):
-        pack_manifest(replace(MANIFEST, shards=(row(0, name=name), MANIFEST.shards[1])))
+        serialize_manifest(replace(MANIFEST, shards=(row(0, name=name), MANIFEST.shards[1])))
 
 
 @pytest.mark.parametrize("name", ["a.tar", "train/a.tar", "..a.tar", "a b.tar", "日本.tar", ".hidden.tar"])
 def test_a_plain_shard_name_is_accepted(name: str) -> None:
     manifest = Manifest(shards=(row(0, name=name),), inputs=5)
-    assert unpack_manifest(pack_manifest(manifest)) == manifest
+    assert parse_manifest(serialize_manifest(manifest)) == manifest
 
 
 def test_a_shard_named_twice_is_refused() -> None:
     with pytest.raises(FormatError, match=r"names the shard shard-000000-0000\.tar more than once"):
-        pack_manifest(Manifest(shards=(row(0), row(0)), inputs=10))
+        serialize_manifest(Manifest(shards=(row(0), row(0)), inputs=10))
     with pytest.raises(FormatError, match="more than once"):
-        unpack_manifest(edited(lambda record: record["shards"][1].update(name="shard-000000-0000.tar")))
+        parse_manifest(edited(lambda record: record["shards"][1].update(name="shard-000000-0000.tar")))
 
 
 NO_COUNTS = [-1, 1.0, "5", True, None, [], {}, 1 << 53, 1 << 70]
@@ -296,7 +296,7 @@ NO_COUNTS = [-1, 1.0, "5", True, None, [], {}, 1 << 53, 1 << 70]
 @pytest.mark.parametrize("value", NO_COUNTS, ids=repr)
 def test_a_count_of_a_shard_that_is_none_is_refused(key: str, value: Any) -> None:
     with pytest.raises(FormatError, match=rf"shards\[0\]\.{key} is .*, expected a whole number from 0 to \d+"):
-        unpack_manifest(edited(lambda record: record["shards"][0].update({key: value})))
+        parse_manifest(edited(lambda record: record["shards"][0].update({key: value})))
 
 
 HOSTILE: dict[str, Callable[[Any], Any]] = {
@@ -346,7 +346,7 @@ HOSTILE: dict[str, Callable[[Any], Any]] = {
 
 def test_token_rows_without_their_facts_are_refused() -> None:
     with pytest.raises(FormatError, match=r"source \(rows\.length is 'many', expected a whole number from 1 to"):
-        unpack_manifest(
+        parse_manifest(
             edited(lambda record: record["source"].update(rows={"length": "many", "vocabulary_size": 9, "text_size": 5}))
         )
 
@@ -354,7 +354,7 @@ def test_token_rows_without_their_facts_are_refused() -> None:
 @pytest.mark.parametrize("change", HOSTILE.values(), ids=HOSTILE)
 def test_values_of_a_wrong_kind_are_a_format_error(change: Callable[[Any], Any]) -> None:
     with pytest.raises(FormatError, match=r"^m\.json: "):
-        unpack_manifest(edited(change), "m.json")
+        parse_manifest(edited(change), "m.json")
 
 
 @given(
@@ -375,7 +375,7 @@ def test_any_value_anywhere_is_read_or_a_format_error(keys: list[str], row_keys:
             record[key] = value
 
     try:
-        unpack_manifest(edited(change))
+        parse_manifest(edited(change))
     except FormatError:
         pass
 
@@ -383,10 +383,10 @@ def test_any_value_anywhere_is_read_or_a_format_error(keys: list[str], row_keys:
 @given(st.lists(st.tuples(st.integers(0, 3000), st.integers(0, 255)), min_size=1, max_size=4))
 @settings(max_examples=300, deadline=None)
 def test_a_mutated_manifest_is_read_or_a_format_error(changes: list[tuple[int, int]]) -> None:
-    bad = bytearray(pack_manifest(MANIFEST))
+    bad = bytearray(serialize_manifest(MANIFEST))
     for at, value in changes:
         bad[at % len(bad)] = value
     try:
-        unpack_manifest(bytes(bad))
+        parse_manifest(bytes(bad))
     except FormatError:
         pass

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from wds_tools.errors import FormatError
 from wds_tools.format import scan as scan_module
-from wds_tools.format.index import IndexBuilder, pack_index
+from wds_tools.format.index import IndexBuilder, serialize_index
 from wds_tools.format.scan import Scan, scan_tar
 from wds_tools.format.shard import ShardBuilder, group_samples
 from wds_tools.format.tar import BLOCK, END, header, padding, read_members
@@ -114,7 +114,7 @@ def check_same(archive: bytes) -> bool:
     assert scan.suffixes == tuple(dict.fromkeys(suffix for *_, members in samples for suffix in members))
     payloads = [{suffix: payload for suffix, (_, payload) in members.items()} for *_, members in samples]
     assert list(scan.payloads(memoryview(archive))) == payloads
-    assert pack_index(scan.index(memoryview(archive), "0" * 32)) == pack_index(built_index(archive))
+    assert serialize_index(scan.index(memoryview(archive), "0" * 32)) == serialize_index(built_index(archive))
     return True
 
 
@@ -416,7 +416,7 @@ def test_the_index_of_a_scan_is_that_of_the_builder_of_the_shard() -> None:
     scan = scan_tar(archive)
     text_chars, num_codes = [len(sample.text) for sample in samples], [sample.num_codes for sample in samples]
     rebuilt = scan.index(memoryview(archive), xxhash.xxh3_128_hexdigest(archive), text_chars, num_codes)
-    assert pack_index(rebuilt) == pack_index(index)
+    assert serialize_index(rebuilt) == serialize_index(index)
     assert scan.keys == [sample.key for sample in samples]
     assert scan.suffixes == row.members
 

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from wds_tools.errors import FormatError
-from wds_tools.format.index import pack_index
+from wds_tools.format.index import serialize_index
 from wds_tools.format.schema import (
     DATA_TYPES,
     IMAGE_EXTENSIONS,
@@ -207,7 +207,7 @@ def test_a_512_pixel_sample_with_its_caption_and_index_takes_at_most_4200_bytes(
     for n in range(1000):
         builder.add(Sample(key=f"000000-{n:08d}", data_type="image_text", text=CAPTION, codes={"vqcode_512": CODES_HW}))
     _, index, row = builder.finish("shard.tar")
-    assert (row.bytes + len(pack_index(index))) / 1000 <= 4200
+    assert (row.bytes + len(serialize_index(index))) / 1000 <= 4200
 
 
 def test_an_empty_shard_is_an_empty_tar() -> None:

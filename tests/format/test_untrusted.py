@@ -25,19 +25,19 @@ from hypothesis import strategies as st
 from loaders import LoaderConfig, ShardDataset, Source, build_loader
 from loaders.order.samples import OpenSource, Stream
 from loaders.proof.audit import audit
-from loaders.proof.receipt import unpack_receipt
-from loaders.tokens.packing import unpack_lanes
+from loaders.proof.receipt import parse_receipt
+from loaders.tokens.packing import parse_cursors
 from wds_tools.check.report import render
 from wds_tools.check.stats import StatsConfig, stats
 from wds_tools.check.verify import VerifyConfig, verify
 from wds_tools.cli.main import main
-from wds_tools.cli.summary import print_data_set
+from wds_tools.cli.summary import print_dataset
 from wds_tools.convert.tables import data_files
 from wds_tools.dataset import lease as claim
 from wds_tools.dataset.writer import ShardLimits, TaskWriter, begin
 from wds_tools.errors import FormatError, Reject, UsageError, WdsToolsError
-from wds_tools.format.index import pack_index, unpack_index
-from wds_tools.format.manifest import ShardRow, unpack_manifest
+from wds_tools.format.index import parse_index, serialize_index
+from wds_tools.format.manifest import ShardInfo, parse_manifest
 from wds_tools.format.shard import ShardBuilder
 from wds_tools.format.typed_json import MAX_DEPTH, read_json, shape
 from wds_tools.jobs.job import FinalizeConfig, finalize
@@ -118,7 +118,7 @@ def check(document: Any, read: Read, examples: int = 60) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data set of 24 samples in three shards."""
+    """A dataset of 24 samples in three shards."""
     path = tmp_path_factory.mktemp("untrusted") / "set"
     codes = {"vqcode_512": {"tokenizer": "tiny", "codebook_size": 8192, "stride": 16, "weights_hash": "x", "precision": "fp32"}}
     make_dataset(path, map(image_sample, range(24)), shard_samples=8, codes=codes)
@@ -137,10 +137,10 @@ def test_a_message_names_the_document_the_field_the_value_and_what_was_expected(
         ("text_chars", None, "m: odd (text_chars is None, expected a whole number"),
     ):
         with pytest.raises(FormatError) as failure:
-            shape(ShardRow, {**row, "text_chars": 1, "num_codes": 1, name: value}, "m: odd")
+            shape(ShardInfo, {**row, "text_chars": 1, "num_codes": 1, name: value}, "m: odd")
         assert str(failure.value).startswith(message)
     with pytest.raises(FormatError, match=r"m: odd \(text_chars is missing\)"):
-        shape(ShardRow, row, "m: odd")
+        shape(ShardInfo, row, "m: odd")
 
 
 def test_depth_and_size_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,8 +163,8 @@ def test_manifests(folder: Path) -> None:
     described = stats(StatsConfig(input=str(folder), quiet=True))
 
     def read(data: bytes) -> None:
-        manifest = unpack_manifest(data)
-        print_data_set("set", manifest)
+        manifest = parse_manifest(data)
+        print_dataset("set", manifest)
         render(described.__class__(**{**vars(described), "manifest": manifest}))
         source = Source("set")
         opened = OpenSource(source, open_store("memory://set"), manifest)
@@ -209,13 +209,13 @@ def test_indices() -> None:
     builder = ShardBuilder()
     for number in range(3):
         builder.add(image_sample(number))
-    packed = pack_index(builder.finish("a.tar")[1])
+    packed = serialize_index(builder.finish("a.tar")[1])
     begin = 8 + int.from_bytes(packed[:8], "little")
     head = json.loads(packed[8:begin])
     metadata = json.loads(head["__metadata__"]["wds_tools_index"])
 
     def read(data: bytes) -> None:
-        unpack_index(len(data).to_bytes(8, "little") + data + packed[begin:])
+        parse_index(len(data).to_bytes(8, "little") + data + packed[begin:])
 
     def read_metadata(data: bytes) -> None:
         own = {"wds_tools_index": data.decode(errors="replace")}
@@ -240,7 +240,7 @@ def test_states(folder: Path) -> None:
     dataset = ShardDataset(str(folder))
     check(dataset.state_dict(), lambda data: dataset.load_state_dict(parsed(data)), 20)
     lanes = {"0": [1, 2, [[0, 5], [1, 6]]], "3": [2, 2, []]}
-    check(lanes, lambda data: unpack_lanes(parsed(data), 8, 0))
+    check(lanes, lambda data: parse_cursors(parsed(data), 8, 0))
 
 
 def test_a_state_may_hold_numbers_that_no_json_has(folder: Path) -> None:
@@ -270,10 +270,10 @@ def test_receipts(folder: Path) -> None:
         pass
     document = loader.receipt()
     document["substitutions"] = [{"epoch": 0, "source": 0, "shard": 1, "row": 3, "reason": "crc32"}]
-    valid = unpack_receipt(json.dumps(loader.receipt()).encode(), "valid")
+    valid = parse_receipt(json.dumps(loader.receipt()).encode(), "valid")
 
     def read(data: bytes) -> None:
-        receipt = unpack_receipt(data, "receipt")
+        receipt = parse_receipt(data, "receipt")
         if (
             sum(high - low for _, low, high, _ in receipt.spans) < 10_000
             and max((span[0] for span in receipt.spans), default=0) < 9

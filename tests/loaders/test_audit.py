@@ -18,11 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loaders import Loader, LoaderConfig, Source, World, build_loader
-from loaders.order.partition import Steps
-from loaders.order.samples import Stream, open_source
+from loaders.order.partition import BatchPartition
+from loaders.order.samples import SampleOrder, open_source
 from loaders.proof.audit import Audit, audit, num_positions, read_receipts
-from loaders.proof.coverage import RowRange, Tally
-from loaders.proof.receipt import Receipt, SampleHash, pack_receipt, total_of, unpack_receipt
+from loaders.proof.coverage import Coverage, SampleRange
+from loaders.proof.receipt import Receipt, SampleHash, parse_receipt, receipt_to_json, total_of
 from wds_tools.cli.main import main
 from wds_tools.errors import FormatError, NotFound, UsageError
 from wds_tools.format.schema import Sample
@@ -60,7 +60,7 @@ def train(
 
 
 def read(receipts: Iterable[dict[str, Any]]) -> list[Receipt]:
-    return [unpack_receipt(json.dumps(one).encode(), f"receipt-{number}.json") for number, one in enumerate(receipts)]
+    return [parse_receipt(json.dumps(one).encode(), f"receipt-{number}.json") for number, one in enumerate(receipts)]
 
 
 def write(folder: Path, receipts: Iterable[dict[str, Any]]) -> str:
@@ -80,15 +80,15 @@ def rows_of(keys: Iterable[str]) -> list[tuple[str, int]]:
     return sorted((f"shard-000000-{number // SHARD_SAMPLES:04d}.tar", number % SHARD_SAMPLES) for number in numbers)
 
 
-def rows_in(ranges: Sequence[RowRange]) -> list[tuple[str, int]]:
+def rows_in(ranges: Sequence[SampleRange]) -> list[tuple[str, int]]:
     return sorted((one.shard, row) for one in ranges for row in range(one.first, one.last))
 
 
 @pytest.mark.parametrize(("world_size", "batch_size"), [(1, 10), (4, 20), (7, 7), (3, 10), (5, 13)])
-@pytest.mark.parametrize("tail", ["drop", "short", "wrap"])
-def test_two_complete_epochs_are_exact_on_any_world(tmp_path: Path, world_size: int, batch_size: int, tail: Any) -> None:
-    wanted = config(make_texts(tmp_path), batch_size=batch_size, tail=tail)
-    steps = len(Steps(100, 0, batch_size, tail, world_size))
+@pytest.mark.parametrize("last_batch", ["drop", "short", "wrap"])
+def test_two_complete_epochs_are_exact_on_any_world(tmp_path: Path, world_size: int, batch_size: int, last_batch: Any) -> None:
+    wanted = config(make_texts(tmp_path), batch_size=batch_size, last_batch=last_batch)
+    steps = len(BatchPartition(100, 0, batch_size, last_batch, world_size))
     receipts, _, keys = train(wanted, world_size, 2 * steps)
     found = audited(*receipts, complete=True)
     assert found.is_exact()
@@ -96,8 +96,8 @@ def test_two_complete_epochs_are_exact_on_any_world(tmp_path: Path, world_size: 
     assert found.absent == ()
     left = 100 % batch_size
     for one in found.epochs:
-        assert one.dropped == (left if tail == "drop" else 0)
-        assert one.wrapped == ((batch_size - left) % batch_size if tail == "wrap" else 0)
+        assert one.dropped == (left if last_batch == "drop" else 0)
+        assert one.wrapped == ((batch_size - left) % batch_size if last_batch == "wrap" else 0)
         assert one.handed_over == one.expected - one.dropped == 100 - one.dropped
         assert one.unseen == 0
     assert sum(one.handed_over + one.wrapped for one in found.epochs) == sum(map(len, keys))
@@ -236,9 +236,9 @@ def test_a_run_that_read_codes_by_name_is_audited(tmp_path: Path) -> None:
 
 def test_a_mixture_is_compared_over_the_epochs_of_its_sources(tmp_path: Path) -> None:
     sources = Source(make_texts(tmp_path, 60, "a"), weight=3), Source(make_texts(tmp_path, 30, "b"), weight=1)
-    wanted = config(*sources, batch_size=4, length=50, schedule=((20, (1.0, 1.0)),), tail="short")
+    wanted = config(*sources, batch_size=4, length=50, schedule=((20, (1.0, 1.0)),), last_batch="short")
     receipts, state, _ = train(wanted, 2, 40)
-    more, _, _ = train(config(*sources, batch_size=6, length=50, schedule=((20, (1.0, 1.0)),), tail="short"), 3, 40, state)
+    more, _, _ = train(config(*sources, batch_size=6, length=50, schedule=((20, (1.0, 1.0)),), last_batch="short"), 3, 40, state)
     found = audited(*receipts, *more)
     assert found.is_exact()
     assert found.totals_compared == 8  # 3 epochs of a, 5 of b
@@ -286,7 +286,7 @@ def test_receipts_of_different_runs_are_refused_with_what_differs(
         ({"order_version": 0}, UsageError, "order version 0; this release reads"),
         ({"version": 9}, UsageError, "version 9"),
         ({"rank": 5}, FormatError, r"rank=5 is not in 0 \.\.\. world_size"),
-        ({"tail": "cut"}, FormatError, "tail is 'cut', expected 'drop' or"),
+        ({"last_batch": "cut"}, FormatError, "tail is 'cut', expected 'drop' or"),
         ({"spans": [[0, 0, 15, 10]]}, FormatError, "does not end with a step"),
         ({"spans": [[0, 95, 105, 10]]}, FormatError, "does not end with a step"),
         ({"spans": [[0, 0, 1, 1]]}, FormatError, "is no span"),
@@ -305,7 +305,7 @@ def test_a_receipt_that_can_not_be_is_refused(tmp_path: Path, change: dict[str, 
 @pytest.mark.parametrize("data", [b"", b"[]", b"{}", b'{"version": 2, "order_version": 1}', b"\xff"])
 def test_what_is_no_receipt_is_said_to_be_none(data: bytes) -> None:
     with pytest.raises(FormatError, match="x: not the receipt of a loader"):
-        unpack_receipt(data, "x")
+        parse_receipt(data, "x")
 
 
 def test_moved_data_is_found_by_its_fingerprint_and_changed_data_refused(tmp_path: Path) -> None:
@@ -324,21 +324,25 @@ def test_moved_data_is_found_by_its_fingerprint_and_changed_data_refused(tmp_pat
 
 
 @pytest.fixture(scope="module")
-def stream(tmp_path_factory: pytest.TempPathFactory) -> Stream:
+def order(tmp_path_factory: pytest.TempPathFactory) -> SampleOrder:
     """Over 61 samples."""
     source = Source(make_texts(tmp_path_factory.mktemp("small"), 61))
-    return Stream([open_source(source)], config(source))
+    return SampleOrder([open_source(source)], config(source))
 
 
-def receipt_of(stream: Stream, world: World, tail: Any, span: tuple[int, int, int, int], name: str = "receipt") -> Receipt:
+def receipt_of(
+    order: SampleOrder, world: World, last_batch: Any, span: tuple[int, int, int, int], name: str = "receipt"
+) -> Receipt:
     """As a loader would write it."""
     epoch, low, high, batch_size = span
-    steps = Steps(stream.length, low, batch_size, tail, world.world_size)
+    steps = BatchPartition(order.length, low, batch_size, last_batch, world.world_size)
     count = min(-((low - high) // batch_size), len(steps))
     parts = [np.arange(*steps.part(step, world.rank)) for step in range(count)]
-    located = stream.locate(epoch, np.concatenate(parts))
-    total = total_of([SampleHash(fingerprint) for fingerprint in stream.fingerprints], *located[:3])
-    return unpack_receipt(json.dumps(pack_receipt(stream, world, tail, [span], len(located.row), total, [])).encode(), name)
+    located = order.locate(epoch, np.concatenate(parts))
+    total = total_of([SampleHash(fingerprint) for fingerprint in order.fingerprints], *located[:3])
+    return parse_receipt(
+        json.dumps(receipt_to_json(order, world, last_batch, [span], len(located.row), total, [])).encode(), name
+    )
 
 
 SPANS = st.lists(st.tuples(st.integers(0, 1), st.integers(0, 60), st.integers(1, 9), st.integers(1, 9), st.integers(1, 3)))
@@ -347,25 +351,25 @@ SPANS = st.lists(st.tuples(st.integers(0, 1), st.integers(0, 60), st.integers(1,
 @settings(max_examples=50, deadline=None)
 @given(SPANS, st.sampled_from(["drop", "short", "wrap"]), st.integers(1, 70), st.booleans())
 def test_any_spans_of_any_ranks_are_counted_as_one_by_one(
-    stream: Stream, spans: list[tuple[int, int, int, int, int]], tail: Any, chunk: int, complete: bool
+    order: SampleOrder, spans: list[tuple[int, int, int, int, int]], last_batch: Any, chunk: int, complete: bool
 ) -> None:
     receipts, handed = [], [Counter[int](), Counter[int]()]
     for number, (epoch, low, count, batch_size, world_size) in enumerate(spans):
         world = World(rank=number % world_size, world_size=world_size)
-        steps = Steps(stream.length, low, batch_size * world_size, tail, world_size)
+        steps = BatchPartition(order.length, low, batch_size * world_size, last_batch, world_size)
         count = min(count, len(steps))
-        if low < stream.length and count:
+        if low < order.length and count:
             span = (epoch, low, steps.end(count - 1), steps.batch_size)
-            receipts.append(receipt_of(stream, world, tail, span))
+            receipts.append(receipt_of(order, world, last_batch, span))
             for step in range(count):
                 handed[epoch].update(range(*steps.part(step, world.rank)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("loaders.proof.coverage._CHUNK", chunk)
-        tally = Tally(stream, receipts, show=100)
+        coverage = Coverage(order, receipts, show=100)
         for epoch, times in enumerate(handed):
-            found = tally.epoch(epoch, may_end_early=not complete)
-            inside = [times[position] for position in range(stream.length)]
-            due = stream.length - found.dropped - found.unseen
+            found = coverage.epoch(epoch, may_end_early=not complete)
+            inside = [times[position] for position in range(order.length)]
+            due = order.length - found.dropped - found.unseen
             assert [at for low, high in found.missing.positions for at in range(low, high)] == [
                 position for position in range(due) if not inside[position]
             ]
@@ -382,16 +386,16 @@ def test_any_spans_of_any_ranks_are_counted_as_one_by_one(
                 == found.expected - found.missing.samples - (found.dropped + found.unseen) + found.repeated.samples
             )
             assert len(rows_in(found.missing.rows)) == found.missing.samples
-        assert tally.problems() == []
-        assert all(total == expected for _, total, expected in tally.complete_epochs())
+        assert coverage.problems() == []
+        assert all(total == expected for _, total, expected in coverage.complete_epochs())
 
 
-def test_more_ranges_than_are_shown_are_counted(stream: Stream, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_ranges_than_are_shown_are_counted(order: SampleOrder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("loaders.proof.coverage._CHUNK", 7)
     monkeypatch.setattr("loaders.proof.coverage._NAMED_SAMPLES", 9)
     world = World(rank=0, world_size=4)
-    tally = Tally(stream, [receipt_of(stream, world, "short", (0, 0, 61, 8))], show=3)
-    missing = tally.epoch(0, may_end_early=False).missing
+    coverage = Coverage(order, [receipt_of(order, world, "short", (0, 0, 61, 8))], show=3)
+    missing = coverage.epoch(0, may_end_early=False).missing
     assert missing.samples == 61 - 15  # two of each step of eight, one of the last five
     assert (missing.num_ranges, missing.positions) == (8, ((2, 8), (10, 16), (18, 24)))
     assert (missing.untraced, len(missing.rows)) == (61 - 15 - 9, min(missing.num_row_ranges, 3))
@@ -400,7 +404,7 @@ def test_more_ranges_than_are_shown_are_counted(stream: Stream, monkeypatch: pyt
 @pytest.mark.parametrize("complete", [False, True])
 @pytest.mark.parametrize("steps", [5, 13, 30])
 def test_the_progress_of_an_audit_ends_where_it_was_to_end(tmp_path: Path, steps: int, complete: bool) -> None:
-    receipts, _, _ = train(config(make_texts(tmp_path), tail="drop"), 2, steps)
+    receipts, _, _ = train(config(make_texts(tmp_path), last_batch="drop"), 2, steps)
     found: list[int] = []
     audited(*receipts, complete=complete, on_counted=found.append)
     assert sum(found) == num_positions(read(receipts), complete=complete)

@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from loaders import Loader, LoaderConfig, ShardDataset, Source, TarDataset, World, build_loader
-from loaders.config import Tail
+from loaders.config import LastBatch
 from loaders.cost.simulate import simulate
-from loaders.order.partition import Steps
+from loaders.order.partition import BatchPartition
 from loaders.order.samples import open_source
 from loaders.testing import Topology, check_resume, run
 from wds_tools.errors import DataError, FormatError, NotFound, StorageError, UsageError
@@ -54,7 +54,7 @@ def keys(loader: Iterable[dict[str, Any]]) -> list[str]:
 
 def config(*sources: Source | str, batch_size: int = 4, **settings: Any) -> LoaderConfig:
     opened = tuple(source if isinstance(source, Source) else Source(source) for source in sources)
-    return LoaderConfig(**{"sources": opened, "batch_size": batch_size, "tail": "short", **settings})
+    return LoaderConfig(**{"sources": opened, "batch_size": batch_size, "last_batch": "short", **settings})
 
 
 def loader(*sources: Source | str, rank: int = 0, world_size: int = 1, **settings: Any) -> Loader:
@@ -214,19 +214,21 @@ def test_what_was_prefetched_and_not_handed_over_does_not_count(tmp_path: Path) 
     made.close()
 
 
-@pytest.mark.parametrize(("tail", "steps", "seen"), [("drop", 4, 40), ("short", 5, 43), ("wrap", 5, 50)])
+@pytest.mark.parametrize(("last_batch", "steps", "seen"), [("drop", 4, 40), ("short", 5, 43), ("wrap", 5, 50)])
 @pytest.mark.parametrize("world_size", [1, 3])
-def test_the_tail_is_dropped_dealt_out_or_filled_up(tmp_path: Path, tail: Any, steps: int, seen: int, world_size: int) -> None:
+def test_the_tail_is_dropped_dealt_out_or_filled_up(
+    tmp_path: Path, last_batch: Any, steps: int, seen: int, world_size: int
+) -> None:
     url = make_pairs(tmp_path / "set", 43)
-    ranks = [loader(url, batch_size=10, tail=tail, rank=rank, world_size=world_size) for rank in range(world_size)]
+    ranks = [loader(url, batch_size=10, last_batch=last_batch, rank=rank, world_size=world_size) for rank in range(world_size)]
     assert {len(rank) for rank in ranks} == {steps}
     found = [[batch["__key__"] for batch in rank] for rank in ranks]
     assert {len(batches) for batches in found} == {steps}
     flat = Counter(key for batches in found for batch in batches for key in batch)
     assert flat.total() == seen
     assert len(flat) == min(seen, 43)
-    assert sum(rank.stats()["dropped"] for rank in ranks[:1]) == (3 if tail == "drop" else 0)
-    if tail == "wrap":
+    assert sum(rank.stats()["dropped"] for rank in ranks[:1]) == (3 if last_batch == "drop" else 0)
+    if last_batch == "wrap":
         second = [key for batch in loader_at(url, 1) for key in batch["__key__"]]
         assert sorted(key for key, count in flat.items() if count == 2) == sorted(second[:7])
 
@@ -238,23 +240,23 @@ def loader_at(url: str, epoch: int) -> Loader:
 
 
 @settings(deadline=None)
-@given(st.integers(1, 200), st.integers(0, 199), st.integers(1, 20), st.integers(0, 19), st.sampled_from(get_args(Tail)))
+@given(st.integers(1, 200), st.integers(0, 199), st.integers(1, 20), st.integers(0, 19), st.sampled_from(get_args(LastBatch)))
 def test_no_batch_of_any_world_is_empty_and_what_is_left_is_handed_out_once(
-    length: int, start: int, world_size: int, more: int, tail: Any
+    length: int, start: int, world_size: int, more: int, last_batch: Any
 ) -> None:
     start, batch_size = start % length, world_size + more
     left = length - start
-    steps = Steps(length, start, batch_size, tail, world_size)
+    steps = BatchPartition(length, start, batch_size, last_batch, world_size)
     parts = [[steps.part(step, rank) for rank in range(world_size)] for step in range(len(steps))]
     assert all(low < high for step in parts for low, high in step)
     handed = [position for step in parts for part in step for position in range(*part)]
     assert handed == list(range(start, start + len(handed)))
-    if tail == "short":
+    if last_batch == "short":
         assert len(handed) == max(left, world_size)
         assert all(steps.end(step) - steps.part(step, 0)[0] < batch_size + world_size for step in range(len(steps)))
         assert len(steps) in (-(-left // batch_size), max(left // batch_size, 1))
     else:
-        assert len(handed) == (left - steps.dropped if tail == "drop" else -(-left // batch_size) * batch_size)
+        assert len(handed) == (left - steps.dropped if last_batch == "drop" else -(-left // batch_size) * batch_size)
 
 
 def test_less_than_a_sample_for_each_rank_goes_with_the_step_before_or_is_made_up(tmp_path: Path) -> None:
@@ -414,7 +416,7 @@ def test_a_loop_whose_loader_is_closed_or_restored_within_says_so(tmp_path: Path
     loop = iter(made)
     seen = list(next(loop)["__key__"])
     end(made)
-    with pytest.raises(UsageError, match="began: begin anew"):
+    with pytest.raises(UsageError, match="began: begin again"):
         next(loop)
     assert seen + keys(made) == keys(loader(url))
     made.close()
@@ -445,7 +447,7 @@ def test_weights_may_be_numpys(tmp_path: Path) -> None:
         ({"batch_size": 4.0}, r"batch_size=4\.0 is a float"),
         ({"batch_size": np.int64(4)}, r"batch_size=.*4.* is a int64"),
         ({"seed": "42"}, "seed='42' is a str"),
-        ({"tail": "cut"}, "tail='cut'"),
+        ({"last_batch": "cut"}, "last_batch='cut'"),
         ({"on_error": "skip"}, "on_error='skip'"),
         ({"seed": -1}, "seed=-1"),
         ({"lanes": 0}, "lanes=0"),
@@ -485,7 +487,7 @@ def test_weights_are_for_all_or_none_and_a_batch_has_one_for_each_rank(tmp_path:
     with pytest.raises(UsageError, match="batch_size=4 is less"):
         loader(url, world_size=5)
     with pytest.raises(UsageError, match="30 samples is less than a batch of 31"):
-        loader(url, batch_size=31, tail="drop")
+        loader(url, batch_size=31, last_batch="drop")
     with pytest.raises(NotFound, match="wds-tools index"):
         loader(str(tmp_path))
 

@@ -35,7 +35,7 @@ BATCH = 8
 TIGHT = 110_000
 """Memory of a process that is less than its open blocks take: pieces are dropped and fetched again."""
 AMPLE = 600_000
-"""Enough for all pieces, too little to keep the data set whole."""
+"""Enough for all pieces, too little to keep the dataset whole."""
 Row = tuple[str, str, Any]
 
 
@@ -72,7 +72,7 @@ def proxy(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]
 
 @pytest.fixture
 def remote(local: str, proxy: FaultProxy) -> str:
-    """The same data set on S3."""
+    """The same dataset on S3."""
     url = f"s3://tests/{uuid.uuid4().hex}"
     store = open_store(url)
     for path in Path(local).rglob("*"):
@@ -84,14 +84,14 @@ def remote(local: str, proxy: FaultProxy) -> str:
 
 @pytest.fixture
 def in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Read this small data set as a large one is: in blocks of a few samples, each for itself."""
+    """Read this small dataset as a large one is: in blocks of a few samples, each for itself."""
     monkeypatch.setattr("loaders.order.plan.SMALL_BYTES", 0)
     monkeypatch.setattr("loaders.reading.prefetch.SMALL_BYTES", 0)
     monkeypatch.setattr("loaders.order.plan.MIN_BLOCK_BYTES", 12_000)
 
 
 def loader(url: str, **settings: Any) -> Loader:
-    config = LoaderConfig(**{"sources": (Source(url),), "batch_size": BATCH, "tail": "short", "lanes": 16, **settings})
+    config = LoaderConfig(**{"sources": (Source(url),), "batch_size": BATCH, "last_batch": "short", "lanes": 16, **settings})
     return build_loader(config, World())
 
 
@@ -177,7 +177,7 @@ SECOND_PROCESS = """
 import sys
 from loaders import LoaderConfig, Source, World, build_loader
 url, cache, out = sys.argv[1:]
-config = LoaderConfig(sources=(Source(url),), batch_size=8, tail="short", lanes=16, cache_dir=cache)
+config = LoaderConfig(sources=(Source(url),), batch_size=8, last_batch="short", lanes=16, cache_dir=cache)
 made = build_loader(config, World())
 with open(out, "w") as file:
     file.writelines(f"{key}\\n" for batch in made for key in batch["__key__"])
@@ -453,7 +453,7 @@ loaders.order.plan.SMALL_BYTES = loaders.reading.prefetch.SMALL_BYTES = 0
 loaders.order.plan.MIN_BLOCK_BYTES = 6000
 loaders.reading.prefetch._IN_FLIGHT = 2
 from loaders import LoaderConfig, Source, World, build_loader
-config = LoaderConfig(sources=(Source(sys.argv[1]),), batch_size=2, tail="short", lanes=16)
+config = LoaderConfig(sources=(Source(sys.argv[1]),), batch_size=2, last_batch="short", lanes=16)
 for batch in build_loader(config, World(rank=0, world_size=2)):
     print("a batch", flush=True)
     time.sleep(100)

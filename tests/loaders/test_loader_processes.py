@@ -28,7 +28,7 @@ from factory import image_sample, make_dataset, text_sample
 from loaders import Loader, LoaderConfig, ShardDataset, Source, World, build_loader
 from wds_tools.dataset.reader import read_manifest
 from wds_tools.errors import WorkerDied
-from wds_tools.format.manifest import pack_manifest
+from wds_tools.format.manifest import serialize_manifest
 from wds_tools.format.schema import Sample
 from wds_tools.storage import LocalStore, open_store
 from wds_tools.storage.objects import ObjectStore
@@ -48,7 +48,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def loader(url: str, **settings: Any) -> Loader:
-    config = LoaderConfig(**{"sources": (Source(url),), "batch_size": 4, "tail": "short", "num_workers": 2, **settings})
+    config = LoaderConfig(**{"sources": (Source(url),), "batch_size": 4, "last_batch": "short", "num_workers": 2, **settings})
     return build_loader(config, World())
 
 
@@ -92,7 +92,7 @@ from loaders import LoaderConfig, Source, World, build_loader
 
 def main():
     url, how = sys.argv[1:]
-    config = LoaderConfig(sources=(Source(url),), batch_size=4, tail="short", num_workers=2, start_method=how)
+    config = LoaderConfig(sources=(Source(url),), batch_size=4, last_batch="short", num_workers=2, start_method=how)
     made = build_loader(config, World())
     for number, batch in enumerate(made):
         print(json.dumps([made.state_dict(), batch["__key__"]]), flush=True)
@@ -423,7 +423,7 @@ def test_two_loaders_in_one_process_do_not_know_of_each_other(url: str) -> None:
 
 
 def linked_set(folder: Path, num_shards: int) -> str:
-    """A data set of so many shards that are all one file of 400 samples."""
+    """A dataset of so many shards that are all one file of 400 samples."""
     make_dataset(folder, (image_sample(n, side=8) for n in range(400)))
     (tar,) = folder.glob("*.tar")
     store = open_store(str(folder))
@@ -433,7 +433,7 @@ def linked_set(folder: Path, num_shards: int) -> str:
         if row.name != tar.name:
             os.link(tar, folder / row.name)
             os.link(f"{tar}.index", folder / f"{row.name}.index")
-    store.put("manifest.json", pack_manifest(replace(manifest, shards=tuple(rows), inputs=400 * num_shards)))
+    store.put("manifest.json", serialize_manifest(replace(manifest, shards=tuple(rows), inputs=400 * num_shards)))
     return str(folder)
 
 
@@ -485,7 +485,7 @@ def resident_kb(pid):
     return int(next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmRSS")).split()[1])
 
 url, num_workers, epochs = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-made = build_loader(LoaderConfig(sources=(Source(url),), batch_size=16, tail="short", num_workers=num_workers), World())
+made = build_loader(LoaderConfig(sources=(Source(url),), batch_size=16, last_batch="short", num_workers=num_workers), World())
 for epoch in range(epochs):
     for batch in made:
         pass

@@ -44,7 +44,7 @@ def all_keys() -> list[str]:
 
 
 def loader(url: str, **settings: Any) -> Loader:
-    return build_loader(LoaderConfig(**{"sources": (Source(url),), "batch_size": 8, "tail": "short", **settings}), World())
+    return build_loader(LoaderConfig(**{"sources": (Source(url),), "batch_size": 8, "last_batch": "short", **settings}), World())
 
 
 def keys(samples: Iterable[dict[str, Any]]) -> list[str]:
@@ -64,7 +64,7 @@ def main():
     world = World.detect()
     found = {}
     for tail in ("drop", "short", "wrap"):
-        config = LoaderConfig(sources=(Source(url),), batch_size=14, tail=tail, num_workers=num_workers, lanes=28)
+        config = LoaderConfig(sources=(Source(url),), batch_size=14, last_batch=tail, num_workers=num_workers, lanes=28)
         made = build_loader(config)
         assert made.world == world == World(rank=dist.get_rank(), world_size=dist.get_world_size())
         steps = []
@@ -114,16 +114,16 @@ def trained(url: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, lis
             rank.wait()
     assert [rank.returncode for rank in ranks] == [0, 0, 0], [err[-2000:] for _, err in outputs]
     found = dict(json.loads(out) for out, _ in outputs)
-    return {tail: [found[rank][tail] for rank in range(3)] for tail in ("drop", "short", "wrap")}
+    return {last_batch: [found[rank][last_batch] for rank in range(3)] for last_batch in ("drop", "short", "wrap")}
 
 
-@pytest.mark.parametrize(("tail", "steps", "seen"), [("drop", 7, 98), ("short", 8, 101), ("wrap", 8, 112)])
+@pytest.mark.parametrize(("last_batch", "steps", "seen"), [("drop", 7, 98), ("short", 8, 101), ("wrap", 8, 112)])
 def test_ranks_of_a_process_group_end_together_and_have_every_sample(
-    url: str, all_keys: list[str], trained: dict[str, Any], tail: Any, steps: int, seen: int
+    url: str, all_keys: list[str], trained: dict[str, Any], last_batch: Any, steps: int, seen: int
 ) -> None:
-    ranks = trained[tail]
+    ranks = trained[last_batch]
     assert {len(rank) for rank in ranks} == {2 * steps}
-    alone = loader(url, batch_size=14, tail=tail, lanes=28)
+    alone = loader(url, batch_size=14, last_batch=last_batch, lanes=28)
     for epoch in range(2):
         together = [[key for rank in ranks for key in rank[step][0]] for step in range(epoch * steps, (epoch + 1) * steps)]
         assert together == [batch["__key__"] for batch in alone]
@@ -226,7 +226,7 @@ def flat(batches: Iterable[list[dict[str, Any]]]) -> list[str]:
 
 
 @torchdata
-def test_a_state_travels_between_a_stateful_loader_and_the_data_set_itself(url: str) -> None:
+def test_a_state_travels_between_a_stateful_loader_and_the_dataset_itself(url: str) -> None:
     stateful = pytest.importorskip("torchdata.stateful_dataloader")
     dataset = ShardDataset(url)
     samples = iter(stateful.StatefulDataLoader(dataset, batch_size=None))
@@ -242,7 +242,7 @@ def png(number: int) -> bytes:
     return out.getvalue()
 
 
-def test_an_unshuffled_data_set_goes_on_too(url: str) -> None:
+def test_an_unshuffled_dataset_goes_on_too(url: str) -> None:
     dataset = ShardDataset(url, shuffle=False)
     before = keys(islice(dataset, 30))
     other = ShardDataset(url, shuffle=False)
@@ -359,7 +359,7 @@ def test_keys_with_folders_dots_and_long_names_are_webdatasets(tmp_path: Path, f
         {"epoch": 1 << 70},
         {"position": 1 << 70},
         {"order": {"lanes": 7.5}},
-        {"order": {"block_bytes": 1 << 70, "extent_bytes": 1 << 70}},
+        {"order": {"block_bytes": 1 << 70, "chunk_bytes": 1 << 70}},
     ],
     ids=str,
 )

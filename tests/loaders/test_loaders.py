@@ -124,7 +124,7 @@ def test_large_codes_and_odd_grids_survive(tmp_path: Path) -> None:
     assert (found["width"], found["height"]) == (48, 16)
 
 
-def test_a_folder_that_is_no_data_set_is_refused_with_what_to_do(tmp_path: Path) -> None:
+def test_a_folder_that_is_no_dataset_is_refused_with_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(NotFound, match=r"manifest\.json"):
         ShardDataset(str(tmp_path))
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loaders.order.plan import MAX_EXTENT_BYTES, MIN_BLOCK_BYTES, Order, SourcePlan, block_rows, default_order
+from loaders.order.plan import MAX_CHUNK_BYTES, MIN_BLOCK_BYTES, OrderSpec, SourcePlan, block_samples, default_order
 from wds_tools.errors import UsageError
 
 ROOT = Path(__file__).parents[2]
@@ -20,8 +20,8 @@ SHARDS = st.lists(st.tuples(st.integers(0, 60), st.integers(1, 100_000)), min_si
     lambda shards: any(samples for samples, _ in shards)
 )
 ORDERS = st.builds(
-    lambda seed, lanes, block, blocks, shuffle: Order(
-        seed=seed, lanes=lanes, block_bytes=block, extent_bytes=block * blocks, shuffle=shuffle
+    lambda seed, lanes, block, blocks, shuffle: OrderSpec(
+        seed=seed, lanes=lanes, block_bytes=block, chunk_bytes=block * blocks, shuffle=shuffle
     ),
     st.integers(0, 2**64 - 1),
     st.integers(1, 70),
@@ -31,9 +31,9 @@ ORDERS = st.builds(
 )
 
 
-def plan_of(shards: list[tuple[int, int]], order: Order, max_samples: int | None = None) -> SourcePlan:
+def plan_of(shards: list[tuple[int, int]], spec: OrderSpec, max_samples: int | None = None) -> SourcePlan:
     samples, sizes = (np.array(column, np.int64) for column in zip(*shards, strict=True))
-    return SourcePlan(samples, sizes, order, max_samples)
+    return SourcePlan(samples, sizes, spec, max_samples)
 
 
 def samples_of(plan: SourcePlan, epoch: int) -> list[tuple[int, int]]:
@@ -42,21 +42,21 @@ def samples_of(plan: SourcePlan, epoch: int) -> list[tuple[int, int]]:
 
 
 @given(SHARDS, ORDERS, st.integers(0, 1000))
-def test_every_epoch_is_a_bijection_onto_the_samples(shards: list[tuple[int, int]], order: Order, epoch: int) -> None:
-    found = samples_of(plan_of(shards, order), epoch)
+def test_every_epoch_is_a_bijection_onto_the_samples(shards: list[tuple[int, int]], spec: OrderSpec, epoch: int) -> None:
+    found = samples_of(plan_of(shards, spec), epoch)
     assert sorted(found) == [(number, row) for number, (samples, _) in enumerate(shards) for row in range(samples)]
 
 
 @given(SHARDS, ORDERS, st.integers(0, 1000), st.randoms())
 def test_a_position_leads_to_one_sample_whoever_asks_and_in_whatever_company(
-    shards: list[tuple[int, int]], order: Order, epoch: int, random: Any
+    shards: list[tuple[int, int]], spec: OrderSpec, epoch: int, random: Any
 ) -> None:
-    plan = plan_of(shards, order)
+    plan = plan_of(shards, spec)
     whole = samples_of(plan, epoch)
     positions = [random.randrange(plan.num_samples) for _ in range(7)]
     plan.locate(epoch + 1, np.arange(1))
     plan.locate(epoch + 2, np.arange(1))
-    rows = plan_of(shards, order).locate(epoch, np.array(positions))
+    rows = plan_of(shards, spec).locate(epoch, np.array(positions))
     again = plan.locate(epoch, np.array(positions))
     assert [whole[position] for position in positions] == list(zip(rows.shard.tolist(), rows.row.tolist(), strict=True))
     assert all((one == other).all() for one, other in zip(rows, again, strict=True))
@@ -64,9 +64,9 @@ def test_a_position_leads_to_one_sample_whoever_asks_and_in_whatever_company(
 
 @given(SHARDS, ORDERS, st.integers(0, 5))
 def test_a_piece_is_one_run_of_rows_and_is_handed_out_by_one_lane_in_turn(
-    shards: list[tuple[int, int]], order: Order, epoch: int
+    shards: list[tuple[int, int]], spec: OrderSpec, epoch: int
 ) -> None:
-    plan = plan_of(shards, order)
+    plan = plan_of(shards, spec)
     positions = np.arange(plan.num_samples)
     rows = plan.locate(epoch, positions)
     pieces: dict[int, list[int]] = {}
@@ -77,15 +77,15 @@ def test_a_piece_is_one_run_of_rows_and_is_handed_out_by_one_lane_in_turn(
         assert len(first) == len(num_rows) == len(shard) == 1
         assert sorted(rows.row[at]) == list(range(int(first[0]), int(first[0] + num_rows[0])))
         assert rows.done[at].tolist() == list(range(len(at)))
-        assert len({position % order.lanes for position in at}) == 1
-        assert num_rows[0] <= block_rows(*shards[int(shard[0])], order)
+        assert len({position % spec.lanes for position in at}) == 1
+        assert num_rows[0] <= block_samples(*shards[int(shard[0])], spec)
 
 
 @given(SHARDS, ORDERS, st.integers(0, 5))
 def test_what_a_lane_reads_next_lies_side_by_side_as_far_as_it_says(
-    shards: list[tuple[int, int]], order: Order, epoch: int
+    shards: list[tuple[int, int]], spec: OrderSpec, epoch: int
 ) -> None:
-    plan = plan_of(shards, order)
+    plan = plan_of(shards, spec)
     rows = plan.locate(epoch, np.arange(plan.num_samples))
     where = {
         int(piece): (int(shard), int(first), int(size))
@@ -102,17 +102,19 @@ def test_what_a_lane_reads_next_lies_side_by_side_as_far_as_it_says(
 
 
 @given(SHARDS, ORDERS, st.data())
-def test_a_limit_takes_the_same_samples_in_every_epoch(shards: list[tuple[int, int]], order: Order, data: st.DataObject) -> None:
+def test_a_limit_takes_the_same_samples_in_every_epoch(
+    shards: list[tuple[int, int]], spec: OrderSpec, data: st.DataObject
+) -> None:
     limit = data.draw(st.integers(1, sum(samples for samples, _ in shards)))
-    plan = plan_of(shards, order, limit)
+    plan = plan_of(shards, spec, limit)
     first = samples_of(plan, 0)
     assert len(set(first)) == len(first) == limit
     assert sorted(samples_of(plan, 3)) == sorted(first)
 
 
 def test_any_lanes_positions_in_a_row_come_from_different_lanes_of_the_tape() -> None:
-    order = Order(seed=1, lanes=50, block_bytes=2000, extent_bytes=8000)
-    plan = plan_of([(1000, 100_000)] * 10, order)
+    spec = OrderSpec(seed=1, lanes=50, block_bytes=2000, chunk_bytes=8000)
+    plan = plan_of([(1000, 100_000)] * 10, spec)
     rows = plan.locate(0, np.arange(plan.num_samples))
     for start in range(0, plan.num_samples - 50, 977):
         assert len(np.unique(rows.piece[start : start + 50])) == 50
@@ -120,10 +122,10 @@ def test_any_lanes_positions_in_a_row_come_from_different_lanes_of_the_tape() ->
 
 def test_seed_and_epoch_give_orders_that_have_nothing_to_do_with_each_other() -> None:
     shards = [(500, 500_000)] * 20
-    order = Order(seed=7, lanes=64, block_bytes=8000, extent_bytes=16_000)
-    orders = [np.array(samples_of(plan_of(shards, order), epoch)) @ [500, 1] for epoch in range(4)]
+    spec = OrderSpec(seed=7, lanes=64, block_bytes=8000, chunk_bytes=16_000)
+    orders = [np.array(samples_of(plan_of(shards, spec), epoch)) @ [500, 1] for epoch in range(4)]
     orders.append(
-        np.array(samples_of(plan_of(shards, Order(seed=8, lanes=64, block_bytes=8000, extent_bytes=16_000)), 0)) @ [500, 1]
+        np.array(samples_of(plan_of(shards, OrderSpec(seed=8, lanes=64, block_bytes=8000, chunk_bytes=16_000)), 0)) @ [500, 1]
     )
     for number, one in enumerate(orders):
         for other in orders[:number]:
@@ -133,7 +135,7 @@ def test_seed_and_epoch_give_orders_that_have_nothing_to_do_with_each_other() ->
 
 def test_small_pieces_are_permuted_evenly() -> None:
     """All 24 orders of four rows, each about as often as the others, over epochs."""
-    plan = plan_of([(4, 4)], Order(seed=3, lanes=1, block_bytes=4, extent_bytes=4))
+    plan = plan_of([(4, 4)], OrderSpec(seed=3, lanes=1, block_bytes=4, chunk_bytes=4))
     seen: dict[tuple[int, ...], int] = {}
     for epoch in range(4800):
         rows = tuple(plan.locate(epoch, np.arange(4)).row.tolist())
@@ -149,17 +151,17 @@ def test_without_shuffle_position_p_is_sample_p() -> None:
 
 def test_the_order_is_pinned() -> None:
     """These change only together with ORDER_VERSION."""
-    order = Order(seed=42, lanes=5, block_bytes=400, extent_bytes=800)
-    plan = plan_of([(7, 700), (12, 1200), (1, 100)], order)
+    spec = OrderSpec(seed=42, lanes=5, block_bytes=400, chunk_bytes=800)
+    plan = plan_of([(7, 700), (12, 1200), (1, 100)], spec)
     assert samples_of(plan, 0) == PINNED_EPOCH_0
     assert [shard * 100 + row for shard, row in samples_of(plan, 1)] == PINNED_EPOCH_1
 
 
 def test_defaults_follow_the_size_of_the_data() -> None:
     small, middle, large = (default_order(size, 1024, 42) for size in (10 << 20, 1 << 30, 10 << 40))
-    assert small.extent_bytes == 1  # every sample by itself
-    assert MIN_BLOCK_BYTES < middle.extent_bytes < MAX_EXTENT_BYTES
-    assert large.extent_bytes == MAX_EXTENT_BYTES
+    assert small.chunk_bytes == 1  # every sample by itself
+    assert MIN_BLOCK_BYTES < middle.chunk_bytes < MAX_CHUNK_BYTES
+    assert large.chunk_bytes == MAX_CHUNK_BYTES
     assert large.block_bytes == 128 << 10
     assert small.lanes == middle.lanes == large.lanes == 8192
 
@@ -171,20 +173,20 @@ def test_defaults_follow_the_size_of_the_data() -> None:
         ({"seed": 2**64}, "seed="),
         ({"lanes": 0}, "lanes=0"),
         ({"block_bytes": 0}, "block_bytes=0"),
-        ({"block_bytes": 9, "extent_bytes": 8}, "block <= extent"),
+        ({"block_bytes": 9, "chunk_bytes": 8}, "block <= chunk"),
     ],
 )
 def test_an_impossible_order_is_refused(change: dict[str, int], says: str) -> None:
     with pytest.raises(UsageError, match=says):
-        Order(**{"seed": 1, "lanes": 1, "block_bytes": 1, "extent_bytes": 1, **change})
+        OrderSpec(**{"seed": 1, "lanes": 1, "block_bytes": 1, "chunk_bytes": 1, **change})
 
 
-def test_an_empty_data_set_and_an_impossible_limit_are_refused() -> None:
-    order = default_order(100, 1, 1)
+def test_an_empty_dataset_and_an_impossible_limit_are_refused() -> None:
+    spec = default_order(100, 1, 1)
     with pytest.raises(UsageError, match="no samples"):
-        plan_of([(0, 1024)], order)
+        plan_of([(0, 1024)], spec)
     with pytest.raises(UsageError, match="max_samples=8"):
-        plan_of([(7, 1024)], order, 8)
+        plan_of([(7, 1024)], spec, 8)
 
 
 def test_a_plan_of_100_million_samples_takes_little_memory() -> None:

@@ -41,7 +41,7 @@ from wds_tools.storage import open_store
 
 url = sys.argv[1]
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
-config = LoaderConfig(sources=(Source(url), Source(url, name="again")), batch_size=60, tail="short", num_workers=0)
+config = LoaderConfig(sources=(Source(url), Source(url, name="again")), batch_size=60, last_batch="short", num_workers=0)
 loader = build_loader(config, World())
 for _ in range(2):
     print(sum(len(batch["__key__"]) for batch in loader))
@@ -54,7 +54,7 @@ sys.exit(main(["verify", url, "--quiet"]))
 
 
 def loader(url: str, **settings: Any) -> Loader:
-    return build_loader(LoaderConfig(sources=(Source(url),), batch_size=10, tail="short", **settings), World())
+    return build_loader(LoaderConfig(sources=(Source(url),), batch_size=10, last_batch="short", **settings), World())
 
 
 def test_more_shards_than_files_may_be_open_are_read_by_whatever_reads(tmp_path: Path) -> None:
@@ -207,6 +207,6 @@ def test_a_region_of_the_cache_that_many_threads_want_is_fetched_once(tmp_path: 
     reader = SourceReader(open_source(Source("memory://reading/region")), BlockCache(str(tmp_path), 1 << 20))
     at_once(16, lambda number: reader.load(0, number, number + 1))
     assert len(asked) == 1
-    found = at_once(4, lambda number: reader.load(0, number, number + 1, anew=True))
+    found = at_once(4, lambda number: reader.load(0, number, number + 1, again=True))
     assert len(asked) == 2
     assert len({held.num_bytes for held in found}) == 1

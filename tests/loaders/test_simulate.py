@@ -15,9 +15,9 @@ from factory import image_sample, make_dataset, text_sample
 
 from loaders import LoaderConfig, Source, World, build_loader
 from loaders.cost.simulate import Mixing, Simulation, imagined_source, measure_mixing, simulate
-from loaders.order.partition import Steps
-from loaders.order.samples import OpenSource, Stream, open_source
-from loaders.reading.prefetch import Part, Reader, lanes_of
+from loaders.order.partition import BatchPartition
+from loaders.order.samples import OpenSource, SampleOrder, open_source
+from loaders.reading.prefetch import PositionRange, Reader, lanes_of
 from wds_tools.cli.main import main
 from wds_tools.errors import UsageError
 
@@ -42,15 +42,15 @@ def no_small_sets(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def real_counts(opened: OpenSource, config: LoaderConfig, world: World) -> dict[str, int]:
     """Of a Reader that fetches, over an epoch."""
-    stream = Stream([opened], config)
-    steps = Steps(stream.length, 0, config.batch_size, config.tail, world.world_size)
+    order = SampleOrder([opened], config)
+    steps = BatchPartition(order.length, 0, config.batch_size, config.last_batch, world.world_size)
     numbers = range(0, len(steps), max(config.num_workers, 1))
     low, high = steps.part(0, world.rank)
-    own_lanes = lanes_of(stream.order.lanes, high - low, numbers.step * config.batch_size)
-    reader = Reader(stream, own_lanes, high - low, config.memory_bytes)
+    own_lanes = lanes_of(order.spec.lanes, high - low, numbers.step * config.batch_size)
+    reader = Reader(order, own_lanes, high - low, config.memory_bytes)
 
-    def parts(numbers: range) -> Iterator[Part]:
-        return (Part(0, *steps.part(number, world.rank)) for number in numbers)
+    def parts(numbers: range) -> Iterator[PositionRange]:
+        return (PositionRange(0, *steps.part(number, world.rank)) for number in numbers)
 
     for at, part in enumerate(parts(numbers)):
         reader.rows(part, parts(numbers[at + 1 :]))
@@ -75,12 +75,12 @@ def test_what_is_foretold_is_what_a_real_process_fetches(
 def test_steps_and_what_is_dropped_are_those_of_the_loader(tmp_path: Path) -> None:
     url = str(tmp_path / "set")
     make_dataset(url, (text_sample(number) for number in range(103)), shard_samples=10)
-    for tail in ("drop", "short", "wrap"):
-        wanted = config(Source(url), batch_size=10, tail=tail)
+    for last_batch in ("drop", "short", "wrap"):
+        wanted = config(Source(url), batch_size=10, last_batch=last_batch)
         found = simulate([open_source(Source(url))], wanted, 5)
         loader = build_loader(wanted, World(rank=2, world_size=5))
         assert (found.steps, found.epoch_samples) == (len(loader), loader.num_samples)
-        assert found.dropped == (3 if tail == "drop" else 0)
+        assert found.dropped == (3 if last_batch == "drop" else 0)
 
 
 def test_neither_shards_nor_indices_are_read(tmp_path: Path) -> None:
@@ -96,11 +96,11 @@ def test_neither_shards_nor_indices_are_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("world_size", "workers"), [(1, 0), (8, 0), (8, 2), (16, 4), (64, 8)])
 def test_a_process_with_lanes_of_its_own_fetches_each_byte_about_once(world_size: int, workers: int) -> None:
-    """Of a set that fits memory it fetches whole extents, of which the ends of its lanes share some with others."""
-    found = imagine(100_000, world_size, num_workers=workers, tail="short")
+    """Of a set that fits memory it fetches whole chunks, of which the ends of its lanes share some with others."""
+    found = imagine(100_000, world_size, num_workers=workers, last_batch="short")
     assert found.process.is_whole
     assert 0.999 < found.process.amplification < 1.15
-    in_pieces = imagine(100_000, world_size, num_workers=workers, tail="short", memory_bytes=500 * MB).process
+    in_pieces = imagine(100_000, world_size, num_workers=workers, last_batch="short", memory_bytes=500 * MB).process
     assert in_pieces.amplification == pytest.approx(1, abs=0.001)
     assert in_pieces.evicted == 0
     assert found.process.evicted == 0
@@ -145,21 +145,21 @@ def test_batches_that_fit_well_are_not_warned_of() -> None:
     assert imagine(4_000_000, 8, num_workers=2).warnings == ()
 
 
-def mixed(samples: int, sample_bytes: int = 4096, shard_samples: int = 10_000, **settings: Any) -> tuple[Stream, Mixing]:
+def mixed(samples: int, sample_bytes: int = 4096, shard_samples: int = 10_000, **settings: Any) -> tuple[SampleOrder, Mixing]:
     wanted = config(**settings)
-    stream = Stream([imagined_source(samples, sample_bytes, shard_samples)], wanted)
-    return stream, measure_mixing(stream, wanted.batch_size)
+    order = SampleOrder([imagined_source(samples, sample_bytes, shard_samples)], wanted)
+    return order, measure_mixing(order, wanted.batch_size)
 
 
 def test_neighbours_are_as_far_apart_as_the_order_puts_them() -> None:
     _, plain = mixed(50_000, shuffle=False)
     assert (plain.neighbours_median, plain.neighbours_p5) == (1, 1)
-    assert plain.batch_extents < 5
-    stream, large = mixed(4_000_000)
-    block = stream.order.block_bytes // 4096
+    assert plain.batch_chunks < 5
+    order, large = mixed(4_000_000)
+    block = order.spec.block_bytes // 4096
     assert block > 100
-    assert large.neighbours_median == pytest.approx(stream.order.lanes * block * (1 - 0.5**0.5), rel=0.1)
-    assert 60 < large.batch_extents <= 64
+    assert large.neighbours_median == pytest.approx(order.spec.lanes * block * (1 - 0.5**0.5), rel=0.1)
+    assert 60 < large.batch_chunks <= 64
     assert 50 < large.batch_shards <= 64
     _, small = mixed(10_000)
     assert small.neighbours_median == pytest.approx(10_000 * (1 - 0.5**0.5), rel=0.1)  # any permutation's
@@ -186,7 +186,7 @@ def test_settings_that_no_loader_would_take_are_refused() -> None:
         imagined_source(0, 1)
 
 
-def test_the_command_prints_the_cost_of_a_data_set_that_does_not_exist(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_the_cost_of_a_dataset_that_does_not_exist(capsys: pytest.CaptureFixture[str]) -> None:
     args = ["simulate", "--samples", "1e8", "--sample-bytes", "4100", "--batch-size", "4096", "--world", "512", "--workers", "4"]
     assert main(args) == 0
     said = " ".join(capsys.readouterr().out.split())
@@ -199,7 +199,7 @@ def test_the_command_prints_the_cost_of_a_data_set_that_does_not_exist(capsys: p
     assert json.loads(capsys.readouterr().out)["steps"] == 24_414
 
 
-def test_the_command_takes_data_sets_and_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_takes_datasets_and_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, count in (("a", 200), ("b", 50)):
         make_dataset(tmp_path / name, (text_sample(number) for number in range(count)), shard_samples=10)
     urls = [str(tmp_path / name) for name in "ab"]
@@ -213,9 +213,9 @@ def test_the_command_takes_data_sets_and_weights(tmp_path: Path, capsys: pytest.
 @pytest.mark.parametrize(
     ("args", "status", "message"),
     [
-        ([], 2, "name data sets, or give --samples"),
+        ([], 2, "name datasets, or give --samples"),
         (["SET", "--samples", "5"], 2, "not both"),
-        (["SET", "--weights", "1", "2"], 2, "2 weights for 1 data sets"),
+        (["SET", "--weights", "1", "2"], 2, "2 weights for 1 datasets"),
         (["SET", "--world", "11"], 2, "less than one sample for each of 11 ranks"),
         (["SET", "--world", "0"], 2, "--world 0"),
         (["nowhere"], 1, "nowhere has no manifest.json"),

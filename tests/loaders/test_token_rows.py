@@ -64,7 +64,7 @@ def config(data: Path, *, batch_size: int = 4, weights: tuple[float, float] | No
     first, second = weights or (None, None)
     sources = (Source(str(data / "pairs"), weight=first), Source(str(data / "texts"), weight=second))
     return LoaderConfig(
-        **{"sources": sources, "sequences": sequences(data), "batch_size": batch_size, "tail": "short", **settings}
+        **{"sources": sources, "sequences": sequences(data), "batch_size": batch_size, "last_batch": "short", **settings}
     )
 
 
@@ -131,7 +131,7 @@ def test_rows_packed_ahead_resume_anywhere_and_are_each_given_once(data: Path) -
         settings = LoaderConfig(
             sources=(Source(str(data / "rows")),),
             batch_size=topology.batch_size,
-            tail="short",
+            last_batch="short",
             num_workers=topology.num_workers,
             lanes=16,
         )
@@ -201,7 +201,9 @@ def test_rows_packed_on_the_fly_resume_on_any_topology(
 ) -> None:
     def make(topology: Topology, world: World) -> Bounded:
         sizes = {"batch_size": topology.batch_size, "num_workers": topology.num_workers}
-        return Bounded(build_loader(config(data, weights=weights, packing=True, lanes=12, tail="drop", **sizes), world), 120)
+        return Bounded(
+            build_loader(config(data, weights=weights, packing=True, lanes=12, last_batch="drop", **sizes), world), 120
+        )
 
     seen = check_resume(make, topologies, items=lambda rows: rows, every=13, merge=merge_states)
     assert len(seen) == 120
@@ -255,7 +257,7 @@ def test_a_loop_that_was_left_goes_on_with_packed_rows(data: Path) -> None:
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_loops_over_packed_rows_may_be_left_anywhere(data: Path, num_workers: int) -> None:
-    settings: dict[str, Any] = {"packing": True, "lanes": 20, "prefetch": 1}  # five steps of them: two workers meet all
+    settings: dict[str, Any] = {"packing": True, "lanes": 20, "prefetch_factor": 1}  # five steps of them: two workers meet all
     whole = [row for batch in islice(build_loader(config(data, **settings), World()), 18) for row in rows_of(batch)]
     for first in (1, 2):
         loader = build_loader(config(data, num_workers=num_workers, **settings), World())
@@ -411,7 +413,7 @@ def test_states_of_other_rows_are_refused_with_what_differs(data: Path) -> None:
 def test_receipts_of_padded_rows_and_of_rows_packed_ahead_are_audited(data: Path, tmp_path: Path) -> None:
     settings = {
         "padded": config(data),
-        "ahead": LoaderConfig(sources=(Source(str(data / "rows")),), batch_size=4, tail="short"),
+        "ahead": LoaderConfig(sources=(Source(str(data / "rows")),), batch_size=4, last_batch="short"),
     }
     for name, setting in settings.items():
         loader = build_loader(setting, World())

@@ -14,7 +14,7 @@ import torch
 from tokens import write_small_sets
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from loaders import Loader, LoaderConfig, Rounds, SequenceConfig, Source, World, build_loader, model_inputs
+from loaders import EpochLoader, Loader, LoaderConfig, SequenceConfig, Source, World, build_loader, model_inputs
 from wds_tools.errors import UsageError
 
 STEPS = 6
@@ -84,7 +84,7 @@ def test_the_trainer_of_transformers_goes_on_from_its_checkpoint_with_the_same_l
     from loaders.trainers.transformers import LoaderCallback, LoaderTrainer
 
     def run(name: str, steps: int, resume: str | None = None, **settings: Any) -> list[float]:
-        rounds = Rounds(loader(data, packing=packing), steps=4)
+        rounds = EpochLoader(loader(data, packing=packing), steps=4)
         arguments = TrainingArguments(
             **{
                 "output_dir": str(tmp_path / name),
@@ -114,7 +114,7 @@ def test_the_trainer_of_transformers_goes_on_from_its_checkpoint_with_the_same_l
     with pytest.raises(UsageError, match=r"kept/loader\.json does not exist"):  # rather than that of the other run there
         run("broken", 5, str(kept))
     (tmp_path / "loader.json").rename(kept / "loader.json")
-    assert run("anew", 5, str(kept)) == whole
+    assert run("again", 5, str(kept)) == whole
     with pytest.raises(UsageError, match="ignore_data_skip=True"):
         run("other", 1, ignore_data_skip=False)
     (tmp_path / "broken/checkpoint-3/loader.json").unlink()
@@ -126,11 +126,11 @@ def test_the_trainer_of_transformers_goes_on_from_its_checkpoint_with_the_same_l
 def test_accelerate_saves_and_restores_the_loader_with_its_state(data: Path, tmp_path: Path, packing: bool) -> None:
     from accelerate import Accelerator, DataLoaderConfiguration
 
-    def start() -> tuple[Any, Rounds, Any, Any]:
+    def start() -> tuple[Any, EpochLoader, Any, Any]:
         accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(dispatch_batches=False))
         net = model()
         net, optimizer = accelerator.prepare(net, torch.optim.AdamW(net.parameters(), lr=1e-2))
-        rounds = Rounds(loader(data, packing=packing), steps=STEPS)
+        rounds = EpochLoader(loader(data, packing=packing), steps=STEPS)
         accelerator.register_for_checkpointing(rounds)
         return accelerator, rounds, net, optimizer
 
@@ -165,7 +165,7 @@ def test_lightning_saves_and_restores_the_loader_with_its_checkpoints(data: Path
             return torch.optim.AdamW(self.parameters(), lr=1e-2)
 
     def run(name: str, steps: int, resume: str | None = None) -> list[float]:
-        module, rounds = Module(), Rounds(loader(data, packing=packing), steps=4)
+        module, rounds = Module(), EpochLoader(loader(data, packing=packing), steps=4)
         trainer = lightning.Trainer(
             max_steps=steps,
             accelerator="cpu",
@@ -188,17 +188,17 @@ def test_lightning_saves_and_restores_the_loader_with_its_checkpoints(data: Path
 def test_rounds_go_on_over_epochs_and_keep_their_length(data: Path) -> None:
     whole = loader(data, packing=False)
     expected = [batch["__key__"] for _ in range(2) for batch in whole]
-    rounds = Rounds(loader(data, packing=False), steps=7, prepare=dict)
+    rounds = EpochLoader(loader(data, packing=False), steps=7, prepare=dict)
     found = [batch["__key__"] for _ in range(5) for batch in rounds]
     assert found == expected[:35]
-    epochs = Rounds(loader(data, packing=False), prepare=dict)
+    epochs = EpochLoader(loader(data, packing=False), prepare=dict)
     assert len(epochs) == 20
     assert [batch["__key__"] for batch in islice(epochs, 3)] == expected[:3]
     assert len(epochs) == 20
     assert [batch["__key__"] for batch in epochs] == expected[3:20]
     for state in (rounds.loader.state_dict(), {"loader": rounds.loader.state_dict(), "done": "7"}, None):
-        with pytest.raises(UsageError, match="not the state of a Rounds"):
+        with pytest.raises(UsageError, match="not the state of an EpochLoader"):
             rounds.load_state_dict(state)  # type: ignore[arg-type]
     for settings in ({"steps": 0}, {}):
         with pytest.raises(UsageError, match="steps"):
-            Rounds(loader(data, packing=True), **settings)
+            EpochLoader(loader(data, packing=True), **settings)

@@ -1,4 +1,4 @@
-"""`wds-tools pack`: data sets in, shards of token rows out, that anyone can read and that a kill does not change."""
+"""`wds-tools pack`: datasets in, shards of token rows out, that anyone can read and that a kill does not change."""
 
 from __future__ import annotations
 
@@ -147,8 +147,8 @@ def test_verify_holds_rows_to_their_length_and_vocabulary(
     ("words", "hint"),
     [
         (["encode", "--device", "cpu"], "encode the images first, then pack"),
-        (["export", "hf"], "export those data sets"),
-        (["pack", "--seq-len", "64", "--tokenizer", "tok"], "train on the rows as they are, or pack those data sets again"),
+        (["export", "hf"], "export those datasets"),
+        (["pack", "--seq-len", "64", "--tokenizer", "tok"], "train on the rows as they are, or pack those datasets again"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )

@@ -33,7 +33,7 @@ def samples() -> list[Sample]:
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An encoded data set of four shards."""
+    """An encoded dataset of four shards."""
     folder = tmp_path_factory.mktemp("interop") / "pairs"
     make_dataset(folder, samples(), shard_samples=8, codes={"vqcode_512": PROVENANCE})
     return folder
@@ -149,7 +149,7 @@ def test_load_dataset_shows_no_image_of_a_format_that_first_comes_later(tmp_path
 
 @pytest.fixture(scope="module")
 def kinds(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Documents, pairs, and wide pairs, each a data set."""
+    """Documents, pairs, and wide pairs, each a dataset."""
     folder = tmp_path_factory.mktemp("interop")
     for name, make in (("text", text_sample), ("pairs", image_sample), ("wide", multi_sample)):
         make_dataset(folder / name, map(make, range(6)))
@@ -274,7 +274,7 @@ def test_megatron_energon_prepares_and_loads_and_what_was_there_still_works(tmp_
     check(found)
 
 
-# ---- Tars of others, read by us ----
+# ---- Third-party tars, read by us ----
 
 
 def write_files(folder: Path, count: int = 12) -> Path:

@@ -22,7 +22,7 @@ PUBLIC = {
         "JsonlDataset",
         "Loader",
         "LoaderConfig",
-        "Rounds",
+        "EpochLoader",
         "SequenceConfig",
         "ShardDataset",
         "Source",

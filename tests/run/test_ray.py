@@ -22,8 +22,8 @@ from tokens import PROVENANCE, write_small_sets
 from wds_tools.convert.pairs import ImagePairsConfig, convert_image_pairs
 from wds_tools.errors import UsageError
 from wds_tools.export.hf import ExportConfig, export_hf
-from wds_tools.jobs.job import PassOptions, Plan, run_pass
-from wds_tools.run.ray_cluster import _Tally
+from wds_tools.jobs.job import JobOptions, Plan, run_job
+from wds_tools.run.ray_cluster import _ReportCounter
 
 pytest.importorskip("ray", reason="needs pip install 'wds-tools[ray]'")
 
@@ -286,22 +286,22 @@ def test_an_address_where_nobody_answers_is_refused_at_once_and_nothing_is_writt
 )
 def test_options_that_would_have_no_effect_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        PassOptions(output="out", **options)
+        JobOptions(output="out", **options)
 
 
 def test_a_device_by_number_is_refused_since_ray_deals_them_out(tmp_path: Path) -> None:
-    options = PassOptions(output=str(tmp_path / "out"), executor="ray")
+    options = JobOptions(output=str(tmp_path / "out"), executor="ray")
     with pytest.raises(UsageError, match="each task gets a GPU of its own, so give --device cuda"):
-        run_pass(Plan(command="x", settings={}, tasks=[], total=0, device="cuda:1"), lambda *_: 0, options)
+        run_job(Plan(command="x", settings={}, tasks=[], total=0, device="cuda:1"), lambda *_: 0, options)
     assert not (tmp_path / "out").exists()
 
 
 def test_what_a_lost_task_had_reported_is_taken_back() -> None:
     told: list[tuple[Any, ...]] = []
-    tally = _Tally(lambda *counts: told.append(counts))
-    tally.take({0: (10, 9, 1), 1: (5, 5, 0)})
-    tally.take({0: (4, 4, 0)})  # its worker died, another began again
-    tally.close(0, (20, 18, 2))
-    tally.take({0: (16, 15, 1)})  # late news of what is done
-    tally.close(1, ())
+    counter = _ReportCounter(lambda *counts: told.append(counts))
+    counter.take({0: (10, 9, 1), 1: (5, 5, 0)})
+    counter.take({0: (4, 4, 0)})  # its worker died, another began again
+    counter.close(0, (20, 18, 2))
+    counter.take({0: (16, 15, 1)})  # late news of what is done
+    counter.close(1, ())
     assert [sum(column) for column in zip(*told, strict=True)] == [25, 23, 2]

@@ -349,11 +349,11 @@ def test_impossible_settings_are_refused(tokenizer: Path, settings: dict[str, An
 
 
 def test_codes_of_two_image_tokenizers_are_not_mixed() -> None:
-    from wds_tools.format.manifest import Manifest, ShardRow
+    from wds_tools.format.manifest import Manifest, ShardInfo
 
     def manifest(weights: str | None) -> Manifest:
         codes = {"vqcode_512": {"tokenizer": "t", "weights_hash": weights, "codebook_size": 512}} if weights else {}
-        row = ShardRow(name="a.tar", samples=1, bytes=1, xxh128="0" * 32, members=(), data_types={}, text_chars=1, num_codes=4)
+        row = ShardInfo(name="a.tar", samples=1, bytes=1, xxh128="0" * 32, members=(), data_types={}, text_chars=1, num_codes=4)
         return Manifest(shards=(row,), inputs=1, codes=codes)
 
     assert codebook_size_of([manifest("x"), manifest("x")], ["a", "b"], None, [None, None]) == 512

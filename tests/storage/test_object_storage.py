@@ -1,4 +1,4 @@
-"""The whole way on a real S3 server: inputs, images, data sets and resumption on s3:// give the bytes of a local run."""
+"""The whole way on a real S3 server: inputs, images, datasets and resumption on s3:// give the bytes of a local run."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def upload(folder: Path, url: str) -> str:
 
 
 def files(url: str | Path) -> dict[str, bytes]:
-    """A data set's files, but for the manifest, which names its inputs."""
+    """A dataset's files, but for the manifest, which names its inputs."""
     store: Store = open_store(str(url))
     return {entry.name: store.read(entry.name) for entry in store.list() if entry.name != "manifest.json"}
 

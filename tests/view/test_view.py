@@ -34,7 +34,7 @@ from wds_tools.dataset.index import index_tars
 from wds_tools.dataset.reader import read_manifest
 from wds_tools.dataset.writer import ShardLimits, TaskWriter, begin, finish
 from wds_tools.errors import FormatError, NotFound, Reject, TokenizerError
-from wds_tools.format.manifest import pack_manifest
+from wds_tools.format.manifest import serialize_manifest
 from wds_tools.format.schema import Sample, SourceImage, join_grids
 from wds_tools.storage import LocalStore, open_store
 from wds_tools.view import browse, rejects
@@ -169,7 +169,7 @@ def test_a_sample_is_shown_in_full(server: ViewServer) -> None:
     assert ask(server, "/api/sample/7")["provenance"] == {"url": "javascript:alert(3)", "deep": '{"a":[1]}'}
 
 
-def test_the_data_set_is_described(server: ViewServer) -> None:
+def test_the_dataset_is_described(server: ViewServer) -> None:
     found = ask(server, "/api/set")
     assert (found["samples"], found["inputs"], found["rejects"]) == (70, 82, {"bad_json": 8, "empty_text": 4})
     assert found["columns"] == ["vqcode_512", "vqcode_multi768"]
@@ -628,7 +628,7 @@ def test_an_earlier_pass_that_rejected_is_named_whatever_the_manifest_says(folde
         ({"input": [1]}, []),
         ({"input": {"rejects": 5, "source": "x"}}, []),
     ):
-        (copy / "manifest.json").write_bytes(pack_manifest(replace(manifest, source=source)))
+        (copy / "manifest.json").write_bytes(serialize_manifest(replace(manifest, source=source)))
         with serving(copy) as server:
             assert ask(server, "/api/set")["earlier"] == expected
 
@@ -737,7 +737,7 @@ def test_only_this_machine_is_listened_to_by_default(server: ViewServer) -> None
     assert server.server_address[0] == "127.0.0.1"
 
 
-def test_an_empty_data_set_and_none_at_all(tmp_path: Path) -> None:
+def test_an_empty_dataset_and_none_at_all(tmp_path: Path) -> None:
     make_dataset(tmp_path / "set", [])
     with serving(tmp_path / "set") as server:
         assert ask(server, "/api/samples") == {"first": 0, "total": 0, "samples": []}

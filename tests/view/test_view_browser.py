@@ -106,7 +106,7 @@ def test_pages_are_turned_by_keys_and_buttons_and_the_address_follows(watched: W
     assert keys_shown(page) == expected[24:48]
     page.keyboard.press("p")
     page.wait_for_url("**/?first=0")
-    page.get_by_label("place in the data set").fill("48")
+    page.get_by_label("place in the dataset").fill("48")
     page.wait_for_url("**/?first=48")
 
 
@@ -279,7 +279,7 @@ def test_an_empty_set_a_missing_sample_and_a_viewer_that_has_ended_are_said(brow
     with serving(tmp_path / "empty") as server:
         watched = Watched(browser, server)
         page = watched.open("/")
-        page.wait_for_selector("text=This data set is empty")
+        page.wait_for_selector("text=This dataset is empty")
     make_dataset(tmp_path / "set", [text_sample(number) for number in range(60)])
     process = start("view", tmp_path / "set", "--port", "0")
     assert process.stdout is not None

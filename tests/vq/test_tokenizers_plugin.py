@@ -111,7 +111,7 @@ def test_a_real_pretrained_tokenizer_gives_its_reference_codes(weights: Path) ->
 
 
 @pytest.mark.usefixtures("plugged_in")
-def test_it_encodes_a_data_set_from_the_command_line(weights: Path, tmp_path: Path) -> None:
+def test_it_encodes_a_dataset_from_the_command_line(weights: Path, tmp_path: Path) -> None:
     sample = Sample(key="a", data_type="image_text", text="a", image=image_bytes(1, 64, 64), image_extension="jpg")
     make_dataset(tmp_path / "in", [sample])
     args = ["encode", "--input", tmp_path / "in", "--output", tmp_path / "out", "--device", "cpu", "--tokenizer", "cifar-vqvae"]

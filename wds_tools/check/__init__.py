@@ -1,1 +1,1 @@
-"""Looks at data sets: verification."""
+"""Looks at datasets: verification."""

@@ -2,7 +2,7 @@
 
     samples of A and B, joined by key (both are in the order of their keys) -> equal codes; some, decoded -> PSNR
 
-Cost: one pass over both data sets, and the tokenizer's decoder for the pictures that are looked at.
+Cost: one pass over both datasets, and the tokenizer's decoder for the pictures that are looked at.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ _REPORT_EVERY = 64
 
 @dataclass(frozen=True, kw_only=True)
 class CompareConfig:
-    """Compare the codes of two encoded data sets, or two sets of codes of one."""
+    """Compare the codes of two encoded datasets, or two sets of codes of one."""
 
     a: str
-    """The first data set."""
+    """The first dataset."""
     b: str
     """The second; it may be the same, if the names of the codes differ."""
     codes_a: str = ""
@@ -60,7 +60,7 @@ class CompareConfig:
         if self.pictures < 0:
             raise UsageError(f"--pictures {self.pictures}: at least 0")
         if (self.a, self.codes_a) == (self.b, self.codes_b):
-            raise UsageError("both are the same codes: name two data sets, or two names of codes (--codes-a, --codes-b)")
+            raise UsageError("both are the same codes: name two datasets, or two names of codes (--codes-a, --codes-b)")
 
 
 @dataclass(kw_only=True)
@@ -95,7 +95,7 @@ def compare_codes(config: CompareConfig) -> Comparison:
     """Compare.
 
     Raises:
-        UsageError: the codes come from different tokenizers, or the data sets have no such codes.
+        UsageError: the codes come from different tokenizers, or the datasets have no such codes.
         FormatError: keys do not ascend, or the grids of one image differ in size.
     """
     a, b = ((store := open_store(url), read_manifest(store)) for url in (config.a, config.b))
@@ -148,7 +148,7 @@ class _Coded(NamedTuple):
 
 
 def _coded(store: Store, manifest: Manifest, name: str) -> Iterator[_Coded]:
-    """Those of a data set."""
+    """Those of a dataset."""
     last = ""
     for row in manifest.shards:
         for sample in read_shard(store, row):

@@ -1,4 +1,4 @@
-"""What stands in a data set more than once, in bounded memory: hashes of contents, and of which samples they are.
+"""What stands in a dataset more than once, in bounded memory: hashes of contents, and of which samples they are.
 
 Each content has a 64-bit hash. All are kept until there are more than `limit`; then only those below half of the hash space, then
 a quarter, and so on. All copies of a content have one hash, so of what is kept every group is complete: up to `limit` samples the

@@ -1,4 +1,4 @@
-"""Any samples of a data set, by range: which bytes hold them, and these bytes in few requests.
+"""Any samples of a dataset, by range: which bytes hold them, and these bytes in few requests.
 
     number -> (shard, row)          samples are numbered through the set, in the manifest's order
     read(shard, first, last, ...)   index rows -> ranges of the wanted members -> joined where gaps are small -> fetched together
@@ -100,10 +100,10 @@ class Row:
 
 
 class Rows:
-    """Reads samples of one data set; for many threads at once.
+    """Reads samples of one dataset; for many threads at once.
 
     Args:
-        store: the data set.
+        store: the dataset.
         manifest: its manifest.
     """
 
@@ -130,7 +130,7 @@ class Rows:
             UsageError: there is no such sample.
         """
         if not 0 <= number < len(self):
-            raise UsageError(f"there is no sample {number:,}: the data set has {len(self):,}, numbered from 0")
+            raise UsageError(f"there is no sample {number:,}: the dataset has {len(self):,}, numbered from 0")
         shard = int(np.searchsorted(self._ends, number, side="right"))
         return shard, number - self.first_of(shard)
 
@@ -208,7 +208,7 @@ class Rows:
         try:
             return self.store.read(name)
         except NotFound as error:
-            raise NotFound(f"{join(self.store.url, name)} is missing: write it anew with `wds-tools index`") from error
+            raise NotFound(f"{join(self.store.url, name)} is missing: write it again with `wds-tools index`") from error
 
     def _fetch(self, shard: int, first: int, index: ShardIndex, wanted: Wanted, max_member_bytes: int) -> list[Row]:
         name, number = self.manifest.shards[shard].name, self.first_of(shard) + first

@@ -1,4 +1,4 @@
-"""What a data set holds, in numbers: one pass over texts and codes, in constant memory, on any number of processes.
+"""What a dataset holds, in numbers: one pass over texts and codes, in constant memory, on any number of processes.
 
     shard ──scan──▶ pieces of rows ──`count`──▶ histograms, code counts, hashes ──merge──▶ Stats
                                                   └▶ the shard's own text and code histogram ──▶ drift
@@ -33,10 +33,10 @@ _SHOWN_CHARS = 100
 
 @dataclass(frozen=True, kw_only=True)
 class StatsConfig:
-    """Describe a data set in numbers: lengths, sizes, codebook use, duplicates, drift between shards."""
+    """Describe a dataset in numbers: lengths, sizes, codebook use, duplicates, drift between shards."""
 
     input: str
-    """The data set: a directory or URL."""
+    """The dataset: a directory or URL."""
     workers: int = 1
     """Processes to use."""
     hashes: int = 4_000_000
@@ -53,7 +53,7 @@ class StatsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Stats:
-    """Everything about a data set."""
+    """Everything about a dataset."""
 
     url: str
     manifest: Manifest
@@ -66,7 +66,7 @@ class Stats:
 
 
 def stats(config: StatsConfig) -> Stats:
-    """Read a data set and describe it.
+    """Read a dataset and describe it.
 
     Raises:
         NotFound: there is no manifest, or an index is missing.
@@ -89,7 +89,7 @@ def sample_stats(url: str, rows: Rows, blocks: int = 32, block_samples: int = 12
     """The same from blocks of samples spread evenly over the set, in one process: what a glance may cost.
 
     Args:
-        url: the data set, as it is to be named.
+        url: the dataset, as it is to be named.
         rows: it.
         blocks, block_samples: how many, and of what size; small sets are read whole.
     """

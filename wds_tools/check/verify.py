@@ -1,4 +1,4 @@
-"""Check that a data set is exactly what its manifest says.
+"""Check that a dataset is exactly what its manifest says.
 
 Every shard is read once, whole: size, XXH3-128, tar structure, index against tar, every sample against the schema, codes
 against their codebook, ids of token rows against their vocabulary, counts. Then what needs the whole set: unique keys, files
@@ -23,8 +23,8 @@ from wds_tools.dataset.reader import ShardBytes, read_manifest
 from wds_tools.dataset.writer import REJECTS
 from wds_tools.errors import DataError, FormatError, StorageError, UsageError
 from wds_tools.format import manifest as manifests
-from wds_tools.format.index import SUFFIX, check_fresh, pack_index, unpack_index
-from wds_tools.format.manifest import Manifest, ShardRow, hash_rejects
+from wds_tools.format.index import SUFFIX, check_fresh, parse_index, serialize_index
+from wds_tools.format.manifest import Manifest, ShardInfo, hash_rejects
 from wds_tools.format.scan import Scan, scan_tar
 from wds_tools.format.schema import ANY_MEMBERS, Sample, validate
 from wds_tools.format.shard import sample_from_members
@@ -35,7 +35,7 @@ from wds_tools.storage import Store, open_store
 
 _MAX_PROBLEMS_A_SHARD = 20
 _ENERGON_FOLDER, _ENERGON_SUFFIX = ".nv-meta/", ".idx"
-"""What Megatron-Energon writes beside shards: no part of the data set, and no fault."""
+"""What Megatron-Energon writes beside shards: no part of the dataset, and no fault."""
 _UNPROTECTED = (
     "manifest.json has no manifest_hash and no rejects_hash (an earlier release wrote it): damage to what it says of codes and "
     "source, and to the texts in rejects/, can't be found",
@@ -44,10 +44,10 @@ _UNPROTECTED = (
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyConfig:
-    """Check that a data set is complete, undamaged and what its manifest says."""
+    """Check that a dataset is complete, undamaged and what its manifest says."""
 
     input: str
-    """The data set: a directory or URL."""
+    """The dataset: a directory or URL."""
     workers: int = 1
     """Processes to use."""
     quiet: bool = False
@@ -92,7 +92,7 @@ class _ShardReport:
 
 
 def verify(config: VerifyConfig) -> VerifyResult:
-    """Check a data set.
+    """Check a dataset.
 
     Raises:
         NotFound: there is no manifest.
@@ -123,18 +123,18 @@ class _CheckShard:
     """Without its shards."""
     shards: ShardBytes = field(default_factory=ShardBytes)
 
-    def __call__(self, numbered: tuple[int, ShardRow], progress: Report) -> tuple[int, _ShardReport]:
+    def __call__(self, numbered: tuple[int, ShardInfo], progress: Report) -> tuple[int, _ShardReport]:
         number, row = numbered
         report = _ShardReport()
         store = open_store(self.input)
         try:
             self._check(store, row, report, progress)
-        except (DataError, StorageError, UsageError) as error:  # UsageError: a name that leads out of the data set
+        except (DataError, StorageError, UsageError) as error:  # UsageError: a name that leads out of the dataset
             store.size(manifests.NAME)  # raises if it is the storage that does not answer
             report.problems.append(str(error))
         return number, report
 
-    def _check(self, store: Store, row: ShardRow, report: _ShardReport, progress: Report) -> None:
+    def _check(self, store: Store, row: ShardInfo, report: _ShardReport, progress: Report) -> None:
         tar, xxh128 = self.shards.read(store, row.name, row.bytes)
         scan = scan_tar(tar, row.name)
         contents = self._check_samples(row, scan, tar, report, progress)
@@ -147,17 +147,17 @@ class _CheckShard:
         if not self.manifest.is_indexed:
             report.take_keys(scan.keys)
         index_name = row.name + SUFFIX
-        index = unpack_index(store.read(index_name), index_name)
+        index = parse_index(store.read(index_name), index_name)
         check_fresh(index, samples=len(scan.keys), tar_bytes=len(tar), xxh128=xxh128, name=index_name)
         if contents is not None:
             rebuilt = scan.index(tar, xxh128, contents.text_chars, contents.num_codes)
-            if pack_index(index) != pack_index(rebuilt):
+            if serialize_index(index) != serialize_index(rebuilt):
                 report.problems.append(
                     f"{index_name}: differs from an index rebuilt from the tar: rebuild it with `wds-tools index`"
                 )
 
     def _check_samples(
-        self, row: ShardRow, scan: Scan, tar: memoryview, report: _ShardReport, progress: Report
+        self, row: ShardInfo, scan: Scan, tar: memoryview, report: _ShardReport, progress: Report
     ) -> Contents | None:
         """What the samples hold, with their faults reported; None if one breaks the schema."""
         contents = Contents()
@@ -174,7 +174,7 @@ class _CheckShard:
             progress(1, 1, 0)
         return contents if len(contents.text_chars) == len(scan.keys) else None
 
-    def _check_rows(self, row: ShardRow, scan: Scan, tar: memoryview, report: _ShardReport, rows: Mapping[str, Any]) -> None:
+    def _check_rows(self, row: ShardInfo, scan: Scan, tar: memoryview, report: _ShardReport, rows: Mapping[str, Any]) -> None:
         for key, start, payloads in zip(scan.keys, scan.start.tolist(), scan.payloads(tar), strict=True):
             try:
                 check_row(key, payloads, rows)
@@ -183,7 +183,7 @@ class _CheckShard:
                     report.problems.append(f"{row.name}, byte {start}: {error}")
 
     def _check_sample(
-        self, row: ShardRow, key: str, start: int, payloads: dict[str, memoryview], report: _ShardReport
+        self, row: ShardInfo, key: str, start: int, payloads: dict[str, memoryview], report: _ShardReport
     ) -> Sample | None:
         """The sample, with its faults reported; None if it breaks the schema."""
         valid = None
@@ -226,7 +226,7 @@ def _check_keys(manifest: Manifest, reports: Sequence[_ShardReport]) -> Iterator
     num_repeated = len(hashes) - len(np.unique(hashes))
     if num_repeated:
         where = [f"{manifest.shards[a].name} and {manifest.shards[b].name}" for a, b in _sharing(reports)[:5]]
-        yield f"{num_repeated} keys stand more than once in the data set: {'; '.join(where)}"
+        yield f"{num_repeated} keys stand more than once in the dataset: {'; '.join(where)}"
 
 
 def _sharing(reports: Sequence[_ShardReport]) -> list[tuple[int, int]]:
@@ -244,7 +244,7 @@ def _sharing(reports: Sequence[_ShardReport]) -> list[tuple[int, int]]:
 def _check_files(store: Store, manifest: Manifest) -> Iterator[str]:
     """Files that the manifest does not know, and rejects that it counts but that are not written down.
 
-    Beside the tars of others anything may lie, but for tars that were not indexed; beside any, what `energon prepare` writes.
+    Beside the third-party tars anything may lie, but for tars that were not indexed; beside any, what `energon prepare` writes.
     """
     shards = {row.name for row in manifest.shards}
     known = {manifests.NAME} | shards | {name + suffix for name in shards for suffix in (SUFFIX, _ENERGON_SUFFIX)}

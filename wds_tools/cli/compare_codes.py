@@ -15,10 +15,10 @@ EXAMPLE = "wds-tools compare-codes pairs-fp32 pairs-bf16 --weights vqgan/"
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Printed, CompareConfig):
-    """Say how many codes of two encoded data sets are equal, and how far apart the pictures are that they decode to."""
+    """Say how many codes of two encoded datasets are equal, and how far apart the pictures are that they decode to."""
 
     a: tyro.conf.Positional[str]
-    """The first data set."""
+    """The first dataset."""
     b: tyro.conf.Positional[str]
     """The second; it may be the same, if the names of the codes differ."""
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from wds_tools.cli.summary import Printed, print_data_set
+from wds_tools.cli.summary import Printed, print_dataset
 from wds_tools.convert.documents import DclmConfig, convert_dclm
 
 EXAMPLE = "wds-tools convert dclm --input dclm/ --output s3://bucket/dclm --workers 8"
@@ -15,5 +15,5 @@ class Config(Printed, DclmConfig):
 
 def run(config: Config) -> int:
     """Convert, and say what came of it."""
-    print_data_set(config.output, convert_dclm(config), json=config.json)
+    print_dataset(config.output, convert_dclm(config), json=config.json)
     return 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from wds_tools.cli.summary import Printed, print_data_set
+from wds_tools.cli.summary import Printed, print_dataset
 from wds_tools.convert.pairs import ImagePairsConfig, convert_image_pairs
 from wds_tools.encode.options import TokenizerOptions
 from wds_tools.errors import UsageError
@@ -33,11 +33,11 @@ class Config(Printed, ImagePairsConfig, TokenizerOptions):
 
 def run(config: Config) -> int:
     """Convert, and say what came of it."""
-    filler = None
+    image_encoder = None
     if config.encode is not None:
-        from wds_tools.encode.image_encoder import Filler  # with torch, which converting alone does without
+        from wds_tools.encode.image_encoder import ImageEncoder  # with torch, which converting alone does without
 
-        filler = Filler(
+        image_encoder = ImageEncoder(
             config.encode,
             config,
             workers=config.workers,
@@ -45,5 +45,5 @@ def run(config: Config) -> int:
             keep_images=config.keep_images,
             limits=config.limits,
         )
-    print_data_set(config.output, convert_image_pairs(config, filler), json=config.json)
+    print_dataset(config.output, convert_image_pairs(config, image_encoder), json=config.json)
     return 0

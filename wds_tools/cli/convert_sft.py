@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from wds_tools.cli.summary import Printed, print_data_set
+from wds_tools.cli.summary import Printed, print_dataset
 from wds_tools.convert.conversations import SftConfig, convert_sft
 
 EXAMPLE = "wds-tools convert sft --input llava.json --image-root images/ --output s3://bucket/sft-raw --workers 8"
@@ -15,5 +15,5 @@ class Config(Printed, SftConfig):
 
 def run(config: Config) -> int:
     """Convert, and say what came of it."""
-    print_data_set(config.output, convert_sft(config), json=config.json)
+    print_dataset(config.output, convert_sft(config), json=config.json)
     return 0

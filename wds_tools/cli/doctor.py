@@ -35,12 +35,12 @@ _PROBE = "wds-tools-doctor"
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Printed):
-    """Say what is installed, what devices there are, and whether data sets or buckets can be read.
+    """Say what is installed, what devices there are, and whether datasets or buckets can be read.
 
     Exit status 1 if one can't, or if a package is missing that every command needs."""
 
     input: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Directories or URLs to try: of data sets, or any others."""
+    """Directories or URLs to try: of datasets, or any others."""
     write: bool = False
     """Try writing there too: a small file is put and deleted again."""
 
@@ -146,10 +146,10 @@ def _read(store: Store, write: bool) -> str:
         manifest = read_manifest(store, any_members=True)
         for row in manifest.shards[:1]:
             store.read_range(row.name, 0, 1)
-        return f"a data set of {manifest.samples:,} samples in {len(manifest.shards):,} shards"
+        return f"a dataset of {manifest.samples:,} samples in {len(manifest.shards):,} shards"
     for entry in islice(store.list(), 1):
         store.read_range(entry.name, 0, min(entry.size, 1))
-        return f"no data set, but files such as {entry.name}"
+        return f"no dataset, but files such as {entry.name}"
     if not write:
         raise NotFound("nothing is there: correct the path, or try with --write whether something can be put there")
     return "nothing is there"

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from wds_tools.cli.summary import Printed, print_data_set
+from wds_tools.cli.summary import Printed, print_dataset
 from wds_tools.encode.encode import EncodeConfig, encode
 
 EXAMPLE = "wds-tools encode --input pairs-raw --output pairs --tokenizer chameleon --weights vqgan/ --device cuda"
@@ -10,10 +10,10 @@ EXAMPLE = "wds-tools encode --input pairs-raw --output pairs --tokenizer chamele
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Printed, EncodeConfig):
-    """Fill the codes of a data set's images with an image tokenizer."""
+    """Fill the codes of a dataset's images with an image tokenizer."""
 
 
 def run(config: Config) -> int:
     """Encode, and say what came of it."""
-    print_data_set(config.output, encode(config), json=config.json)
+    print_dataset(config.output, encode(config), json=config.json)
     return 0

@@ -17,7 +17,7 @@ EXAMPLE = "wds-tools export hf --input s3://bucket/pairs s3://bucket/dclm --outp
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Printed, ExportConfig):
-    """Shuffle data sets together and write them as a Hugging Face data set."""
+    """Shuffle datasets together and write them as a Hugging Face dataset."""
 
     reader: Annotated[Literal["any", "liquid"], tyro.conf.arg(name="for")] = "any"
     """liquid: leave out and count what Liquid's own trainer takes for plain text: image_text_multi, visual_sft."""

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from wds_tools.cli.summary import Printed, print_data_set
+from wds_tools.cli.summary import Printed, print_dataset
 from wds_tools.jobs.job import FinalizeConfig, finalize
 
 EXAMPLE = "wds-tools finalize --output s3://bucket/pairs"
@@ -10,10 +10,10 @@ EXAMPLE = "wds-tools finalize --output s3://bucket/pairs"
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Printed, FinalizeConfig):
-    """Write the manifest of a data set that was made in parts; if some are missing, say which."""
+    """Write the manifest of a dataset that was made in parts; if some are missing, say which."""
 
 
 def run(config: Config) -> int:
-    """Write the manifest, and say what the data set holds."""
-    print_data_set(config.output, finalize(config), json=config.json)
+    """Write the manifest, and say what the dataset holds."""
+    print_dataset(config.output, finalize(config), json=config.json)
     return 0

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import tyro
 
-from wds_tools.cli.summary import Printed, describe_samples, print_data_set
+from wds_tools.cli.summary import Printed, describe_samples, print_dataset
 from wds_tools.dataset.index import index_tars, rebuild_indices
 from wds_tools.errors import UsageError
 from wds_tools.format import manifest as manifests
@@ -19,10 +19,10 @@ EXAMPLE = "wds-tools index s3://bucket/tars --workers 8"
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Printed):
-    """Write the index files (.tar.index) of a data set anew; of a folder of any WebDataset tars, write them and a manifest."""
+    """Write the index files (.tar.index) of a dataset again; of a folder of any WebDataset tars, write them and a manifest."""
 
     input: tyro.conf.Positional[str]
-    """The data set, or the folder or prefix of the tars: a directory or URL. Everything is written there, beside the tars."""
+    """The dataset, or the folder or prefix of the tars: a directory or URL. Everything is written there, beside the tars."""
     workers: int = 1
     """Processes to use."""
     quiet: bool = False
@@ -40,7 +40,7 @@ def run(config: Config) -> int:
     is_set = store.exists(manifests.NAME)
     manifest = (rebuild_indices if is_set else index_tars)(store, workers=config.workers, quiet=config.quiet)
     if config.json:
-        print_data_set(config.input, manifest, json=True)
+        print_dataset(config.input, manifest, json=True)
         return 0
     elapsed_s = time.monotonic() - begun
     what = f"rebuilt {len(manifest.shards):,} index files" if is_set else f"indexed {len(manifest.shards):,} tars"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from wds_tools.cli.summary import Printed, data_set_record, print_data_set, print_json
+from wds_tools.cli.summary import Printed, dataset_record, print_dataset, print_json
 from wds_tools.pack.rows import PackConfig, pack
 from wds_tools.terminal import say
 
@@ -13,7 +13,7 @@ EXAMPLE = "wds-tools pack --input s3://bucket/pairs s3://bucket/dclm --tokenizer
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Printed, PackConfig):
-    """Pack data sets into shards of token rows of one length, so that training tokenizes nothing."""
+    """Pack datasets into shards of token rows of one length, so that training tokenizes nothing."""
 
 
 def run(config: Config) -> int:
@@ -21,9 +21,9 @@ def run(config: Config) -> int:
     manifest = pack(config)
     counts, rows = manifest.source.get("counts", {}), manifest.token_rows or {}
     if config.json:
-        print_json({**data_set_record(config.output, manifest), "counts": counts, "rows": rows})
+        print_json({**dataset_record(config.output, manifest), "counts": counts, "rows": rows})
         return 0
-    print_data_set(config.output, manifest)
+    print_dataset(config.output, manifest)
     total = manifest.samples * rows["length"]
     say(
         f"tokens       {counts.get('tokens', 0):,} of {counts.get('samples', 0):,} samples, {counts.get('shortened', 0):,} with "

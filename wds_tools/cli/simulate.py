@@ -22,14 +22,14 @@ _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Printed):
-    """Say what training from data sets will cost: steps, requests, bytes, memory, and how well samples are mixed.
+    """Say what training from datasets will cost: steps, requests, bytes, memory, and how well samples are mixed.
 
     Reads manifests and nothing else; with --samples, not even these."""
 
     input: tyro.conf.Positional[tuple[str, ...]] = ()
-    """The data sets: directories or URLs."""
+    """The datasets: directories or URLs."""
     samples: float | None = None
-    """Instead of data sets: samples of one that does not exist yet. 10e9 is ten billion."""
+    """Instead of datasets: samples of one that does not exist yet. 10e9 is ten billion."""
     sample_bytes: float = 4100.0
     """With --samples: bytes of a sample in its tar, headers and padding included."""
     shard_samples: int = 10_000
@@ -41,8 +41,8 @@ class Config(Printed):
     workers: int = 0
     """Worker processes of a rank that read; 0: the rank reads by itself."""
     weights: tuple[float, ...] = ()
-    """Shares of the data sets in the mixture, in their order; without, every sample of each once an epoch."""
-    tail: Literal["drop", "short", "wrap"] = "drop"
+    """Shares of the datasets in the mixture, in their order; without, every sample of each once an epoch."""
+    last_batch: Literal["drop", "short", "wrap"] = "drop"
     """What becomes of a last part of a batch."""
     lanes: int | None = None
     """Parts of the data that are read side by side; by default 8 x the batch size."""
@@ -55,9 +55,9 @@ class Config(Printed):
 
     def __post_init__(self) -> None:
         if bool(self.input) == (self.samples is not None):
-            raise UsageError("name data sets, or give --samples for one that does not exist yet; not both")
+            raise UsageError("name datasets, or give --samples for one that does not exist yet; not both")
         if self.weights and len(self.weights) != max(len(self.input), 1):
-            raise UsageError(f"{len(self.weights)} weights for {max(len(self.input), 1)} data sets")
+            raise UsageError(f"{len(self.weights)} weights for {max(len(self.input), 1)} datasets")
         if self.world < 1:
             raise UsageError(f"--world {self.world}: 1 or more")
 
@@ -70,7 +70,7 @@ def run(config: Config) -> int:
         sources=sources,
         batch_size=config.batch_size,
         seed=config.seed,
-        tail=config.tail,
+        last_batch=config.last_batch,
         lanes=config.lanes,
         num_workers=config.workers,
         memory_bytes=config.memory_bytes,
@@ -95,19 +95,19 @@ def _describe(result: Simulation, config: Config) -> Iterator[tuple[str, str]]:
     yield "epoch", f"{result.epoch_samples:,} samples: {result.steps:,} steps of {config.batch_size:,}{left}"
     yield (
         "order",
-        f"{result.lanes:,} lanes; {result.extents:,} extents of {_bytes(result.extent_bytes)}, read in blocks of "
+        f"{result.lanes:,} lanes; {result.chunks:,} chunks of {_bytes(result.chunk_bytes)}, read in blocks of "
         f"{_bytes(result.block_bytes)}",
     )
     yield "plan", f"{result.start_s:.2f} s at the start, {result.epoch_s:.2f} s each epoch{plan}"
     mixing = result.mixing
     yield (
         "mixing",
-        f"a batch has samples of {mixing.batch_extents:,.0f} extents in {mixing.batch_shards:,.0f} shards "
+        f"a batch has samples of {mixing.batch_chunks:,.0f} chunks in {mixing.batch_shards:,.0f} shards "
         f"(the more, the better mixed; at most {config.batch_size:,})",
     )
     yield (
         "",
-        "neighbours in a shard are wherever chance puts them (extents are single samples)"
+        "neighbours in a shard are wherever chance puts them (chunks are single samples)"
         if mixing.neighbours_median is None or mixing.neighbours_p5 is None
         else f"neighbours in a shard are {mixing.neighbours_median:,.0f} samples apart in the order (median; the closest 5 %: "
         f"{mixing.neighbours_p5:,.0f}), that is {mixing.neighbours_median / config.batch_size:,.0f} steps",

@@ -11,7 +11,7 @@ from wds_tools.check.duplicates import Repeats
 from wds_tools.check.histogram import Histogram
 from wds_tools.check.report import render, to_json
 from wds_tools.check.stats import Stats, StatsConfig, stats
-from wds_tools.cli.summary import Printed, print_data_set, print_json
+from wds_tools.cli.summary import Printed, print_dataset, print_json
 from wds_tools.storage import open_store, split_url
 from wds_tools.storage.place import check_apart
 from wds_tools.terminal import say
@@ -23,10 +23,10 @@ _SPARK_WIDTH = 24
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Printed, StatsConfig):
-    """Describe a data set in numbers: lengths, sizes, codebook use, duplicates, drift between shards."""
+    """Describe a dataset in numbers: lengths, sizes, codebook use, duplicates, drift between shards."""
 
     input: tyro.conf.Positional[str]
-    """The data set: a directory or URL."""
+    """The dataset: a directory or URL."""
     html: str | None = None
     """Write a report to this file (a path or URL): one page that needs nothing else."""
 
@@ -42,7 +42,7 @@ def run(config: Config) -> int:
     if config.json:
         print_json(to_json(result))
         return 0
-    print_data_set(config.input, result.manifest)
+    print_dataset(config.input, result.manifest)
     say("", *_describe(result))
     if config.html is not None:
         say("", f"report: {config.html}")

@@ -32,10 +32,10 @@ def print_json(record: Mapping[str, Any]) -> None:
     say(*text.split("\n"))
 
 
-def data_set_record(url: str, manifest: Manifest) -> dict[str, Any]:
-    """What `print_data_set` says, for machines."""
+def dataset_record(url: str, manifest: Manifest) -> dict[str, Any]:
+    """What `print_dataset` says, for machines."""
     return {
-        "data_set": url,
+        "dataset": url,
         "inputs": manifest.inputs,
         "samples": manifest.samples,
         "data_types": manifest.data_types,
@@ -49,14 +49,14 @@ def data_set_record(url: str, manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def print_data_set(url: str, manifest: Manifest, *, json: bool = False) -> None:
-    """Say what a data set holds and where it is."""
+def print_dataset(url: str, manifest: Manifest, *, json: bool = False) -> None:
+    """Say what a dataset holds and where it is."""
     if json:
-        print_json(data_set_record(url, manifest))
+        print_json(dataset_record(url, manifest))
         return
     rejected = sum(manifest.rejects.values())
     facts = {
-        "data set": url,
+        "dataset": url,
         "samples": f"{manifest.samples:,} of {manifest.inputs:,} inputs ({describe_samples(manifest)})",
         "rejects": f"{rejected:,} ({itemize(manifest.rejects)}), listed in {url.rstrip('/')}/{REJECTS}" if rejected else "none",
         "shards": f"{len(manifest.shards):,}, {manifest.bytes / 1e6:,.1f} MB, {_per_sample(manifest)}",
@@ -79,7 +79,7 @@ def print_data_set(url: str, manifest: Manifest, *, json: bool = False) -> None:
 
 
 def describe_samples(manifest: Manifest) -> str:
-    """What kind of samples a data set holds."""
+    """What kind of samples a dataset holds."""
     if rows := manifest.token_rows:
         return f"token rows of {rows['length']:,}"
     if manifest.schema_version != ANY_MEMBERS:

@@ -17,10 +17,10 @@ EXAMPLE = "wds-tools view s3://bucket/pairs --open"
 
 @dataclass(frozen=True, kw_only=True)
 class Config(ViewConfig):
-    """Look at a data set in a browser: its samples, what their codes decode to, its rejects, its numbers. Ctrl-C ends it."""
+    """Look at a dataset in a browser: its samples, what their codes decode to, its rejects, its numbers. Ctrl-C ends it."""
 
     input: tyro.conf.Positional[str]
-    """The data set: a directory or URL."""
+    """The dataset: a directory or URL."""
     open: bool = False
     """Open the page in this machine's browser."""
 

@@ -1,4 +1,4 @@
-"""Rows of the reference pipeline's Hugging Face data, and of our own exports, back into shards: nothing is encoded again.
+"""Rows of Liquid's Hugging Face data, and of our own exports, back into shards: nothing is encoded again.
 
     files (`tables`) -> rows ─┐
     ranges of lines  -> rows ─┴-> Sample(text, codes, conversations) -> shards
@@ -27,14 +27,14 @@ from wds_tools.dataset.writer import TaskWriter
 from wds_tools.errors import FormatError, Reject, UsageError
 from wds_tools.format.manifest import Manifest
 from wds_tools.format.schema import CODE_COLUMNS
-from wds_tools.jobs.job import Advance, Plan, run_pass
+from wds_tools.jobs.job import Advance, Plan, run_job
 from wds_tools.sources.coded import SIDE_512, CodedRows
 from wds_tools.sources.fields import Line, parse_record
 
 
 @dataclass(frozen=True, kw_only=True)
 class HfConfig(ConvertOptions):
-    """Convert Hugging Face data sets that hold codes, the reference pipeline's or those of `export hf`, to shards."""
+    """Convert Hugging Face datasets that hold codes, Liquid's or those of `export hf`, to shards."""
 
     input: tuple[str, ...]
     """Folders written by save_to_disk, .parquet or .jsonl files of the same seven fields, or folders of any; paths or URLs."""
@@ -63,12 +63,12 @@ class HfConfig(ConvertOptions):
 
 
 def convert_hf(config: HfConfig) -> Manifest:
-    """Convert; returns the manifest of the finished data set.
+    """Convert; returns the manifest of the finished dataset.
 
     Raises:
-        UsageError: a folder has several splits, or a data set whose rows are reordered by an indices file.
+        UsageError: a folder has several splits, or a dataset whose rows are reordered by an indices file.
         MissingPackage: pyarrow is not installed, and there are Arrow or Parquet files.
-        Otherwise see run_pass.
+        Otherwise see run_job.
     """
     inputs = expand_inputs(config, data_files)
     files = check_files(inputs.files)
@@ -88,7 +88,7 @@ def convert_hf(config: HfConfig) -> Manifest:
         codes=dict.fromkeys(CODE_COLUMNS, provenance),
         source=inputs.source,
     )
-    return run_pass(plan, _ConvertRows(CodedRows(config.codebook_size, config.stride), config.keep), config)
+    return run_job(plan, _ConvertRows(CodedRows(config.codebook_size, config.stride), config.keep), config)
 
 
 @dataclass(frozen=True)

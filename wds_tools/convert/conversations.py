@@ -22,7 +22,7 @@ from wds_tools.errors import FormatError, Reject, UsageError
 from wds_tools.format.manifest import Manifest
 from wds_tools.format.schema import Sample, SourceImage
 from wds_tools.images import ImageLimits, probe
-from wds_tools.jobs.job import Advance, Plan, run_pass
+from wds_tools.jobs.job import Advance, Plan, run_job
 from wds_tools.sources.conversations import image_paths, turns_of
 from wds_tools.sources.fields import Line, parse_record
 from wds_tools.sources.images import FETCH_AHEAD, ImageSource, in_order
@@ -62,7 +62,7 @@ class SftConfig(ConvertOptions):
 
 
 def convert_sft(config: SftConfig) -> Manifest:
-    """Convert; returns the manifest of the finished data set. Raises: see run_pass, plan_records."""
+    """Convert; returns the manifest of the finished dataset. Raises: see run_job, plan_records."""
     inputs = expand_inputs(config, by_suffix(".json", ".jsonl"))
     ranges = plan_records(inputs.files, config.task_records)
     root = {"image_root": config.image_root, "strict_links": config.strict_links}
@@ -74,7 +74,7 @@ def convert_sft(config: SftConfig) -> Manifest:
         total=sum(span.num_lines for span in ranges),
         source=inputs.source,
     )
-    return run_pass(plan, _ConvertRecords(root, config.limits, config.keep), config)
+    return run_job(plan, _ConvertRecords(root, config.limits, config.keep), config)
 
 
 class _Fetched(NamedTuple):

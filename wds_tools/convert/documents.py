@@ -19,7 +19,7 @@ from wds_tools.dataset.writer import TaskWriter
 from wds_tools.errors import FormatError, Reject, UsageError
 from wds_tools.format.manifest import Manifest
 from wds_tools.format.schema import Sample
-from wds_tools.jobs.job import Advance, Plan, group_to_limit, run_pass
+from wds_tools.jobs.job import Advance, Plan, group_to_limit, run_job
 from wds_tools.sources.fields import Line, parse_record, required_text
 from wds_tools.storage import open_store, split_url
 
@@ -43,7 +43,7 @@ class DclmConfig(ConvertOptions):
 
 
 def convert_dclm(config: DclmConfig) -> Manifest:
-    """Convert; returns the manifest of the finished data set. Raises: see run_pass."""
+    """Convert; returns the manifest of the finished dataset. Raises: see run_job."""
     inputs = expand_inputs(config, by_suffix(".jsonl.zst", ".json.zst", ".jsonl.zstd", ".json.zstd"))
     plan = Plan(
         key_prefix=config.key_prefix,
@@ -53,7 +53,7 @@ def convert_dclm(config: DclmConfig) -> Manifest:
         total=sum(file.size for file in inputs.files),
         source=inputs.source,
     )
-    return run_pass(plan, _ConvertFiles(config.keep), config)
+    return run_job(plan, _ConvertFiles(config.keep), config)
 
 
 @dataclass(frozen=True)

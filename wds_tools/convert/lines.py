@@ -34,7 +34,7 @@ _NAMED_FILES = 8
 _NO_DATA = ("state.json", "dataset_info.json")
 """Of save_to_disk, beside the data."""
 _OUR_REJECTS = re.compile(r"(^|/)rejects/task-\d{6,}\.jsonl$")
-"""What lies in a data set that an input folder holds: no input, unless it is named."""
+"""What lies in a dataset that an input folder holds: no input, unless it is named."""
 
 Choice = Callable[[str, Mapping[str, int]], Sequence[str]]
 """URL of a folder, and the names and sizes of the files below it -> the names of those that are inputs."""

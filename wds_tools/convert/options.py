@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 from wds_tools.errors import FormatError, UsageError
 from wds_tools.format.schema import MAX_KEY_BYTES, check_key
-from wds_tools.jobs.job import PassOptions
+from wds_tools.jobs.job import JobOptions
 
 _MAX_PREFIX = MAX_KEY_BYTES - len("-TTTTTTTTT-NNNNNNNN")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConvertOptions(PassOptions):
+class ConvertOptions(JobOptions):
     """How any conversion finds its files, and what its samples are called."""
 
     input: tuple[str, ...]

@@ -3,7 +3,7 @@
     lines, cut into ranges -> record -> fetch the image's bytes -> look at its header -> Sample(text, image) -> shards
 
 Only headers are looked at here: format, size, aspect ratio. Pixels are first decoded by the encoding pass, and what only that
-finds is a reject there; or here, if a `Filler` is handed in, which fills the codes on the way. Images are fetched a few at a
+finds is a reject there; or here, if an `ImageEncoder` is handed in, which fills the codes on the way. Images are fetched a few at a
 time ahead of their turn; the order of the lines is kept.
 """
 
@@ -30,7 +30,7 @@ from wds_tools.errors import FormatError, Reject, UsageError
 from wds_tools.format.manifest import Manifest
 from wds_tools.format.schema import Sample
 from wds_tools.images import ImageLimits, Mode, crop_for, probe
-from wds_tools.jobs.job import Advance, Plan, run_pass
+from wds_tools.jobs.job import Advance, Plan, run_job
 from wds_tools.sources.fields import CAPTION, Line, parse_record, required_text
 from wds_tools.sources.images import FETCH_AHEAD, ImageSource, in_order
 
@@ -70,7 +70,7 @@ class ImagePairsConfig(ConvertOptions):
         return ImageLimits(max_pixels=self.max_pixels, max_bytes=self.max_image_bytes, min_side=self.min_side)
 
 
-class Filler(Protocol):
+class ImageEncoder(Protocol):
     """What fills the codes of samples on the way; see wds_tools.encode.image_encoder."""
 
     workers: int
@@ -90,15 +90,15 @@ class Filler(Protocol):
         ...
 
 
-def convert_image_pairs(config: ImagePairsConfig, filler: Filler | None = None) -> Manifest:
-    """Convert, and fill the codes if there is a filler; returns the manifest of the finished data set. Raises: see run_pass."""
+def convert_image_pairs(config: ImagePairsConfig, image_encoder: ImageEncoder | None = None) -> Manifest:
+    """Convert, and fill the codes if there is an image_encoder; returns the manifest of the finished dataset. Raises: see run_job."""
     inputs = expand_inputs(config, by_suffix(".jsonl"))
     ranges = plan_lines(inputs.files, config.task_lines, quiet=config.quiet)
     root = {"image_root": config.image_root, "strict_links": config.strict_links}
     settings = {"mode": config.mode, **root, "keep": config.keep, **asdict(config.limits)}
     codes: dict[str, dict[str, Any]] = {}
-    if filler is not None:
-        decides, codes = filler.provenance([_DATA_TYPES[config.mode]])
+    if image_encoder is not None:
+        decides, codes = image_encoder.provenance([_DATA_TYPES[config.mode]])
         settings["encode"] = decides
     plan = Plan(
         key_prefix=config.key_prefix,
@@ -107,11 +107,11 @@ def convert_image_pairs(config: ImagePairsConfig, filler: Filler | None = None) 
         tasks=ranges,
         total=sum(span.num_lines for span in ranges),
         codes=codes,
-        device="cpu" if filler is None else filler.runs_on,
+        device="cpu" if image_encoder is None else image_encoder.runs_on,
         source=inputs.source,
     )
-    work = _ConvertLines(config.mode, root, config.limits, config.keep, filler)
-    return run_pass(plan, work, config if filler is None else replace(config, workers=filler.workers))
+    work = _ConvertLines(config.mode, root, config.limits, config.keep, image_encoder)
+    return run_job(plan, work, config if image_encoder is None else replace(config, workers=image_encoder.workers))
 
 
 class _Fetched(NamedTuple):
@@ -131,14 +131,14 @@ class _ConvertLines:
     root: Mapping[str, Any]
     limits: ImageLimits
     keep: tuple[str, ...]
-    filler: Filler | None = None
+    image_encoder: ImageEncoder | None = None
 
     def __call__(self, task: LineRange, writer: TaskWriter, advance: Advance) -> int:
         inputs = 0
         samples = self._samples(task, writer)
-        for line, sample in samples if self.filler is None else self.filler.fill(samples):
+        for line, sample in samples if self.image_encoder is None else self.image_encoder.fill(samples):
             inputs += 1
-            advance(1, *self.filler.device.new_use() if self.filler is not None else ())
+            advance(1, *self.image_encoder.device.new_use() if self.image_encoder is not None else ())
             if isinstance(sample, Reject):
                 writer.reject(sample, source=task.url, line=line)
                 continue

@@ -1,4 +1,4 @@
-"""Hugging Face data sets as they lie on disk -> their files -> rows.
+"""Hugging Face datasets as they lie on disk -> their files -> rows.
 
     a folder of save_to_disk   the Arrow files that its state.json names
     Parquet                    the files below a folder, or those that are named: what `export hf --format parquet` writes
@@ -57,7 +57,7 @@ def data_files(url: str, sizes: Mapping[str, int]) -> Sequence[str]:
     """The files of a folder that are inputs: jsonl and Parquet files, and the Arrow files that its state.json names. See Choice.
 
     Raises:
-        UsageError: a folder has several splits, or a data set whose rows are reordered by an indices file.
+        UsageError: a folder has several splits, or a dataset whose rows are reordered by an indices file.
         NotFound: there are none, or one that is named is missing.
         FormatError: a state.json is none.
     """
@@ -99,7 +99,7 @@ def load_pyarrow() -> Any:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise MissingPackage("reading Hugging Face data sets needs pyarrow: pip install 'wds-tools[convert]'") from error
+        raise MissingPackage("reading Hugging Face datasets needs pyarrow: pip install 'wds-tools[convert]'") from error
     return pyarrow
 
 

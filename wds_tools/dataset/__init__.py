@@ -1,1 +1,1 @@
-"""A data set as a whole: a directory or object-store prefix of shards with a manifest."""
+"""A dataset as a whole: a directory or object-store prefix of shards with a manifest."""

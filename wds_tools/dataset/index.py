@@ -1,9 +1,9 @@
 """Index tars: write the index file of each beside it; for tars that have no manifest, also that.
 
-    rebuild_indices   the shards of a data set: each is checked against the manifest first, so that no index blesses damage
+    rebuild_indices   the shards of a dataset: each is checked against the manifest first, so that no index blesses damage
     index_tars        a folder of any WebDataset tars: what their manifest says is what was found
 
-Killed on the way, either leaves whole index files and no new manifest; the same call begins anew.
+Killed on the way, either leaves whole index files and no new manifest; the same call begins again.
 Invariant: an index is a function of its tar and of the schema of the set. Memory is one shard a process.
 """
 
@@ -18,13 +18,13 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from wds_tools.dataset.lease import Claim
+from wds_tools.dataset.lease import Lease
 from wds_tools.dataset.reader import ShardBytes, check_unchanged, read_manifest
 from wds_tools.dataset.writer import PLAN
 from wds_tools.errors import FormatError, NotFound, OutOfSpace, StorageError, UsageError, WorkerDied
 from wds_tools.format import manifest as manifests
-from wds_tools.format.index import SUFFIX, pack_index, unpack_index
-from wds_tools.format.manifest import INDEX_COMMAND, Manifest, ShardRow, is_plain_name, pack_manifest
+from wds_tools.format.index import SUFFIX, parse_index, serialize_index
+from wds_tools.format.manifest import INDEX_COMMAND, Manifest, ShardInfo, is_plain_name, serialize_manifest
 from wds_tools.format.scan import Scan, scan_tar
 from wds_tools.format.schema import ANY_MEMBERS, SCHEMA_VERSION, check_key, validate
 from wds_tools.format.shard import form_of, sample_from_members
@@ -66,10 +66,10 @@ class Contents:
 
 
 def rebuild_indices(store: Store, *, workers: int = 1, quiet: bool = True) -> Manifest:
-    """Write the index of every shard of a data set anew.
+    """Write the index of every shard of a dataset again.
 
     Args:
-        store: the data set.
+        store: the dataset.
         workers: processes to use.
         quiet: show no progress.
 
@@ -94,7 +94,7 @@ def rebuild_indices(store: Store, *, workers: int = 1, quiet: bool = True) -> Ma
 
 
 def index_tars(store: Store, *, workers: int = 1, quiet: bool = True) -> Manifest:
-    """Make a data set of all tars below a folder or prefix.
+    """Make a dataset of all tars below a folder or prefix.
 
     Args:
         store: the folder. Index files are written beside the tars, and the manifest last.
@@ -107,18 +107,18 @@ def index_tars(store: Store, *, workers: int = 1, quiet: bool = True) -> Manifes
 
     Raises:
         NotFound: there are no tars.
-        UsageError: there are compressed ones, or the beginnings of a data set; or another run is writing there.
+        UsageError: there are compressed ones, or the beginnings of a dataset; or another run is writing there.
         FormatError: a tar is damaged, or no WebDataset tar.
         StorageError: a tar can't be read, or nothing can be written beside it.
     """
     if store.exists(PLAN):
-        raise UsageError(f"{store.url} holds an unfinished data set: repeat the command that began it, with --resume")
+        raise UsageError(f"{store.url} holds an unfinished dataset: repeat the command that began it, with --resume")
     sizes = _tars(store)
     with _claimed(store) as claim:
         return _index_tars(store, sizes, claim, workers, quiet)
 
 
-def _index_tars(store: Store, sizes: Mapping[str, int], claim: Claim, workers: int, quiet: bool) -> Manifest:
+def _index_tars(store: Store, sizes: Mapping[str, int], claim: Lease, workers: int, quiet: bool) -> Manifest:
     found = {row.name: row for row in _run(_IndexTar(store), list(sizes.items()), sum(sizes.values()), workers, quiet)}
     is_ours = all(row.data_types or not row.samples for row in found.values())
     rows = tuple(found[name] if is_ours else _without_contents(store, found[name]) for name in sizes)
@@ -129,7 +129,7 @@ def _index_tars(store: Store, sizes: Mapping[str, int], claim: Claim, workers: i
         schema_version=SCHEMA_VERSION if is_ours else ANY_MEMBERS,
     )
     claim.check()
-    _put(store, manifests.NAME, pack_manifest(manifest))
+    _put(store, manifests.NAME, serialize_manifest(manifest))
     store.clean_temp()
     return manifest
 
@@ -142,14 +142,14 @@ class _Rebuild:
     schema_version: int
     shards: ShardBytes = field(default_factory=ShardBytes)
 
-    def __call__(self, row: ShardRow, report: Report) -> ShardRow:
+    def __call__(self, row: ShardInfo, report: Report) -> ShardInfo:
         where = join(self.store.url, row.name)
         tar, xxh128 = self.shards.read(self.store, row.name, row.bytes)
         check_unchanged(row, tar_bytes=len(tar), xxh128=xxh128, name=where)
         scan = scan_tar(tar, where)
         contents = Contents() if self.schema_version == ANY_MEMBERS else _contents(scan, tar)
         index = scan.index(tar, xxh128, contents.text_chars, contents.num_codes)
-        _put(self.store, row.name + SUFFIX, pack_index(index))
+        _put(self.store, row.name + SUFFIX, serialize_index(index))
         report(row.bytes, len(index), 0)
         return row
 
@@ -161,7 +161,7 @@ class _IndexTar:
     store: Store
     shards: ShardBytes = field(default_factory=ShardBytes)
 
-    def __call__(self, entry: tuple[str, int], report: Report) -> ShardRow:
+    def __call__(self, entry: tuple[str, int], report: Report) -> ShardInfo:
         name, size = entry
         where = join(self.store.url, name)
         tar, xxh128 = self.shards.read(self.store, name, size)
@@ -171,10 +171,10 @@ class _IndexTar:
         except FormatError:  # of the first sample that isn't ours: nothing is lost by trying
             contents = Contents()
         index = scan.index(tar, xxh128, contents.text_chars, contents.num_codes)
-        _put(self.store, name + SUFFIX, pack_index(index))
+        _put(self.store, name + SUFFIX, serialize_index(index))
         report(size, len(index), 0)
         totals = contents.totals()
-        return ShardRow(name=name, samples=len(index), bytes=len(tar), xxh128=xxh128, members=index.members, **totals)
+        return ShardInfo(name=name, samples=len(index), bytes=len(tar), xxh128=xxh128, members=index.members, **totals)
 
 
 def _contents(scan: Scan, tar: memoryview) -> Contents:
@@ -200,12 +200,12 @@ def _contents(scan: Scan, tar: memoryview) -> Contents:
     return contents
 
 
-def _without_contents(store: Store, row: ShardRow) -> ShardRow:
+def _without_contents(store: Store, row: ShardInfo) -> ShardInfo:
     """The row of a shard that is of this project's schema, in a set that isn't; its index is written again."""
     if row.data_types:
-        index = unpack_index(store.read(row.name + SUFFIX), join(store.url, row.name + SUFFIX))
+        index = parse_index(store.read(row.name + SUFFIX), join(store.url, row.name + SUFFIX))
         none = np.zeros(len(index), "<u4")
-        _put(store, row.name + SUFFIX, pack_index(replace(index, text_chars=none, num_codes=none)))
+        _put(store, row.name + SUFFIX, serialize_index(replace(index, text_chars=none, num_codes=none)))
     return replace(row, **Contents().totals())
 
 
@@ -224,11 +224,11 @@ def _tars(store: Store) -> dict[str, int]:
                 raise UsageError(f"{store.url}: the name {entry.name!r} can't be written down in a manifest: rename the file")
             sizes[entry.name] = entry.size
     if not sizes:
-        raise NotFound(f"{store.url} has no {manifests.NAME} and no {_TAR} files: give the folder of a data set, or of tars")
+        raise NotFound(f"{store.url} has no {manifests.NAME} and no {_TAR} files: give the folder of a dataset, or of tars")
     return sizes
 
 
-def _run(work: Work[_Task, ShardRow], tasks: Sequence[_Task], num_bytes: int, workers: int, quiet: bool) -> list[ShardRow]:
+def _run(work: Work[_Task, ShardInfo], tasks: Sequence[_Task], num_bytes: int, workers: int, quiet: bool) -> list[ShardInfo]:
     with Progress("index", num_bytes, quiet=quiet) as progress:
         try:
             return list(run_tasks(work, tasks, workers=workers, on_report=progress))
@@ -240,11 +240,11 @@ def _run(work: Work[_Task, ShardRow], tasks: Sequence[_Task], num_bytes: int, wo
 
 
 @contextlib.contextmanager
-def _claimed(store: Store) -> Iterator[Claim]:
+def _claimed(store: Store) -> Iterator[Lease]:
     """No other run writes among the tars meanwhile."""
     with contextlib.ExitStack() as stack:
         with _beside_tars():
-            claim = stack.enter_context(Claim(store, 0, 0))
+            claim = stack.enter_context(Lease(store, 0, 0))
         yield claim
 
 

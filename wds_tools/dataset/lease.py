@@ -1,13 +1,13 @@
 """One run at a time writes to an output, or one a part: a claim, kept fresh while its run lives.
 
-    with Claim(store, part, parts) as claim:   _work/run-ID.json, or _work/run-ID-PART-of-PARTS.json
+    with Lease(store, part, parts) as claim:   _work/run-ID.json, or _work/run-ID-PART-of-PARTS.json
         ... claim.check() ...                  is it still ours?
 
 A run comes: it puts its claim, lists the others, and is refused by one that holds the output or comes with a lower name. Then it
 says that it holds it, lists again, and goes on when those that came with a lower name have given up. It needs nothing of a store
 but what all have. A run that was killed leaves its claim behind: if it ran on this machine, its process is gone; elsewhere, its
 claim does not change any more. Invariant: of runs that could write the same file and come at the same moment one goes on, no two.
-Cost: a small file written every BEAT_S, and two lists; after a kill on another machine PATIENCE_S of waiting.
+Cost: a small file written every HEARTBEAT_S, and two lists; after a kill on another machine LEASE_TIMEOUT_S of waiting.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from wds_tools.storage import Store
 from wds_tools.terminal import say
 
 PREFIX = "_work/run-"
-BEAT_S = 60.0
-PATIENCE_S = 3.0 * BEAT_S
+HEARTBEAT_S = 60.0
+LEASE_TIMEOUT_S = 3.0 * HEARTBEAT_S
 """A claim that has not changed for so long belongs to no run any more."""
 _FIRST_LOOK_S, _LOOK_EVERY_S = 0.02, 2.0
 _LEAVE_S = 10.0
@@ -40,7 +40,7 @@ _TRIES = 5
 _PART = re.compile(r"-(\d+)-of-(\d+)\.json$")
 
 
-class Claim:
+class Lease:
     """A run's right to write to an output. A context manager: on entering it is claimed, on leaving set free.
 
     Args:
@@ -73,14 +73,14 @@ class Claim:
         try:
             self._put_surely()
             self._thread.start()
-            known = {name: self._read(name) for name in self._rivals()}
+            known = {name: self._read(name) for name in self._others()}
             self._outlast(known)
             if not self._store.exists(self._name):
                 self._is_lost.set()
             self.check()
             self._facts["is_held"] = True
             self._put_surely()
-            self._outlast({name: known.get(name) for name in self._rivals()})
+            self._outlast({name: known.get(name) for name in self._others()})
         except BaseException:
             self._leave()
             raise
@@ -93,7 +93,7 @@ class Claim:
         """Raise StorageError if another run has taken this one for dead and gone on in its place."""
         if self._is_lost.is_set():
             raise StorageError(
-                f"{self._store.url}: another run writes there now, since this one was not heard of for {PATIENCE_S:g} s: "
+                f"{self._store.url}: another run writes there now, since this one was not heard of for {LEASE_TIMEOUT_S:g} s: "
                 "this one stops here"
             )
 
@@ -113,7 +113,7 @@ class Claim:
             self._beats += 1
 
     def _stay(self) -> None:
-        while not self._is_over.wait(BEAT_S):
+        while not self._is_over.wait(HEARTBEAT_S):
             try:
                 if not self._store.exists(self._name):
                     self._is_lost.set()
@@ -131,14 +131,14 @@ class Claim:
         except StorageError:
             pass  # whatever ended the run is worth more; a claim that is left is found to be dead
 
-    def _outlast(self, rivals: Mapping[str, bytes | None]) -> None:
+    def _outlast(self, others: Mapping[str, bytes | None]) -> None:
         """Return when each of these claims has gone or gives way to this one; those of dead runs are removed.
 
         Args:
-            rivals: as they were when they were first seen; one that has changed since then is alive.
+            others: as they were when they were first seen; one that has changed since then is alive.
         """
-        waiting = dict(rivals)
-        deadline = time.monotonic() + PATIENCE_S
+        waiting = dict(others)
+        deadline = time.monotonic() + LEASE_TIMEOUT_S
         pause_s, is_told = _FIRST_LOOK_S, False
         while True:
             is_late = time.monotonic() > deadline
@@ -164,14 +164,14 @@ class Claim:
             if not (is_told or self._facts["is_held"]):
                 is_told = True
                 say(
-                    f"wds-tools: {self._store.url} was claimed by {_who(rivals[next(iter(waiting))])}: "
-                    f"waiting up to {PATIENCE_S:g} s to see whether that run is alive",
+                    f"wds-tools: {self._store.url} was claimed by {_who(others[next(iter(waiting))])}: "
+                    f"waiting up to {LEASE_TIMEOUT_S:g} s to see whether that run is alive",
                     error=True,
                 )
             time.sleep(pause_s)
-            pause_s = min(2 * pause_s, _LOOK_EVERY_S, PATIENCE_S / 10)
+            pause_s = min(2 * pause_s, _LOOK_EVERY_S, LEASE_TIMEOUT_S / 10)
 
-    def _rivals(self) -> list[str]:
+    def _others(self) -> list[str]:
         """The claims of runs that may write what this one writes: all but those of other parts of as many."""
         names = [entry.name for entry in self._store.list(PREFIX) if entry.name != self._name]
         return [name for name in names if not self._goes_with(name)]

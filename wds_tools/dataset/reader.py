@@ -1,4 +1,4 @@
-"""Read a data set: manifest -> shards -> samples, in order, streaming.
+"""Read a dataset: manifest -> shards -> samples, in order, streaming.
 
 Invariant: a shard that is not byte for byte what the manifest says (size, XXH3-128, number of samples) is refused, at the
 latest when its last byte was read. Memory is one read buffer plus one sample.
@@ -14,7 +14,7 @@ import numpy as np
 from wds_tools.errors import FormatError, NotFound, UsageError
 from wds_tools.format import manifest as manifests
 from wds_tools.format.checksum import content_hash
-from wds_tools.format.manifest import Manifest, ShardRow, unpack_manifest
+from wds_tools.format.manifest import Manifest, ShardInfo, parse_manifest
 from wds_tools.format.schema import ANY_MEMBERS, Sample
 from wds_tools.format.shard import StoredSample, group_samples, sample_from_members
 from wds_tools.format.tar import Member, TarReader
@@ -26,18 +26,18 @@ _MAX_EXPECTED_BYTES = 1 << 30
 
 
 def read_manifest(
-    store: Store, *, any_members: bool = False, instead_of_rows: str = "name the data sets they were made of"
+    store: Store, *, any_members: bool = False, instead_of_rows: str = "name the datasets they were made of"
 ) -> Manifest:
-    """The manifest of a complete data set.
+    """The manifest of a complete dataset.
 
     Args:
-        store: the data set.
-        any_members: take indexed tars of others too, whose samples are not of this project's schema.
+        store: the dataset.
+        any_members: take indexed third-party tars too, whose samples are not of this project's schema.
         instead_of_rows: what a user who named token rows is to do, where the schema is needed.
 
     Raises:
-        NotFound: there is none: not a data set, or one that is not finished; or nothing is there at all.
-        FormatError: see unpack_manifest.
+        NotFound: there is none: not a dataset, or one that is not finished; or nothing is there at all.
+        FormatError: see parse_manifest.
         UsageError: it is one of any members, or of token rows, and the caller needs the schema.
     """
     try:
@@ -46,10 +46,10 @@ def read_manifest(
         if isinstance(store, LocalStore) and not any(store.list()):
             raise NotFound(f"{store.url}: there is no such folder, or nothing is in it") from error
         raise NotFound(
-            f"{store.url} has no {manifests.NAME}: it is not a data set, or its conversion did not finish "
+            f"{store.url} has no {manifests.NAME}: it is not a dataset, or its conversion did not finish "
             "(run the same command with --resume)"
         ) from error
-    manifest = unpack_manifest(data, f"{store.url}/{manifests.NAME}")
+    manifest = parse_manifest(data, f"{store.url}/{manifests.NAME}")
     if any_members:
         return manifest
     if rows := manifest.token_rows:
@@ -101,7 +101,7 @@ class ShardBytes:
             self._buffer = grown
 
 
-def read_shard(store: Store, row: ShardRow) -> Iterator[Sample]:
+def read_shard(store: Store, row: ShardInfo) -> Iterator[Sample]:
     """The samples of a shard in order.
 
     Raises:
@@ -116,7 +116,7 @@ def read_shard(store: Store, row: ShardRow) -> Iterator[Sample]:
         yield sample
 
 
-def read_stored(store: Store, row: ShardRow) -> Iterator[StoredSample]:
+def read_stored(store: Store, row: ShardInfo) -> Iterator[StoredSample]:
     """The same, not yet parsed. Payloads are views into the read buffer."""
     name = f"{store.url}/{row.name}"
     count = 0
@@ -128,7 +128,7 @@ def read_stored(store: Store, row: ShardRow) -> Iterator[StoredSample]:
         raise FormatError(f"{name}: {count} samples, the manifest says {row.samples}")
 
 
-def _members(stream: BinaryIO, row: ShardRow, name: str) -> Iterator[Member]:
+def _members(stream: BinaryIO, row: ShardInfo, name: str) -> Iterator[Member]:
     reader = TarReader(name, max_member_bytes=row.bytes)
     digest = content_hash()
     size = 0
@@ -140,7 +140,7 @@ def _members(stream: BinaryIO, row: ShardRow, name: str) -> Iterator[Member]:
     check_unchanged(row, tar_bytes=size, xxh128=digest.hexdigest(), name=name)
 
 
-def check_unchanged(row: ShardRow, *, tar_bytes: int, xxh128: str, name: str) -> None:
+def check_unchanged(row: ShardInfo, *, tar_bytes: int, xxh128: str, name: str) -> None:
     """Raise FormatError unless a shard's bytes are those that its manifest row describes; `name` is for the message."""
     if (tar_bytes, xxh128) != (row.bytes, row.xxh128):
         raise FormatError(

@@ -1,6 +1,6 @@
-"""Write a data set, task by task, so that it can be killed at any moment and finished later with the same bytes.
+"""Write a dataset, task by task, so that it can be killed at any moment and finished later with the same bytes.
 
-    Claim             _work/run-ID.json          see `claim`
+    Lease             _work/run-ID.json          see `claim`
     look, begin(plan) _work/plan.json            what is being made; a rerun, and every part, must match it
     TaskWriter        shard-TTTTTT-PPPP.tar      part P of task T: closes at a count or a size
                       shard-TTTTTT-PPPP.tar.index
@@ -25,11 +25,11 @@ from typing import Any, Literal
 import orjson
 
 from wds_tools.dataset.files import Written, describe_changed, find_changed, written
-from wds_tools.dataset.lease import PREFIX as CLAIMS
+from wds_tools.dataset.lease import PREFIX as LEASES
 from wds_tools.errors import FormatError, NotFound, Reject, UsageError
 from wds_tools.format import manifest as manifests
-from wds_tools.format.index import SUFFIX, ShardIndex, pack_index
-from wds_tools.format.manifest import Manifest, ShardRow, hash_rejects, pack_manifest
+from wds_tools.format.index import SUFFIX, ShardIndex, serialize_index
+from wds_tools.format.manifest import Manifest, ShardInfo, hash_rejects, serialize_manifest
 from wds_tools.format.schema import SCHEMA_VERSION, Sample
 from wds_tools.format.shard import ShardBuilder
 from wds_tools.format.typed_json import Count, read_json
@@ -40,10 +40,10 @@ WORK = "_work/"
 PLAN = WORK + "plan.json"
 REJECTS = "rejects/"
 _PARALLEL_READS = 16
-_NOT_OURS = "damaged, or written by another release: start anew with --overwrite"
+_NOT_OURS = "damaged, or written by another release: start again with --overwrite"
 _TASKS = WORK + "task-"
 _OURS = re.compile(r"shard-\d{6,}-\d{4,}\.tar(\.index)?|rejects/task-\d{6,}\.jsonl|_work/(plan|task-\d{6,})\.json")
-"""The files of a data set, but for the manifest and claims. Only these are ever removed."""
+"""The files of a dataset, but for the manifest and claims. Only these are ever removed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +67,7 @@ class TaskResult:
     task: Count
     inputs: Count
     """Records read."""
-    shards: tuple[ShardRow, ...]
+    shards: tuple[ShardInfo, ...]
     rejects: Mapping[str, Count]
     """By reason."""
     files: Mapping[str, Written]
@@ -95,7 +95,7 @@ class TaskWriter:
     A full shard is published (flushed to the disk, or its upload completed) in a thread while the next one fills.
 
     Args:
-        store: the data set.
+        store: the dataset.
         task: its number in the plan.
         limits: when a shard closes.
         key_prefix: of the keys that `key` makes.
@@ -110,7 +110,7 @@ class TaskWriter:
         self._writer: Writer | None = None
         self._publisher = ThreadPoolExecutor(1)
         self._publishing: Future[None] | None = None
-        self._shards: list[ShardRow] = []
+        self._shards: list[ShardInfo] = []
         self._files: dict[str, Written] = {}
         self._reject_lines: list[bytes] = []
         self._rejects: Counter[str] = Counter()
@@ -142,7 +142,7 @@ class TaskWriter:
         self._append(builder, builder.add(sample))
 
     def add_members(self, key: str, payloads: Sequence[tuple[str, bytes]]) -> None:
-        """Append a sample of any members, (suffix, payload) each, to a data set of ANY_MEMBERS. Raises StorageError as `add`."""
+        """Append a sample of any members, (suffix, payload) each, to a dataset of ANY_MEMBERS. Raises StorageError as `add`."""
         builder = self._builder or ShardBuilder()
         self._append(builder, builder.add_members(key, payloads))
 
@@ -212,10 +212,10 @@ class TaskWriter:
         self._builder = self._writer = None
         self._shards.append(row)
 
-    def _publish(self, writer: Writer, index: ShardIndex, row: ShardRow) -> None:
+    def _publish(self, writer: Writer, index: ShardIndex, row: ShardInfo) -> None:
         writer.close()
         self._files[row.name] = Written(row.bytes, row.xxh128)
-        self._put(row.name + SUFFIX, pack_index(index))
+        self._put(row.name + SUFFIX, serialize_index(index))
 
     def _put(self, name: str, data: bytes) -> None:
         self._store.put(name, data)
@@ -241,22 +241,20 @@ def look(store: Store, plan: Mapping[str, Any], *, resume: bool, overwrite: bool
         return False
     if _has_manifest(store):
         if not goes_on:
-            raise UsageError(f"{store.url} holds a complete data set already: choose another output, or pass --overwrite")
-        manifest = manifests.unpack_manifest(store.read(manifests.NAME), f"{store.url}/{manifests.NAME}")
+            raise UsageError(f"{store.url} holds a complete dataset already: choose another output, or pass --overwrite")
+        manifest = manifests.parse_manifest(store.read(manifests.NAME), f"{store.url}/{manifests.NAME}")
         _check_same_plan(store, manifest.source.get("plan"), plan)
         return manifest
     names = [] if store.exists(PLAN) else _names(store)
     if store.exists(PLAN):  # asked again: another part may just have claimed the output
         if not goes_on:
-            raise UsageError(f"{store.url} holds an unfinished data set: finish it with --resume, or start anew with --overwrite")
+            raise UsageError(f"{store.url} holds an unfinished dataset: finish it with --resume, or start again with --overwrite")
         _check_same_plan(store, read_begun(store)["plan"], plan)
         return True
     if any(map(_OURS.fullmatch, names)):
-        raise UsageError(f"{store.url} holds what is left of a data set that was being removed: pass --overwrite to go on")
+        raise UsageError(f"{store.url} holds what is left of a dataset that was being removed: pass --overwrite to go on")
     if names:
-        raise UsageError(
-            f"{store.url} is not empty, and what lies there is not a data set of this project: choose another output"
-        )
+        raise UsageError(f"{store.url} is not empty, and what lies there is not a dataset of this project: choose another output")
     return False
 
 
@@ -271,12 +269,12 @@ def begin(
     source: Mapping[str, Any] | None = None,
     schema_version: int = SCHEMA_VERSION,
 ) -> Manifest | None:
-    """Make the output ready: empty and begun with this plan, or the matching remains of an earlier run. Under a `Claim`.
+    """Make the output ready: empty and begun with this plan, or the matching remains of an earlier run. Under a `Lease`.
 
     Args:
         plan: what is made, as JSON; everything that decides on a byte of the output.
         resume: go on with an output that was begun with the same plan.
-        overwrite: remove the data set that is there.
+        overwrite: remove the dataset that is there.
         parts: this run is one of so many that may write here at the same time: whoever comes first begins the output, the others
             join, and none touches what another has under way.
         codes, source, schema_version: written down for `finalize`; see Manifest.
@@ -311,7 +309,7 @@ def read_begun(store: Store) -> dict[str, Any]:
     try:
         data = store.read(PLAN)
     except NotFound as error:
-        raise NotFound(f"{store.url} holds no unfinished data set: there is no {PLAN}") from error
+        raise NotFound(f"{store.url} holds no unfinished dataset: there is no {PLAN}") from error
     return vars(read_json(_Plan, data, f"{store.url}/{PLAN}: {_NOT_OURS}"))
 
 
@@ -333,7 +331,7 @@ def sound_tasks(
     """Those whose files are as they were written; the others lose their markers, and are to be done again. Says so in a line.
 
     Args:
-        store, results: what was found by `done_tasks`, or a part of it. Under a `Claim`.
+        store, results: what was found by `done_tasks`, or a part of it. Under a `Lease`.
         verify, quiet: see find_changed.
     """
     changed = find_changed(store, _files(results.values()), verify=verify, quiet=quiet)
@@ -353,7 +351,7 @@ def check_complete(store: Store, manifest: Manifest, *, verify: bool = False, qu
     files = {row.name: Written(row.bytes, row.xxh128) for row in manifest.shards}
     files |= {name + SUFFIX: Written(None) for name in files}
     if changed := find_changed(store, files, verify=verify, quiet=quiet):
-        how = "copy them again, or make the data set again with --overwrite (indices alone: `wds-tools index`)"
+        how = "copy them again, or make the dataset again with --overwrite (indices alone: `wds-tools index`)"
         raise FormatError(f"{describe_changed(store, changed)}, but it has a manifest: {how}")
 
 
@@ -387,7 +385,7 @@ def finish(
     if changed := find_changed(store, _files(results.values())):
         raise FormatError(f"{describe_changed(store, changed)}: run with --resume, or the part again, which makes them again")
     manifest = manifest_of([results[task] for task in range(num_tasks)], codes, source, schema_version)
-    store.put(manifests.NAME, pack_manifest(manifest))
+    store.put(manifests.NAME, serialize_manifest(manifest))
     drop_working_files(store)
     return manifest
 
@@ -398,10 +396,10 @@ def has_working_files(store: Store) -> bool:
 
 
 def drop_working_files(store: Store) -> None:
-    """Remove what a complete data set does not need any more; a claim belongs to its run."""
+    """Remove what a complete dataset does not need any more; a claim belongs to its run."""
     store.clean_temp()
     for entry in list(store.list(WORK)):
-        if not entry.name.startswith(CLAIMS):
+        if not entry.name.startswith(LEASES):
             store.delete(entry.name)
 
 
@@ -428,12 +426,12 @@ def manifest_of(
 
 
 def remove(store: Store) -> None:
-    """Delete a data set; files that are not this project's stay.
+    """Delete a dataset; files that are not this project's stay.
 
     What makes it complete, or one to go on with, goes first: killed on the way, it can only be removed again.
 
     Raises:
-        UsageError: there are files, but no data set of this project.
+        UsageError: there are files, but no dataset of this project.
     """
     ours = _check_removable(store)
     store.delete(manifests.NAME)
@@ -444,18 +442,18 @@ def remove(store: Store) -> None:
 
 
 def _check_removable(store: Store) -> list[str]:
-    """The files that `remove` deletes beside the manifest, or UsageError if no data set of this project is there."""
+    """The files that `remove` deletes beside the manifest, or UsageError if no dataset of this project is there."""
     has_manifest = _has_manifest(store)
     names = _names(store)
     ours = [name for name in names if _OURS.fullmatch(name)]
     if names and not (ours or has_manifest):
-        raise UsageError(f"{store.url} holds files, but no data set of this project to overwrite: choose another output")
+        raise UsageError(f"{store.url} holds files, but no dataset of this project to overwrite: choose another output")
     return ours
 
 
 def _names(store: Store) -> list[str]:
     """All files there, but for the claims of runs."""
-    return [entry.name for entry in store.list() if not entry.name.startswith(CLAIMS)]
+    return [entry.name for entry in store.list() if not entry.name.startswith(LEASES)]
 
 
 def _has_manifest(store: Store) -> bool:
@@ -496,7 +494,7 @@ def _check_same_plan(store: Store, found: Any, plan: Mapping[str, Any]) -> None:
     differences = list(_differences(found if isinstance(found, dict) else {}, wanted))
     raise UsageError(
         f"{store.url} was begun with other inputs or settings: {'; '.join(differences[:5])}: "
-        "repeat the first command, or start anew with --overwrite"
+        "repeat the first command, or start again with --overwrite"
     )
 
 

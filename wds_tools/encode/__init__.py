@@ -1,1 +1,1 @@
-"""The encoding pass: fills the codes of a data set's images."""
+"""The encoding pass: fills the codes of a dataset's images."""

@@ -3,7 +3,7 @@
 On a GPU, pixels are copied from pinned memory on a stream of their own while the batch before is computed, and codes go back
 into pinned memory, where a second thread waits for them. On a CPU the same steps follow each other. A batch that does not fit
 the memory is cut in halves, and so are those that come after it.
-Invariant: every outcome that is handed in is set, to codes of the codebook (or NO_CODE, which the filler refuses) or to an
+Invariant: every outcome that is handed in is set, to codes of the codebook (or NO_CODE, which the image_encoder refuses) or to an
 exception. A tokenizer that gives one code for all of its first pictures is reported, once: that is how NaN looks from outside.
 Cost: the memory of `_BATCHES` batches.
 """

@@ -1,4 +1,4 @@
-"""Fill the codes: a data set with images in, the same samples with codes (and without images) out.
+"""Fill the codes: a dataset with images in, the same samples with codes (and without images) out.
 
     input shards, grouped into tasks -> samples -> encode_in_batches -> Sample(codes) or a reject -> output shards
 
@@ -17,22 +17,22 @@ from typing import Any
 
 from wds_tools.dataset.reader import read_manifest, read_shard
 from wds_tools.dataset.writer import TaskWriter
-from wds_tools.encode.image_encoder import MODES, Filler
+from wds_tools.encode.image_encoder import MODES, ImageEncoder
 from wds_tools.encode.options import TokenizerOptions
 from wds_tools.errors import Reject, UsageError
-from wds_tools.format.manifest import Manifest, ShardRow, row_from_json
+from wds_tools.format.manifest import Manifest, ShardInfo, shard_info_from_json
 from wds_tools.format.schema import IMAGE_EXTENSIONS, Sample
 from wds_tools.images import ImageLimits, Mode
-from wds_tools.jobs.job import Advance, PassOptions, Plan, group_to_limit, run_pass
+from wds_tools.jobs.job import Advance, JobOptions, Plan, group_to_limit, run_job
 from wds_tools.storage import open_store
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncodeConfig(PassOptions, TokenizerOptions):
-    """Fill the codes of a data set's images with an image tokenizer."""
+class EncodeConfig(JobOptions, TokenizerOptions):
+    """Fill the codes of a dataset's images with an image tokenizer."""
 
     input: str
-    """The data set to encode: a directory or URL."""
+    """The dataset to encode: a directory or URL."""
     tokenizer: str = "tiny"
     """tiny (bundled, for trials), chameleon, or one of the others in docs/tokenizers.md; these need --weights."""
     keep_images: bool = False
@@ -43,7 +43,7 @@ class EncodeConfig(PassOptions, TokenizerOptions):
     """Images with more pixels are rejected: decompression bombs."""
 
     def __post_init__(self) -> None:
-        PassOptions.__post_init__(self)
+        JobOptions.__post_init__(self)
         TokenizerOptions.__post_init__(self)
 
 
@@ -51,10 +51,10 @@ def encode(config: EncodeConfig) -> Manifest:
     """Run the encoding pass.
 
     Returns:
-        The manifest of the encoded data set.
+        The manifest of the encoded dataset.
 
     Raises:
-        UsageError: the input has no images; or see run_pass.
+        UsageError: the input has no images; or see run_job.
         TokenizerError: the tokenizer's weights can't be loaded.
     """
     store = open_store(config.input)
@@ -63,7 +63,7 @@ def encode(config: EncodeConfig) -> Manifest:
     if not types:
         raise UsageError(f"{config.input} has no images to encode: it holds {', '.join(manifest.data_types) or 'nothing'}")
     limits = ImageLimits(max_pixels=config.max_pixels, min_side=1, max_bytes=sys.maxsize)  # else as converted
-    filler = Filler(
+    image_encoder = ImageEncoder(
         config.tokenizer,
         config,
         workers=config.workers,
@@ -72,12 +72,12 @@ def encode(config: EncodeConfig) -> Manifest:
         limits=limits,
         sft_mode=config.sft_mode,
     )
-    has_codes = sorted({filler.column_of(data_type) for data_type in types}.intersection(manifest.codes))
+    has_codes = sorted({image_encoder.column_of(data_type) for data_type in types}.intersection(manifest.codes))
     if has_codes:
         raise UsageError(f"{config.input} is encoded already ({', '.join(has_codes)}); --codes NAME adds codes of another name")
     if manifest.codes and not set(IMAGE_EXTENSIONS).intersection(manifest.members):
         raise UsageError(f"{config.input} has codes, but its images were not kept: encode its source again, with --keep-images")
-    settings, codes = filler.provenance(types)
+    settings, codes = image_encoder.provenance(types)
     plan = Plan(
         command="encode",
         settings={
@@ -106,7 +106,7 @@ def encode(config: EncodeConfig) -> Manifest:
             }
         },
     )
-    return run_pass(plan, FillShards(config.input, filler), replace(config, workers=filler.workers))
+    return run_job(plan, FillShards(config.input, image_encoder), replace(config, workers=image_encoder.workers))
 
 
 @dataclass(frozen=True)
@@ -114,20 +114,20 @@ class FillShards:
     """The work on one group of shards."""
 
     input: str
-    filler: Filler
+    image_encoder: ImageEncoder
 
     def __call__(self, task: Sequence[dict[str, Any]], writer: TaskWriter, advance: Advance) -> int:
         inputs = 0
-        for (shard, key), filled in self.filler.fill(self._samples([row_from_json(row) for row in task])):
+        for (shard, key), filled in self.image_encoder.fill(self._samples([shard_info_from_json(row) for row in task])):
             inputs += 1
             if isinstance(filled, Reject):
                 writer.reject(filled, source=shard, key=key)
             else:
                 writer.add(filled)
-            advance(1, *self.filler.device.new_use())
+            advance(1, *self.image_encoder.device.new_use())
         return inputs
 
-    def _samples(self, rows: Sequence[ShardRow]) -> Iterator[tuple[tuple[str, str], Sample]]:
+    def _samples(self, rows: Sequence[ShardInfo]) -> Iterator[tuple[tuple[str, str], Sample]]:
         store = open_store(self.input)
         for row in rows:
             for sample in read_shard(store, row):

@@ -1,6 +1,6 @@
 """Samples with images in, the same samples with codes out, in the same order: what the passes that encode have in common.
 
-A `Filler` is a value that travels to the worker processes; each of them loads the tokenizer when its first task begins. With
+An `ImageEncoder` is a value that travels to the worker processes; each of them loads the tokenizer when its first task begins. With
 several devices each process takes one of them, and keeps it.
 """
 
@@ -46,7 +46,7 @@ class _Ticket(NamedTuple):
     sample: Sample | Reject
 
 
-class Filler:
+class ImageEncoder:
     """Fills the codes of samples.
 
     Args:

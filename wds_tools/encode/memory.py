@@ -1,7 +1,7 @@
 """Tells glibc to keep the memory that is freed, since a tokenizer on a CPU asks for the same again with every image.
 
 By default blocks of 128 KiB and more come fresh from the kernel and go back to it: each page of them is cleared and mapped
-anew, which took a quarter of the time of a Chameleon in fp32 (docs/benchmarks.md). The price is that a process keeps its peak.
+again, which took a quarter of the time of a Chameleon in fp32 (docs/benchmarks.md). The price is that a process keeps its peak.
 """
 
 from __future__ import annotations

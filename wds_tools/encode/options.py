@@ -30,7 +30,7 @@ class TokenizerOptions:
     """What scales images. torch takes half of the processor time to prepare them, and changes some codes."""
 
     codes: str = ""
-    """Name of these codes, where a data set gets several: their columns are then vqcode_512-NAME and vqcode_multi768-NAME."""
+    """Name of these codes, where a dataset gets several: their columns are then vqcode_512-NAME and vqcode_multi768-NAME."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:

@@ -1,4 +1,4 @@
-"""Manifests -> README.md: the data set card that the Hugging Face Hub shows, and what says which export lies here.
+"""Manifests -> README.md: the dataset card that the Hugging Face Hub shows, and what says which export lies here.
 
 A yaml header (what `load_dataset` and the Hub's viewer read: features, counts, where the files are) and a page for people: what
 the rows are, where they come from, with which tokenizer, how to load them. A pure function of the manifests and the settings, so
@@ -33,7 +33,7 @@ _SIZES = (("n<1K", 10**3), ("1K<n<10K", 10**4), ("10K<n<100K", 10**5), ("100K<n<
 _LARGER = (("10M<n<100M", 10**8), ("100M<n<1B", 10**9), ("1B<n<10B", 10**10), ("10B<n<100B", 10**11), ("100B<n<1T", 10**12))
 
 
-def pack_card(
+def serialize_card(
     manifests: Sequence[Manifest],
     file_format: Format,
     *,
@@ -48,7 +48,7 @@ def pack_card(
     """The card of an export.
 
     Args:
-        manifests: of the data sets that are in it.
+        manifests: of the datasets that are in it.
         file_format: what kind of files it has.
         data_types: rows by data type.
         left_out: samples that are not in it, by data type.

@@ -1,12 +1,12 @@
-"""Data sets -> one globally shuffled Hugging Face data set, in constant memory.
+"""Datasets -> one globally shuffled Hugging Face dataset, in constant memory.
 
-    Claim -> samples of all inputs -> rows (`rows`) -> external shuffle (`shuffle`) -> equal files -> state.json -> export.json
+    Lease -> samples of all inputs -> rows (`rows`) -> external shuffle (`shuffle`) -> equal files -> state.json -> export.json
           [-> the Hub (`push`)]
 
 `arrow` is what `datasets.load_from_disk` loads, `parquet` what `load_dataset` and pandas do. The same inputs and seed give the
 same bytes, and every sample is in exactly once.
 Invariant: an unfinished export can't be read as a finished one. Of `arrow`, state.json is written last; of `parquet`, the last
-file is begun as a line of text that no reader takes for Parquet. By the data set card beside them (`card`), --resume knows them,
+file is begun as a line of text that no reader takes for Parquet. By the dataset card beside them (`card`), --resume knows them,
 and by export.json, which is written last of all, whether its files are still those that were written.
 Cost: two passes, one core; about 300 MB of memory; temporary files of about 2 bytes a code plus the text, which shrink as the
 output grows. They lie in OUTPUT/.tmp if the output is a folder here, so that the next run clears what a killed one left, else in
@@ -32,16 +32,16 @@ from urllib.parse import unquote, urlsplit
 import orjson
 
 from wds_tools.dataset.files import Written, describe_changed, find_changed, written
-from wds_tools.dataset.lease import PREFIX as CLAIMS
-from wds_tools.dataset.lease import Claim
+from wds_tools.dataset.lease import PREFIX as LEASES
+from wds_tools.dataset.lease import Lease
 from wds_tools.dataset.reader import read_manifest, read_shard
 from wds_tools.errors import FormatError, UsageError
-from wds_tools.export.card import LIQUID_TYPES, TAG, pack_card
+from wds_tools.export.card import LIQUID_TYPES, TAG, serialize_card
 from wds_tools.export.card import NAME as CARD
 from wds_tools.export.push import push
-from wds_tools.export.rows import FEATURES, ROW_BYTES, Format, load_pyarrow, pack_row, write_part
+from wds_tools.export.rows import FEATURES, ROW_BYTES, Format, load_pyarrow, serialize_table_row, write_part
 from wds_tools.export.shuffle import Shuffle
-from wds_tools.format.manifest import Manifest, ShardRow
+from wds_tools.format.manifest import Manifest, ShardInfo
 from wds_tools.format.schema import CODE_COLUMNS, IMAGE_EXTENSIONS, codes_named
 from wds_tools.format.typed_json import read_json
 from wds_tools.run.progress import Progress
@@ -69,10 +69,10 @@ _Item = TypeVar("_Item")
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """Shuffle data sets together and write them as a Hugging Face data set."""
+    """Shuffle datasets together and write them as a Hugging Face dataset."""
 
     input: tuple[str, ...]
-    """One or more data sets: folders or URLs. One that is named twice is in twice."""
+    """One or more datasets: folders or URLs. One that is named twice is in twice."""
     output: str
     """Where the result goes: a directory or an object-store prefix, empty or absent."""
     format: Format = "arrow"
@@ -80,20 +80,20 @@ class ExportConfig:
     num_shards: int = 256
     """Files to write; as many as there are samples, if those are fewer."""
     codes: str = ""
-    """Name of the codes to export, where data sets have several (see `wds-tools encode --codes`)."""
+    """Name of the codes to export, where datasets have several (see `wds-tools encode --codes`)."""
     seed: int = 42
     """Of the shuffle: 0 to 2**64 - 1. The order depends on it and on the inputs, not on format or num_shards."""
     reader: Literal["any", "liquid"] = "any"
     """liquid: leave out and count what Liquid's own trainer takes for plain text: image_text_multi, visual_sft."""
     license: str | None = None
-    """Of the rows, for the data set card, as the Hub names it: cc-by-4.0, apache-2.0, other ..."""
+    """Of the rows, for the dataset card, as the Hub names it: cc-by-4.0, apache-2.0, other ..."""
     push_to_hub: str | None = None
-    """Upload the finished export to this data set repository of the Hugging Face Hub (OWNER/NAME), made if need be. With --format
+    """Upload the finished export to this dataset repository of the Hugging Face Hub (OWNER/NAME), made if need be. With --format
     parquet and a local output. The token is that of Hugging Face's own tools: HF_TOKEN, or `hf auth login`."""
     private: bool = False
     """With --push-to-hub: make the repository a private one."""
     resume: bool = False
-    """Go on after an interruption: a finished export of the same command is kept, an unfinished one begun anew, and the Hub gets
+    """Go on after an interruption: a finished export of the same command is kept, an unfinished one begun again, and the Hub gets
     the files that it does not have yet."""
     verify: bool = False
     """With --resume: compare the hashes of a finished export's files too, which reads them; without, their sizes."""
@@ -104,7 +104,7 @@ class ExportConfig:
 
     def __post_init__(self) -> None:
         if not self.input:
-            raise UsageError("--input: name at least one data set")
+            raise UsageError("--input: name at least one dataset")
         if self.format not in _NAMES:
             raise UsageError(f"--format {self.format!r}: expected {' or '.join(_NAMES)}")
         if not 1 <= self.num_shards <= _MAX_FILES:
@@ -156,7 +156,7 @@ def export_hf(config: ExportConfig) -> ExportSummary:
         MissingPackage: pyarrow is not installed.
     """
     load_pyarrow()
-    sources = [(store, read_manifest(store, instead_of_rows="export those data sets")) for store in map(open_store, config.input)]
+    sources = [(store, read_manifest(store, instead_of_rows="export those datasets")) for store in map(open_store, config.input)]
     _check_sources(sources, config)
     held = sum((Counter(manifest.data_types) for _, manifest in sources), Counter[str]())
     data_types = {name: held[name] for name in sorted(held) if _takes(config, name)}
@@ -167,7 +167,7 @@ def export_hf(config: ExportConfig) -> ExportSummary:
     names = _part_names(config.format, min(config.num_shards, rows))
     fingerprint = _fingerprint(sources, config)
     page = partial(
-        pack_card,
+        serialize_card,
         [manifest for _, manifest in sources],
         config.format,
         data_types=data_types,
@@ -183,7 +183,7 @@ def export_hf(config: ExportConfig) -> ExportSummary:
         _look(store, config)
     pushed = None
     if not is_complete or config.push_to_hub is not None:
-        with Claim(store, 0, 0) as claim:
+        with Lease(store, 0, 0) as claim:
             if not is_complete:
                 _begin(store, config, page(), names[-1])
                 files = _write(store, sources, config, names, rows, page, claim)
@@ -207,7 +207,7 @@ def _write(
     names: Sequence[str],
     rows: int,
     page: Callable[..., bytes],
-    claim: Claim,
+    claim: Lease,
 ) -> dict[str, Written]:
     with _scratch_folder(config.output) as folder:
         size = sum(_record_bytes(row) for _, manifest in sources for row in manifest.shards)
@@ -274,7 +274,7 @@ def _look(store: Store, config: ExportConfig) -> list[str]:
     Raises:
         UsageError: they, or others, are in the way.
     """
-    found = [entry.name for entry in store.list() if not entry.name.startswith(CLAIMS)]
+    found = [entry.name for entry in store.list() if not entry.name.startswith(LEASES)]
     foreign = [name for name in found if not _OURS.fullmatch(name)]
     if CARD in found and TAG.encode() not in store.read(CARD):
         foreign.append(CARD)
@@ -291,7 +291,7 @@ def _look(store: Store, config: ExportConfig) -> list[str]:
 
 
 def _begin(store: Store, config: ExportConfig, page: bytes, last_part: str) -> None:
-    """Make the output unfinished: clear an earlier export, write what says that this one is under way. Under a Claim."""
+    """Make the output unfinished: clear an earlier export, write what says that this one is under way. Under a Lease."""
     found = _look(store, config)
     store.clean_temp()
     store.delete(FILES)
@@ -334,7 +334,7 @@ def _local_path(url: str) -> str:
     return unquote(urlsplit(url).path) if split_scheme(url)[0] == "file" else url
 
 
-def _record_bytes(row: ShardRow) -> int:
+def _record_bytes(row: ShardInfo) -> int:
     """What the rows of a shard come to in the shuffle, at most: the tar is larger, and so are 4 bytes a character and code,
     unless the text becomes JSON."""
     if "visual_sft" in row.data_types:
@@ -350,7 +350,7 @@ def _scatter(sources: Sequence[_Source], config: ExportConfig, shuffle: Shuffle,
                 if not _takes(config, sample.data_type):
                     continue
                 grids = None if sample.grids is None else codes_named(sample.grids, codes)
-                shuffle.add(pack_row(sample._replace(codes=codes_named(sample.codes, codes), grids=grids)))
+                shuffle.add(serialize_table_row(sample._replace(codes=codes_named(sample.codes, codes), grids=grids)))
 
 
 def _write_parts(
@@ -360,7 +360,7 @@ def _write_parts(
     records: Iterator[bytes],
     file_format: Format,
     page: Callable[..., bytes],
-    claim: Claim,
+    claim: Lease,
 ) -> dict[str, Written]:
     """Cut the records into files whose row counts differ by one at most; the card is whole before the last is published."""
     files = {}

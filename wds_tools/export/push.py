@@ -1,4 +1,4 @@
-"""A finished export of Parquet files -> a data set repository of the Hugging Face Hub; interrupted, it goes on where it stopped.
+"""A finished export of Parquet files -> a dataset repository of the Hugging Face Hub; interrupted, it goes on where it stopped.
 
     local files - those that the repository has already, by hash -> commits of a few files -> the card, and stale files go
 
@@ -72,7 +72,7 @@ def push(folder: Path, repository: str, *, private: bool = False, quiet: bool = 
             last.append(hub.CommitOperationAdd(card.NAME, folder / card.NAME))
             sent += 1
         if last:
-            api.create_commit(repository, last, repo_type="dataset", commit_message="Complete the data set")
+            api.create_commit(repository, last, repo_type="dataset", commit_message="Complete the dataset")
     except (OSError, ValueError, RuntimeError, _transport_error(hub)) as error:
         what = ": ".join((str(one).strip() or type(one).__name__).splitlines()[0] for one in (error, error.__cause__) if one)
         raise StorageError(

@@ -1,9 +1,9 @@
 """Samples -> records -> columns -> the bytes of an Arrow or Parquet file.
 
-    pack_row(sample)  a few fixed fields, text and codes as they are: what waits in the shuffle, a third of its final size
+    serialize_table_row(sample)  a few fixed fields, text and codes as they are: what waits in the shuffle, a third of its final size
     write_part(...)   records -> batches of the seven columns -> one file
 
-The columns are the reference pipeline's, so that old and new data sets can be concatenated: strings all but `length`; what a
+The columns are Liquid's, so that old and new datasets can be concatenated: strings all but `length`; what a
 sample does not have is the string "no"; codes are a JSON list in a string, as json.dumps writes it. The text of a conversation
 is JSON too: an object with its `conversations` and, if it has codes, the `grids` that they are cut into. The only module that
 imports pyarrow, and only when it is used. Memory is one batch.
@@ -55,7 +55,7 @@ _BATCH = {"arrow": _Limits(1000, 8 << 20), "parquet": _Limits(100_000, 8 << 20)}
 """A batch closes at whichever comes first. Arrow: what save_to_disk writes at once. Parquet: a row group."""
 
 
-def pack_row(sample: Sample) -> bytes:
+def serialize_table_row(sample: Sample) -> bytes:
     """The record of a sample.
 
     Raises:

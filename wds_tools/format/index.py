@@ -164,7 +164,7 @@ def make_index(
     )
 
 
-def pack_index(index: ShardIndex) -> bytes:
+def serialize_index(index: ShardIndex) -> bytes:
     """The bytes of an index file: equal indices give equal bytes."""
     columns = {name: getattr(index, name) for name in ("lengths", "crc32", "text_chars", "num_codes")}
     if not _follows_from_lengths(index):
@@ -180,7 +180,7 @@ def pack_index(index: ShardIndex) -> bytes:
     return bytes(safetensors.numpy.save(contiguous, {"wds_tools_index": orjson.dumps(head).decode()}))
 
 
-def unpack_index(data: bytes | memoryview, name: str = "index") -> ShardIndex:
+def parse_index(data: bytes | memoryview, name: str = "index") -> ShardIndex:
     """Read an index file. Its columns are views of `data`.
 
     Raises:
@@ -196,7 +196,7 @@ def read_rows(data: bytes | memoryview, first: int, last: int, name: str = "inde
     for a hundred rows of 10,000.
 
     Raises:
-        FormatError: see unpack_index; or the index ends before `last`.
+        FormatError: see parse_index; or the index ends before `last`.
     """
     return _read(data, first, last, name)
 

@@ -1,7 +1,7 @@
-"""The manifest of a data set: one row a shard, totals, what was rejected, and where everything came from.
+"""The manifest of a dataset: one row a shard, totals, what was rejected, and where everything came from.
 
-`manifest.json` is written last; its existence means that the data set is complete. `fingerprint()` hashes what training
-depends on (schema version, shard names, sample counts and content hashes, in order) and nothing else, so a data set that was
+`manifest.json` is written last; its existence means that the dataset is complete. `fingerprint()` hashes what training
+depends on (schema version, shard names, sample counts and content hashes, in order) and nothing else, so a dataset that was
 copied elsewhere keeps it and one that was changed does not.
 `manifest_hash` is over the file itself, with its own 64 digits as zeros; `rejects_hash` over the files of rejects.
 Invariant: inputs = samples + rejects; what is packed can be unpacked. Cost: about 250 bytes a shard.
@@ -34,11 +34,11 @@ _LEAST_SAMPLE_BYTES = 512
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ShardRow:
+class ShardInfo:
     """What the manifest says of one shard."""
 
     name: str
-    """File name relative to the data set, such as "shard-000000-0000.tar"."""
+    """File name relative to the dataset, such as "shard-000000-0000.tar"."""
     samples: Annotated[int, range(1 << 32)]
     bytes: Count
     """Size of the tar."""
@@ -73,9 +73,9 @@ def hash_rejects(digests: Mapping[str, str]) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """A complete data set."""
+    """A complete dataset."""
 
-    shards: tuple[ShardRow, ...]
+    shards: tuple[ShardInfo, ...]
     inputs: int
     """Records read: samples + rejects."""
     rejects: Mapping[str, int] = field(default_factory=dict)
@@ -83,7 +83,7 @@ class Manifest:
     codes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Code column -> its provenance: tokenizer, codebook_size, stride, weights_hash, preprocessing_version, precision, ..."""
     source: Mapping[str, Any] = field(default_factory=dict)
-    """What made it: command, settings, input files; for a pass over a data set, that one's fingerprint and own source."""
+    """What made it: command, settings, input files; for a pass over a dataset, that one's fingerprint and own source."""
     schema_version: int = SCHEMA_VERSION
     """Of its samples; ANY_MEMBERS if they are WebDataset samples of other kinds: then nothing is counted but them."""
     rejects_hash: str | None = hash_rejects({})
@@ -145,7 +145,7 @@ class _Document:
     rejects: Mapping[str, Count]
     codes: Mapping[str, Mapping[str, Any]]
     source: Mapping[str, Any]
-    shards: tuple[ShardRow, ...]
+    shards: tuple[ShardInfo, ...]
     manifest_hash: str | None = None
     rejects_hash: str | None = None
 
@@ -169,11 +169,11 @@ class _Codes:
     codebook_size: Annotated[int, range(1, (1 << 32) + 1)] | None = None
 
 
-def pack_manifest(manifest: Manifest) -> bytes:
+def serialize_manifest(manifest: Manifest) -> bytes:
     """The bytes of manifest.json: indented, keys in a fixed order.
 
     Raises:
-        FormatError: they could not be read again: see unpack_manifest.
+        FormatError: they could not be read again: see parse_manifest.
     """
     hashes = {} if manifest.rejects_hash is None else {"manifest_hash": f"sha256:{_NO_HASH}"}
     record = {
@@ -194,11 +194,11 @@ def pack_manifest(manifest: Manifest) -> bytes:
     data = orjson.dumps(record, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
     if hashes:
         data = data.replace(_NO_HASH.encode(), hashlib.sha256(data).hexdigest().encode(), 1)
-    unpack_manifest(data)
+    parse_manifest(data)
     return data
 
 
-def unpack_manifest(data: bytes, name: str = NAME) -> Manifest:
+def parse_manifest(data: bytes, name: str = NAME) -> Manifest:
     """Read a manifest.
 
     Raises:
@@ -232,9 +232,9 @@ def unpack_manifest(data: bytes, name: str = NAME) -> Manifest:
     return manifest
 
 
-def row_from_json(record: Mapping[str, Any]) -> ShardRow:
-    """A ShardRow from its JSON form. Raises FormatError: a field is missing, unknown, or of another type."""
-    return shape(ShardRow, record, "not the row of a shard")
+def shard_info_from_json(record: Mapping[str, Any]) -> ShardInfo:
+    """A ShardInfo from its JSON form. Raises FormatError: a field is missing, unknown, or of another type."""
+    return shape(ShardInfo, record, "not the row of a shard")
 
 
 def _check_stated(name: str, key: str, stated: object, found: object) -> None:
@@ -257,7 +257,7 @@ def _check_counts(manifest: Manifest, name: str) -> None:
 
 
 def is_plain_name(name: object) -> bool:
-    """Whether it can name a shard: it leads nowhere but to a file inside the data set, on every backend."""
+    """Whether it can name a shard: it leads nowhere but to a file inside the dataset, on every backend."""
     return (
         isinstance(name, str)
         and all(segment not in ("", ".", "..") for segment in name.split("/"))
@@ -266,7 +266,7 @@ def is_plain_name(name: object) -> bool:
     )
 
 
-def _check_row(row: ShardRow, name: str) -> None:
+def _check_row(row: ShardInfo, name: str) -> None:
     if not is_plain_name(row.name):
         raise FormatError(f"{name}: the shard name {row.name!r} is not a plain relative path, such as shard-000000-0000.tar")
     where = f"{name}: {row.name}"

@@ -21,7 +21,7 @@ from wds_tools.errors import FormatError
 
 SCHEMA_VERSION = 1
 ANY_MEMBERS = 0
-"""The schema version of indexed tars of others: WebDataset samples of any members, which nothing here but the loaders can use."""
+"""The schema version of indexed third-party tars: WebDataset samples of any members, which nothing here but the loaders can use."""
 DATA_TYPES = ("image_text", "image_text_multi", "text_pretrain", "visual_sft")
 CODE_COLUMNS = ("vqcode_512", "vqcode_multi768")
 IMAGE_EXTENSIONS = ("jpg", "png", "webp", "gif", "bmp", "tif")
@@ -31,7 +31,7 @@ TOKEN_MEMBERS = ("tokens.npy", "loss.npy", "segments.npy")
 RESERVED_FIELDS = frozenset((*JSON_FIELDS, *CODE_COLUMNS, "cls", "id", "index", "inx"))
 """Names that provenance may not use: the schema's own, and those that Hugging Face casts to integers."""
 CHARACTERS_PER_CODE = 4
-"""`length` counts a code as this many characters, as the reference pipeline does."""
+"""`length` counts a code as this many characters, as Liquid does."""
 MAX_KEY_BYTES = 64
 MAX_COLUMN_BYTES = 31
 """With a key, two dots and "npy" 100 bytes: what fits the name of a ustar header."""
@@ -54,7 +54,7 @@ class Sample(NamedTuple):
     """One training example. A named tuple, since millions are made; give its fields by name."""
 
     key: str
-    """Unique over the data set: letters, digits, '_' and '-', at most 64."""
+    """Unique over the dataset: letters, digits, '_' and '-', at most 64."""
     data_type: str
     """One of DATA_TYPES."""
     text: str
@@ -90,7 +90,7 @@ class Sample(NamedTuple):
 
     @property
     def length(self) -> int:
-        """Characters of text + 4 x number of codes: the reference pipeline's measure of a sample."""
+        """Characters of text + 4 x number of codes: Liquid's measure of a sample."""
         return self.text_chars + CHARACTERS_PER_CODE * self.num_codes
 
     @property
@@ -133,7 +133,7 @@ def code_column(data_type: str, name: str = "") -> str:
 
     Args:
         data_type: one of DATA_TYPES.
-        name: of the set of codes, where a data set has several.
+        name: of the set of codes, where a dataset has several.
 
     Raises:
         FormatError: the data type has no image, or the name can't be one.

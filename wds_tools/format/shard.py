@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from wds_tools.errors import FormatError
 from wds_tools.format.checksum import content_hash, crc32
 from wds_tools.format.index import IndexBuilder, ShardIndex
-from wds_tools.format.manifest import ShardRow
+from wds_tools.format.manifest import ShardInfo
 from wds_tools.format.schema import IMAGE_EXTENSIONS, JSON_FIELDS, Sample, SourceImage, is_reserved, validate
 from wds_tools.format.tar import BLOCK, END, Member, header, padding
 
@@ -221,13 +221,13 @@ class ShardBuilder:
         self.num_bytes += at
         return data
 
-    def finish(self, name: str) -> tuple[bytes, ShardIndex, ShardRow]:
+    def finish(self, name: str) -> tuple[bytes, ShardIndex, ShardInfo]:
         """The end marker to be written last, the index, and the row for the manifest, under this name."""
         self._hash.update(END)
         xxh128 = self._hash.hexdigest()
         tar_bytes = self.num_bytes + len(END)
         index = self._index.build(tar_bytes, xxh128)
-        row = ShardRow(
+        row = ShardInfo(
             name=name,
             samples=self.num_samples,
             bytes=tar_bytes,

@@ -1,6 +1,6 @@
-"""A pass: tasks in, a finished data set out. Converters and the encoding pass differ only in their plan and their work.
+"""A pass: tasks in, a finished dataset out. Converters and the encoding pass differ only in their plan and their work.
 
-    plan -> look (is the output in the way?) -> Claim (no other run writes there) -> begin, or take up what an earlier run left
+    plan -> look (is the output in the way?) -> Lease (no other run writes there) -> begin, or take up what an earlier run left
          -> work(task, writer) in this process, in workers, or on a Ray cluster -> finish (manifest)
 
 A run with `part` does every Nth task, and `finalize` what is left to do when all parts are through.
@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal, Protocol, TypeVar
 
 import orjson
 
-from wds_tools.dataset.lease import Claim
+from wds_tools.dataset.lease import Lease
 from wds_tools.dataset.reader import read_manifest
 from wds_tools.dataset.writer import (
     PLAN,
@@ -59,11 +59,11 @@ _REPORT_EVERY = 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class PassOptions:
+class JobOptions:
     """How any pass runs. None of these changes a byte of the output, but for the shard limits."""
 
     output: str
-    """Where the data set goes: a directory or an object-store prefix."""
+    """Where the dataset goes: a directory or an object-store prefix."""
     workers: int = 1
     """Processes to use."""
     resume: bool = False
@@ -72,7 +72,7 @@ class PassOptions:
     verify: bool = False
     """With --resume or --part: compare the hashes of what was finished too, which reads it."""
     overwrite: bool = False
-    """Remove the data set that is at the output first."""
+    """Remove the dataset that is at the output first."""
     max_rejects: str = "10%"
     """Most inputs that may be unusable: a count ("100") or a share ("2.5%"). Images outside the aspect ratio don't count."""
     shard_samples: int = ShardLimits.samples
@@ -209,12 +209,12 @@ class RejectBudget:
             )
 
 
-def run_pass(plan: Plan, work: Work, options: PassOptions) -> Manifest:
+def run_job(plan: Plan, work: Work, options: JobOptions) -> Manifest:
     """Carry out a plan.
 
     Returns:
-        The manifest of the finished data set (at once, if --resume finds it complete). Of a part: what that part made, with
-        `part` in its source; the data set has no manifest yet.
+        The manifest of the finished dataset (at once, if --resume finds it complete). Of a part: what that part made, with
+        `part` in its source; the dataset has no manifest yet.
 
     Raises:
         UsageError: the output is in the way, or another run is writing there.
@@ -232,12 +232,12 @@ def run_pass(plan: Plan, work: Work, options: PassOptions) -> Manifest:
     if isinstance(found, Manifest):
         check_complete(store, found, verify=options.verify, quiet=options.quiet)
         if options.part is None and has_working_files(store):
-            with Claim(store, part, joining):
+            with Lease(store, part, joining):
                 drop_working_files(store)
         return found
     with (
         on_cluster(options.ray_address) if options.executor == "ray" else nullcontext(),
-        Claim(store, part, joining) as claim,
+        Lease(store, part, joining) as claim,
     ):
         try:
             return _run_claimed(plan, fixed, work, options, store, claim)
@@ -249,7 +249,7 @@ def run_pass(plan: Plan, work: Work, options: PassOptions) -> Manifest:
             raise
 
 
-def _fixed(plan: Plan, options: PassOptions) -> dict[str, Any]:
+def _fixed(plan: Plan, options: JobOptions) -> dict[str, Any]:
     """Everything that decides on a byte of the output, as a rerun has to have it too."""
     try:
         tasks_json = orjson.dumps(plan.tasks)
@@ -264,8 +264,8 @@ def _fixed(plan: Plan, options: PassOptions) -> dict[str, Any]:
     }
 
 
-def _run_claimed(plan: Plan, fixed: Mapping[str, Any], work: Work, options: PassOptions, store: Store, claim: Claim) -> Manifest:
-    """See run_pass; the output is this run's, or this part's."""
+def _run_claimed(plan: Plan, fixed: Mapping[str, Any], work: Work, options: JobOptions, store: Store, claim: Lease) -> Manifest:
+    """See run_job; the output is this run's, or this part's."""
     part, parts = _parse_part(options.part)
     budget = RejectBudget.parse(options.max_rejects)
     source = {"plan": fixed, "python": sys.version.split()[0], **plan.source}
@@ -285,7 +285,7 @@ def _run_claimed(plan: Plan, fixed: Mapping[str, Any], work: Work, options: Pass
     results = {number: result for number, result in done_tasks(store).items() if number in own}
     results = sound_tasks(store, results, verify=options.verify, quiet=options.quiet)
     todo = [(number, plan.tasks[number]) for number in own if number not in results]
-    rejects, inputs = _tally(results.values())
+    rejects, inputs = _sum_up(results.values())
     limits = ShardLimits(samples=options.shard_samples, bytes=options.shard_bytes)
     task_fn = _RunTask(work, options.output, limits, plan.key_prefix)
     with (
@@ -313,11 +313,11 @@ def check_ray_device(device: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class FinalizeConfig:
-    """Write the manifest of a data set that was made in parts; if some are missing, say which."""
+    """Write the manifest of a dataset that was made in parts; if some are missing, say which."""
 
     output: str
-    """The data set: what the parts had as --output."""
-    max_rejects: str = PassOptions.max_rejects
+    """The dataset: what the parts had as --output."""
+    max_rejects: str = JobOptions.max_rejects
     """Most inputs that may be unusable, over all parts: a count or a share."""
 
     def __post_init__(self) -> None:
@@ -346,15 +346,15 @@ def finalize(config: FinalizeConfig) -> Manifest:
         check_complete(store, manifest)
         return manifest
     begun = read_begun(store)
-    with Claim(store, 0, 0):
+    with Lease(store, 0, 0):
         budget = RejectBudget.parse(config.max_rejects)
-        budget.check(*_tally(done_tasks(store).values()), final=True, where=store.url)
+        budget.check(*_sum_up(done_tasks(store).values()), final=True, where=store.url)
         size = shape(_Size, begun.pop("plan"), f"{store.url}/{PLAN}: not a plan")
         return finish(store, size.num_tasks, **begun)
 
 
 def _execute(
-    plan: Plan, run_task: _RunTask, todo: Sequence[tuple[int, Any]], options: PassOptions, on_report: Report
+    plan: Plan, run_task: _RunTask, todo: Sequence[tuple[int, Any]], options: JobOptions, on_report: Report
 ) -> Generator[TaskResult, None, None]:
     if options.executor == "local":
         yield from run_tasks(run_task, todo, workers=options.workers, on_report=on_report)
@@ -383,7 +383,7 @@ def _parse_part(part: str | None) -> tuple[int, int]:
     return int(match[1]) % int(match[2]), int(match[2])
 
 
-def _tally(results: Iterable[TaskResult]) -> tuple[Counter[str], int]:
+def _sum_up(results: Iterable[TaskResult]) -> tuple[Counter[str], int]:
     """Rejects by reason, and inputs."""
     rejects: Counter[str] = Counter()
     inputs = 0

@@ -1,1 +1,1 @@
-"""Data sets -> shards of token rows, ahead of training."""
+"""Datasets -> shards of token rows, ahead of training."""

@@ -1,4 +1,4 @@
-"""Pack data sets into shards of token rows: then training tokenizes nothing, and its state is a position.
+"""Pack datasets into shards of token rows: then training tokenizes nothing, and its state is a position.
 
     samples of all inputs, interleaved in proportion -> examples, 256 at a time -> Packer -> rows -> output shards
 
@@ -21,10 +21,10 @@ import numpy as np
 from wds_tools.dataset.reader import read_manifest, read_stored
 from wds_tools.dataset.writer import TaskWriter
 from wds_tools.errors import FormatError, Reject, UsageError
-from wds_tools.format.manifest import Manifest, row_from_json
+from wds_tools.format.manifest import Manifest, shard_info_from_json
 from wds_tools.format.schema import ANY_MEMBERS, Sample, one_set
 from wds_tools.format.shard import sample_from_members
-from wds_tools.jobs.job import Advance, PassOptions, Plan, run_pass
+from wds_tools.jobs.job import Advance, JobOptions, Plan, run_job
 from wds_tools.sequences.build import ROWS_VERSION, ExampleBuilder
 from wds_tools.sequences.config import SequenceConfig
 from wds_tools.sequences.pack import Packer
@@ -33,15 +33,15 @@ from wds_tools.sequences.sources import codebook_size_of
 from wds_tools.storage import open_store
 
 _AT_ONCE = 256
-_PACKED_ALREADY = "train on the rows as they are, or pack those data sets again into another output"
+_PACKED_ALREADY = "train on the rows as they are, or pack those datasets again into another output"
 
 
 @dataclass(frozen=True, kw_only=True)
-class PackConfig(PassOptions):
-    """Pack data sets into shards of token rows of one length, so that training tokenizes nothing."""
+class PackConfig(JobOptions):
+    """Pack datasets into shards of token rows of one length, so that training tokenizes nothing."""
 
     input: tuple[str, ...]
-    """The data sets: directories or URLs. Every sample is used once."""
+    """The datasets: directories or URLs. Every sample is used once."""
     tokenizer: str
     """Folder of a Hugging Face tokenizer, with the tokens around images (see `wds-tools vocabulary`)."""
     seq_len: int
@@ -95,7 +95,7 @@ def pack(config: PackConfig) -> Manifest:
         The manifest of the rows; its `source` has "rows" (length, vocabulary) and "counts" (samples, tokens, padding ...).
 
     Raises:
-        UsageError: the tokenizer does not fit, or see run_pass.
+        UsageError: the tokenizer does not fit, or see run_job.
     """
     manifests = [read_manifest(open_store(url), instead_of_rows=_PACKED_ALREADY) for url in config.input]
     for url, manifest in zip(config.input, manifests, strict=True):
@@ -124,7 +124,7 @@ def pack(config: PackConfig) -> Manifest:
         },
         schema_version=ANY_MEMBERS,
     )
-    return run_pass(plan, _PackSamples(config.sequences, config.seed, config.epoch, size, config.codes), config)
+    return run_job(plan, _PackSamples(config.sequences, config.seed, config.epoch, size, config.codes), config)
 
 
 def _share(urls: Sequence[str], manifests: Sequence[Manifest], number: int, num_tasks: int) -> list[list[Any]]:
@@ -225,7 +225,7 @@ def _interleaved(task: Sequence[Sequence[Any]]) -> Iterator[tuple[str, Sample]]:
 def _read(url: str, ranges: Sequence[Sequence[Any]]) -> Iterator[tuple[str, Sample]]:
     store = open_store(url)
     for record, first, last in ranges:
-        row = row_from_json(record)
+        row = shard_info_from_json(record)
         for number, stored in enumerate(read_stored(store, row)):  # to its end, where its hash is compared
             if first <= number < last:
                 yield row.name, sample_from_members(stored.key, stored.payloads)

@@ -105,7 +105,7 @@ def run_on_ray(
     here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     board = ray.remote(num_cpus=0, scheduling_strategy=here)(_Board).remote()
     box = [ray.put(fn)]
-    tally = _Tally(on_report)
+    counter = _ReportCounter(on_report)
     waiting = enumerate(tasks)
     pending: dict[Any, int] = {}
     try:
@@ -115,11 +115,11 @@ def run_on_ray(
             if not pending:
                 return
             done, _ = ray.wait(list(pending), timeout=_POLL_S)
-            tally.take(ray.get(board.read.remote()))
+            counter.take(ray.get(board.read.remote()))
             for ref in done:
                 place = pending.pop(ref)
                 result, counts = _get(ray, ref, place)
-                tally.close(place, counts)
+                counter.close(place, counts)
                 yield result
     finally:
         for ref in pending:
@@ -140,7 +140,7 @@ class _Board:
         return told
 
 
-class _Tally:
+class _ReportCounter:
     """Turns what tasks have done since they began into what is new."""
 
     def __init__(self, on_report: Report) -> None:

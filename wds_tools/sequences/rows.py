@@ -4,7 +4,7 @@
     KEY.loss.npy      (ceil(L / 8),) uint8: a bit for each token, the first is the highest: which are trained
     KEY.segments.npy  (S,) tokens of each example or piece of a document; what is left of L is padding
 
-Members of a data set have one L. Labels are ids, or -100 where nothing is trained: padding, prompts, and the first token of a
+Members of a dataset have one L. Labels are ids, or -100 where nothing is trained: padding, prompts, and the first token of a
 segment, which would be predicted from the segment before. Legend: B rows, L tokens.
 """
 

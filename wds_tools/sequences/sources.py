@@ -1,4 +1,4 @@
-"""What the manifests of data sets say about the codes in them."""
+"""What the manifests of datasets say about the codes in them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from wds_tools.format.schema import one_set
 
 
 def codebook_size_of(manifests: Sequence[Manifest], urls: Sequence[str], given: int | None, names: Sequence[str | None]) -> int:
-    """Entries of the codebook that all data sets were encoded with; 0 if none of them has codes.
+    """Entries of the codebook that all datasets were encoded with; 0 if none of them has codes.
 
     Args:
-        manifests, urls: of the data sets.
+        manifests, urls: of the datasets.
         given: what the user says that it is.
         names: of the set of codes that is used of each; None: the first that it has.
 

@@ -1,1 +1,1 @@
-"""A web page to look at a data set, served on this machine."""
+"""A web page to look at a dataset, served on this machine."""

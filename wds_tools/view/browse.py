@@ -135,7 +135,7 @@ def search(rows: Rows, query: Query, after: int, limit: int, budget_s: float = S
     """The next samples that match, as many as are found in the time that there is.
 
     Args:
-        rows: the data set.
+        rows: the dataset.
         query: what to look for.
         after: the number of the first sample to look at.
         limit: at most so many.

@@ -1,4 +1,4 @@
-"""Path and query -> answer, for one data set: what `server` serves, without HTTP around it.
+"""Path and query -> answer, for one dataset: what `server` serves, without HTTP around it.
 
     /  /sample/N  /rejects       the page (static/index.html), which asks for the rest:
     /static/NAME                 its parts, from a fixed list
@@ -65,7 +65,7 @@ class Answer:
     content_type: str
     length: int
     is_fixed: bool = False
-    """Whether it will be the same as long as the data set is."""
+    """Whether it will be the same as long as the dataset is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +94,7 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class PagesConfig:
-    """What is shown beside the data set itself."""
+    """What is shown beside the dataset itself."""
 
     weights: str | None = None
     """Weights of the tokenizer that made the codes, if it brings none: for chameleon, its folder."""
@@ -105,10 +105,10 @@ class PagesConfig:
 
 
 class Pages:
-    """The answers for one data set, for many threads.
+    """The answers for one dataset, for many threads.
 
     Args:
-        store: the data set.
+        store: the dataset.
         config: settings.
 
     Raises:
@@ -246,7 +246,7 @@ class Pages:
 
 
 def _earlier(source: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """What the data sets rejected that this one was made from, one after the other. A manifest may say anything there."""
+    """What the datasets rejected that this one was made from, one after the other. A manifest may say anything there."""
     for _ in range(_MAX_PASSES):
         made_from = source.get("input")
         if not isinstance(made_from, Mapping):

@@ -127,7 +127,7 @@ class Pictures:
         except BrokenProcessPool as error:
             self._process = None
             raise WorkerDied(
-                "the process that decodes pictures was killed, or memory ran out: look again to start it anew"
+                "the process that decodes pictures was killed, or memory ran out: look again to start it again"
             ) from error
 
     def _kept(self, name: Hashable) -> bytes | None:

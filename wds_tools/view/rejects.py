@@ -24,10 +24,10 @@ FIELDS = ("reason", "detail", "source", "line", "key")
 
 
 class Rejects:
-    """The rejects of a data set, in order.
+    """The rejects of a dataset, in order.
 
     Args:
-        store: the data set.
+        store: the dataset.
     """
 
     def __init__(self, store: Store) -> None:

@@ -52,18 +52,18 @@ _HEADERS = {
 
 @dataclass(frozen=True, kw_only=True)
 class ViewConfig(PagesConfig):
-    """Look at a data set in a browser."""
+    """Look at a dataset in a browser."""
 
     input: str
-    """The data set: a directory or URL."""
+    """The dataset: a directory or URL."""
     port: int = 8765
     """Where to listen; 0 takes any free port."""
     host: str = "127.0.0.1"
-    """The address to listen on. Whoever reaches another one than the default can read the data set: there is no password."""
+    """The address to listen on. Whoever reaches another one than the default can read the dataset: there is no password."""
     allow_host: tuple[str, ...] = ()
     """Names under which the page may be asked for, beside localhost and addresses in numbers: those of a proxy in front."""
     strict_links: bool = False
-    """Follow no symlink that leads out of the data set: for what was unpacked from archives of strangers."""
+    """Follow no symlink that leads out of the dataset: for what was unpacked from archives of strangers."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
@@ -77,7 +77,7 @@ class ViewServer(ThreadingHTTPServer):
         config: settings.
 
     Raises:
-        NotFound, FormatError: there is no data set, or its manifest is damaged.
+        NotFound, FormatError: there is no dataset, or its manifest is damaged.
         UsageError: the address can't be listened on.
     """
 

@@ -5,7 +5,7 @@ import { count, el } from "/static/dom.js";
 export const MODES = ["number", "rarity", "repeats"];
 const TITLES = {
   number: "equal codes have equal colours",
-  rarity: "the brighter, the rarer the code in the data set",
+  rarity: "the brighter, the rarer the code in the dataset",
   repeats: "the brighter, the more often the code stands in this picture",
 };
 const HEAT = [[10, 10, 14], [66, 29, 104], [147, 38, 103], [221, 81, 58], [252, 165, 10], [252, 255, 164]];

@@ -7,7 +7,7 @@ export function showRejects(main, url, signal) {
   const total = Object.values(dataSet.rejects).reduce((sum, number) => sum + number, 0);
   if (!total) {
     const earlier = dataSet.earlier.filter((pass) => Object.keys(pass.rejects).length).map((pass) => el("p", {},
-      `The data set that this one was made from, ${pass.url}, rejected `,
+      `The dataset that this one was made from, ${pass.url}, rejected `,
       Object.entries(pass.rejects).map(([name, number]) => `${count(number)} ${name}`).join(", "), "."));
     replace(main, state("No rejects", `All ${count(dataSet.inputs)} inputs became samples.`, earlier));
     return {};

@@ -52,7 +52,7 @@ export function showSamples(main, url, signal) {
   const place = el("div", {}, cards);
   replace(main, tools(query), notice, progress, place, pager);
   if (!dataSet.samples) {
-    replace(place, state("This data set is empty", "It has a manifest and no samples."));
+    replace(place, state("This dataset is empty", "It has a manifest and no samples."));
     return keysOf(cards, () => {}, () => {});
   }
 
@@ -78,7 +78,7 @@ function browse(first, { place, pager, fill }, signal) {
   const back = () => { if (first > 0) go(at(first - PAGE)); };
   const label = el("span", { className: "label" }, "");
   const say = (from) => { label.textContent = `#${count(from)} – #${count(Math.min(from + PAGE, dataSet.samples) - 1)} of ${count(dataSet.samples)}`; };
-  const slider = el("input", { type: "range", min: 0, max: Math.max(last, 0), step: PAGE, value: first, "aria-label": "place in the data set" });
+  const slider = el("input", { type: "range", min: 0, max: Math.max(last, 0), step: PAGE, value: first, "aria-label": "place in the dataset" });
   slider.addEventListener("input", () => say(Number(slider.value)));
   slider.addEventListener("change", () => go(at(Number(slider.value))));
   replace(pager,
