@@ -46,8 +46,9 @@ def affordable_prefetch(config: LoaderConfig, world: World, sources: Sequence[Op
     if fitting >= config.prefetch_factor:
         return config.prefetch_factor
     what = (
-        f"{SHARED_MEMORY} has {free:,} bytes free for this rank: {config.num_workers} workers with prefetch={config.prefetch_factor} "
-        f"batches of about {int(batch):,} bytes need {int(batch) * (config.num_workers * config.prefetch_factor + _HELD_BY_TRAINER):,}"
+        f"{SHARED_MEMORY} has {free:,} bytes free for this rank: {config.num_workers} workers with "
+        f"prefetch_factor={config.prefetch_factor} batches of about {int(batch):,} bytes need "
+        f"{int(batch) * (config.num_workers * config.prefetch_factor + _HELD_BY_TRAINER):,}"
     )
     if fitting < 1:
         raise UsageError(f"{what}, and even prefetch=1 is too much. {_MORE}")

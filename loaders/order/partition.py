@@ -2,8 +2,8 @@
 
 Step k of an epoch that begins at `start` is positions [start + k B, start + (k + 1) B). Rank r of W takes the consecutive part
 [k B + r B div W, k B + (r + 1) B div W), and worker w of n computes steps w, w + n, ... So any (B, W, n) reads one sequence.
-The last step of last_batch="short" has what is left, dealt out in the same way. If that is less than a sample for each rank, the step
-before has it too; if there is none before, the next epoch's first samples make up one for each.
+The last step of last_batch="short" has what is left, dealt out in the same way. If that is less than a sample for each rank, the
+step before has it too; if there is none before, the next epoch's first samples make up one for each.
 Invariant: every rank has the same number of steps, and at least one sample in each.
 """
 

@@ -198,7 +198,7 @@ class Coverage:
         return self._sources.complete()
 
     def _is_dropped(self, epoch: int, reached: int) -> bool:
-        """Whether a run with last_batch="drop" ended the epoch here: what is left is less than its batch, now or after a resume."""
+        """Whether a run with last_batch="drop" ended the epoch here: less than its batch is left, now or after a resume."""
         left = self._order.length - reached
         return any(
             receipt.last_batch == "drop" and batch_size > left and ((of, high) == (epoch, reached) or (of, low) == (epoch + 1, 0))

@@ -69,7 +69,8 @@ class EpochLoader:
         done = state.get("done") if isinstance(state, Mapping) else None
         if type(done) is not int or "loader" not in state:
             raise UsageError(
-                f"not the state of an EpochLoader, which has `loader` and `done`: {str(state)[:80]}; a loader's is for rounds.loader"
+                f"not the state of an EpochLoader, which has `loader` and `done`: {str(state)[:80]}; a loader's is for "
+                "epoch_loader.loader"
             )
         self.loader.load_state_dict(state["loader"])
         self._done = done % (self._num_steps or 1)

@@ -1,4 +1,4 @@
-"""Documents as anybody may have written them: the readers and the changes of tests/format/test_untrusted.py, with seeds of our own."""
+"""Documents as anybody may have written them: readers and changes of tests/format/test_untrusted.py, with seeds of our own."""
 
 from __future__ import annotations
 

@@ -286,7 +286,8 @@ def test_a_folder_that_cannot_be_written_is_one_warning_and_reading_goes_on(tmp_
 
 LOAD = f"""
 import importlib.util, sys
-spec = importlib.util.spec_from_file_location("cache", {str(ROOT / "loaders/reading/cache.py")!r})  # without torch, which takes seconds
+# without torch, which takes seconds
+spec = importlib.util.spec_from_file_location("cache", {str(ROOT / "loaders/reading/cache.py")!r})
 cache_module = sys.modules["cache"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(cache_module)
 """

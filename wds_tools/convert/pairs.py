@@ -3,8 +3,8 @@
     lines, cut into ranges -> record -> fetch the image's bytes -> look at its header -> Sample(text, image) -> shards
 
 Only headers are looked at here: format, size, aspect ratio. Pixels are first decoded by the encoding pass, and what only that
-finds is a reject there; or here, if an `ImageEncoder` is handed in, which fills the codes on the way. Images are fetched a few at a
-time ahead of their turn; the order of the lines is kept.
+finds is a reject there; or here, if an `ImageEncoder` is handed in, which fills the codes on the way. Images are fetched a few at
+a time ahead of their turn; the order of the lines is kept.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class ImageEncoder(Protocol):
 
 
 def convert_image_pairs(config: ImagePairsConfig, image_encoder: ImageEncoder | None = None) -> Manifest:
-    """Convert, and fill the codes if there is an image_encoder; returns the manifest of the finished dataset. Raises: see run_job."""
+    """Convert, and fill the codes with an image_encoder; returns the manifest of the finished dataset. Raises: see run_job."""
     inputs = expand_inputs(config, by_suffix(".jsonl"))
     ranges = plan_lines(inputs.files, config.task_lines, quiet=config.quiet)
     root = {"image_root": config.image_root, "strict_links": config.strict_links}

@@ -1,6 +1,6 @@
 """Write a dataset, task by task, so that it can be killed at any moment and finished later with the same bytes.
 
-    Lease             _work/run-ID.json          see `claim`
+    Lease             _work/run-ID.json          see `lease`
     look, begin(plan) _work/plan.json            what is being made; a rerun, and every part, must match it
     TaskWriter        shard-TTTTTT-PPPP.tar      part P of task T: closes at a count or a size
                       shard-TTTTTT-PPPP.tar.index

@@ -1,7 +1,7 @@
 """Samples with images in, the same samples with codes out, in the same order: what the passes that encode have in common.
 
-An `ImageEncoder` is a value that travels to the worker processes; each of them loads the tokenizer when its first task begins. With
-several devices each process takes one of them, and keeps it.
+An `ImageEncoder` is a value that travels to the worker processes; each of them loads the tokenizer when its first task begins.
+With several devices each process takes one of them, and keeps it.
 """
 
 from __future__ import annotations

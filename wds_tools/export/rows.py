@@ -1,6 +1,6 @@
 """Samples -> records -> columns -> the bytes of an Arrow or Parquet file.
 
-    serialize_table_row(sample)  a few fixed fields, text and codes as they are: what waits in the shuffle, a third of its final size
+    serialize_table_row(sample)  a few fixed fields, text and codes as they are: what waits in the shuffle, a third of its size
     write_part(...)   records -> batches of the seven columns -> one file
 
 The columns are Liquid's, so that old and new datasets can be concatenated: strings all but `length`; what a

@@ -21,7 +21,7 @@ from wds_tools.errors import FormatError
 
 SCHEMA_VERSION = 1
 ANY_MEMBERS = 0
-"""The schema version of indexed third-party tars: WebDataset samples of any members, which nothing here but the loaders can use."""
+"""The schema version of indexed third-party tars: WebDataset samples of any members, which only the loaders can use."""
 DATA_TYPES = ("image_text", "image_text_multi", "text_pretrain", "visual_sft")
 CODE_COLUMNS = ("vqcode_512", "vqcode_multi768")
 IMAGE_EXTENSIONS = ("jpg", "png", "webp", "gif", "bmp", "tif")
