@@ -20,7 +20,7 @@ from loaders.order.partition import BatchPartition
 from loaders.order.samples import SampleOrder
 from loaders.proof.receipt import SampleHash, total_of
 from loaders.reading.cache import BlockCache
-from loaders.reading.prefetch_factor import PositionRange, Reader, lanes_of
+from loaders.reading.prefetch import PositionRange, Reader, lanes_of
 from loaders.tokens.packing import Cursor, LaneRows
 from loaders.tokens.rows import RowMaker, check_packed_ahead, read_token_rows
 from wds_tools.errors import WdsToolsError
