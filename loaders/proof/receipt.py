@@ -62,7 +62,7 @@ def receipt_to_json(
         "run": run,
         "rank": world.rank,
         "world_size": world.world_size,
-        "order": asdict(order.spec),
+        "spec": asdict(order.spec),
         "step_samples": order.step_samples,
         "recipe": dict(order.recipe),
         "last_batch": last_batch,

@@ -58,7 +58,7 @@ def state_to_json(order: SampleOrder, epoch: int, position: int) -> dict[str, An
         "order_version": ORDER_VERSION,
         "epoch": epoch,
         "position": position,
-        "order": asdict(order.spec),
+        "spec": asdict(order.spec),
         "step_samples": order.step_samples,
         "recipe": dict(order.recipe),
         "sources": [

@@ -68,7 +68,7 @@ def test_every_conversion_takes_a_prefix_and_names_it_in_its_settings(convert: A
 @pytest.mark.parametrize("prefix", ["a.b", "a/b", "a b", "é", "x" * 46])
 def test_a_prefix_that_can_not_begin_a_key_is_refused(prefix: str) -> None:
     with pytest.raises(UsageError, match="--key-prefix"):
-        ConvertOptions(output="out", key_prefix=prefix)
+        ConvertOptions(input=("in.jsonl",), output="out", key_prefix=prefix)
 
 
 def test_the_longest_prefix_still_makes_keys(tmp_path: Path) -> None:

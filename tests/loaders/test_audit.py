@@ -262,7 +262,7 @@ def test_repeats_shares_and_sources_without_weights_are_understood(tmp_path: Pat
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (("order", "seed"), 43, "receipt-1.json is of another run than receipt-0.json: seed is 43, not 42"),
+        (("spec", "seed"), 43, "receipt-1.json is of another run than receipt-0.json: seed is 43, not 42"),
         (("recipe", "repeat"), [2], r"repeat is \[2\], not \[1\]"),
         (("sources", 0, "fingerprint"), "sha256:00", "fingerprint of source 0 is 'sha256:00', not"),
     ],

@@ -378,8 +378,8 @@ def test_a_state_of_another_recipe_is_refused_with_what_differs(tmp_path: Path, 
         ({"order_version": 0}, "order version 0"),
         ({"position": -1}, "position is -1, expected a whole number from 0 to"),
         ({"epoch": "1"}, "epoch is '1', expected a whole number"),
-        ({"order": {}}, "not the state"),
-        ({"order": None}, "not the state"),
+        ({"spec": {}}, "not the state"),
+        ({"spec": None}, "not the state"),
     ],
 )
 def test_what_is_no_state_is_refused(tmp_path: Path, change: dict[str, Any], says: str) -> None:

@@ -358,17 +358,17 @@ def test_keys_with_folders_dots_and_long_names_are_webdatasets(tmp_path: Path, f
         {"epoch": 1 << 62},
         {"epoch": 1 << 70},
         {"position": 1 << 70},
-        {"order": {"lanes": 7.5}},
-        {"order": {"block_bytes": 1 << 70, "chunk_bytes": 1 << 70}},
+        {"spec": {"lanes": 7.5}},
+        {"spec": {"block_bytes": 1 << 70, "chunk_bytes": 1 << 70}},
     ],
     ids=str,
 )
 def test_a_state_that_was_edited_is_refused(url: str, change: dict[str, Any]) -> None:
     made = loader(url)
     state = made.state_dict()
-    order = {**state["order"], **change.get("order", {})}
+    spec = {**state["spec"], **change.get("spec", {})}
     with pytest.raises(UsageError):
-        made.load_state_dict({**state, **change, "order": order})
+        made.load_state_dict({**state, **change, "spec": spec})
 
 
 def test_a_small_source_of_a_long_mixture_may_have_any_number_of_epochs(url: str, tmp_path: Path) -> None:
