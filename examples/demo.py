@@ -107,14 +107,16 @@ def stream(datasets: Sequence[Path], receipts: Path) -> tuple[int, int]:
     sources = tuple(Source(str(url)) for url in datasets)
     receipts.mkdir()
     two = [
-        build_loader(LoaderConfig(sources=sources, batch_size=16, tail="short", num_workers=1), World(rank=rank, world_size=2))
+        build_loader(
+            LoaderConfig(sources=sources, batch_size=16, last_batch="short", num_workers=1), World(rank=rank, world_size=2)
+        )
         for rank in range(2)
     ]
     before = 0
     for _, *batches in zip(range(len(two[0]) // 2), *two, strict=False):
         before += sum(len(batch["__key__"]) for batch in batches)
     state = json.loads(json.dumps(two[0].state_dict()))
-    one = build_loader(LoaderConfig(sources=sources, batch_size=24, tail="short"), World())
+    one = build_loader(LoaderConfig(sources=sources, batch_size=24, last_batch="short"), World())
     one.load_state_dict(state)
     after = sum(len(batch["__key__"]) for batch in one)
     for name, loader in (("two-0", two[0]), ("two-1", two[1]), ("one-0", one)):

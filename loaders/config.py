@@ -48,9 +48,9 @@ class Source:
         if max_samples is not None and max_samples < 1:
             raise UsageError(f"{where}: max_samples={max_samples}, expected 1 or more")
         if fraction is not None and not 0 < fraction <= 1:
-            raise UsageError(f"{where}: share={fraction} is not above 0 and up to 1")
+            raise UsageError(f"{where}: fraction={fraction} is not above 0 and up to 1")
         if fraction is not None and max_samples is not None:
-            raise UsageError(f"{where}: give max_samples or share, not both")
+            raise UsageError(f"{where}: give max_samples or fraction, not both")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +116,7 @@ class LoaderConfig:
         if self.on_error not in ("raise", "substitute"):
             raise UsageError(f"on_error={self.on_error!r} is not raise or substitute")
         if self.num_workers < 0 or self.prefetch_factor < 1 or self.memory_bytes < 1 or self.max_bad < 0 or self.cache_bytes < 1:
-            raise UsageError("num_workers, max_bad: 0 or more; prefetch, memory_bytes, cache_bytes: 1 or more")
+            raise UsageError("num_workers, max_bad: 0 or more; prefetch_factor, memory_bytes, cache_bytes: 1 or more")
         if self.lanes is not None and not 1 <= self.lanes < 1 << 31:
             raise UsageError(f"lanes={self.lanes} is not in 1 ... 2**31 - 1")
         if self.packing and self.sequences is None:

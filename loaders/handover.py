@@ -51,8 +51,8 @@ def affordable_prefetch(config: LoaderConfig, world: World, sources: Sequence[Op
         f"{int(batch) * (config.num_workers * config.prefetch_factor + _HELD_BY_TRAINER):,}"
     )
     if fitting < 1:
-        raise UsageError(f"{what}, and even prefetch=1 is too much. {_MORE}")
-    warnings.warn(f"{what}; going on with prefetch={fitting}. {_MORE}", stacklevel=2)
+        raise UsageError(f"{what}, and even prefetch_factor=1 is too much. {_MORE}")
+    warnings.warn(f"{what}; going on with prefetch_factor={fitting}. {_MORE}", stacklevel=2)
     return fitting
 
 

@@ -1,6 +1,6 @@
 """One dataset as a torch IterableDataset on webdataset's pipeline: shuffled, decoded samples, each once an epoch.
 
-    Stream (the order) -> this rank's and worker's positions -> Reader -> dicts -> .map / .batched / WebLoader / DataLoader
+    SampleOrder -> this rank's and worker's positions -> Reader -> dicts -> .map / .batched / WebLoader / DataLoader
 
 Position p belongs to rank p mod world_size, and worker w of n takes every n-th of a rank's. Rows are read and decoded
 `_CHUNK` at a time; what comes out are single samples.
@@ -48,8 +48,8 @@ class ShardDataset(wds.DataPipeline, wds.compat.FluidInterface):  # type: ignore
         rank: this process among `world_size`. Without both, they are detected (World.detect) and compared with torch.distributed
             at the first sample; rank=0, world_size=1 gives every process all samples.
         world_size: training processes; each sample goes to one of them.
-        tail: what becomes of the last samples, fewer than world_size: `short` hands them out, so that ranks may differ by one;
-            `drop` leaves them out; `wrap` fills up from the beginning of the next epoch.
+        last_batch: what becomes of the last samples, fewer than world_size: `short` hands them out, so that ranks may differ by
+            one; `drop` leaves them out; `wrap` fills up from the beginning of the next epoch.
         lanes: parts of the data that are read side by side.
         memory_bytes: what a process keeps of the data that it has fetched.
         cache_dir: a folder on a local disk that keeps what was fetched from object storage.

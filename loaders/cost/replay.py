@@ -1,6 +1,6 @@
 """Plays the part of one training process: what it would ask of storage, counted instead of fetched.
 
-    Stream, Steps -> the process's own Reader over sources that only count -> ProcessCost
+    SampleOrder, BatchPartition -> the process's own Reader over sources that only count -> ProcessCost
 
 A process that has few steps is played in full. Of any other, two windows are: from the start of the epoch, for what is in
 memory at most, and from its middle, where whole cycles of its read-ahead are counted and taken for the whole epoch. Where not

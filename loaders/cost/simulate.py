@@ -1,6 +1,6 @@
 """What a recipe will cost, from manifests alone: no shard, no index is read, and the data need not exist yet.
 
-    sources, config, world size -> Stream -> steps, and how well the order is mixed
+    sources, config, world size -> SampleOrder -> steps, and how well the order is mixed
                                           -> replay.py: requests, bytes and memory of one process
 
 Cost: a few seconds and the plan's memory, whatever the number of samples.

@@ -1,6 +1,6 @@
 """The whole order of a run: sources opened, their plans, and the mixture over them.
 
-    config + manifests -> Stream;   Stream.locate(epoch, positions) -> source, shard, row of each
+    config + manifests -> SampleOrder;   SampleOrder.locate(epoch, positions) -> source, shard, row of each
 
 Sources without weights are one pool: their shards form one tape, so an epoch has every sample exactly `repeat` times. Sources
 with weights have a plan each, and a Mixture draws from them. An epoch of the stream is `length` positions; the next one goes

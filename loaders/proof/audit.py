@@ -1,11 +1,11 @@
 """Receipts against manifests: what became of every sample of every epoch.
 
-    receipts -> those that count -> the Stream that all of them name, over the manifests
+    receipts -> those that count -> the SampleOrder that all of them name, over the manifests
     -> Tally: each epoch counted by position, each receipt and each complete epoch added up -> Audit
 
 A receipt names positions, the stream says which samples they are, the manifest's fingerprint what their hashes are: no shard
 and no index is read.
-Cost: see tally.py.
+Cost: see coverage.py.
 """
 
 from __future__ import annotations
@@ -220,7 +220,7 @@ def _last_of_runs(receipts: Sequence[Receipt]) -> tuple[list[Receipt], tuple[tup
     """The receipts that count, and (name, name of the later one) of those that don't.
 
     A loader whose receipt is written at each checkpoint says the same again, and more: of receipts with the same run, rank,
-    world and tail, one whose spans begin those of another does not count.
+    world and last_batch, one whose spans begin those of another does not count.
     """
     runs: dict[object, list[Receipt]] = defaultdict(list)
     for receipt in receipts:
@@ -228,7 +228,7 @@ def _last_of_runs(receipts: Sequence[Receipt]) -> tuple[list[Receipt], tuple[tup
     counted, superseded = [], []
     for members in runs.values():
         last: list[Receipt] = []
-        for receipt in sorted(members, key=_extent, reverse=True):
+        for receipt in sorted(members, key=_num_positions, reverse=True):
             later = next((other for other in last if _begins_with(other.spans, receipt.spans)), None)
             if later is None:
                 last.append(receipt)
@@ -238,7 +238,7 @@ def _last_of_runs(receipts: Sequence[Receipt]) -> tuple[list[Receipt], tuple[tup
     return sorted(counted, key=lambda receipt: receipt.name), tuple(sorted(superseded))
 
 
-def _extent(receipt: Receipt) -> int:
+def _num_positions(receipt: Receipt) -> int:
     """Positions that its spans have, over all ranks."""
     return sum(high - low for _, low, high, _ in receipt.spans)
 

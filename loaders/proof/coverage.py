@@ -1,7 +1,7 @@
 """Counts how often each position of an epoch was handed over, and adds up the hashes of the samples behind them.
 
     spans of all receipts, in chunks of positions -> times handed over -> missing and repeated ranges
-    the same through Stream.locate -> samples -> the total of each receipt, and of each complete epoch
+    the same through SampleOrder.locate -> samples -> the total of each receipt, and of each complete epoch
 
 Invariant: handed_over = expected - missing - dropped - unseen + repeated.
 Cost: about 0.4 us a sample, a twentieth of it without hashes; memory is a chunk and the plan.

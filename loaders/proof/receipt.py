@@ -49,7 +49,7 @@ def receipt_to_json(
     Args:
         stream: what was read.
         world: by whom.
-        tail: how the last step of an epoch is made up: with the spans it says which positions a rank had.
+        last_batch: how the last step of an epoch is made up: with the spans it says which positions a rank had.
         spans: what was handed over, in time order.
         num_samples: how many samples that was.
         hash_total: the sum of their hashes, substituted ones aside.
@@ -100,7 +100,7 @@ class _Substitution:
 
 @dataclass(frozen=True, kw_only=True)
 class _Recipe:
-    """A stream's recipe; see Stream.recipe."""
+    """A sample order's recipe; see SampleOrder.recipe."""
 
     weights: tuple[tuple[float, ...], ...] | None
     from_positions: tuple[Count, ...]

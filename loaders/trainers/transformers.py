@@ -16,7 +16,7 @@ from typing import Any
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from loaders.trainers.epochs import EpochLoader
+from loaders.epochs import EpochLoader
 from wds_tools.errors import UsageError
 from wds_tools.format.typed_json import read_json
 from wds_tools.storage import open_store

@@ -160,7 +160,9 @@ def test_shard_dataset_gives_grids_and_images(tmp_path: Path) -> None:
 
 def test_conversations_mix_with_documents_and_pairs_and_resume_anywhere(encoded: Path, tmp_path: Path) -> None:
     make_dataset(tmp_path / "rest", [text_sample(0), image_sample(1), text_sample(2), image_sample(3)])
-    config = LoaderConfig(sources=(Source(str(encoded)), Source(str(tmp_path / "rest"))), batch_size=2, seed=1, tail="short")
+    config = LoaderConfig(
+        sources=(Source(str(encoded)), Source(str(tmp_path / "rest"))), batch_size=2, seed=1, last_batch="short"
+    )
     kinds = {}
     loader = build_loader(config)
     for batch in loader:

@@ -23,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loaders import LoaderConfig, ShardDataset, Source, build_loader
-from loaders.order.samples import OpenSource, Stream
+from loaders.order.samples import OpenSource, SampleOrder
 from loaders.proof.audit import audit
 from loaders.proof.receipt import parse_receipt
 from loaders.tokens.packing import parse_cursors
@@ -169,7 +169,7 @@ def test_manifests(folder: Path) -> None:
         source = Source("set")
         opened = OpenSource(source, open_store("memory://set"), manifest)
         if manifest.bytes < 1 << 30:  # larger ones are planned too, but not within a test
-            Stream([opened], LoaderConfig(sources=(source,), batch_size=4)).locate(0, np.arange(1))
+            SampleOrder([opened], LoaderConfig(sources=(source,), batch_size=4)).locate(0, np.arange(1))
 
     check(document, read)
 
@@ -258,7 +258,7 @@ def test_a_state_beyond_its_epoch_is_refused(folder: Path) -> None:
 
 
 def test_the_state_behind_an_epoch_that_was_filled_up_is_taken(folder: Path) -> None:
-    dataset = ShardDataset(str(folder), rank=0, world_size=5, tail="wrap")
+    dataset = ShardDataset(str(folder), rank=0, world_size=5, last_batch="wrap")
     assert len(list(dataset)) == 5
     dataset.load_state_dict(dataset.state_dict())
     assert list(dataset) == []

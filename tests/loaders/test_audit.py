@@ -253,7 +253,7 @@ def test_repeats_shares_and_sources_without_weights_are_understood(tmp_path: Pat
     receipts, _, _ = train(config(a, Source(b, repeat=3), batch_size=10), 2, 20)
     found = audited(*receipts, complete=True)
     assert (found.is_exact(), found.totals_compared, found.epochs[0].expected) == (True, 2, 100)
-    receipts, _, _ = train(config(Source(a, share=0.5), batch_size=10), 2, 4)
+    receipts, _, _ = train(config(Source(a, fraction=0.5), batch_size=10), 2, 4)
     found = audited(*receipts, complete=True)
     assert (found.is_exact(), found.totals_compared, found.epochs[0].expected) == (True, 0, 20)
     assert audited(*train(config(a, shuffle=False), 2, 5)[0], complete=True).is_exact()
@@ -286,7 +286,7 @@ def test_receipts_of_different_runs_are_refused_with_what_differs(
         ({"order_version": 0}, UsageError, "order version 0; this release reads"),
         ({"version": 9}, UsageError, "version 9"),
         ({"rank": 5}, FormatError, r"rank=5 is not in 0 \.\.\. world_size"),
-        ({"last_batch": "cut"}, FormatError, "tail is 'cut', expected 'drop' or"),
+        ({"last_batch": "cut"}, FormatError, "last_batch is 'cut', expected 'drop' or"),
         ({"spans": [[0, 0, 15, 10]]}, FormatError, "does not end with a step"),
         ({"spans": [[0, 95, 105, 10]]}, FormatError, "does not end with a step"),
         ({"spans": [[0, 0, 1, 1]]}, FormatError, "is no span"),

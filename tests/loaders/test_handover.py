@@ -39,7 +39,7 @@ def outcome(make, batch_size):
     return [told, *(str(one.message) for one in caught)]
 
 found = {"fewer": outcome(loader, 64), "refused": outcome(loader, 256)}
-loaders.loader.affordable_prefetch = lambda config, *_: config.prefetch
+loaders.loader.affordable_prefetch = lambda config, *_: config.prefetch_factor
 found |= {"loader": outcome(loader, 512), "dataset": outcome(dataset, 1)}
 print(json.dumps(found))
 """
@@ -74,15 +74,15 @@ def test_fewer_batches_are_prepared_ahead_where_they_would_not_fit(outcomes: dic
     told, warning = outcomes["fewer"]
     assert told == "8 came"
     assert warning.startswith(
-        "/dev/shm has 2,621,440 bytes free for this rank: 2 workers with prefetch=4 batches of about 524,288"
+        "/dev/shm has 2,621,440 bytes free for this rank: 2 workers with prefetch_factor=4 batches of about 524,288"
     )
-    assert "going on with prefetch=1. docker run --shm-size" in warning
+    assert "going on with prefetch_factor=1. docker run --shm-size" in warning
 
 
 def test_what_can_not_fit_is_refused_before_a_worker_starts(outcomes: dict[str, list[str]]) -> None:
     (told,) = outcomes["refused"]
     assert told.startswith("UsageError: /dev/shm has")
-    assert "even prefetch=1 is too much. docker run --shm-size" in told
+    assert "even prefetch_factor=1 is too much. docker run --shm-size" in told
 
 
 @pytest.mark.parametrize("reader", ["loader", "dataset"])
@@ -93,15 +93,15 @@ def test_a_batch_that_a_worker_can_not_hand_over_is_an_error_and_no_wait(outcome
 
 
 def test_ranks_of_one_machine_share_what_is_free(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = LoaderConfig(sources=(Source(url),), batch_size=64, num_workers=2, prefetch=4)
+    config = LoaderConfig(sources=(Source(url),), batch_size=64, num_workers=2, prefetch_factor=4)
     sources = [open_source(config.sources[0])]
     assert affordable_prefetch(config, World(), sources) == 4
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1000000")
-    with pytest.raises(UsageError, match="even prefetch=1"):
+    with pytest.raises(UsageError, match="even prefetch_factor=1"):
         affordable_prefetch(config, World(), sources)
 
 
 def test_a_machine_without_shared_memory_is_not_asked(url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("loaders.handover.SHARED_MEMORY", str(tmp_path / "none"))
-    config = LoaderConfig(sources=(Source(url),), batch_size=64, num_workers=2, prefetch=4)
+    config = LoaderConfig(sources=(Source(url),), batch_size=64, num_workers=2, prefetch_factor=4)
     assert affordable_prefetch(config, World(), [open_source(config.sources[0])]) == 4

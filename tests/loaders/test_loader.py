@@ -280,7 +280,7 @@ def test_sources_without_weights_are_one_pool_that_is_seen_once(tmp_path: Path) 
     assert {key[0] for source, key in counts if source == "documents"} == {"d"}
 
 
-@pytest.mark.parametrize("limit", [{"max_samples": 12}, {"share": 0.3}])
+@pytest.mark.parametrize("limit", [{"max_samples": 12}, {"fraction": 0.3}])
 def test_a_part_of_a_source_is_the_same_part_every_epoch(tmp_path: Path, limit: dict[str, Any]) -> None:
     url = make_pairs(tmp_path / "set", 40)
     made = loader(Source(url, **limit))
@@ -290,7 +290,7 @@ def test_a_part_of_a_source_is_the_same_part_every_epoch(tmp_path: Path, limit: 
     assert epochs[0] != epochs[1]
 
 
-@pytest.mark.parametrize("limit", [{"max_samples": 12}, {"share": 0.3}, {"share": 1.0}])
+@pytest.mark.parametrize("limit", [{"max_samples": 12}, {"fraction": 0.3}, {"fraction": 1.0}])
 def test_a_part_of_a_source_is_repeated_as_often_as_the_source(tmp_path: Path, limit: dict[str, Any]) -> None:
     url = make_pairs(tmp_path / "set", 40)
     seen = Counter(keys(loader(Source(url, repeat=3, **limit))))
@@ -471,8 +471,8 @@ def test_settings_that_make_no_sense_are_refused(tmp_path: Path, settings: dict[
         ({"max_samples": 0}, "max_samples=0"),
         ({"max_samples": 2.5}, r"max_samples=2\.5 is a float"),
         ({"url": Path("x")}, "a PosixPath, expected a string"),
-        ({"share": 1.5}, "share=1.5"),
-        ({"share": 0.5, "max_samples": 3}, "not both"),
+        ({"fraction": 1.5}, "fraction=1.5"),
+        ({"fraction": 0.5, "max_samples": 3}, "not both"),
     ],
 )
 def test_a_source_that_makes_no_sense_is_refused(source: dict[str, Any], says: str) -> None:

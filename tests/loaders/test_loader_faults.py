@@ -275,7 +275,7 @@ def test_a_server_gone_for_good_ends_the_run_with_the_position_to_resume_from(
 ) -> None:
     monkeypatch.setenv("WDS_TOOLS_RETRY_S", "1")
     expected = rows(loader(local))
-    made = loader(remote, num_workers=num_workers, memory_bytes=TIGHT, prefetch=1)
+    made = loader(remote, num_workers=num_workers, memory_bytes=TIGHT, prefetch_factor=1)
     batches = iter(made)
     found = rows(islice(batches, 3))
     proxy.leave()
@@ -326,7 +326,7 @@ def test_a_missing_shard_is_said_at_once_with_its_url(remote: str, proxy: FaultP
         rows(made)
     asked = proxy.reads(name)
     assert asked
-    assert max(request.turn for request in asked) <= made.config.prefetch  # no batch asks twice
+    assert max(request.turn for request in asked) <= made.config.prefetch_factor  # no batch asks twice
     made.close()
 
 
@@ -338,7 +338,7 @@ def test_a_refusal_in_the_middle_is_said_at_once_with_the_url(
     proxy.faults = lambda request: status(403) if request.path.endswith("2.tar") else None
     with pytest.raises(StorageError, match=rf"{remote}/shard-000000-0002\.tar.*access denied.*epoch 0, position \d+"):
         rows(made)
-    assert max(request.turn for request in proxy.reads("2.tar")) <= made.config.prefetch
+    assert max(request.turn for request in proxy.reads("2.tar")) <= made.config.prefetch_factor
     made.close()
 
 
@@ -371,7 +371,7 @@ def test_a_shard_replaced_by_another_of_its_size_is_found_by_the_crc(
     remote: str, proxy: FaultProxy, in_pieces: None, num_workers: int
 ) -> None:
     store, name = open_store(remote), "shard-000000-0002.tar"
-    made = loader(remote, check_crc=True, memory_bytes=TIGHT, prefetch=1, num_workers=num_workers)
+    made = loader(remote, check_crc=True, memory_bytes=TIGHT, prefetch_factor=1, num_workers=num_workers)
     found = rows(islice(made, 1))
     store.put(name, other_bytes(store.read(name)))
     epochs = (batch for _ in range(4) for batch in made)  # what was read ahead is still the old shard

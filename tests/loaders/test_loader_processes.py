@@ -168,7 +168,7 @@ def kill(pids: Iterable[int]) -> None:
 @pytest.mark.parametrize("read_ahead_s", [0, 1], ids=["while a batch is awaited", "with a batch of theirs on its way"])
 def test_killed_workers_are_said_with_the_position_and_the_run_goes_on_exactly(url: str, read_ahead_s: float) -> None:
     whole = keys(loader(url, num_workers=0))
-    with closing(loader(url, prefetch=1)) as made:
+    with closing(loader(url, prefetch_factor=1)) as made:
         batches = iter(made)
         with new_children() as workers:
             found = keys(islice(batches, 3))
@@ -216,7 +216,7 @@ def test_a_worker_that_is_killed_while_the_loader_closes_does_not_disturb_it(url
 @pytest.mark.slow
 @pytest.mark.parametrize("turn", range(20))
 def test_a_worker_that_is_killed_at_any_moment_is_said(url: str, turn: int) -> None:
-    with closing(loader(url, prefetch=1)) as made:
+    with closing(loader(url, prefetch_factor=1)) as made:
         batches = iter(made)
         with new_children() as workers:
             found = keys(islice(batches, 3 + turn))

@@ -86,7 +86,7 @@ def cut(url: str) -> str:
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_shard_that_is_cut_while_it_is_read_is_named(url: str, num_workers: int) -> None:
-    made = loader(url, num_workers=num_workers, prefetch=1)
+    made = loader(url, num_workers=num_workers, prefetch_factor=1)
     batches = iter(made)
     next(batches)
     shard = cut(url)
@@ -101,7 +101,7 @@ def test_a_shard_that_is_cut_while_it_is_read_is_named(url: str, num_workers: in
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_what_was_cut_off_is_replaced_and_counted_if_that_was_asked_for(url: str, num_workers: int) -> None:
-    made = loader(url, num_workers=num_workers, prefetch=1, on_error="substitute")
+    made = loader(url, num_workers=num_workers, prefetch_factor=1, on_error="substitute")
     batches = iter(made)
     seen = Counter(next(batches)["__key__"])
     cut(url)
@@ -115,7 +115,7 @@ def test_what_was_cut_off_is_replaced_and_counted_if_that_was_asked_for(url: str
 
 
 def test_a_worker_that_met_a_bus_error_is_told_of_with_the_shard_that_was_cut(url: str) -> None:
-    made = loader(url, num_workers=1, prefetch=1)
+    made = loader(url, num_workers=1, prefetch_factor=1)
     batches = iter(made)
     next(batches)
     shard = cut(url)

@@ -207,7 +207,8 @@ def test_every_test_and_module_that_the_page_on_reliability_names_is_there() -> 
     page = (ROOT / "docs/reliability.md").read_text()
     named = re.findall(r"`(test_\w+\.py)::(\w+)`", page)
     assert len(named) > 60
-    assert [one for one in named if f"\ndef {one[1]}(" not in (ROOT / "tests" / one[0]).read_text()] == []
+    tests = {path.name: path.read_text() for path in (ROOT / "tests").rglob("test_*.py")}
+    assert [(file, test) for file, test in named if f"\ndef {test}(" not in tests[file]] == []
     modules = [name for name in re.findall(r"`([\w/]+\.py)`", page) if not name.startswith("test_")]
     places = {name: {"loaders": ROOT, "chaos": ROOT / "tests"}.get(name.split("/")[0], ROOT / "wds_tools") for name in modules}
     assert [name for name, place in places.items() if not (place / name).is_file()] == []
@@ -227,5 +228,5 @@ def test_every_reason_of_a_reject_is_documented_and_provoked() -> None:
     assert len(documented) > 35
     assert set(re.findall(r'Reject\(\s*"(\w+)"', code)) - documented == set()
     assert {name for name in documented if f'"{name}"' not in code} == set()
-    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py") if path.name != "test_docs.py")
+    tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py") if path.name != "test_docs.py")
     assert {name for name in documented if not re.search(rf"[\"']{name}\b", tests)} == set()

@@ -41,7 +41,7 @@ ALLOWED = {
     "wds_tools.pack": JOBS | {"wds_tools.sequences"},
     "wds_tools.export": DATASET,
     "wds_tools.check": JOBS | {"wds_tools.images", "wds_tools.vq", "wds_tools.sequences", "wds_tools.encode"},
-    "wds_tools.view": DATASET | {"wds_tools.images", "wds_tools.vq", "wds_tools.check"},
+    "wds_tools.view": DATASET | {"wds_tools.images", "wds_tools.vq", "wds_tools.check", "wds_tools.sequences"},
     "wds_tools.cli": JOBS
     | {f"wds_tools.{room}" for room in ("convert", "encode", "pack", "sequences", "export", "check", "view")}
     | {"wds_tools"},

@@ -19,10 +19,10 @@ import wds_tools
 
 PUBLIC = {
     "loaders": [
+        "EpochLoader",
         "JsonlDataset",
         "Loader",
         "LoaderConfig",
-        "EpochLoader",
         "SequenceConfig",
         "ShardDataset",
         "Source",
