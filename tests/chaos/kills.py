@@ -55,10 +55,17 @@ COMMANDS: Mapping[str, Sequence[str]] = {
         "10",
     ),
     "index": (),
+    "finalize": (),
     "export hf": ("--input", "small/pairs", "small/texts", "--num-shards", "6"),
 }
 """With inputs below one folder, where they are run."""
-WITHOUT_WORKERS = ("export hf",)
+BEGUN = dict.fromkeys(COMMANDS, "_work/") | {"finalize": "_work/run-"}
+"""What is in an output as soon as a command has begun."""
+IN_PLACE = ("index", "finalize")
+"""Those whose output is there before: run again as they are."""
+WITHOUT_WORKERS = ("export hf", "finalize")
+RESOURCE_TRACKER = re.compile(r"^.*resource_tracker: There appear to be.*\n.*\n", re.MULTILINE)
+"""What Python says of a process that was killed before it could tidy up."""
 LIMIT_S = 240.0
 """Of anything that is waited for: seconds on an idle machine."""
 
@@ -98,16 +105,17 @@ class Kills:
             self._peace[name] = self._run_in_peace(name)
         peace, store = self._peace[name], open_store(url)
         again: list[str] = []
-        self._prepare(name, store)
+        self._prepare(name, url)
         for number, target, is_at_work, moment in blows:
             with started(*self._words(name, url), *again, cwd=self._inputs) as process:
                 if is_at_work:
-                    wait_until(lambda: store.list("_work/") or process.poll() is not None, "the run begins", LIMIT_S)
+                    wait_until(lambda: store.list(BEGUN[name]) or process.poll() is not None, "the run begins", LIMIT_S)
                     time.sleep(moment * (peace.ends_s - peace.starts_s))
                 else:
                     time.sleep(moment * peace.ends_s)
+                wait_until(lambda: is_ours(process), "Python has started", LIMIT_S)
                 self._check_end(process, number, strike(process, number, target), store)
-            again = [] if name == "index" else ["--resume"]
+            again = [] if name in IN_PLACE else ["--resume"]
         with started(*self._words(name, url), *again, cwd=self._inputs) as process:
             _, said = process.communicate(timeout=LIMIT_S)
         assert process.returncode == 0, f"the run that should go on: {said}"
@@ -116,23 +124,29 @@ class Kills:
 
     def _words(self, name: str, url: str) -> list[str]:
         place = [url] if name == "index" else ["--output", url]
-        return [*name.removesuffix(" --encode").split(), *COMMANDS[name], *place, "--quiet", *self._workers(name)]
+        return [*name.removesuffix(" --encode").split(), *COMMANDS[name], *place, *self._workers(name)]
 
     def _workers(self, name: str) -> list[str]:
-        return [] if name in WITHOUT_WORKERS else ["--workers", "2"]
+        quiet = [] if name == "finalize" else ["--quiet"]  # which has no progress
+        return quiet if name in WITHOUT_WORKERS else [*quiet, "--workers", "2"]
 
-    def _prepare(self, name: str, store: Store) -> None:
+    def _prepare(self, name: str, url: str) -> None:
         if name == "index":
+            store = open_store(url)
             for tar in sorted((self._inputs / "tars").iterdir()):
                 store.put(tar.name, tar.read_bytes())
+        if name == "finalize":
+            for part in ("1/2", "2/2"):
+                words = ["convert", "dclm", *COMMANDS["convert dclm"], "--output", url, "--part", part, "--quiet"]
+                subprocess.run(command(*words), cwd=self._inputs, env=environment(), check=True, capture_output=True)
 
     def _run_in_peace(self, name: str) -> Peace:
         url = str(self._outputs / f"peace {name}")
         store = open_store(url)
-        self._prepare(name, store)
+        self._prepare(name, url)
         begun = time.monotonic()
         with started(*self._words(name, url), cwd=self._inputs) as process:
-            wait_until(lambda: store.list("_work/") or process.poll() is not None, "the run begins", LIMIT_S)
+            wait_until(lambda: store.list(BEGUN[name]) or process.poll() is not None, "the run begins", LIMIT_S)
             starts_s = time.monotonic() - begun
             _, said = process.communicate(timeout=LIMIT_S)
         assert process.returncode == 0, said
@@ -149,6 +163,8 @@ class Kills:
             allowed |= {128 + number}
         assert status in allowed, f"exit status {status}, expected one of {allowed}: {said}"
         assert "Traceback" not in said, said
+        if number == signal.SIGKILL:
+            said = RESOURCE_TRACKER.sub("", said)
         lines = said.splitlines()
         assert all(line.startswith("wds-tools: ") for line in lines), said
         told = sum(bool(re.search("stopped by|interrupted|a worker process ended", line)) for line in lines)
@@ -172,6 +188,14 @@ def started(*args: str, cwd: Path) -> Iterator[subprocess.Popen[str]]:
             for pid in session(process.pid):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
+
+
+def is_ours(process: subprocess.Popen[str]) -> bool:
+    """Whether the command catches SIGTERM, or has ended. Before, it is Python that starts, and Python that ends."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        caught = re.search(r"^SigCgt:\s*(\w+)$", Path(f"/proc/{process.pid}/status").read_text(), re.MULTILINE)
+        return process.poll() is not None or (caught is not None and bool(int(caught[1], 16) >> (signal.SIGTERM - 1) & 1))
+    return True
 
 
 def strike(process: subprocess.Popen[str], number: signal.Signals, target: Target) -> Target | None:
@@ -207,7 +231,7 @@ def write_inputs(folder: Path) -> None:
     talk = [{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": "Noise."}]
     names = [f"pairs/0/images/{number % 24}.jpg" if number % 12 else "nowhere.jpg" for number in range(40)]
     write_jsonl(folder / "talks.jsonl", ({"id": str(n), "image": name, "conversations": talk} for n, name in enumerate(names)))
-    rows = ({"data_type": "image_text", "text": f"row {number}", "vq_code": [number, 7, 7, 1]} for number in range(80))
+    rows = ({"data_type": "image_text", "text": f"row {number}", "vqcode_512": [number] * 1024} for number in range(80))
     write_jsonl(folder / "rows.jsonl", rows)
     (folder / "tars").mkdir()
     for file in range(30):
