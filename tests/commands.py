@@ -22,13 +22,14 @@ from wds_tools.format.schema import Sample
 from wds_tools.storage import open_store
 
 ROOT = Path(__file__).parents[1]
-_SHARED = ROOT.parent / "shared" / "data"
+SHARED = ROOT.parent / "shared" / "data"
+"""The real inputs, data of others: they lie beside this repository, or not. Prefer `shared`."""
 WAIT_S = 60.0
 
 
 def shared(name: str) -> Path:
     """A file or folder of the real inputs; skips the test where it isn't there."""
-    path = _SHARED / name
+    path = SHARED / name
     if not path.exists():
         pytest.skip(f"needs the real inputs: no shared/data/{name} beside this repository")
     return path

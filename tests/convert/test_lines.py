@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from commands import SHARED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,8 +25,7 @@ from wds_tools.errors import NotFound, Reject, UsageError
 from wds_tools.sources import fields
 from wds_tools.sources.fields import Line, parse_record, required_text
 
-DATA = Path(__file__).parents[2].parent / "shared" / "data"
-FOLDER = DATA / "malformed" / "jsonl"
+FOLDER = SHARED / "malformed" / "jsonl"
 BOM = b"\xef\xbb\xbf"
 
 

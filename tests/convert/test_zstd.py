@@ -5,18 +5,17 @@ from __future__ import annotations
 import io
 import itertools
 import tracemalloc
-from pathlib import Path
 
 import pytest
 import zstandard
+from commands import SHARED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wds_tools.convert.zstd import FrameWalker, decompress
 from wds_tools.errors import Reject
 
-DATA = Path(__file__).parents[2].parent / "shared" / "data"
-FOLDER = DATA / "malformed" / "zst"
+FOLDER = SHARED / "malformed" / "zst"
 MAGIC = b"\x28\xb5\x2f\xfd"
 TEXT = b"".join(b'{"text": "document %d"}\n' % n for n in range(200))
 NOISE = bytes((n * n * 7919 >> 5) & 0xFF for n in range(3000))
@@ -284,9 +283,9 @@ def test_malformed_files_give_what_is_whole_and_a_reason(name: str) -> None:
     assert words in str(rejected)
 
 
-@pytest.mark.skipif(not (DATA / "dclm" / "open").is_dir(), reason="the DCLM files are not at shared/data/dclm/open")
+@pytest.mark.skipif(not (SHARED / "dclm" / "open").is_dir(), reason="the DCLM files are not at shared/data/dclm/open")
 @pytest.mark.parametrize(("name", "num_bytes", "num_lines"), [("shard_00000000", 6094701, 938), ("shard_00000001", 3140069, 470)])
 def test_real_files_of_one_and_of_many_frames_are_decompressed(name: str, num_bytes: int, num_lines: int) -> None:
-    with (DATA / "dclm" / "open" / f"{name}_processed.jsonl.zst").open("rb") as stream:
+    with (SHARED / "dclm" / "open" / f"{name}_processed.jsonl.zst").open("rb") as stream:
         text = b"".join(data for data, _ in decompress(stream))
     assert (len(text), text.count(b"\n")) == (num_bytes, num_lines)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import xxhash
+from commands import SHARED
 from factory import image_sample, text_sample
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -25,7 +26,7 @@ from wds_tools.format.scan import Scan, scan_tar
 from wds_tools.format.shard import ShardBuilder, group_samples
 from wds_tools.format.tar import BLOCK, END, header, padding, read_members
 
-TARS = Path(__file__).parents[2].parent / "shared" / "data" / "malformed" / "tars"
+TARS = SHARED / "malformed" / "tars"
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
 Files = list[tuple[str, bytes | None]]
 """Name and content; None for a folder."""

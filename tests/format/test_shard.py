@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import xxhash
+from commands import SHARED
 from factory import image_sample
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -44,8 +45,7 @@ from wds_tools.format.shard import (
 )
 from wds_tools.format.tar import END, header, padding, read_members
 
-DATA = Path(__file__).parents[2].parent / "shared" / "data"
-TARS = DATA / "malformed" / "tars"
+TARS = SHARED / "malformed" / "tars"
 CAPTION = (
     "A brown dog leaps over the wet sand of a wide and empty beach to catch a red frisbee, while far behind it two small "
     + ("children in coats look for shells where the last wave left a line of weed.")

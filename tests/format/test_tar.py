@@ -11,14 +11,14 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
+from commands import SHARED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wds_tools.errors import FormatError
 from wds_tools.format.tar import BLOCK, END, MAX_MEMBER_BYTES, MAX_SIZE, Member, TarReader, header, padding, read_members
 
-DATA = Path(__file__).parents[2].parent / "shared" / "data"
-TARS = DATA / "malformed" / "tars"
+TARS = SHARED / "malformed" / "tars"
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
 
 ARCHIVES: dict[str, list[tuple[str, bytes]]] = {

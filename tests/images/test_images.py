@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from commands import SHARED
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from memory import grown_mb
@@ -39,9 +40,8 @@ from wds_tools.images import (
 )
 
 REPOSITORY = Path(__file__).parents[2]
-DATA = REPOSITORY.parent / "shared" / "data"
-PAIRS = DATA / "pairs" / "open"
-MALFORMED = DATA / "malformed" / "images"
+PAIRS = SHARED / "pairs" / "open"
+MALFORMED = SHARED / "malformed" / "images"
 
 needs_pairs = pytest.mark.skipif(not PAIRS.is_dir(), reason="the real image-text pairs are not beside this checkout")
 needs_malformed = pytest.mark.skipif(not MALFORMED.is_dir(), reason="the malformed images are not beside this checkout")

@@ -40,8 +40,9 @@ CLUSTER = {
 PARSE_ONLY = """
 import importlib, sys
 from wds_tools.cli import main
-for module, _ in main.COMMANDS.values():
-    importlib.import_module(f"wds_tools.cli.{module}").run = lambda config: 0
+for words, (module, _) in main.COMMANDS.items():
+    if words == tuple(sys.argv[1 : 1 + len(words)]):
+        importlib.import_module(f"wds_tools.cli.{module}").run = lambda config: 0
 status = main.main()
 with open("refused" if status else "parsed", "a") as file:
     print(*sys.argv[1:], file=file)
@@ -212,6 +213,14 @@ def test_every_test_and_module_that_the_page_on_reliability_names_is_there() -> 
     modules = [name for name in re.findall(r"`([\w/]+\.py)`", page) if not name.startswith("test_")]
     places = {name: {"loaders": ROOT, "chaos": ROOT / "tests"}.get(name.split("/")[0], ROOT / "wds_tools") for name in modules}
     assert [name for name, place in places.items() if not (place / name).is_file()] == []
+
+
+def test_the_page_on_the_flow_says_for_twelve_tasks_in_which_files_they_begin() -> None:
+    table = (ROOT / "docs/flow.md").read_text().partition("| to add or change | begin in |\n")[2].partition("\n\n")[0]
+    rows = [re.findall(r"`([\w/.]+)`", line.rpartition(" | ")[2]) for line in table.splitlines()[1:]]
+    assert len(rows) == 12
+    assert min(map(len, rows)) > 0
+    assert [name for row in rows for name in row if not (ROOT / name).is_file()] == []
 
 
 def test_every_row_of_the_page_on_reliability_names_a_test() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import subprocess
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -145,3 +146,10 @@ def test_importing_a_room_does_not_load_what_it_does_not_need(module: str, heavy
     code = f"import sys, {module}; print(sorted({set(heavy)!r} & set(sys.modules)))"
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert found.strip() == "[]"
+
+
+def test_real_inputs_are_reached_in_one_place() -> None:
+    others = [
+        path for path in (ROOT / "tests").rglob("*.py") if path != Path(__file__) and '"shared" / "data"' in path.read_text()
+    ]
+    assert others == [ROOT / "tests/commands.py"]
