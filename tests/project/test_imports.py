@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import subprocess
-import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
