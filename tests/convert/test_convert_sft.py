@@ -75,6 +75,7 @@ def test_every_real_shape_is_taken_in_full_with_text_and_images_unchanged(name: 
         assert sample.provenance["source_id"] == wanted.get("id")
 
 
+@pytest.mark.slow
 def test_conversations_go_through_encode_verify_stream_and_export(tmp_path: Path) -> None:
     folder = shared("sft")
     root = folder / "images/lmms"

@@ -148,19 +148,23 @@ def test_a_killed_conversion_of_documents_resumes_to_the_same_bytes(
     check_kills(convert_dclm(texts), peace, tmp_path, workers=workers)
 
 
+@pytest.mark.slow
 def test_a_killed_encoding_resumes_to_the_same_bytes(raw: Path, peace: Peace, tmp_path: Path) -> None:
     check_kills(encode(raw), peace, tmp_path, workers=2, num_kills=1)
 
 
+@pytest.mark.slow
 def test_a_killed_encoding_on_two_devices_resumes_to_the_bytes_of_one(raw: Path, peace: Peace, tmp_path: Path) -> None:
     check_kills(encode(raw, "cpu,cpu"), peace, tmp_path, workers=2, num_kills=1, like=encode(raw))
 
 
+@pytest.mark.slow
 def test_a_killed_conversion_that_encodes_resumes_to_the_same_bytes(pairs: Path, peace: Peace, tmp_path: Path) -> None:
     args = encode_straight(pairs, "cpu,cpu")
     check_kills(args, peace, tmp_path, workers=2, num_kills=1, like=encode_straight(pairs))
 
 
+@pytest.mark.slow
 def test_a_part_that_was_killed_and_started_again_gives_its_share_of_the_same_bytes(
     raw: Path, peace: Peace, tmp_path: Path
 ) -> None:

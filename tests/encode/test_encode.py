@@ -321,6 +321,7 @@ def test_a_name_that_can_not_name_codes_is_refused(name: str) -> None:
 # ---- straight through ----
 
 
+@pytest.mark.slow
 def test_pairs_are_encoded_straight_through_to_the_same_samples(tmp_path: Path) -> None:
     path = write_pairs(tmp_path / "pairs", 9, width=60)
     (tmp_path / "pairs/images/4.jpg").write_bytes(JPEG[:900])

@@ -76,6 +76,7 @@ def fill(source: Path, output: Path, device: str) -> None:
     encode(EncodeConfig(input=str(source), output=str(output), device=device, shard_samples=3, quiet=True))
 
 
+@pytest.mark.slow
 def test_a_slow_device_does_one_shard_while_the_other_does_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     site, log = tmp_path / "site", tmp_path / "log"
     site.mkdir()

@@ -124,6 +124,7 @@ def test_straight_from_the_files_to_codes(images: dict[str, bytes], alone: dict[
     check(tmp_path / "out", names, alone, {row["line"] - 1: row["reason"] for row in read_rejects(tmp_path / "out")})
 
 
+@pytest.mark.slow
 def test_in_conversations_about_several_images(images: dict[str, bytes], alone: dict[str, Outcome], tmp_path: Path) -> None:
     write_files(tmp_path / "files", images)
     turns = [{"from": "human", "value": "<image><image>What?"}, {"from": "gpt", "value": "That."}]

@@ -66,6 +66,7 @@ def plain(source: Path, tmp_path_factory: pytest.TempPathFactory) -> np.ndarray[
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("precision", "least"), [("bf16", 0.95), ("fp16", 0.99)])
 def test_half_precision_changes_few_codes_and_is_said(
     precision: str, least: float, source: Path, plain: np.ndarray[Any, Any], tmp_path: Path
@@ -76,6 +77,7 @@ def test_half_precision_changes_few_codes_and_is_said(
     assert reasons == ["aspect_ratio", "truncated_image"]
 
 
+@pytest.mark.slow
 def test_a_compiled_network_gives_nearly_the_same_codes_and_is_said(
     source: Path, plain: np.ndarray[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -83,6 +83,7 @@ def test_what_another_run_makes_can_be_compared(encoded: Path, tmp_path: Path) -
     assert result.psnr_between_db == float("inf")
 
 
+@pytest.mark.slow
 def test_a_conversion_that_encodes_stores_the_same(tmp_path: Path) -> None:
     pairs = ["convert", "image-pairs", "--input", write_pairs(tmp_path, 3, width=60)]
     how = ["--tokenizer", "colours", "--device", "cpu"]

@@ -64,7 +64,7 @@ def loader(*sources: Source | str, rank: int = 0, world_size: int = 1, **setting
 TOPOLOGIES = [Topology(8), Topology(5, 2), Topology(8, 4), Topology(7, 7), Topology(11, 3)]
 
 
-@pytest.mark.parametrize(("count", "shard_samples"), [(60, 1), (61, 10), (13, 5), (3, 2)])
+@pytest.mark.parametrize(("count", "shard_samples"), [pytest.param(60, 1, marks=pytest.mark.slow), (61, 10), (13, 5), (3, 2)])
 def test_a_state_saved_anywhere_goes_on_on_any_topology(tmp_path: Path, count: int, shard_samples: int) -> None:
     url = make_pairs(tmp_path / "set", count, shard_samples)
     order = check_resume(
@@ -73,6 +73,7 @@ def test_a_state_saved_anywhere_goes_on_on_any_topology(tmp_path: Path, count: i
     assert sorted(order) == [f"p-{number:05d}" for number in range(count)]
 
 
+@pytest.mark.slow
 def test_a_mixture_with_a_schedule_goes_on_on_any_topology(tmp_path: Path) -> None:
     pairs, documents = make_pairs(tmp_path / "pairs", 23, 5), make_documents(tmp_path / "documents", 41)
     tiny = make_pairs(tmp_path / "tiny", 2, 1, "t")

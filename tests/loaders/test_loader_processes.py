@@ -495,6 +495,7 @@ made.close()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_resident_memory_is_flat_over_many_epochs(tmp_path: Path, num_workers: int) -> None:
     make_dataset(tmp_path / "set", (image_sample(n, side=16) for n in range(1000)), shard_samples=300)

@@ -126,6 +126,7 @@ def test_padded_batches_resume_anywhere(data: Path) -> None:
     check_resume(make, GRID, items=items, every=9)
 
 
+@pytest.mark.slow
 def test_rows_packed_ahead_resume_anywhere_and_are_each_given_once(data: Path) -> None:
     def make(topology: Topology, world: World) -> Loader:
         settings = LoaderConfig(
@@ -192,7 +193,7 @@ class Bounded:
 @pytest.mark.parametrize(
     ("weights", "topologies"),
     [
-        (None, [Topology(4), Topology(12, 3), Topology(2, 1, 2), Topology(6, 2)]),
+        pytest.param(None, [Topology(4), Topology(12, 3), Topology(2, 1, 2), Topology(6, 2)], marks=pytest.mark.slow),
         ((0.6, 0.4), [Topology(3), Topology(12, 4), Topology(4, 2)]),
     ],
 )
@@ -410,6 +411,7 @@ def test_states_of_other_rows_are_refused_with_what_differs(data: Path) -> None:
         merge_states([state, {**state, "position": 99}])
 
 
+@pytest.mark.slow
 def test_receipts_of_padded_rows_and_of_rows_packed_ahead_are_audited(data: Path, tmp_path: Path) -> None:
     settings = {
         "padded": config(data),

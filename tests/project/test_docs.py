@@ -107,7 +107,12 @@ def place(tmp_path: Path, demo: Path) -> Path:
 
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize(
-    "page", [page for page in PAGES if page != SCALING and any(kind in ("python", "bash") for kind, _ in blocks(page))]
+    "page",
+    [
+        pytest.param(page, marks=[] if page == "README.md" else [pytest.mark.slow])
+        for page in PAGES
+        if page != SCALING and any(kind in ("python", "bash") for kind, _ in blocks(page))
+    ],
 )
 def test_every_block_of_a_page_runs(page: str, place: Path, s3: S3Server) -> None:
     open_store("s3://bucket").put("made", b"")  # the server makes buckets on the way
@@ -134,6 +139,7 @@ def parse_only(place: Path) -> Path:
     return program
 
 
+@pytest.mark.slow
 def test_the_blocks_about_clusters_run_on_stand_ins_and_their_commands_are_those_that_there_are(tmp_path: Path) -> None:
     (tmp_path / "bin").mkdir()
     ours = f'exec "{sys.executable}" "{parse_only(tmp_path)}" "$@"'

@@ -201,6 +201,7 @@ print("\\n|" + json.dumps({
 """
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(180)
 def test_ray_data_reads_every_sample_undecoded_where_images_are_of_several_formats(
     pairs: Path, jpeg_and_png: Path, tmp_path: Path
@@ -259,6 +260,7 @@ def prepare(folder: Path) -> None:
     energon(Path(sys.executable).parent / "energon", "prepare", folder, *settings)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(180)
 def test_megatron_energon_prepares_and_loads_and_what_was_there_still_works(tmp_path: Path) -> None:
     pytest.importorskip("megatron.energon", reason="pip install megatron-energon")
@@ -337,6 +339,7 @@ def test_compressed_tars_are_refused_with_the_reason(tmp_path: Path, flag: str, 
     assert not (tmp_path / "tars/manifest.json").exists()
 
 
+@pytest.mark.slow
 def test_indexing_leaves_what_energon_wrote_beside_the_tars_alone(tmp_path: Path) -> None:
     pytest.importorskip("megatron.energon", reason="pip install megatron-energon")
     with wds.TarWriter(str(tmp_path / "0.tar")) as writer:

@@ -43,6 +43,7 @@ def train(data: Path, output: Path, *, ranks: int, steps: int) -> dict[int, floa
     return {record["step"]: record["loss"] for record in records}
 
 
+@pytest.mark.slow
 def test_two_ranks_that_pack_on_the_fly_go_on_from_their_merged_state_with_the_same_losses(data: Path, tmp_path: Path) -> None:
     whole = train(data, tmp_path / "whole", ranks=2, steps=6)
     train(data, tmp_path / "broken", ranks=2, steps=3)

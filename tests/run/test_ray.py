@@ -178,7 +178,9 @@ def passes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str | Pat
     }
 
 
-@pytest.mark.parametrize("name", ["pairs", "sft", "hf", "encode", "pack"])
+@pytest.mark.parametrize(
+    "name", ["pairs", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sft", "hf", "encode", "pack"))]
+)
 def test_each_pass_gives_the_bytes_of_a_local_run(
     name: str, cluster: Cluster, passes: dict[str, list[str | Path]], tmp_path: Path
 ) -> None:
@@ -188,6 +190,7 @@ def test_each_pass_gives_the_bytes_of_a_local_run(
     assert len(list((tmp_path / "ray").glob("*.tar"))) > 1, "one task would prove little"
 
 
+@pytest.mark.slow
 def test_a_driver_that_is_killed_goes_on_with_resume(
     cluster: Cluster, gate: Gate, convert: list[str], expected: dict[str, bytes | None], tmp_path: Path
 ) -> None:
@@ -245,6 +248,7 @@ def test_results_reports_and_errors_arrive_as_they_do_from_local_workers(cluster
     assert dead.startswith("WorkerDied task 0 lost its worker or its node 2 times")
 
 
+@pytest.mark.slow
 def test_a_node_that_is_removed_in_mid_run_changes_no_byte(
     cluster: Cluster, gate: Gate, convert: list[str], expected: dict[str, bytes | None], tmp_path: Path
 ) -> None:

@@ -383,7 +383,7 @@ GOLDEN = {
 }
 
 
-@pytest.mark.parametrize("name", GOLDEN)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] if name == "gemma3" else []) for name in GOLDEN])
 def test_real_tokenizers_give_the_rows_that_transformers_gives(name: str, tmp_path: Path) -> None:
     """Up to where the loss begins the ids are those of the joined string: in one call, special tokens and all."""
     from transformers import AutoTokenizer

@@ -60,6 +60,7 @@ def without_rejects(found: dict[str, bytes]) -> dict[str, bytes]:
     return {name: data for name, data in found.items() if not name.startswith("rejects/")}
 
 
+@pytest.mark.slow
 def test_pairs_codes_and_the_loader_on_s3_are_those_of_a_local_run(bucket: str, tmp_path: Path) -> None:
     path = write_pairs(tmp_path / "in", 12)
     (tmp_path / "in/images/3.jpg").write_bytes(image_bytes(3, 300, 200)[:1500])

@@ -242,6 +242,7 @@ def test_help_is_a_key_away(watched: Watched) -> None:
     assert not page.get_by_role("heading", name="Keyboard").is_visible()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [360, 768])
 def test_nothing_is_wider_than_a_narrow_screen(watched: Watched, width: int) -> None:
     watched.page.set_viewport_size({"width": width, "height": 740})
@@ -251,6 +252,7 @@ def test_nothing_is_wider_than_a_narrow_screen(watched: Watched, width: int) -> 
         assert page.evaluate("document.documentElement.scrollWidth") <= width, path
 
 
+@pytest.mark.slow
 def test_codes_stand_in_for_pictures_that_can_not_be_decoded(browser: Browser, tmp_path: Path) -> None:
     codes = {"vqcode_512": {"tokenizer": "chameleon", "codebook_size": 4096, "precision": "fp32"}}
     make_dataset(tmp_path / "set", [small_codes(image_sample(number)) for number in range(3)], codes=codes)

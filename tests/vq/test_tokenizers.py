@@ -233,6 +233,7 @@ def test_codes_of_chameleon_equal_those_of_a_plain_forward_pass(small_folder: Pa
     check_against_plain(small_folder, small_state, SMALL, pixels)
 
 
+@pytest.mark.slow
 def test_codes_of_a_full_size_chameleon_equal_those_of_a_plain_forward_pass(tmp_path: Path) -> None:
     state = with_real_codebook(random_state(FULL), FULL, photo("coffee.png", 256, 256)[None])
     folder = write_folder(tmp_path / "vqgan", config_tree(FULL), state)
@@ -640,8 +641,10 @@ def test_nearest_refuses_shapes_that_do_not_go_together() -> None:
 # --- sums in one order ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("name", ["tiny", "chameleon"])
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [("tiny", "fp32"), ("tiny", "bf16"), ("chameleon", "fp32"), pytest.param("chameleon", "bf16", marks=pytest.mark.slow)],
+)
 def test_codes_depend_on_nothing_but_the_image(name: str, precision: str, small_folder: Path) -> None:
     weights = str(small_folder) if name == "chameleon" else None
     tokenizer = load_tokenizer(name, weights=weights, device="cpu", precision=precision)
