@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import random
 import subprocess
 import sys
 import time
@@ -154,3 +155,17 @@ def documents(path: Path) -> Iterator[dict[str, Any]]:
     with path.open("rb") as file, zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True) as stream:
         for line in io.TextIOWrapper(stream, "utf-8", newline="\n"):
             yield json.loads(line)
+
+
+def disturb(args: Sequence[str], output: Path, *, workers: int, num_kills: int, work_s: float, rng: random.Random) -> None:
+    """Run a command and kill it some time after it began with the output, several times; then let it end."""
+    again: list[str] = []
+    for _ in range(num_kills):
+        process = start(*args, "--output", str(output), "--workers", str(workers), *again)
+        wait_until(lambda: (output / "_work/plan.json").exists() or process.poll() is not None, "the run begins")  # noqa: B023
+        time.sleep(rng.uniform(0, work_s))
+        process.kill()
+        process.communicate()
+        wait_until(lambda: not session(process.pid), "the workers of a killed run are gone", 20)  # noqa: B023
+        again = ["--resume"]
+    wds_tools(*args, "--output", output, "--workers", str(workers), *again)

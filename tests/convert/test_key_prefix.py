@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from commands import read_rejects, read_samples, tree, write_documents, write_jsonl, write_pairs
-from test_interop import prepare
+from energon import prepare
 
 from loaders import ShardDataset
 from wds_tools.convert.coded import HfConfig, convert_hf

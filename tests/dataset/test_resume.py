@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from commands import (
+    disturb,
     image_bytes,
     last_line,
     session,
@@ -78,20 +79,6 @@ def encode(raw: Path, device: str = "cpu") -> list[str]:
 
 def encode_straight(pairs: Path, device: str = "cpu") -> list[str]:
     return [*convert_pairs(pairs), "--encode", "tiny", "--device", device]
-
-
-def disturb(args: Sequence[str], output: Path, *, workers: int, num_kills: int, work_s: float, rng: random.Random) -> None:
-    """Run a command and kill it some time after it began with the output, several times; then let it end."""
-    again: list[str] = []
-    for _ in range(num_kills):
-        process = start(*args, "--output", str(output), "--workers", str(workers), *again)
-        wait_until(lambda: (output / "_work/plan.json").exists() or process.poll() is not None, "the run begins")  # noqa: B023
-        time.sleep(rng.uniform(0, work_s))
-        process.kill()
-        process.communicate()
-        wait_until(lambda: not session(process.pid), "the workers of a killed run are gone", 20)  # noqa: B023
-        again = ["--resume"]
-    wds_tools(*args, "--output", output, "--workers", str(workers), *again)
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from commands import tree, wds_tools
+from commands import disturb, tree, wds_tools
 from factory import image_sample, make_dataset, text_sample
-from test_resume import disturb
 from tokens import PROVENANCE, readmes, write_tokenizer
 
 from loaders import LoaderConfig, Source, build_loader

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import webdataset as wds
 from commands import image_bytes, wds_tools
+from energon import energon, prepare
 from factory import CODEBOOK_SIZE, image_sample, make_dataset, multi_sample, text_sample
 
 from loaders import LoaderConfig, ShardDataset, Source, TarDataset, build_loader
@@ -246,18 +247,6 @@ for batch in get_loader(dataset):
     for pair in batch:
         print(json.dumps({"__key__": pair.__key__, "json": pair.json, "vqcode_512.npy": pair.codes.tolist()}))
 """
-
-
-def energon(*args: str | Path) -> str:
-    done = subprocess.run([sys.executable, *map(str, args)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def prepare(folder: Path) -> None:
-    """`energon prepare`, as its documentation has it."""
-    settings = ["--non-interactive", "--no-progress", "--split-ratio", "1,0,0", "--sample-type", "CrudeWebdataset"]
-    energon(Path(sys.executable).parent / "energon", "prepare", folder, *settings)
 
 
 @pytest.mark.slow

@@ -133,7 +133,7 @@ PARENT = """
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_workers_die_with_their_parent_however_it_ends(tmp_path: Path, how: signal.Signals) -> None:
     script = tmp_path / "parent.py"
-    script.write_text(textwrap.dedent(PARENT).format(tests=str(Path(__file__).parents[1])))
+    script.write_text(textwrap.dedent(PARENT).format(tests=str(Path(__file__).parent)))
     process = subprocess.Popen(
         [sys.executable, str(script)],
         env=environment(),
