@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import zstandard
+from forks import Forks
 from PIL import Image
 
 from wds_tools.dataset.reader import read_manifest, read_shard
@@ -26,6 +27,7 @@ ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
 """The real inputs, data of others: they lie beside this repository, or not. Prefer `shared`."""
 WAIT_S = 60.0
+_forks: Forks | None = None
 
 
 def shared(name: str) -> Path:
@@ -48,7 +50,14 @@ def environment() -> dict[str, str]:
 
 def wds_tools(*args: str | Path, status: int = 0) -> subprocess.CompletedProcess[str]:
     """Run the command line to its end; its exit status has to be `status`, and there is no traceback."""
-    result = subprocess.run(command(*args), env=environment(), capture_output=True, text=True, timeout=100, check=False)
+    global _forks
+    env = environment()
+    if _forks is None or not _forks.is_alive:
+        _forks = Forks()
+    if _forks.can(env):
+        result = _forks.run(["wds_tools", *map(str, args)], env, 100)
+    else:
+        result = subprocess.run(command(*args), env=env, capture_output=True, text=True, timeout=100, check=False)
     assert result.returncode == status, f"exit status {result.returncode}:\n{result.stdout}{result.stderr}"
     assert "Traceback" not in result.stderr, result.stderr
     return result
