@@ -12,8 +12,8 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wds_tools.convert.zstd import FrameWalker, decompress
 from wds_tools.errors import Reject
+from wds_tools.sources.zstd import FrameWalker, decompress
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data"
 FOLDER = DATA / "malformed" / "zst"

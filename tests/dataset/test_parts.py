@@ -12,7 +12,8 @@ import pytest
 from commands import last_line, start, tree, wait_until, wds_tools, write_documents, write_jsonl, write_pairs
 from s3 import S3Server
 
-from wds_tools.convert.pairs import ImagePairsConfig, convert_image_pairs
+from wds_tools.convert import run_conversion
+from wds_tools.convert.pairs import ImagePairsConfig
 from wds_tools.dataset.writer import begin
 from wds_tools.encode.encode import EncodeConfig, encode
 from wds_tools.storage import open_store
@@ -165,7 +166,7 @@ def test_more_parts_than_tasks_leave_some_with_nothing_to_do(tmp_path: Path) -> 
 
 def test_codes_of_parts_have_their_provenance(tmp_path: Path) -> None:
     pairs, raw = write_pairs(tmp_path, 4), str(tmp_path / "raw")
-    convert_image_pairs(ImagePairsConfig(input=(str(pairs),), output=raw, task_lines=2, quiet=True))
+    run_conversion(ImagePairsConfig(input=(str(pairs),), output=raw, task_lines=2, quiet=True))
     config = EncodeConfig(input=raw, output=str(tmp_path / "whole"), device="cpu", shard_samples=2, quiet=True)
     encode(config)
     for part in ("0/2", "1/2"):

@@ -32,7 +32,6 @@ from wds_tools.check.stats import StatsConfig, stats
 from wds_tools.check.verify import VerifyConfig, verify
 from wds_tools.cli.main import main
 from wds_tools.cli.summary import print_dataset
-from wds_tools.convert.tables import data_files
 from wds_tools.dataset import lease as claim
 from wds_tools.dataset.writer import ShardLimits, TaskWriter, begin
 from wds_tools.errors import FormatError, Reject, UsageError, WdsToolsError
@@ -43,6 +42,7 @@ from wds_tools.format.typed_json import MAX_DEPTH, read_json, shape
 from wds_tools.jobs.job import FinalizeConfig, finalize
 from wds_tools.sequences.prompts import read_prompts
 from wds_tools.sequences.tokenizer import _special_names
+from wds_tools.sources.tables import data_files
 from wds_tools.storage import open_store
 from wds_tools.terminal import say
 from wds_tools.view.rejects import Rejects

@@ -19,7 +19,8 @@ from commands import ROOT, environment, last_line, start, tree, wait_until, wds_
 from factory import image_sample, make_dataset
 from tokens import PROVENANCE, write_small_sets
 
-from wds_tools.convert.pairs import ImagePairsConfig, convert_image_pairs
+from wds_tools.convert import run_conversion
+from wds_tools.convert.pairs import ImagePairsConfig
 from wds_tools.errors import UsageError
 from wds_tools.export.hf import ExportConfig, export_hf
 from wds_tools.jobs.job import JobOptions, Plan, run_job
@@ -162,7 +163,7 @@ def passes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str | Pat
     """A command line of each pass but dclm's, with input for several tasks."""
     folder = tmp_path_factory.mktemp("passes")
     pairs = write_pairs(folder, 4)
-    convert_image_pairs(ImagePairsConfig(input=(str(pairs),), output=str(folder / "raw"), task_lines=2, quiet=True))
+    run_conversion(ImagePairsConfig(input=(str(pairs),), output=str(folder / "raw"), task_lines=2, quiet=True))
     turns = [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "That."}]
     talks = write_jsonl(folder / "talks.jsonl", ({"image": f"images/{i}.jpg", "conversations": turns} for i in range(6)))
     make_dataset(folder / "square", (image_sample(i, side=32) for i in range(9)), codes=PROVENANCE)

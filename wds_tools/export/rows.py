@@ -5,8 +5,8 @@
 
 The columns are Liquid's, so that old and new datasets can be concatenated: strings all but `length`; what a
 sample does not have is the string "no"; codes are a JSON list in a string, as json.dumps writes it. The text of a conversation
-is JSON too: an object with its `conversations` and, if it has codes, the `grids` that they are cut into. The only module that
-imports pyarrow, and only when it is used. Memory is one batch.
+is JSON too: an object with its `conversations` and, if it has codes, the `grids` that they are cut into. pyarrow is imported
+when it is used. Memory is one batch.
 """
 
 from __future__ import annotations

@@ -14,10 +14,10 @@ import hashlib
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, Protocol, TypeVar
+from typing import Annotated, Any, Literal, Protocol
 
 import orjson
 
@@ -49,8 +49,6 @@ from wds_tools.run.progress import Progress
 from wds_tools.run.ray_cluster import on_cluster, run_on_ray
 from wds_tools.storage import Store, join, open_store
 from wds_tools.storage.place import check_apart
-
-Item = TypeVar("Item")
 
 FILTER_REASONS = frozenset({"aspect_ratio"})
 """Rejects that the user's own settings ask for: counted and written down, but no fault, so not held against `max_rejects`."""
@@ -391,20 +389,6 @@ def _sum_up(results: Iterable[TaskResult]) -> tuple[Counter[str], int]:
         rejects.update(result.rejects)
         inputs += result.inputs
     return rejects, inputs
-
-
-def group_to_limit(items: Sequence[Item], size: Callable[[Item], int], limit: int) -> Iterator[list[Item]]:
-    """Cut items into runs whose sizes add up to `limit` at most; a larger item is a run of its own."""
-    group: list[Item] = []
-    held = 0
-    for item in items:
-        if group and held + size(item) > limit:
-            yield group
-            group, held = [], 0
-        group.append(item)
-        held += size(item)
-    if group:
-        yield group
 
 
 def _share(plan: Plan, todo: Sequence[Any]) -> int:

@@ -14,13 +14,14 @@ import io
 import posixpath
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
-from wds_tools.convert.lines import InputFile
-from wds_tools.dataset.writer import REJECTS
 from wds_tools.errors import FormatError, MissingPackage, NotFound, Reject, StorageError, UsageError
 from wds_tools.format.typed_json import read_json, shape
-from wds_tools.sources.fields import Line
+from wds_tools.sources.fields import fields_of
+from wds_tools.sources.inputs import OUR_REJECTS
+from wds_tools.sources.lines import LineRange, plan_lines, read_lines
+from wds_tools.sources.record import InputFile, Record, file_records
 from wds_tools.storage import Store, join, open_store, split_url
 
 ARROW, JSONL, PARQUET = ".arrow", ".jsonl", ".parquet"
@@ -43,14 +44,8 @@ class _File:
     filename: str
 
 
-class TableRow(NamedTuple):
-    """A row of a file."""
-
-    number: int
-    """From 1; of a line, that of the line."""
-    record: Line | dict[str, Any]
-    num_bytes: int
-    """What it adds to the bytes read."""
+NumberedFields = tuple[int, dict[str, Any], int]
+"""Number in its file from 1, fields, and bytes read, of a table row."""
 
 
 def data_files(url: str, sizes: Mapping[str, int]) -> Sequence[str]:
@@ -67,7 +62,7 @@ def data_files(url: str, sizes: Mapping[str, int]) -> Sequence[str]:
             folder = join(url, posixpath.dirname(name)).rstrip("/")
             example = f"{folder}/{(*splits, 'SPLIT')[0]}"
             raise UsageError(f"{folder} holds the splits {', '.join(splits)}: name those that you want, as {example}")
-    names = [name for name in sizes if name.endswith((JSONL, PARQUET)) and REJECTS not in name]
+    names = [name for name in sizes if name.endswith((JSONL, PARQUET)) and not OUR_REJECTS.search(name)]
     for name in sizes:
         if posixpath.basename(name) == _STATE:
             names += _data_files(url, name)
@@ -84,7 +79,34 @@ def data_files(url: str, sizes: Mapping[str, int]) -> Sequence[str]:
     return names
 
 
-def table_rows(file: InputFile) -> Iterator[TableRow]:
+@dataclass(frozen=True)
+class Tables:
+    """Source of what Hugging Face datasets leaves on a disk; a task is a file, or a range of lines of a jsonl."""
+
+    task_lines: int
+    quiet: bool
+    choose = staticmethod(data_files)
+
+    def plan(self, files: Sequence[InputFile]) -> tuple[Sequence[Any], int]:
+        """Files, then ranges of lines; and bytes over all of them. Raises as check_files, load_pyarrow and plan_lines."""
+        check_files(files)
+        tables = [file for file in files if not file.url.endswith(JSONL)]
+        if tables:
+            load_pyarrow()
+        lines = [file for file in files if file.url.endswith(JSONL)]
+        ranges = plan_lines(lines, self.task_lines, quiet=self.quiet)
+        total = sum(file.size for file in tables) + sum(span.end - span.start for span in ranges)
+        return [*map(tuple, tables), *ranges], total
+
+    def read(self, task: LineRange | tuple[str, int]) -> Iterator[Record[Mapping[str, Any]]]:
+        """The records of a file, or of a range."""
+        if isinstance(task, LineRange):
+            lines = read_lines(task)
+            return file_records(task.url, ((line.number, fields_of(line), len(line.data or b"") + 1) for line in lines))
+        return file_records(task[0], table_rows(InputFile(*task)))
+
+
+def table_rows(file: InputFile) -> Iterator[NumberedFields]:
     """The rows of an Arrow or Parquet file.
 
     Raises:
@@ -103,8 +125,8 @@ def load_pyarrow() -> Any:
     return pyarrow
 
 
-def check_files(files: list[InputFile]) -> list[InputFile]:
-    """The same files.
+def check_files(files: Sequence[InputFile]) -> None:
+    """Refuse what is not a table.
 
     Raises:
         UsageError: one that was named is none of these.
@@ -119,7 +141,6 @@ def check_files(files: list[InputFile]) -> list[InputFile]:
                 raise FormatError(
                     f"{url} is no Parquet file but {size} bytes of something else: an unfinished export: finish it first"
                 )
-    return files
 
 
 def _data_files(url: str, state_name: str) -> list[str]:
@@ -131,7 +152,7 @@ def _data_files(url: str, state_name: str) -> list[str]:
     return [posixpath.join(posixpath.dirname(state_name), file.filename) for file in files]
 
 
-def _arrow_rows(url: str, size: int) -> Iterator[TableRow]:
+def _arrow_rows(url: str, size: int) -> Iterator[NumberedFields]:
     pa = load_pyarrow()
     root, name = split_url(url)
     store = open_store(root)
@@ -143,7 +164,7 @@ def _arrow_rows(url: str, size: int) -> Iterator[TableRow]:
                 for start in range(0, len(batch), _BATCH_ROWS):
                     for row in batch.slice(start, _BATCH_ROWS).to_pylist():
                         number += 1
-                        yield TableRow(number, row, num_bytes)
+                        yield number, row, num_bytes
                         num_bytes = 0
         except (pa.ArrowException, OSError) as error:
             if isinstance(error, StorageError):
@@ -155,7 +176,7 @@ def _arrow_rows(url: str, size: int) -> Iterator[TableRow]:
         )
 
 
-def _parquet_rows(url: str, size: int) -> Iterator[TableRow]:
+def _parquet_rows(url: str, size: int) -> Iterator[NumberedFields]:
     pa = load_pyarrow()
     root, name = split_url(url)
     number = 0
@@ -165,7 +186,7 @@ def _parquet_rows(url: str, size: int) -> Iterator[TableRow]:
         for batch in table.iter_batches(batch_size=_BATCH_ROWS):
             for row in batch.to_pylist():
                 number += 1
-                yield TableRow(number, row, each)
+                yield number, row, each
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, StorageError):
             raise
