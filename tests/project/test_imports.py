@@ -35,7 +35,7 @@ ALLOWED = {
     "wds_tools.run": BASE,
     "wds_tools.jobs": JOBS,
     "wds_tools.sequences": FORMAT,
-    "wds_tools.sources": FORMAT | STORAGE,
+    "wds_tools.sources": DATASET,
     "wds_tools.convert": JOBS | SOURCES | {"wds_tools.images"},
     "wds_tools.encode": JOBS | {"wds_tools.images", "wds_tools.vq"},
     "wds_tools.pack": JOBS | {"wds_tools.sequences"},

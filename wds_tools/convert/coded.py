@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from wds_tools.convert.lines import (
     InputFile,
@@ -27,7 +28,9 @@ from wds_tools.dataset.writer import TaskWriter
 from wds_tools.errors import FormatError, Reject, UsageError
 from wds_tools.format.manifest import Manifest
 from wds_tools.format.schema import CODE_COLUMNS
-from wds_tools.jobs.job import Advance, Plan, run_job
+from wds_tools.jobs.job import Job, run_job
+from wds_tools.run.local import Report
+from wds_tools.run.progress import Advance
 from wds_tools.sources.coded import SIDE_512, CodedRows
 from wds_tools.sources.fields import Line, parse_record
 
@@ -79,7 +82,7 @@ def convert_hf(config: HfConfig) -> Manifest:
     ranges = plan_lines(lines, config.task_lines, quiet=config.quiet)
     fields = {"tokenizer": config.tokenizer, "codebook_size": config.codebook_size, "stride": config.stride}
     provenance = {**fields, "weights_hash": config.weights_hash, "precision": "unknown", "imported": True}
-    plan = Plan(
+    job = Job[Any](
         key_prefix=config.key_prefix,
         command="convert hf",
         settings={**fields, "weights_hash": config.weights_hash, "keep": config.keep},
@@ -87,8 +90,9 @@ def convert_hf(config: HfConfig) -> Manifest:
         total=sum(file.size for file in tables) + sum(span.end - span.start for span in ranges),
         codes=dict.fromkeys(CODE_COLUMNS, provenance),
         source=inputs.source,
+        work=_ConvertRows(CodedRows(config.codebook_size, config.stride), config.keep),
     )
-    return run_job(plan, _ConvertRows(CodedRows(config.codebook_size, config.stride), config.keep), config)
+    return run_job(job, config)
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,7 @@ class _ConvertRows:
     rows: CodedRows
     keep: tuple[str, ...]
 
-    def __call__(self, task: LineRange | tuple[str, int], writer: TaskWriter, advance: Advance) -> int:
+    def __call__(self, task: LineRange | tuple[str, int], writer: TaskWriter, report: Report) -> int:
         if isinstance(task, LineRange):
             url = task.url
             rows: Iterator[TableRow] = (TableRow(line.number, line, len(line.data or b"") + 1) for line in read_lines(task))
@@ -108,7 +112,7 @@ class _ConvertRows:
             for number, record, num_bytes in rows:
                 key = writer.key(inputs)
                 inputs += 1
-                advance(num_bytes)
+                report(Advance(units=num_bytes))
                 try:
                     row = parse_record(record) if isinstance(record, Line) else record
                     writer.add(self.rows.sample(key, row)._replace(provenance=kept_fields(row, self.keep)))

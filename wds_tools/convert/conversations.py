@@ -22,7 +22,9 @@ from wds_tools.errors import FormatError, Reject, UsageError
 from wds_tools.format.manifest import Manifest
 from wds_tools.format.schema import Sample, SourceImage
 from wds_tools.images import ImageLimits, probe
-from wds_tools.jobs.job import Advance, Plan, run_job
+from wds_tools.jobs.job import Job, run_job
+from wds_tools.run.local import Report
+from wds_tools.run.progress import Advance
 from wds_tools.sources.conversations import image_paths, turns_of
 from wds_tools.sources.fields import Line, parse_record
 from wds_tools.sources.images import FETCH_AHEAD, ImageSource, in_order
@@ -66,15 +68,16 @@ def convert_sft(config: SftConfig) -> Manifest:
     inputs = expand_inputs(config, by_suffix(".json", ".jsonl"))
     ranges = plan_records(inputs.files, config.task_records)
     root = {"image_root": config.image_root, "strict_links": config.strict_links}
-    plan = Plan(
+    job = Job(
         key_prefix=config.key_prefix,
         command="convert sft",
         settings={**root, "keep": config.keep, **asdict(config.limits)},
         tasks=ranges,
         total=sum(span.num_lines for span in ranges),
         source=inputs.source,
+        work=_ConvertRecords(root, config.limits, config.keep),
     )
-    return run_job(plan, _ConvertRecords(root, config.limits, config.keep), config)
+    return run_job(job, config)
 
 
 class _Fetched(NamedTuple):
@@ -93,14 +96,14 @@ class _ConvertRecords:
     limits: ImageLimits
     keep: tuple[str, ...]
 
-    def __call__(self, task: LineRange, writer: TaskWriter, advance: Advance) -> int:
+    def __call__(self, task: LineRange, writer: TaskWriter, report: Report) -> int:
         source = ImageSource(task.url, **self.root)
         is_list = isinstance(task, ElementRange)
         inputs = 0
         with ThreadPoolExecutor(FETCH_AHEAD) as pool:
             for fetched in in_order(pool, lambda line: self._fetch(line, source), read_records(task)):
                 inputs += 1
-                advance(1)
+                report(Advance(units=1))
                 key = writer.key(fetched.line.number - task.first_line)
                 cause = fetched.cause
                 if cause is None:

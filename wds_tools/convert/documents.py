@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from wds_tools.convert.lines import by_suffix, check_kept_fields, expand_inputs, kept_fields, number_lines
 from wds_tools.convert.options import ConvertOptions
@@ -19,7 +19,9 @@ from wds_tools.dataset.writer import TaskWriter
 from wds_tools.errors import FormatError, Reject, UsageError
 from wds_tools.format.manifest import Manifest
 from wds_tools.format.schema import Sample
-from wds_tools.jobs.job import Advance, Plan, group_to_limit, run_job
+from wds_tools.jobs.job import Job, group_to_limit, run_job
+from wds_tools.run.local import Report
+from wds_tools.run.progress import Advance
 from wds_tools.sources.fields import Line, parse_record, required_text
 from wds_tools.storage import open_store, split_url
 
@@ -45,27 +47,28 @@ class DclmConfig(ConvertOptions):
 def convert_dclm(config: DclmConfig) -> Manifest:
     """Convert; returns the manifest of the finished dataset. Raises: see run_job."""
     inputs = expand_inputs(config, by_suffix(".jsonl.zst", ".json.zst", ".jsonl.zstd", ".json.zstd"))
-    plan = Plan(
+    job = Job[Any](
         key_prefix=config.key_prefix,
         command="convert dclm",
         settings={"keep": config.keep},
         tasks=[list(map(tuple, group)) for group in group_to_limit(inputs.files, lambda file: file.size, config.task_bytes)],
         total=sum(file.size for file in inputs.files),
         source=inputs.source,
+        work=_ConvertFiles(config.keep),
     )
-    return run_job(plan, _ConvertFiles(config.keep), config)
+    return run_job(job, config)
 
 
 @dataclass(frozen=True)
 class _ConvertFiles:
     keep: tuple[str, ...]
 
-    def __call__(self, task: Sequence[tuple[str, int]], writer: TaskWriter, advance: Advance) -> int:
+    def __call__(self, task: Sequence[tuple[str, int]], writer: TaskWriter, report: Report) -> int:
         inputs = 0
         for url, _ in task:
             line = Line(0, b"")
             try:
-                for line in _read_documents(url, advance):
+                for line in _read_documents(url, report):
                     key = writer.key(inputs)
                     inputs += 1
                     try:
@@ -86,16 +89,16 @@ class _ConvertFiles:
         return inputs
 
 
-def _read_documents(url: str, advance: Advance) -> Iterator[Line]:
+def _read_documents(url: str, report: Report) -> Iterator[Line]:
     root, name = split_url(url)
     with open_store(root).open(name) as stream:
-        yield from number_lines(_chunks(stream, advance))
+        yield from number_lines(_chunks(stream, report))
 
 
-def _chunks(stream: BinaryIO, advance: Advance) -> Iterator[bytes]:
+def _chunks(stream: BinaryIO, report: Report) -> Iterator[bytes]:
     seen_bytes = 0
     for data, read_bytes in decompress(stream):
         if read_bytes != seen_bytes:
-            advance(read_bytes - seen_bytes)
+            report(Advance(units=read_bytes - seen_bytes))
             seen_bytes = read_bytes
         yield data

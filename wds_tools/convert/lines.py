@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import posixpath
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -20,9 +19,10 @@ import orjson
 from braceexpand import braceexpand
 
 from wds_tools.convert.options import ConvertOptions
+from wds_tools.dataset.layout import IS_REJECTS_FILE
 from wds_tools.errors import NotFound, StorageError, UsageError
 from wds_tools.format.schema import taken_names
-from wds_tools.run.progress import Progress
+from wds_tools.run.progress import Advance, Progress
 from wds_tools.sources.fields import MAX_LINE_BYTES, Line
 from wds_tools.storage import join, open_store, split_url
 from wds_tools.storage.base import split_scheme
@@ -33,8 +33,6 @@ _RANGE_BYTES = 64 << 20
 _NAMED_FILES = 8
 _NO_DATA = ("state.json", "dataset_info.json")
 """Of save_to_disk, beside the data."""
-_OUR_REJECTS = re.compile(r"(^|/)rejects/task-\d{6,}\.jsonl$")
-"""What lies in a dataset that an input folder holds: no input, unless it is named."""
 
 Choice = Callable[[str, Mapping[str, int]], Sequence[str]]
 """URL of a folder, and the names and sizes of the files below it -> the names of those that are inputs."""
@@ -82,7 +80,7 @@ def by_suffix(*suffixes: str) -> Choice:
     """Files whose names end so, in upper or lower case."""
 
     def choose(url: str, sizes: Mapping[str, int]) -> Sequence[str]:
-        names = [name for name in sizes if name.lower().endswith(suffixes) and not _OUR_REJECTS.search(name)]
+        names = [name for name in sizes if name.lower().endswith(suffixes) and not IS_REJECTS_FILE.search(name)]
         if not names:
             others = f"; there are {len(sizes)} other files, such as {min(sizes)}" if sizes else ""
             raise NotFound(f"{url}: no such file, and no *{' or *'.join(suffixes)} under a folder of that name{others}")
@@ -132,7 +130,7 @@ def plan_lines(files: Sequence[InputFile], lines_per_range: int, *, quiet: bool 
         for file in files:
             for span in _plan_file(file.url, lines_per_range):
                 ranges.append(span)
-                progress(span.end - span.start, span.num_lines, 0)
+                progress(Advance(units=span.end - span.start, samples=span.num_lines))
     return ranges
 
 

@@ -1,4 +1,4 @@
-"""What all conversions share beside the options of any pass."""
+"""What all conversions share beside the options of any job."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from wds_tools.errors import FormatError, UsageError
 from wds_tools.format.schema import MAX_KEY_BYTES, check_key
-from wds_tools.jobs.job import JobOptions
+from wds_tools.jobs.options import JobOptions
 
 _MAX_PREFIX = MAX_KEY_BYTES - len("-TTTTTTTTT-NNNNNNNN")
 

@@ -30,7 +30,9 @@ from wds_tools.errors import FormatError, Reject, UsageError
 from wds_tools.format.manifest import Manifest
 from wds_tools.format.schema import Sample
 from wds_tools.images import ImageLimits, Mode, crop_for, probe
-from wds_tools.jobs.job import Advance, Plan, run_job
+from wds_tools.jobs.job import Job, run_job
+from wds_tools.run.local import Report
+from wds_tools.run.progress import Advance
 from wds_tools.sources.fields import CAPTION, Line, parse_record, required_text
 from wds_tools.sources.images import FETCH_AHEAD, ImageSource, in_order
 
@@ -100,7 +102,7 @@ def convert_image_pairs(config: ImagePairsConfig, image_encoder: ImageEncoder | 
     if image_encoder is not None:
         decides, codes = image_encoder.provenance([_DATA_TYPES[config.mode]])
         settings["encode"] = decides
-    plan = Plan(
+    job = Job(
         key_prefix=config.key_prefix,
         command="convert image-pairs",
         settings=settings,
@@ -109,9 +111,9 @@ def convert_image_pairs(config: ImagePairsConfig, image_encoder: ImageEncoder | 
         codes=codes,
         device="cpu" if image_encoder is None else image_encoder.runs_on,
         source=inputs.source,
+        work=_ConvertLines(config.mode, root, config.limits, config.keep, image_encoder),
     )
-    work = _ConvertLines(config.mode, root, config.limits, config.keep, image_encoder)
-    return run_job(plan, work, config if image_encoder is None else replace(config, workers=image_encoder.workers))
+    return run_job(job, config if image_encoder is None else replace(config, workers=image_encoder.workers))
 
 
 class _Fetched(NamedTuple):
@@ -133,12 +135,12 @@ class _ConvertLines:
     keep: tuple[str, ...]
     image_encoder: ImageEncoder | None = None
 
-    def __call__(self, task: LineRange, writer: TaskWriter, advance: Advance) -> int:
+    def __call__(self, task: LineRange, writer: TaskWriter, report: Report) -> int:
         inputs = 0
         samples = self._samples(task, writer)
         for line, sample in samples if self.image_encoder is None else self.image_encoder.fill(samples):
             inputs += 1
-            advance(1, *self.image_encoder.device.new_use() if self.image_encoder is not None else ())
+            report(Advance(units=1) + (Advance() if self.image_encoder is None else self.image_encoder.device.new_use()))
             if isinstance(sample, Reject):
                 writer.reject(sample, source=task.url, line=line)
                 continue

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from wds_tools.convert.lines import InputFile
-from wds_tools.dataset.writer import REJECTS
+from wds_tools.dataset.layout import REJECTS
 from wds_tools.errors import FormatError, MissingPackage, NotFound, Reject, StorageError, UsageError
 from wds_tools.format.typed_json import read_json, shape
 from wds_tools.sources.fields import Line

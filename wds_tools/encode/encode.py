@@ -23,7 +23,10 @@ from wds_tools.errors import Reject, UsageError
 from wds_tools.format.manifest import Manifest, ShardInfo, shard_info_from_json
 from wds_tools.format.schema import IMAGE_EXTENSIONS, Sample
 from wds_tools.images import ImageLimits, Mode
-from wds_tools.jobs.job import Advance, JobOptions, Plan, group_to_limit, run_job
+from wds_tools.jobs.job import Job, group_to_limit, run_job
+from wds_tools.jobs.options import JobOptions
+from wds_tools.run.local import Report
+from wds_tools.run.progress import Advance
 from wds_tools.storage import open_store
 
 
@@ -78,7 +81,7 @@ def encode(config: EncodeConfig) -> Manifest:
     if manifest.codes and not set(IMAGE_EXTENSIONS).intersection(manifest.members):
         raise UsageError(f"{config.input} has codes, but its images were not kept: encode its source again, with --keep-images")
     settings, codes = image_encoder.provenance(types)
-    plan = Plan(
+    job = Job(
         command="encode",
         settings={
             "input": manifest.fingerprint(),
@@ -105,8 +108,9 @@ def encode(config: EncodeConfig) -> Manifest:
                 "source": manifest.source,
             }
         },
+        work=FillShards(config.input, image_encoder),
     )
-    return run_job(plan, FillShards(config.input, image_encoder), replace(config, workers=image_encoder.workers))
+    return run_job(job, replace(config, workers=image_encoder.workers))
 
 
 @dataclass(frozen=True)
@@ -116,7 +120,7 @@ class FillShards:
     input: str
     image_encoder: ImageEncoder
 
-    def __call__(self, task: Sequence[dict[str, Any]], writer: TaskWriter, advance: Advance) -> int:
+    def __call__(self, task: Sequence[dict[str, Any]], writer: TaskWriter, report: Report) -> int:
         inputs = 0
         for (shard, key), filled in self.image_encoder.fill(self._samples([shard_info_from_json(row) for row in task])):
             inputs += 1
@@ -124,7 +128,7 @@ class FillShards:
                 writer.reject(filled, source=shard, key=key)
             else:
                 writer.add(filled)
-            advance(1, *self.image_encoder.device.new_use())
+            report(Advance(units=1) + self.image_encoder.device.new_use())
         return inputs
 
     def _samples(self, rows: Sequence[ShardInfo]) -> Iterator[tuple[tuple[str, str], Sample]]:
