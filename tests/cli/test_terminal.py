@@ -15,6 +15,7 @@ from factory import image_sample, make_dataset, text_sample
 from loaders import LoaderConfig, Source, build_loader
 from wds_tools.cli.main import main
 from wds_tools.dataset import lease as claim
+from wds_tools.dataset.layout import LEASES
 from wds_tools.storage import open_store
 from wds_tools.terminal import printable, say
 
@@ -84,8 +85,8 @@ def test_hostile_receipts_and_claims_are_told_of_in_printable_lines(
         assert (status > 0, "1b[31m" in said) == (True, True)
     monkeypatch.setattr(claim, "LEASE_TIMEOUT_S", 0.05)
     store = open_store(str(tmp_path / "out"))
-    store.put(f"{claim.PREFIX}0.json", json.dumps({"host": evil, "pid": evil}).encode())
-    with claim.Lease(store, 0, 0):
+    store.put(f"{LEASES}0.json", json.dumps({"host": evil, "pid": evil}).encode())
+    with claim.Lease(store):
         said = capsys.readouterr().err
     assert "was claimed by process \\u001b]0;owned" in said
     assert said.count("\n") == 1

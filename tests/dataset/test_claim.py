@@ -15,8 +15,8 @@ from commands import start, tree, wait_until, wds_tools, write_documents
 from s3 import S3Server
 
 from wds_tools.dataset import lease as claim
-from wds_tools.dataset.lease import PREFIX, Lease
-from wds_tools.dataset.writer import PLAN
+from wds_tools.dataset.layout import LEASES, PLAN
+from wds_tools.dataset.lease import Lease, Part
 from wds_tools.errors import StorageError, UsageError
 from wds_tools.storage import Store, open_store
 
@@ -44,7 +44,7 @@ def store(tmp_path: Path) -> Store:
 
 
 def claims(store: Store) -> list[str]:
-    return [entry.name for entry in store.list(PREFIX)]
+    return [entry.name for entry in store.list(LEASES)]
 
 
 @pytest.mark.parametrize("how", [["--resume"], ["--overwrite"], ["--part", "1/2"]])
@@ -53,7 +53,7 @@ def test_a_run_beside_a_living_one_is_refused_and_changes_nothing(
 ) -> None:
     output = tmp_path / "out"
     words = [*convert, "--shard-samples", "50", "--output", str(output)]
-    with Lease(open_store(str(output)), 0, 0):
+    with Lease(open_store(str(output))):
         before = tree(output)
         refused = wds_tools(*words, *how, status=2)
         assert f"another run is writing there (process {os.getpid()} on " in refused.stderr
@@ -80,11 +80,11 @@ def test_of_many_runs_that_begin_together_one_makes_its_bytes_and_the_others_are
 
 
 def test_parts_go_together_but_not_with_themselves_or_with_parts_of_another_number(store: Store) -> None:
-    with Lease(store, 0, 3), Lease(store, 1, 3):
-        for part, parts in ((0, 3), (1, 3), (0, 2), (2, 4), (0, 0)):
-            with pytest.raises(UsageError, match="another run is writing there"), Lease(store, part, parts):
+    with Lease(store, Part(0, 3)), Lease(store, Part(1, 3)):
+        for part in (Part(0, 3), Part(1, 3), Part(0, 2), Part(2, 4), None):
+            with pytest.raises(UsageError, match="another run is writing there"), Lease(store, part):
                 pass
-        with Lease(store, 2, 3):
+        with Lease(store, Part(2, 3)):
             assert len(claims(store)) == 3
     assert claims(store) == []
 
@@ -126,7 +126,7 @@ def test_of_runs_that_come_at_the_same_moment_exactly_one_goes_on(
         def come(
             store: Store = store, together: threading.Barrier = together, all_have_tried: threading.Barrier = all_have_tried
         ) -> bool:
-            mine = Lease(store, 0, 0)
+            mine = Lease(store)
             together.wait()
             try:
                 with mine:
@@ -152,8 +152,8 @@ def on_machine(name: str) -> Iterator[None]:
 def test_a_run_that_lives_elsewhere_is_known_by_its_beat(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(claim, "HEARTBEAT_S", 0.02)
     with on_machine("a"):
-        first = Lease(store, 0, 0)
-    with first, on_machine("b"), pytest.raises(UsageError, match="another run is writing there"), Lease(store, 0, 0):
+        first = Lease(store)
+    with first, on_machine("b"), pytest.raises(UsageError, match="another run is writing there"), Lease(store):
         pass
 
 
@@ -161,12 +161,12 @@ def test_a_claim_from_elsewhere_that_does_not_change_is_dropped(
     store: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(claim, "LEASE_TIMEOUT_S", 0.1)
-    store.put(f"{PREFIX}0123456789abcdef.json", b"by another release")
+    store.put(f"{LEASES}0123456789abcdef.json", b"by another release")
     with on_machine("a"):
-        dead = Lease(store, 0, 0)
+        dead = Lease(store)
         dead._facts["is_held"] = True
         dead._put()
-    with on_machine("b"), Lease(store, 0, 0) as living:
+    with on_machine("b"), Lease(store) as living:
         assert len(claims(store)) == 1
         living.check()
     assert "waiting up to 0.1 s to see whether that run is alive" in capsys.readouterr().err
@@ -174,7 +174,7 @@ def test_a_claim_from_elsewhere_that_does_not_change_is_dropped(
 
 def test_a_run_that_was_taken_for_dead_stops(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(claim, "HEARTBEAT_S", 0.01)
-    with Lease(store, 0, 0) as slow:
+    with Lease(store) as slow:
         slow.check()
 
         def is_found() -> bool:

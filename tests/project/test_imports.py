@@ -17,8 +17,8 @@ BASE = {"wds_tools.errors", "wds_tools.terminal"}
 FORMAT = BASE | {"wds_tools.format"}
 STORAGE = BASE | {"wds_tools.storage"}
 DATASET = FORMAT | STORAGE | {"wds_tools.run", "wds_tools.dataset"}
-SOURCES = FORMAT | STORAGE | {"wds_tools.run", "wds_tools.sources"}
-JOBS = DATASET | SOURCES | {"wds_tools.jobs"}
+SOURCES = DATASET | {"wds_tools.sources"}
+JOBS = SOURCES | {"wds_tools.jobs"}
 BELOW_LOADERS = SOURCES | {"wds_tools.images", "wds_tools.sequences"}
 LOADERS = ("config", "order", "reading", "batches", "tokens", "proof", "cost")
 DOORS = BELOW_LOADERS | {f"loaders.{name}" for name in LOADERS}
@@ -36,7 +36,7 @@ ALLOWED = {
     "wds_tools.run": BASE,
     "wds_tools.jobs": JOBS,
     "wds_tools.sequences": FORMAT,
-    "wds_tools.sources": SOURCES,
+    "wds_tools.sources": DATASET,
     "wds_tools.convert": JOBS | {"wds_tools.images", "wds_tools.plugins"},
     "wds_tools.encode": JOBS | {"wds_tools.images", "wds_tools.vq"},
     "wds_tools.pack": JOBS | {"wds_tools.sequences"},

@@ -18,9 +18,8 @@ from typing import Any
 import numpy as np
 
 from wds_tools.check.token_rows import check_row
-from wds_tools.dataset.index import Contents
+from wds_tools.dataset.layout import REJECTS
 from wds_tools.dataset.reader import ShardBytes, read_manifest
-from wds_tools.dataset.writer import REJECTS
 from wds_tools.errors import DataError, FormatError, StorageError, UsageError
 from wds_tools.format import manifest as manifests
 from wds_tools.format.index import SUFFIX, check_fresh, parse_index, serialize_index
@@ -29,8 +28,9 @@ from wds_tools.format.scan import Scan, scan_tar
 from wds_tools.format.schema import ANY_MEMBERS, Sample, validate
 from wds_tools.format.shard import sample_from_members
 from wds_tools.format.typed_json import read_json
+from wds_tools.jobs.index_tars import Contents
 from wds_tools.run.local import Report, run_tasks
-from wds_tools.run.progress import Progress
+from wds_tools.run.progress import Advance, Progress
 from wds_tools.storage import Store, open_store
 
 _MAX_PROBLEMS_A_SHARD = 20
@@ -165,13 +165,13 @@ class _CheckShard:
         if rows is not None:
             self._check_rows(row, scan, tar, report, rows)
         if self.manifest.schema_version == ANY_MEMBERS:
-            progress(len(scan.keys), len(scan.keys), 0)
+            progress(Advance(units=len(scan.keys), samples=len(scan.keys)))
             return contents
         for key, start, payloads in zip(scan.keys, scan.start.tolist(), scan.payloads(tar), strict=True):
             sample = self._check_sample(row, key, start, payloads, report)
             if sample is not None:
                 contents.add(sample.data_type, sample.text_chars, sample.num_codes)
-            progress(1, 1, 0)
+            progress(Advance(units=1, samples=1))
         return contents if len(contents.text_chars) == len(scan.keys) else None
 
     def _check_rows(self, row: ShardInfo, scan: Scan, tar: memoryview, report: _ShardReport, rows: Mapping[str, Any]) -> None:

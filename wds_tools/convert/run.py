@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from wds_tools.convert.options import ConvertOptions
 from wds_tools.format.manifest import Manifest
-from wds_tools.jobs.job import Plan, run_job
+from wds_tools.jobs.job import Job, run_job
 from wds_tools.jobs.records import ConvertRecords, Encoder
 from wds_tools.plugins import SOURCES, load_plugin
 from wds_tools.sources.inputs import expand_inputs
@@ -37,14 +37,15 @@ def run_conversion(options: ConvertOptions, encoder: Encoder | None = None) -> M
         settings["encode"], codes = encoder.provenance(options.image_types)
         options = replace(options, workers=encoder.workers)
     converter = options.make_converter()
-    plan = Plan(
+    job = Job(
         command=options.command,
         settings=settings,
         tasks=tasks,
+        work=ConvertRecords(source.read, converter.convert, converter.num_ahead, encoder),
         total=total,
         codes=codes,
         device="cpu" if encoder is None else encoder.runs_on,
         source=inputs.source,
         key_prefix=options.key_prefix,
     )
-    return run_job(plan, ConvertRecords(source.read, converter.convert, converter.num_ahead, encoder), options)
+    return run_job(job, options)

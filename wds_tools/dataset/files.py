@@ -13,7 +13,7 @@ from itertools import islice
 
 from wds_tools.errors import NotFound
 from wds_tools.format.checksum import content_hash
-from wds_tools.run.progress import Progress
+from wds_tools.run.progress import Advance, Progress
 from wds_tools.storage import Store
 
 _PARALLEL_READS = 8
@@ -61,7 +61,7 @@ def find_changed(store: Store, files: Mapping[str, Written], *, verify: bool = F
         ThreadPoolExecutor(_PARALLEL_READS) as pool,
     ):
         for name, found in zip(hashes, pool.map(lambda name: _hash(store, name), hashes), strict=True):
-            progress(sizes[name], 1, 0)
+            progress(Advance(units=sizes[name], samples=1))
             if found != hashes[name]:
                 changed[name] = "is gone" if found is None else "has other bytes than were written"
     return changed

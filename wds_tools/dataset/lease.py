@@ -1,7 +1,7 @@
 """One run at a time writes to an output, or one a part: a claim, kept fresh while its run lives.
 
-    with Lease(store, part, parts) as claim:   _work/run-ID.json, or _work/run-ID-PART-of-PARTS.json
-        ... claim.check() ...                  is it still ours?
+    with Lease(store, part) as lease:   _work/run-ID.json, or _work/run-ID-PART-of-PARTS.json
+        ... lease.check() ...           is it still ours?
 
 A run comes: it puts its claim, lists the others, and is refused by one that holds the output or comes with a lower name. Then it
 says that it holds it, lists again, and goes on when those that came with a lower name have given up. It needs nothing of a store
@@ -18,6 +18,7 @@ import socket
 import threading
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -25,12 +26,12 @@ from typing import Any, Self
 
 import orjson
 
+from wds_tools.dataset.layout import LEASES
 from wds_tools.errors import FormatError, NotFound, StorageError, UsageError
 from wds_tools.format.typed_json import read_json
 from wds_tools.storage import Store
 from wds_tools.terminal import say
 
-PREFIX = "_work/run-"
 HEARTBEAT_S = 60.0
 LEASE_TIMEOUT_S = 3.0 * HEARTBEAT_S
 """A claim that has not changed for so long belongs to no run any more."""
@@ -40,22 +41,39 @@ _TRIES = 5
 _PART = re.compile(r"-(\d+)-of-(\d+)\.json$")
 
 
+@dataclass(frozen=True)
+class Part:
+    """One of so many equal parts of a job."""
+
+    number: int = 0
+    num_parts: int = 1
+
+    def tasks(self, num_tasks: int) -> range:
+        """The tasks of this part, of so many: those whose number leaves the part's over when divided."""
+        return range(self.number, num_tasks, self.num_parts)
+
+
+def files_of(store: Store) -> list[str]:
+    """All files there, but for the leases of runs."""
+    return [entry.name for entry in store.list() if not entry.name.startswith(LEASES)]
+
+
 class Lease:
     """A run's right to write to an output. A context manager: on entering it is claimed, on leaving set free.
 
     Args:
         store: the output.
-        part, parts: which of how many parts this run does; (0, 0) for a run that does all.
+        part: what this run does, beside runs that do other parts of as many; None: all of it.
 
     Raises:
         UsageError: on entering: another run is writing there.
     """
 
-    def __init__(self, store: Store, part: int, parts: int) -> None:
+    def __init__(self, store: Store, part: Part | None = None) -> None:
         self._store = store
-        self._part, self._parts = part, parts
-        ending = f"-{part}-of-{parts}" if parts else ""
-        self._name = f"{PREFIX}{os.urandom(8).hex()}{ending}.json"
+        self._part = part
+        ending = f"-{part.number}-of-{part.num_parts}" if part else ""
+        self._name = f"{LEASES}{os.urandom(8).hex()}{ending}.json"
         self._facts: dict[str, Any] = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
@@ -173,12 +191,14 @@ class Lease:
 
     def _others(self) -> list[str]:
         """The claims of runs that may write what this one writes: all but those of other parts of as many."""
-        names = [entry.name for entry in self._store.list(PREFIX) if entry.name != self._name]
+        names = [entry.name for entry in self._store.list(LEASES) if entry.name != self._name]
         return [name for name in names if not self._goes_with(name)]
 
     def _goes_with(self, name: str) -> bool:
-        found = _PART.search(name)
-        return found is not None and self._parts == int(found[2]) and self._part != int(found[1])
+        match = _PART.search(name)
+        if match is None or self._part is None:
+            return False
+        return self._part.num_parts == int(match[2]) and self._part.number != int(match[1])
 
     def _read(self, name: str) -> bytes | None:
         try:

@@ -24,7 +24,8 @@ from wds_tools.errors import UsageError
 from wds_tools.format.manifest import Manifest, shard_info_from_json
 from wds_tools.format.schema import IMAGE_EXTENSIONS, Sample
 from wds_tools.images import ImageLimits, Mode
-from wds_tools.jobs.job import JobOptions, Plan, run_job
+from wds_tools.jobs.job import Job, run_job
+from wds_tools.jobs.options import JobOptions
 from wds_tools.jobs.records import ConvertRecords
 from wds_tools.sources.record import Record, group_to_limit
 from wds_tools.storage import open_store
@@ -81,7 +82,7 @@ def encode(config: EncodeConfig) -> Manifest:
     if manifest.codes and not set(IMAGE_EXTENSIONS).intersection(manifest.members):
         raise UsageError(f"{config.input} has codes, but its images were not kept: encode its source again, with --keep-images")
     settings, codes = image_encoder.provenance(types)
-    plan = Plan(
+    job = Job(
         command="encode",
         settings={
             "input": manifest.fingerprint(),
@@ -96,6 +97,7 @@ def encode(config: EncodeConfig) -> Manifest:
             [asdict(shard) for shard in group]
             for group in group_to_limit(manifest.shards, lambda shard: shard.samples, config.shard_samples)
         ],
+        work=encode_shards(config.input, image_encoder),
         total=manifest.samples,
         device=config.device,
         codes={**manifest.codes, **codes},
@@ -109,7 +111,7 @@ def encode(config: EncodeConfig) -> Manifest:
             }
         },
     )
-    return run_job(plan, encode_shards(config.input, image_encoder), replace(config, workers=image_encoder.workers))
+    return run_job(job, replace(config, workers=image_encoder.workers))
 
 
 def encode_shards(url: str, image_encoder: ImageEncoder) -> ConvertRecords:

@@ -26,8 +26,8 @@ from wds_tools.encode.resize import check_torch_resize, prepare_with_torch
 from wds_tools.errors import FormatError, Reject, TokenizerError, UsageError
 from wds_tools.format.schema import Sample, code_column, code_dtype, join_grids
 from wds_tools.images import PAIR_TYPES, PREPROCESSING_VERSION, ImageLimits, Mode, prepare
-from wds_tools.jobs.job import check_ray_device
 from wds_tools.run.local import stops_held
+from wds_tools.run.ray_cluster import check_device
 from wds_tools.vq.base import ImageTokenizer
 from wds_tools.vq.quantize import ENCODER_VERSION, NAN_HELP
 from wds_tools.vq.registry import find_device, load_tokenizer
@@ -72,7 +72,7 @@ class ImageEncoder:
         sft_mode: Mode = "cc512",
     ) -> None:
         if cpus is not None:
-            check_ray_device(options.device)  # before a device of this machine is looked for
+            check_device(options.device)  # before a device of this machine is looked for
         if len(options.devices) > 1 and workers not in (1, len(options.devices)):
             raise UsageError(
                 f"--workers {workers} with --device {options.device}: each device has one process, so leave --workers out"

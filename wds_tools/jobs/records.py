@@ -18,7 +18,8 @@ from typing import Any, Protocol
 from wds_tools.dataset.writer import TaskWriter
 from wds_tools.errors import FormatError, Reject
 from wds_tools.format.schema import Sample
-from wds_tools.jobs.job import Advance
+from wds_tools.run.local import Report
+from wds_tools.run.progress import Advance
 from wds_tools.sources.record import Record
 
 Converted = tuple[Record[Any], Sample | Reject]
@@ -59,16 +60,16 @@ class ConvertRecords:
     encoder: Encoder | None = None
     """Fills the codes."""
 
-    def __call__(self, task: Any, writer: TaskWriter, advance: Advance) -> int:
+    def __call__(self, task: Any, writer: TaskWriter, report: Report) -> int:
         """Convert the records of a task; returns how many there were."""
         num_records = 0
         converted = self._converted(task, writer)
         for record, sample in converted if self.encoder is None else self.encoder.fill(converted):
             num_records += 1
             if self.encoder is not None:
-                advance(record.num_units, *self.encoder.device.new_use())
+                report(Advance(units=record.num_units) + self.encoder.device.new_use())
             elif record.num_units:
-                advance(record.num_units)
+                report(Advance(units=record.num_units))
             if isinstance(sample, Sample):
                 try:
                     writer.add(sample)

@@ -2,7 +2,7 @@
 
 `run_tasks(fn, tasks, workers=n)` yields `fn(task, report)` for each task as it finishes. With one worker everything happens in
 this process. With more, `fn` is pickled once to each spawned process and kept there, so what it loads (a model) is loaded once.
-`report(...)` may be called as often as fn likes, with numbers; reports reach `on_report` in this process.
+`report(Advance(...))` may be called as often as fn likes; reports reach `on_report` in this process.
 Invariant: no worker outlives this process or the generator: the generator kills those it leaves behind, and each worker watches
 a pipe that closes with this process, however it ends. What asks a run to stop (STOPS) is for this process alone to hear.
 """
@@ -23,11 +23,12 @@ from multiprocessing.connection import wait as wait_for
 from typing import Any, TypeVar
 
 from wds_tools.errors import WorkerDied
+from wds_tools.run.progress import Advance
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
-Report = Callable[..., None]
-"""What is new since the last report, as numbers that can be added up; see Progress."""
+Report = Callable[[Advance], None]
+"""Is told what is new since it was told last; see Progress."""
 Work = Callable[[Task, Report], Result]
 
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -73,11 +74,11 @@ def run_tasks(fn: Work[Task, Result], tasks: Sequence[Task], *, workers: int, on
                 break
             done, running = wait(running, timeout=_POLL_S, return_when=FIRST_COMPLETED)
             while not reports.empty():
-                on_report(*reports.get())
+                on_report(reports.get())
             for future in done:
                 yield future.result()
         while not reports.empty():
-            on_report(*reports.get())
+            on_report(reports.get())
         pool.shutdown()
     except BrokenProcessPool as error:
         raise WorkerDied(
@@ -126,7 +127,7 @@ def exit_with_parent(grace_s: float = 0.0) -> None:
 def _start_worker(fn: Callable[..., Any], reports: Any) -> None:
     global _worker
     exit_with_parent()
-    _worker = (fn, lambda *counts: reports.put(counts))
+    _worker = (fn, reports.put)
 
 
 def _run_in_worker(task: Any) -> Any:

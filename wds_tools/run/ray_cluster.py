@@ -25,12 +25,11 @@ from typing import Any, TypeVar
 
 from wds_tools.errors import MissingPackage, UsageError, WorkerDied
 from wds_tools.run.local import Report, Work
+from wds_tools.run.progress import Advance
 from wds_tools.terminal import say
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
-Counts = tuple[Any, ...]
-"""What a task has reported since it began, added up: see Report."""
 
 _RETRIES = 5
 """Times that a task is started again because its worker or node died."""
@@ -118,8 +117,8 @@ def run_on_ray(
             counter.take(ray.get(board.read.remote()))
             for ref in done:
                 place = pending.pop(ref)
-                result, counts = _get(ray, ref, place)
-                counter.close(place, counts)
+                result, done_in_task = _get(ray, ref, place)
+                counter.close(place, done_in_task)
                 yield result
     finally:
         for ref in pending:
@@ -130,14 +129,14 @@ class _Board:
     """What each task last said, since it was last asked."""
 
     def __init__(self) -> None:
-        self._told: dict[int, Counts] = {}
+        self._sums: dict[int, Advance] = {}
 
-    def tell(self, place: int, counts: Counts) -> None:
-        self._told[place] = counts
+    def tell(self, place: int, done: Advance) -> None:
+        self._sums[place] = done
 
-    def read(self) -> dict[int, Counts]:
-        told, self._told = self._told, {}
-        return told
+    def read(self) -> dict[int, Advance]:
+        sums, self._sums = self._sums, {}
+        return sums
 
 
 class _ReportCounter:
@@ -145,48 +144,47 @@ class _ReportCounter:
 
     def __init__(self, on_report: Report) -> None:
         self._on_report = on_report
-        self._known: dict[int, Counts] = {}
+        self._known: dict[int, Advance] = {}
         self._closed: set[int] = set()
 
-    def take(self, told: dict[int, Counts]) -> None:
-        for place, counts in told.items():
+    def take(self, sums: dict[int, Advance]) -> None:
+        for place, done in sums.items():
             if place in self._closed:  # said before its result, heard after it
                 continue
-            before = self._known.get(place) or (0,) * len(counts)
-            self._known[place] = counts
-            self._on_report(*(now - then for now, then in zip(counts, before, strict=True)))
+            before = self._known.get(place, Advance())
+            self._known[place] = done
+            self._on_report(done - before)
 
-    def close(self, place: int, counts: Counts) -> None:
+    def close(self, place: int, done: Advance) -> None:
         """The last word of a task."""
-        if counts:
-            self.take({place: counts})
+        self.take({place: done})
         self._closed.add(place)
         self._known.pop(place, None)
 
 
-def _run_in_worker(box: list[Any], board: Any, place: int, task: Any) -> tuple[Any, Counts]:
+def _run_in_worker(box: list[Any], board: Any, place: int, task: Any) -> tuple[Any, Advance]:
     """Do a task; returns its result and the sum of its reports."""
     key = box[0].hex()
     if key not in _held:
         _held.clear()
         _held[key] = _load_ray().get(box[0])
-    done: Counts = ()
-    told_at = 0.0
+    done = Advance()
+    reported_s = 0.0
 
-    def report(*counts: Any) -> None:
-        nonlocal done, told_at
-        done = tuple(now + new for now, new in zip(done or (0,) * len(counts), counts, strict=True))
-        if time.monotonic() - told_at >= _TELL_EVERY_S:
-            told_at = time.monotonic()
+    def report(new: Advance) -> None:
+        nonlocal done, reported_s
+        done += new
+        if time.monotonic() - reported_s >= _TELL_EVERY_S:
+            reported_s = time.monotonic()
             board.tell.remote(place, done)
 
     result = _held[key](task, report)
     return result, done
 
 
-def _get(ray: Any, ref: Any, place: int) -> tuple[Any, Counts]:
+def _get(ray: Any, ref: Any, place: int) -> tuple[Any, Advance]:
     try:
-        found: tuple[Any, Counts] = ray.get(ref)
+        result: tuple[Any, Advance] = ray.get(ref)
     except ray.exceptions.RayTaskError as error:
         raise error.cause from error
     except ray.exceptions.RayError as error:
@@ -195,7 +193,7 @@ def _get(ray: Any, ref: Any, place: int) -> tuple[Any, Counts]:
             f"{str(error).splitlines()[0]}. Finished shards are kept: run again with --resume, and with more --task-cpus, "
             "so that fewer tasks share a node, if memory was short"
         ) from error
-    return found
+    return result
 
 
 def _room(ray: Any, cpus: float, gpus: float) -> int:
@@ -219,6 +217,12 @@ def _connect(ray: Any, address: str | None) -> None:
         said = str(error).partition("\n")[0]
         what = {"--ray-address": "see `ray start --head`", "RAY_ADDRESS": "correct or unset it, or give --ray-address"}[named]
         raise UsageError(f"{named} {found}: no Ray cluster answers there ({said}): {what}") from error
+
+
+def check_device(device: str) -> None:
+    """Raise UsageError for a device by number, or for several: Ray deals them out."""
+    if ":" in device or "," in device:
+        raise UsageError(f"--device {device} with --executor ray: each task gets a GPU of its own, so give --device cuda")
 
 
 def _check_room(ray: Any, cpus: float, gpus: float) -> None:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import os
 import posixpath
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from braceexpand import braceexpand
 
+from wds_tools.dataset.layout import IS_REJECTS_FILE
 from wds_tools.errors import NotFound, StorageError, UsageError
 from wds_tools.sources.record import InputFile
 from wds_tools.storage import join, open_store, split_url
@@ -22,8 +22,6 @@ from wds_tools.terminal import say
 _NAMED_FILES = 8
 _NO_DATA = ("state.json", "dataset_info.json")
 """Of save_to_disk, beside the data."""
-OUR_REJECTS = re.compile(r"(^|/)rejects/task-\d{6,}\.jsonl$")
-"""What lies in a dataset that an input folder holds: no input, unless it is named."""
 
 Choice = Callable[[str, Mapping[str, int]], Sequence[str]]
 """URL of a folder, and the names and sizes of the files below it -> the names of those that are inputs."""
@@ -52,7 +50,7 @@ def by_suffix(*suffixes: str) -> Choice:
     """Files whose names end so, in upper or lower case."""
 
     def choose(url: str, sizes: Mapping[str, int]) -> Sequence[str]:
-        names = [name for name in sizes if name.lower().endswith(suffixes) and not OUR_REJECTS.search(name)]
+        names = [name for name in sizes if name.lower().endswith(suffixes) and not IS_REJECTS_FILE.search(name)]
         if not names:
             others = f"; there are {len(sizes)} other files, such as {min(sizes)}" if sizes else ""
             raise NotFound(f"{url}: no such file, and no *{' or *'.join(suffixes)} under a folder of that name{others}")

@@ -15,7 +15,7 @@ import numpy as np
 import orjson
 
 from wds_tools.errors import Reject, UsageError
-from wds_tools.run.progress import Progress
+from wds_tools.run.progress import Advance, Progress
 from wds_tools.sources.fields import MAX_LINE_BYTES, Line, fields_of
 from wds_tools.sources.inputs import by_suffix
 from wds_tools.sources.record import InputFile, Record, file_records, group_to_limit
@@ -55,7 +55,7 @@ def plan_lines(files: Sequence[InputFile], lines_per_range: int, *, quiet: bool 
         for file in files:
             for span in _plan_file(file.url, lines_per_range):
                 ranges.append(span)
-                progress(span.end - span.start, span.num_lines, 0)
+                progress(Advance(units=span.end - span.start, samples=span.num_lines))
     return ranges
 
 

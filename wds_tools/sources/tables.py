@@ -16,10 +16,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from wds_tools.dataset.layout import REJECTS
 from wds_tools.errors import FormatError, MissingPackage, NotFound, Reject, StorageError, UsageError
 from wds_tools.format.typed_json import read_json, shape
 from wds_tools.sources.fields import fields_of
-from wds_tools.sources.inputs import OUR_REJECTS
 from wds_tools.sources.lines import LineRange, plan_lines, read_lines
 from wds_tools.sources.record import InputFile, Record, file_records
 from wds_tools.storage import Store, join, open_store, split_url
@@ -62,7 +62,7 @@ def data_files(url: str, sizes: Mapping[str, int]) -> Sequence[str]:
             folder = join(url, posixpath.dirname(name)).rstrip("/")
             example = f"{folder}/{(*splits, 'SPLIT')[0]}"
             raise UsageError(f"{folder} holds the splits {', '.join(splits)}: name those that you want, as {example}")
-    names = [name for name in sizes if name.endswith((JSONL, PARQUET)) and not OUR_REJECTS.search(name)]
+    names = [name for name in sizes if name.endswith((JSONL, PARQUET)) and REJECTS not in name]
     for name in sizes:
         if posixpath.basename(name) == _STATE:
             names += _data_files(url, name)

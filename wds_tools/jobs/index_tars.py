@@ -18,21 +18,19 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from wds_tools.dataset.layout import MANIFEST, PLAN, TAR_SUFFIX, index_name
 from wds_tools.dataset.lease import Lease
 from wds_tools.dataset.reader import ShardBytes, check_unchanged, read_manifest
-from wds_tools.dataset.writer import PLAN
 from wds_tools.errors import FormatError, NotFound, OutOfSpace, StorageError, UsageError, WorkerDied
-from wds_tools.format import manifest as manifests
-from wds_tools.format.index import SUFFIX, parse_index, serialize_index
+from wds_tools.format.index import parse_index, serialize_index
 from wds_tools.format.manifest import INDEX_COMMAND, Manifest, ShardInfo, is_plain_name, serialize_manifest
 from wds_tools.format.scan import Scan, scan_tar
 from wds_tools.format.schema import ANY_MEMBERS, SCHEMA_VERSION, check_key, validate
 from wds_tools.format.shard import form_of, sample_from_members
 from wds_tools.run.local import Report, Work, run_tasks
-from wds_tools.run.progress import Progress
+from wds_tools.run.progress import Advance, Progress
 from wds_tools.storage import Store, join
 
-_TAR = ".tar"
 _COMPRESSED = {
     ".tar.gz": "gunzip",
     ".tgz": "gunzip -S .tgz",
@@ -85,9 +83,9 @@ def rebuild_indices(store: Store, *, workers: int = 1, quiet: bool = True) -> Ma
     if manifest.is_indexed and (changed := {row.name for row in manifest.shards}.symmetric_difference(_tars(store))):
         raise FormatError(
             f"{store.url}: {len(changed)} tars came or went since it was indexed ({min(changed)}): "
-            f"remove its {manifests.NAME} to index what is there now"
+            f"remove its {MANIFEST} to index what is there now"
         )
-    with _claimed(store):
+    with _lease_of(store):
         _run(_Rebuild(store, manifest.schema_version), manifest.shards, manifest.bytes, workers, quiet)
         store.clean_temp()
     return manifest
@@ -114,11 +112,11 @@ def index_tars(store: Store, *, workers: int = 1, quiet: bool = True) -> Manifes
     if store.exists(PLAN):
         raise UsageError(f"{store.url} holds an unfinished dataset: repeat the command that began it, with --resume")
     sizes = _tars(store)
-    with _claimed(store) as claim:
-        return _index_tars(store, sizes, claim, workers, quiet)
+    with _lease_of(store) as lease:
+        return _index_tars(store, sizes, lease, workers, quiet)
 
 
-def _index_tars(store: Store, sizes: Mapping[str, int], claim: Lease, workers: int, quiet: bool) -> Manifest:
+def _index_tars(store: Store, sizes: Mapping[str, int], lease: Lease, workers: int, quiet: bool) -> Manifest:
     found = {row.name: row for row in _run(_IndexTar(store), list(sizes.items()), sum(sizes.values()), workers, quiet)}
     is_ours = all(row.data_types or not row.samples for row in found.values())
     rows = tuple(found[name] if is_ours else _without_contents(store, found[name]) for name in sizes)
@@ -128,8 +126,8 @@ def _index_tars(store: Store, sizes: Mapping[str, int], claim: Lease, workers: i
         source={"command": INDEX_COMMAND, "python": sys.version.split()[0]},
         schema_version=SCHEMA_VERSION if is_ours else ANY_MEMBERS,
     )
-    claim.check()
-    _put(store, manifests.NAME, serialize_manifest(manifest))
+    lease.check()
+    _put(store, MANIFEST, serialize_manifest(manifest))
     store.clean_temp()
     return manifest
 
@@ -149,8 +147,8 @@ class _Rebuild:
         scan = scan_tar(tar, where)
         contents = Contents() if self.schema_version == ANY_MEMBERS else _contents(scan, tar)
         index = scan.index(tar, xxh128, contents.text_chars, contents.num_codes)
-        _put(self.store, row.name + SUFFIX, serialize_index(index))
-        report(row.bytes, len(index), 0)
+        _put(self.store, index_name(row.name), serialize_index(index))
+        report(Advance(units=row.bytes, samples=len(index)))
         return row
 
 
@@ -171,8 +169,8 @@ class _IndexTar:
         except FormatError:  # of the first sample that isn't ours: nothing is lost by trying
             contents = Contents()
         index = scan.index(tar, xxh128, contents.text_chars, contents.num_codes)
-        _put(self.store, name + SUFFIX, serialize_index(index))
-        report(size, len(index), 0)
+        _put(self.store, index_name(name), serialize_index(index))
+        report(Advance(units=size, samples=len(index)))
         totals = contents.totals()
         return ShardInfo(name=name, samples=len(index), bytes=len(tar), xxh128=xxh128, members=index.members, **totals)
 
@@ -203,9 +201,9 @@ def _contents(scan: Scan, tar: memoryview) -> Contents:
 def _without_contents(store: Store, row: ShardInfo) -> ShardInfo:
     """The row of a shard that is of this project's schema, in a set that isn't; its index is written again."""
     if row.data_types:
-        index = parse_index(store.read(row.name + SUFFIX), join(store.url, row.name + SUFFIX))
+        index = parse_index(store.read(index_name(row.name)), join(store.url, index_name(row.name)))
         none = np.zeros(len(index), "<u4")
-        _put(store, row.name + SUFFIX, serialize_index(replace(index, text_chars=none, num_codes=none)))
+        _put(store, index_name(row.name), serialize_index(replace(index, text_chars=none, num_codes=none)))
     return replace(row, **Contents().totals())
 
 
@@ -219,12 +217,12 @@ def _tars(store: Store) -> dict[str, int]:
                 f"{join(store.url, entry.name)} is compressed, and can't be read from the middle: "
                 f"unpack it (and its like) with `{_COMPRESSED[compressed]}`, or move it away"
             )
-        if entry.name.endswith(_TAR):
+        if entry.name.endswith(TAR_SUFFIX):
             if not is_plain_name(entry.name):
                 raise UsageError(f"{store.url}: the name {entry.name!r} can't be written down in a manifest: rename the file")
             sizes[entry.name] = entry.size
     if not sizes:
-        raise NotFound(f"{store.url} has no {manifests.NAME} and no {_TAR} files: give the folder of a dataset, or of tars")
+        raise NotFound(f"{store.url} has no {MANIFEST} and no {TAR_SUFFIX} files: give the folder of a dataset, or of tars")
     return sizes
 
 
@@ -240,12 +238,12 @@ def _run(work: Work[_Task, ShardInfo], tasks: Sequence[_Task], num_bytes: int, w
 
 
 @contextlib.contextmanager
-def _claimed(store: Store) -> Iterator[Lease]:
+def _lease_of(store: Store) -> Iterator[Lease]:
     """No other run writes among the tars meanwhile."""
     with contextlib.ExitStack() as stack:
         with _beside_tars():
-            claim = stack.enter_context(Lease(store, 0, 0))
-        yield claim
+            lease = stack.enter_context(Lease(store))
+        yield lease
 
 
 def _put(store: Store, name: str, data: bytes) -> None:
