@@ -11,16 +11,17 @@ import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from wds_tools import Sample
 from wds_tools.convert import ConvertOptions
 from wds_tools.errors import NotFound, Reject
 from wds_tools.sources import InputFile, Record, file_records
 from wds_tools.storage import open_store, split_url
+
+if TYPE_CHECKING:  # a source or a converter does not need it
+    import torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -104,14 +105,15 @@ class Colours:
 
     def encode(self, pixels_BHWC: Tensor) -> Tensor:
         """Pixels -> codes (B, H / 16, W / 16)."""
-        pixels_BCHW = pixels_BHWC.to(self.device).permute(0, 3, 1, 2).float()
-        red, green, blue = (torch.nn.functional.avg_pool2d(pixels_BCHW, self.stride).long() >> 5).unbind(1)
+        blocks = pixels_BHWC.to(self.device).float().unflatten(2, (-1, self.stride)).unflatten(1, (-1, self.stride))
+        red, green, blue = (blocks.mean((2, 4)).long() >> 5).unbind(-1)
         return red << 6 | green << 3 | blue
 
     def decode(self, codes_Bhw: Tensor) -> Tensor:
         """Codes -> pixels, one colour a block."""
-        colours_BhwC = torch.stack([(codes_Bhw.long() >> shift & 7) << 5 for shift in (6, 3, 0)], -1).to(torch.uint8)
-        return colours_BhwC.repeat_interleave(self.stride, 1).repeat_interleave(self.stride, 2)
+        codes_Bhw1 = codes_Bhw.to(self.device).long()[..., None]
+        colours_BhwC = (codes_Bhw1 >> codes_Bhw1.new_tensor([6, 3, 0]) & 7) << 5
+        return colours_BhwC.byte().repeat_interleave(self.stride, 1).repeat_interleave(self.stride, 2)
 
 
 def load_colours(weights: Path | None, device: torch.device, precision: str) -> Colours:  # noqa: ARG001  there are none
