@@ -23,15 +23,13 @@ from wds_tools.convert.lines import (
     read_lines,
 )
 from wds_tools.convert.options import ConvertOptions
-from wds_tools.convert.tables import JSONL, TableRow, check_files, data_files, load_pyarrow, table_rows
-from wds_tools.dataset.writer import TaskWriter
+from wds_tools.convert.tables import JSONL, READING, TableRow, check_files, data_files, table_rows
 from wds_tools.errors import FormatError, Reject, UsageError
 from wds_tools.format.manifest import Manifest
 from wds_tools.format.schema import CODE_COLUMNS
-from wds_tools.jobs.job import Job, run_job
-from wds_tools.run.local import Report
-from wds_tools.run.progress import Advance
+from wds_tools.jobs import Advance, Job, Report, TaskWriter, run_job
 from wds_tools.sources.coded import SIDE_512, CodedRows
+from wds_tools.sources.columns import load_pyarrow
 from wds_tools.sources.fields import Line, parse_record
 
 
@@ -77,7 +75,7 @@ def convert_hf(config: HfConfig) -> Manifest:
     files = check_files(inputs.files)
     tables = [file for file in files if not file.url.endswith(JSONL)]
     if tables:
-        load_pyarrow()
+        load_pyarrow(READING)
     lines = [file for file in files if file.url.endswith(JSONL)]
     ranges = plan_lines(lines, config.task_lines, quiet=config.quiet)
     fields = {"tokenizer": config.tokenizer, "codebook_size": config.codebook_size, "stride": config.stride}

@@ -17,14 +17,11 @@ from typing import Any, NamedTuple
 from wds_tools.convert.lines import LineRange, by_suffix, check_kept_fields, expand_inputs, kept_fields
 from wds_tools.convert.options import ConvertOptions
 from wds_tools.convert.records import ElementRange, plan_records, read_records
-from wds_tools.dataset.writer import TaskWriter
 from wds_tools.errors import FormatError, Reject, UsageError
 from wds_tools.format.manifest import Manifest
 from wds_tools.format.schema import Sample, SourceImage
 from wds_tools.images import ImageLimits, probe
-from wds_tools.jobs.job import Job, run_job
-from wds_tools.run.local import Report
-from wds_tools.run.progress import Advance
+from wds_tools.jobs import Advance, Job, Report, TaskWriter, run_job
 from wds_tools.sources.conversations import image_paths, turns_of
 from wds_tools.sources.fields import Line, parse_record
 from wds_tools.sources.images import FETCH_AHEAD, ImageSource, in_order

@@ -15,13 +15,11 @@ from typing import Any, BinaryIO
 from wds_tools.convert.lines import by_suffix, check_kept_fields, expand_inputs, kept_fields, number_lines
 from wds_tools.convert.options import ConvertOptions
 from wds_tools.convert.zstd import decompress
-from wds_tools.dataset.writer import TaskWriter
 from wds_tools.errors import FormatError, Reject, UsageError
 from wds_tools.format.manifest import Manifest
 from wds_tools.format.schema import Sample
-from wds_tools.jobs.job import Job, group_to_limit, run_job
-from wds_tools.run.local import Report
-from wds_tools.run.progress import Advance
+from wds_tools.jobs import Advance, Job, Report, TaskWriter, run_job
+from wds_tools.jobs.job import group_to_limit
 from wds_tools.sources.fields import Line, parse_record, required_text
 from wds_tools.storage import open_store, split_url
 

@@ -25,14 +25,11 @@ from wds_tools.convert.lines import (
     read_lines,
 )
 from wds_tools.convert.options import ConvertOptions
-from wds_tools.dataset.writer import TaskWriter
 from wds_tools.errors import FormatError, Reject, UsageError
 from wds_tools.format.manifest import Manifest
 from wds_tools.format.schema import Sample
 from wds_tools.images import ImageLimits, Mode, crop_for, probe
-from wds_tools.jobs.job import Job, run_job
-from wds_tools.run.local import Report
-from wds_tools.run.progress import Advance
+from wds_tools.jobs import Advance, Job, Report, TaskWriter, run_job
 from wds_tools.sources.fields import CAPTION, Line, parse_record, required_text
 from wds_tools.sources.images import FETCH_AHEAD, ImageSource, in_order
 

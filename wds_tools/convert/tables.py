@@ -18,12 +18,14 @@ from typing import Any, NamedTuple
 
 from wds_tools.convert.lines import InputFile
 from wds_tools.dataset.layout import REJECTS
-from wds_tools.errors import FormatError, MissingPackage, NotFound, Reject, StorageError, UsageError
+from wds_tools.errors import FormatError, NotFound, Reject, StorageError, UsageError
 from wds_tools.format.typed_json import read_json, shape
+from wds_tools.sources.columns import load_pyarrow
 from wds_tools.sources.fields import Line
 from wds_tools.storage import Store, join, open_store, split_url
 
 ARROW, JSONL, PARQUET = ".arrow", ".jsonl", ".parquet"
+READING = "reading Hugging Face datasets"
 _STATE, _SPLITS = "state.json", "dataset_dict.json"
 _NOT_SAVED = "is not what save_to_disk writes"
 _BATCH_ROWS = 1000
@@ -93,16 +95,6 @@ def table_rows(file: InputFile) -> Iterator[TableRow]:
     yield from (_parquet_rows if file.url.endswith(PARQUET) else _arrow_rows)(*file)
 
 
-def load_pyarrow() -> Any:
-    """The package, with pyarrow.parquet. Raises MissingPackage."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise MissingPackage("reading Hugging Face datasets needs pyarrow: pip install 'wds-tools[convert]'") from error
-    return pyarrow
-
-
 def check_files(files: list[InputFile]) -> list[InputFile]:
     """The same files.
 
@@ -132,7 +124,7 @@ def _data_files(url: str, state_name: str) -> list[str]:
 
 
 def _arrow_rows(url: str, size: int) -> Iterator[TableRow]:
-    pa = load_pyarrow()
+    pa = load_pyarrow(READING)
     root, name = split_url(url)
     store = open_store(root)
     number = 0
@@ -156,7 +148,7 @@ def _arrow_rows(url: str, size: int) -> Iterator[TableRow]:
 
 
 def _parquet_rows(url: str, size: int) -> Iterator[TableRow]:
-    pa = load_pyarrow()
+    pa = load_pyarrow(READING)
     root, name = split_url(url)
     number = 0
     try:

@@ -16,17 +16,14 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from wds_tools.dataset.reader import read_manifest, read_shard
-from wds_tools.dataset.writer import TaskWriter
 from wds_tools.encode.image_encoder import MODES, ImageEncoder
 from wds_tools.encode.options import TokenizerOptions
 from wds_tools.errors import Reject, UsageError
 from wds_tools.format.manifest import Manifest, ShardInfo, shard_info_from_json
 from wds_tools.format.schema import IMAGE_EXTENSIONS, Sample
 from wds_tools.images import ImageLimits, Mode
-from wds_tools.jobs.job import Job, group_to_limit, run_job
-from wds_tools.jobs.options import JobOptions
-from wds_tools.run.local import Report
-from wds_tools.run.progress import Advance
+from wds_tools.jobs import Advance, Job, JobOptions, Report, TaskWriter, run_job
+from wds_tools.jobs.job import group_to_limit
 from wds_tools.storage import open_store
 
 

@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 
 from wds_tools.errors import FormatError, Reject
 from wds_tools.format.schema import CODE_COLUMNS, DATA_TYPES, Codes, Sample, code_dtype, validate
+from wds_tools.sources.columns import ABSENT
 from wds_tools.sources.conversations import turns_of
 from wds_tools.sources.fields import required_text
 
-_ABSENT = "no"
 _IMAGE_TYPES = ("image_text", "image_text_multi")
 SIDE_512 = 512
 
@@ -127,7 +127,7 @@ def _is_shape(value: Any) -> bool:
 def codes_in(row: Mapping[str, Any], column: str) -> list[int] | None:
     """The codes in a column, as a list or its JSON; None where there are none. Raises Reject: "bad_codes"."""
     value = row.get(column)
-    if value is None or value == _ABSENT:
+    if value is None or value == ABSENT:
         return None
     try:
         flat = orjson.loads(value) if isinstance(value, str) else value
