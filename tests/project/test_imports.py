@@ -18,8 +18,8 @@ FORMAT = BASE | {"wds_tools.format"}
 STORAGE = BASE | {"wds_tools.storage"}
 DATASET = FORMAT | STORAGE | {"wds_tools.run", "wds_tools.dataset"}
 JOBS = DATASET | {"wds_tools.jobs"}
-SOURCES = FORMAT | STORAGE | {"wds_tools.sources"}
-BELOW_LOADERS = SOURCES | {"wds_tools.run", "wds_tools.images", "wds_tools.sequences"}
+SOURCES = DATASET | {"wds_tools.sources"}
+BELOW_LOADERS = SOURCES | {"wds_tools.images", "wds_tools.sequences"}
 LOADERS = ("config", "order", "reading", "batches", "tokens", "proof", "cost")
 DOORS = BELOW_LOADERS | {f"loaders.{name}" for name in LOADERS}
 ALLOWED = {
@@ -39,9 +39,10 @@ ALLOWED = {
     "wds_tools.convert": JOBS | SOURCES | {"wds_tools.images"},
     "wds_tools.encode": JOBS | {"wds_tools.images", "wds_tools.vq"},
     "wds_tools.pack": JOBS | {"wds_tools.sequences"},
-    "wds_tools.export": DATASET,
+    "wds_tools.export": DATASET | {"wds_tools.sources"},
     "wds_tools.check": JOBS | {"wds_tools.images", "wds_tools.vq", "wds_tools.sequences", "wds_tools.encode"},
     "wds_tools.view": DATASET | {"wds_tools.images", "wds_tools.vq", "wds_tools.check", "wds_tools.sequences"},
+    "wds_tools.api": JOBS | {f"wds_tools.{room}" for room in ("convert", "encode", "pack", "export", "check")},
     "wds_tools.cli": JOBS
     | {f"wds_tools.{room}" for room in ("convert", "encode", "pack", "sequences", "export", "check", "view")}
     | {"wds_tools"},
@@ -68,7 +69,7 @@ HEAVY = {
     "diffusers": {"wds_tools.vq"},
     "datasets": {"wds_tools.export"},
     "huggingface_hub": {"wds_tools.export"},
-    "pyarrow": {"wds_tools.export", "wds_tools.convert"},
+    "pyarrow": {"wds_tools.sources"},
     "webdataset": {"loaders"},
     "obstore": {"wds_tools.storage"},
     "fsspec": {"wds_tools.storage"},

@@ -1,0 +1,40 @@
+"""The commands as functions: each takes the config that its command line makes, and returns what came of it.
+
+    from wds_tools.api import EncodeConfig, encode
+    manifest = encode(EncodeConfig(input="sets/pairs", output="sets/codes", tokenizer="tiny"))
+
+Imports all that they need, torch too. A job of your own needs `wds_tools.jobs` alone.
+"""
+
+from wds_tools.check.verify import VerifyConfig, VerifyResult, verify
+from wds_tools.convert.coded import HfConfig, convert_hf
+from wds_tools.convert.conversations import SftConfig, convert_sft
+from wds_tools.convert.documents import DclmConfig, convert_dclm
+from wds_tools.convert.pairs import ImagePairsConfig, convert_image_pairs
+from wds_tools.encode.encode import EncodeConfig, encode
+from wds_tools.export.hf import ExportConfig, ExportSummary, export_hf
+from wds_tools.jobs.finalize import FinalizeConfig, finalize
+from wds_tools.pack.rows import PackConfig, pack
+
+__all__ = [
+    "DclmConfig",
+    "EncodeConfig",
+    "ExportConfig",
+    "ExportSummary",
+    "FinalizeConfig",
+    "HfConfig",
+    "ImagePairsConfig",
+    "PackConfig",
+    "SftConfig",
+    "VerifyConfig",
+    "VerifyResult",
+    "convert_dclm",
+    "convert_hf",
+    "convert_image_pairs",
+    "convert_sft",
+    "encode",
+    "export_hf",
+    "finalize",
+    "pack",
+    "verify",
+]
