@@ -40,9 +40,10 @@ ALLOWED = {
     "wds_tools.convert": JOBS | {"wds_tools.images", "wds_tools.plugins"},
     "wds_tools.encode": JOBS | {"wds_tools.images", "wds_tools.vq"},
     "wds_tools.pack": JOBS | {"wds_tools.sequences"},
-    "wds_tools.export": DATASET,
+    "wds_tools.export": DATASET | {"wds_tools.sources"},
     "wds_tools.check": JOBS | {"wds_tools.images", "wds_tools.vq", "wds_tools.sequences", "wds_tools.encode"},
     "wds_tools.view": DATASET | {"wds_tools.images", "wds_tools.vq", "wds_tools.check", "wds_tools.sequences"},
+    "wds_tools.api": JOBS | {f"wds_tools.{room}" for room in ("convert", "encode", "pack", "export", "check")},
     "wds_tools.cli": JOBS
     | {f"wds_tools.{room}" for room in ("plugins", "convert", "encode", "pack", "sequences", "export", "check", "view")}
     | {"wds_tools"},
@@ -69,7 +70,7 @@ HEAVY = {
     "diffusers": {"wds_tools.vq"},
     "datasets": {"wds_tools.export"},
     "huggingface_hub": {"wds_tools.export"},
-    "pyarrow": {"wds_tools.export", "wds_tools.sources"},
+    "pyarrow": {"wds_tools.sources"},
     "webdataset": {"loaders"},
     "obstore": {"wds_tools.storage"},
     "fsspec": {"wds_tools.storage"},

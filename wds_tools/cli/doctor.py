@@ -20,9 +20,9 @@ import tyro
 
 from wds_tools import __version__
 from wds_tools.cli.summary import Printed, print_json
+from wds_tools.dataset.layout import MANIFEST
 from wds_tools.dataset.reader import read_manifest
 from wds_tools.errors import NotFound, WdsToolsError
-from wds_tools.format import manifest as manifests
 from wds_tools.storage import Store, open_store, redact
 from wds_tools.terminal import say
 
@@ -147,7 +147,7 @@ def _place(url: str, write: bool) -> _Fact:
 
 
 def _read(store: Store, write: bool) -> str:
-    if store.exists(manifests.NAME):
+    if store.exists(MANIFEST):
         manifest = read_manifest(store, any_members=True)
         for row in manifest.shards[:1]:
             store.read_range(row.name, 0, 1)

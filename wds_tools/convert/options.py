@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from wds_tools.errors import FormatError, UsageError
 from wds_tools.format.schema import MAX_KEY_BYTES, Sample, check_key, taken_names
-from wds_tools.jobs.options import JobOptions
+from wds_tools.jobs import JobOptions
 from wds_tools.sources.record import Source
 
 _MAX_PREFIX = MAX_KEY_BYTES - len("-TTTTTTTTT-NNNNNNNN")

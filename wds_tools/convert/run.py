@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from wds_tools.convert.options import ConvertOptions
 from wds_tools.format.manifest import Manifest
-from wds_tools.jobs.job import Job, run_job
+from wds_tools.jobs import Job, run_job
 from wds_tools.jobs.records import ConvertRecords, Encoder
 from wds_tools.plugins import SOURCES, load_plugin
 from wds_tools.sources.inputs import expand_inputs

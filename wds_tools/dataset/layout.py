@@ -16,6 +16,7 @@ import re
 MANIFEST = "manifest.json"
 TAR_SUFFIX = ".tar"
 INDEX_SUFFIX = ".index"
+"""Follows the name of the tar. Not ".idx": Megatron-Energon writes a file of that name beside each tar, for its own use."""
 REJECTS = "rejects/"
 WORK = "_work/"
 PLAN = WORK + "plan.json"
@@ -23,7 +24,7 @@ TASKS = WORK + "task-"
 LEASES = WORK + "run-"
 
 _REJECTS_FILE = rf"{REJECTS}task-\d{{6,}}\.jsonl"
-REMOVABLE = re.compile(rf"shard-\d{{6,}}-\d{{4,}}\.tar(\.index)?|{_REJECTS_FILE}|{PLAN}|{TASKS}\d{{6,}}\.json")
+REMOVABLE = re.compile(rf"shard-\d{{6,}}-\d{{4,}}\.tar(\.index)?|{_REJECTS_FILE}|{re.escape(PLAN)}|{TASKS}\d{{6,}}\.json")
 """The files of a dataset, but for the manifest and leases. Only these are ever removed."""
 IS_REJECTS_FILE = re.compile(rf"(^|/){_REJECTS_FILE}$")
 """Finds the rejects of a dataset among the files of any folder."""

@@ -142,12 +142,14 @@ class Output:
         """The tasks that earlier runs finished, by number. Raises FormatError: a marker is damaged, or of another release."""
         names = [entry.name for entry in self.store.list(TASKS)]
         with ThreadPoolExecutor(_PARALLEL_READS) as pool:
-            read = zip(names, pool.map(self.store.read, names), strict=True)
-            results = {name: read_json(TaskResult, data, f"{self.store.url}/{name}: {_NOT_OURS}") for name, data in read}
-        for name, result in results.items():
+            documents = list(pool.map(self.store.read, names))
+        results = {}
+        for name, data in zip(names, documents, strict=True):
+            result = read_json(TaskResult, data, f"{self.store.url}/{name}: {_NOT_OURS}")
             if name != marker_name(result.task):
                 raise FormatError(f"{self.store.url}/{name}: it is of task {result.task}: {_NOT_OURS}")
-        return {result.task: result for result in results.values()}
+            results[result.task] = result
+        return results
 
     def sound_results(self, *, verify: bool = False, quiet: bool = True) -> dict[int, TaskResult]:
         """Those of this part whose files are as they were written; the others lose their markers, and are to be done again.
@@ -198,14 +200,16 @@ class Output:
     def manifest(self, results: Iterable[TaskResult], **source: Any) -> Manifest:
         """The manifest over these tasks, in this order; with more to say in its source."""
         done = list(results)
-        shards = tuple(row for result in done for row in result.shards)
-        members = {member for row in shards for member in row.members}
+        shards = tuple(shard for result in done for shard in result.shards)
+        members = {member for shard in shards for member in shard.members}
         counts = sum((Counter(result.counts) for result in done), Counter[str]())
         return Manifest(
             shards=shards,
             inputs=sum(result.inputs for result in done),
             rejects=dict(sorted(count_rejects(done).items())),
-            rejects_hash=hash_rejects({rejects_name(one.task): one.rejects_sha256 for one in done if one.rejects_sha256}),
+            rejects_hash=hash_rejects(
+                {rejects_name(result.task): result.rejects_sha256 for result in done if result.rejects_sha256}
+            ),
             codes={column: provenance for column, provenance in self.spec.codes.items() if f"{column}.npy" in members},
             source={**self.spec.source, **source, **({"counts": dict(sorted(counts.items()))} if counts else {})},
             schema_version=self.spec.schema_version,
@@ -230,10 +234,10 @@ class Output:
         if self._overwrites:
             _check_removable(store)
             return False
-        if _has_manifest(store):
+        if (data := _manifest_data(store)) is not None:
             if not self._goes_on:
                 raise UsageError(f"{store.url} holds a complete dataset already: choose another output, or pass --overwrite")
-            manifest = parse_manifest(store.read(MANIFEST), f"{store.url}/{MANIFEST}")
+            manifest = parse_manifest(data, f"{store.url}/{MANIFEST}")
             self._check_same_plan(manifest.source)
             return manifest
         names = [] if store.exists(PLAN) else files_of(store)
@@ -265,7 +269,7 @@ class Output:
 
 def check_complete(store: Store, manifest: Manifest, *, verify: bool = False, quiet: bool = True) -> None:
     """Raise FormatError if shards are missing or changed, or indices are missing. Arguments: see find_changed."""
-    files = {row.name: Written(row.bytes, row.xxh128) for row in manifest.shards}
+    files = {shard.name: Written(shard.bytes, shard.xxh128) for shard in manifest.shards}
     files |= {index_name(name): Written(None) for name in files}
     if changed := find_changed(store, files, verify=verify, quiet=quiet):
         how = "copy them again, or make the dataset again with --overwrite (indices alone: `wds-tools index`)"
@@ -303,30 +307,31 @@ def _files(results: Iterable[TaskResult]) -> dict[str, Written]:
 
 def _check_removable(store: Store) -> list[str]:
     """The files that `remove` deletes beside the manifest, or UsageError if no dataset of this project is there."""
-    has_manifest = _has_manifest(store)
+    data = _manifest_data(store)
     names = files_of(store)
     removable = [name for name in names if REMOVABLE.fullmatch(name)]
-    if names and not (removable or has_manifest):
+    if names and not removable and data is None:
         raise UsageError(f"{store.url} holds files, but no dataset of this project to overwrite: choose another output")
     return removable
 
 
-def _has_manifest(store: Store) -> bool:
-    """Whether a manifest of this project is there, readable or not.
+def _manifest_data(store: Store) -> bytes | None:
+    """The manifest of this project that is there, readable or not; None if there is none.
 
     Raises:
         UsageError: it is somebody else's, or that of third-party tars.
     """
     if not store.exists(MANIFEST):
-        return False
+        return None
+    data = store.read(MANIFEST)
     what = f"{store.url}/{MANIFEST} is not a manifest of this project: choose another output"
-    record = read_json(dict[str, Any], store.read(MANIFEST), what, UsageError)
+    record = read_json(dict[str, Any], data, what, UsageError)
     if record.get("format") != FORMAT:
         raise UsageError(what)
     source = record.get("source")
     if isinstance(source, dict) and source.get("command") == INDEX_COMMAND:
         raise UsageError(f"{store.url} holds tars that were indexed where they lay, not made here: choose another output")
-    return True
+    return data
 
 
 def _few(names: Iterable[str]) -> str:

@@ -135,8 +135,8 @@ class TaskWriter:
         self, cause: Reject, *, source: str, line: int | None = None, element: int | None = None, key: str | None = None
     ) -> None:
         """Record an input that becomes no sample: its source; line, element of a JSON list, or key; reason and detail."""
-        place = {"source": source, "line": line, "element": element, "key": key, "reason": cause.reason, "detail": cause.detail}
-        self._reject_lines.append(orjson.dumps({name: value for name, value in place.items() if value is not None}))
+        record = {"source": source, "line": line, "element": element, "key": key, "reason": cause.reason, "detail": cause.detail}
+        self._reject_lines.append(orjson.dumps({name: value for name, value in record.items() if value is not None}))
         self._rejects[cause.reason] += 1
         self.num_rejects += 1
 
@@ -175,17 +175,17 @@ class TaskWriter:
         if self._builder is None or self._writer is None:
             return
         name = shard_name(self.task, len(self._shards))
-        data, index, row = self._builder.finish(name)
+        data, index, shard = self._builder.finish(name)
         self._writer.write(data)
         self._wait_for_publication()
-        self._publishing = self._publisher.submit(self._publish, self._writer, index, row)
+        self._publishing = self._publisher.submit(self._publish, self._writer, index, shard)
         self._builder = self._writer = None
-        self._shards.append(row)
+        self._shards.append(shard)
 
-    def _publish(self, writer: Writer, index: ShardIndex, row: ShardInfo) -> None:
+    def _publish(self, writer: Writer, index: ShardIndex, shard: ShardInfo) -> None:
         writer.close()
-        self._files[row.name] = Written(row.bytes, row.xxh128)
-        self._put(index_name(row.name), serialize_index(index))
+        self._files[shard.name] = Written(shard.bytes, shard.xxh128)
+        self._put(index_name(shard.name), serialize_index(index))
 
     def _put(self, name: str, data: bytes) -> None:
         self._store.put(name, data)

@@ -24,8 +24,7 @@ from wds_tools.errors import UsageError
 from wds_tools.format.manifest import Manifest, shard_info_from_json
 from wds_tools.format.schema import IMAGE_EXTENSIONS, Sample
 from wds_tools.images import ImageLimits, Mode
-from wds_tools.jobs.job import Job, run_job
-from wds_tools.jobs.options import JobOptions
+from wds_tools.jobs import Job, JobOptions, run_job
 from wds_tools.jobs.records import ConvertRecords
 from wds_tools.sources.record import Record, group_to_limit
 from wds_tools.storage import open_store

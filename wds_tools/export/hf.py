@@ -38,12 +38,13 @@ from wds_tools.errors import FormatError, UsageError
 from wds_tools.export.card import LIQUID_TYPES, TAG, serialize_card
 from wds_tools.export.card import NAME as CARD
 from wds_tools.export.push import push
-from wds_tools.export.rows import FEATURES, ROW_BYTES, Format, load_pyarrow, serialize_table_row, write_part
+from wds_tools.export.rows import FEATURES, ROW_BYTES, Format, serialize_table_row, write_part
 from wds_tools.export.shuffle import Shuffle
 from wds_tools.format.manifest import Manifest, ShardInfo
 from wds_tools.format.schema import CODE_COLUMNS, IMAGE_EXTENSIONS, codes_named
 from wds_tools.format.typed_json import read_json
 from wds_tools.run.progress import Advance, Progress
+from wds_tools.sources.coded import load_pyarrow
 from wds_tools.storage import LocalStore, Store, open_store
 from wds_tools.storage.base import TEMP_FOLDER, split_scheme
 from wds_tools.storage.local import translate
@@ -154,7 +155,7 @@ def export_hf(config: ExportConfig) -> ExportSummary:
         NotFound, FormatError, StorageError: an input can't be read.
         MissingPackage: pyarrow is not installed.
     """
-    load_pyarrow()
+    load_pyarrow("exporting")
     sources = [(store, read_manifest(store, instead_of_rows="export those datasets")) for store in map(open_store, config.input)]
     _check_sources(sources, config)
     held = sum((Counter(manifest.data_types) for _, manifest in sources), Counter[str]())

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
@@ -141,32 +141,24 @@ def _run_tasks(job: Job[Task], options: JobOptions, output: Output) -> Manifest:
     total = job.total * len(todo) // max(len(job.tasks), 1)  # taking all tasks as equal
     rejects = count_rejects(results.values())
     num_inputs = sum(result.inputs for result in results.values())
-    with (
-        Progress(job.command, total, quiet=options.quiet) as progress,
-        closing(_execute(job, options, todo, progress)) as finished,  # whatever ends this ends the tasks
-    ):
-        for result in finished:
-            output.check()
-            results[result.task] = result
-            rejects.update(result.rejects)
-            num_inputs += result.inputs
-            budget.check(rejects, num_inputs, final=False, where=output.store.url)
+    run_task = _RunTask(job.work, options.output, options.shard_limits, job.key_prefix)
+    with Progress(job.command, total, quiet=options.quiet) as report:
+        if options.executor == "local":
+            finished = run_tasks(run_task, todo, workers=options.workers, on_report=report)
+        else:
+            cpus, gpus = options.task_cpus, options.task_gpus
+            finished = run_on_ray(run_task, todo, cpus=cpus, gpus=gpus, device=job.device, on_report=report)
+        with closing(finished):  # whatever ends this ends the tasks
+            for result in finished:
+                output.check()
+                results[result.task] = result
+                rejects.update(result.rejects)
+                num_inputs += result.inputs
+                budget.check(rejects, num_inputs, final=False, where=output.store.url)
     budget.check(rejects, num_inputs, final=True, where=output.store.url)
     if options.part is not None:
         return output.manifest((results[number] for number in numbers), part=options.part)
     return output.finish(results)
-
-
-def _execute(
-    job: Job[Task], options: JobOptions, todo: Sequence[tuple[int, Task]], on_report: Report
-) -> Generator[TaskResult, None, None]:
-    run_task = _RunTask(job.work, options.output, options.shard_limits, job.key_prefix)
-    if options.executor == "local":
-        yield from run_tasks(run_task, todo, workers=options.workers, on_report=on_report)
-    else:
-        yield from run_on_ray(
-            run_task, todo, cpus=options.task_cpus, gpus=options.task_gpus, device=job.device, on_report=on_report
-        )
 
 
 @dataclass(frozen=True)

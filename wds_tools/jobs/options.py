@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -100,8 +101,9 @@ class JobOptions:
 class RejectBudget:
     """How many rejects a run may have."""
 
-    count: int | None = None
-    share: float | None = None
+    limit: float
+    """Rejects at most; or the share of the inputs, 0 to 1."""
+    is_share: bool
 
     @classmethod
     def parse(cls, text: str) -> RejectBudget:
@@ -110,27 +112,24 @@ class RejectBudget:
         Raises:
             UsageError: neither.
         """
+        is_share = text.endswith("%")
         try:
-            budget = cls(share=float(text[:-1]) / 100) if text.endswith("%") else cls(count=int(text))
+            limit = float(text[:-1]) / 100 if is_share else int(text)
         except ValueError as error:
             raise UsageError(f"--max-rejects {text!r}: expected a count such as 100 or a share such as 2.5%") from error
-        if (budget.count or 0) < 0 or not 0 <= (budget.share or 0) <= 1:
+        if not 0 <= limit <= (1 if is_share else math.inf):
             raise UsageError(f"--max-rejects {text!r}: a count is at least 0, a share between 0% and 100%")
-        return budget
+        return cls(limit, is_share)
 
     def check(self, rejects: Mapping[str, int], inputs: int, *, final: bool, where: str) -> None:
         """Raise TooManyRejects if these are too many; a share is judged at the end, or once it can't be an accident."""
-        faults = sum(count for reason, count in rejects.items() if reason not in FILTER_REASONS)
-        if self.count is not None:
-            over = faults > self.count
-        else:
-            assert self.share is not None
-            over = faults > self.share * inputs and (final or inputs >= _EARLY_INPUTS)
-        if over:
-            allowed = f"{self.count}" if self.count is not None else f"{100 * (self.share or 0):g}%"
-            counts = Counter({reason: count for reason, count in rejects.items() if reason not in FILTER_REASONS})
-            reasons = ", ".join(f"{count} {reason}" for reason, count in counts.most_common(6))
+        faults = Counter({reason: count for reason, count in rejects.items() if reason not in FILTER_REASONS})
+        num_faults = faults.total()
+        is_judged = final or not self.is_share or inputs >= _EARLY_INPUTS
+        if is_judged and num_faults > self.limit * (inputs if self.is_share else 1):
+            allowed = f"{100 * self.limit:g}%" if self.is_share else f"{self.limit}"
+            reasons = ", ".join(f"{count} {reason}" for reason, count in faults.most_common(6))
             raise TooManyRejects(
-                f"{faults} of {inputs} inputs can't be used, allowed are {allowed} ({reasons}): see {join(where, REJECTS)}; "
+                f"{num_faults} of {inputs} inputs can't be used, allowed are {allowed} ({reasons}): see {join(where, REJECTS)}; "
                 "then repair the input, or go on with --resume and a larger --max-rejects"
             )

@@ -19,15 +19,11 @@ from typing import Any
 import numpy as np
 
 from wds_tools.dataset.reader import read_manifest, read_stored
-from wds_tools.dataset.writer import TaskWriter
 from wds_tools.errors import FormatError, Reject, UsageError
 from wds_tools.format.manifest import Manifest, shard_info_from_json
 from wds_tools.format.schema import ANY_MEMBERS, Sample, one_set
 from wds_tools.format.shard import sample_from_members
-from wds_tools.jobs.job import Job, run_job
-from wds_tools.jobs.options import JobOptions
-from wds_tools.run.local import Report
-from wds_tools.run.progress import Advance
+from wds_tools.jobs import Advance, Job, JobOptions, Report, TaskWriter, run_job
 from wds_tools.sequences.build import ROWS_VERSION, ExampleBuilder
 from wds_tools.sequences.config import SequenceConfig
 from wds_tools.sequences.pack import Packer

@@ -14,21 +14,28 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from itertools import islice
 from multiprocessing.connection import wait as wait_for
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from wds_tools.errors import WorkerDied
 from wds_tools.run.progress import Advance
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
-Report = Callable[[Advance], None]
-"""Is told what is new since it was told last; see Progress."""
+
+
+class Report(Protocol):
+    """Takes what is new since the last report; a Progress is one."""
+
+    def __call__(self, new: Advance, /) -> None:
+        """Add to what is done."""
+
+
 Work = Callable[[Task, Report], Result]
 
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -38,7 +45,7 @@ _LOOK_EVERY_S = 1.0
 _worker: tuple[Callable[..., Any], Report] | None = None
 
 
-def run_tasks(fn: Work[Task, Result], tasks: Sequence[Task], *, workers: int, on_report: Report) -> Iterator[Result]:
+def run_tasks(fn: Work[Task, Result], tasks: Sequence[Task], *, workers: int, on_report: Report) -> Generator[Result, None, None]:
     """Run `fn` over the tasks.
 
     Args:
@@ -98,8 +105,8 @@ def stops_held() -> Iterator[None]:
     here never see it, from birth: it is their parent's, which stops them."""
     pressed: list[int] = []
     is_main = threading.current_thread() is threading.main_thread()
-    found = {number: signal.getsignal(number) for number in STOPS if is_main}
-    handlers = {number: handler for number, handler in found.items() if handler not in (signal.SIG_IGN, None)}
+    current = {number: signal.getsignal(number) for number in STOPS if is_main}
+    handlers = {number: handler for number, handler in current.items() if handler not in (signal.SIG_IGN, None)}
     for number in handlers:
         signal.signal(number, lambda number, _: pressed.append(number))
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # is inherited, which a handler isn't

@@ -18,7 +18,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from itertools import islice
 from typing import Any, TypeVar
@@ -78,7 +78,7 @@ def run_on_ray(
     gpus: float | None,
     device: str,
     on_report: Report,
-) -> Iterator[Result]:
+) -> Generator[Result, None, None]:
     """Run `fn` over the tasks, inside of `on_cluster`.
 
     Args:
@@ -101,24 +101,25 @@ def run_on_ray(
     _check_room(ray, cpus, gpus)
     # Ray would give a GPU task a new process each time; kept, the model stays loaded.
     remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=_RETRIES, max_calls=0)(_run_in_worker)
-    here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    board = ray.remote(num_cpus=0, scheduling_strategy=here)(_Board).remote()
+    node = ray.get_runtime_context().get_node_id()
+    on_node = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node, soft=False)
+    board = ray.remote(num_cpus=0, scheduling_strategy=on_node)(_Board).remote()
     box = [ray.put(fn)]
     counter = _ReportCounter(on_report)
     waiting = enumerate(tasks)
     pending: dict[Any, int] = {}
     try:
         while True:
-            for place, task in islice(waiting, max(_room(ray, cpus, gpus) - len(pending), 0)):
-                pending[remote.remote(box, board, place, task)] = place
+            for number, task in islice(waiting, max(_room(ray, cpus, gpus) - len(pending), 0)):
+                pending[remote.remote(box, board, number, task)] = number
             if not pending:
                 return
             done, _ = ray.wait(list(pending), timeout=_POLL_S)
             counter.take(ray.get(board.read.remote()))
             for ref in done:
-                place = pending.pop(ref)
-                result, done_in_task = _get(ray, ref, place)
-                counter.close(place, done_in_task)
+                number = pending.pop(ref)
+                result, done_in_task = _get(ray, ref, number)
+                counter.close(number, done_in_task)
                 yield result
     finally:
         for ref in pending:
@@ -131,8 +132,8 @@ class _Board:
     def __init__(self) -> None:
         self._sums: dict[int, Advance] = {}
 
-    def tell(self, place: int, done: Advance) -> None:
-        self._sums[place] = done
+    def tell(self, number: int, done: Advance) -> None:
+        self._sums[number] = done
 
     def read(self) -> dict[int, Advance]:
         sums, self._sums = self._sums, {}
@@ -148,21 +149,21 @@ class _ReportCounter:
         self._closed: set[int] = set()
 
     def take(self, sums: dict[int, Advance]) -> None:
-        for place, done in sums.items():
-            if place in self._closed:  # said before its result, heard after it
+        for number, done in sums.items():
+            if number in self._closed:  # said before its result, heard after it
                 continue
-            before = self._known.get(place, Advance())
-            self._known[place] = done
+            before = self._known.get(number, Advance())
+            self._known[number] = done
             self._on_report(done - before)
 
-    def close(self, place: int, done: Advance) -> None:
+    def close(self, number: int, done: Advance) -> None:
         """The last word of a task."""
-        self.take({place: done})
-        self._closed.add(place)
-        self._known.pop(place, None)
+        self.take({number: done})
+        self._closed.add(number)
+        self._known.pop(number, None)
 
 
-def _run_in_worker(box: list[Any], board: Any, place: int, task: Any) -> tuple[Any, Advance]:
+def _run_in_worker(box: list[Any], board: Any, number: int, task: Any) -> tuple[Any, Advance]:
     """Do a task; returns its result and the sum of its reports."""
     key = box[0].hex()
     if key not in _held:
@@ -176,20 +177,20 @@ def _run_in_worker(box: list[Any], board: Any, place: int, task: Any) -> tuple[A
         done += new
         if time.monotonic() - reported_s >= _TELL_EVERY_S:
             reported_s = time.monotonic()
-            board.tell.remote(place, done)
+            board.tell.remote(number, done)
 
     result = _held[key](task, report)
     return result, done
 
 
-def _get(ray: Any, ref: Any, place: int) -> tuple[Any, Advance]:
+def _get(ray: Any, ref: Any, number: int) -> tuple[Any, Advance]:
     try:
         result: tuple[Any, Advance] = ray.get(ref)
     except ray.exceptions.RayTaskError as error:
         raise error.cause from error
     except ray.exceptions.RayError as error:
         raise WorkerDied(
-            f"task {place} lost its worker or its node {_RETRIES + 1} times, or ran out of memory: "
+            f"task {number} lost its worker or its node {_RETRIES + 1} times, or ran out of memory: "
             f"{str(error).splitlines()[0]}. Finished shards are kept: run again with --resume, and with more --task-cpus, "
             "so that fewer tasks share a node, if memory was short"
         ) from error
@@ -205,18 +206,18 @@ def _room(ray: Any, cpus: float, gpus: float) -> int:
 
 def _connect(ray: Any, address: str | None) -> None:
     """Raise UsageError if there is no cluster at that address."""
-    found, named = address, "--ray-address"
+    cluster, named = address, "--ray-address"
     if address in (None, "auto") and os.environ.get("RAY_ADDRESS"):
-        found, named = os.environ["RAY_ADDRESS"], "RAY_ADDRESS"
-    host, colon, port = (found or "").removeprefix("ray://").rpartition(":")
+        cluster, named = os.environ["RAY_ADDRESS"], "RAY_ADDRESS"
+    host, colon, port = (cluster or "").removeprefix("ray://").rpartition(":")
     try:
         if colon and port.isdecimal():  # Ray itself would try for longer
             socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S).close()
         ray.init(address=address, log_to_driver=False, logging_level="ERROR", configure_logging=False)
     except (OSError, OverflowError, ValueError, RuntimeError) as error:
-        said = str(error).partition("\n")[0]
+        cause = str(error).partition("\n")[0]
         what = {"--ray-address": "see `ray start --head`", "RAY_ADDRESS": "correct or unset it, or give --ray-address"}[named]
-        raise UsageError(f"{named} {found}: no Ray cluster answers there ({said}): {what}") from error
+        raise UsageError(f"{named} {cluster}: no Ray cluster answers there ({cause}): {what}") from error
 
 
 def check_device(device: str) -> None:

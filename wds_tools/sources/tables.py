@@ -17,14 +17,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from wds_tools.dataset.layout import REJECTS
-from wds_tools.errors import FormatError, MissingPackage, NotFound, Reject, StorageError, UsageError
+from wds_tools.errors import FormatError, NotFound, Reject, StorageError, UsageError
 from wds_tools.format.typed_json import read_json, shape
+from wds_tools.sources.coded import load_pyarrow
 from wds_tools.sources.fields import fields_of
 from wds_tools.sources.lines import LineRange, plan_lines, read_lines
 from wds_tools.sources.record import InputFile, Record, file_records
 from wds_tools.storage import Store, join, open_store, split_url
 
 ARROW, JSONL, PARQUET = ".arrow", ".jsonl", ".parquet"
+_READING = "reading Hugging Face datasets"
 _STATE, _SPLITS = "state.json", "dataset_dict.json"
 _NOT_SAVED = "is not what save_to_disk writes"
 _BATCH_ROWS = 1000
@@ -92,7 +94,7 @@ class Tables:
         check_files(files)
         tables = [file for file in files if not file.url.endswith(JSONL)]
         if tables:
-            load_pyarrow()
+            load_pyarrow(_READING)
         lines = [file for file in files if file.url.endswith(JSONL)]
         ranges = plan_lines(lines, self.task_lines, quiet=self.quiet)
         total = sum(file.size for file in tables) + sum(span.end - span.start for span in ranges)
@@ -113,16 +115,6 @@ def table_rows(file: InputFile) -> Iterator[NumberedFields]:
         Reject: behind the last row that can be read: "truncated_arrow", "corrupt_arrow" or "corrupt_parquet".
     """
     yield from (_parquet_rows if file.url.endswith(PARQUET) else _arrow_rows)(*file)
-
-
-def load_pyarrow() -> Any:
-    """The package, with pyarrow.parquet. Raises MissingPackage."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise MissingPackage("reading Hugging Face datasets needs pyarrow: pip install 'wds-tools[convert]'") from error
-    return pyarrow
 
 
 def check_files(files: Sequence[InputFile]) -> None:
@@ -153,7 +145,7 @@ def _data_files(url: str, state_name: str) -> list[str]:
 
 
 def _arrow_rows(url: str, size: int) -> Iterator[NumberedFields]:
-    pa = load_pyarrow()
+    pa = load_pyarrow(_READING)
     root, name = split_url(url)
     store = open_store(root)
     number = 0
@@ -177,7 +169,7 @@ def _arrow_rows(url: str, size: int) -> Iterator[NumberedFields]:
 
 
 def _parquet_rows(url: str, size: int) -> Iterator[NumberedFields]:
-    pa = load_pyarrow()
+    pa = load_pyarrow(_READING)
     root, name = split_url(url)
     number = 0
     try:
