@@ -60,9 +60,10 @@ def plain(folder: Path, out: Path) -> int:
 
 def ours(folder: Path, out: Path) -> int:
     """This project's converter, one worker."""
-    from wds_tools.convert.documents import DclmConfig, convert_dclm
+    from wds_tools.convert import run_conversion
+    from wds_tools.convert.documents import DclmConfig
 
-    return convert_dclm(DclmConfig(input=(str(folder),), output=str(out), quiet=True)).samples
+    return run_conversion(DclmConfig(input=(str(folder),), output=str(out), quiet=True)).samples
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from wds_tools.dataset.reader import read_manifest, read_shard
 from wds_tools.dataset.writer import ShardLimits, TaskWriter
-from wds_tools.encode.encode import FillShards
+from wds_tools.encode.encode import encode_shards
 from wds_tools.encode.image_encoder import ImageEncoder
 from wds_tools.encode.memory import keep_freed_memory
 from wds_tools.encode.options import TokenizerOptions
@@ -107,7 +107,7 @@ def run(way: str, url: str, name: str, weights: str | None) -> dict[str, float]:
     image_encoder.device.tokenizer.encode(torch.zeros(2, 512, 512, 3, dtype=torch.uint8))
     with tempfile.TemporaryDirectory(dir=Path(url).parent) as folder, TaskWriter(open_store(folder), 0, ShardLimits()) as writer:
         clock = _Clock()
-        inputs = FillShards(url, image_encoder)([asdict(row) for row in manifest.shards], writer, lambda *_: None)
+        inputs = encode_shards(url, image_encoder)([asdict(row) for row in manifest.shards], writer, lambda *_: None)
         writer.finish(inputs)
         result = clock.read(inputs)
     total_s, waited_s = image_encoder.device.times()

@@ -25,9 +25,9 @@ import numpy as np
 
 from loaders import LoaderConfig, Source, World, build_loader
 from loaders.order.plan import SourcePlan, default_order
+from wds_tools.dataset.layout import INDEX_SUFFIX, MANIFEST
 from wds_tools.dataset.reader import read_manifest
 from wds_tools.format import manifest as manifests
-from wds_tools.format.index import SUFFIX
 from wds_tools.storage import open_store
 
 MANY_SAMPLES = 100_000_000
@@ -57,11 +57,11 @@ def link_many(dataset: Path, out: Path) -> None:
     for copy in range(copies):
         for number, row in enumerate(manifest.shards):
             name = f"shard-{copy:06d}-{number:04d}.tar"
-            for suffix in ("", SUFFIX):
+            for suffix in ("", INDEX_SUFFIX):
                 os.link(dataset / (row.name + suffix), out / (name + suffix))
             rows.append(replace(row, name=name))
     many = replace(manifest, shards=tuple(rows), inputs=copies * manifest.inputs)
-    (out / manifests.NAME).write_bytes(manifests.serialize_manifest(many))
+    (out / MANIFEST).write_bytes(manifests.serialize_manifest(many))
 
 
 def first_batch(folder: str) -> dict[str, float]:

@@ -29,7 +29,8 @@ from obstore.store import S3Store
 from benchmarks.loader_workload import CODEBOOK_SIZE, GRID
 from loaders import LoaderConfig, Source, World, build_loader
 from tests.s3 import BUCKET, serve_s3
-from wds_tools.dataset.writer import ShardLimits, TaskWriter, begin, finish
+from wds_tools.dataset.output import Output, OutputSpec
+from wds_tools.dataset.writer import ShardLimits, TaskWriter
 from wds_tools.format.schema import Sample
 from wds_tools.storage import open_store
 from wds_tools.storage.objects import ObjectStore
@@ -61,10 +62,11 @@ def measure(out: Path, rounds: int) -> dict[str, Any]:
 def write(_: Path) -> dict[str, float]:
     """The dataset: captions of 40 words and random codes, about 4.1 KB a sample, written by all cores."""
     store = open_store(URL)
-    begin(store, {"command": "benchmark"}, resume=False, overwrite=False)
+    output = Output(store, OutputSpec(num_tasks=NUM_TASKS, source={"command": "benchmark"}))
+    output.begin()
     with ProcessPoolExecutor() as pool:
         list(pool.map(_write_task, range(NUM_TASKS)))
-    manifest = finish(store, NUM_TASKS, codes={}, source={"command": "benchmark"})
+    manifest = output.finish(output.results())
     return {"bytes": manifest.bytes}
 
 

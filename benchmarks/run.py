@@ -41,8 +41,8 @@ def conversion_memory(out: Path, json_bytes: int = 1 << 30) -> dict[str, float]:
     """Peak resident MB of a process that converts 1 GB of documents."""
     written = write_documents(out / "gigabyte", json_bytes // 5900)
     code = (
-        "from wds_tools.convert.documents import *\n"
-        f"convert_dclm(DclmConfig(input=({str(out / 'gigabyte')!r},), output={str(out / 'converted')!r}, quiet=True))\n"
+        "from wds_tools.convert import run_conversion\nfrom wds_tools.convert.documents import DclmConfig\n"
+        f"run_conversion(DclmConfig(input=({str(out / 'gigabyte')!r},), output={str(out / 'converted')!r}, quiet=True))\n"
         "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
     )
     peak_kib = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)

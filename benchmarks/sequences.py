@@ -27,7 +27,8 @@ from benchmarks.loader import machine
 from benchmarks.loader_report import Bar, bar_table, put_section
 from benchmarks.sequences_ways import CODEBOOK_SIZE, sources
 from benchmarks.workload import corpus
-from wds_tools.dataset.writer import ShardLimits, TaskWriter, begin, finish
+from wds_tools.dataset.output import Output, OutputSpec
+from wds_tools.dataset.writer import ShardLimits, TaskWriter
 from wds_tools.format.schema import Sample
 from wds_tools.pack.rows import PackConfig, pack
 from wds_tools.storage import open_store
@@ -101,12 +102,13 @@ def write_inputs(folder: Path) -> None:
 
 def _write(folder: Path, samples: Iterator[Sample], codes: dict[str, Any]) -> None:
     store = open_store(str(folder))
-    begin(store, {"command": "benchmark"}, resume=False, overwrite=False)
+    output = Output(store, OutputSpec(num_tasks=1, source={"command": "benchmark"}, codes=codes))
+    output.begin()
     with TaskWriter(store, 0, ShardLimits(samples=2000)) as writer:
         for sample in samples:
             writer.add(sample)
         writer.finish(writer.num_samples)
-    finish(store, 1, codes=codes, source={"command": "benchmark"})
+    output.finish(output.results())
 
 
 def measure(folder: Path) -> dict[str, Any]:

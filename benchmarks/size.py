@@ -11,6 +11,7 @@ import webdataset as wds
 from benchmarks.workload import captioned_codes
 from wds_tools.dataset.writer import ShardLimits, TaskWriter
 from wds_tools.format.schema import Sample
+from wds_tools.sources.columns import ABSENT, COLUMNS
 from wds_tools.storage import open_store
 
 
@@ -27,14 +28,12 @@ def bytes_per_sample(out: Path, num_samples: int = 2000) -> dict[str, float]:
             record = {"data_type": "image_text", "text": caption, "length": len(caption) + 4096, "width": None, "height": None}
             sink.write({"__key__": f"{number:09d}", "json": record, "vqcode_512.npy": codes_hw})
     rows = [
-        {
+        dict.fromkeys(COLUMNS, ABSENT)
+        | {
             "data_type": "image_text",
             "text": caption,
             "length": len(caption) + 4096,
             "vqcode_512": json.dumps(codes_hw.ravel().tolist()),
-            "vqcode_multi768": "no",
-            "width": "no",
-            "height": "no",
         }
         for caption, codes_hw in samples
     ]

@@ -24,7 +24,8 @@ from typing import Any
 import numpy as np
 
 from tests.s3 import serve_s3
-from wds_tools.dataset.writer import ShardLimits, TaskWriter, begin, finish
+from wds_tools.dataset.output import Output, OutputSpec
+from wds_tools.dataset.writer import ShardLimits, TaskWriter
 from wds_tools.format.schema import Sample
 from wds_tools.storage import open_store
 
@@ -49,7 +50,8 @@ TURN = """first => new Promise((done, failed) => {
 def make(url: str, num_samples: int) -> None:
     """Write the set: numbered captions and grids from a pool, in which low codes are frequent."""
     store = open_store(url)
-    begin(store, {"command": "benchmark"}, resume=False, overwrite=False)
+    output = Output(store, OutputSpec(num_tasks=1, source={"command": "benchmark"}, codes=CODES))
+    output.begin()
     generator = np.random.default_rng(0)
     captions = [" ".join(generator.choice(WORDS, generator.integers(8, 41))) for _ in range(2000)]
     pool_Nhw = (generator.random((2000, 32, 32)) ** 2 * 4096).astype(np.uint16)
@@ -61,7 +63,7 @@ def make(url: str, num_samples: int) -> None:
             key = f"000000-{number:08d}"
             writer.add(Sample(key=key, data_type="image_text", text=text, codes={"vqcode_512": codes_hw}))
         writer.finish(num_samples)
-    finish(store, 1, codes=CODES, source={"command": "benchmark"})
+    output.finish(output.results())
 
 
 class Viewer:

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from wds_tools.dataset.writer import ShardLimits, TaskWriter, begin, finish
+from wds_tools.dataset.output import Output, OutputSpec
+from wds_tools.dataset.writer import ShardLimits, TaskWriter
 from wds_tools.format.manifest import Manifest
 from wds_tools.format.schema import Sample, join_grids
 from wds_tools.storage import open_store
@@ -32,12 +33,13 @@ def make_dataset(
         codes: provenance of the code columns for the manifest, if it matters.
     """
     store = open_store(fspath(url))
-    begin(store, {"command": "test"}, resume=False, overwrite=False)
+    output = Output(store, OutputSpec(num_tasks=1, source={"command": "test"}, codes=codes or {}))
+    output.begin()
     with TaskWriter(store, 0, ShardLimits(samples=shard_samples)) as writer:
         for sample in samples:
             writer.add(sample)
         writer.finish(writer.num_samples)
-    return finish(store, 1, codes=codes or {}, source={"command": "test"})
+    return output.finish(output.results())
 
 
 def text_sample(number: int, text: str | None = None) -> Sample:

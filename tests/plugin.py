@@ -1,4 +1,4 @@
-"""Tokenizers of others for tests: a package with an entry point, as pip would leave it in a folder."""
+"""Packages of others for tests, with entry points, as pip would leave them in a folder."""
 
 from __future__ import annotations
 
@@ -40,13 +40,14 @@ def write_plugin(folder: Path, module: str, code: str, entry_points: str) -> Pat
         folder: where it goes; put it on the path to have it installed.
         module: its name.
         code: its source.
-        entry_points: of the group of tokenizers, a line each.
+        entry_points: of the group of tokenizers, a line each; or of any groups, under their names in brackets.
     """
     (folder / f"{module}.py").write_text(code)
     info = folder / f"{module}-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module.replace('_', '-')}\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(f"[wds_tools.tokenizers]\n{entry_points}\n")
+    group = "" if entry_points.startswith("[") else "[wds_tools.tokenizers]\n"
+    (info / "entry_points.txt").write_text(f"{group}{entry_points}\n")
     return folder
 
 

@@ -15,6 +15,7 @@ import torch
 
 from benchmarks.loader_workload import Text, read_source
 from benchmarks.peers.measure import BATCH, main, stack_codes
+from wds_tools.sources.columns import ABSENT, COLUMNS
 
 FORMAT = "hf-json"
 
@@ -22,14 +23,14 @@ FORMAT = "hf-json"
 def write(folder: Path) -> None:
     """The reference's seven columns: strings, but for the length."""
     datasets.disable_progress_bars()
-    rows = {name: [] for name in ("data_type", "text", "length", "vqcode_512", "vqcode_multi768", "width", "height")}
+    rows = {name: [] for name in COLUMNS}
     for text, codes in read_source(folder):
         rows["data_type"].append("text_pretrain" if codes is None else "image_text")
         rows["text"].append(text)
         rows["length"].append(len(text) + (0 if codes is None else 4 * codes.size))
-        rows["vqcode_512"].append("no" if codes is None else json.dumps(codes.ravel().tolist()))
+        rows["vqcode_512"].append(ABSENT if codes is None else json.dumps(codes.ravel().tolist()))
         for name in ("vqcode_multi768", "width", "height"):
-            rows[name].append("no")
+            rows[name].append(ABSENT)
     datasets.Dataset.from_dict(rows).save_to_disk(folder / FORMAT)
 
 
@@ -49,7 +50,7 @@ def batches(folder: Path) -> Iterator[tuple[list[str], torch.Tensor]]:
 
 def decode(row: dict) -> Text:
     """A row's text and codes."""
-    return row["text"], None if row["vqcode_512"] == "no" else np.array(json.loads(row["vqcode_512"]), np.uint16)
+    return row["text"], None if row["vqcode_512"] == ABSENT else np.array(json.loads(row["vqcode_512"]), np.uint16)
 
 
 def collate(batch: dict[str, list[str]]) -> tuple[list[str], torch.Tensor]:

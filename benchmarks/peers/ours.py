@@ -11,7 +11,8 @@ import torch
 from benchmarks.loader_workload import SAMPLES_PER_SHARD, Text, read_source
 from benchmarks.peers.measure import BATCH, main
 from loaders import Loader, LoaderConfig, Source, World, build_loader
-from wds_tools.dataset.writer import ShardLimits, TaskWriter, begin, finish
+from wds_tools.dataset.output import Output, OutputSpec
+from wds_tools.dataset.writer import ShardLimits, TaskWriter
 from wds_tools.format.schema import Sample
 from wds_tools.storage import open_store
 
@@ -21,7 +22,8 @@ FORMAT = "ours"
 def write(folder: Path) -> None:
     """A finished dataset, as `wds-tools convert` and `encode` leave it."""
     store = open_store(str(folder / FORMAT))
-    begin(store, {"command": "benchmark"}, resume=False, overwrite=False)
+    output = Output(store, OutputSpec(num_tasks=1, source={"command": "benchmark"}))
+    output.begin()
     with TaskWriter(store, 0, ShardLimits(samples=SAMPLES_PER_SHARD)) as writer:
         for number, (text, codes) in enumerate(read_source(folder)):
             key = f"000000-{number:08d}"
@@ -30,7 +32,7 @@ def write(folder: Path) -> None:
             else:
                 writer.add(Sample(key=key, data_type="image_text", text=text, codes={"vqcode_512": codes}))
         writer.finish(writer.num_samples)
-    finish(store, 1, codes={}, source={"command": "benchmark"})
+    output.finish(output.results())
 
 
 def samples(folder: Path) -> Iterator[Text]:

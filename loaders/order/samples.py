@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from loaders.config import LoaderConfig, Source
 from loaders.order.mix import Mixture
 from loaders.order.plan import Ints, OrderSpec, Rows, SourcePlan, default_order
+from wds_tools.dataset.layout import MANIFEST
 from wds_tools.errors import NotFound, UsageError
-from wds_tools.format import manifest as manifests
 from wds_tools.format.manifest import Manifest, parse_manifest
 from wds_tools.format.schema import ANY_MEMBERS
 from wds_tools.storage import Store, open_store
@@ -92,13 +92,13 @@ def open_source(source: Source) -> OpenSource:
     """
     store = open_store(source.url)
     try:
-        data = store.read(manifests.NAME)
+        data = store.read(MANIFEST)
     except NotFound as error:
         raise NotFound(
-            f"{store.url} has no {manifests.NAME}: not a dataset, or one that is not finished; "
+            f"{store.url} has no {MANIFEST}: not a dataset, or one that is not finished; "
             "for WebDataset tars made elsewhere, `wds-tools index` makes it"
         ) from error
-    return OpenSource(source, store, parse_manifest(data, f"{store.url}/{manifests.NAME}"))
+    return OpenSource(source, store, parse_manifest(data, f"{store.url}/{MANIFEST}"))
 
 
 class SampleOrder:

@@ -23,8 +23,9 @@ import numpy as np
 
 from loaders.order.samples import OpenSource
 from loaders.reading.cache import BlockCache
+from wds_tools.dataset.layout import index_name
 from wds_tools.errors import FormatError, NotFound, UsageError
-from wds_tools.format.index import ABSENT, SUFFIX, ShardIndex, check_fresh, read_rows
+from wds_tools.format.index import ABSENT, ShardIndex, check_fresh, read_rows
 from wds_tools.format.schema import CODE_COLUMNS, IMAGE_EXTENSIONS, TOKEN_MEMBERS, named_column
 from wds_tools.storage import LocalStore, join
 from wds_tools.storage.recent import Recent, SingleFlight
@@ -256,7 +257,7 @@ class SourceReader:
     def _read_index(self, place: tuple[int, int]) -> ShardIndex:
         shard, start = place
         row = self.opened.manifest.shards[shard]
-        name = row.name + SUFFIX
+        name = index_name(row.name)
         where = join(self._store.url, name)
         data = self._index_files.get(shard, lambda _: self._index_file(name))
         index = read_rows(data, start, min(start + _INDEX_ROWS, row.samples), where)

@@ -12,9 +12,10 @@ from factory import CODEBOOK_SIZE, image_sample, multi_sample, talk_sample, text
 from tokens import write_small_sets
 
 from wds_tools.check.verify import VerifyConfig, verify
-from wds_tools.dataset.index import index_tars
-from wds_tools.dataset.writer import ShardLimits, TaskWriter, begin, finish
+from wds_tools.dataset.output import Output, OutputSpec
+from wds_tools.dataset.writer import ShardLimits, TaskWriter
 from wds_tools.errors import Reject, WdsToolsError
+from wds_tools.jobs.index_tars import index_tars
 from wds_tools.pack.rows import PackConfig, pack
 from wds_tools.storage import open_store
 
@@ -72,7 +73,10 @@ def problems(root: Path) -> tuple[str, ...]:
 def write_samples(folder: Path) -> None:
     """Shards of every kind of sample, from two tasks, both with rejects."""
     store = open_store(str(folder))
-    begin(store, {"command": "test"}, resume=False, overwrite=False)
+    made = {"codebook_size": CODEBOOK_SIZE, "tokenizer": "test", "precision": "fp32"}
+    source = {"command": "test", "counts": {"tokens": 7}}
+    output = Output(store, OutputSpec(num_tasks=2, source=source, codes={"vqcode_512": made, "vqcode_multi768": made}))
+    output.begin()
     for task in range(2):
         with TaskWriter(store, task, ShardLimits(samples=4)) as writer:
             for number in range(10 * task, 10 * task + 8):
@@ -81,5 +85,4 @@ def write_samples(folder: Path) -> None:
             writer.reject(Reject("bad_json", "broken"), source="a.jsonl", line=3)
             writer.reject(Reject("empty_text", "nothing"), source="a.jsonl", line=4)
             writer.finish(10)
-    made = {"codebook_size": CODEBOOK_SIZE, "tokenizer": "test", "precision": "fp32"}
-    finish(store, 2, codes={"vqcode_512": made, "vqcode_multi768": made}, source={"command": "test", "counts": {"tokens": 7}})
+    output.finish(output.results())

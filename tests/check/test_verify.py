@@ -19,13 +19,14 @@ from hypothesis import strategies as st
 
 from wds_tools.check.verify import VerifyConfig, verify
 from wds_tools.cli.main import main
-from wds_tools.dataset.index import rebuild_indices
+from wds_tools.dataset.output import Output, OutputSpec
 from wds_tools.dataset.reader import read_manifest
-from wds_tools.dataset.writer import ShardLimits, TaskWriter, begin, finish
+from wds_tools.dataset.writer import ShardLimits, TaskWriter
 from wds_tools.errors import FormatError, NotFound, Reject
 from wds_tools.format.index import parse_index, serialize_index
 from wds_tools.format.manifest import Manifest, parse_manifest, serialize_manifest
 from wds_tools.format.schema import Sample
+from wds_tools.jobs.index_tars import rebuild_indices
 from wds_tools.storage import open_store
 
 CODES = {"vqcode_512": {"codebook_size": CODEBOOK_SIZE, "tokenizer": "test", "precision": "fp32"}}
@@ -40,14 +41,15 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three shards of texts and codes, and two rejects."""
     folder = tmp_path_factory.mktemp("original") / "set"
     store = open_store(str(folder))
-    begin(store, {"command": "test"}, resume=False, overwrite=False)
+    output = Output(store, OutputSpec(num_tasks=1, source={}, codes=CODES))
+    output.begin()
     with TaskWriter(store, 0, ShardLimits(samples=4)) as writer:
         for number in range(10):
             writer.add(text_sample(number) if number % 2 else image_sample(number))
         writer.reject(Reject("bad_json", "broken"), source="a.jsonl", line=3)
         writer.reject(Reject("empty_text", "nothing"), source="a.jsonl", line=4)
         writer.finish(12)
-    finish(store, 1, codes=CODES, source={})
+    output.finish(output.results())
     return folder
 
 
@@ -208,12 +210,13 @@ def test_no_manifest_is_no_dataset(folder: Path) -> None:
 @pytest.mark.parametrize("places", [[(0, 7), (1, 7)], [(0, 7), (1, 9), (2, 7)]])
 def test_a_key_that_stands_twice_in_the_set_is_found(tmp_path: Path, places: list[tuple[int, int]]) -> None:
     store = open_store(str(tmp_path / "set"))
-    begin(store, {}, resume=False, overwrite=False)
+    output = Output(store, OutputSpec(num_tasks=len(places), source={}))
+    output.begin()
     for task, number in places:
         with TaskWriter(store, task, ShardLimits()) as writer:
             writer.add(text_sample(number, f"from task {task}"))
             writer.finish(1)
-    finish(store, len(places), codes={}, source={})
+    output.finish(output.results())
     (problem,) = problems(tmp_path / "set")
     last = places[-1][0]
     assert problem.startswith("1 keys stand more than once in the dataset")
@@ -299,12 +302,13 @@ def test_a_flipped_bit_of_manifest_rejects_index_or_tar_is_found(tmp_path: Path)
     """Every bit of the rejects, and some of the others: of the manifest every bit is flipped in test_manifest.py."""
     folder = tmp_path / "set"
     store = open_store(str(folder))
-    begin(store, {}, resume=False, overwrite=False)
+    output = Output(store, OutputSpec(num_tasks=1, source={}))
+    output.begin()
     with TaskWriter(store, 0, ShardLimits()) as writer:
         writer.add(text_sample(1))
         writer.reject(Reject("x", "y"), source="z", line=1)
         writer.finish(2)
-    finish(store, 1, codes={}, source={})
+    output.finish(output.results())
     assert problems(folder) == ()
     shard = "shard-000000-0000.tar"
     for name, step in (("manifest.json", 31), ("rejects/task-000000.jsonl", 1), (f"{shard}.index", 17), (shard, 199)):

@@ -14,7 +14,8 @@ from factory import image_sample, make_dataset, text_sample
 
 from loaders import LoaderConfig, Source, build_loader
 from wds_tools.cli.main import main
-from wds_tools.dataset import lease as claim
+from wds_tools.dataset import lease
+from wds_tools.dataset.layout import LEASES
 from wds_tools.storage import open_store
 from wds_tools.terminal import printable, say
 
@@ -68,7 +69,7 @@ def test_a_hostile_tar_is_refused_in_printable_lines(tmp_path: Path, capsys: pyt
     assert (status, "1b[31m" in said) == (1, True)
 
 
-def test_hostile_receipts_and_claims_are_told_of_in_printable_lines(
+def test_hostile_receipts_and_leases_are_told_of_in_printable_lines(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     evil = EVIL.replace("\udcff", "")
@@ -82,12 +83,12 @@ def test_hostile_receipts_and_claims_are_told_of_in_printable_lines(
         path.write_text(json.dumps({**loader.receipt(), **change}))
         status, said = run(["audit", str(path), "--quiet"], capsys)
         assert (status > 0, "1b[31m" in said) == (True, True)
-    monkeypatch.setattr(claim, "LEASE_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(lease, "LEASE_TIMEOUT_S", 0.05)
     store = open_store(str(tmp_path / "out"))
-    store.put(f"{claim.PREFIX}0.json", json.dumps({"host": evil, "pid": evil}).encode())
-    with claim.Lease(store, 0, 0):
+    store.put(f"{LEASES}0.json", json.dumps({"host": evil, "pid": evil}).encode())
+    with lease.Lease(store):
         said = capsys.readouterr().err
-    assert "was claimed by process \\u001b]0;owned" in said
+    assert "has a lease of process \\u001b]0;owned" in said
     assert said.count("\n") == 1
     assert said.rstrip("\n").isprintable()
 

@@ -27,14 +27,15 @@ from commands import (
 )
 
 from wds_tools.check.verify import VerifyConfig, verify
-from wds_tools.convert.documents import DclmConfig, convert_dclm
+from wds_tools.convert import run_conversion
+from wds_tools.convert.documents import DclmConfig
 from wds_tools.errors import NotFound, UsageError
 from wds_tools.format.manifest import Manifest
 
 
 def convert(output: Path | str, *inputs: Path | str, **settings: Any) -> Manifest:
     settings = {"max_rejects": "100%", "quiet": True, **settings}
-    manifest = convert_dclm(DclmConfig(output=str(output), input=tuple(map(str, inputs)), **settings))
+    manifest = run_conversion(DclmConfig(output=str(output), input=tuple(map(str, inputs)), **settings))
     assert manifest.inputs == manifest.samples + sum(manifest.rejects.values())
     assert verify(VerifyConfig(input=str(output), quiet=True)).problems == ()
     return manifest

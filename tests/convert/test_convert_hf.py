@@ -13,7 +13,8 @@ from commands import read_rejects, read_samples, tree, wds_tools, write_jsonl
 from factory import image_sample, make_dataset, multi_sample, random_codes, talk_sample, text_sample
 from s3 import S3Server
 
-from wds_tools.convert.coded import HfConfig, convert_hf
+from wds_tools.convert import run_conversion
+from wds_tools.convert.coded import HfConfig
 from wds_tools.errors import FormatError, NotFound, UsageError
 from wds_tools.export.hf import ExportConfig, export_hf
 from wds_tools.format.manifest import Manifest
@@ -53,7 +54,9 @@ def save(rows: list[Row], folder: Path, num_shards: int = 1) -> Path:
 
 
 def convert(*inputs: Path | str, output: Path | str, **settings: Any) -> Manifest:
-    return convert_hf(HfConfig(input=tuple(map(str, inputs)), output=str(output), quiet=True, **{"max_rejects": "0", **settings}))
+    return run_conversion(
+        HfConfig(input=tuple(map(str, inputs)), output=str(output), quiet=True, **{"max_rejects": "0", **settings})
+    )
 
 
 def same(found: list[Sample], expected: list[Row]) -> None:

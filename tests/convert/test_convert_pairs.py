@@ -10,7 +10,8 @@ import pytest
 from commands import captions, image_bytes, read_rejects, read_samples, shared, tree, write_jsonl, write_pairs
 
 from wds_tools.check.verify import VerifyConfig, verify
-from wds_tools.convert.pairs import ImagePairsConfig, convert_image_pairs
+from wds_tools.convert import run_conversion
+from wds_tools.convert.pairs import ImagePairsConfig
 from wds_tools.errors import NotFound, TooManyRejects, UsageError
 from wds_tools.format.manifest import Manifest
 
@@ -19,7 +20,7 @@ LENIENT = {"max_rejects": "100%", "quiet": True}
 
 def convert(output: Path | str, *inputs: Path | str, **settings: Any) -> Manifest:
     config = ImagePairsConfig(output=str(output), input=tuple(map(str, inputs)), **{**LENIENT, **settings})
-    manifest = convert_image_pairs(config)
+    manifest = run_conversion(config)
     assert manifest.inputs == manifest.samples + sum(manifest.rejects.values())
     result = verify(VerifyConfig(input=str(output), quiet=True))
     assert result.problems == ()
@@ -419,7 +420,7 @@ def test_overwrite_leaves_files_that_are_not_ours(pairs: Path, tmp_path: Path) -
     for name, data in others.items():
         (out / name).parent.mkdir(exist_ok=True)
         (out / name).write_bytes(data)
-    convert_image_pairs(ImagePairsConfig(output=str(out), input=(str(pairs),), overwrite=True, shard_samples=1, quiet=True))
+    run_conversion(ImagePairsConfig(output=str(out), input=(str(pairs),), overwrite=True, shard_samples=1, quiet=True))
     found = tree(out)
     assert {name: found[name] for name in others} == others
     assert len(read_samples(out)) == 4

@@ -14,19 +14,20 @@ from hypothesis import strategies as st
 
 from loaders import ShardDataset
 from wds_tools.check.verify import VerifyConfig, verify
-from wds_tools.convert import records
-from wds_tools.convert.conversations import SftConfig, convert_sft
-from wds_tools.convert.lines import InputFile
-from wds_tools.convert.records import plan_records, read_records
+from wds_tools.convert import run_conversion
+from wds_tools.convert.conversations import SftConfig
 from wds_tools.errors import FormatError, UsageError
 from wds_tools.format.manifest import Manifest
+from wds_tools.sources import elements
+from wds_tools.sources.elements import plan_records, read_records
+from wds_tools.sources.record import InputFile
 
 Record = dict[str, Any]
 
 
 def convert(source: Path, output: Path, **options: Any) -> Manifest:
     options = {"quiet": True, "max_rejects": "100%", **options}
-    manifest = convert_sft(SftConfig(input=(str(source),), output=str(output), **options))
+    manifest = run_conversion(SftConfig(input=(str(source),), output=str(output), **options))
     assert manifest.inputs == manifest.samples + sum(manifest.rejects.values())
     assert verify(VerifyConfig(input=str(output), quiet=True)).problems == ()
     return manifest
@@ -292,7 +293,7 @@ def test_a_list_is_cut_where_its_elements_end_however_it_is_written_and_read(
     file = tmp_path_factory.getbasetemp() / "any.json"
     file.write_text(style(content))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(records, "_READ_BYTES", max(read_bytes, 8))
+        patch.setattr(elements, "_READ_BYTES", max(read_bytes, 8))
         spans = plan_records([InputFile(str(file), 0)], size)
     found = [line for span in spans for line in read_records(span)]
     assert [json.loads(line.data or b"") for line in found] == content
@@ -301,8 +302,8 @@ def test_a_list_is_cut_where_its_elements_end_however_it_is_written_and_read(
 
 
 def test_an_element_beyond_the_limit_is_one_reject_and_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(records, "MAX_LINE_BYTES", 2000)
-    monkeypatch.setattr(records, "_RANGE_BYTES", 1000)
+    monkeypatch.setattr(elements, "MAX_LINE_BYTES", 2000)
+    monkeypatch.setattr(elements, "_RANGE_BYTES", 1000)
     source = write(tmp_path / "in", [record(), record(note=[1] * 2000), record()])
     manifest = convert(source, tmp_path / "out")
     assert (manifest.samples, manifest.rejects) == (2, {"line_too_long": 1})

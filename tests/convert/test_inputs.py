@@ -15,21 +15,22 @@ import pytest
 from commands import captions, image_bytes, read_rejects, read_samples, shared, write_documents, write_jsonl, write_pairs
 
 from wds_tools.cli.main import main
-from wds_tools.convert.documents import DclmConfig, convert_dclm
-from wds_tools.convert.pairs import ImagePairsConfig, convert_image_pairs
+from wds_tools.convert import run_conversion
+from wds_tools.convert.documents import DclmConfig
+from wds_tools.convert.pairs import ImagePairsConfig
 from wds_tools.errors import NotFound, StorageError
 from wds_tools.format.manifest import Manifest
 from wds_tools.images import damage
 
 
 def pairs(folder: Path, output: Path, **options: Any) -> Manifest:
-    return convert_image_pairs(
+    return run_conversion(
         ImagePairsConfig(input=(str(folder),), output=str(output), **{"quiet": True, "max_rejects": "100%", **options})
     )
 
 
 def dclm(folder: Path, output: Path, **options: Any) -> Manifest:
-    return convert_dclm(DclmConfig(input=(str(folder),), output=str(output), quiet=True, **options))
+    return run_conversion(DclmConfig(input=(str(folder),), output=str(output), quiet=True, **options))
 
 
 # ---- cases: what people really have, and what is said of it ----

@@ -12,11 +12,12 @@ from commands import read_rejects, read_samples, tree, write_documents, write_js
 from energon import prepare
 
 from loaders import ShardDataset
-from wds_tools.convert.coded import HfConfig, convert_hf
-from wds_tools.convert.conversations import SftConfig, convert_sft
-from wds_tools.convert.documents import DclmConfig, convert_dclm
+from wds_tools.convert import run_conversion
+from wds_tools.convert.coded import HfConfig
+from wds_tools.convert.conversations import SftConfig
+from wds_tools.convert.documents import DclmConfig
 from wds_tools.convert.options import ConvertOptions
-from wds_tools.convert.pairs import ImagePairsConfig, convert_image_pairs
+from wds_tools.convert.pairs import ImagePairsConfig
 from wds_tools.dataset.reader import read_manifest
 from wds_tools.encode.encode import EncodeConfig, encode
 from wds_tools.errors import UsageError
@@ -28,25 +29,25 @@ ROW = {"data_type": "text_pretrain", "text": "a"}
 
 def pairs(folder: Path, **settings: Any) -> list[str]:
     source = write_pairs(folder / "in", 3)
-    convert_image_pairs(ImagePairsConfig(input=(str(source),), output=str(folder / "out"), quiet=True, **settings))
+    run_conversion(ImagePairsConfig(input=(str(source),), output=str(folder / "out"), quiet=True, **settings))
     return keys(folder / "out")
 
 
 def sft(folder: Path, **settings: Any) -> list[str]:
     source = write_jsonl(folder / "in.jsonl", [TALK] * 3)
-    convert_sft(SftConfig(input=(str(source),), output=str(folder / "out"), quiet=True, **settings))
+    run_conversion(SftConfig(input=(str(source),), output=str(folder / "out"), quiet=True, **settings))
     return keys(folder / "out")
 
 
 def dclm(folder: Path, **settings: Any) -> list[str]:
     source = write_documents(folder / "in.jsonl.zst", [{"text": str(number)} for number in range(3)])
-    convert_dclm(DclmConfig(input=(str(source),), output=str(folder / "out"), quiet=True, **settings))
+    run_conversion(DclmConfig(input=(str(source),), output=str(folder / "out"), quiet=True, **settings))
     return keys(folder / "out")
 
 
 def hf(folder: Path, **settings: Any) -> list[str]:
     source = write_jsonl(folder / "in.jsonl", [ROW] * 3)
-    convert_hf(HfConfig(input=(str(source),), output=str(folder / "out"), quiet=True, **settings))
+    run_conversion(HfConfig(input=(str(source),), output=str(folder / "out"), quiet=True, **settings))
     return keys(folder / "out")
 
 

@@ -10,20 +10,17 @@ from commands import SHARED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wds_tools.convert import lines
-from wds_tools.convert.lines import (
-    InputFile,
+from wds_tools.errors import NotFound, Reject, UsageError
+from wds_tools.sources import fields, lines
+from wds_tools.sources.fields import Line, parse_record, required_text
+from wds_tools.sources.inputs import by_suffix, expand_inputs
+from wds_tools.sources.lines import (
     LineRange,
-    by_suffix,
-    expand_inputs,
     number_lines,
     plan_lines,
     read_lines,
 )
-from wds_tools.convert.options import ConvertOptions
-from wds_tools.errors import NotFound, Reject, UsageError
-from wds_tools.sources import fields
-from wds_tools.sources.fields import Line, parse_record, required_text
+from wds_tools.sources.record import InputFile
 
 FOLDER = SHARED / "malformed" / "jsonl"
 BOM = b"\xef\xbb\xbf"
@@ -222,8 +219,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def expand(*inputs: str | Path) -> list[InputFile]:
-    options = ConvertOptions(input=tuple(map(str, inputs)), output="elsewhere")
-    return expand_inputs(options, by_suffix(".jsonl")).files
+    return expand_inputs([str(pattern) for pattern in inputs], by_suffix(".jsonl")).files
 
 
 def names(found: list[InputFile], folder: Path) -> list[str]:

@@ -21,14 +21,14 @@ from loaders import LoaderConfig, ShardDataset, Source, TarDataset, World, build
 from wds_tools.check.verify import VerifyConfig, verify
 from wds_tools.cli import index as cli_index
 from wds_tools.cli.main import main
-from wds_tools.dataset import index as index_module
-from wds_tools.dataset.index import index_tars, rebuild_indices
 from wds_tools.dataset.reader import ShardBytes, read_manifest
 from wds_tools.errors import FormatError, NotFound, StorageError, UsageError, WorkerDied
 from wds_tools.format.checksum import content_hash
 from wds_tools.format.index import ABSENT, parse_index, serialize_index
 from wds_tools.format.manifest import Manifest
 from wds_tools.format.schema import ANY_MEMBERS, SCHEMA_VERSION
+from wds_tools.jobs import index_tars as index_module
+from wds_tools.jobs.index_tars import index_tars, rebuild_indices
 from wds_tools.storage import open_store
 
 Samples = list[dict[str, Any]]

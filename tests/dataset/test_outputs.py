@@ -23,7 +23,8 @@ from wds_tools.cli.main import COMMANDS, main
 from wds_tools.dataset.lease import Lease
 from wds_tools.errors import StorageError
 from wds_tools.export.hf import FILES, ExportConfig
-from wds_tools.jobs.job import FinalizeConfig, JobOptions
+from wds_tools.jobs.finalize import FinalizeConfig
+from wds_tools.jobs.options import JobOptions
 from wds_tools.storage import open_store
 
 NUM_FILES = 6
@@ -101,7 +102,7 @@ def test_what_writes_is_refused_while_another_run_does_and_changes_nothing(
         make_dataset(url, map(text_sample, range(3)))
     if command == "index tars":
         store.put("a.tar", (pairs / "shard-000000-0000.tar").read_bytes())
-    with Lease(store, 0, 0):
+    with Lease(store):
         before = list(store.list())
         capsys.readouterr()
         assert main(args) == 2

@@ -12,8 +12,10 @@ import pytest
 from commands import last_line, start, tree, wait_until, wds_tools, write_documents, write_jsonl, write_pairs
 from s3 import S3Server
 
-from wds_tools.convert.pairs import ImagePairsConfig, convert_image_pairs
-from wds_tools.dataset.writer import begin
+from wds_tools.convert import run_conversion
+from wds_tools.convert.pairs import ImagePairsConfig
+from wds_tools.dataset.lease import Part
+from wds_tools.dataset.output import Output, OutputSpec
 from wds_tools.encode.encode import EncodeConfig, encode
 from wds_tools.storage import open_store
 
@@ -54,7 +56,7 @@ def test_parts_in_any_order_and_on_any_number_of_workers_make_the_bytes_of_one_r
     assert "no unfinished dataset" in said
     for part, workers in (("2/3", "1"), ("3/3", "2")):
         out = wds_tools(*convert, "--output", output, "--part", part, "--workers", workers).stdout
-        assert f"part      {part}" in out
+        assert f"part     {part}" in out
         assert "fingerprint" not in out
     missing = finalize(output, status=1)
     assert "2 of 7 tasks are not done (task 1, 4); they belong to part 1/3: run these again" in missing
@@ -78,7 +80,8 @@ def test_parts_that_begin_at_the_same_moment_join(convert: list[str], expected: 
 
 def test_a_part_that_finds_the_plan_only_after_it_saw_files_joins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = open_store(str(tmp_path))
-    begin(store, {"command": "x"}, resume=False, overwrite=False, parts=2)
+    output = Output(store, OutputSpec(num_tasks=1, source={}, parts=2), part=Part(0, 2))
+    output.begin()
     (tmp_path / "shard-000000-0000.tar").write_bytes(b"")
     exists = store.exists
     asked: list[str] = []
@@ -88,7 +91,7 @@ def test_a_part_that_finds_the_plan_only_after_it_saw_files_joins(tmp_path: Path
         return asked.count(name) > 1 and exists(name)
 
     monkeypatch.setattr(store, "exists", claimed_a_moment_later)
-    assert begin(store, {"command": "x"}, resume=False, overwrite=False, parts=2) is None
+    assert output.begin() is None
     assert asked.count("_work/plan.json") == 2
 
 
@@ -156,7 +159,7 @@ def test_rejects_are_judged_over_all_parts(tmp_path: Path) -> None:
 def test_more_parts_than_tasks_leave_some_with_nothing_to_do(tmp_path: Path) -> None:
     write_pairs(tmp_path, 2)
     convert = ["convert", "image-pairs", "--input", str(tmp_path / "pairs.jsonl"), "--output", str(tmp_path / "out")]
-    assert "samples   0 of 0 inputs" in wds_tools(*convert, "--part", "2/3").stdout
+    assert "samples  0 of 0 inputs" in wds_tools(*convert, "--part", "2/3").stdout
     for part in ("0/3", "1/3"):
         wds_tools(*convert, "--part", part)
     finalize(tmp_path / "out")
@@ -165,7 +168,7 @@ def test_more_parts_than_tasks_leave_some_with_nothing_to_do(tmp_path: Path) -> 
 
 def test_codes_of_parts_have_their_provenance(tmp_path: Path) -> None:
     pairs, raw = write_pairs(tmp_path, 4), str(tmp_path / "raw")
-    convert_image_pairs(ImagePairsConfig(input=(str(pairs),), output=raw, task_lines=2, quiet=True))
+    run_conversion(ImagePairsConfig(input=(str(pairs),), output=raw, task_lines=2, quiet=True))
     config = EncodeConfig(input=raw, output=str(tmp_path / "whole"), device="cpu", shard_samples=2, quiet=True)
     encode(config)
     for part in ("0/2", "1/2"):

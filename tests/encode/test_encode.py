@@ -19,7 +19,8 @@ from factory import image_sample, make_dataset, text_sample
 
 from loaders import LoaderConfig, Source, build_loader
 from wds_tools.check.verify import VerifyConfig, verify
-from wds_tools.convert.pairs import ImagePairsConfig, convert_image_pairs
+from wds_tools.convert import run_conversion
+from wds_tools.convert.pairs import ImagePairsConfig
 from wds_tools.encode.encode import EncodeConfig, encode
 from wds_tools.encode.image_encoder import ImageEncoder
 from wds_tools.encode.options import TokenizerOptions
@@ -157,7 +158,7 @@ def test_too_many_bad_images_stop_the_run(tmp_path: Path) -> None:
 
 def test_limits_of_the_conversion_are_not_set_up_again(tmp_path: Path) -> None:
     path = write_pairs(tmp_path / "pairs", 3, width=9, height=8)
-    convert_image_pairs(ImagePairsConfig(output=str(tmp_path / "in"), input=(str(path),), min_side=8, quiet=True))
+    run_conversion(ImagePairsConfig(output=str(tmp_path / "in"), input=(str(path),), min_side=8, quiet=True))
     assert fill(tmp_path / "in", tmp_path / "out").samples == 3
     assert fill(tmp_path / "in", tmp_path / "strict", max_pixels=71).rejects == {"too_many_pixels": 3}
 

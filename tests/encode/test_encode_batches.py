@@ -21,6 +21,7 @@ from torch import Tensor
 from wds_tools.encode.batches import Prepare, encode_in_batches
 from wds_tools.encode.device import Device, Outcome, Pixels
 from wds_tools.errors import Reject, TokenizerError
+from wds_tools.run.progress import Advance
 from wds_tools.vq.base import ImageTokenizer
 
 SIZES = ((32, 32), (32, 64), (64, 32), (16, 16))
@@ -221,13 +222,13 @@ def test_a_device_knows_how_long_it_waited(monkeypatch: pytest.MonkeyPatch) -> N
             return super().encode(pixels_BHWC)
 
     device = Device(Slow())
-    assert device.new_use() == (0, 0, 0)
+    assert device.new_use() == Advance()
     for pause_s in (0, 2):
         now[0] += pause_s
         outcomes: list[Future[Outcome]] = [Future(), Future()]
         device.encode(outcomes, [pixels(1), pixels(2)])
         wait_until(lambda: device._num_there == 0, "the batch is delivered")
     assert device.times() == (8, 2)
-    assert device.new_use() == (8, 2, 4)
+    assert device.new_use() == Advance(images=4, device_s=8, waited_s=2)
     now[0] += 5
-    assert device.new_use() == (5, 5, 0)
+    assert device.new_use() == Advance(device_s=5, waited_s=5)

@@ -32,16 +32,17 @@ from wds_tools.check.stats import StatsConfig, stats
 from wds_tools.check.verify import VerifyConfig, verify
 from wds_tools.cli.main import main
 from wds_tools.cli.summary import print_dataset
-from wds_tools.convert.tables import data_files
-from wds_tools.dataset import lease as claim
-from wds_tools.dataset.writer import ShardLimits, TaskWriter, begin
+from wds_tools.dataset import lease
+from wds_tools.dataset.output import Output, OutputSpec
+from wds_tools.dataset.writer import ShardLimits, TaskWriter
 from wds_tools.errors import FormatError, Reject, UsageError, WdsToolsError
 from wds_tools.format.index import parse_index, serialize_index
 from wds_tools.format.manifest import ShardInfo, parse_manifest
 from wds_tools.format.shard import ShardBuilder
 from wds_tools.format.typed_json import MAX_DEPTH, read_json, shape
-from wds_tools.jobs.job import FinalizeConfig, finalize
+from wds_tools.jobs.finalize import FinalizeConfig, finalize
 from wds_tools.sequences.prompts import read_prompts
+from wds_tools.sources.tables import data_files
 from wds_tools.sequences.tokenizer import _special_names
 from wds_tools.storage import open_store
 from wds_tools.terminal import say
@@ -176,7 +177,7 @@ def test_manifests(folder: Path) -> None:
 
 def test_working_files() -> None:
     store = open_store("memory://working")
-    begin(store, {"command": "test", "num_tasks": 1}, resume=False, overwrite=True)
+    Output(store, OutputSpec(num_tasks=1, source={"command": "test"}), overwrite=True).begin()
     with TaskWriter(store, 0, ShardLimits()) as writer:
         writer.add(text_sample(1))
         writer.reject(Reject("bad_json", "x"), source="a", line=2)
@@ -193,14 +194,14 @@ def test_working_files() -> None:
         check(json.loads(data), read, 40)
 
 
-def test_claims() -> None:
+def test_leases() -> None:
     facts = {"host": "a", "pid": 1, "process": ["boot", "pid:[1]", "5"], "since": "2026", "beats": 3}
 
     @given(mutated(facts) | st.sampled_from(NO_DOCUMENTS))
     @settings(max_examples=100, deadline=None, database=None)
     def fuzz(data: bytes) -> None:
-        assert claim._lives(data) in (None, False, True)
-        assert claim._who(data).startswith("process ")
+        assert lease._lives(data) in (None, False, True)
+        assert lease._who(data).startswith("process ")
 
     fuzz()
 

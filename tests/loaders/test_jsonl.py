@@ -16,7 +16,8 @@ from factory import make_dataset, text_sample
 from tokens import write_tokenizer
 
 from loaders import JsonlDataset, LoaderConfig, SequenceConfig, Source, build_loader
-from wds_tools.convert.pairs import ImagePairsConfig, convert_image_pairs
+from wds_tools.convert import run_conversion
+from wds_tools.convert.pairs import ImagePairsConfig
 from wds_tools.errors import DataError, FormatError, UsageError
 from wds_tools.export.hf import ExportConfig, export_hf
 from wds_tools.format.schema import Sample, join_grids
@@ -62,7 +63,7 @@ def test_pairs_are_read_as_convert_reads_them(folder: Path) -> None:
     records = [{"image_path": "../a.jpg", "text_prompt": "first", "text": "second"}, {"image_path": "../b.jpg", "text": "third"}]
     data = dataset(folder, *records)
     config = ImagePairsConfig(input=(str(folder / "set/small.jsonl"),), output=str(folder / "out"), quiet=True)
-    convert_image_pairs(config)
+    run_conversion(config)
     loader = build_loader(LoaderConfig(sources=(Source(str(folder / "out")),), batch_size=2, shuffle=False))
     (batch,) = loader
     assert [item["text"] for item in data] == batch["text"] == ["first", "third"]

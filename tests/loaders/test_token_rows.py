@@ -21,7 +21,8 @@ from tokens import PROVENANCE, readmes, write_tokenizer
 
 from loaders import Loader, LoaderConfig, SequenceConfig, Source, World, build_loader, flatten, merge_states
 from loaders.testing import Topology, check_resume
-from wds_tools.dataset.writer import ShardLimits, TaskWriter, begin, finish
+from wds_tools.dataset.output import Output, OutputSpec
+from wds_tools.dataset.writer import ShardLimits, TaskWriter
 from wds_tools.errors import FormatError, UsageError
 from wds_tools.format.schema import ANY_MEMBERS, TOKEN_MEMBERS, Sample
 from wds_tools.format.shard import npy_bytes
@@ -153,20 +154,16 @@ def test_lists_of_segments_are_read_whatever_their_number_and_type(tmp_path: Pat
     ]
     assert len(npy_bytes(lists[0])) == len(npy_bytes(lists[1]))  # so their length does not tell what they are
     store = open_store(str(tmp_path / "rows"))
-    begin(store, {}, resume=False, overwrite=False)
+    source = {"rows": {"length": LENGTH, "vocabulary_size": 300, "text_size": 200}}
+    output = Output(store, OutputSpec(num_tasks=1, source=source, schema_version=ANY_MEMBERS))
+    output.begin()
     with TaskWriter(store, 0, ShardLimits()) as writer:
         for number, segments in enumerate(lists):
             members = (np.arange(LENGTH, dtype="<u2"), np.packbits(np.ones(LENGTH, np.bool_)), segments)
             payloads = [(name, npy_bytes(array)) for name, array in zip(TOKEN_MEMBERS, members, strict=True)]
             writer.add_members(f"row-{number}", payloads)
         writer.finish(len(lists))
-    finish(
-        store,
-        1,
-        codes={},
-        source={"rows": {"length": LENGTH, "vocabulary_size": 300, "text_size": 200}},
-        schema_version=ANY_MEMBERS,
-    )
+    output.finish(output.results())
     (batch,) = build_loader(LoaderConfig(sources=(Source(store.url),), batch_size=len(lists), shuffle=False), World())
     expected = [[60, 36], [20, 30, 46], [96], [1, 2, 3, 90], [96]]
     assert batch["__key__"] == [f"row-{number}" for number in range(len(lists))]

@@ -18,8 +18,9 @@ from tokens import PROVENANCE, readmes, write_tokenizer
 
 from loaders import LoaderConfig, Source, build_loader
 from wds_tools.check.verify import VerifyConfig, verify
+from wds_tools.dataset.output import Output, OutputSpec
 from wds_tools.dataset.reader import read_manifest
-from wds_tools.dataset.writer import ShardLimits, TaskWriter, begin, finish
+from wds_tools.dataset.writer import ShardLimits, TaskWriter
 from wds_tools.errors import TooManyRejects, UsageError
 from wds_tools.format.manifest import Manifest
 from wds_tools.format.schema import ANY_MEMBERS, Sample
@@ -100,19 +101,20 @@ def test_the_manifest_says_what_a_model_needs_and_verify_finds_nothing(made: tup
     assert wds_tools("verify", output).stdout
 
 
-def rewritten(made: tuple[Path, Manifest], output: Path, **changes: Any) -> Path:
+def rewritten(made: tuple[Path, Manifest], folder: Path, **changes: Any) -> Path:
     """The first rows again, with other members, by the writer that made them."""
     source = {**made[1].source, **changes.pop("source", {})}
-    store = open_store(str(output))
-    begin(store, {"command": "pack"}, resume=False, overwrite=False, schema_version=ANY_MEMBERS)
+    store = open_store(str(folder))
+    output = Output(store, OutputSpec(num_tasks=1, source=source, schema_version=ANY_MEMBERS))
+    output.begin()
     with TaskWriter(store, 0, ShardLimits()) as writer:
         for number, (ids, loss, segments) in enumerate(read_rows(made[0])[:3]):
             arrays = {"tokens.npy": ids, "loss.npy": np.packbits(loss), "segments.npy": segments}
             arrays |= {name.replace("_", "."): array for name, array in changes.items() if number == 1}
             writer.add_members(f"row-{number}", [(name, npy_bytes(array)) for name, array in arrays.items() if array is not None])
         writer.finish(3)
-    finish(store, 1, source=source, codes={}, schema_version=ANY_MEMBERS)
-    return output
+    output.finish(output.results())
+    return folder
 
 
 @pytest.mark.parametrize(

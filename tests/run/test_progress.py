@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from wds_tools.run import progress
-from wds_tools.run.progress import Progress
+from wds_tools.run.progress import Advance, Progress
 
 
 @pytest.fixture
@@ -23,8 +23,8 @@ def every_time(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_plain_lines_say_samples_rejects_rate_share_and_time_left() -> None:
     out = io.StringIO()
     with Progress("convert dclm", 200, stream=out) as report:
-        report(50, 1234, 0)
-        report(50, 0, 7)
+        report(Advance(units=50, samples=1234))
+        report(Advance(units=50, rejects=7))
     first, second, last = out.getvalue().splitlines()
     assert first.startswith("convert dclm: 1,234 samples, ")
     assert "samples/s, 25 % done, about 00:00 left" in first
@@ -39,8 +39,8 @@ def test_images_a_second_and_the_share_of_time_that_devices_waited_are_told(monk
     clock = iter(range(1000))
     monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
     with Progress("encode", 10, stream=out) as report:
-        report(1, 1, 0, 2.0, 0.5, 3)
-        report(9, 9, 0, 2.0, 0.7, 500)
+        report(Advance(units=1, samples=1, images=3, device_s=2.0, waited_s=0.5))
+        report(Advance(units=9, samples=9, images=500, device_s=2.0, waited_s=0.7))
     first, *_, last = out.getvalue().splitlines()
     assert first.startswith("encode: 1 samples, 1 images/s, device waited 25%, 10 % done, about ")
     assert last.startswith("encode: 10 samples, ")
@@ -55,7 +55,7 @@ def test_a_slow_run_is_not_told_as_none(monkeypatch: pytest.MonkeyPatch) -> None
     clock = iter(range(0, 10_000, 7))
     monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
     with Progress("encode", 10, stream=out) as report:
-        report(2, 2, 0)
+        report(Advance(units=2, samples=2))
     assert out.getvalue().startswith("encode: 2 samples, 0.095 samples/s, 20 % done")  # 21 s on this clock
 
 
@@ -63,7 +63,7 @@ def test_a_slow_run_is_not_told_as_none(monkeypatch: pytest.MonkeyPatch) -> None
 def test_an_unknown_total_promises_no_time() -> None:
     out = io.StringIO()
     with Progress("encode", 0, stream=out) as report:
-        report(5, 5, 0)
+        report(Advance(units=5, samples=5))
     assert "left" not in out.getvalue()
     assert "%" not in out.getvalue()
 
@@ -75,7 +75,7 @@ def test_quiet_shows_nothing(is_terminal: bool) -> None:
     with os.fdopen(follower, "w") as terminal:
         out = terminal if is_terminal else io.StringIO()
         with Progress("encode", 10, quiet=True, stream=out) as report:
-            report(5, 5, 0)
+            report(Advance(units=5, samples=5))
         os.write(follower, b".")
         assert os.read(leader, 100) == b"."
         if isinstance(out, io.StringIO):
@@ -86,8 +86,8 @@ def test_quiet_shows_nothing(is_terminal: bool) -> None:
 def test_a_terminal_gets_a_bar() -> None:
     leader, follower = pty.openpty()
     with os.fdopen(follower, "w") as terminal, Progress("encode", 10, stream=terminal) as report:
-        report(5, 5, 1)
-        report(5, 5, 0)
+        report(Advance(units=5, samples=5, rejects=1))
+        report(Advance(units=5, samples=5))
         shown = os.read(leader, 10_000).decode()
     os.close(leader)
     assert "encode" in shown
@@ -98,5 +98,5 @@ def test_a_terminal_gets_a_bar() -> None:
 def test_a_short_run_prints_no_line_at_all() -> None:
     out = io.StringIO()
     with Progress("encode", 10, stream=out) as report:
-        report(10, 10, 0)
+        report(Advance(units=10, samples=10))
     assert out.getvalue() == ""

@@ -19,10 +19,13 @@ from commands import ROOT, environment, last_line, start, tree, wait_until, wds_
 from factory import image_sample, make_dataset
 from tokens import PROVENANCE, write_small_sets
 
-from wds_tools.convert.pairs import ImagePairsConfig, convert_image_pairs
+from wds_tools.convert import run_conversion
+from wds_tools.convert.pairs import ImagePairsConfig
 from wds_tools.errors import UsageError
 from wds_tools.export.hf import ExportConfig, export_hf
-from wds_tools.jobs.job import JobOptions, Plan, run_job
+from wds_tools.jobs.job import Job, run_job
+from wds_tools.jobs.options import JobOptions
+from wds_tools.run.progress import Advance
 from wds_tools.run.ray_cluster import _ReportCounter
 
 pytest.importorskip("ray", reason="needs pip install 'wds-tools[ray]'")
@@ -162,7 +165,7 @@ def passes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str | Pat
     """A command line of each pass but dclm's, with input for several tasks."""
     folder = tmp_path_factory.mktemp("passes")
     pairs = write_pairs(folder, 4)
-    convert_image_pairs(ImagePairsConfig(input=(str(pairs),), output=str(folder / "raw"), task_lines=2, quiet=True))
+    run_conversion(ImagePairsConfig(input=(str(pairs),), output=str(folder / "raw"), task_lines=2, quiet=True))
     turns = [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "That."}]
     talks = write_jsonl(folder / "talks.jsonl", ({"image": f"images/{i}.jpg", "conversations": turns} for i in range(6)))
     make_dataset(folder / "square", (image_sample(i, side=32) for i in range(9)), codes=PROVENANCE)
@@ -210,28 +213,29 @@ SCRIPT = """
 import sys
 from wds_tools.errors import UsageError
 from wds_tools.run import ray_cluster
+from wds_tools.run.progress import Advance
 
 ray_cluster._RETRIES = 1
 out = sys.stdout
 
 def work(task, report):
-    import os, time
+    import os
     for _ in range(3):
-        report(1, 2, 0)
+        report(Advance(units=1, samples=2))
     if task == "bad":
         raise UsageError("this is what is wrong")
     if task == "dead":
         os._exit(1)
     return task * 2
 
-told = []
+reports = []
 where = {"cpus": 1, "gpus": None, "device": "auto"}
 with ray_cluster.on_cluster(sys.argv[1]):
-    print(sorted(ray_cluster.run_on_ray(work, range(30), **where, on_report=lambda *counts: told.append(counts))), file=out)
-    print([sum(column) for column in zip(*told)], file=out)
+    print(sorted(ray_cluster.run_on_ray(work, range(30), **where, on_report=reports.append)), file=out)
+    print(Advance.sum(reports), file=out)
     for task in ("bad", "dead"):
         try:
-            list(ray_cluster.run_on_ray(work, [task], **where, on_report=lambda *_: None))
+            list(ray_cluster.run_on_ray(work, [task], **where, on_report=lambda new: None))
         except Exception as error:
             print(type(error).__name__, error, file=out)
 """
@@ -243,7 +247,7 @@ def test_results_reports_and_errors_arrive_as_they_do_from_local_workers(cluster
     assert len(result.stdout.splitlines()) == 4, result.stdout
     results, told, bad, dead = result.stdout.splitlines()
     assert results == str([2 * task for task in range(30)])
-    assert told == str([3 * 30, 6 * 30, 0])
+    assert told == str(Advance(units=3 * 30, samples=6 * 30))
     assert bad == "UsageError this is what is wrong"
     assert dead.startswith("WorkerDied task 0 lost its worker or its node 2 times")
 
@@ -296,16 +300,16 @@ def test_options_that_would_have_no_effect_are_refused(options: dict[str, Any], 
 def test_a_device_by_number_is_refused_since_ray_deals_them_out(tmp_path: Path) -> None:
     options = JobOptions(output=str(tmp_path / "out"), executor="ray")
     with pytest.raises(UsageError, match="each task gets a GPU of its own, so give --device cuda"):
-        run_job(Plan(command="x", settings={}, tasks=[], total=0, device="cuda:1"), lambda *_: 0, options)
+        run_job(Job(command="x", settings={}, tasks=[], total=0, device="cuda:1", work=lambda *_: 0), options)
     assert not (tmp_path / "out").exists()
 
 
 def test_what_a_lost_task_had_reported_is_taken_back() -> None:
-    told: list[tuple[Any, ...]] = []
-    counter = _ReportCounter(lambda *counts: told.append(counts))
-    counter.take({0: (10, 9, 1), 1: (5, 5, 0)})
-    counter.take({0: (4, 4, 0)})  # its worker died, another began again
-    counter.close(0, (20, 18, 2))
-    counter.take({0: (16, 15, 1)})  # late news of what is done
-    counter.close(1, ())
-    assert [sum(column) for column in zip(*told, strict=True)] == [25, 23, 2]
+    reports: list[Advance] = []
+    counter = _ReportCounter(reports.append)
+    counter.take({0: Advance(10, 9, 1), 1: Advance(5, 5)})
+    counter.take({0: Advance(4, 4)})  # its worker died, another began again
+    counter.close(0, Advance(20, 18, 2))
+    counter.take({0: Advance(16, 15, 1)})  # late news of what is done
+    counter.close(1, Advance(5, 5))
+    assert Advance.sum(reports) == Advance(25, 23, 2)

@@ -16,6 +16,7 @@ from commands import environment, session, wait_until
 
 from wds_tools.errors import MissingPackage, NotFound, OutOfSpace, Reject, TokenizerError, UsageError, WorkerDied
 from wds_tools.run.local import Report, run_tasks
+from wds_tools.run.progress import Advance
 
 SERIAL_AND_PARALLEL = pytest.mark.parametrize("workers", [1, 2])
 ERRORS: dict[str, Exception] = {
@@ -30,7 +31,7 @@ ERRORS: dict[str, Exception] = {
 
 
 def square(task: int, report: Report) -> int:
-    report(1, task, 0)
+    report(Advance(units=1, samples=task))
     return task * task
 
 
@@ -53,11 +54,11 @@ def sleep(task: float, report: Report) -> float:
 
 def chatter(task: int, report: Report) -> int:
     for _ in range(task):
-        report(1, 1, 0)
+        report(Advance(units=1, samples=1))
     return os.getpid()
 
 
-def silent(*counts: int) -> None:
+def silent(new: Advance) -> None:
     pass
 
 
@@ -67,10 +68,10 @@ def no_children_left() -> None:
 
 @SERIAL_AND_PARALLEL
 def test_every_task_gives_its_result_once(workers: int) -> None:
-    seen: list[tuple[int, ...]] = []
-    results = list(run_tasks(square, range(20), workers=workers, on_report=lambda *counts: seen.append(counts)))
+    seen: list[Advance] = []
+    results = list(run_tasks(square, range(20), workers=workers, on_report=seen.append))
     assert sorted(results) == [n * n for n in range(20)]
-    assert sorted(seen) == [(1, n, 0) for n in range(20)]
+    assert sorted(seen, key=lambda new: new.samples) == [Advance(units=1, samples=n) for n in range(20)]
     no_children_left()
 
 
@@ -80,9 +81,9 @@ def test_no_tasks_are_no_work(workers: int) -> None:
 
 
 def test_more_reports_than_a_pipe_holds_neither_block_nor_get_lost() -> None:
-    seen: list[int] = []
-    pids = set(run_tasks(chatter, [20_000] * 3, workers=3, on_report=lambda done, *_: seen.append(done)))
-    assert sum(seen) == 60_000
+    seen: list[Advance] = []
+    pids = set(run_tasks(chatter, [20_000] * 3, workers=3, on_report=seen.append))
+    assert Advance.sum(seen) == Advance(units=60_000, samples=60_000)
     assert os.getpid() not in pids
 
 
@@ -120,7 +121,7 @@ def test_whoever_stops_taking_results_leaves_no_worker_behind() -> None:
 
 PARENT = """
     import sys, time
-    sys.path.insert(0, {tests!r})
+    sys.path[:0] = {paths!r}
     from test_run import silent, sleep
     from wds_tools.run.local import run_tasks
 
@@ -133,7 +134,7 @@ PARENT = """
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_workers_die_with_their_parent_however_it_ends(tmp_path: Path, how: signal.Signals) -> None:
     script = tmp_path / "parent.py"
-    script.write_text(textwrap.dedent(PARENT).format(tests=str(Path(__file__).parent)))
+    script.write_text(textwrap.dedent(PARENT).format(paths=[str(folder) for folder in Path(__file__).parents[:2]]))
     process = subprocess.Popen(
         [sys.executable, str(script)],
         env=environment(),

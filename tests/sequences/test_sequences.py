@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import lzma
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from commands import shared
+from commands import environment, shared
 from factory import CODEBOOK_SIZE, image_sample, multi_sample, random_codes, text_sample
 from tokenizers import Tokenizer
 from tokens import IMAGE_TOKENS, write_tokenizer
@@ -332,6 +334,30 @@ def test_wordings_come_from_a_file_and_may_hold_special_tokens(tokenizer: Path, 
         file.write_bytes(data)
         with pytest.raises(UsageError, match=str(file)):
             builder(tokenizer, prompts=str(file))
+
+
+READ_ALL = """
+import sys
+from wds_tools.errors import UsageError
+from wds_tools.sequences.prompts import read_prompts
+
+for path in sys.argv[1:]:
+    try:
+        print("taken", read_prompts(path))
+    except UsageError as error:
+        print(error)
+"""
+
+
+def test_a_size_that_is_no_wording_is_refused_also_where_python_leaves_assertions_out(tmp_path: Path) -> None:
+    sizes = ["5", '["{width}"]', '"{wide}"', '"{width.x}"', '"{"']
+    files = [tmp_path / f"{number}.json" for number in range(len(sizes))]
+    for file, size in zip(files, sizes, strict=True):
+        file.write_text(f'{{"size": {size}}}')
+    command = [sys.executable, "-O", "-c", READ_ALL, *files]
+    lines = subprocess.run(command, capture_output=True, text=True, env=environment(), check=True).stdout.splitlines()
+    assert len(lines) == len(sizes)
+    assert all(line.startswith(f"prompts: size in {file} is ") for line, file in zip(lines, files, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -30,12 +30,13 @@ from PIL import Image
 from s3 import S3Server
 
 from wds_tools.check.rows import Rows, find_key
-from wds_tools.dataset.index import index_tars
+from wds_tools.dataset.output import Output, OutputSpec
 from wds_tools.dataset.reader import read_manifest
-from wds_tools.dataset.writer import ShardLimits, TaskWriter, begin, finish
+from wds_tools.dataset.writer import ShardLimits, TaskWriter
 from wds_tools.errors import FormatError, NotFound, Reject, TokenizerError
 from wds_tools.format.manifest import serialize_manifest
 from wds_tools.format.schema import Sample, SourceImage, join_grids
+from wds_tools.jobs.index_tars import index_tars
 from wds_tools.storage import LocalStore, open_store
 from wds_tools.view import browse, rejects
 from wds_tools.view.pages import PagesConfig, Request
@@ -84,7 +85,8 @@ def samples() -> list[Sample]:
 def write_set(folder: Path) -> Path:
     """70 samples of every kind in shards of 15, and 12 rejects."""
     store = open_store(str(folder))
-    begin(store, {"command": "test"}, resume=False, overwrite=False)
+    output = Output(store, OutputSpec(num_tasks=1, source={"command": "test"}, codes=CODES))
+    output.begin()
     with TaskWriter(store, 0, ShardLimits(samples=15)) as writer:
         for sample in samples():
             writer.add(sample)
@@ -92,7 +94,7 @@ def write_set(folder: Path) -> Path:
             reason = "bad_json" if number % 3 else "empty_text"
             writer.reject(Reject(reason, f"broken {number} {HOSTILE}"), source="a.jsonl", line=number)
         writer.finish(len(samples()) + 12)
-    finish(store, 1, codes=CODES, source={"command": "test"})
+    output.finish(output.results())
     return folder
 
 

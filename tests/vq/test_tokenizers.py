@@ -293,7 +293,7 @@ def test_other_numbers_of_levels_give_other_strides(tmp_path: Path) -> None:
         ({"ch": "many"}, "expected a whole number"),
         ({"in_channels": 4}, "expected 3"),
         ({"ch": 64}, "encoder.conv_in.weight is .* asks for"),
-        ({"num_res_blocks": 3}, r"lacks decoder\.up\.0\.block\.3\.conv1\.bias, .* and 77 more"),
+        ({"num_res_blocks": 3}, r"lack decoder\.up\.0\.block\.3\.conv1\.bias, .* and 77 more"),
         ({"num_res_blocks": 1}, "unexpected .*block"),
         ({"n_embed": 1024}, "quantize.embedding.weight is .* asks for"),
     ],
@@ -330,7 +330,7 @@ def test_a_bad_yaml_is_refused_in_one_line(text: str, message: str, tmp_path: Pa
 def test_missing_and_unexpected_tensors_are_named(small_state: dict[str, Tensor], tmp_path: Path) -> None:
     less = {key: value for key, value in small_state.items() if key != "post_quant_conv.bias"}
     folder = write_folder(tmp_path / "vqgan", config_tree(SMALL), less)
-    with pytest.raises(TokenizerError, match=r"lacks post_quant_conv\.bias: it does not fit"):
+    with pytest.raises(TokenizerError, match=r"lack post_quant_conv\.bias: they do not fit"):
         load_tokenizer("chameleon", weights=str(folder), device="cpu")
     write_folder(folder, config_tree(SMALL), {**small_state, "model_ema.decay": torch.zeros(1)})
     with pytest.raises(TokenizerError, match=r"unexpected model_ema\.decay"):

@@ -268,7 +268,7 @@ def spoil(folder: Path, what: str) -> None:
         ("damaged", "damaged or holds more than tensors"),
         ("lacks one", r"lack quant_conv\.weight: they do not fit"),
         ("has one more", "have the unexpected extra"),
-        ("another shape", r"quantize\.embedding\.weight has the shape \(512, 8\)"),
+        ("another shape", r"quantize\.embedding\.weight is torch.float32 \(512, 8\), but config\.json asks for"),
         ("another class", "of a 'AutoencoderKL', expected a diffusers VQModel"),
         ("nonsense", "makes no model"),
         ("no object", "it is a list, expected an object"),

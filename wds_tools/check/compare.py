@@ -22,7 +22,7 @@ from wds_tools.errors import FormatError, UsageError
 from wds_tools.format.manifest import Manifest
 from wds_tools.format.schema import CODE_COLUMNS, Codes, Sample, codes_named, named_column
 from wds_tools.images import ImageLimits, Mode, prepare
-from wds_tools.run.progress import Progress
+from wds_tools.run.progress import Advance, Progress
 from wds_tools.storage import Store, open_store
 from wds_tools.vq.base import ImageTokenizer
 from wds_tools.vq.registry import load_tokenizer
@@ -115,7 +115,7 @@ def compare_codes(config: CompareConfig) -> Comparison:
                 num_looked_at += 1
                 _look(result, tokenizer, one, two)
             if result.samples % _REPORT_EVERY == 0:
-                progress(_REPORT_EVERY, _REPORT_EVERY, 0)
+                progress(Advance(units=_REPORT_EVERY, samples=_REPORT_EVERY))
     result.finish()
     return result
 

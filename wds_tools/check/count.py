@@ -24,6 +24,7 @@ from wds_tools.format.manifest import Manifest
 from wds_tools.format.schema import ANY_MEMBERS
 from wds_tools.format.shard import parse_npy
 from wds_tools.run.local import Report
+from wds_tools.run.progress import Advance
 
 MAX_CODEBOOK = 1 << 22
 """Counts of more entries than this are not kept: no tokenizer has them, and a damaged grid may."""
@@ -136,7 +137,7 @@ def count_rows(rows: Rows, shard: int, first: int, last: int, progress: Report) 
         part.count.image_bytes.add(images)
         if has_schema:
             _count_codes(part, piece, _count_texts(part, piece), sizes)
-        progress(len(piece), len(piece), 0)
+        progress(Advance(units=len(piece), samples=len(piece)))
     return part
 
 

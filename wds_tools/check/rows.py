@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from wds_tools.dataset.layout import index_name
 from wds_tools.errors import NotFound, UsageError
-from wds_tools.format.index import ABSENT, SUFFIX, ShardIndex, check_fresh, read_rows
+from wds_tools.format.index import ABSENT, ShardIndex, check_fresh, read_rows
 from wds_tools.format.manifest import Manifest
 from wds_tools.format.schema import IMAGE_EXTENSIONS
 from wds_tools.format.shard import split_name
@@ -199,7 +200,7 @@ class Rows:
 
     def _index_rows(self, shard: int, first: int, last: int) -> ShardIndex:
         row = self.manifest.shards[shard]
-        name = row.name + SUFFIX
+        name = index_name(row.name)
         index = read_rows(self._indices.get(name, self._index), first, last, join(self.store.url, name))
         check_fresh(index, samples=row.samples, tar_bytes=row.bytes, xxh128=row.xxh128, name=join(self.store.url, name))
         return index

@@ -18,19 +18,18 @@ from typing import Any
 import numpy as np
 
 from wds_tools.check.token_rows import check_row
-from wds_tools.dataset.index import Contents
+from wds_tools.dataset.layout import INDEX_SUFFIX, MANIFEST, REJECTS, TAR_SUFFIX, index_name
 from wds_tools.dataset.reader import ShardBytes, read_manifest
-from wds_tools.dataset.writer import REJECTS
 from wds_tools.errors import DataError, FormatError, StorageError, UsageError
-from wds_tools.format import manifest as manifests
-from wds_tools.format.index import SUFFIX, check_fresh, parse_index, serialize_index
+from wds_tools.format.index import check_fresh, parse_index, serialize_index
 from wds_tools.format.manifest import Manifest, ShardInfo, hash_rejects
 from wds_tools.format.scan import Scan, scan_tar
 from wds_tools.format.schema import ANY_MEMBERS, Sample, validate
 from wds_tools.format.shard import sample_from_members
 from wds_tools.format.typed_json import read_json
+from wds_tools.jobs.index_tars import Contents
 from wds_tools.run.local import Report, run_tasks
-from wds_tools.run.progress import Progress
+from wds_tools.run.progress import Advance, Progress
 from wds_tools.storage import Store, open_store
 
 _MAX_PROBLEMS_A_SHARD = 20
@@ -130,7 +129,7 @@ class _CheckShard:
         try:
             self._check(store, row, report, progress)
         except (DataError, StorageError, UsageError) as error:  # UsageError: a name that leads out of the dataset
-            store.size(manifests.NAME)  # raises if it is the storage that does not answer
+            store.size(MANIFEST)  # raises if it is the storage that does not answer
             report.problems.append(str(error))
         return number, report
 
@@ -146,15 +145,13 @@ class _CheckShard:
                 report.problems.append(f"{row.name}: {name} is {value}, the manifest says {getattr(row, name)}")
         if not self.manifest.is_indexed:
             report.take_keys(scan.keys)
-        index_name = row.name + SUFFIX
-        index = parse_index(store.read(index_name), index_name)
-        check_fresh(index, samples=len(scan.keys), tar_bytes=len(tar), xxh128=xxh128, name=index_name)
+        name = index_name(row.name)
+        index = parse_index(store.read(name), name)
+        check_fresh(index, samples=len(scan.keys), tar_bytes=len(tar), xxh128=xxh128, name=name)
         if contents is not None:
             rebuilt = scan.index(tar, xxh128, contents.text_chars, contents.num_codes)
             if serialize_index(index) != serialize_index(rebuilt):
-                report.problems.append(
-                    f"{index_name}: differs from an index rebuilt from the tar: rebuild it with `wds-tools index`"
-                )
+                report.problems.append(f"{name}: differs from an index rebuilt from the tar: rebuild it with `wds-tools index`")
 
     def _check_samples(
         self, row: ShardInfo, scan: Scan, tar: memoryview, report: _ShardReport, progress: Report
@@ -165,13 +162,13 @@ class _CheckShard:
         if rows is not None:
             self._check_rows(row, scan, tar, report, rows)
         if self.manifest.schema_version == ANY_MEMBERS:
-            progress(len(scan.keys), len(scan.keys), 0)
+            progress(Advance(units=len(scan.keys), samples=len(scan.keys)))
             return contents
         for key, start, payloads in zip(scan.keys, scan.start.tolist(), scan.payloads(tar), strict=True):
             sample = self._check_sample(row, key, start, payloads, report)
             if sample is not None:
                 contents.add(sample.data_type, sample.text_chars, sample.num_codes)
-            progress(1, 1, 0)
+            progress(Advance(units=1, samples=1))
         return contents if len(contents.text_chars) == len(scan.keys) else None
 
     def _check_rows(self, row: ShardInfo, scan: Scan, tar: memoryview, report: _ShardReport, rows: Mapping[str, Any]) -> None:
@@ -247,11 +244,11 @@ def _check_files(store: Store, manifest: Manifest) -> Iterator[str]:
     Beside the third-party tars anything may lie, but for tars that were not indexed; beside any, what `energon prepare` writes.
     """
     shards = {row.name for row in manifest.shards}
-    known = {manifests.NAME} | shards | {name + suffix for name in shards for suffix in (SUFFIX, _ENERGON_SUFFIX)}
+    known = {MANIFEST} | shards | {name + suffix for name in shards for suffix in (INDEX_SUFFIX, _ENERGON_SUFFIX)}
     rejects: Counter[str] = Counter()
     digests: dict[str, str] = {}
     for entry in store.list():
-        if manifest.is_indexed and not entry.name.endswith((".tar", ".tar" + SUFFIX)):
+        if manifest.is_indexed and not entry.name.endswith((TAR_SUFFIX, TAR_SUFFIX + INDEX_SUFFIX)):
             continue
         if entry.name.startswith(REJECTS):
             try:

@@ -11,7 +11,7 @@ from loaders.proof.audit import Audit, audit, num_positions, read_receipts
 from loaders.proof.coverage import EpochAudit, Ranges
 from wds_tools.cli.summary import Printed, print_json
 from wds_tools.errors import UsageError
-from wds_tools.run.progress import Progress
+from wds_tools.run.progress import Advance, Progress
 from wds_tools.storage import join
 from wds_tools.terminal import say
 
@@ -57,7 +57,7 @@ def run(config: Config) -> int:
             complete=config.complete,
             quick=config.quick,
             show=config.show,
-            on_counted=lambda count: progress(count, count, 0),
+            on_counted=lambda count: progress(Advance(units=count, samples=count)),
         )
     epochs = [one for one in result.epochs if config.epoch in (None, one.epoch)]
     if not epochs:

@@ -5,7 +5,6 @@ The script is made once from the commands' configs and holds all it needs: press
 
 from __future__ import annotations
 
-import importlib
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ class Config:
 
 def run(config: Config) -> int:
     """Print the script."""
-    commands = {" ".join(words): _options(module) for words, (module, _) in main.COMMANDS.items()}
+    commands = {" ".join(words): _options(main.load_command(words).Config) for words in main.commands()}
     match config.shell:
         case "bash":
             say(*_BASH.format(**_bash(commands)).splitlines())
@@ -45,8 +44,7 @@ def run(config: Config) -> int:
     return 0
 
 
-def _options(module: str) -> _Options:
-    config: Any = importlib.import_module(f"wds_tools.cli.{module}").Config
+def _options(config: Any) -> _Options:
     found: dict[str, tuple[str, ...]] = {"--help": ()}
     for name, kind in typing.get_type_hints(config, include_extras=True).items():
         of_what = typing.get_args(kind)
@@ -108,7 +106,7 @@ def _fish(commands: Mapping[str, _Options]) -> list[str]:
         "complete -c wds-tools -n __fish_use_subcommand -l version",
         "complete -c wds-tools -n __fish_use_subcommand -l help",
     ]
-    for words, (_, summary) in main.COMMANDS.items():
+    for words, (_, summary) in main.commands().items():
         first, *second = words
         said = f'"__fish_seen_subcommand_from {first}"'
         lines.append(

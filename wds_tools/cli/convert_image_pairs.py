@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from wds_tools.cli.summary import Printed, print_dataset
-from wds_tools.convert.pairs import ImagePairsConfig, convert_image_pairs
+from wds_tools.convert import run_conversion
+from wds_tools.convert.pairs import ImagePairsConfig
 from wds_tools.encode.options import TokenizerOptions
 from wds_tools.errors import UsageError
 
@@ -45,5 +46,5 @@ def run(config: Config) -> int:
             keep_images=config.keep_images,
             limits=config.limits,
         )
-    print_dataset(config.output, convert_image_pairs(config, image_encoder), json=config.json)
+    print_dataset(config.output, run_conversion(config, image_encoder), json=config.json)
     return 0

@@ -15,14 +15,14 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 
+import torch
 import tyro
 
 from wds_tools import __version__
 from wds_tools.cli.summary import Printed, print_json
+from wds_tools.dataset.layout import MANIFEST
 from wds_tools.dataset.reader import read_manifest
-from wds_tools.encode.devices import describe_devices
 from wds_tools.errors import NotFound, WdsToolsError
-from wds_tools.format import manifest as manifests
 from wds_tools.storage import Store, open_store, redact
 from wds_tools.terminal import say
 
@@ -112,8 +112,13 @@ def _version(name: str) -> str | None:
 
 
 def _devices() -> Iterator[_Fact]:
-    for line in describe_devices() or ["no GPU that torch can use: `encode --device cpu` works, at a few images a second"]:
-        yield _Fact(name="devices", text=line)
+    for number in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(number)
+        bf16 = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no bf16"
+        text = f"cuda:{number} {gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, sm_{gpu.major}{gpu.minor}, {bf16}"
+        yield _Fact(name="devices", text=text)
+    if not torch.cuda.device_count():
+        yield _Fact(name="devices", text="no GPU that torch can use: `encode --device cpu` works, at a few images a second")
 
 
 def _environment() -> Iterator[_Fact]:
@@ -142,7 +147,7 @@ def _place(url: str, write: bool) -> _Fact:
 
 
 def _read(store: Store, write: bool) -> str:
-    if store.exists(manifests.NAME):
+    if store.exists(MANIFEST):
         manifest = read_manifest(store, any_members=True)
         for row in manifest.shards[:1]:
             store.read_range(row.name, 0, 1)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from wds_tools.cli.summary import Printed, print_dataset
-from wds_tools.jobs.job import FinalizeConfig, finalize
+from wds_tools.jobs.finalize import FinalizeConfig, finalize
 
 EXAMPLE = "wds-tools finalize --output s3://bucket/pairs"
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import tyro
 
 from wds_tools.cli.summary import Printed, describe_samples, print_dataset
-from wds_tools.dataset.index import index_tars, rebuild_indices
+from wds_tools.dataset.layout import MANIFEST
 from wds_tools.errors import UsageError
-from wds_tools.format import manifest as manifests
+from wds_tools.jobs.index_tars import index_tars, rebuild_indices
 from wds_tools.storage import open_store
 from wds_tools.terminal import say
 
@@ -37,7 +37,7 @@ def run(config: Config) -> int:
     """Index, and say what was found and how fast."""
     store = open_store(config.input)
     begun = time.monotonic()
-    is_set = store.exists(manifests.NAME)
+    is_set = store.exists(MANIFEST)
     manifest = (rebuild_indices if is_set else index_tars)(store, workers=config.workers, quiet=config.quiet)
     if config.json:
         print_dataset(config.input, manifest, json=True)

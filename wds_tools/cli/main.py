@@ -23,6 +23,7 @@ from typing import Any
 import tyro
 
 from wds_tools.errors import UsageError, WdsToolsError
+from wds_tools.plugins import CONVERTERS, plugins
 from wds_tools.storage.base import check_writable
 from wds_tools.terminal import say
 
@@ -60,14 +61,15 @@ def main(argv: Sequence[str] | None = None, *, begin: Callable[[], None] = lambd
         The exit status.
     """
     args = [_at_home(arg) for arg in (sys.argv[1:] if argv is None else argv)]
-    words = next((words for words in COMMANDS if tuple(args[: len(words)]) == words), None)
+    known = commands() if args[:1] == ["convert"] else COMMANDS
+    words = next((words for words in known if tuple(args[: len(words)]) == words), None)
     if words is None:
         return _no_command(args)
     config: Any = None
     try:
         for word in args:
             check_writable(word)
-        module = importlib.import_module(f"wds_tools.cli.{COMMANDS[words][0]}")
+        module = load_command(words)
         config = _parse(module, words, args[len(words) :])
         begin()
         status: int = module.run(config)
@@ -82,6 +84,18 @@ def main(argv: Sequence[str] | None = None, *, begin: Callable[[], None] = lambd
         say(f"wds-tools: {what}; {how}", error=True)
         return 128 + number
     return status
+
+
+def commands() -> dict[tuple[str, ...], tuple[str, str]]:
+    """COMMANDS, and `convert NAME` for each converter of an installed package; a name of ours can't be taken."""
+    others = {("convert", name): ("convert", "a converter of an installed package") for name in plugins(CONVERTERS)}
+    return COMMANDS | others | COMMANDS
+
+
+def load_command(words: tuple[str, ...]) -> Any:
+    """The module of one of `commands`, or what stands for it. Raises WdsToolsError: see plugin_command."""
+    module = importlib.import_module(f"wds_tools.cli.{COMMANDS.get(words, ('convert',))[0]}")
+    return module if words in COMMANDS else module.plugin_command(words[1])
 
 
 def _at_home(arg: str) -> str:
@@ -142,7 +156,7 @@ def _missing(section: str) -> str:
 
 def _no_command(args: list[str]) -> int:
     lines = ["usage: wds-tools COMMAND [OPTIONS]     wds-tools COMMAND --help says more", ""]
-    lines += [f"  {' '.join(words):<22} {summary}" for words, (_, summary) in COMMANDS.items()]
+    lines += [f"  {' '.join(words):<22} {summary}" for words, (_, summary) in commands().items()]
     asked = not args or not {"-h", "--help", "help"}.isdisjoint(args)
     if args and args[0] == "--version":
         from wds_tools import __version__
@@ -150,7 +164,7 @@ def _no_command(args: list[str]) -> int:
         say(f"wds-tools {__version__}")
         return 0
     if not asked:
-        known = sorted({" ".join(words) for words in COMMANDS})
+        known = sorted({" ".join(words) for words in commands()})
         group = [name for name in known if name.startswith(f"{args[0]} ")]
         known = group or known
         close = difflib.get_close_matches(" ".join(args[:2]), known, 1, 0.85)

@@ -9,7 +9,7 @@ from typing import Any
 
 import orjson
 
-from wds_tools.dataset.writer import REJECTS
+from wds_tools.dataset.layout import REJECTS
 from wds_tools.format.manifest import Manifest
 from wds_tools.format.schema import ANY_MEMBERS
 from wds_tools.terminal import say

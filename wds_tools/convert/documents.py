@@ -2,26 +2,19 @@
 
     files, grouped into tasks -> decompress -> lines -> records -> Sample(text) -> shards
 
-A file that breaks off or is damaged gives the documents before the damage, and one reject that says where it stopped.
 Memory does not grow with the input. Cost: see benchmarks/; about half the time is decompression and JSON parsing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import Any
 
-from wds_tools.convert.lines import by_suffix, check_kept_fields, expand_inputs, kept_fields, number_lines
-from wds_tools.convert.options import ConvertOptions
-from wds_tools.convert.zstd import decompress
-from wds_tools.dataset.writer import TaskWriter
-from wds_tools.errors import FormatError, Reject, UsageError
-from wds_tools.format.manifest import Manifest
+from wds_tools.convert.options import ConvertOptions, kept_fields
 from wds_tools.format.schema import Sample
-from wds_tools.jobs.job import Advance, Plan, group_to_limit, run_job
-from wds_tools.sources.fields import Line, parse_record, required_text
-from wds_tools.storage import open_store, split_url
+from wds_tools.sources.fields import required_text
+from wds_tools.sources.lines import CompressedLines
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,72 +23,28 @@ class DclmConfig(ConvertOptions):
 
     input: tuple[str, ...]
     """Folders (searched for *.jsonl.zst, *.json.zst and *.zstd of both), files or brace patterns; local paths or URLs."""
-    keep: tuple[str, ...] = ()
-    """Fields of the record to keep as provenance, such as url."""
     task_bytes: int = 16 << 20
     """Small input files are taken together up to this many compressed bytes; a worker, and a resumed run, takes them whole."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.task_bytes < 1:
-            raise UsageError(f"--task-bytes {self.task_bytes}: at least 1")
-        check_kept_fields(self.keep)
+    command = "convert dclm"
 
+    def make_source(self) -> CompressedLines:
+        """Lines of zstd files."""
+        return CompressedLines(self.task_bytes)
 
-def convert_dclm(config: DclmConfig) -> Manifest:
-    """Convert; returns the manifest of the finished dataset. Raises: see run_job."""
-    inputs = expand_inputs(config, by_suffix(".jsonl.zst", ".json.zst", ".jsonl.zstd", ".json.zstd"))
-    plan = Plan(
-        key_prefix=config.key_prefix,
-        command="convert dclm",
-        settings={"keep": config.keep},
-        tasks=[list(map(tuple, group)) for group in group_to_limit(inputs.files, lambda file: file.size, config.task_bytes)],
-        total=sum(file.size for file in inputs.files),
-        source=inputs.source,
-    )
-    return run_job(plan, _ConvertFiles(config.keep), config)
+    def make_converter(self) -> Documents:
+        """The text of a record."""
+        return Documents(self.keep)
 
 
 @dataclass(frozen=True)
-class _ConvertFiles:
-    keep: tuple[str, ...]
+class Documents:
+    """Records with text -> documents."""
 
-    def __call__(self, task: Sequence[tuple[str, int]], writer: TaskWriter, advance: Advance) -> int:
-        inputs = 0
-        for url, _ in task:
-            line = Line(0, b"")
-            try:
-                for line in _read_documents(url, advance):
-                    key = writer.key(inputs)
-                    inputs += 1
-                    try:
-                        record = parse_record(line)
-                        text = required_text(record, ("text",))
-                    except Reject as cause:
-                        writer.reject(cause, source=url, line=line.number)
-                        continue
-                    provenance = kept_fields(record, self.keep) if self.keep else {}
-                    sample = Sample(key=key, data_type="text_pretrain", text=text, provenance=provenance)
-                    try:
-                        writer.add(sample)
-                    except FormatError as error:  # a kept field that is nested too deep to be written
-                        writer.reject(Reject("unwritable_record", str(error)), source=url, line=line.number)
-            except Reject as cause:  # the file itself; what came before the damage is kept
-                inputs += 1
-                writer.reject(cause, source=url, line=line.number + 1)
-        return inputs
+    keep: tuple[str, ...] = ()
+    num_ahead = 0
 
-
-def _read_documents(url: str, advance: Advance) -> Iterator[Line]:
-    root, name = split_url(url)
-    with open_store(root).open(name) as stream:
-        yield from number_lines(_chunks(stream, advance))
-
-
-def _chunks(stream: BinaryIO, advance: Advance) -> Iterator[bytes]:
-    seen_bytes = 0
-    for data, read_bytes in decompress(stream):
-        if read_bytes != seen_bytes:
-            advance(read_bytes - seen_bytes)
-            seen_bytes = read_bytes
-        yield data
+    def convert(self, key: str, fields: Mapping[str, Any], _source: str) -> Sample:
+        """See Converter."""
+        text = required_text(fields, ("text",))
+        return Sample(key=key, data_type="text_pretrain", text=text, provenance=kept_fields(fields, self.keep))

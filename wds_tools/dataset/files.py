@@ -13,7 +13,7 @@ from itertools import islice
 
 from wds_tools.errors import NotFound
 from wds_tools.format.checksum import content_hash
-from wds_tools.run.progress import Progress
+from wds_tools.run.progress import Advance, Progress
 from wds_tools.storage import Store
 
 _PARALLEL_READS = 8
@@ -60,10 +60,10 @@ def find_changed(store: Store, files: Mapping[str, Written], *, verify: bool = F
         Progress("verify", sum(sizes[name] for name in hashes), quiet=quiet or not hashes, unit="files") as progress,
         ThreadPoolExecutor(_PARALLEL_READS) as pool,
     ):
-        for name, found in zip(hashes, pool.map(lambda name: _hash(store, name), hashes), strict=True):
-            progress(sizes[name], 1, 0)
-            if found != hashes[name]:
-                changed[name] = "is gone" if found is None else "has other bytes than were written"
+        for name, xxh128 in zip(hashes, pool.map(lambda name: _hash(store, name), hashes), strict=True):
+            progress(Advance(units=sizes[name], samples=1))
+            if xxh128 != hashes[name]:
+                changed[name] = "is gone" if xxh128 is None else "has other bytes than were written"
     return changed
 
 
@@ -77,8 +77,8 @@ def _hash(store: Store, name: str) -> str | None:
     digest = content_hash()
     try:
         with store.open(name) as stream:
-            while piece := stream.read(_READ_BYTES):
-                digest.update(piece)
+            while data := stream.read(_READ_BYTES):
+                digest.update(data)
     except NotFound:
         return None
     return digest.hexdigest()

@@ -1,12 +1,12 @@
-"""One run at a time writes to an output, or one a part: a claim, kept fresh while its run lives.
+"""One run at a time writes to an output, or one a part: a lease, a file that its run rewrites while it lives.
 
-    with Lease(store, part, parts) as claim:   _work/run-ID.json, or _work/run-ID-PART-of-PARTS.json
-        ... claim.check() ...                  is it still ours?
+    with Lease(store, part) as lease:   _work/run-ID.json, or _work/run-ID-PART-of-PARTS.json
+        ... lease.check() ...           is it still ours?
 
-A run comes: it puts its claim, lists the others, and is refused by one that holds the output or comes with a lower name. Then it
-says that it holds it, lists again, and goes on when those that came with a lower name have given up. It needs nothing of a store
-but what all have. A run that was killed leaves its claim behind: if it ran on this machine, its process is gone; elsewhere, its
-claim does not change any more. Invariant: of runs that could write the same file and come at the same moment one goes on, no two.
+A run that comes puts its lease, lists the others, and is refused by one that holds the output or has a lower name. Then it
+marks its own as held, lists again, and goes on when those with a lower name have given up. It needs nothing of a store but what
+all have. A run that was killed leaves its lease behind: if it ran on this machine, its process is gone; elsewhere, its lease does
+not change any more. Invariant: of runs that could write the same file and come at the same moment one goes on, no two.
 Cost: a small file written every HEARTBEAT_S, and two lists; after a kill on another machine LEASE_TIMEOUT_S of waiting.
 """
 
@@ -18,6 +18,7 @@ import socket
 import threading
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -25,37 +26,54 @@ from typing import Any, Self
 
 import orjson
 
+from wds_tools.dataset.layout import LEASES
 from wds_tools.errors import FormatError, NotFound, StorageError, UsageError
 from wds_tools.format.typed_json import read_json
 from wds_tools.storage import Store
 from wds_tools.terminal import say
 
-PREFIX = "_work/run-"
 HEARTBEAT_S = 60.0
 LEASE_TIMEOUT_S = 3.0 * HEARTBEAT_S
-"""A claim that has not changed for so long belongs to no run any more."""
+"""A lease that has not changed for so long belongs to no run any more."""
 _FIRST_LOOK_S, _LOOK_EVERY_S = 0.02, 2.0
 _LEAVE_S = 10.0
 _TRIES = 5
 _PART = re.compile(r"-(\d+)-of-(\d+)\.json$")
 
 
+@dataclass(frozen=True)
+class Part:
+    """One of so many equal parts of a job."""
+
+    number: int = 0
+    num_parts: int = 1
+
+    def tasks(self, num_tasks: int) -> range:
+        """The tasks of this part, of so many: those whose number leaves the part's over when divided."""
+        return range(self.number, num_tasks, self.num_parts)
+
+
+def files_of(store: Store) -> list[str]:
+    """All files there, but for the leases of runs."""
+    return [entry.name for entry in store.list() if not entry.name.startswith(LEASES)]
+
+
 class Lease:
-    """A run's right to write to an output. A context manager: on entering it is claimed, on leaving set free.
+    """A run's right to write to an output. A context manager: taken on entering, set free on leaving.
 
     Args:
         store: the output.
-        part, parts: which of how many parts this run does; (0, 0) for a run that does all.
+        part: what this run does, beside runs that do other parts of as many; None: all of it.
 
     Raises:
         UsageError: on entering: another run is writing there.
     """
 
-    def __init__(self, store: Store, part: int, parts: int) -> None:
+    def __init__(self, store: Store, part: Part | None = None) -> None:
         self._store = store
-        self._part, self._parts = part, parts
-        ending = f"-{part}-of-{parts}" if parts else ""
-        self._name = f"{PREFIX}{os.urandom(8).hex()}{ending}.json"
+        self._part = part
+        ending = f"-{part.number}-of-{part.num_parts}" if part else ""
+        self._name = f"{LEASES}{os.urandom(8).hex()}{ending}.json"
         self._facts: dict[str, Any] = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
@@ -67,11 +85,11 @@ class Lease:
         self._putting = threading.Lock()
         self._is_lost = threading.Event()
         self._is_over = threading.Event()
-        self._thread = threading.Thread(target=self._stay, daemon=True)
+        self._thread = threading.Thread(target=self._beat, daemon=True)
 
     def __enter__(self) -> Self:
         try:
-            self._put_surely()
+            self._put_with_retries()
             self._thread.start()
             known = {name: self._read(name) for name in self._others()}
             self._outlast(known)
@@ -79,7 +97,7 @@ class Lease:
                 self._is_lost.set()
             self.check()
             self._facts["is_held"] = True
-            self._put_surely()
+            self._put_with_retries()
             self._outlast({name: known.get(name) for name in self._others()})
         except BaseException:
             self._leave()
@@ -93,12 +111,12 @@ class Lease:
         """Raise StorageError if another run has taken this one for dead and gone on in its place."""
         if self._is_lost.is_set():
             raise StorageError(
-                f"{self._store.url}: another run writes there now, since this one was not heard of for {LEASE_TIMEOUT_S:g} s: "
-                "this one stops here"
+                f"{self._store.url}: this run lost its lease (no heartbeat for {LEASE_TIMEOUT_S:g} s) and another run took over: "
+                "stopping"
             )
 
-    def _put_surely(self) -> None:
-        """Put the claim, though a run that begins or ends at this moment may clear away what looks half written."""
+    def _put_with_retries(self) -> None:
+        """Put the lease, though a run that begins or ends at this moment may clear away what looks half written."""
         for attempt in range(_TRIES):
             try:
                 self._put()
@@ -108,11 +126,11 @@ class Lease:
                     raise
 
     def _put(self) -> None:
-        with self._putting:  # so that no older word of the beat comes behind a newer one
+        with self._putting:  # so that no older heartbeat comes after a newer one
             self._store.put(self._name, orjson.dumps({**self._facts, "beats": self._beats}))
             self._beats += 1
 
-    def _stay(self) -> None:
+    def _beat(self) -> None:
         while not self._is_over.wait(HEARTBEAT_S):
             try:
                 if not self._store.exists(self._name):
@@ -129,17 +147,17 @@ class Lease:
         try:
             self._store.delete(self._name)
         except StorageError:
-            pass  # whatever ended the run is worth more; a claim that is left is found to be dead
+            pass  # whatever ended the run is worth more; a lease that is left is found to be dead
 
     def _outlast(self, others: Mapping[str, bytes | None]) -> None:
-        """Return when each of these claims has gone or gives way to this one; those of dead runs are removed.
+        """Return when each of these leases has gone or gives way to this one; those of dead runs are removed.
 
         Args:
             others: as they were when they were first seen; one that has changed since then is alive.
         """
         waiting = dict(others)
         deadline = time.monotonic() + LEASE_TIMEOUT_S
-        pause_s, is_told = _FIRST_LOOK_S, False
+        pause_s, is_reported = _FIRST_LOOK_S, False
         while True:
             is_late = time.monotonic() > deadline
             for name, before in list(waiting.items()):
@@ -161,10 +179,10 @@ class Lease:
                     )
             if not waiting:
                 return
-            if not (is_told or self._facts["is_held"]):
-                is_told = True
+            if not (is_reported or self._facts["is_held"]):
+                is_reported = True
                 say(
-                    f"wds-tools: {self._store.url} was claimed by {_who(others[next(iter(waiting))])}: "
+                    f"wds-tools: {self._store.url} has a lease of {_who(others[next(iter(waiting))])}: "
                     f"waiting up to {LEASE_TIMEOUT_S:g} s to see whether that run is alive",
                     error=True,
                 )
@@ -172,13 +190,15 @@ class Lease:
             pause_s = min(2 * pause_s, _LOOK_EVERY_S, LEASE_TIMEOUT_S / 10)
 
     def _others(self) -> list[str]:
-        """The claims of runs that may write what this one writes: all but those of other parts of as many."""
-        names = [entry.name for entry in self._store.list(PREFIX) if entry.name != self._name]
+        """The leases of runs that may write what this one writes: all but those of other parts of as many."""
+        names = [entry.name for entry in self._store.list(LEASES) if entry.name != self._name]
         return [name for name in names if not self._goes_with(name)]
 
     def _goes_with(self, name: str) -> bool:
-        found = _PART.search(name)
-        return found is not None and self._parts == int(found[2]) and self._part != int(found[1])
+        match = _PART.search(name)
+        if match is None or self._part is None:
+            return False
+        return self._part.num_parts == int(match[2]) and self._part.number != int(match[1])
 
     def _read(self, name: str) -> bytes | None:
         try:
@@ -187,24 +207,24 @@ class Lease:
             return None
 
 
-def _lives(claim: bytes) -> bool | None:
-    """Whether the process of a claim runs on this machine; None if it can't be told from here."""
-    process = _facts(claim).get("process")
-    own = _process(os.getpid())
-    if own is None or not isinstance(process, list) or len(process) != len(own) or process[:2] != own[:2]:
+def _lives(lease: bytes) -> bool | None:
+    """Whether the process of a lease runs on this machine; None if it can't be told from here."""
+    process = _facts(lease).get("process")
+    this = _process(os.getpid())
+    if this is None or not isinstance(process, list) or len(process) != len(this) or process[:2] != this[:2]:
         return None
-    pid = _facts(claim).get("pid")
+    pid = _facts(lease).get("pid")
     return isinstance(pid, int) and _process(pid) == process
 
 
-def _who(claim: bytes | None) -> str:
-    facts = _facts(claim or b"{}")
+def _who(lease: bytes | None) -> str:
+    facts = _facts(lease or b"{}")
     return f"process {facts.get('pid')} on {facts.get('host')}, since {facts.get('since')}"
 
 
-def _facts(claim: bytes) -> dict[str, Any]:
+def _facts(lease: bytes) -> dict[str, Any]:
     try:
-        return read_json(dict[str, Any], claim, "not a claim")
+        return read_json(dict[str, Any], lease, "not a lease")
     except FormatError:
         return {}
 

@@ -11,8 +11,8 @@ from typing import BinaryIO
 
 import numpy as np
 
+from wds_tools.dataset.layout import MANIFEST
 from wds_tools.errors import FormatError, NotFound, UsageError
-from wds_tools.format import manifest as manifests
 from wds_tools.format.checksum import content_hash
 from wds_tools.format.manifest import Manifest, ShardInfo, parse_manifest
 from wds_tools.format.schema import ANY_MEMBERS, Sample
@@ -41,15 +41,15 @@ def read_manifest(
         UsageError: it is one of any members, or of token rows, and the caller needs the schema.
     """
     try:
-        data = store.read(manifests.NAME)
+        data = store.read(MANIFEST)
     except NotFound as error:
         if isinstance(store, LocalStore) and not any(store.list()):
             raise NotFound(f"{store.url}: there is no such folder, or nothing is in it") from error
         raise NotFound(
-            f"{store.url} has no {manifests.NAME}: it is not a dataset, or its conversion did not finish "
+            f"{store.url} has no {MANIFEST}: it is not a dataset, or its conversion did not finish "
             "(run the same command with --resume)"
         ) from error
-    manifest = parse_manifest(data, f"{store.url}/{manifests.NAME}")
+    manifest = parse_manifest(data, f"{store.url}/{MANIFEST}")
     if any_members:
         return manifest
     if rows := manifest.token_rows:
@@ -101,35 +101,35 @@ class ShardBytes:
             self._buffer = grown
 
 
-def read_shard(store: Store, row: ShardInfo) -> Iterator[Sample]:
+def read_shard(store: Store, shard: ShardInfo) -> Iterator[Sample]:
     """The samples of a shard in order.
 
     Raises:
         FormatError: the shard is damaged, or not what the manifest says.
         StorageError: it can't be read.
     """
-    for stored in read_stored(store, row):
+    for stored in read_stored(store, shard):
         try:
             sample = sample_from_members(stored.key, stored.payloads)
         except FormatError as error:
-            raise FormatError(f"{store.url}/{row.name}, byte {stored.start}: {error}") from error
+            raise FormatError(f"{store.url}/{shard.name}, byte {stored.start}: {error}") from error
         yield sample
 
 
-def read_stored(store: Store, row: ShardInfo) -> Iterator[StoredSample]:
+def read_stored(store: Store, shard: ShardInfo) -> Iterator[StoredSample]:
     """The same, not yet parsed. Payloads are views into the read buffer."""
-    name = f"{store.url}/{row.name}"
+    name = f"{store.url}/{shard.name}"
     count = 0
-    with store.open(row.name) as stream:
-        for stored in group_samples(_members(stream, row, name), name):
+    with store.open(shard.name) as stream:
+        for stored in group_samples(_members(stream, shard, name), name):
             count += 1
             yield stored
-    if count != row.samples:
-        raise FormatError(f"{name}: {count} samples, the manifest says {row.samples}")
+    if count != shard.samples:
+        raise FormatError(f"{name}: {count} samples, the manifest says {shard.samples}")
 
 
-def _members(stream: BinaryIO, row: ShardInfo, name: str) -> Iterator[Member]:
-    reader = TarReader(name, max_member_bytes=row.bytes)
+def _members(stream: BinaryIO, shard: ShardInfo, name: str) -> Iterator[Member]:
+    reader = TarReader(name, max_member_bytes=shard.bytes)
     digest = content_hash()
     size = 0
     while data := stream.read(_READ_BYTES):
@@ -137,13 +137,13 @@ def _members(stream: BinaryIO, row: ShardInfo, name: str) -> Iterator[Member]:
         size += len(data)
         yield from reader.feed(data)
     reader.close()
-    check_unchanged(row, tar_bytes=size, xxh128=digest.hexdigest(), name=name)
+    check_unchanged(shard, tar_bytes=size, xxh128=digest.hexdigest(), name=name)
 
 
-def check_unchanged(row: ShardInfo, *, tar_bytes: int, xxh128: str, name: str) -> None:
-    """Raise FormatError unless a shard's bytes are those that its manifest row describes; `name` is for the message."""
-    if (tar_bytes, xxh128) != (row.bytes, row.xxh128):
+def check_unchanged(shard: ShardInfo, *, tar_bytes: int, xxh128: str, name: str) -> None:
+    """Raise FormatError unless a shard's bytes are those that the manifest describes; `name` is for the message."""
+    if (tar_bytes, xxh128) != (shard.bytes, shard.xxh128):
         raise FormatError(
-            f"{name}: {tar_bytes} bytes, xxh128 {xxh128[:12]}; the manifest says {row.bytes} bytes, xxh128 {row.xxh128[:12]}: "
-            "the shard was changed or damaged"
+            f"{name}: {tar_bytes} bytes, xxh128 {xxh128[:12]}; the manifest says {shard.bytes} bytes, "
+            f"xxh128 {shard.xxh128[:12]}: the shard was changed or damaged"
         )

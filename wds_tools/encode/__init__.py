@@ -1,1 +1,1 @@
-"""The encoding pass: fills the codes of a dataset's images."""
+"""Images -> codes: of the samples of a dataset, or of those that a conversion makes."""

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from wds_tools.errors import Reject, TokenizerError, WdsToolsError
+from wds_tools.run.progress import Advance
 from wds_tools.terminal import say
 from wds_tools.vq.base import ImageTokenizer
 from wds_tools.vq.quantize import NO_CODE
@@ -61,13 +62,13 @@ class Device:
         self._num_images = 0
         self._alike: tuple[int, int] | None = (0, NO_CODE)
         """How many pictures had this one code only; None once there was another, or it was said."""
-        self._told = 0.0, 0.0, 0
+        self._use = Advance()
 
-    def new_use(self) -> tuple[float, float, int]:
+    def new_use(self) -> Advance:
         """`times`, and how many images were encoded, since this was asked last."""
-        use, told = (*self.times(), self._num_images), self._told
-        self._told = use
-        return use[0] - told[0], use[1] - told[1], use[2] - told[2]
+        before, (device_s, waited_s) = self._use, self.times()
+        self._use = Advance(images=self._num_images, device_s=device_s, waited_s=waited_s)
+        return self._use - before
 
     def times(self) -> tuple[float, float]:
         """Seconds since the first batch came, and how many of them the device had nothing to do."""

@@ -3,27 +3,30 @@
     input shards, grouped into tasks -> samples -> encode_in_batches -> Sample(codes) or a reject -> output shards
 
 A sample keeps its key, text and provenance. Pixels are decoded for the first time here, so what only that finds (a JPEG that
-breaks off) is a reject of this pass; of a conversation with several images one such rejects it. Documents pass through
-unchanged; a conversation without images gets an empty row of codes, so that all samples have the same members.
+breaks off) is a reject of this job; of a conversation with several images one such rejects it. Documents pass through
+unchanged; a conversation without images gets an empty grid of codes, so that all samples have the same members.
 Cost: the tokenizer's; see docs/tokenizers.md.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import count
 from typing import Any
 
 from wds_tools.dataset.reader import read_manifest, read_shard
-from wds_tools.dataset.writer import TaskWriter
 from wds_tools.encode.image_encoder import MODES, ImageEncoder
 from wds_tools.encode.options import TokenizerOptions
-from wds_tools.errors import Reject, UsageError
-from wds_tools.format.manifest import Manifest, ShardInfo, shard_info_from_json
+from wds_tools.errors import UsageError
+from wds_tools.format.manifest import Manifest, shard_info_from_json
 from wds_tools.format.schema import IMAGE_EXTENSIONS, Sample
 from wds_tools.images import ImageLimits, Mode
-from wds_tools.jobs.job import Advance, JobOptions, Plan, group_to_limit, run_job
+from wds_tools.jobs import Job, JobOptions, run_job
+from wds_tools.jobs.records import ConvertRecords
+from wds_tools.sources.record import Record, group_to_limit
 from wds_tools.storage import open_store
 
 
@@ -48,7 +51,7 @@ class EncodeConfig(JobOptions, TokenizerOptions):
 
 
 def encode(config: EncodeConfig) -> Manifest:
-    """Run the encoding pass.
+    """Fill the codes of a dataset.
 
     Returns:
         The manifest of the encoded dataset.
@@ -78,7 +81,7 @@ def encode(config: EncodeConfig) -> Manifest:
     if manifest.codes and not set(IMAGE_EXTENSIONS).intersection(manifest.members):
         raise UsageError(f"{config.input} has codes, but its images were not kept: encode its source again, with --keep-images")
     settings, codes = image_encoder.provenance(types)
-    plan = Plan(
+    job = Job(
         command="encode",
         settings={
             "input": manifest.fingerprint(),
@@ -90,9 +93,10 @@ def encode(config: EncodeConfig) -> Manifest:
         },
         # About one output shard's samples a task: without their images, shards are small.
         tasks=[
-            [asdict(row) for row in group]
-            for group in group_to_limit(manifest.shards, lambda row: row.samples, config.shard_samples)
+            [asdict(shard) for shard in group]
+            for group in group_to_limit(manifest.shards, lambda shard: shard.samples, config.shard_samples)
         ],
+        work=encode_shards(config.input, image_encoder),
         total=manifest.samples,
         device=config.device,
         codes={**manifest.codes, **codes},
@@ -106,29 +110,25 @@ def encode(config: EncodeConfig) -> Manifest:
             }
         },
     )
-    return run_job(plan, FillShards(config.input, image_encoder), replace(config, workers=image_encoder.workers))
+    return run_job(job, replace(config, workers=image_encoder.workers))
 
 
-@dataclass(frozen=True)
-class FillShards:
-    """The work on one group of shards."""
+def encode_shards(url: str, image_encoder: ImageEncoder) -> ConvertRecords:
+    """The work on a group of shards of a dataset: its samples in place of records.
 
-    input: str
-    image_encoder: ImageEncoder
+    Args:
+        url: the dataset.
+        image_encoder: fills the codes.
+    """
+    return ConvertRecords(partial(_read_samples, url), _unchanged, encoder=image_encoder)
 
-    def __call__(self, task: Sequence[dict[str, Any]], writer: TaskWriter, advance: Advance) -> int:
-        inputs = 0
-        for (shard, key), filled in self.image_encoder.fill(self._samples([shard_info_from_json(row) for row in task])):
-            inputs += 1
-            if isinstance(filled, Reject):
-                writer.reject(filled, source=shard, key=key)
-            else:
-                writer.add(filled)
-            advance(1, *self.image_encoder.device.new_use())
-        return inputs
 
-    def _samples(self, rows: Sequence[ShardInfo]) -> Iterator[tuple[tuple[str, str], Sample]]:
-        store = open_store(self.input)
-        for row in rows:
-            for sample in read_shard(store, row):
-                yield (row.name, sample.key), sample
+def _read_samples(url: str, shards: Sequence[Mapping[str, Any]]) -> Iterator[Record[Sample]]:
+    store, index = open_store(url), count()
+    for shard in map(shard_info_from_json, shards):
+        for sample in read_shard(store, shard):
+            yield Record(next(index), sample, shard.name, key=sample.key)
+
+
+def _unchanged(key: str, sample: Sample, shard: str) -> Sample:  # noqa: ARG001  a sample keeps its key
+    return sample

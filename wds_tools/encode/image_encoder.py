@@ -25,16 +25,17 @@ from wds_tools.encode.options import TokenizerOptions
 from wds_tools.encode.resize import check_torch_resize, prepare_with_torch
 from wds_tools.errors import FormatError, Reject, TokenizerError, UsageError
 from wds_tools.format.schema import Sample, code_column, code_dtype, join_grids
-from wds_tools.images import PREPROCESSING_VERSION, ImageLimits, Mode, prepare
-from wds_tools.jobs.job import check_ray_device
+from wds_tools.images import PAIR_TYPES, PREPROCESSING_VERSION, ImageLimits, Mode, prepare
 from wds_tools.run.local import stops_held
+from wds_tools.run.ray_cluster import check_device
 from wds_tools.vq.base import ImageTokenizer
 from wds_tools.vq.quantize import ENCODER_VERSION, NAN_HELP
 from wds_tools.vq.registry import find_device, load_tokenizer
 
 Place = TypeVar("Place")
 _PREPARE = {"pillow": prepare, "torch": prepare_with_torch}
-MODES: Mapping[str, Mode] = {"image_text": "cc512", "image_text_multi": "multi768", "visual_sft": "cc512"}
+MODES: Mapping[str, Mode] = {**{data_type: mode for mode, data_type in PAIR_TYPES.items()}, "visual_sft": "cc512"}
+"""Data type of samples with images -> how these are cropped, by default."""
 
 
 class _Ticket(NamedTuple):
@@ -71,7 +72,7 @@ class ImageEncoder:
         sft_mode: Mode = "cc512",
     ) -> None:
         if cpus is not None:
-            check_ray_device(options.device)  # before a device of this machine is looked for
+            check_device(options.device)  # before a device of this machine is looked for
         if len(options.devices) > 1 and workers not in (1, len(options.devices)):
             raise UsageError(
                 f"--workers {workers} with --device {options.device}: each device has one process, so leave --workers out"
@@ -117,8 +118,7 @@ class ImageEncoder:
 
     def column_of(self, data_type: str) -> str:
         """Where the codes of such a sample go."""
-        like = "image_text_multi" if self._modes[data_type] == "multi768" else "image_text"
-        return code_column(like, self.options.codes)
+        return code_column(PAIR_TYPES[self._modes[data_type]], self.options.codes)
 
     def provenance(self, column_types: Iterable[str]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
         """What decides on the codes, for the plan; and the provenance of each code column, for the manifest.
@@ -183,7 +183,7 @@ class ImageEncoder:
         for number, (place, sample) in enumerate(samples):
             ticket = _Ticket(number, place, sample)
             if isinstance(sample, Reject) or sample.data_type not in self._modes or not sample.images:
-                if isinstance(sample, Sample) and sample.data_type in ("image_text", "image_text_multi"):
+                if isinstance(sample, Sample) and sample.data_type in PAIR_TYPES.values():
                     raise FormatError(f"{sample.key} is {sample.data_type} but has no image")
                 yield ticket, None
                 continue

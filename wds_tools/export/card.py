@@ -12,8 +12,9 @@ from typing import Any
 
 import orjson
 
-from wds_tools.export.rows import COLUMNS, Format
+from wds_tools.export.rows import Format
 from wds_tools.format.manifest import Manifest
+from wds_tools.sources.coded import COLUMNS
 
 NAME = "README.md"
 TAG = "wds-tools"

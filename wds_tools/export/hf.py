@@ -32,19 +32,19 @@ from urllib.parse import unquote, urlsplit
 import orjson
 
 from wds_tools.dataset.files import Written, describe_changed, find_changed, written
-from wds_tools.dataset.lease import PREFIX as LEASES
-from wds_tools.dataset.lease import Lease
+from wds_tools.dataset.lease import Lease, files_of
 from wds_tools.dataset.reader import read_manifest, read_shard
 from wds_tools.errors import FormatError, UsageError
 from wds_tools.export.card import LIQUID_TYPES, TAG, serialize_card
 from wds_tools.export.card import NAME as CARD
 from wds_tools.export.push import push
-from wds_tools.export.rows import FEATURES, ROW_BYTES, Format, load_pyarrow, serialize_table_row, write_part
+from wds_tools.export.rows import FEATURES, ROW_BYTES, Format, serialize_table_row, write_part
 from wds_tools.export.shuffle import Shuffle
 from wds_tools.format.manifest import Manifest, ShardInfo
 from wds_tools.format.schema import CODE_COLUMNS, IMAGE_EXTENSIONS, codes_named
 from wds_tools.format.typed_json import read_json
-from wds_tools.run.progress import Progress
+from wds_tools.run.progress import Advance, Progress
+from wds_tools.sources.coded import load_pyarrow
 from wds_tools.storage import LocalStore, Store, open_store
 from wds_tools.storage.base import TEMP_FOLDER, split_scheme
 from wds_tools.storage.local import translate
@@ -155,7 +155,7 @@ def export_hf(config: ExportConfig) -> ExportSummary:
         NotFound, FormatError, StorageError: an input can't be read.
         MissingPackage: pyarrow is not installed.
     """
-    load_pyarrow()
+    load_pyarrow("exporting")
     sources = [(store, read_manifest(store, instead_of_rows="export those datasets")) for store in map(open_store, config.input)]
     _check_sources(sources, config)
     held = sum((Counter(manifest.data_types) for _, manifest in sources), Counter[str]())
@@ -183,11 +183,11 @@ def export_hf(config: ExportConfig) -> ExportSummary:
         _look(store, config)
     pushed = None
     if not is_complete or config.push_to_hub is not None:
-        with Lease(store, 0, 0) as claim:
+        with Lease(store) as lease:
             if not is_complete:
                 _begin(store, config, page(), names[-1])
-                files = _write(store, sources, config, names, rows, page, claim)
-                claim.check()
+                files = _write(store, sources, config, names, rows, page, lease)
+                lease.check()
                 if config.format == "arrow":
                     files[STATE] = _write_state(store, names, fingerprint)
                 store.put(FILES, orjson.dumps(files, option=orjson.OPT_INDENT_2))
@@ -207,7 +207,7 @@ def _write(
     names: Sequence[str],
     rows: int,
     page: Callable[..., bytes],
-    claim: Lease,
+    lease: Lease,
 ) -> dict[str, Written]:
     with _scratch_folder(config.output) as folder:
         size = sum(_record_bytes(row) for _, manifest in sources for row in manifest.shards)
@@ -215,7 +215,7 @@ def _write(
         with Progress("export, 1 of 2: reading", rows, quiet=config.quiet) as progress:
             _scatter(sources, config, shuffle, progress)
         with Progress("export, 2 of 2: writing", rows, quiet=config.quiet) as progress:
-            return _write_parts(store, names, rows, _counted(shuffle.drain(), progress), config.format, page, claim)
+            return _write_parts(store, names, rows, _counted(shuffle.drain(), progress), config.format, page, lease)
 
 
 def _check_sources(sources: Sequence[_Source], config: ExportConfig) -> None:
@@ -274,7 +274,7 @@ def _look(store: Store, config: ExportConfig) -> list[str]:
     Raises:
         UsageError: they, or others, are in the way.
     """
-    found = [entry.name for entry in store.list() if not entry.name.startswith(LEASES)]
+    found = files_of(store)
     foreign = [name for name in found if not _OURS.fullmatch(name)]
     if CARD in found and TAG.encode() not in store.read(CARD):
         foreign.append(CARD)
@@ -360,7 +360,7 @@ def _write_parts(
     records: Iterator[bytes],
     file_format: Format,
     page: Callable[..., bytes],
-    claim: Lease,
+    lease: Lease,
 ) -> dict[str, Written]:
     """Cut the records into files whose row counts differ by one at most; the card is whole before the last is published."""
     files = {}
@@ -372,7 +372,7 @@ def _write_parts(
             num_bytes += written_bytes
             if name == names[-1]:
                 store.put(CARD, page(num_bytes=num_bytes))
-            claim.check()
+            lease.check()
     return files
 
 
@@ -383,9 +383,9 @@ def _counted(items: Iterator[_Item], progress: Progress) -> Iterator[_Item]:
         yield item
         passed += 1
         if passed == _REPORT_EVERY:
-            progress(passed, passed, 0)
+            progress(Advance(units=passed, samples=passed))
             passed = 0
-    progress(passed, passed, 0)
+    progress(Advance(units=passed, samples=passed))
 
 
 def _write_state(store: Store, names: Sequence[str], fingerprint: str) -> Written:

@@ -17,7 +17,7 @@ from typing import Any
 
 from wds_tools.errors import MissingPackage, StorageError
 from wds_tools.export import card
-from wds_tools.run.progress import Progress
+from wds_tools.run.progress import Advance, Progress
 from wds_tools.storage import open_store
 
 COMMIT_FILES = 32
@@ -66,7 +66,7 @@ def push(folder: Path, repository: str, *, private: bool = False, quiet: bool = 
                 added = [hub.CommitOperationAdd(name, local[name]) for name in names]
                 api.create_commit(repository, added, repo_type="dataset", commit_message=f"Add {names[0]} and so on")
                 sent += len(names)
-                progress(sum(local[name].stat().st_size for name in names), len(names), 0)
+                progress(Advance(units=sum(local[name].stat().st_size for name in names), samples=len(names)))
         last: list[Any] = [hub.CommitOperationDelete(name) for name in _stale(remote, local)]
         if not _is_same(remote.get(card.NAME), folder / card.NAME):
             last.append(hub.CommitOperationAdd(card.NAME, folder / card.NAME))

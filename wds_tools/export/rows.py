@@ -3,10 +3,10 @@
     serialize_table_row(sample)  a few fixed fields, text and codes as they are: what waits in the shuffle, a third of its size
     write_part(...)   records -> batches of the seven columns -> one file
 
-The columns are Liquid's, so that old and new datasets can be concatenated: strings all but `length`; what a
-sample does not have is the string "no"; codes are a JSON list in a string, as json.dumps writes it. The text of a conversation
-is JSON too: an object with its `conversations` and, if it has codes, the `grids` that they are cut into. The only module that
-imports pyarrow, and only when it is used. Memory is one batch.
+The columns are Liquid's (`sources.coded`), so that old and new datasets can be concatenated; codes are a JSON list in a string,
+as json.dumps writes it. The text of a conversation
+is JSON too: an object with its `conversations` and, if it has codes, the `grids` that they are cut into. Memory is
+one batch.
 """
 
 from __future__ import annotations
@@ -21,25 +21,15 @@ import numpy as np
 import orjson
 
 from wds_tools.dataset.files import Written
-from wds_tools.errors import FormatError, MissingPackage, UsageError
+from wds_tools.errors import FormatError, UsageError
 from wds_tools.format.checksum import content_hash
 from wds_tools.format.schema import CODE_COLUMNS, DATA_TYPES, Sample, validate
+from wds_tools.sources.coded import ABSENT, COLUMNS, load_pyarrow
 from wds_tools.storage import Writer
 
 Format = Literal["arrow", "parquet"]
-COLUMNS = {
-    "data_type": "string",
-    "text": "string",
-    "length": "int64",
-    "vqcode_512": "string",
-    "vqcode_multi768": "string",
-    "width": "string",
-    "height": "string",
-}
-"""Name -> type, in order."""
 FEATURES = {name: {"dtype": dtype, "_type": "Value"} for name, dtype in COLUMNS.items()}
-"""The same, as Hugging Face datasets writes it down."""
-MISSING = "no"
+"""The columns, as Hugging Face datasets writes them down."""
 
 _FIELDS = struct.Struct("<BQIIQBIBI")
 """Data type, length, width, height, bytes of text; then bytes per code (0: no codes) and number of codes, column by column."""
@@ -87,7 +77,7 @@ def write_part(writer: Writer, records: Iterable[bytes], file_format: Format) ->
     Returns:
         What the file is, and the bytes of its columns in Arrow's memory, which Hugging Face calls num_bytes.
     """
-    pa = load_pyarrow()
+    pa = load_pyarrow("exporting")
     metadata = {"huggingface": json.dumps({"info": {"features": FEATURES}})}
     schema = pa.schema([(name, getattr(pa, dtype)()) for name, dtype in COLUMNS.items()], metadata=metadata)
     sink = _Sink(writer)
@@ -104,20 +94,6 @@ def write_part(writer: Writer, records: Iterable[bytes], file_format: Format) ->
         batches = _batches(records, _BATCH[file_format])
         num_bytes = sum(write(pa.RecordBatch.from_arrays(_columns(pa, batch), schema=schema)) for batch in batches)
     return Written(sink.num_bytes, sink.digest.hexdigest()), num_bytes
-
-
-def load_pyarrow() -> Any:
-    """The package, with pyarrow.parquet.
-
-    Raises:
-        MissingPackage: it is not installed.
-    """
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise MissingPackage("exporting needs pyarrow: pip install 'wds-tools[convert]'") from error
-    return pyarrow
 
 
 def _batches(records: Iterable[bytes], limits: _Limits) -> Iterator[list[bytes]]:
@@ -142,11 +118,11 @@ def _columns(pa: Any, records: Sequence[bytes]) -> list[Any]:
         columns["data_type"].append(DATA_TYPES[kind])
         columns["text"].append(record[ROW_BYTES:at])
         columns["length"].append(length)
-        columns["width"].append(str(width) if width else MISSING)
-        columns["height"].append(str(height) if height else MISSING)
+        columns["width"].append(str(width) if width else ABSENT)
+        columns["height"].append(str(height) if height else ABSENT)
         for column, itemsize, size in zip(CODE_COLUMNS, counts[::2], counts[1::2], strict=True):
             if not itemsize:
-                columns[column].append(MISSING)
+                columns[column].append(ABSENT)
                 continue
             codes = np.frombuffer(record, f"<u{itemsize}", size, at)
             at += itemsize * size

@@ -33,8 +33,6 @@ from wds_tools.format.tar import BLOCK
 from wds_tools.format.typed_json import Count, read_json, shape
 
 INDEX_VERSION = 1
-SUFFIX = ".index"
-"""Of the tar's name. Not ".idx": Megatron-Energon writes a file of that name beside each tar, for its own use."""
 ABSENT = 0xFFFFFFFF
 _MAX_CELLS = 1 << 25
 """Samples times suffixes, where most samples have few of these: an index of 256 MiB."""

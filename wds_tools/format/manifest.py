@@ -22,7 +22,6 @@ from wds_tools.errors import FormatError
 from wds_tools.format.schema import ANY_MEMBERS, SCHEMA_VERSION
 from wds_tools.format.typed_json import Count, read_json, shape
 
-NAME = "manifest.json"
 FORMAT = "wds-tools"
 INDEX_COMMAND = "index"
 """As `source["command"]`: see Manifest.is_indexed."""
@@ -198,7 +197,7 @@ def serialize_manifest(manifest: Manifest) -> bytes:
     return data
 
 
-def parse_manifest(data: bytes, name: str = NAME) -> Manifest:
+def parse_manifest(data: bytes, name: str = "manifest.json") -> Manifest:
     """Read a manifest.
 
     Raises:

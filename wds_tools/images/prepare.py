@@ -6,6 +6,7 @@ and changes whenever pixels do. Cost: a 640 x 480 JPEG about 9 ms on one core, a
 GIL is released in either part, so threads scale.
 """
 
+from collections.abc import Mapping
 from typing import Final, Literal, TypeAlias, get_args
 
 import numpy as np
@@ -19,6 +20,8 @@ from wds_tools.images.ratio import multi768
 
 PREPROCESSING_VERSION: Final = "1"
 Mode: TypeAlias = Literal["cc512", "multi768"]
+PAIR_TYPES: Final[Mapping[Mode, str]] = {"cc512": "image_text", "multi768": "image_text_multi"}
+"""Mode -> data type of a pair whose image is brought to its size so; its code column is that of any image of this mode."""
 
 
 def prepare(data: bytes, mode: Mode | int | None, limits: ImageLimits = DEFAULT_LIMITS) -> NDArray[np.uint8]:

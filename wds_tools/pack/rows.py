@@ -19,12 +19,11 @@ from typing import Any
 import numpy as np
 
 from wds_tools.dataset.reader import read_manifest, read_stored
-from wds_tools.dataset.writer import TaskWriter
 from wds_tools.errors import FormatError, Reject, UsageError
 from wds_tools.format.manifest import Manifest, shard_info_from_json
 from wds_tools.format.schema import ANY_MEMBERS, Sample, one_set
 from wds_tools.format.shard import sample_from_members
-from wds_tools.jobs.job import Advance, JobOptions, Plan, run_job
+from wds_tools.jobs import Advance, Job, JobOptions, Report, TaskWriter, run_job
 from wds_tools.sequences.build import ROWS_VERSION, ExampleBuilder
 from wds_tools.sequences.config import SequenceConfig
 from wds_tools.sequences.pack import Packer
@@ -109,7 +108,7 @@ def pack(config: PackConfig) -> Manifest:
     settings = builder.recipe | {"seed": config.seed, "epoch": config.epoch, "codes": config.codes}
     rows = {"version": ROWS_VERSION, "length": config.seq_len, "vocabulary_size": vocabulary.size}
     rows["text_size"] = vocabulary.text_size
-    plan = Plan(
+    job = Job(
         command="pack",
         settings=settings,
         tasks=[_share(config.input, manifests, number, num_tasks) for number in range(num_tasks)],
@@ -123,8 +122,9 @@ def pack(config: PackConfig) -> Manifest:
             ],
         },
         schema_version=ANY_MEMBERS,
+        work=_PackSamples(config.sequences, config.seed, config.epoch, size, config.codes),
     )
-    return run_job(plan, _PackSamples(config.sequences, config.seed, config.epoch, size, config.codes), config)
+    return run_job(job, config)
 
 
 def _share(urls: Sequence[str], manifests: Sequence[Manifest], number: int, num_tasks: int) -> list[list[Any]]:
@@ -160,7 +160,7 @@ class _PackSamples:
     def builder(self) -> ExampleBuilder:
         return ExampleBuilder(self.config, self.seed, self.codebook_size)
 
-    def __call__(self, task: Sequence[Sequence[Any]], writer: TaskWriter, advance: Advance) -> int:
+    def __call__(self, task: Sequence[Sequence[Any]], writer: TaskWriter, report: Report) -> int:
         vocabulary = self.builder.vocabulary
         packer = Packer(self.config.max_length, vocabulary.eos)
         sink = _Sink(writer, ids_dtype(vocabulary.size))
@@ -176,7 +176,7 @@ class _PackSamples:
                 number += 1
                 while not packer.wants_more:
                     sink.write(packer.row())
-            advance(len(chunk))
+            report(Advance(units=len(chunk)))
         for row in packer.rest():
             sink.write(row)
         if sink.num_ended != number:

@@ -2,7 +2,7 @@
 
 `run_tasks(fn, tasks, workers=n)` yields `fn(task, report)` for each task as it finishes. With one worker everything happens in
 this process. With more, `fn` is pickled once to each spawned process and kept there, so what it loads (a model) is loaded once.
-`report(...)` may be called as often as fn likes, with numbers; reports reach `on_report` in this process.
+`report(Advance(...))` may be called as often as fn likes; reports reach `on_report` in this process.
 Invariant: no worker outlives this process or the generator: the generator kills those it leaves behind, and each worker watches
 a pipe that closes with this process, however it ends. What asks a run to stop (STOPS) is for this process alone to hear.
 """
@@ -14,20 +14,28 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from itertools import islice
 from multiprocessing.connection import wait as wait_for
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from wds_tools.errors import WorkerDied
+from wds_tools.run.progress import Advance
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
-Report = Callable[..., None]
-"""What is new since the last report, as numbers that can be added up; see Progress."""
+
+
+class Report(Protocol):
+    """Takes what is new since the last report; a Progress is one."""
+
+    def __call__(self, new: Advance, /) -> None:
+        """Add to what is done."""
+
+
 Work = Callable[[Task, Report], Result]
 
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -37,7 +45,7 @@ _LOOK_EVERY_S = 1.0
 _worker: tuple[Callable[..., Any], Report] | None = None
 
 
-def run_tasks(fn: Work[Task, Result], tasks: Sequence[Task], *, workers: int, on_report: Report) -> Iterator[Result]:
+def run_tasks(fn: Work[Task, Result], tasks: Sequence[Task], *, workers: int, on_report: Report) -> Generator[Result, None, None]:
     """Run `fn` over the tasks.
 
     Args:
@@ -73,11 +81,11 @@ def run_tasks(fn: Work[Task, Result], tasks: Sequence[Task], *, workers: int, on
                 break
             done, running = wait(running, timeout=_POLL_S, return_when=FIRST_COMPLETED)
             while not reports.empty():
-                on_report(*reports.get())
+                on_report(reports.get())
             for future in done:
                 yield future.result()
         while not reports.empty():
-            on_report(*reports.get())
+            on_report(reports.get())
         pool.shutdown()
     except BrokenProcessPool as error:
         raise WorkerDied(
@@ -97,8 +105,8 @@ def stops_held() -> Iterator[None]:
     here never see it, from birth: it is their parent's, which stops them."""
     pressed: list[int] = []
     is_main = threading.current_thread() is threading.main_thread()
-    found = {number: signal.getsignal(number) for number in STOPS if is_main}
-    handlers = {number: handler for number, handler in found.items() if handler not in (signal.SIG_IGN, None)}
+    current = {number: signal.getsignal(number) for number in STOPS if is_main}
+    handlers = {number: handler for number, handler in current.items() if handler not in (signal.SIG_IGN, None)}
     for number in handlers:
         signal.signal(number, lambda number, _: pressed.append(number))
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # is inherited, which a handler isn't
@@ -126,7 +134,7 @@ def exit_with_parent(grace_s: float = 0.0) -> None:
 def _start_worker(fn: Callable[..., Any], reports: Any) -> None:
     global _worker
     exit_with_parent()
-    _worker = (fn, lambda *counts: reports.put(counts))
+    _worker = (fn, reports.put)
 
 
 def _run_in_worker(task: Any) -> Any:

@@ -8,14 +8,49 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+from operator import attrgetter, sub
 from types import TracebackType
-from typing import Self, TextIO
+from typing import Any, Self, TextIO
 
 from tqdm import tqdm
 
 from wds_tools.terminal import printable
 
 _LINE_EVERY_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Advance:
+    """What is new since the last report, or the sum of several."""
+
+    units: int = 0
+    """Work units: lines, bytes or samples, as the total counts them."""
+    samples: int = 0
+    """Samples that came of them, or whatever else is counted beside the work."""
+    rejects: int = 0
+    """Inputs that became no sample."""
+    images: int = 0
+    """Images that were encoded."""
+    device_s: float = 0.0
+    """Seconds that a device was in use, over all devices."""
+    waited_s: float = 0.0
+    """Of these, seconds with nothing to do."""
+
+    def __add__(self, other: Advance) -> Advance:
+        return self.sum((self, other))
+
+    def __sub__(self, other: Advance) -> Advance:
+        return Advance(*map(sub, _values(self), _values(other)))
+
+    @staticmethod
+    def sum(reports: Iterable[Advance]) -> Advance:
+        """All of these together."""
+        return Advance(*map(sum, zip(*map(_values, reports), strict=True)))
+
+
+_values: Callable[[Advance], tuple[Any, ...]] = attrgetter(*(field.name for field in fields(Advance)))
 
 
 class Progress:
@@ -37,9 +72,7 @@ class Progress:
         self._quiet = quiet
         self._unit = unit
         self._stream = sys.stderr if stream is None else stream
-        self._done = self._samples = self._rejects = 0
-        self._device_s = self._waited_s = 0.0
-        self._images = 0
+        self._done = Advance()
         self._begun = self._shown = time.monotonic()
         self._bar: tqdm[None] | None = None
 
@@ -56,35 +89,21 @@ class Progress:
         elif kind is None and self._shown != self._begun:
             self._print_line()
 
-    def __call__(
-        self, done: int, samples: int, rejects: int, device_s: float = 0.0, waited_s: float = 0.0, images: int = 0
-    ) -> None:
-        """Add to what is done.
-
-        Args:
-            done: work units.
-            samples, rejects: that came of them.
-            device_s: seconds that a device was in use, over all devices.
-            waited_s: of these, with nothing to do.
-            images: that were encoded.
-        """
-        self._done += done
-        self._samples += samples
-        self._rejects += rejects
-        self._device_s += device_s
-        self._waited_s += waited_s
-        self._images += images
+    def __call__(self, new: Advance) -> None:
+        """Add to what is done."""
+        self._done += new
         if self._bar is not None:
             self._bar.set_postfix_str(self._counts(), refresh=False)
-            self._bar.update(done)
+            self._bar.update(new.units)
         elif not self._quiet and time.monotonic() - self._shown >= _LINE_EVERY_S:
             self._print_line()
 
     def _counts(self) -> str:
-        rejects = f", {self._rejects:,} rejects" if self._rejects else ""
-        device = f", device waited {self._waited_s / self._device_s:.0%}" if self._device_s > 0 else ""
-        speed = self._speed(self._images, "images") if self._images else self._speed(self._samples, self._unit)
-        return f"{self._samples:,} {self._unit}{rejects}, {speed}{device}"
+        done = self._done
+        rejects = f", {done.rejects:,} rejects" if done.rejects else ""
+        device = f", device waited {done.waited_s / done.device_s:.0%}" if done.device_s > 0 else ""
+        speed = self._speed(done.images, "images") if done.images else self._speed(done.samples, self._unit)
+        return f"{done.samples:,} {self._unit}{rejects}, {speed}{device}"
 
     def _speed(self, count: int, unit: str) -> str:
         each_s = count / max(time.monotonic() - self._begun, 1e-6)
@@ -93,7 +112,7 @@ class Progress:
     def _print_line(self) -> None:
         self._shown = time.monotonic()
         left = ""
-        if self._total and self._done:
-            left_s = (self._shown - self._begun) * max(self._total - self._done, 0) / self._done
-            left = f", {100 * self._done / self._total:.0f} % done, about {tqdm.format_interval(left_s)} left"
+        if self._total and self._done.units:
+            left_s = (self._shown - self._begun) * max(self._total - self._done.units, 0) / self._done.units
+            left = f", {100 * self._done.units / self._total:.0f} % done, about {tqdm.format_interval(left_s)} left"
         print(printable(f"{self._title}: {self._counts()}{left}"), file=self._stream, flush=True)

@@ -18,19 +18,18 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from itertools import islice
 from typing import Any, TypeVar
 
 from wds_tools.errors import MissingPackage, UsageError, WorkerDied
 from wds_tools.run.local import Report, Work
+from wds_tools.run.progress import Advance
 from wds_tools.terminal import say
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
-Counts = tuple[Any, ...]
-"""What a task has reported since it began, added up: see Report."""
 
 _RETRIES = 5
 """Times that a task is started again because its worker or node died."""
@@ -79,7 +78,7 @@ def run_on_ray(
     gpus: float | None,
     device: str,
     on_report: Report,
-) -> Iterator[Result]:
+) -> Generator[Result, None, None]:
     """Run `fn` over the tasks, inside of `on_cluster`.
 
     Args:
@@ -102,24 +101,25 @@ def run_on_ray(
     _check_room(ray, cpus, gpus)
     # Ray would give a GPU task a new process each time; kept, the model stays loaded.
     remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=_RETRIES, max_calls=0)(_run_in_worker)
-    here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    board = ray.remote(num_cpus=0, scheduling_strategy=here)(_Board).remote()
+    node = ray.get_runtime_context().get_node_id()
+    on_node = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node, soft=False)
+    board = ray.remote(num_cpus=0, scheduling_strategy=on_node)(_Board).remote()
     box = [ray.put(fn)]
     counter = _ReportCounter(on_report)
     waiting = enumerate(tasks)
     pending: dict[Any, int] = {}
     try:
         while True:
-            for place, task in islice(waiting, max(_room(ray, cpus, gpus) - len(pending), 0)):
-                pending[remote.remote(box, board, place, task)] = place
+            for number, task in islice(waiting, max(_room(ray, cpus, gpus) - len(pending), 0)):
+                pending[remote.remote(box, board, number, task)] = number
             if not pending:
                 return
             done, _ = ray.wait(list(pending), timeout=_POLL_S)
             counter.take(ray.get(board.read.remote()))
             for ref in done:
-                place = pending.pop(ref)
-                result, counts = _get(ray, ref, place)
-                counter.close(place, counts)
+                number = pending.pop(ref)
+                result, done_in_task = _get(ray, ref, number)
+                counter.close(number, done_in_task)
                 yield result
     finally:
         for ref in pending:
@@ -130,14 +130,14 @@ class _Board:
     """What each task last said, since it was last asked."""
 
     def __init__(self) -> None:
-        self._told: dict[int, Counts] = {}
+        self._sums: dict[int, Advance] = {}
 
-    def tell(self, place: int, counts: Counts) -> None:
-        self._told[place] = counts
+    def tell(self, number: int, done: Advance) -> None:
+        self._sums[number] = done
 
-    def read(self) -> dict[int, Counts]:
-        told, self._told = self._told, {}
-        return told
+    def read(self) -> dict[int, Advance]:
+        sums, self._sums = self._sums, {}
+        return sums
 
 
 class _ReportCounter:
@@ -145,57 +145,56 @@ class _ReportCounter:
 
     def __init__(self, on_report: Report) -> None:
         self._on_report = on_report
-        self._known: dict[int, Counts] = {}
+        self._known: dict[int, Advance] = {}
         self._closed: set[int] = set()
 
-    def take(self, told: dict[int, Counts]) -> None:
-        for place, counts in told.items():
-            if place in self._closed:  # said before its result, heard after it
+    def take(self, sums: dict[int, Advance]) -> None:
+        for number, done in sums.items():
+            if number in self._closed:  # said before its result, heard after it
                 continue
-            before = self._known.get(place) or (0,) * len(counts)
-            self._known[place] = counts
-            self._on_report(*(now - then for now, then in zip(counts, before, strict=True)))
+            before = self._known.get(number, Advance())
+            self._known[number] = done
+            self._on_report(done - before)
 
-    def close(self, place: int, counts: Counts) -> None:
+    def close(self, number: int, done: Advance) -> None:
         """The last word of a task."""
-        if counts:
-            self.take({place: counts})
-        self._closed.add(place)
-        self._known.pop(place, None)
+        self.take({number: done})
+        self._closed.add(number)
+        self._known.pop(number, None)
 
 
-def _run_in_worker(box: list[Any], board: Any, place: int, task: Any) -> tuple[Any, Counts]:
+def _run_in_worker(box: list[Any], board: Any, number: int, task: Any) -> tuple[Any, Advance]:
     """Do a task; returns its result and the sum of its reports."""
     key = box[0].hex()
     if key not in _held:
         _held.clear()
         _held[key] = _load_ray().get(box[0])
-    done: Counts = ()
-    told_at = 0.0
+    done = Advance()
+    reported_s = 0.0
 
-    def report(*counts: Any) -> None:
-        nonlocal done, told_at
-        done = tuple(now + new for now, new in zip(done or (0,) * len(counts), counts, strict=True))
-        if time.monotonic() - told_at >= _TELL_EVERY_S:
-            told_at = time.monotonic()
-            board.tell.remote(place, done)
+    def report(new: Advance) -> None:
+        nonlocal done, reported_s
+        done += new
+        if time.monotonic() - reported_s >= _TELL_EVERY_S:
+            reported_s = time.monotonic()
+            board.tell.remote(number, done)
 
     result = _held[key](task, report)
     return result, done
 
 
-def _get(ray: Any, ref: Any, place: int) -> tuple[Any, Counts]:
+def _get(ray: Any, ref: Any, number: int) -> tuple[Any, Advance]:
     try:
-        found: tuple[Any, Counts] = ray.get(ref)
+        result: tuple[Any, Advance] = ray.get(ref)
     except ray.exceptions.RayTaskError as error:
         raise error.cause from error
     except ray.exceptions.RayError as error:
         raise WorkerDied(
-            f"task {place} lost its worker or its node {_RETRIES + 1} times, or ran out of memory: "
+            f"task {number} lost its worker or its node {_RETRIES + 1} times, or ran out of memory: "
             f"{str(error).splitlines()[0]}. Finished shards are kept: run again with --resume, and with more --task-cpus, "
             "so that fewer tasks share a node, if memory was short"
         ) from error
-    return found
+    return result
 
 
 def _room(ray: Any, cpus: float, gpus: float) -> int:
@@ -207,18 +206,24 @@ def _room(ray: Any, cpus: float, gpus: float) -> int:
 
 def _connect(ray: Any, address: str | None) -> None:
     """Raise UsageError if there is no cluster at that address."""
-    found, named = address, "--ray-address"
+    cluster, named = address, "--ray-address"
     if address in (None, "auto") and os.environ.get("RAY_ADDRESS"):
-        found, named = os.environ["RAY_ADDRESS"], "RAY_ADDRESS"
-    host, colon, port = (found or "").removeprefix("ray://").rpartition(":")
+        cluster, named = os.environ["RAY_ADDRESS"], "RAY_ADDRESS"
+    host, colon, port = (cluster or "").removeprefix("ray://").rpartition(":")
     try:
         if colon and port.isdecimal():  # Ray itself would try for longer
             socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S).close()
         ray.init(address=address, log_to_driver=False, logging_level="ERROR", configure_logging=False)
     except (OSError, OverflowError, ValueError, RuntimeError) as error:
-        said = str(error).partition("\n")[0]
+        cause = str(error).partition("\n")[0]
         what = {"--ray-address": "see `ray start --head`", "RAY_ADDRESS": "correct or unset it, or give --ray-address"}[named]
-        raise UsageError(f"{named} {found}: no Ray cluster answers there ({said}): {what}") from error
+        raise UsageError(f"{named} {cluster}: no Ray cluster answers there ({cause}): {what}") from error
+
+
+def check_device(device: str) -> None:
+    """Raise UsageError for a device by number, or for several: Ray deals them out."""
+    if ":" in device or "," in device:
+        raise UsageError(f"--device {device} with --executor ray: each task gets a GPU of its own, so give --device cuda")
 
 
 def _check_room(ray: Any, cpus: float, gpus: float) -> None:

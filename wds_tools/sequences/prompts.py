@@ -82,9 +82,8 @@ def read_prompts(path: str | None) -> Prompts:
     return Prompts(**values)
 
 
-def _check_size(value: object, path: str) -> None:
+def _check_size(value: Any, path: str) -> None:
     try:
-        assert isinstance(value, str)
-        value.format(width=1, height=1)
-    except (AssertionError, KeyError, IndexError, ValueError) as error:
+        str.format(value, width=1, height=1)  # a TypeError, unless it is a string
+    except (TypeError, KeyError, IndexError, ValueError, AttributeError) as error:
         raise UsageError(f"prompts: size in {path} is {value!r}, expected a string with {{width}} and {{height}}") from error

@@ -14,12 +14,22 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from wds_tools.errors import FormatError, Reject
+from wds_tools.errors import FormatError, MissingPackage, Reject
 from wds_tools.format.schema import CODE_COLUMNS, DATA_TYPES, Codes, Sample, code_dtype, validate
 from wds_tools.sources.conversations import turns_of
 from wds_tools.sources.fields import required_text
 
-_ABSENT = "no"
+COLUMNS = {
+    "data_type": "string",
+    "text": "string",
+    "length": "int64",
+    "vqcode_512": "string",
+    "vqcode_multi768": "string",
+    "width": "string",
+    "height": "string",
+}
+"""Name -> Arrow type, in order."""
+ABSENT = "no"
 _IMAGE_TYPES = ("image_text", "image_text_multi")
 SIDE_512 = 512
 
@@ -127,7 +137,7 @@ def _is_shape(value: Any) -> bool:
 def codes_in(row: Mapping[str, Any], column: str) -> list[int] | None:
     """The codes in a column, as a list or its JSON; None where there are none. Raises Reject: "bad_codes"."""
     value = row.get(column)
-    if value is None or value == _ABSENT:
+    if value is None or value == ABSENT:
         return None
     try:
         flat = orjson.loads(value) if isinstance(value, str) else value
@@ -146,3 +156,20 @@ def _pixels(row: Mapping[str, Any], name: str) -> int:
     if pixels <= 0:
         raise Reject("bad_codes", f"vqcode_multi768 needs {name} in pixels, got {row.get(name)!r}")
     return pixels
+
+
+def load_pyarrow(what: str) -> Any:
+    """The package, with pyarrow.parquet.
+
+    Args:
+        what: what needs it, for the message: "exporting".
+
+    Raises:
+        MissingPackage: it is not installed.
+    """
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise MissingPackage(f"{what} needs pyarrow: pip install 'wds-tools[convert]'") from error
+    return pyarrow

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import posixpath
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from wds_tools.errors import Reject
@@ -21,7 +21,7 @@ _OTHER_MARK = re.compile(r"<img>|<\|(image|vision)\w*\|>|<image[ _]?\d+>")
 """Marks of images in other conventions than LLaVA's."""
 
 
-def turns_of(record: dict[str, Any]) -> list[dict[str, str]]:
+def turns_of(record: Mapping[str, Any]) -> list[dict[str, str]]:
     """The turns of a record: perhaps a system prompt, then human and gpt in turn, ending with gpt.
 
     Raises:
@@ -47,7 +47,7 @@ def turns_of(record: dict[str, Any]) -> list[dict[str, str]]:
     return turns
 
 
-def image_paths(record: dict[str, Any], turns: list[dict[str, str]], keep: Sequence[str] = ()) -> list[str]:
+def image_paths(record: Mapping[str, Any], turns: list[dict[str, str]], keep: Sequence[str] = ()) -> list[str]:
     """The image paths of a record, one for each mark in its turns; null, "" or [] where there is none.
 
     Raises:
@@ -72,7 +72,7 @@ def image_paths(record: dict[str, Any], turns: list[dict[str, str]], keep: Seque
     return paths
 
 
-def _check_unused(record: dict[str, Any], turns: list[dict[str, str]], paths: Sequence[str], keep: Sequence[str]) -> None:
+def _check_unused(record: Mapping[str, Any], turns: list[dict[str, str]], paths: Sequence[str], keep: Sequence[str]) -> None:
     """Raise Reject for an image that would be left behind: no conversation about one becomes text alone."""
     used = {posixpath.basename(path) for path in paths}
     known = {"image", "images", "conversations", *keep}

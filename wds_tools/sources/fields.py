@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import orjson
@@ -44,7 +44,15 @@ def parse_record(line: Line) -> dict[str, Any]:
     return record
 
 
-def required_text(record: dict[str, Any], names: Sequence[str]) -> str:
+def fields_of(line: Line) -> dict[str, Any] | Reject:
+    """The JSON object of a line, or the reason why there is none; see parse_record."""
+    try:
+        return parse_record(line)
+    except Reject as cause:
+        return cause
+
+
+def required_text(record: Mapping[str, Any], names: Sequence[str]) -> str:
     """The first of these fields that is there and not null: a string with more than white space.
 
     Raises:
@@ -59,5 +67,5 @@ def required_text(record: dict[str, Any], names: Sequence[str]) -> str:
         if not text or text.isspace():
             raise Reject("empty_text", f"{name} is empty")
         return text
-    found = ", ".join(list(record)[:8]) or "none"
-    raise Reject("missing_field", f"no {' or '.join(names)}; the fields are: {found[:200]}")
+    known = ", ".join(list(record)[:8]) or "none"
+    raise Reject("missing_field", f"no {' or '.join(names)}; the fields are: {known[:200]}")

@@ -1,4 +1,4 @@
-"""Image paths in a file of records -> the images' bytes, a few records ahead of their turn, in the order of the records.
+"""Image paths in a file of records -> the images' bytes.
 
 One file that can't be read is a reject, wherever it lies on this machine; a storage that does not answer is an error.
 """
@@ -8,19 +8,10 @@ from __future__ import annotations
 import errno
 import os
 import posixpath
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
 
 from wds_tools.errors import NotFound, Reject, StorageError, UsageError
-from wds_tools.sources.fields import Line
 from wds_tools.storage import LocalStore, Store, open_store, split_url
 
-Fetched = TypeVar("Fetched")
-
-FETCH_AHEAD = 16
-"""Records whose images are fetched at the same time."""
 _NO_SUCH_NAME = (errno.ENAMETOOLONG, errno.ELOOP)
 _SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 _MOUNT_IS_GONE = (errno.ENOTCONN, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ECONNRESET)
@@ -85,14 +76,3 @@ class ImageSource:
             return False
         path = os.path.realpath(posixpath.join(self._folder, self._name(image_path)))
         return not path.startswith(self._folder.rstrip("/") + "/")
-
-
-def in_order(pool: ThreadPoolExecutor, fn: Callable[[Line], Fetched], lines: Iterator[Line]) -> Iterator[Fetched]:
-    """Results in the order of the lines, with a bounded number under way."""
-    under_way: deque[Future[Fetched]] = deque()
-    for line in lines:
-        under_way.append(pool.submit(fn, line))
-        if len(under_way) >= FETCH_AHEAD:
-            yield under_way.popleft().result()
-    while under_way:
-        yield under_way.popleft().result()

@@ -12,7 +12,7 @@ import time
 from functools import cached_property
 from typing import Any
 
-from wds_tools.dataset.writer import REJECTS
+from wds_tools.dataset.layout import REJECTS
 from wds_tools.errors import FormatError, StorageError
 from wds_tools.format.typed_json import read_json
 from wds_tools.storage import Entry, Store

@@ -6,13 +6,14 @@ arXiv:2012.09841), under `state_dict`. Invariants: only tensors are ever unpickl
 loads completely or not at all (`loss.*` aside); whatever does not fit is one TokenizerError. Cost: about 540 GFLOP to
 encode 512 x 512 pixels, 0.3 GB of weights, float32.
 
-diffusers and yaml are imported when a model is loaded, here and nowhere else.
+diffusers and yaml are imported when a model is loaded.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,8 @@ from torch import Tensor
 
 from wds_tools.errors import MissingPackage, TokenizerError
 from wds_tools.vq import huggingface
-from wds_tools.vq.norm import use_right_norms
-from wds_tools.vq.pickles import load_pickle
-from wds_tools.vq.quantize import CodebookTokenizer, Precision, hash_files
+from wds_tools.vq.pickles import first_line, load_pickle
+from wds_tools.vq.quantize import CodebookTokenizer, Precision
 
 CONFIG_NAME = "vqgan.yaml"
 WEIGHTS_NAME = "vqgan.ckpt"
@@ -86,7 +86,7 @@ def load_chameleon(folder: Path, *, device: torch.device | str = "cpu", precisio
     Args:
         folder: where the two files are.
         device: where the network and the codebook go.
-        precision: "fp32", or "bf16" for autocast of the network.
+        precision: see load_tokenizer.
 
     Raises:
         TokenizerError: a file is missing, can't be read safely, or the weights do not fit the configuration.
@@ -100,20 +100,13 @@ def load_chameleon(folder: Path, *, device: torch.device | str = "cpu", precisio
             raise TokenizerError(f"{path} is missing: the folder needs {CONFIG_NAME} and {WEIGHTS_NAME}")
     try:
         config = read_config(config_path)
-        network = _Vqgan(config)
-        network.fill(_read_state(weights_path))
+        model, name_of = _empty_model(config), partial(checkpoint_name, levels=len(config.ch_mult))
+        state, what = _read_state(weights_path), f"the weights in {WEIGHTS_NAME}"
+        huggingface.fill_model(model, state, weights=what, config=CONFIG_NAME, name_of=name_of)
     except TokenizerError as error:
         raise TokenizerError(f"{folder}: {error}") from error.__cause__
-    use_right_norms(network.model)
-    network.model.requires_grad_(False).eval().to(device=device, memory_format=torch.channels_last)
-    return CodebookTokenizer(
-        name="chameleon",
-        stride=config.stride,
-        weights_hash=hash_files(config_path, weights_path),
-        network=network,
-        codebook_KD=network.model.quantize.embedding.weight.detach(),
-        precision=precision,
-    )
+    network, files = huggingface.Convolutional(model), (config_path, weights_path)
+    return huggingface.make_tokenizer("chameleon", model, network, config.stride, files, device, precision)
 
 
 def read_config(path: Path) -> VqganConfig:
@@ -122,7 +115,7 @@ def read_config(path: Path) -> VqganConfig:
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise TokenizerError(f"{path.name} is not yaml: {_one_line(error)}") from error
+        raise TokenizerError(f"{path.name} is not yaml: {first_line(error)}") from error
     params = tree
     for key in ("model", "params"):
         params = params[key] if isinstance(params, dict) and key in params else params
@@ -159,59 +152,20 @@ def _read_state(path: Path) -> dict[str, Tensor]:
     return {key: value for key, value in state.items() if not key.startswith("loss.")}
 
 
-class _Vqgan:
-    """A `diffusers.VQModel` under the names of the checkpoint."""
-
-    def __init__(self, config: VqganConfig) -> None:
-        levels = len(config.ch_mult)
-        self.levels = levels
-        vq_model = _vq_model_class()
-        with torch.device("meta"):  # shapes only: the weights come with `fill`
-            self.model = vq_model(
-                down_block_types=("DownEncoderBlock2D",) * levels,
-                up_block_types=("UpDecoderBlock2D",) * levels,
-                block_out_channels=tuple(config.ch * mult for mult in config.ch_mult),
-                layers_per_block=config.num_res_blocks,
-                latent_channels=config.z_channels,
-                num_vq_embeddings=config.n_embed,
-                vq_embed_dim=config.embed_dim,
-                norm_num_groups=_NORM_GROUPS,
-            )
-
-    def fill(self, state: dict[str, Tensor]) -> None:
-        """Give the model the checkpoint's tensors, as float32; all of them, and each of the right shape."""
-        own = self.model.state_dict()
-        names = {name: checkpoint_name(name, self.levels) for name in own}
-        missing = sorted(set(names.values()) - set(state))
-        unexpected = sorted(set(state) - set(names.values()))
-        for problem, keys in (("lacks", missing), ("has the unexpected", unexpected)):
-            if keys:
-                more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-                raise TokenizerError(f"{WEIGHTS_NAME} {problem} {', '.join(keys[:3])}{more}: it does not fit {CONFIG_NAME}")
-        filled: dict[str, Tensor] = {}
-        for name, tensor in own.items():
-            found = state[names[name]]
-            if tensor.ndim == 2 and found.shape[2:] == (1, 1):  # attention: 1 x 1 convolutions there, matrices here
-                found = found[:, :, 0, 0]
-            if found.shape != tensor.shape or not found.dtype.is_floating_point:
-                raise TokenizerError(
-                    f"{WEIGHTS_NAME}: {names[name]} is {found.dtype} {tuple(found.shape)}, but {CONFIG_NAME} asks for "
-                    f"floating point {tuple(tensor.shape)}"
-                )
-            filled[name] = found.float()
-        self.model.load_state_dict(filled, assign=True)
-
-    def latents(self, pixels_BCHW: Tensor) -> Tensor:
-        """Encoder and quant_conv."""
-        pixels_BCHW = pixels_BCHW.contiguous(memory_format=torch.channels_last)
-        latents_BDhw: Tensor = self.model.quant_conv(self.model.encoder(pixels_BCHW))
-        return latents_BDhw
-
-    def image(self, latents_BDhw: Tensor) -> Tensor:
-        """post_quant_conv and decoder."""
-        latents_BDhw = latents_BDhw.contiguous(memory_format=torch.channels_last)
-        pixels_BCHW: Tensor = self.model.decoder(self.model.post_quant_conv(latents_BDhw))
-        return pixels_BCHW
+def _empty_model(config: VqganConfig) -> Any:
+    """A VQModel without weights."""
+    vq_model, levels = huggingface.vq_model_class(), len(config.ch_mult)
+    with torch.device("meta"):  # shapes only
+        return vq_model(
+            down_block_types=("DownEncoderBlock2D",) * levels,
+            up_block_types=("UpDecoderBlock2D",) * levels,
+            block_out_channels=tuple(config.ch * mult for mult in config.ch_mult),
+            layers_per_block=config.num_res_blocks,
+            latent_channels=config.z_channels,
+            num_vq_embeddings=config.n_embed,
+            vq_embed_dim=config.embed_dim,
+            norm_num_groups=_NORM_GROUPS,
+        )
 
 
 _RENAMES = (
@@ -234,20 +188,6 @@ def checkpoint_name(name: str, levels: int) -> str:
     for pattern, replacement in _RENAMES:
         name = re.sub(pattern, replacement, name)
     return re.sub(r"\.up\.(\d+)\.", lambda match: f".up.{levels - 1 - int(match[1])}.", name)
-
-
-def _one_line(error: Exception) -> str:
-    """The error's type and the first line of what it says."""
-    first = str(error).strip().partition("\n")[0].partition(". ")[0]
-    return f"{type(error).__name__}: {first[:200]}" if first else type(error).__name__
-
-
-def _vq_model_class() -> Any:
-    try:
-        from diffusers import VQModel
-    except ImportError as error:
-        raise MissingPackage("Chameleon's VQGAN needs diffusers: pip install 'wds-tools[convert]'") from error
-    return VQModel
 
 
 def _yaml() -> Any:

@@ -13,7 +13,7 @@ diffusers and transformers are imported when a model is loaded.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_
 
 
 @dataclass
-class _Convolutional:
+class Convolutional:
     """VQModel, ChameleonVQVAE and JanusVQVAE: an encoder, a 1 x 1 convolution, and the way back."""
 
     model: Any
@@ -58,7 +58,7 @@ class _Convolutional:
         return pixels_BCHW
 
 
-class _Janus(_Convolutional):
+class _Janus(Convolutional):
     """JanusVQVAE finds the entry by its distance, and decodes it scaled to length 1."""
 
     def image(self, latents_BDhw: Tensor) -> Tensor:
@@ -99,19 +99,25 @@ def load_vq_model(folder: Path, *, device: torch.device | str = "cpu", precision
     config = _read_json(folder / CONFIG_NAME)
     if config.get("_class_name") != "VQModel":
         raise TokenizerError(f"{folder}: {CONFIG_NAME} is of a {config.get('_class_name')!r}, expected a diffusers VQModel")
+    model_class = vq_model_class()
+    model = _build(folder, lambda: model_class.from_config(dict(config)))
+    stride = 1 << (len(model.config.block_out_channels) - 1)
+    return _load("vqmodel", folder, model, Convolutional(model), stride, device, precision)
+
+
+def vq_model_class() -> Any:
+    """diffusers' VQModel. Raises MissingPackage."""
     try:
         from diffusers import VQModel
     except ImportError as error:
         raise MissingPackage("a VQModel needs diffusers: pip install 'wds-tools[convert]'") from error
-    model = _build(folder, lambda: VQModel.from_config(dict(config)))
-    stride = 1 << (len(model.config.block_out_channels) - 1)
-    return _load("vqmodel", folder, model, _Convolutional(model), stride, device, precision)
+    return VQModel
 
 
 def load_chameleon_vqvae(folder: Path, *, device: torch.device | str, precision: Precision) -> CodebookTokenizer:
     """Load transformers' ChameleonVQVAE, alone or of a Chameleon model. Raises as load_vq_model."""
     model, stride = _transformers_model(folder, "chameleon_vqgan", "ChameleonVQVAE")
-    return _load("chameleon", folder, model, _Convolutional(model), stride, device, precision)
+    return _load("chameleon", folder, model, Convolutional(model), stride, device, precision)
 
 
 def load_janus(folder: Path, *, device: torch.device | str = "cpu", precision: Precision = "fp32") -> CodebookTokenizer:
@@ -164,7 +170,23 @@ def _load(
 ) -> CodebookTokenizer:
     """Fill a model from the files of a folder, and make a tokenizer of it."""
     files = _weight_files(folder)
-    _fill(folder, model, _read_tensors(files))
+    fill_model(model, _read_tensors(files), weights=f"{folder}: the weights", config=CONFIG_NAME)
+    files = [folder / CONFIG_NAME, *files]
+    return make_tokenizer(name, model, network, stride, files, device, precision, channels_last=channels_last)
+
+
+def make_tokenizer(
+    name: str,
+    model: Any,
+    network: Any,
+    stride: int,
+    files: Sequence[Path],
+    device: torch.device | str,
+    precision: Precision,
+    *,
+    channels_last: bool = True,
+) -> CodebookTokenizer:
+    """A tokenizer of a model that has its weights, hashed over these files. See CodebookTokenizer."""
     if channels_last:
         use_right_norms(model)
         model.to(memory_format=torch.channels_last)
@@ -172,35 +194,47 @@ def _load(
     return CodebookTokenizer(
         name=name,
         stride=stride,
-        weights_hash=hash_files(folder / CONFIG_NAME, *files),
+        weights_hash=hash_files(*files),
         network=network,
         codebook_KD=model.quantize.embedding.weight.detach(),
         precision=precision,
     )
 
 
-def _fill(folder: Path, model: nn.Module, found: Mapping[str, Tensor]) -> None:
-    """Give a model its tensors, as float32; all of them, and each of the right shape."""
-    own = model.state_dict()
-    missing, unexpected = sorted(set(own) - set(found)), sorted(set(found) - set(own))
-    for problem, keys in (("lack", missing), ("have the unexpected", unexpected)):
+def fill_model(
+    model: nn.Module, state: Mapping[str, Tensor], *, weights: str, config: str, name_of: Callable[[str], str] = str
+) -> None:
+    """Give an empty model its tensors, as float32; all of them, and each of the right shape.
+
+    Args:
+        model: of meta tensors.
+        state: the tensors.
+        weights: what they are called in errors.
+        config: the file that the model was made from.
+        name_of: the model's name of a tensor -> its name in `state`.
+
+    Raises:
+        TokenizerError: they do not fit.
+    """
+    expected = {name: (name_of(name), tensor) for name, tensor in model.state_dict().items()}
+    names = {name for name, _ in expected.values()}
+    for problem, keys in (("lack", sorted(names - state.keys())), ("have the unexpected", sorted(state.keys() - names))):
         if keys:
             more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-            raise TokenizerError(f"{folder}: the weights {problem} {', '.join(keys[:3])}{more}: they do not fit {CONFIG_NAME}")
+            raise TokenizerError(f"{weights} {problem} {', '.join(keys[:3])}{more}: they do not fit {config}")
     filled = {}
-    for name, tensor in own.items():
-        given = found[name]
-        if given.shape != tensor.shape and given.squeeze().shape == tensor.squeeze().shape:
-            given = given.view(tensor.shape)  # attention: 1 x 1 convolutions in old files
-        if given.shape != tensor.shape:
-            raise TokenizerError(
-                f"{folder}: {name} has the shape {tuple(given.shape)}, but {CONFIG_NAME} asks for {tuple(tensor.shape)}"
-            )
-        filled[name] = given.float() if given.is_floating_point() else given
+    for model_name, (name, tensor) in expected.items():
+        given = state[name]
+        if given.squeeze().shape == tensor.squeeze().shape:
+            given = given.reshape(tensor.shape)  # attention: 1 x 1 convolutions in old files, matrices here
+        if given.shape != tensor.shape or given.is_floating_point() != tensor.is_floating_point():
+            got, wanted = (f"{value.dtype} {tuple(value.shape)}" for value in (given, tensor))
+            raise TokenizerError(f"{weights}: {name} is {got}, but {config} asks for {wanted}")
+        filled[model_name] = given.float() if given.is_floating_point() else given
     model.load_state_dict(filled, assign=True)
     left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
     if left:
-        raise TokenizerError(f"{folder}: nothing gives {', '.join(left[:3])}: this version of the package is not supported")
+        raise TokenizerError(f"nothing in {weights} gives {', '.join(left[:3])}: this version of the package is not supported")
 
 
 def _weight_files(folder: Path) -> list[Path]:

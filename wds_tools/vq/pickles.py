@@ -22,6 +22,11 @@ def load_pickle(path: Path) -> Any:
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        first = str(error).strip().partition("\n")[0].partition(". ")[0][:200]  # what follows is how to load it all the same
-        why = f"{type(error).__name__}: {first}" if first else type(error).__name__
+        why = first_line(error)  # what follows is how to load it all the same
         raise TokenizerError(f"{path.name} is damaged or holds more than tensors, and was not loaded ({why})") from error
+
+
+def first_line(error: Exception) -> str:
+    """The error's type, and the first sentence of its message."""
+    first = str(error).strip().partition("\n")[0].partition(". ")[0]
+    return f"{type(error).__name__}: {first[:200]}" if first else type(error).__name__

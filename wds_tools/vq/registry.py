@@ -14,20 +14,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import cast, get_args
 
 import torch
 
 from wds_tools.errors import TokenizerError, UsageError, WdsToolsError
+from wds_tools.plugins import TOKENIZERS, in_one_line, load_plugin, plugins
 from wds_tools.vq.base import ImageTokenizer
 from wds_tools.vq.chameleon import load_chameleon
 from wds_tools.vq.huggingface import load_emu3, load_janus, load_vq_model
 from wds_tools.vq.quantize import CodebookTokenizer, Precision
 from wds_tools.vq.tiny import BUNDLED, load_tiny
 
-ENTRY_POINTS = "wds_tools.tokenizers"
 Loader = Callable[[Path | None, torch.device, Precision], ImageTokenizer]
 """Weights (what the user gave, if anything), device and precision -> a tokenizer. Raises as load_tokenizer."""
 
@@ -65,7 +64,7 @@ def load_tokenizer(
     except (WdsToolsError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        raise TokenizerError(f"tokenizer {name!r}: its loader failed ({_short(error)})") from error
+        raise TokenizerError(f"tokenizer {name!r}: its loader failed ({in_one_line(error)})") from error
     if not isinstance(tokenizer, ImageTokenizer):
         raise TokenizerError(f"tokenizer {name!r}: its loader gave a {type(tokenizer).__name__}, which is no ImageTokenizer")
     if compile:
@@ -77,7 +76,7 @@ def load_tokenizer(
 
 def tokenizer_names() -> list[str]:
     """What `load_tokenizer` knows: ours, and those of installed packages."""
-    return sorted({*LOADERS, *_others()})
+    return sorted({*LOADERS, *plugins(TOKENIZERS)})
 
 
 def find_device(device: str) -> torch.device:
@@ -100,21 +99,9 @@ def find_device(device: str) -> torch.device:
 def _loader(name: str) -> Loader:
     if name in LOADERS:
         return LOADERS[name]
-    entry = _others().get(name)
-    if entry is None:
+    if name not in tokenizer_names():
         raise UsageError(f"unknown tokenizer {name!r}: expected one of {', '.join(tokenizer_names())}")
-    try:
-        return cast(Loader, entry.load())
-    except Exception as error:
-        raise TokenizerError(f"tokenizer {name!r} of {entry.value} can't be imported ({_short(error)})") from error
-
-
-def _others() -> dict[str, EntryPoint]:
-    return {entry.name: entry for entry in entry_points(group=ENTRY_POINTS)}
-
-
-def _short(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return cast(Loader, load_plugin(TOKENIZERS, name, TokenizerError))
 
 
 def _tiny(weights: Path | None, device: torch.device, precision: Precision) -> ImageTokenizer:

@@ -124,7 +124,7 @@ def load_tiny(path: Path = BUNDLED, *, device: torch.device | str = "cpu", preci
     Args:
         path: a file written by `save_tiny`; the bundled one by default.
         device: where the network and the codebook go.
-        precision: "fp32", or "bf16" for autocast of the network.
+        precision: see load_tokenizer.
 
     Raises:
         TokenizerError: the file is missing, is not a tiny tokenizer, or its tensors do not fit its configuration.

@@ -4,7 +4,7 @@
     index_tars        a folder of any WebDataset tars: what their manifest says is what was found
 
 Killed on the way, either leaves whole index files and no new manifest; the same call begins again.
-Invariant: an index is a function of its tar and of the schema of the set. Memory is one shard a process.
+Invariant: an index is a function of its tar and of the schema of the dataset. Memory is one shard a process.
 """
 
 from __future__ import annotations
@@ -12,27 +12,25 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections import Counter
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
+from wds_tools.dataset.layout import MANIFEST, PLAN, TAR_SUFFIX, index_name
 from wds_tools.dataset.lease import Lease
 from wds_tools.dataset.reader import ShardBytes, check_unchanged, read_manifest
-from wds_tools.dataset.writer import PLAN
 from wds_tools.errors import FormatError, NotFound, OutOfSpace, StorageError, UsageError, WorkerDied
-from wds_tools.format import manifest as manifests
-from wds_tools.format.index import SUFFIX, parse_index, serialize_index
+from wds_tools.format.index import parse_index, serialize_index
 from wds_tools.format.manifest import INDEX_COMMAND, Manifest, ShardInfo, is_plain_name, serialize_manifest
 from wds_tools.format.scan import Scan, scan_tar
 from wds_tools.format.schema import ANY_MEMBERS, SCHEMA_VERSION, check_key, validate
 from wds_tools.format.shard import form_of, sample_from_members
-from wds_tools.run.local import Report, Work, run_tasks
-from wds_tools.run.progress import Progress
+from wds_tools.run.local import Report, run_tasks
+from wds_tools.run.progress import Advance, Progress
 from wds_tools.storage import Store, join
 
-_TAR = ".tar"
 _COMPRESSED = {
     ".tar.gz": "gunzip",
     ".tgz": "gunzip -S .tgz",
@@ -41,7 +39,6 @@ _COMPRESSED = {
     ".tar.zst": "unzstd",
     ".tar.lz4": "unlz4",
 }
-_Task = TypeVar("_Task")
 
 
 @dataclass(frozen=True)
@@ -60,7 +57,7 @@ class Contents:
         self.num_codes.append(num_codes)
 
     def totals(self) -> dict[str, Any]:
-        """As a manifest row has them."""
+        """As a manifest has them."""
         data_types = dict(sorted(self.data_types.items()))
         return {"data_types": data_types, "text_chars": sum(self.text_chars), "num_codes": sum(self.num_codes)}
 
@@ -82,13 +79,13 @@ def rebuild_indices(store: Store, *, workers: int = 1, quiet: bool = True) -> Ma
         UsageError, StorageError: see index_tars.
     """
     manifest = read_manifest(store, any_members=True)
-    if manifest.is_indexed and (changed := {row.name for row in manifest.shards}.symmetric_difference(_tars(store))):
+    if manifest.is_indexed and (changed := {shard.name for shard in manifest.shards}.symmetric_difference(_tars(store))):
         raise FormatError(
             f"{store.url}: {len(changed)} tars came or went since it was indexed ({min(changed)}): "
-            f"remove its {manifests.NAME} to index what is there now"
+            f"remove its {MANIFEST} to index what is there now"
         )
-    with _claimed(store):
-        _run(_Rebuild(store, manifest.schema_version), manifest.shards, manifest.bytes, workers, quiet)
+    with _lease_of(store):
+        _run(_IndexShard(store, manifest.schema_version), manifest.shards, workers, quiet)
         store.clean_temp()
     return manifest
 
@@ -113,68 +110,50 @@ def index_tars(store: Store, *, workers: int = 1, quiet: bool = True) -> Manifes
     """
     if store.exists(PLAN):
         raise UsageError(f"{store.url} holds an unfinished dataset: repeat the command that began it, with --resume")
-    sizes = _tars(store)
-    with _claimed(store) as claim:
-        return _index_tars(store, sizes, claim, workers, quiet)
-
-
-def _index_tars(store: Store, sizes: Mapping[str, int], claim: Lease, workers: int, quiet: bool) -> Manifest:
-    found = {row.name: row for row in _run(_IndexTar(store), list(sizes.items()), sum(sizes.values()), workers, quiet)}
-    is_ours = all(row.data_types or not row.samples for row in found.values())
-    rows = tuple(found[name] if is_ours else _without_contents(store, found[name]) for name in sizes)
-    manifest = Manifest(
-        shards=rows,
-        inputs=sum(row.samples for row in rows),
-        source={"command": INDEX_COMMAND, "python": sys.version.split()[0]},
-        schema_version=SCHEMA_VERSION if is_ours else ANY_MEMBERS,
-    )
-    claim.check()
-    _put(store, manifests.NAME, serialize_manifest(manifest))
-    store.clean_temp()
+    nothing = Contents().totals()
+    tars = [ShardInfo(name=name, samples=0, bytes=size, xxh128="", members=(), **nothing) for name, size in _tars(store).items()]
+    with _lease_of(store) as lease:
+        shards = _run(_IndexShard(store, None), tars, workers, quiet)
+        is_ours = all(shard.data_types or not shard.samples for shard in shards)
+        manifest = Manifest(
+            shards=tuple(shard if is_ours else _without_contents(store, shard) for shard in shards),
+            inputs=sum(shard.samples for shard in shards),
+            source={"command": INDEX_COMMAND, "python": sys.version.split()[0]},
+            schema_version=SCHEMA_VERSION if is_ours else ANY_MEMBERS,
+        )
+        lease.check()
+        _put(store, MANIFEST, serialize_manifest(manifest))
+        store.clean_temp()
     return manifest
 
 
 @dataclass(frozen=True)
-class _Rebuild:
-    """The index of one shard that the manifest describes, in whatever process it runs."""
+class _IndexShard:
+    """Writes the index of a shard, in whatever process it runs; the result is what a manifest says of the shard."""
 
     store: Store
-    schema_version: int
+    schema_version: int | None
+    """As its manifest says; None: there is no manifest, and of the shard no more is known than its name and likely size."""
     shards: ShardBytes = field(default_factory=ShardBytes)
 
-    def __call__(self, row: ShardInfo, report: Report) -> ShardInfo:
-        where = join(self.store.url, row.name)
-        tar, xxh128 = self.shards.read(self.store, row.name, row.bytes)
-        check_unchanged(row, tar_bytes=len(tar), xxh128=xxh128, name=where)
+    def __call__(self, shard: ShardInfo, report: Report) -> ShardInfo:
+        where = join(self.store.url, shard.name)
+        tar, xxh128 = self.shards.read(self.store, shard.name, shard.bytes)
+        if self.schema_version is not None:
+            check_unchanged(shard, tar_bytes=len(tar), xxh128=xxh128, name=where)
         scan = scan_tar(tar, where)
-        contents = Contents() if self.schema_version == ANY_MEMBERS else _contents(scan, tar)
+        contents = Contents()
+        if self.schema_version != ANY_MEMBERS:
+            try:
+                contents = _contents(scan, tar)
+            except FormatError:  # of the first sample that isn't ours: nothing is lost by trying
+                if self.schema_version is not None:
+                    raise
         index = scan.index(tar, xxh128, contents.text_chars, contents.num_codes)
-        _put(self.store, row.name + SUFFIX, serialize_index(index))
-        report(row.bytes, len(index), 0)
-        return row
-
-
-@dataclass(frozen=True)
-class _IndexTar:
-    """The index of one tar that nothing is known of, and the manifest row for it."""
-
-    store: Store
-    shards: ShardBytes = field(default_factory=ShardBytes)
-
-    def __call__(self, entry: tuple[str, int], report: Report) -> ShardInfo:
-        name, size = entry
-        where = join(self.store.url, name)
-        tar, xxh128 = self.shards.read(self.store, name, size)
-        scan = scan_tar(tar, where)
-        try:
-            contents = _contents(scan, tar)
-        except FormatError:  # of the first sample that isn't ours: nothing is lost by trying
-            contents = Contents()
-        index = scan.index(tar, xxh128, contents.text_chars, contents.num_codes)
-        _put(self.store, name + SUFFIX, serialize_index(index))
-        report(size, len(index), 0)
-        totals = contents.totals()
-        return ShardInfo(name=name, samples=len(index), bytes=len(tar), xxh128=xxh128, members=index.members, **totals)
+        _put(self.store, index_name(shard.name), serialize_index(index))
+        report(Advance(units=shard.bytes, samples=len(index)))
+        measured = {"samples": len(index), "bytes": len(tar), "xxh128": xxh128, "members": index.members, **contents.totals()}
+        return shard if self.schema_version is not None else replace(shard, **measured)
 
 
 def _contents(scan: Scan, tar: memoryview) -> Contents:
@@ -200,13 +179,13 @@ def _contents(scan: Scan, tar: memoryview) -> Contents:
     return contents
 
 
-def _without_contents(store: Store, row: ShardInfo) -> ShardInfo:
-    """The row of a shard that is of this project's schema, in a set that isn't; its index is written again."""
-    if row.data_types:
-        index = parse_index(store.read(row.name + SUFFIX), join(store.url, row.name + SUFFIX))
+def _without_contents(store: Store, shard: ShardInfo) -> ShardInfo:
+    """What the manifest says of a shard that is of this project's schema, in a dataset that isn't; its index is written again."""
+    if shard.data_types:
+        index = parse_index(store.read(index_name(shard.name)), join(store.url, index_name(shard.name)))
         none = np.zeros(len(index), "<u4")
-        _put(store, row.name + SUFFIX, serialize_index(replace(index, text_chars=none, num_codes=none)))
-    return replace(row, **Contents().totals())
+        _put(store, index_name(shard.name), serialize_index(replace(index, text_chars=none, num_codes=none)))
+    return replace(shard, **Contents().totals())
 
 
 def _tars(store: Store) -> dict[str, int]:
@@ -219,33 +198,35 @@ def _tars(store: Store) -> dict[str, int]:
                 f"{join(store.url, entry.name)} is compressed, and can't be read from the middle: "
                 f"unpack it (and its like) with `{_COMPRESSED[compressed]}`, or move it away"
             )
-        if entry.name.endswith(_TAR):
+        if entry.name.endswith(TAR_SUFFIX):
             if not is_plain_name(entry.name):
                 raise UsageError(f"{store.url}: the name {entry.name!r} can't be written down in a manifest: rename the file")
             sizes[entry.name] = entry.size
     if not sizes:
-        raise NotFound(f"{store.url} has no {manifests.NAME} and no {_TAR} files: give the folder of a dataset, or of tars")
+        raise NotFound(f"{store.url} has no {MANIFEST} and no {TAR_SUFFIX} files: give the folder of a dataset, or of tars")
     return sizes
 
 
-def _run(work: Work[_Task, ShardInfo], tasks: Sequence[_Task], num_bytes: int, workers: int, quiet: bool) -> list[ShardInfo]:
-    with Progress("index", num_bytes, quiet=quiet) as progress:
+def _run(index_shard: _IndexShard, shards: Sequence[ShardInfo], workers: int, quiet: bool) -> list[ShardInfo]:
+    """Index shards; returns what came of them, in the same order."""
+    with Progress("index", sum(shard.bytes for shard in shards), quiet=quiet) as progress:
         try:
-            return list(run_tasks(work, tasks, workers=workers, on_report=progress))
+            indexed = {shard.name: shard for shard in run_tasks(index_shard, shards, workers=workers, on_report=progress)}
         except WorkerDied as error:
             raise WorkerDied(
                 "a worker process ended without a word: it was killed, or memory ran out. Each holds a whole shard: "
                 "run again, with fewer --workers if memory was short"
             ) from error
+    return [indexed[shard.name] for shard in shards]
 
 
 @contextlib.contextmanager
-def _claimed(store: Store) -> Iterator[Lease]:
+def _lease_of(store: Store) -> Iterator[Lease]:
     """No other run writes among the tars meanwhile."""
     with contextlib.ExitStack() as stack:
         with _beside_tars():
-            claim = stack.enter_context(Lease(store, 0, 0))
-        yield claim
+            lease = stack.enter_context(Lease(store))
+        yield lease
 
 
 def _put(store: Store, name: str, data: bytes) -> None:

@@ -14,9 +14,9 @@ import pytest
 from commands import start, tree, wait_until, wds_tools, write_documents
 from s3 import S3Server
 
-from wds_tools.dataset import lease as claim
-from wds_tools.dataset.lease import PREFIX, Lease
-from wds_tools.dataset.writer import PLAN
+from wds_tools.dataset import lease as lease_module
+from wds_tools.dataset.layout import LEASES, PLAN
+from wds_tools.dataset.lease import Lease, Part
 from wds_tools.errors import StorageError, UsageError
 from wds_tools.storage import Store, open_store
 
@@ -43,8 +43,8 @@ def store(tmp_path: Path) -> Store:
     return open_store(str(tmp_path / "out"))
 
 
-def claims(store: Store) -> list[str]:
-    return [entry.name for entry in store.list(PREFIX)]
+def leases(store: Store) -> list[str]:
+    return [entry.name for entry in store.list(LEASES)]
 
 
 @pytest.mark.parametrize("how", [["--resume"], ["--overwrite"], ["--part", "1/2"]])
@@ -53,7 +53,7 @@ def test_a_run_beside_a_living_one_is_refused_and_changes_nothing(
 ) -> None:
     output = tmp_path / "out"
     words = [*convert, "--shard-samples", "50", "--output", str(output)]
-    with Lease(open_store(str(output)), 0, 0):
+    with Lease(open_store(str(output))):
         before = tree(output)
         refused = wds_tools(*words, *how, status=2)
         assert f"another run is writing there (process {os.getpid()} on " in refused.stderr
@@ -80,13 +80,13 @@ def test_of_many_runs_that_begin_together_one_makes_its_bytes_and_the_others_are
 
 
 def test_parts_go_together_but_not_with_themselves_or_with_parts_of_another_number(store: Store) -> None:
-    with Lease(store, 0, 3), Lease(store, 1, 3):
-        for part, parts in ((0, 3), (1, 3), (0, 2), (2, 4), (0, 0)):
-            with pytest.raises(UsageError, match="another run is writing there"), Lease(store, part, parts):
+    with Lease(store, Part(0, 3)), Lease(store, Part(1, 3)):
+        for part in (Part(0, 3), Part(1, 3), Part(0, 2), Part(2, 4), None):
+            with pytest.raises(UsageError, match="another run is writing there"), Lease(store, part):
                 pass
-        with Lease(store, 2, 3):
-            assert len(claims(store)) == 3
-    assert claims(store) == []
+        with Lease(store, Part(2, 3)):
+            assert len(leases(store)) == 3
+    assert leases(store) == []
 
 
 @pytest.mark.parametrize("place", ["folder", "s3"])
@@ -96,7 +96,7 @@ def test_a_run_that_was_killed_holds_up_nobody_on_its_machine(
     url = str(tmp_path / "out")
     if place == "s3":
         s3: S3Server = request.getfixturevalue("s3")
-        url = f"s3://{s3.bucket}/claim-{os.getpid()}"
+        url = f"s3://{s3.bucket}/lease-{os.getpid()}"
     process = start(*convert, "--output", url)
     wait_until(lambda: open_store(url).exists(PLAN) or process.poll() is not None, "the run has begun")
     os.kill(process.pid, signal.SIGSTOP)
@@ -105,7 +105,7 @@ def test_a_run_that_was_killed_holds_up_nobody_on_its_machine(
     process.kill()
     process.communicate()
     wds_tools(*convert, "--output", url, "--resume")
-    assert claims(open_store(url)) == []
+    assert leases(open_store(url)) == []
 
 
 @pytest.mark.parametrize("machines", ["one", "many"])
@@ -115,18 +115,18 @@ def test_of_runs_that_come_at_the_same_moment_exactly_one_goes_on(
 ) -> None:
     if place == "s3":
         request.getfixturevalue("s3")
-    if machines == "many":  # nobody sees the others' processes, only their claims
-        monkeypatch.setattr(claim, "_lives", lambda found: None)  # noqa: ARG005
-        monkeypatch.setattr(claim, "HEARTBEAT_S", 0.05)
+    if machines == "many":  # nobody sees the others' processes, only their leases
+        monkeypatch.setattr(lease_module, "_lives", lambda found: None)  # noqa: ARG005
+        monkeypatch.setattr(lease_module, "HEARTBEAT_S", 0.05)
     for number in range(2 if place == "s3" else 10):
-        url = {"folder": tmp_path, "memory": "memory://claims", "s3": f"s3://tests/{os.getpid()}"}[place]
+        url = {"folder": tmp_path, "memory": "memory://leases", "s3": f"s3://tests/{os.getpid()}"}[place]
         store = open_store(f"{url}/{machines}-{number}")
         together, all_have_tried = threading.Barrier(5), threading.Barrier(5)
 
         def come(
             store: Store = store, together: threading.Barrier = together, all_have_tried: threading.Barrier = all_have_tried
         ) -> bool:
-            mine = Lease(store, 0, 0)
+            mine = Lease(store)
             together.wait()
             try:
                 with mine:
@@ -139,50 +139,50 @@ def test_of_runs_that_come_at_the_same_moment_exactly_one_goes_on(
 
         with ThreadPoolExecutor(5) as pool:
             assert sum(future.result() for future in [pool.submit(come) for _ in range(5)]) == 1
-        assert claims(store) == []
+        assert leases(store) == []
 
 
 @contextlib.contextmanager
 def on_machine(name: str) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(claim, "_process", lambda pid: [name, "namespace", str(pid)])
+        patch.setattr(lease_module, "_process", lambda pid: [name, "namespace", str(pid)])
         yield
 
 
 def test_a_run_that_lives_elsewhere_is_known_by_its_beat(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(claim, "HEARTBEAT_S", 0.02)
+    monkeypatch.setattr(lease_module, "HEARTBEAT_S", 0.02)
     with on_machine("a"):
-        first = Lease(store, 0, 0)
-    with first, on_machine("b"), pytest.raises(UsageError, match="another run is writing there"), Lease(store, 0, 0):
+        first = Lease(store)
+    with first, on_machine("b"), pytest.raises(UsageError, match="another run is writing there"), Lease(store):
         pass
 
 
-def test_a_claim_from_elsewhere_that_does_not_change_is_dropped(
+def test_a_lease_from_elsewhere_that_does_not_change_is_dropped(
     store: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(claim, "LEASE_TIMEOUT_S", 0.1)
-    store.put(f"{PREFIX}0123456789abcdef.json", b"by another release")
+    monkeypatch.setattr(lease_module, "LEASE_TIMEOUT_S", 0.1)
+    store.put(f"{LEASES}0123456789abcdef.json", b"by another release")
     with on_machine("a"):
-        dead = Lease(store, 0, 0)
+        dead = Lease(store)
         dead._facts["is_held"] = True
         dead._put()
-    with on_machine("b"), Lease(store, 0, 0) as living:
-        assert len(claims(store)) == 1
+    with on_machine("b"), Lease(store) as living:
+        assert len(leases(store)) == 1
         living.check()
     assert "waiting up to 0.1 s to see whether that run is alive" in capsys.readouterr().err
 
 
 def test_a_run_that_was_taken_for_dead_stops(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(claim, "HEARTBEAT_S", 0.01)
-    with Lease(store, 0, 0) as slow:
+    monkeypatch.setattr(lease_module, "HEARTBEAT_S", 0.01)
+    with Lease(store) as slow:
         slow.check()
 
         def is_found() -> bool:
-            for name in claims(store):  # again, if it was just being written
+            for name in leases(store):  # again, if it was just being written
                 store.delete(name)
             return slow._is_lost.is_set()
 
-        wait_until(is_found, "it finds its claim gone")
-        with pytest.raises(StorageError, match="another run writes there now"):
+        wait_until(is_found, "it finds its lease gone")
+        with pytest.raises(StorageError, match="another run took over"):
             slow.check()
-    assert claims(store) == []
+    assert leases(store) == []

@@ -14,16 +14,19 @@ import io
 import posixpath
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
-from wds_tools.convert.lines import InputFile
-from wds_tools.dataset.writer import REJECTS
-from wds_tools.errors import FormatError, MissingPackage, NotFound, Reject, StorageError, UsageError
+from wds_tools.dataset.layout import REJECTS
+from wds_tools.errors import FormatError, NotFound, Reject, StorageError, UsageError
 from wds_tools.format.typed_json import read_json, shape
-from wds_tools.sources.fields import Line
+from wds_tools.sources.coded import load_pyarrow
+from wds_tools.sources.fields import fields_of
+from wds_tools.sources.lines import LineRange, plan_lines, read_lines
+from wds_tools.sources.record import InputFile, Record, file_records
 from wds_tools.storage import Store, join, open_store, split_url
 
 ARROW, JSONL, PARQUET = ".arrow", ".jsonl", ".parquet"
+_READING = "reading Hugging Face datasets"
 _STATE, _SPLITS = "state.json", "dataset_dict.json"
 _NOT_SAVED = "is not what save_to_disk writes"
 _BATCH_ROWS = 1000
@@ -43,14 +46,8 @@ class _File:
     filename: str
 
 
-class TableRow(NamedTuple):
-    """A row of a file."""
-
-    number: int
-    """From 1; of a line, that of the line."""
-    record: Line | dict[str, Any]
-    num_bytes: int
-    """What it adds to the bytes read."""
+NumberedFields = tuple[int, dict[str, Any], int]
+"""Number in its file from 1, fields, and bytes read, of a table row."""
 
 
 def data_files(url: str, sizes: Mapping[str, int]) -> Sequence[str]:
@@ -84,7 +81,34 @@ def data_files(url: str, sizes: Mapping[str, int]) -> Sequence[str]:
     return names
 
 
-def table_rows(file: InputFile) -> Iterator[TableRow]:
+@dataclass(frozen=True)
+class Tables:
+    """Source of what Hugging Face datasets leaves on a disk; a task is a file, or a range of lines of a jsonl."""
+
+    task_lines: int
+    quiet: bool
+    choose = staticmethod(data_files)
+
+    def plan(self, files: Sequence[InputFile]) -> tuple[Sequence[Any], int]:
+        """Files, then ranges of lines; and bytes over all of them. Raises as check_files, load_pyarrow and plan_lines."""
+        check_files(files)
+        tables = [file for file in files if not file.url.endswith(JSONL)]
+        if tables:
+            load_pyarrow(_READING)
+        lines = [file for file in files if file.url.endswith(JSONL)]
+        ranges = plan_lines(lines, self.task_lines, quiet=self.quiet)
+        total = sum(file.size for file in tables) + sum(span.end - span.start for span in ranges)
+        return [*map(tuple, tables), *ranges], total
+
+    def read(self, task: LineRange | tuple[str, int]) -> Iterator[Record[Mapping[str, Any]]]:
+        """The records of a file, or of a range."""
+        if isinstance(task, LineRange):
+            lines = read_lines(task)
+            return file_records(task.url, ((line.number, fields_of(line), len(line.data or b"") + 1) for line in lines))
+        return file_records(task[0], table_rows(InputFile(*task)))
+
+
+def table_rows(file: InputFile) -> Iterator[NumberedFields]:
     """The rows of an Arrow or Parquet file.
 
     Raises:
@@ -93,18 +117,8 @@ def table_rows(file: InputFile) -> Iterator[TableRow]:
     yield from (_parquet_rows if file.url.endswith(PARQUET) else _arrow_rows)(*file)
 
 
-def load_pyarrow() -> Any:
-    """The package, with pyarrow.parquet. Raises MissingPackage."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise MissingPackage("reading Hugging Face datasets needs pyarrow: pip install 'wds-tools[convert]'") from error
-    return pyarrow
-
-
-def check_files(files: list[InputFile]) -> list[InputFile]:
-    """The same files.
+def check_files(files: Sequence[InputFile]) -> None:
+    """Refuse what is not a table.
 
     Raises:
         UsageError: one that was named is none of these.
@@ -119,7 +133,6 @@ def check_files(files: list[InputFile]) -> list[InputFile]:
                 raise FormatError(
                     f"{url} is no Parquet file but {size} bytes of something else: an unfinished export: finish it first"
                 )
-    return files
 
 
 def _data_files(url: str, state_name: str) -> list[str]:
@@ -131,8 +144,8 @@ def _data_files(url: str, state_name: str) -> list[str]:
     return [posixpath.join(posixpath.dirname(state_name), file.filename) for file in files]
 
 
-def _arrow_rows(url: str, size: int) -> Iterator[TableRow]:
-    pa = load_pyarrow()
+def _arrow_rows(url: str, size: int) -> Iterator[NumberedFields]:
+    pa = load_pyarrow(_READING)
     root, name = split_url(url)
     store = open_store(root)
     number = 0
@@ -143,7 +156,7 @@ def _arrow_rows(url: str, size: int) -> Iterator[TableRow]:
                 for start in range(0, len(batch), _BATCH_ROWS):
                     for row in batch.slice(start, _BATCH_ROWS).to_pylist():
                         number += 1
-                        yield TableRow(number, row, num_bytes)
+                        yield number, row, num_bytes
                         num_bytes = 0
         except (pa.ArrowException, OSError) as error:
             if isinstance(error, StorageError):
@@ -155,8 +168,8 @@ def _arrow_rows(url: str, size: int) -> Iterator[TableRow]:
         )
 
 
-def _parquet_rows(url: str, size: int) -> Iterator[TableRow]:
-    pa = load_pyarrow()
+def _parquet_rows(url: str, size: int) -> Iterator[NumberedFields]:
+    pa = load_pyarrow(_READING)
     root, name = split_url(url)
     number = 0
     try:
@@ -165,7 +178,7 @@ def _parquet_rows(url: str, size: int) -> Iterator[TableRow]:
         for batch in table.iter_batches(batch_size=_BATCH_ROWS):
             for row in batch.to_pylist():
                 number += 1
-                yield TableRow(number, row, each)
+                yield number, row, each
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, StorageError):
             raise

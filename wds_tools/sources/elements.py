@@ -8,14 +8,17 @@ parsed is one reject, found later; a list without an end, or with something behi
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import orjson
 
-from wds_tools.convert.lines import InputFile, LineRange, plan_lines, read_lines
 from wds_tools.errors import FormatError, UsageError
-from wds_tools.sources.fields import MAX_LINE_BYTES, Line
+from wds_tools.sources.fields import MAX_LINE_BYTES, Line, fields_of
+from wds_tools.sources.inputs import by_suffix
+from wds_tools.sources.lines import LineRange, plan_lines, read_lines
+from wds_tools.sources.record import InputFile, Record
 from wds_tools.storage import open_store, split_url
 
 _READ_BYTES = 4 << 20
@@ -28,6 +31,26 @@ _TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{},]|[^\s\[\]{},:"]+|"', re
 @dataclass(frozen=True)
 class ElementRange(LineRange):
     """Consecutive elements of a JSON list in place of lines, counted from 0; `end` is before the comma behind the last."""
+
+
+@dataclass(frozen=True)
+class JsonRecords:
+    """Source of JSON lists, or one object a line; a task is a range of records."""
+
+    task_records: int
+    choose = staticmethod(by_suffix(".json", ".jsonl"))
+
+    def plan(self, files: Sequence[InputFile]) -> tuple[Sequence[LineRange], int]:
+        """The ranges, and records over all of them. Raises as plan_records."""
+        ranges = plan_records(files, self.task_records)
+        return ranges, sum(span.num_lines for span in ranges)
+
+    def read(self, task: LineRange) -> Iterator[Record[Mapping[str, Any]]]:
+        """The records of a range."""
+        is_list = isinstance(task, ElementRange)
+        for line in read_records(task):
+            line_number, element = (None, line.number) if is_list else (line.number, None)
+            yield Record(line.number - task.first_line, fields_of(line), task.url, line_number, element)
 
 
 def plan_records(files: Sequence[InputFile], per_range: int) -> list[LineRange]:

@@ -1,0 +1,121 @@
+"""A job of one's own, through what is public."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from commands import tree
+
+from wds_tools import Sample
+from wds_tools.dataset.layout import MANIFEST, PLAN, TASKS, WORK
+from wds_tools.dataset.output import Output, OutputSpec
+from wds_tools.dataset.reader import read_shard
+from wds_tools.errors import Reject, UsageError
+from wds_tools.jobs import Advance, Job, JobOptions, Report, ShardLimits, TaskWriter, run_job
+from wds_tools.jobs.job import _TaskReports
+from wds_tools.storage import Entry, LocalStore, open_store
+
+
+def write_words(task: list[str], writer: TaskWriter, report: Report) -> int:
+    for number, word in enumerate(task):
+        report(Advance(units=len(word)))
+        if word:
+            writer.add(Sample(key=writer.key(number), data_type="text_pretrain", text=word))
+        else:
+            writer.reject(Reject("empty_text", "nothing"), source="words", line=number)
+    return len(task)
+
+
+JOB = Job(
+    command="words",
+    settings={"language": "en"},
+    tasks=[["one", "", "two"], ["three"], []],
+    work=write_words,
+    total=11,
+)
+
+
+def options(folder: Path, *, resume: bool = False, part: str | None = None) -> JobOptions:
+    return JobOptions(output=str(folder), quiet=True, max_rejects="50%", resume=resume, part=part)
+
+
+def test_a_job_of_ones_own_is_a_dataset_and_its_tasks_may_be_empty(tmp_path: Path) -> None:
+    manifest = run_job(JOB, options(tmp_path / "out"))
+    assert (manifest.inputs, manifest.samples, manifest.rejects) == (4, 3, {"empty_text": 1})
+    assert manifest.source["plan"]["command"] == "words"
+    store = open_store(str(tmp_path / "out"))
+    samples = [sample for shard in manifest.shards for sample in read_shard(store, shard)]
+    assert [(sample.key, sample.text) for sample in samples] == [
+        ("000000-00000000", "one"),
+        ("000000-00000002", "two"),
+        ("000001-00000000", "three"),
+    ]
+    before = tree(tmp_path / "out")
+    assert run_job(JOB, options(tmp_path / "out", resume=True)) == manifest
+    assert tree(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_lists_the_markers_of_tasks_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, resume: bool) -> None:
+    if resume:
+        run_job(JOB, options(tmp_path / "out", part="0/2"))
+    listed: Counter[str] = Counter()
+    list_all = LocalStore.list
+
+    def count(store: LocalStore, prefix: str = "") -> Iterator[Entry]:
+        listed[prefix] += 1
+        return list_all(store, prefix)
+
+    monkeypatch.setattr(LocalStore, "list", count)
+    assert run_job(JOB, options(tmp_path / "out", resume=resume)).samples == 3
+    assert listed[TASKS] == 1
+
+
+def test_an_output_that_was_begun_is_taken_up_with_the_spec_that_it_was_begun_with(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path / "out"))
+    spec = OutputSpec(num_tasks=2, source={"plan": {"command": "x"}}, codes={"vqcode_512": {"tokenizer": "tiny"}}, parts=2)
+    with Output(store, spec) as output:
+        assert output.begin() is None
+        with TaskWriter(store, 1, ShardLimits()) as writer:
+            writer.finish(0)
+    with Output.begun(store) as again:
+        assert again.spec == spec
+        with TaskWriter(store, 0, ShardLimits()) as writer:
+            writer.finish(0)
+        assert again.finish(again.results()).codes == {}
+    assert [entry.name for entry in store.list()] == [MANIFEST]
+    other = Output(store, OutputSpec(num_tasks=2, source={"plan": {"command": "y"}}), resume=True)
+    with pytest.raises(UsageError, match='command was "x", is now "y"'):
+        other.look()
+
+
+def test_looking_at_an_output_writes_nothing_and_an_interrupted_run_gives_its_lease_back(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path / "out"))
+    output = Output(store, OutputSpec(num_tasks=1, source={}))
+    assert output.look() is None
+    assert not (tmp_path / "out").exists()
+
+    def interrupted() -> None:
+        with output:
+            output.begin()
+            (tmp_path / "out/.tmp").mkdir(exist_ok=True)
+            (tmp_path / "out/.tmp/half").write_bytes(b"a shard")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert [entry.name for entry in store.list(WORK)] == [PLAN]
+    assert not (tmp_path / "out/.tmp/half").exists()
+
+
+def test_what_the_work_reports_and_its_writer_counts_arrive_together_and_whole(tmp_path: Path) -> None:
+    reports: list[Advance] = []
+    with TaskWriter(open_store(str(tmp_path)), 0, ShardLimits()) as writer:
+        passed_on = _TaskReports(writer, reports.append)
+        write_words([f"{number}" if number % 3 else "" for number in range(200)], writer, passed_on)
+        passed_on.flush()
+    assert 3 <= len(reports) <= 5
+    assert Advance.sum(reports) == Advance(units=sum(len(str(n)) for n in range(200) if n % 3), samples=133, rejects=67)

@@ -1,0 +1,38 @@
+"""The commands as functions: each takes the config that its command line makes, and returns what came of it.
+
+    from wds_tools.api import EncodeConfig, encode
+    manifest = encode(EncodeConfig(input="sets/pairs", output="sets/codes", tokenizer="tiny"))
+
+Imports all that they need, torch too. A job of your own needs `wds_tools.jobs` alone.
+"""
+
+from wds_tools.check.verify import VerifyConfig, VerifyResult, verify
+from wds_tools.convert.coded import HfConfig
+from wds_tools.convert.conversations import SftConfig
+from wds_tools.convert.documents import DclmConfig
+from wds_tools.convert.pairs import ImagePairsConfig
+from wds_tools.convert.run import run_conversion
+from wds_tools.encode.encode import EncodeConfig, encode
+from wds_tools.export.hf import ExportConfig, ExportSummary, export_hf
+from wds_tools.jobs.finalize import FinalizeConfig, finalize
+from wds_tools.pack.rows import PackConfig, pack
+
+__all__ = [
+    "DclmConfig",
+    "EncodeConfig",
+    "ExportConfig",
+    "ExportSummary",
+    "FinalizeConfig",
+    "HfConfig",
+    "ImagePairsConfig",
+    "PackConfig",
+    "SftConfig",
+    "VerifyConfig",
+    "VerifyResult",
+    "encode",
+    "export_hf",
+    "finalize",
+    "pack",
+    "run_conversion",
+    "verify",
+]

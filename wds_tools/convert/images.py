@@ -1,0 +1,69 @@
+"""The images that records name: the options that bound them, and their bytes. Only headers are looked at here.
+
+Pixels are first decoded by the encoder. An image that can't be read, or is not what the options allow, is a reject.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from wds_tools.convert.options import ConvertOptions
+from wds_tools.images import ImageInfo, ImageLimits, probe
+from wds_tools.sources.images import ImageSource
+
+NUM_AHEAD = 16
+"""Records whose images are fetched at the same time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageOptions(ConvertOptions):
+    """Where the images of records are, and what they may be."""
+
+    image_root: str | None = None
+    """Folder that image paths are relative to, and may not leave. Default: the folder of the records, which they may leave."""
+    max_pixels: int = ImageLimits.max_pixels
+    """Images with more pixels are rejected: decompression bombs."""
+    max_image_bytes: int = ImageLimits.max_bytes
+    """Image files with more bytes are rejected."""
+    min_side: int = ImageLimits.min_side
+    """Images with a shorter side than this, in pixels, are rejected."""
+
+    @property
+    def limits(self) -> ImageLimits:
+        """What an image may be."""
+        return ImageLimits(max_pixels=self.max_pixels, max_bytes=self.max_image_bytes, min_side=self.min_side)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """See ConvertOptions."""
+        root = {"image_root": self.image_root, "strict_links": self.strict_links}
+        return {**root, "keep": self.keep, **asdict(self.limits)}
+
+
+class ImageReader:
+    """Reads images by the paths in records.
+
+    Args:
+        options: where they are, and what they may be.
+    """
+
+    def __init__(self, options: ImageOptions) -> None:
+        self._root, self._strict_links, self.limits = options.image_root, options.strict_links, options.limits
+        self._source: tuple[str, ImageSource] | None = None
+
+    def read(self, records_url: str, path: str) -> tuple[bytes, ImageInfo]:
+        """An image's bytes and header. Called in threads.
+
+        Args:
+            records_url: the file of the record.
+            path: of the image, as the record has it.
+
+        Raises:
+            Reject: as ImageSource.read and probe.
+        """
+        source = self._source
+        if source is None or source[0] != records_url:
+            source = self._source = records_url, ImageSource(records_url, self._root, self._strict_links)
+        data = source[1].read(path, self.limits.max_bytes)
+        return data, probe(data, self.limits)

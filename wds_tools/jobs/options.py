@@ -1,0 +1,135 @@
+"""How a job runs: the options that all jobs share, and how many rejects it may have."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from wds_tools.dataset.layout import REJECTS
+from wds_tools.dataset.lease import Part
+from wds_tools.dataset.writer import ShardLimits
+from wds_tools.errors import TooManyRejects, UsageError
+from wds_tools.storage import join
+from wds_tools.storage.place import check_apart
+
+FILTER_REASONS = frozenset({"aspect_ratio"})
+"""Rejects that the user's own settings ask for: counted and written down, but no fault, so not held against `max_rejects`."""
+_EARLY_INPUTS = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobOptions:
+    """How any job runs. None of these changes a byte of the output, but for the shard limits."""
+
+    output: str
+    """Where the dataset goes: a directory or an object-store prefix."""
+    workers: int = 1
+    """Processes to use."""
+    resume: bool = False
+    """Go on with an output that an earlier, interrupted run of the same command began. What it finished is kept if all files are
+    there in their sizes; a task with another is done again."""
+    verify: bool = False
+    """With --resume or --part: compare the hashes of what was finished too, which reads it."""
+    overwrite: bool = False
+    """Remove the dataset that is at the output first."""
+    max_rejects: str = "10%"
+    """Most inputs that may be unusable: a count ("100") or a share ("2.5%"). Images outside the aspect ratio don't count."""
+    shard_samples: int = ShardLimits.samples
+    """A shard holds at most this many samples ..."""
+    shard_bytes: int = ShardLimits.bytes
+    """... and closes once it has this many bytes."""
+    part: str | None = None
+    """Do one of N equal parts, as "3/64": on any machines, at any time, each by itself; then `wds-tools finalize`. Counted from 0
+    or from 1 (64/64 is 0/64). A part that is repeated goes on where it stopped."""
+    executor: Literal["local", "ray"] = "local"
+    """local: in this process, or in --workers. ray: on a Ray cluster, as many tasks at a time as it has room for."""
+    ray_address: str | None = None
+    """Of the cluster. Default: RAY_ADDRESS, else the cluster on this machine, which is started if there is none."""
+    task_cpus: float = 1
+    """With ray: CPUs that a task takes."""
+    task_gpus: float | None = None
+    """With ray: GPUs that a task takes, or a share of one. Default: 1 if the work runs on GPUs (see --device), else none."""
+    quiet: bool = False
+    """Show no progress."""
+
+    def __post_init__(self) -> None:
+        if self.workers < 1:
+            raise UsageError(f"--workers {self.workers}: at least 1")
+        if self.executor == "ray" and self.workers != 1:
+            raise UsageError(
+                "--workers is for --executor local: Ray runs as many tasks as --task-cpus and --task-gpus leave room for"
+            )
+        if self.executor != "ray" and (self.ray_address is not None or self.task_cpus != 1 or self.task_gpus is not None):
+            raise UsageError("--ray-address, --task-cpus and --task-gpus need --executor ray")
+        if self.task_cpus < 0 or (self.task_gpus or 0) < 0:
+            raise UsageError(f"--task-cpus {self.task_cpus}, --task-gpus {self.task_gpus}: at least 0")
+        if self.part is not None and self.overwrite:
+            raise UsageError("--part and --overwrite exclude each other: it would remove the work of other parts")
+        if self.verify and not (self.resume or self.part):
+            raise UsageError("--verify is for --resume and --part: it looks at what earlier runs finished")
+        check_apart(getattr(self, "input", ()), self.output)  # of every job; options alone have none
+        self.which_part  # noqa: B018  # checks it
+        RejectBudget.parse(self.max_rejects)
+        self.shard_limits  # noqa: B018
+
+    @property
+    def which_part(self) -> Part | None:
+        """The value of `part`."""
+        if self.part is None:
+            return None
+        match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", self.part, re.ASCII)
+        if match is None or not 0 <= int(match[1]) <= int(match[2]) or not int(match[2]):
+            raise UsageError(f"--part {self.part}: expected I/N, such as 3/64, with I from 0 to N - 1, or from 1 to N")
+        return Part(int(match[1]) % int(match[2]), int(match[2]))
+
+    @property
+    def shard_limits(self) -> ShardLimits:
+        """When a shard closes."""
+        return ShardLimits(samples=self.shard_samples, bytes=self.shard_bytes)
+
+    @property
+    def remote_cpus(self) -> int | None:
+        """CPUs that a task has, if it runs on another machine; None if all run here."""
+        return max(1, int(self.task_cpus)) if self.executor == "ray" else None
+
+
+@dataclass(frozen=True)
+class RejectBudget:
+    """How many rejects a run may have."""
+
+    limit: float
+    """Rejects at most; or the share of the inputs, 0 to 1."""
+    is_share: bool
+
+    @classmethod
+    def parse(cls, text: str) -> RejectBudget:
+        """From "100" or "2.5%".
+
+        Raises:
+            UsageError: neither.
+        """
+        is_share = text.endswith("%")
+        try:
+            limit = float(text[:-1]) / 100 if is_share else int(text)
+        except ValueError as error:
+            raise UsageError(f"--max-rejects {text!r}: expected a count such as 100 or a share such as 2.5%") from error
+        if not 0 <= limit <= (1 if is_share else math.inf):
+            raise UsageError(f"--max-rejects {text!r}: a count is at least 0, a share between 0% and 100%")
+        return cls(limit, is_share)
+
+    def check(self, rejects: Mapping[str, int], inputs: int, *, final: bool, where: str) -> None:
+        """Raise TooManyRejects if these are too many; a share is judged at the end, or once it can't be an accident."""
+        faults = Counter({reason: count for reason, count in rejects.items() if reason not in FILTER_REASONS})
+        num_faults = faults.total()
+        is_judged = final or not self.is_share or inputs >= _EARLY_INPUTS
+        if is_judged and num_faults > self.limit * (inputs if self.is_share else 1):
+            allowed = f"{100 * self.limit:g}%" if self.is_share else f"{self.limit}"
+            reasons = ", ".join(f"{count} {reason}" for reason, count in faults.most_common(6))
+            raise TooManyRejects(
+                f"{num_faults} of {inputs} inputs can't be used, allowed are {allowed} ({reasons}): see {join(where, REJECTS)}; "
+                "then repair the input, or go on with --resume and a larger --max-rejects"
+            )

@@ -1,0 +1,101 @@
+"""Records -> samples -> shards: the one loop of every job that makes samples, whatever reads and whatever converts.
+
+    task -> read -> Record -> convert, some records ahead of their turn -> Sample | Reject -> [encoder: codes] -> writer
+
+Invariant: every record is a sample or a reject, in the order in which they were read; what fails is one record, never the task,
+unless the storage or the encoder fails. Keys are `TTTTTT-NNNNNNNN`: the task, and the record's number in it.
+Memory: `num_ahead` records with what they fetch.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from wds_tools.dataset.writer import TaskWriter
+from wds_tools.errors import FormatError, Reject
+from wds_tools.format.schema import Sample
+from wds_tools.run.local import Report
+from wds_tools.run.progress import Advance
+from wds_tools.sources.record import Record
+
+Converted = tuple[Record[Any], Sample | Reject]
+
+
+class Encoder(Protocol):
+    """Fills the codes of samples on the way to the shards; see wds_tools.encode.image_encoder."""
+
+    workers: int
+    """Processes that encode."""
+    runs_on: str
+    """Device, as --device has it."""
+
+    @property
+    def device(self) -> Any:
+        """What encodes in this process; knows how long it waited."""
+        ...
+
+    def provenance(self, column_types: Iterable[str]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+        """What decides on the codes, and the provenance of each code column."""
+        ...
+
+    def fill(self, samples: Iterable[Converted]) -> Iterator[Converted]:
+        """The same samples in the same order with codes, or why not."""
+        ...
+
+
+@dataclass(frozen=True)
+class ConvertRecords:
+    """The work on a task."""
+
+    read: Callable[[Any], Iterator[Record[Any]]]
+    """The records of a task."""
+    convert: Callable[[str, Any, str], Sample]
+    """(key, fields of a record, URL of its file) -> sample, or raises Reject. Called in threads, if `num_ahead` is not 0."""
+    num_ahead: int = 0
+    """Records that are converted at the same time, for what waits for files; 0: one after the other."""
+    encoder: Encoder | None = None
+    """Fills the codes."""
+
+    def __call__(self, task: Any, writer: TaskWriter, report: Report) -> int:
+        """Convert the records of a task; returns how many there were."""
+        num_records = 0
+        converted = self._converted(task, writer)
+        for record, sample in converted if self.encoder is None else self.encoder.fill(converted):
+            num_records += 1
+            if self.encoder is not None:
+                report(Advance(units=record.num_units) + self.encoder.device.new_use())
+            elif record.num_units:
+                report(Advance(units=record.num_units))
+            if isinstance(sample, Sample):
+                try:
+                    writer.add(sample)
+                    continue
+                except FormatError as error:  # such as a kept field that is nested too deep to be written
+                    sample = Reject("unwritable_record", str(error))
+            writer.reject(sample, source=record.source, line=record.line, element=record.element, key=record.key)
+        return num_records
+
+    def _converted(self, task: Any, writer: TaskWriter) -> Iterator[Converted]:
+        def convert(record: Record[Any]) -> Converted:
+            if isinstance(record.fields, Reject):
+                return record, record.fields
+            try:
+                return record, self.convert(writer.key(record.number), record.fields, record.source)
+            except Reject as cause:
+                return record, cause
+
+        if not self.num_ahead:
+            yield from map(convert, self.read(task))
+            return
+        with ThreadPoolExecutor(self.num_ahead) as pool:
+            under_way: deque[Future[Converted]] = deque()
+            for record in self.read(task):
+                under_way.append(pool.submit(convert, record))
+                if len(under_way) >= self.num_ahead:
+                    yield under_way.popleft().result()
+            while under_way:
+                yield under_way.popleft().result()

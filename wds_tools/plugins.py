@@ -1,0 +1,41 @@
+"""What other installed packages add by entry points: sources, converters, tokenizers. Each is imported when it is asked for."""
+
+from __future__ import annotations
+
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from wds_tools.errors import UsageError, WdsToolsError
+
+SOURCES, CONVERTERS, TOKENIZERS = "wds_tools.sources", "wds_tools.converters", "wds_tools.tokenizers"
+"""Groups of entry points."""
+
+
+def plugins(group: str) -> dict[str, EntryPoint]:
+    """Name -> entry point, of a group."""
+    return {entry.name: entry for entry in entry_points(group=group)}
+
+
+def load_plugin(group: str, name: str, error: type[WdsToolsError] = WdsToolsError) -> Any:
+    """What an entry point names.
+
+    Args:
+        group: one of the groups above.
+        name: of the entry point.
+        error: raised if it can't be imported.
+
+    Raises:
+        UsageError: no installed package has an entry point of this name.
+    """
+    kind, known = group.rpartition(".")[2].removesuffix("s"), plugins(group)
+    if name not in known:
+        raise UsageError(f"unknown {kind} {name!r}: installed packages have {', '.join(sorted(known)) or 'none'}")
+    try:
+        return known[name].load()
+    except Exception as cause:
+        raise error(f"{kind} {name!r} of {known[name].value} can't be imported ({in_one_line(cause)})") from cause
+
+
+def in_one_line(error: Exception) -> str:
+    """The error's type, and the first 200 characters of its message."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -1,0 +1,107 @@
+"""The seam between containers and converters: a `Source` turns files into tasks, and a task into records.
+
+    files -> plan -> tasks -> read(task) -> Record(fields | Reject) -> a converter, see `wds_tools.jobs.records`
+
+Every source works with every converter. Sources of other packages are entry points of the group `wds_tools.sources`: callables
+without arguments that return a `Source`. Invariant: the same files give the same tasks, and a task always the same records.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+
+from wds_tools.errors import Reject
+
+Fields = TypeVar("Fields")
+Item = TypeVar("Item")
+
+
+class InputFile(NamedTuple):
+    """One file to read."""
+
+    url: str
+    size: int
+
+
+class Record(NamedTuple, Generic[Fields]):
+    """One record of a task, and its place: a line, an element of a JSON list (from 0), or a key of the source."""
+
+    number: int
+    """Number in its task, from 0; part of the sample's key. Increases from record to record, perhaps with gaps."""
+    fields: Fields | Reject
+    """Content, or the reason why there is none."""
+    source: str
+    """URL of the file."""
+    line: int | None = None
+    element: int | None = None
+    key: str | None = None
+    num_units: int = 1
+    """Work units of the plan's total that are done with this record."""
+
+
+class Source(Protocol):
+    """Reads one kind of container. A value that is pickled to workers."""
+
+    def choose(self, url: str, sizes: Mapping[str, int]) -> Sequence[str]:
+        """The names of the files of a folder that are inputs.
+
+        Args:
+            url: the folder.
+            sizes: name -> bytes of the files below it.
+
+        Raises:
+            NotFound: there are none.
+        """
+        ...
+
+    def plan(self, files: Sequence[InputFile]) -> tuple[Sequence[Any], int]:
+        """Cut the inputs into tasks.
+
+        Args:
+            files: those that are named, and those of `choose`.
+
+        Returns:
+            (tasks, work units over all of them). A task can be pickled and written as JSON.
+
+        Raises:
+            UsageError: a file is of another kind.
+        """
+        ...
+
+    def read(self, task: Any) -> Iterator[Record[Mapping[str, Any]]]:
+        """The records of a task, in order; one that is unreadable has a Reject for its fields."""
+        ...
+
+
+def file_records(
+    url: str, numbered: Iterable[tuple[int, Mapping[str, Any] | Reject, int]], first: int = 0
+) -> Iterator[Record[Mapping[str, Any]]]:
+    """The records of one file; if `numbered` raises a Reject, the file is damaged, and the last record is that reject.
+
+    Args:
+        url: the file.
+        numbered: (number in the file from 1, fields, work units) of each record.
+        first: number of the first record in its task.
+    """
+    line, number = 0, first
+    try:
+        for line, fields, num_units in numbered:
+            yield Record(number, fields, url, line=line, num_units=num_units)
+            number += 1
+    except Reject as cause:
+        yield Record(number, cause, url, line=line + 1, num_units=0)
+
+
+def group_to_limit(items: Sequence[Item], size: Callable[[Item], int], limit: int) -> Iterator[list[Item]]:
+    """Cut items into runs whose sizes add up to `limit` at most; a larger item is a run of its own."""
+    group: list[Item] = []
+    held = 0
+    for item in items:
+        if group and held + size(item) > limit:
+            yield group
+            group, held = [], 0
+        group.append(item)
+        held += size(item)
+    if group:
+        yield group
