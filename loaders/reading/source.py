@@ -24,8 +24,9 @@ import numpy as np
 from loaders.order.samples import OpenSource
 from loaders.reading.cache import BlockCache
 from wds_tools.errors import FormatError, NotFound, UsageError
+from wds_tools.format.codes import one_set
 from wds_tools.format.index import ABSENT, SUFFIX, ShardIndex, check_fresh, read_rows
-from wds_tools.format.schema import CODE_COLUMNS, IMAGE_EXTENSIONS, TOKEN_MEMBERS, named_column
+from wds_tools.format.schema import IMAGE_EXTENSIONS, TOKEN_MEMBERS
 from wds_tools.storage import LocalStore, join
 from wds_tools.storage.recent import Recent, SingleFlight
 
@@ -298,14 +299,14 @@ def _with_columns(index: ShardIndex, columns: dict[str, Any]) -> ShardIndex:
 
 def _code_members(opened: OpenSource) -> Sequence[str]:
     """The members that hold the codes of a source; of those that a sample has the first counts."""
-    members = [member for member in opened.manifest.members if member.endswith(".npy")]
-    name = opened.source.codes
-    if name is None:
-        return members
-    named = [member for member in members if member.removesuffix(".npy") in {named_column(c, name) for c in CODE_COLUMNS}]
-    if not named:
-        raise UsageError(f"source {opened.source.url} has no codes named {name!r}, but {', '.join(members) or 'none at all'}")
-    return named
+    members = {name.removesuffix(".npy"): name for name in opened.manifest.members if name.endswith(".npy")}
+    code_set = opened.source.codes
+    if code_set is None:
+        return list(members.values())
+    if not (chosen := one_set(members, code_set)):
+        known = ", ".join(members.values()) or "none at all"
+        raise UsageError(f"source {opened.source.url} has no codes named {code_set!r}, but {known}")
+    return list(chosen.values())
 
 
 def _wanted(opened: OpenSource, code_members: Sequence[str]) -> Sequence[Sequence[str]]:

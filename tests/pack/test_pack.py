@@ -207,7 +207,7 @@ def test_one_of_several_sets_of_codes_is_packed_and_streamed_alone(inputs: Path,
     make_dataset(tmp_path / "second", second, codes={"vqcode_512": other})
     sequences = SequenceConfig(tokenizer=str(inputs / "tokenizer"), max_length=LENGTH)
     for name, alone in ((None, "first"), ("", "first"), ("b", "second")):
-        chosen = pack(config(inputs, tmp_path / f"rows-{name}", input=(str(tmp_path / "both"),), codes=name))
+        chosen = pack(config(inputs, tmp_path / f"rows-{name}", input=(str(tmp_path / "both"),), code_set=name))
         expected = pack(config(inputs, tmp_path / f"alone-{name}", input=(str(tmp_path / alone),)))
         assert chosen.fingerprint() == expected.fingerprint()
         batches = []
@@ -217,8 +217,8 @@ def test_one_of_several_sets_of_codes_is_packed_and_streamed_alone(inputs: Path,
             batches.append(next(iter(loader))["input_ids"])
             loader.close()
         assert torch.equal(*batches)
-    with pytest.raises(UsageError, match="has no codes named 'c', but vqcode_512, vqcode_512-b: choose with --codes"):
-        pack(config(inputs, tmp_path / "none", input=(str(tmp_path / "both"),), codes="c"))
+    with pytest.raises(UsageError, match="has no codes named 'c', but vqcode_512, vqcode_512-b: choose with --code-set"):
+        pack(config(inputs, tmp_path / "none", input=(str(tmp_path / "both"),), code_set="c"))
 
 
 def test_impossible_arguments_are_refused_before_anything_is_written(inputs: Path, tmp_path: Path) -> None:

@@ -34,8 +34,9 @@ from wds_tools.dataset.index import index_tars
 from wds_tools.dataset.reader import read_manifest
 from wds_tools.dataset.writer import ShardLimits, TaskWriter, begin, finish
 from wds_tools.errors import FormatError, NotFound, Reject, TokenizerError
+from wds_tools.format.codes import join_grids
 from wds_tools.format.manifest import serialize_manifest
-from wds_tools.format.schema import Sample, SourceImage, join_grids
+from wds_tools.format.schema import Sample, SourceImage
 from wds_tools.storage import LocalStore, open_store
 from wds_tools.view import browse, rejects
 from wds_tools.view.pages import PagesConfig, Request

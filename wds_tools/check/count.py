@@ -20,6 +20,7 @@ from wds_tools.check.drift import BUCKETS
 from wds_tools.check.histogram import Histogram
 from wds_tools.check.rows import Row, Rows, is_image, is_small
 from wds_tools.errors import FormatError
+from wds_tools.format.codes import HW
 from wds_tools.format.manifest import Manifest
 from wds_tools.format.schema import ANY_MEMBERS
 from wds_tools.format.shard import parse_npy
@@ -174,15 +175,12 @@ def _count_codes(part: Part, piece: Sequence[Row], records: Sequence[Mapping[str
             if not suffix.endswith(".npy"):
                 continue
             codes = parse_npy(payload, f"{row.shard}, byte {row.start}: {suffix}")
-            if codes.ndim != 2:
-                raise FormatError(f"{row.shard}, byte {row.start}: {suffix} has the shape {codes.shape}, expected (h, w)")
             column = suffix.removesuffix(".npy")
             try:
-                part.count.grids.update(f"{h} x {w}" for h, w in (record.get("grids") or {}).get(column, [codes.shape]))
-            except (AttributeError, TypeError, ValueError) as error:
-                raise FormatError(
-                    f"{row.shard}, byte {row.start}: its grids are not [h, w] each: `wds-tools verify` says more"
-                ) from error
+                shapes = HW.shapes_of(column, codes, (record.get("grids") or {}).get(column))
+            except (FormatError, AttributeError) as error:
+                raise FormatError(f"{row.shard}, byte {row.start}: {error}: `wds-tools verify` says more") from error
+            part.count.grids.update(" x ".join(map(str, shape)) for shape in shapes)
             if codes.size:
                 columns.setdefault(column, []).append(codes.ravel())
                 hashes.append(xxh3_64_intdigest(payload))

@@ -23,6 +23,7 @@ from wds_tools.dataset.reader import ShardBytes, read_manifest
 from wds_tools.dataset.writer import REJECTS
 from wds_tools.errors import DataError, FormatError, StorageError, UsageError
 from wds_tools.format import manifest as manifests
+from wds_tools.format.codes import check_range
 from wds_tools.format.index import SUFFIX, check_fresh, parse_index, serialize_index
 from wds_tools.format.manifest import Manifest, ShardInfo, hash_rejects
 from wds_tools.format.scan import Scan, scan_tar
@@ -191,15 +192,13 @@ class _CheckShard:
             sample = sample_from_members(key, payloads)
             validate(sample)
             valid = sample
-            for column, grid_hw in sample.codes.items():
+            for column, codes in sample.codes.items():
                 size = self.manifest.codes.get(column, {}).get("codebook_size")
                 if size is None and self.manifest.is_indexed:
                     continue
                 if size is None:
                     raise DataError(f"{sample.key}: {column} has no provenance in the manifest")
-                highest = int(grid_hw.max(initial=0))
-                if highest >= size:
-                    raise DataError(f"{sample.key}: {column} holds the code {highest}; the codebook has {size} entries")
+                check_range(f"{sample.key}: {column}", codes, size)
         except DataError as error:
             if len(report.problems) < _MAX_PROBLEMS_A_SHARD:
                 report.problems.append(f"{row.name}, byte {start}: {error}")

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from wds_tools.check.rows import Row, Rows, is_small, is_text
 from wds_tools.errors import DataError, FormatError
 from wds_tools.format.checksum import crc32
+from wds_tools.format.codes import HW
 from wds_tools.format.schema import ANY_MEMBERS, Sample, validate
 from wds_tools.format.shard import sample_from_members
 
@@ -127,7 +128,7 @@ def codes_of(rows: Rows, number: int, column: str, image: int = 0) -> NDArray[An
         raise DataError(problem or f"sample {number:,} has {len(grids)} grids in {column}")
     codes = grids[image]
     if codes.size > MAX_GRID_CODES:
-        raise DataError(f"a grid of {codes.shape[0]:,} x {codes.shape[1]:,} codes; at most {MAX_GRID_CODES:,} codes are drawn")
+        raise DataError(f"a grid of {' x '.join(map(str, codes.shape))} codes; at most {MAX_GRID_CODES:,} codes are drawn")
     return codes
 
 
@@ -231,7 +232,7 @@ def _turns(parsed: Sample) -> list[dict[str, str]]:
 
 
 def _grid(codes: NDArray[Any]) -> dict[str, Any]:
-    return {"height": codes.shape[0], "width": codes.shape[1], "distinct": len(np.unique(codes)), "codes": codes.ravel().tolist()}
+    return {**dict(zip(HW.axes, codes.shape, strict=True)), "distinct": len(np.unique(codes)), "codes": codes.ravel().tolist()}
 
 
 def _is_intact(rows: Rows, row: Row) -> bool | None:
