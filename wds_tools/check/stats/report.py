@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 import orjson
 
-from wds_tools.check import plots
-from wds_tools.check.count import CodeUse
-from wds_tools.check.duplicates import Repeats
-from wds_tools.check.histogram import Histogram
-from wds_tools.check.png import png_bytes
-from wds_tools.check.stats import Stats
+from wds_tools.check.stats import plots
+from wds_tools.check.stats.count import CodeUse
+from wds_tools.check.stats.describe import Stats
+from wds_tools.check.stats.duplicates import Repeats
+from wds_tools.check.stats.histogram import Histogram
+from wds_tools.check.stats.png import png_bytes
 from wds_tools.format.codes import HW
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
