@@ -155,9 +155,9 @@ class Pages:
             WdsToolsError: what is there can't be shown, and why.
         """
         for pattern, answer in self._routes:
-            found = pattern.fullmatch(path)
-            if found is not None:
-                return answer(request, *found.groups())
+            match = pattern.fullmatch(path)
+            if match is not None:
+                return answer(request, *match.groups())
         return None
 
     def _describe(self) -> dict[str, Any]:
@@ -196,11 +196,11 @@ class Pages:
         return _json({"number": self.reader.find_key(key) if key else None})
 
     def _reject_lines(self, request: Request) -> Answer:
-        place = request.number("file"), request.number("byte")
-        return _json(self._rejects.read(request.word("reason"), *place, _REJECTS_COUNT))
+        position = request.number("file"), request.number("byte")
+        return _json(self._rejects.read(request.word("reason"), *position, _REJECTS_COUNT))
 
     def _usage(self, request: Request, number: str, column: str) -> Answer:
-        """How often each code of a grid was used, in the part of the set that the report is of."""
+        """How often each code of a grid was used, in the part of the dataset that the report is of."""
         codes = browse.codes_of(self.reader, int(number), column, request.number("image"))
         use = self._sampled().count.codes.get(column)
         counts = np.zeros(1, np.int64) if use is None else use.counts
