@@ -25,8 +25,8 @@ from wds_tools.convert.lines import (
 from wds_tools.convert.options import ConvertOptions
 from wds_tools.convert.tables import JSONL, READING, TableRow, check_files, data_files, table_rows
 from wds_tools.errors import FormatError, Reject, UsageError
+from wds_tools.format.codes import CODE_COLUMNS
 from wds_tools.format.manifest import Manifest
-from wds_tools.format.schema import CODE_COLUMNS
 from wds_tools.jobs import Advance, Job, Report, TaskWriter, run_job
 from wds_tools.sources.coded import SIDE_512, CodedRows
 from wds_tools.sources.columns import load_pyarrow
