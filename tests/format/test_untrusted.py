@@ -27,8 +27,8 @@ from loaders.order.samples import OpenSource, SampleOrder
 from loaders.proof.audit import audit
 from loaders.proof.receipt import parse_receipt
 from loaders.tokens.packing import parse_cursors
-from wds_tools.check.report import render
-from wds_tools.check.stats import StatsConfig, stats
+from wds_tools.check.stats.describe import StatsConfig, stats
+from wds_tools.check.stats.report import render
 from wds_tools.check.verify import VerifyConfig, verify
 from wds_tools.cli.main import main
 from wds_tools.cli.summary import print_dataset
@@ -42,8 +42,8 @@ from wds_tools.format.shard import ShardBuilder
 from wds_tools.format.typed_json import MAX_DEPTH, read_json, shape
 from wds_tools.jobs.finalize import FinalizeConfig, finalize
 from wds_tools.sequences.prompts import read_prompts
-from wds_tools.sources.tables import data_files
 from wds_tools.sequences.tokenizer import _special_names
+from wds_tools.sources.tables import data_files
 from wds_tools.storage import open_store
 from wds_tools.terminal import say
 from wds_tools.view.rejects import Rejects
