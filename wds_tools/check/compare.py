@@ -53,7 +53,7 @@ class CompareConfig:
     weights: str | None = None
     """Folder of the tokenizer's weights, to decode with."""
     device: str = "auto"
-    """To decode on: auto, cpu, cuda or cuda:N."""
+    """Device to decode on: auto, cpu, cuda or cuda:N."""
     quiet: bool = False
     """Show no progress."""
 
@@ -66,22 +66,22 @@ class CompareConfig:
 
 @dataclass(kw_only=True)
 class Comparison:
-    """What came of it."""
+    """Counts and distances of two sets of codes of the same images."""
 
     samples: int = 0
-    """With codes in both."""
+    """Samples with codes in both."""
     only_a: int = 0
     only_b: int = 0
     equal_samples: int = 0
-    """All of whose codes are equal."""
+    """Samples all of whose codes are equal."""
     codes: int = 0
     equal_codes: int = 0
     pictures: int = 0
-    """That were decoded."""
+    """Pictures that were decoded."""
     psnr_between_db: float | None = None
-    """Of B's pictures against A's, from the squared error over all of them; infinite if equal, None if none was decoded."""
+    """PSNR of B's pictures against A's, from the squared error over all; infinite if equal, None if none was decoded."""
     psnr_a_db: float | None = None
-    """Of A's pictures against the photographs; None if these were not kept."""
+    """PSNR of A's pictures against the photographs; None if these were not kept."""
     psnr_b_db: float | None = None
     errors: dict[str, list[float]] = field(default_factory=dict, repr=False)
     """Mean squared error of each picture, by what was compared."""
@@ -93,7 +93,7 @@ class Comparison:
 
 
 def compare_codes(config: CompareConfig) -> Comparison:
-    """Compare.
+    """Compare the codes of two datasets, or two code sets of one.
 
     Raises:
         UsageError: the codes come from different tokenizers, or the datasets have no such codes.
@@ -146,11 +146,11 @@ class _Coded(NamedTuple):
     column: str
     """One of CODE_COLUMNS, whatever the code set."""
     grids: list[Codes]
-    """One an image: a conversation has any number."""
+    """The grid of each image: a conversation has any number."""
 
 
 def _coded(store: Store, manifest: Manifest, name: str) -> Iterator[_Coded]:
-    """Those of a dataset."""
+    """The samples of a dataset that have codes."""
     last = ""
     for shard in manifest.shards:
         for sample in read_shard(store, shard):
@@ -162,7 +162,7 @@ def _coded(store: Store, manifest: Manifest, name: str) -> Iterator[_Coded]:
 
 
 def _joined(a: Iterator[_Coded], b: Iterator[_Coded], result: Comparison) -> Iterator[tuple[_Coded, _Coded]]:
-    """The same samples of both."""
+    """Pairs of samples with the same key."""
     sample_a, sample_b = next(a, None), next(b, None)
     while sample_a is not None and sample_b is not None:
         if sample_a.sample.key < sample_b.sample.key:

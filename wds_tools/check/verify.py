@@ -60,17 +60,17 @@ class VerifyConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyResult:
-    """What was found; `problems` is empty if all is well."""
+    """The result of a check; `problems` is empty if all is well."""
 
     manifest: Manifest
     problems: tuple[str, ...]
     notes: tuple[str, ...] = ()
-    """What could not be checked."""
+    """Sentences about what could not be checked."""
 
 
 @dataclass(frozen=True)
 class _Reject:
-    """What is counted of a line of rejects."""
+    """The field of a line of rejects that is counted."""
 
     reason: str
 

@@ -50,7 +50,7 @@ class ShardIndex:
 
     members: tuple[str, ...]
     samples: int
-    """Of the whole shard."""
+    """Samples of the whole shard."""
     start: _Array
     size: _Array
     lengths: _Array

@@ -34,7 +34,7 @@ _LEAST_SAMPLE_BYTES = 512
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardInfo:
-    """What the manifest says of one shard."""
+    """One shard, as the manifest describes it."""
 
     name: str
     """File name relative to the dataset, such as "shard-000000-0000.tar"."""
@@ -53,7 +53,7 @@ class ShardInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenRows:
-    """What the manifest says of rows of tokens."""
+    """Rows of tokens, as the manifest describes them."""
 
     length: Annotated[int, range(1, 1 << 31)]
     """Tokens of a row."""
@@ -61,7 +61,7 @@ class TokenRows:
     text_size: Count
     """Ids of the text tokenizer."""
     version: Count = 1
-    """Of the way from a sample to its tokens."""
+    """Version of the way from a sample to its tokens."""
 
 
 def hash_rejects(digests: Mapping[str, str]) -> str:
@@ -82,9 +82,9 @@ class Manifest:
     codes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Code column -> its provenance: tokenizer, codebook_size, stride, weights_hash, preprocessing_version, precision, ..."""
     source: Mapping[str, Any] = field(default_factory=dict)
-    """What made it: command, settings, input files; for a pass over a dataset, that one's fingerprint and own source."""
+    """Origin: command, settings, input files; of a job over a dataset, that one's fingerprint and own source."""
     schema_version: int = SCHEMA_VERSION
-    """Of its samples; ANY_MEMBERS if they are WebDataset samples of other kinds: then nothing is counted but them."""
+    """Schema of the samples; ANY_MEMBERS if they are WebDataset samples of other kinds: then nothing is counted but them."""
     rejects_hash: str | None = hash_rejects({})
     """See hash_rejects. None: an earlier release wrote the manifest, and no hash protects it or the rejects."""
 
@@ -114,7 +114,7 @@ class Manifest:
 
     @property
     def is_indexed(self) -> bool:
-        """Whether `wds-tools index` found the tars and wrote this manifest for them: no pass of this project made them."""
+        """Whether `wds-tools index` found the tars and wrote this manifest for them: no job of this project made them."""
         return self.source.get("command") == INDEX_COMMAND
 
     @property

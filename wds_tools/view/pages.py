@@ -55,16 +55,16 @@ class Answer:
     """A response of status 200."""
 
     body: bytes | Iterable[bytes]
-    """In one piece, or in pieces whose lengths add up to `length`."""
+    """The bytes, or pieces of them whose lengths add up to `length`."""
     content_type: str
     length: int
     is_fixed: bool = False
-    """Whether it will be the same as long as the dataset is."""
+    """Whether the answer stays the same as long as the dataset does."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What is asked for, beside the path."""
+    """The parts of a request beside the path."""
 
     query: Mapping[str, str]
     is_wanted: Callable[[], bool] = lambda: True
@@ -88,12 +88,12 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class PagesConfig:
-    """What is shown beside the dataset itself."""
+    """Options of what is shown beside the dataset itself."""
 
     weights: str | None = None
     """Weights of the tokenizer that made the codes, if it brings none: for chameleon, its folder."""
     device: str = "auto"
-    """What decodes pictures: auto, cpu, cuda or cuda:N."""
+    """Device that decodes pictures: auto, cpu, cuda or cuda:N."""
     text_tokenizer: str | None = None
     """A tokenizer.json or the folder of one, to show how many tokens a text has."""
 

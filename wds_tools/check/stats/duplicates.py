@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True, kw_only=True)
 class Repeats:
-    """What was found."""
+    """Duplicates among the samples that were compared."""
 
     share_kept: float
-    """Of the hash space: 1 if everything was compared."""
+    """Share of the hash space that was compared: 1 if everything was."""
     contents: int
     """Different contents among those that were compared."""
     samples: int
