@@ -9,7 +9,7 @@ from loaders.jsonl import JsonlDataset
 from loaders.loader import Loader, build_loader
 from loaders.shards import ShardDataset
 from loaders.tars import TarDataset
-from loaders.tokens.packing import merge_states
+from loaders.tokens.lanes import merge_states
 from loaders.tokens.rows import flatten, model_inputs
 from wds_tools.sequences.config import SequenceConfig
 

@@ -19,9 +19,9 @@ import webdataset as wds
 from torch.utils.data import get_worker_info
 
 from loaders.config import World
-from loaders.handover import tell_of_failures
 from loaders.order.plan import shuffled
 from loaders.reading.fetches import end_with_trainer
+from loaders.workers.handover import tell_of_failures
 from wds_tools.errors import NotFound
 from wds_tools.format.scan import scan_tar
 from wds_tools.storage import join, open_store

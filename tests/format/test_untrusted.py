@@ -26,7 +26,7 @@ from loaders import LoaderConfig, ShardDataset, Source, build_loader
 from loaders.order.samples import OpenSource, SampleOrder
 from loaders.proof.audit import audit
 from loaders.proof.receipt import parse_receipt
-from loaders.tokens.packing import parse_cursors
+from loaders.tokens.lanes import parse_lanes
 from wds_tools.check.report import render
 from wds_tools.check.stats import StatsConfig, stats
 from wds_tools.check.verify import VerifyConfig, verify
@@ -240,7 +240,7 @@ def test_states(folder: Path) -> None:
     dataset = ShardDataset(str(folder))
     check(dataset.state_dict(), lambda data: dataset.load_state_dict(parsed(data)), 20)
     lanes = {"0": [1, 2, [[0, 5], [1, 6]]], "3": [2, 2, []]}
-    check(lanes, lambda data: parse_cursors(parsed(data), 8, 0))
+    check(lanes, lambda data: parse_lanes(parsed(data), 8, 0))
 
 
 def test_a_state_may_hold_numbers_that_no_json_has(folder: Path) -> None:

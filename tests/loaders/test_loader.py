@@ -652,7 +652,7 @@ def test_statistics_are_a_plain_dict_of_numbers(tmp_path: Path) -> None:
 
 def test_less_memory_reads_more_often_and_never_changes_the_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("loaders.order.plan.SMALL_BYTES", 0)
-    monkeypatch.setattr("loaders.reading.prefetch.SMALL_BYTES", 0)
+    monkeypatch.setattr("loaders.reading.planner.SMALL_BYTES", 0)
     monkeypatch.setattr("loaders.order.plan.MIN_BLOCK_BYTES", 16384)
     make_dataset("memory://sets/less", [pair(number) for number in range(300)], shard_samples=50)
     whole = loader("memory://sets/less", lanes=16)

@@ -20,7 +20,7 @@ DATASET = FORMAT | STORAGE | {"wds_tools.run", "wds_tools.dataset"}
 JOBS = DATASET | {"wds_tools.jobs"}
 SOURCES = FORMAT | STORAGE | {"wds_tools.sources"}
 BELOW_LOADERS = SOURCES | {"wds_tools.run", "wds_tools.images", "wds_tools.sequences"}
-LOADERS = ("config", "order", "reading", "batches", "tokens", "proof", "cost")
+LOADERS = ("config", "order", "reading", "batches", "tokens", "proof", "cost", "workers")
 DOORS = BELOW_LOADERS | {f"loaders.{name}" for name in LOADERS}
 ALLOWED = {
     "wds_tools": FORMAT,
@@ -52,6 +52,8 @@ ALLOWED = {
     "loaders.tokens": BELOW_LOADERS | {"loaders.config", "loaders.order", "loaders.reading", "loaders.batches"},
     "loaders.proof": BELOW_LOADERS | {"loaders.config", "loaders.order"},
     "loaders.cost": BELOW_LOADERS | {"loaders.config", "loaders.order", "loaders.reading"},
+    "loaders.workers": BELOW_LOADERS
+    | {f"loaders.{name}" for name in ("config", "order", "reading", "batches", "tokens", "proof")},
     "loaders": DOORS,
     "loaders.trainers": DOORS | {"loaders"},
 }
