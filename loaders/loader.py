@@ -1,6 +1,6 @@
 """build_loader: a config and a place in the world -> batches, with state, receipt and statistics.
 
-    Loader -> StepRequests (the rest of the epoch) -> WorkerPool -> StepResults -> Ledger, batches
+    Loader -> StepRequest of each step that is left -> WorkerPool -> StepResults -> Ledger, batches
 
 The main process counts: a batch is consumed when it is handed over, not when it was prefetched. All that workers need is in the
 request, so they keep nothing between batches but what they read ahead.
@@ -27,7 +27,7 @@ from loaders.proof.state import check_data, check_recipe, parse_state, state_to_
 from loaders.tokens.lanes import ENDLESS, LaneBook, LaneState, check_packing, lanes_to_json, merge_states, parse_lanes
 from loaders.tokens.rows import RowMaker
 from loaders.workers.pool import WorkerPool
-from loaders.workers.steps import StepDataset, StepRequests, StepResult
+from loaders.workers.steps import StepDataset, StepResult, requests_of
 from wds_tools.errors import UsageError, WdsToolsError
 from wds_tools.sequences.vocabulary import Vocabulary
 
@@ -78,7 +78,8 @@ class Loader:
             warnings.warn(sentence, stacklevel=3)
         self.epoch = 0
         """The epoch that the next batch belongs to."""
-        self._position = 0
+        self.position = 0
+        """Samples of the epoch that were handed over, over all ranks; rows, where they are packed on the fly."""
         self._loop = 0
         """Counts what begins or ends loops: one that it has moved past is over."""
         self._pool = self._new_pool()
@@ -100,11 +101,6 @@ class Loader:
         return len(self._steps())
 
     @property
-    def position(self) -> int:
-        """Samples of the epoch that were handed over, over all ranks; rows, where they are packed on the fly."""
-        return self._position
-
-    @property
     def num_samples(self) -> int:
         """Samples of an epoch over all ranks."""
         return self._order.length
@@ -116,20 +112,18 @@ class Loader:
         self._book.begin()
         book = self._book if self.config.packing else None
         with self._noted():
-            self._pool.begin(StepRequests(self.epoch, steps, max(self.config.num_workers, 1), loop, book))
-        for step in range(len(steps)):
-            if self._loop != loop:
-                raise UsageError(
-                    "another loop over this loader, load_state_dict or close came since this loop began: begin again"
-                )
-            started = time.perf_counter()
-            with self._noted():
+            self._pool.begin(requests_of(self.epoch, steps, max(self.config.num_workers, 1), loop, book))
+            for step in range(len(steps)):
+                if self._loop != loop:
+                    raise UsageError(
+                        "another loop over this loader, load_state_dict or close came since this loop began: begin again"
+                    )
+                started = time.perf_counter()
                 result = self._pool.next()
-            self._ledger.waits.append(time.perf_counter() - started)
-            batch = self._batch(result)
-            with self._noted():
+                self._ledger.waits.append(time.perf_counter() - started)
+                batch = self._batch(result)
                 self._hand_over(result, steps, step)
-            yield batch
+                yield batch
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -147,7 +141,7 @@ class Loader:
 
         Of rows packed on the fly it has this rank's lanes: see `merge_states` and `gather_state`.
         """
-        state = state_to_json(self._order, self.epoch, self._position)
+        state = state_to_json(self._order, self.epoch, self.position)
         if self._maker is not None and self.config.packing:
             state["packing"] = {"recipe": self._maker.recipe, "lanes": lanes_to_json(self._book.lanes)}
         return state
@@ -166,7 +160,7 @@ class Loader:
         """Go on from a state, of any number of ranks, workers, or batch size. Takes constant time.
 
         Raises:
-            UsageError: the data or the recipe is another, or the state is none; says what differs.
+            UsageError: the state is damaged, or of other data or another order; says what differs.
         """
         spec, step_samples, epoch, position = parse_state(state, self.config)
         check_data(state, self._sources, self._order.fingerprints)
@@ -177,7 +171,7 @@ class Loader:
         self._order = order
         self._book = LaneBook(spec.lanes, self.world.rank, lanes)
         self._pool = self._new_pool()
-        self.epoch, self._position = epoch, position
+        self.epoch, self.position = epoch, position
         self._end_epoch_if_done()
         self._ledger.begin_receipt()
 
@@ -198,7 +192,7 @@ class Loader:
             epoch, position; batches, samples, dropped; bad and bad_REASON; wait_p50_s and wait_p99_s (seconds the trainer waited
             for a batch, of the last 10,000); requests, bytes (of data fetched from object storage), evicted, cache_*.
         """
-        return {"epoch": self.epoch, "position": self._position, **self._ledger.stats()}
+        return {"epoch": self.epoch, "position": self.position, **self._ledger.stats()}
 
     def close(self) -> None:
         """End the worker processes, and loops under way. The loader can be used again."""
@@ -207,7 +201,7 @@ class Loader:
 
     def _steps(self) -> BatchPartition:
         length = ENDLESS if self.config.packing else self._order.length
-        return BatchPartition(length, self._position, self.config.batch_size, self.config.last_batch, self.world.world_size)
+        return BatchPartition(length, self.position, self.config.batch_size, self.config.last_batch, self.world.world_size)
 
     def _lanes(self, state: Mapping[str, Any], order: SampleOrder) -> dict[int, LaneState]:
         """Where lanes stand by a state; none without packing.
@@ -230,7 +224,7 @@ class Loader:
             yield
         except WdsToolsError as error:
             error.add_note(
-                f"Everything before epoch {self.epoch}, position {self._position} was handed over: state_dict() goes on there."
+                f"Everything before epoch {self.epoch}, position {self.position} was handed over: state_dict() goes on there."
             )
             raise
 
@@ -249,7 +243,7 @@ class Loader:
         high = steps.end(step)
         self._ledger.record(result, (self.epoch, steps.start + step * steps.batch_size, high, steps.batch_size))
         self._book.lanes.update(result.lanes)
-        self._position = high
+        self.position = high
         self._end_epoch_if_done()
 
     def _end_epoch_if_done(self) -> None:
@@ -257,7 +251,7 @@ class Loader:
         steps = self._steps()
         if not len(steps):
             self._ledger.num_dropped += steps.dropped
-            self.epoch, self._position = self.epoch + 1, 0
+            self.epoch, self.position = self.epoch + 1, 0
 
 
 def _all_gather(data: bytes) -> list[bytes]:

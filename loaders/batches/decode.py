@@ -91,43 +91,31 @@ class Decoder:
             error = self._problem(samples, sample_index, parse)
             if error is None:
                 continue
-            if (fresh := self._fetched_again(samples, sample_index, error, parse)) is not None:
-                loaded[number] = fresh
-                continue
-            problem = f"{samples.where(sample_index)}: {error}"
-            if not self._substitute:
-                raise FormatError(f"{problem}. on_error='substitute' goes on without it") from error
-            num_samples = samples.reader.opened.manifest.shards[samples.shard].samples
-            others = ((sample_index + step) % num_samples for step in range(1, min(num_samples, _MOST_TRIED + 1)))
-            for other in others:
-                if (readable := self._readable(samples, other, parse)) is not None:
-                    loaded[number], sample_indices[number] = readable, other
+            for candidate, index in self._candidates(samples, sample_index, error):
+                if self._problem(candidate, index, parse) is None:
                     break
             else:
-                raise FormatError(
-                    f"{problem}; nor can any of the next {min(num_samples - 1, _MOST_TRIED)} of its shard be read"
-                ) from error
-            source = int(located.source[number])
-            substitutions.append(Substitution(source, samples.shard, sample_index, other, _reason(error)))
+                num_tried = min(samples.reader.opened.manifest.shards[samples.shard].samples - 1, _MOST_TRIED)
+                advice = f"; nor can any of the next {num_tried} of its shard be read"
+                if not self._substitute:
+                    advice = ". on_error='substitute' goes on without it"
+                raise FormatError(f"{samples.where(sample_index)}: {error}{advice}") from error
+            loaded[number], sample_indices[number] = candidate, index
+            if index != sample_index:
+                source = int(located.source[number])
+                substitutions.append(Substitution(source, samples.shard, sample_index, index, _reason(error)))
         return substitutions
 
-    def _fetched_again(
-        self, samples: LoadedSamples, sample_index: int, error: Exception, parse: Parse[object]
-    ) -> LoadedSamples | None:
-        """What the storage has by now, if a cache may have kept this sample damaged and it can be read then."""
-        if not samples.reader.is_cached or isinstance(error, Reject):
-            return None
-        for again in False, True:  # another sample of its region may have had it fetched
-            fresh = samples.reader.load(samples.shard, sample_index, sample_index + 1, again=again)
-            if self._problem(fresh, sample_index, parse) is None:
-                return fresh
-        return None
-
-    def _readable(self, samples: LoadedSamples, sample_index: int, parse: Parse[object]) -> LoadedSamples | None:
-        """What holds this sample of the same shard; None if it can't be read."""
-        if not samples.first <= sample_index < samples.last:
-            samples = samples.reader.load(samples.shard, sample_index, sample_index + 1)
-        return samples if self._problem(samples, sample_index, parse) is None else None
+    def _candidates(self, samples: LoadedSamples, sample_index: int, error: Exception) -> Iterator[tuple[LoadedSamples, int]]:
+        """What may stand in for a sample: what the storage has now, if a cache may have kept it damaged, and the next samples."""
+        reader, shard = samples.reader, samples.shard
+        if reader.is_cached and not isinstance(error, Reject):
+            for again in False, True:  # another sample of its region may have had it fetched
+                yield reader.load(shard, sample_index, sample_index + 1, again=again), sample_index
+        num_samples = reader.opened.manifest.shards[shard].samples
+        for step in range(1, min(num_samples, _MOST_TRIED + 1) if self._substitute else 0):
+            index = (sample_index + step) % num_samples
+            yield samples if samples.first <= index < samples.last else reader.load(shard, index, index + 1), index
 
     def _problem(self, samples: LoadedSamples, sample_index: int, parse: Parse[object]) -> Exception | None:
         try:

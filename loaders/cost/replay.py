@@ -87,14 +87,14 @@ class CountingFetches:
 
     def __init__(self, sources: Sequence[OpenSource], *, as_remote: bool) -> None:
         self._sources = sources
-        self.is_mapped = [not as_remote and isinstance(opened.store, LocalStore) for opened in sources]
+        self.is_mapped: Sequence[bool] = [not as_remote and isinstance(opened.store, LocalStore) for opened in sources]
         self.num_loads = self.num_requests = self.num_bytes = self.index_requests = self.index_bytes = 0
         self._index_files = [Recent[int, range](_INDEX_FILES_BYTES, len) for _ in sources]
         self._index_runs = [Recent[tuple[int, int], bool](_INDEX_RUNS) for _ in sources]
 
     def load(self, request: Request) -> None:
         """Count a request, and the index files that it needs."""
-        source, shard, first, last = request[:4]
+        source, shard, first, last = request.source, request.shard, request.first, request.last
         self.num_loads += 1
         if self.is_mapped[source]:
             return

@@ -13,12 +13,12 @@ its work and waits for somebody to take more than a pipe holds: `end_with_traine
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from functools import cache, partial
+from functools import cache
 from threading import Lock
-from typing import Generic, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from torch.utils.data import get_worker_info
 
@@ -28,7 +28,6 @@ from loaders.reading.planner import Request
 from loaders.reading.source import LoadedSamples, SourceReader
 from wds_tools.run.local import exit_with_parent
 
-_T = TypeVar("_T")
 _S_co = TypeVar("_S_co", covariant=True)
 _IN_FLIGHT = 16
 _GRACE_S = 10.0
@@ -52,9 +51,8 @@ def _watch_trainer() -> None:
 class Fetches(Protocol[_S_co]):
     """Carries out the requests of one process."""
 
-    @property
-    def is_mapped(self) -> Sequence[bool]:
-        """Of each source, whether its shards are mapped files."""
+    is_mapped: Sequence[bool]
+    """Of each source, whether its shards are mapped files."""
 
     @property
     def is_full(self) -> bool:
@@ -64,14 +62,14 @@ class Fetches(Protocol[_S_co]):
         """What a request brings: at once, or later."""
 
     def cancel(self) -> None:
-        """Begin none of the requests that have not begun."""
+        """Drop the requests that have not begun."""
 
     def counts(self) -> dict[str, int]:
         """What was done so far, by name."""
 
 
 class BackgroundFetches:
-    """Loads from mapped files at once, from anywhere else in up to 16 threads. Belongs to one process.
+    """Loads from mapped files at once, from anywhere else in up to 16 threads, first come, first served. Belongs to one process.
 
     Args:
         sources: what is read.
@@ -81,32 +79,34 @@ class BackgroundFetches:
     def __init__(self, sources: Sequence[OpenSource], cache: BlockCache | None = None) -> None:
         self._sources = [SourceReader(opened, cache, len(sources)) for opened in sources]
         self._cache = cache
-        self.is_mapped = [source.is_mapped for source in self._sources]
-        self._pool: FetchPool[LoadedSamples] | None = None
-        self._in_flight: deque[Future[LoadedSamples]] = deque()
+        self.is_mapped: Sequence[bool] = [source.is_mapped for source in self._sources]
+        self._pool = ThreadPoolExecutor(_IN_FLIGHT, thread_name_prefix="wds-fetch")
+        self._num_free = _IN_FLIGHT
+        self._lock = Lock()
+        self._waiting: deque[tuple[Future[LoadedSamples], Request]] = deque()
 
     @property
     def is_full(self) -> bool:
         """See Fetches."""
-        while self._in_flight and self._in_flight[0].done():
-            self._in_flight.popleft()
-        return len(self._in_flight) >= _IN_FLIGHT
+        return not self._num_free
 
     def load(self, request: Request) -> LoadedSamples | Future[LoadedSamples]:
-        """See Fetches, and SourceReader.load, which raises here for mapped sources, in the future for others."""
-        source = self._sources[request.source]
-        if source.is_mapped:
-            return source.load(request.shard, request.first, request.last)
-        self._pool = self._pool or FetchPool(_IN_FLIGHT)
-        future = self._pool.submit(partial(source.load, request.shard, request.first, request.last))
-        self._in_flight.append(future)
+        """See Fetches. Raises as SourceReader.load, for sources that are not mapped in the future."""
+        if self.is_mapped[request.source]:
+            return self._read(request)
+        future: Future[LoadedSamples] = Future()
+        with self._lock:
+            self._waiting.append((future, request))
+            if not self._num_free:
+                return future
+            self._num_free -= 1
+        self._pool.submit(self._run)
         return future
 
     def cancel(self) -> None:
         """See Fetches."""
-        for future in self._in_flight:
-            future.cancel()
-        self._in_flight.clear()
+        with self._lock:
+            self._waiting.clear()
 
     def counts(self) -> dict[str, int]:
         """Requests and bytes, and what the cache counts, since the process started."""
@@ -115,38 +115,19 @@ class BackgroundFetches:
             counts |= {f"cache_{name}": count for name, count in self._cache.stats().items()}
         return counts
 
-
-class FetchPool(Generic[_T]):
-    """Up to `num_threads` tasks at a time, in the order in which they were given. Belongs to one process."""
-
-    def __init__(self, num_threads: int) -> None:
-        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="wds-fetch")
-        self._free = num_threads
-        self._lock = Lock()
-        self._waiting: deque[tuple[Future[_T], Callable[[], _T]]] = deque()
-
-    def submit(self, task: Callable[[], _T]) -> Future[_T]:
-        """Have a task run. Its future can be cancelled until it has begun."""
-        future: Future[_T] = Future()
-        with self._lock:
-            self._waiting.append((future, task))
-            if not self._free:
-                return future
-            self._free -= 1
-        self._pool.submit(self._run)
-        return future
+    def _read(self, request: Request) -> LoadedSamples:
+        return self._sources[request.source].load(request.shard, request.first, request.last)
 
     def _run(self) -> None:
-        """Run what waits longest, then come back for the next."""
+        """Carry out what waits longest, then come back for the next."""
         with self._lock:
             if not self._waiting:
-                self._free += 1
+                self._num_free += 1
                 return
-            future, task = self._waiting.popleft()
-        if future.set_running_or_notify_cancel():
-            try:
-                future.set_result(task())
-            except BaseException as error:  # noqa: BLE001  # it is for whoever waits
-                future.set_exception(error)
+            future, request = self._waiting.popleft()
+        try:
+            future.set_result(self._read(request))
+        except BaseException as error:  # noqa: BLE001  # it is for whoever waits
+            future.set_exception(error)
         with suppress(RuntimeError):  # the process ends
             self._pool.submit(self._run)

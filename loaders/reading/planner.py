@@ -14,6 +14,7 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Container, Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -55,8 +56,9 @@ class Plan(NamedTuple):
     """Key of each unit -> number of positions that it serves."""
 
 
-class Request(NamedTuple):
-    """Samples [first, last) of a shard, loaded together."""
+@dataclass(slots=True, eq=False)
+class Request:
+    """Samples [first, last) of a shard, loaded together and dropped together."""
 
     source: int
     shard: int
@@ -65,7 +67,7 @@ class Request(NamedTuple):
     keys: list[int]
     """Keys of the units in it."""
     num_left: int
-    """Samples that the order takes from it before it can be dropped; -1: it is kept."""
+    """Samples that the order has yet to take from it before it is dropped; below 0: it is kept."""
     num_bytes: int
     """Estimated size; 0 of a mapped source."""
 
@@ -115,7 +117,7 @@ class Planner:
         self.at_once = _PLANNED_AT_ONCE
         """Number of positions to plan together."""
         self.num_planned = 0
-        """Positions planned since `forget`."""
+        """Positions planned; to be set to 0 when what is in memory is dropped, so that at first a little of each lane is read."""
         self.is_local = all(is_mapped)
         """Whether nothing is fetched."""
         if self.is_local:
@@ -160,15 +162,7 @@ class Planner:
         """
         keys, indices = np.unique(units.key, return_index=True)
         missing = [index for key, index in zip(keys.tolist(), indices.tolist(), strict=True) if key not in held]
-        if missing:
-            yield from self._merged(_columns(units, missing), held)
-
-    def forget(self) -> None:
-        """What was planned does not come: read a little of each lane first, as at the start."""
-        self.num_planned = 0
-
-    def _merged(self, units: Located, held: Container[int]) -> Iterator[Request]:
-        """Requests for these units: those side by side together, and what follows on their lanes."""
+        units = _columns(units, missing)
         ascending = np.lexsort((units.first, units.shard, units.source))
         source, shard, key, first, num_samples, done, run = (
             column[ascending].tolist()

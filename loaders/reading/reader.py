@@ -90,7 +90,7 @@ class SampleReader(Generic[_S]):
         self._fetches.cancel()
         self._plans.clear()
         self.residency.clear()
-        self.planner.forget()
+        self.planner.num_planned = 0
 
     @property
     def is_full(self) -> bool:
@@ -138,33 +138,32 @@ class ReadAhead(Generic[_S]):
             FormatError, StorageError: a sample can't be read; what was planned is forgotten.
         """
         try:
-            expected = self._plans[0].positions if self._plans else next(self._upcoming, None)
-            if expected != positions:
-                self._forget()
-                self._upcoming = upcoming
-                self._plan([positions])  # alone, so that the first batch comes soon
-            elif not self._plans:
-                self._plan([positions, *self._next(0 if self._reader.is_full else self._at_once - positions.num_positions)])
-            while not self._is_local and len(self._plans) <= _RANGES_AHEAD and not self._reader.is_full:
-                if not (ranges := self._next(self._at_once)):
-                    break
-                self._plan(ranges)
-            return self._reader.take(self._plans.popleft())
+            return self._reader.take(self._next_plan(positions, upcoming))
         except BaseException:
-            self._forget()
+            self._plans.clear()
+            self._reader.forget()
             raise
 
-    def _plan(self, ranges: Sequence[PositionRange]) -> None:
-        self._plans += self._reader.plan(ranges)
+    def _next_plan(self, positions: PositionRange, upcoming: Iterator[PositionRange]) -> Plan:
+        expected = self._plans[0].positions if self._plans else next(self._upcoming, None)
+        if expected != positions:
+            self._plans.clear()
+            self._reader.forget()
+            self._upcoming = upcoming
+            self._plans += self._reader.plan([positions])  # alone, so that the first batch comes soon
+        elif not self._plans:
+            num_more = 0 if self._reader.is_full else self._at_once - positions.num_positions
+            self._plans += self._reader.plan([positions, *self._next_ranges(num_more)])
+        while not self._is_local and len(self._plans) <= _RANGES_AHEAD and not self._reader.is_full:
+            if not (ranges := self._next_ranges(self._at_once)):
+                break
+            self._plans += self._reader.plan(ranges)
+        return self._plans.popleft()
 
-    def _next(self, num_positions: int) -> list[PositionRange]:
+    def _next_ranges(self, num_positions: int) -> list[PositionRange]:
         """The ranges that come up, until they have so many positions."""
         ranges: list[PositionRange] = []
         while num_positions > 0 and (positions := next(self._upcoming, None)) is not None:
             ranges.append(positions)
             num_positions -= max(positions.num_positions, 1)
         return ranges
-
-    def _forget(self) -> None:
-        self._plans.clear()
-        self._reader.forget()

@@ -17,16 +17,6 @@ from loaders.reading.planner import Plan, Request
 _S = TypeVar("_S")
 
 
-class _Held(Generic[_S]):
-    """What one request brought, or will bring."""
-
-    __slots__ = ("keys", "num_bytes", "num_left", "samples")
-
-    def __init__(self, request: Request, samples: _S | Future[_S]) -> None:
-        self.keys, self.num_left, self.num_bytes = request.keys, request.num_left, request.num_bytes
-        self.samples = samples
-
-
 class Residency(Generic[_S]):
     """Units in memory.
 
@@ -36,7 +26,9 @@ class Residency(Generic[_S]):
 
     def __init__(self, memory_bytes: int) -> None:
         self._memory_bytes = memory_bytes
-        self._units: dict[int, _Held[_S]] = {}
+        self._units: dict[int, Request] = {}
+        """By key, the request that brings it."""
+        self._samples: dict[Request, _S | Future[_S]] = {}
         self._held_bytes = 0
         self.num_evicted = 0
         """Requests whose samples were dropped for want of memory and may be fetched again."""
@@ -56,7 +48,8 @@ class Residency(Generic[_S]):
 
     def hold(self, request: Request, samples: _S | Future[_S]) -> None:
         """Keep what a request brings, or its future."""
-        self._units.update(dict.fromkeys(request.keys, _Held(request, samples)))
+        self._units.update(dict.fromkeys(request.keys, request))
+        self._samples[request] = samples
         self._held_bytes += request.num_bytes
         self.peak_units = max(self.peak_units, len(self._units))
         self.peak_bytes = max(self.peak_bytes, self._held_bytes)
@@ -70,18 +63,19 @@ class Residency(Generic[_S]):
         Raises:
             FormatError, StorageError: a fetch failed.
         """
-        taken = {key: self._units[key] for key in counts}
-        samples: dict[int, _S] = {}
-        for key, held in taken.items():
-            if isinstance(held.samples, Future):
-                held.samples = held.samples.result()
-            samples[key] = held.samples
+        requests = {key: self._units[key] for key in counts}
+        taken: dict[int, _S] = {}
+        for key, request in requests.items():
+            samples = self._samples[request]
+            if isinstance(samples, Future):
+                samples = self._samples[request] = samples.result()
+            taken[key] = samples
         for key, count in counts.items():
-            held = taken[key]
-            held.num_left -= count
-            if held.num_left == 0:
-                self._drop(held)
-        return samples
+            request = requests[key]
+            request.num_left -= count
+            if request.num_left == 0:
+                self._drop(request)
+        return taken
 
     def make_room(self, plans: Iterable[Plan]) -> None:
         """Drop what was loaded longest ago and is in none of these plans, until memory is within its limit."""
@@ -89,24 +83,26 @@ class Residency(Generic[_S]):
             return
         wanted = {key for plan in plans for key in plan.counts}
         num_excess = self._held_bytes - self._memory_bytes * 7 // 8
-        dropped: dict[int, _Held[_S]] = {}
-        for held in self._units.values():
-            is_arrived = held.num_bytes and not isinstance(held.samples, Future)
-            if is_arrived and id(held) not in dropped and wanted.isdisjoint(held.keys):
-                dropped[id(held)] = held
-                num_excess -= held.num_bytes
+        dropped: list[Request] = []
+        for request, samples in self._samples.items():
+            if request.num_bytes and not isinstance(samples, Future) and wanted.isdisjoint(request.keys):
+                dropped.append(request)
+                num_excess -= request.num_bytes
                 if num_excess <= 0:
                     break
-        for held in dropped.values():
-            self._drop(held)
+        for request in dropped:
+            self._drop(request)
         self.num_evicted += len(dropped)
 
     def clear(self) -> None:
         """Drop everything."""
         self._units.clear()
+        self._samples.clear()
         self._held_bytes = 0
 
-    def _drop(self, held: _Held[_S]) -> None:
-        for key in held.keys:
-            self._units.pop(key, None)
-        self._held_bytes -= held.num_bytes
+    def _drop(self, request: Request) -> None:
+        for key in request.keys:
+            if self._units.get(key) is request:
+                del self._units[key]
+        del self._samples[request]
+        self._held_bytes -= request.num_bytes

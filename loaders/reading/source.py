@@ -38,19 +38,7 @@ _CACHE_REGION_BYTES = 4 << 20
 class LoadedSamples:
     """Samples [first, last) of a shard."""
 
-    __slots__ = (
-        "begin",
-        "data",
-        "end",
-        "first",
-        "index",
-        "last",
-        "member_spans",
-        "reader",
-        "shard",
-        "start",
-        "url",
-    )
+    __slots__ = ("begin", "data", "end", "first", "index", "last", "member_spans", "reader", "shard", "start", "url")
 
     def __init__(
         self, reader: SourceReader, shard: int, first: int, last: int, data: memoryview | None, index: ShardIndex

@@ -128,17 +128,18 @@ def check_packing(packing: Any, recipe: Mapping[str, Any]) -> None:
 def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """One state of those that all ranks saved after the same step.
 
-    Needed where rows are packed on the fly, since a rank knows its own lanes only; else all states are equal.
+    Needed where rows are packed on the fly, since a rank knows its own lanes only; else all states are equal. Of a lane that
+    several know, what is furthest is kept:
+
+    >>> ours, theirs = {"0": [2, 5, []]}, {"0": [0, 0, []], "1": [1, 3, [[2, 40]]]}
+    >>> merge_states([{"packing": {"lanes": lanes}} for lanes in (ours, theirs)])
+    {'packing': {'lanes': {'0': [2, 5, []], '1': [1, 3, [[2, 40]]]}}}
 
     Args:
         states: of all ranks, in any order. With fewer, what the others packed is packed again from where it is known.
 
     Returns:
-        A state for `Loader.load_state_dict` of any rank. Of a lane that several know, what is furthest:
-
-        >>> ours, theirs = {"0": [2, 5, []]}, {"0": [0, 0, []], "1": [1, 3, [[2, 40]]]}
-        >>> merge_states([{"packing": {"lanes": lanes}} for lanes in (ours, theirs)])
-        {'packing': {'lanes': {'0': [2, 5, []], '1': [1, 3, [[2, 40]]]}}}
+        A state for `Loader.load_state_dict` of any rank.
 
     Raises:
         UsageError: they are not of one run and one step.

@@ -48,23 +48,21 @@ class RowMaker:
             )
         names = [opened.source.codes for opened in sources]
         self._make = config, seed, codebook_size_of(manifests, urls, config.codebook_size, names)
-        self._builder: ExampleBuilder | None = ExampleBuilder(*self._make)
         self.counts: Counter[str] = Counter()
         """Number of tokens, padding, rows, shortened (examples), since the process started."""
+        self.builder  # noqa: B018  # what is wrong with it is known before a worker starts
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_builder": None}  # a process that is not forked loads its own
+        return {name: value for name, value in vars(self).items() if name != "builder"}  # a process that is not forked loads it
 
-    @property
+    @cached_property
     def builder(self) -> ExampleBuilder:
         """The builder of this process."""
-        if self._builder is None:
-            self._builder = ExampleBuilder(*self._make)
-        return self._builder
+        return ExampleBuilder(*self._make)
 
     @cached_property
     def recipe(self) -> dict[str, Any]:
-        """See ExampleBuilder.recipe."""
+        """See ExampleBuilder.recipe; kept, since it takes a hash of the tokenizer."""
         return self.builder.recipe
 
     def read(self, loaded: Sequence[LoadedSamples], sample_indices: Sequence[int], data: Data) -> list[Sample]:

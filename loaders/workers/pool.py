@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import atexit
 import weakref
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from loaders.config import LoaderConfig, World
 from loaders.order.samples import OpenSource
 from loaders.workers.handover import affordable_prefetch, tell_of_failures
-from loaders.workers.steps import StepDataset, StepRequests, StepResult
+from loaders.workers.steps import StepDataset, StepRequest, StepResult
 from wds_tools.errors import StorageError, WdsToolsError, WorkerDied
 from wds_tools.storage import LocalStore, join
 
@@ -40,7 +40,7 @@ class WorkerPool:
         self._requests = _Requests()
         self._results: Iterator[StepResult | WdsToolsError] = iter(())
 
-    def begin(self, requests: StepRequests) -> None:
+    def begin(self, requests: Iterable[StepRequest]) -> None:
         """Ask for the steps of a loop.
 
         Raises:
@@ -114,16 +114,13 @@ class WorkerPool:
         return ""
 
 
-class _Requests(Sized, Iterable[Any]):
-    """The sampler of the DataLoader, which keeps one: the requests of the current loop."""
+class _Requests(Iterable[StepRequest]):
+    """The requests of the current loop: the one sampler that a DataLoader may have."""
 
-    current: StepRequests | None = None
+    current: Iterable[StepRequest] = ()
 
-    def __len__(self) -> int:
-        return len(self.current.steps) if self.current else 0
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.current or ())
+    def __iter__(self) -> Iterator[StepRequest]:
+        return iter(self.current)
 
 
 def _close(pool: weakref.ref[WorkerPool]) -> None:

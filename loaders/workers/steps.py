@@ -1,6 +1,6 @@
 """What a reading process does: a request (a step) -> a result with the batch's columns. In a worker or in the main process.
 
-    StepRequests (a loop) -> StepRequest -> StepDataset -> StepResult
+    requests_of (a loop) -> StepRequest -> StepDataset -> StepResult
 
 The request says all: which positions, and which come after them. A process keeps nothing between requests but what it read ahead.
 """
@@ -48,21 +48,14 @@ class StepRequest:
     """With packing: where lanes stand that this worker meets for the first time in the loop."""
 
 
-@dataclass(frozen=True, slots=True)
-class StepRequests:
-    """The requests of a loop over the rest of an epoch."""
+def requests_of(epoch: int, steps: BatchPartition, stride: int, loop: int, book: LaneBook | None) -> Iterator[StepRequest]:
+    """The requests of a loop over some steps; see StepRequest.
 
-    epoch: int
-    steps: BatchPartition
-    stride: int
-    loop: int
-    book: LaneBook | None
-    """With packing: what is known of the lanes."""
-
-    def __iter__(self) -> Iterator[StepRequest]:
-        for step in range(len(self.steps)):
-            lanes = self.book.new_lanes(self.steps, step, self.stride) if self.book else {}
-            yield StepRequest(self.epoch, self.steps, step, self.stride, self.loop, lanes)
+    Args:
+        book: with packing: what is known of the lanes.
+    """
+    for step in range(len(steps)):
+        yield StepRequest(epoch, steps, step, stride, loop, book.new_lanes(steps, step, stride) if book else {})
 
 
 @dataclass(slots=True, kw_only=True)
@@ -127,7 +120,8 @@ class StepDataset(torch.utils.data.Dataset["StepResult | WdsToolsError"]):
             self._reading, self._pid = self._open(request), os.getpid()
         reader, read_ahead, packer = self._reading
         low, high = request.steps.part(request.step, self._rank)
-        hash_total, lanes = 0, {}
+        hash_total = 0
+        lanes: dict[int, LaneState] = {}
         if packer is not None:
             columns, sources, substitutions, lanes = packer.rows(low, high, request.loop, request.lanes)
         else:

@@ -25,7 +25,8 @@ from loaders.cost.simulate import simulate
 from loaders.order.partition import BatchPartition
 from loaders.order.samples import open_source
 from loaders.testing import Topology, check_resume, run
-from wds_tools.errors import DataError, FormatError, NotFound, StorageError, UsageError
+from loaders.workers.steps import StepDataset
+from wds_tools.errors import DataError, FormatError, NotFound, Reject, StorageError, UsageError
 from wds_tools.format.schema import Sample
 
 
@@ -576,10 +577,25 @@ def test_an_unreadable_sample_stops_the_run_with_where_it_lies(tmp_path: Path) -
     url = make_pairs(tmp_path / "set", 30)
     damage(url, "p-00013", b'{"data_type"', b'["data_type"')
     made = loader(url)
-    with pytest.raises(FormatError, match=r"shard-000000-0001\.tar, sample 3 at byte \d+.*epoch 0, position \d+") as caught:
+    with pytest.raises(FormatError, match=r"(?s)shard-000000-0001\.tar, sample 3 at byte \d+.*epoch 0, position \d+") as caught:
         keys(made)
     assert "on_error='substitute'" in str(caught.value)
     assert made.state_dict()["position"] == made.position
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_error_keeps_its_type_and_its_arguments_and_says_where_the_run_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_workers: int
+) -> None:
+    def fetch(*_: Any) -> None:
+        raise Reject("a_reason", "of two arguments")
+
+    monkeypatch.setattr(StepDataset, "fetch", fetch)
+    made = loader(make_pairs(tmp_path / "set", 30), num_workers=num_workers, start_method="fork" if num_workers else None)
+    with pytest.raises(Reject, match="Everything before epoch 0, position 0 was handed over") as caught:
+        next(iter(made))
+    assert caught.value.args == ("a_reason", "of two arguments")
+    made.close()
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
