@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from wds_tools.dataset.writer import ShardLimits, TaskWriter, begin, finish
+from wds_tools.format.codes import join_grids
 from wds_tools.format.manifest import Manifest
-from wds_tools.format.schema import Sample, join_grids
+from wds_tools.format.schema import Sample
 from wds_tools.storage import open_store
 
 CODEBOOK_SIZE = 8192

@@ -1,6 +1,6 @@
 """Plays the part of one training process: what it would ask of storage, counted instead of fetched.
 
-    SampleOrder, BatchPartition -> the training's own SampleReader over fetches that only count -> ProcessCost
+    SampleOrder, BatchPartition -> the training's own PositionReader over fetches that only count -> ProcessCost
 
 A process that has few steps is played in full. Of any other, two windows are: from the start of the epoch, for what is in
 memory at most, and from its middle, where whole cycles of its read-ahead are counted and taken for the whole epoch. Where not
@@ -23,7 +23,8 @@ from loaders.order.partition import BatchPartition
 from loaders.order.plan import block_samples
 from loaders.order.samples import OpenSource, SampleOrder
 from loaders.reading.planner import PositionRange, Request
-from loaders.reading.reader import ReadAhead, SampleReader
+from loaders.reading.reader import PositionReader, ReadAhead
+from wds_tools.dataset.samples import INDEX_BYTES, RUN_SAMPLES
 from wds_tools.storage import LocalStore
 from wds_tools.storage.recent import Recent
 
@@ -34,10 +35,8 @@ _ENOUGH_EVICTED = 5_000
 _SHARE_SAMPLES = 1 << 16
 _INDEX_SAMPLE_BYTES = 20
 """Of a sample in an index file (docs/format.md)."""
-_INDEX_FILES_BYTES = 64 << 20
-_INDEX_RUN_SAMPLES = 2048
-_INDEX_RUNS = 819
-"""A source keeps index files of so many bytes in memory, and so many runs of their samples parsed; see SourceReader."""
+_INDEX_RUNS = INDEX_BYTES // 2 // (40 * RUN_SAMPLES)
+"""Parsed runs that an IndexReader keeps; the other half of its memory are index files."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +88,7 @@ class CountingFetches:
         self._sources = sources
         self.is_mapped: Sequence[bool] = [not as_remote and isinstance(opened.store, LocalStore) for opened in sources]
         self.num_loads = self.num_requests = self.num_bytes = self.index_requests = self.index_bytes = 0
-        self._index_files = [Recent[int, range](_INDEX_FILES_BYTES, len) for _ in sources]
+        self._index_files = [Recent[int, range](INDEX_BYTES // 2, len) for _ in sources]
         self._index_runs = [Recent[tuple[int, int], bool](_INDEX_RUNS) for _ in sources]
 
     def load(self, request: Request) -> None:
@@ -98,7 +97,7 @@ class CountingFetches:
         self.num_loads += 1
         if self.is_mapped[source]:
             return
-        for start in range(first // _INDEX_RUN_SAMPLES, -(-last // _INDEX_RUN_SAMPLES)):
+        for start in range(first // RUN_SAMPLES, -(-last // RUN_SAMPLES)):
             self._index_runs[source].get((shard, start), lambda key: self._parse_index(source, key[0]))
         info = self._sources[source].manifest.shards[shard]
         self.num_requests += 1
@@ -158,7 +157,7 @@ class _Process:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what a run would warn of is among the results
             stride = self.step_numbers.step * steps.batch_size
-            reader = SampleReader(order, high - low, stride, config.memory_bytes, self._fetches)
+            reader = PositionReader(order, high - low, stride, config.memory_bytes, self._fetches)
         self.planner, self.residency, self._read_ahead = reader.planner, reader.residency, ReadAhead(reader)
         self._sample_bytes = [max(opened.manifest.bytes // max(opened.manifest.samples, 1), 1) for opened in order.sources]
         self._order, self._steps = order, steps

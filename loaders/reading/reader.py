@@ -1,7 +1,7 @@
 """Reads positions of the order in one process: plans, what is held, and requests, put together.
 
-    SampleReader.plan(ranges) -> plans        asks for what is not in memory; returns at once
-    SampleReader.take(plan) -> where its positions lead, and what holds the sample of each
+    PositionReader.plan(ranges) -> plans        asks for what is not in memory; returns at once
+    PositionReader.take(plan) -> where its positions lead, and what holds the sample of each
 
 Plans are taken in any order, each once. `ReadAhead` takes them one after the other and plans what comes up, as far as memory
 and requests in flight allow.
@@ -28,7 +28,7 @@ _S = TypeVar("_S")
 
 def open_reader(
     order: SampleOrder, config: LoaderConfig, num_positions: int, stride_positions: int
-) -> SampleReader[LoadedSamples]:
+) -> PositionReader[LoadedSamples]:
     """The reader of this process.
 
     Args:
@@ -39,10 +39,10 @@ def open_reader(
     end_with_trainer()
     cache = BlockCache(config.cache_dir, config.cache_bytes) if config.cache_dir else None
     fetches = BackgroundFetches(order.sources, cache)
-    return SampleReader(order, num_positions, stride_positions, config.memory_bytes, fetches)
+    return PositionReader(order, num_positions, stride_positions, config.memory_bytes, fetches)
 
 
-class SampleReader(Generic[_S]):
+class PositionReader(Generic[_S]):
     """What one process reads.
 
     Args:
@@ -115,7 +115,7 @@ class ReadAhead(Generic[_S]):
         reader: of this process.
     """
 
-    def __init__(self, reader: SampleReader[_S]) -> None:
+    def __init__(self, reader: PositionReader[_S]) -> None:
         self._reader = reader
         self._at_once, self._is_local = reader.planner.at_once, reader.planner.is_local
         self._plans: deque[Plan] = deque()
@@ -127,7 +127,7 @@ class ReadAhead(Generic[_S]):
         return len(self._plans)
 
     def read(self, positions: PositionRange, upcoming: Iterator[PositionRange]) -> tuple[Located, list[_S]]:
-        """See SampleReader.take.
+        """See PositionReader.take.
 
         Args:
             positions: what is wanted.

@@ -21,7 +21,7 @@ from loaders.batches.collate import Columns, TokenTensors
 from loaders.batches.decode import Decoder, Substitution
 from loaders.order.samples import Located, SampleOrder
 from loaders.reading.planner import Plan, PositionRange
-from loaders.reading.reader import SampleReader
+from loaders.reading.reader import PositionReader
 from loaders.reading.source import LoadedSamples
 from loaders.tokens.lanes import LaneState
 from loaders.tokens.rows import RowMaker
@@ -57,7 +57,7 @@ class LanePacker:
         maker: of this process.
     """
 
-    def __init__(self, order: SampleOrder, reader: SampleReader[LoadedSamples], decoder: Decoder, maker: RowMaker) -> None:
+    def __init__(self, order: SampleOrder, reader: PositionReader[LoadedSamples], decoder: Decoder, maker: RowMaker) -> None:
         self._order = order
         self._num_lanes = order.spec.lanes
         self._reader = reader

@@ -22,7 +22,7 @@ from loaders.order.partition import BatchPartition
 from loaders.order.samples import Located, SampleOrder
 from loaders.proof.receipt import SampleHash, total_of
 from loaders.reading.planner import PositionRange
-from loaders.reading.reader import ReadAhead, SampleReader, open_reader
+from loaders.reading.reader import PositionReader, ReadAhead, open_reader
 from loaders.reading.source import LoadedSamples
 from loaders.tokens.lanes import LaneBook, LaneState
 from loaders.tokens.packing import LanePacker
@@ -73,7 +73,7 @@ class StepResult:
     worker: int
     """Number of the process that made it."""
     counts: dict[str, int]
-    """SampleReader.counts() of that process, and those of its RowMaker."""
+    """PositionReader.counts() of that process, and those of its RowMaker."""
     lanes: dict[int, LaneState]
     """With packing: where its lanes stand after it."""
 
@@ -96,7 +96,7 @@ class StepDataset(torch.utils.data.Dataset["StepResult | WdsToolsError"]):
         self._decoder = Decoder(check_crc=config.check_crc, substitute=config.on_error == "substitute")
         self._parse = read_token_rows if check_packed_ahead(order.sources) else read_columns
         self._maker = maker
-        self._reading: tuple[SampleReader[LoadedSamples], ReadAhead[LoadedSamples], LanePacker | None] | None = None
+        self._reading: tuple[PositionReader[LoadedSamples], ReadAhead[LoadedSamples], LanePacker | None] | None = None
         self._pid = 0
 
     def __getstate__(self) -> dict[str, Any]:
@@ -158,7 +158,7 @@ class StepDataset(torch.utils.data.Dataset["StepResult | WdsToolsError"]):
         for step in range(_worker_id(), len(following), request.stride):
             yield PositionRange(request.epoch + 1, *following.part(step, self._rank))
 
-    def _open(self, request: StepRequest) -> tuple[SampleReader[LoadedSamples], ReadAhead[LoadedSamples], LanePacker | None]:
+    def _open(self, request: StepRequest) -> tuple[PositionReader[LoadedSamples], ReadAhead[LoadedSamples], LanePacker | None]:
         low, high = request.steps.part(0, self._rank)
         reader = open_reader(self._order, self._config, high - low, request.stride * request.steps.batch_size)
         packer = None

@@ -21,17 +21,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from wds_tools.errors import FormatError
+from wds_tools.format.codes import code_column, code_dtype, join_grids
 from wds_tools.format.index import serialize_index
-from wds_tools.format.schema import (
-    DATA_TYPES,
-    IMAGE_EXTENSIONS,
-    Sample,
-    SourceImage,
-    code_column,
-    code_dtype,
-    join_grids,
-    validate,
-)
+from wds_tools.format.schema import DATA_TYPES, IMAGE_EXTENSIONS, Sample, SourceImage, validate
 from wds_tools.format.shard import (
     ShardBuilder,
     encode_members,

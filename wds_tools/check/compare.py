@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 
 from wds_tools.dataset.reader import read_manifest, read_shard
 from wds_tools.errors import FormatError, UsageError
+from wds_tools.format.codes import CODE_COLUMNS, Codes, codes_named, named_column
 from wds_tools.format.manifest import Manifest
-from wds_tools.format.schema import CODE_COLUMNS, Codes, Sample, codes_named, named_column
+from wds_tools.format.schema import Sample
 from wds_tools.images import ImageLimits, Mode, prepare
 from wds_tools.run.progress import Progress
 from wds_tools.storage import Store, open_store
@@ -42,11 +43,11 @@ class CompareConfig:
     a: str
     """The first dataset."""
     b: str
-    """The second; it may be the same, if the names of the codes differ."""
-    codes_a: str = ""
-    """Name of the codes in the first, where it has several."""
-    codes_b: str = ""
-    """Name of the codes in the second."""
+    """The second; it may be the same, if the code sets differ."""
+    code_set_a: str = ""
+    """Code set of the first, where it has several."""
+    code_set_b: str = ""
+    """Code set of the second."""
     pictures: int = 100
     """Decode the pictures of this many samples, evenly spread, and compare them; 0: none."""
     weights: str | None = None
@@ -59,8 +60,8 @@ class CompareConfig:
     def __post_init__(self) -> None:
         if self.pictures < 0:
             raise UsageError(f"--pictures {self.pictures}: at least 0")
-        if (self.a, self.codes_a) == (self.b, self.codes_b):
-            raise UsageError("both are the same codes: name two datasets, or two names of codes (--codes-a, --codes-b)")
+        if (self.a, self.code_set_a) == (self.b, self.code_set_b):
+            raise UsageError("both are the same codes: name two datasets, or two code sets (--code-set-a, --code-set-b)")
 
 
 @dataclass(kw_only=True)
@@ -109,7 +110,7 @@ def compare_codes(config: CompareConfig) -> Comparison:
     result = Comparison()
     num_looked_at = 0
     with Progress("compare-codes", min(a[1].samples, b[1].samples), quiet=config.quiet) as progress:
-        for one, two in _joined(_coded(*a, config.codes_a), _coded(*b, config.codes_b), result):
+        for one, two in _joined(_coded(*a, config.code_set_a), _coded(*b, config.code_set_b), result):
             _count(result, one, two)
             if tokenizer is not None and num_looked_at < config.pictures and num_looked_at * every < result.samples and one.grids:
                 num_looked_at += 1
@@ -124,9 +125,9 @@ def _check(config: CompareConfig, a: Manifest, b: Manifest) -> dict[str, Any]:
     """The provenance that both have in common."""
     known = [
         (url, codes_named(manifest.codes, name))
-        for url, manifest, name in ((config.a, a, config.codes_a), (config.b, b, config.codes_b))
+        for url, manifest, name in ((config.a, a, config.code_set_a), (config.b, b, config.code_set_b))
     ]
-    for (url, codes), name in zip(known, (config.codes_a, config.codes_b), strict=True):
+    for (url, codes), name in zip(known, (config.code_set_a, config.code_set_b), strict=True):
         if not codes:
             raise UsageError(f"{url} has no codes {' or '.join(named_column(column, name) for column in CODE_COLUMNS)}")
     facts = [next(iter(codes.values())) for _, codes in known]

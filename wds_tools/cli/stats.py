@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import tyro
 
-from wds_tools.check.duplicates import Repeats
-from wds_tools.check.histogram import Histogram
-from wds_tools.check.report import render, to_json
-from wds_tools.check.stats import Stats, StatsConfig, stats
+from wds_tools.check.stats.describe import Stats, StatsConfig, stats
+from wds_tools.check.stats.duplicates import Repeats
+from wds_tools.check.stats.histogram import Histogram
+from wds_tools.check.stats.report import render, to_json
 from wds_tools.cli.summary import Printed, print_dataset, print_json
 from wds_tools.storage import open_store, split_url
 from wds_tools.storage.place import check_apart

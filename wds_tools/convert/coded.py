@@ -25,8 +25,8 @@ from wds_tools.convert.options import ConvertOptions
 from wds_tools.convert.tables import JSONL, TableRow, check_files, data_files, load_pyarrow, table_rows
 from wds_tools.dataset.writer import TaskWriter
 from wds_tools.errors import FormatError, Reject, UsageError
+from wds_tools.format.codes import CODE_COLUMNS
 from wds_tools.format.manifest import Manifest
-from wds_tools.format.schema import CODE_COLUMNS
 from wds_tools.jobs.job import Advance, Plan, run_job
 from wds_tools.sources.coded import SIDE_512, CodedRows
 from wds_tools.sources.fields import Line, parse_record

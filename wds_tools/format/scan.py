@@ -86,20 +86,15 @@ class Scan:
         """
         spans = zip(self.start.tolist(), (self.start + self.size).tolist(), strict=True)
         none = np.zeros(len(self.keys), np.int64)
-        return make_index(
-            members=self.suffixes,
-            sample=self.sample,
-            suffix=self.suffix,
-            offset=self.offset - self.start[self.sample],
-            length=self.length,
-            start=self.start,
-            size=self.size,
-            crc32=np.array([crc32(tar[begin:end]) for begin, end in spans], np.int64),
-            text_chars=np.array(text_chars, np.int64) if text_chars else none,
-            num_codes=np.array(num_codes, np.int64) if num_codes else none,
-            tar_bytes=len(tar),
-            tar_xxh128=xxh128,
-        )
+        columns = {
+            "start": self.start,
+            "size": self.size,
+            "crc32": np.array([crc32(tar[begin:end]) for begin, end in spans], np.int64),
+            "text_chars": np.array(text_chars, np.int64) if text_chars else none,
+            "num_codes": np.array(num_codes, np.int64) if num_codes else none,
+        }
+        offset = self.offset - self.start[self.sample]
+        return make_index(self.suffixes, self.sample, self.suffix, offset, self.length, columns, len(tar), xxh128)
 
 
 def scan_tar(archive: bytes | memoryview, name: str = "tar") -> Scan:

@@ -144,7 +144,7 @@ function about(sample) {
       sample.length !== undefined ? ["length", count(sample.length)] : null,
       size ? ["cropped to", size] : null,
       ["shard", sample.shard],
-      ["row", count(sample.row)],
+      ["sample in its shard", count(sample.sample_index)],
       ["at byte", count(sample.start)],
       ["bytes", count(sample.bytes)],
       ...Object.entries(sample.provenance ?? {}),
