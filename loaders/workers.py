@@ -109,7 +109,7 @@ class StepDataset(torch.utils.data.Dataset["StepResult | WdsToolsError"]):
             samples, substitutions, good = self._decoder.decode(located, rows, self._maker.read)
             epochs = self._order.source_epochs(request.epoch, np.arange(low, high))
             columns = self._maker.padded(samples, epochs, [self._order.sources[number].name for number in sources])
-        hash_total = total_of(self._hashes, good.source, good.shard, good.row)
+        hash_total = total_of(self._hashes, good.source, good.shard, good.sample_index)
         return self._result(reader, columns, sources, hash_total, substitutions)
 
     def _result(

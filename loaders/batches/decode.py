@@ -31,8 +31,8 @@ class Substitution(NamedTuple):
 
     source: int
     shard: int
-    row: int
-    by_row: int
+    sample_index: int
+    substitute_index: int
     reason: str
     """crc32, json, format, or why a sample makes no token row."""
 
@@ -64,12 +64,12 @@ class Decoder:
             return self._decode(located, rows, parse)
 
     def _decode(self, located: Located, rows: list[LoadedRows], parse: Parse[_T]) -> tuple[_T, list[Substitution], Located]:
-        numbers = located.row.tolist()
+        numbers = located.sample_index.tolist()
         try:
             return self._parsed(rows, numbers, parse), [], located
         except _READING_ERRORS:
             substitutions = self._replace_bad(located, rows, numbers, parse)
-            good = Located(*(column[located.row == np.array(numbers)] for column in located))
+            good = Located(*(column[located.sample_index == np.array(numbers)] for column in located))
             return self._parsed(rows, numbers, parse), substitutions, good
 
     def _parsed(
@@ -102,9 +102,9 @@ class Decoder:
                 raise FormatError(
                     f"{what}; nor can any of the next {min(num_rows - 1, _MOST_TRIED)} of its shard be read"
                 ) from error
-            by_row = found[1]
-            numbers[at] = by_row
-            substitutions.append(Substitution(int(located.source[at]), held.shard, row, by_row, _reason(error)))
+            substitute_index = found[1]
+            numbers[at] = substitute_index
+            substitutions.append(Substitution(int(located.source[at]), held.shard, row, substitute_index, _reason(error)))
         return substitutions
 
     def _fetch_anew(self, rows: list[LoadedRows], at: int, row: int, error: Exception, parse: Parse[object]) -> bool:

@@ -203,7 +203,7 @@ class Reader:
         ranges = [np.arange(part.low, part.high, part.stride) + (part.epoch - epoch) * length for part in parts]
         located = self._order.locate(epoch, np.concatenate(ranges))
         to_load = self._with_regions(located)
-        self._num_planned += len(located.row)
+        self._num_planned += len(located.sample_index)
         begin = 0
         new: list[Planned] = []
         for part, positions in zip(parts, ranges, strict=True):
@@ -224,21 +224,21 @@ class Reader:
         return new
 
     def _with_regions(self, located: Located) -> Located:
-        """The same, with regions in place of pieces for sources that are kept whole."""
+        """The same, with regions in place of shuffle blocks for sources that are kept whole."""
         if not self._region_rows.any():
             return located
         shard = self._region_base[located.source] + located.shard
         rows = self._region_rows[shard]
         whole = rows > 0
         size = np.maximum(rows, 1)
-        region = located.row // size
+        region = located.sample_index // size
         key = -1 - ((shard << 32) + region)
         return located._replace(
             key=np.where(whole, key, located.key),
             first=np.where(whole, region * size, located.first),
-            num_rows=np.where(whole, size, located.num_rows),
-            done=np.where(whole, 0, located.done),
-            run=np.where(whole, size, located.run),
+            num_samples=np.where(whole, size, located.num_samples),
+            num_done=np.where(whole, 0, located.num_done),
+            num_in_run=np.where(whole, size, located.num_in_run),
         )
 
     def _request_missing(self, to_load: Located) -> None:
@@ -251,7 +251,8 @@ class Reader:
         """Load these units, the neighbours among them together."""
         ascending = np.lexsort((new.first, new.shard, new.source))
         source, shard, key, first, num_rows, done, run = (
-            column[ascending].tolist() for column in (new.source, new.shard, new.key, new.first, new.num_rows, new.done, new.run)
+            column[ascending].tolist()
+            for column in (new.source, new.shard, new.key, new.first, new.num_samples, new.num_done, new.num_in_run)
         )
         begin = 0
         while begin < len(source):

@@ -299,7 +299,7 @@ def _with_columns(index: ShardIndex, columns: dict[str, Any]) -> ShardIndex:
 def _code_members(opened: OpenSource) -> Sequence[str]:
     """The members that hold the codes of a source; of those that a sample has the first counts."""
     members = [member for member in opened.manifest.members if member.endswith(".npy")]
-    name = opened.source.codes
+    name = opened.source.code_set
     if name is None:
         return members
     named = [member for member in members if member.removesuffix(".npy") in {named_column(c, name) for c in CODE_COLUMNS}]

@@ -46,7 +46,7 @@ class RowMaker:
             raise UsageError(
                 "sequences are made of samples of this project's schema: leave them out for other tars and packed rows"
             )
-        names = [opened.source.codes for opened in sources]
+        names = [opened.source.code_set for opened in sources]
         self._make = config, seed, codebook_size_of(manifests, urls, config.codebook_size, names)
         self._builder: ExampleBuilder | None = ExampleBuilder(*self._make)
         self.counts: Counter[str] = Counter()
@@ -63,9 +63,9 @@ class RowMaker:
         return self._builder
 
     @cached_property
-    def recipe(self) -> dict[str, Any]:
-        """See ExampleBuilder.recipe."""
-        return self.builder.recipe
+    def spec(self) -> dict[str, Any]:
+        """See ExampleBuilder.spec."""
+        return self.builder.spec
 
     def read(self, rows: Sequence[LoadedRows], numbers: Sequence[int], data: Data) -> list[Sample]:
         """Parse rows as samples of which examples can be made. Raises as collate.read_records, and Reject."""
