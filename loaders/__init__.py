@@ -3,7 +3,7 @@
 docs/flow.md says how the modules fit together.
 """
 
-from loaders.config import LoaderConfig, Source, World
+from loaders.config import LoaderConfig, Source
 from loaders.epochs import EpochLoader
 from loaders.jsonl import JsonlDataset
 from loaders.loader import Loader, build_loader
@@ -11,6 +11,7 @@ from loaders.shards import ShardDataset
 from loaders.tars import TarDataset
 from loaders.tokens.lanes import merge_states
 from loaders.tokens.rows import flatten, model_inputs
+from loaders.world import World
 from wds_tools.sequences.config import SequenceConfig
 
 __all__ = [

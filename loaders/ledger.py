@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from loaders.config import LoaderConfig, World
+from loaders.config import LoaderConfig
 from loaders.order.samples import SampleOrder
 from loaders.proof.receipt import MODULUS, Span, receipt_to_json
 from loaders.workers.steps import StepResult
+from loaders.world import World
 from wds_tools.errors import DataError
 
 _WAITS_KEPT = 10_000

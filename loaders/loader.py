@@ -19,15 +19,16 @@ import torch
 import torch.distributed as dist
 
 from loaders.batches.collate import Batch
-from loaders.config import LoaderConfig, World
+from loaders.config import LoaderConfig
 from loaders.ledger import Ledger
 from loaders.order.partition import BatchPartition
-from loaders.order.samples import SampleOrder, open_source
-from loaders.proof.state import check_data, check_recipe, parse_state, state_to_json
+from loaders.order.samples import SampleOrder, open_source, order_spec
+from loaders.proof.state import parse_state, state_to_json
 from loaders.tokens.lanes import ENDLESS, LaneBook, LaneState, check_packing, lanes_to_json, merge_states, parse_lanes
 from loaders.tokens.rows import RowMaker
 from loaders.workers.pool import WorkerPool
 from loaders.workers.steps import StepDataset, StepResult, requests_of
+from loaders.world import World
 from wds_tools.errors import UsageError, WdsToolsError
 from wds_tools.sequences.vocabulary import Vocabulary
 
@@ -66,7 +67,7 @@ class Loader:
         self._sources = [open_source(source) for source in config.sources]
         if len({opened.has_schema for opened in self._sources}) > 1:
             raise UsageError("sources of this project's schema can't be mixed with indexed tars of any members")
-        self._order = SampleOrder(self._sources, config)
+        self._order = SampleOrder(self._sources, order_spec(self._sources, config))
         self._maker = RowMaker(config.sequences, config.seed, self._sources) if config.sequences else None
         self._book = LaneBook(self._order.spec.lanes, world.rank)
         if config.last_batch == "drop" and not config.packing and self._order.length < config.batch_size:
@@ -143,7 +144,7 @@ class Loader:
         """
         state = state_to_json(self._order, self.epoch, self.position)
         if self._maker is not None and self.config.packing:
-            state["packing"] = {"recipe": self._maker.recipe, "lanes": lanes_to_json(self._book.lanes)}
+            state["packing"] = {"spec": self._maker.spec, "lanes": lanes_to_json(self._book.lanes)}
         return state
 
     def gather_state(self) -> dict[str, Any]:
@@ -162,10 +163,8 @@ class Loader:
         Raises:
             UsageError: the state is damaged, or of other data or another order; says what differs.
         """
-        spec, step_samples, epoch, position = parse_state(state, self.config)
-        check_data(state, self._sources, self._order.fingerprints)
-        order = SampleOrder(self._sources, self.config, spec, step_samples)
-        check_recipe(state, order)
+        spec, epoch, position = parse_state(state, self.config, self._order)
+        order = SampleOrder(self._sources, spec)
         lanes = self._lanes(state, order)
         self.close()
         self._order = order
@@ -214,7 +213,7 @@ class Loader:
             raise UsageError(f"the state was saved with packing={packing is not None}, the config has {self.config.packing}")
         if self._maker is None or packing is None:
             return {}
-        check_packing(packing, self._maker.recipe)
+        check_packing(packing, self._maker.spec)
         return parse_lanes(packing["lanes"], order.spec.lanes, state["position"])
 
     @contextmanager

@@ -16,13 +16,14 @@ from torch.utils.data import get_worker_info
 
 from loaders.batches.collate import Sample, read_samples
 from loaders.batches.decode import Decoder
-from loaders.config import LastBatch, LoaderConfig, Source, World
+from loaders.config import LastBatch, LoaderConfig, Source
 from loaders.order.partition import BatchPartition
-from loaders.order.samples import SampleOrder, open_source
-from loaders.proof.state import check_data, check_recipe, parse_state, state_to_json
+from loaders.order.samples import SampleOrder, open_source, order_spec
+from loaders.proof.state import parse_state, state_to_json
 from loaders.reading.planner import PositionRange
 from loaders.reading.reader import ReadAhead, open_reader
 from loaders.workers.handover import tell_of_failures
+from loaders.world import World
 
 _READ_TOGETHER = 256
 _LANES = 1024
@@ -111,7 +112,7 @@ class ShardDataset(wds.DataPipeline, wds.compat.FluidInterface):  # type: ignore
         """Go on from a state with the next iteration.
 
         Raises:
-            UsageError: the data or the recipe is another; says what differs.
+            UsageError: the state is damaged, or of other data or another order; says what differs.
         """
         self._source.load_state_dict(state)
 
@@ -122,8 +123,8 @@ class _Samples:
     def __init__(self, config: LoaderConfig, world: World, epoch: int) -> None:
         self._config = config
         self._world = world
-        self._opened = open_source(config.sources[0])
-        self.order = SampleOrder([self._opened], config)
+        sources = [open_source(config.sources[0])]
+        self.order = SampleOrder(sources, order_spec(sources, config))
         self.epoch = epoch
         self.start = 0
         """Position at which the next iteration begins."""
@@ -131,11 +132,8 @@ class _Samples:
         """Position in the epoch after the samples handed out: a multiple of what all ranks and workers take in turn."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        spec, step_samples, epoch, position = parse_state(state, self._config)
-        check_data(state, [self._opened], self.order.fingerprints)
-        order = SampleOrder([self._opened], self._config, spec, step_samples)
-        check_recipe(state, order)
-        self.order, self.epoch, self.position, self.start = order, epoch, position, position
+        spec, self.epoch, self.position = parse_state(state, self._config, self.order)
+        self.order, self.start = SampleOrder(self.order.sources, spec), self.position
 
     def __call__(self) -> Iterator[Sample]:
         self._world.check()

@@ -33,9 +33,9 @@ class Substitution(NamedTuple):
     """Number of the source."""
     shard: int
     """Number of the shard in its source."""
-    row: int
+    sample_index: int
     """Number of the unreadable sample in its shard."""
-    by_row: int
+    substitute_index: int
     """Number of the sample in its stead."""
     reason: str
     """crc32, json, format, or why a sample makes no token row."""
@@ -67,13 +67,13 @@ class Decoder:
         Raises:
             FormatError: a sample can't be read, and was not to be replaced or none of the next 64 of its shard can be read.
         """
-        sample_indices = located.row.tolist()
+        sample_indices = located.sample_index.tolist()
         with _paused_gc():
             try:
                 return self._parsed(loaded, sample_indices, parse), [], located
             except _READING_ERRORS:
                 substitutions = self._replace_bad(located, loaded, sample_indices, parse)
-                good = Located(*(column[located.row == np.array(sample_indices)] for column in located))
+                good = Located(*(column[located.sample_index == np.array(sample_indices)] for column in located))
                 return self._parsed(loaded, sample_indices, parse), substitutions, good
 
     def _parsed(self, loaded: Sequence[LoadedSamples], sample_indices: Sequence[int], parse: Parse[_T]) -> _T:

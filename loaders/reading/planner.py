@@ -142,7 +142,7 @@ class Planner:
         positions = [np.arange(part.low, part.high, part.stride) + (part.epoch - epoch) * length for part in ranges]
         located = self._order.locate(epoch, np.concatenate(positions))
         units = self._with_regions(located)
-        self.num_planned += len(located.row)
+        self.num_planned += len(located.sample_index)
         plans: list[Plan] = []
         end = 0
         for part, part_positions in zip(ranges, positions, strict=True):
@@ -166,7 +166,7 @@ class Planner:
         ascending = np.lexsort((units.first, units.shard, units.source))
         source, shard, key, first, num_samples, done, run = (
             column[ascending].tolist()
-            for column in (units.source, units.shard, units.key, units.first, units.num_rows, units.done, units.run)
+            for column in (units.source, units.shard, units.key, units.first, units.num_samples, units.num_done, units.num_in_run)
         )
         begin = 0
         while begin < len(source):
@@ -204,13 +204,13 @@ class Planner:
         region_samples = self._region_samples[shard]
         is_whole = region_samples > 0
         size = np.maximum(region_samples, 1)
-        region = located.row // size
+        region = located.sample_index // size
         return located._replace(
             key=np.where(is_whole, -1 - ((shard << 32) + region), located.key),
             first=np.where(is_whole, region * size, located.first),
-            num_rows=np.where(is_whole, size, located.num_rows),
-            done=np.where(is_whole, 0, located.done),
-            run=np.where(is_whole, size, located.run),
+            num_samples=np.where(is_whole, size, located.num_samples),
+            num_done=np.where(is_whole, 0, located.num_done),
+            num_in_run=np.where(is_whole, size, located.num_in_run),
         )
 
     def _samples_of_regions(self, opened: OpenSource, *, is_mapped: bool, side_by_side: int) -> Ints:

@@ -234,7 +234,7 @@ def _most_mapped() -> int:
 def _code_members(opened: OpenSource) -> Sequence[str]:
     """The members that hold the codes of a source; of those that a sample has the first counts."""
     members = {name.removesuffix(".npy"): name for name in opened.manifest.members if name.endswith(".npy")}
-    code_set = opened.source.codes
+    code_set = opened.source.code_set
     if code_set is None:
         return list(members.values())
     if not (chosen := one_set(members, code_set)):

@@ -112,16 +112,16 @@ def parse_lanes(lanes: Any, num_lanes: int, position: int) -> dict[int, LaneStat
     return parsed
 
 
-def check_packing(packing: Any, recipe: Mapping[str, Any]) -> None:
+def check_packing(packing: Any, spec: Mapping[str, Any]) -> None:
     """Raise UsageError unless a state's rows are made as the config makes them."""
-    saved = packing.get("recipe") if isinstance(packing, Mapping) else None
+    saved = packing.get("spec") if isinstance(packing, Mapping) else None
     if not isinstance(saved, Mapping):
         raise UsageError(f"not the state of packed rows: its packing is {str(packing)[:80]}")
-    names = [name for name, value in recipe.items() if saved.get(name) != value]
+    names = [name for name, value in spec.items() if saved.get(name) != value]
     if names:
         raise UsageError(
-            f"the state was saved with other rows: {names[0]} was {saved.get(names[0])!r}, is {recipe[names[0]]!r}: "
-            "keep the recipe of the run, or start a new one"
+            f"the state was saved with other rows: {names[0]} was {saved.get(names[0])!r}, is {spec[names[0]]!r}: "
+            "keep the settings of the run, or start a new one"
         )
 
 

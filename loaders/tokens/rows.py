@@ -47,7 +47,7 @@ class RowMaker:
             raise UsageError(
                 "sequences are made of samples of this project's schema: leave them out for other tars and packed rows"
             )
-        names = [opened.source.codes for opened in sources]
+        names = [opened.source.code_set for opened in sources]
         self._make = config, seed, codebook_size_of(manifests, urls, config.codebook_size, names)
         self.counts: Counter[str] = Counter()
         """Number of tokens, padding, rows, shortened (examples), since the process started."""
@@ -62,9 +62,9 @@ class RowMaker:
         return ExampleBuilder(*self._make)
 
     @cached_property
-    def recipe(self) -> dict[str, Any]:
-        """See ExampleBuilder.recipe; kept, since it takes a hash of the tokenizer."""
-        return self.builder.recipe
+    def spec(self) -> dict[str, Any]:
+        """See ExampleBuilder.spec; kept, since it takes a hash of the tokenizer."""
+        return self.builder.spec
 
     def read(self, loaded: Sequence[LoadedSamples], sample_indices: Sequence[int], data: Data) -> list[Sample]:
         """Parse samples of which examples can be made. Args and Raises as collate.read_records, and Reject."""

@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 
-from loaders.config import LoaderConfig, World
+from loaders.config import LoaderConfig
 from loaders.order.samples import OpenSource
 from loaders.workers.handover import affordable_prefetch, tell_of_failures
 from loaders.workers.steps import StepDataset, StepRequest, StepResult
+from loaders.world import World
 from wds_tools.errors import StorageError, WdsToolsError, WorkerDied
 from wds_tools.storage import LocalStore, join
 

@@ -128,7 +128,7 @@ class StepDataset(torch.utils.data.Dataset["StepResult | WdsToolsError"]):
             located, loaded = read_ahead.read(PositionRange(request.epoch, low, high), self._upcoming(request))
             columns, substitutions, good = self._decoded(located, loaded, request.epoch, low)
             sources = located.source.tolist()
-            hash_total = total_of(self._hashes, good.source, good.shard, good.row)
+            hash_total = total_of(self._hashes, good.source, good.shard, good.sample_index)
         return StepResult(
             columns=columns,
             sources=sources,

@@ -23,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loaders import LoaderConfig, ShardDataset, Source, build_loader
-from loaders.order.samples import OpenSource, SampleOrder
+from loaders.order.samples import OpenSource, SampleOrder, order_spec
 from loaders.proof.audit import audit
 from loaders.proof.receipt import parse_receipt
 from loaders.tokens.lanes import parse_lanes
@@ -169,7 +169,7 @@ def test_manifests(folder: Path) -> None:
         source = Source("set")
         opened = OpenSource(source, open_store("memory://set"), manifest)
         if manifest.bytes < 1 << 30:  # larger ones are planned too, but not within a test
-            SampleOrder([opened], LoaderConfig(sources=(source,), batch_size=4)).locate(0, np.arange(1))
+            SampleOrder([opened], order_spec([opened], LoaderConfig(sources=(source,), batch_size=4))).locate(0, np.arange(1))
 
     check(document, read)
 
@@ -246,7 +246,7 @@ def test_states(folder: Path) -> None:
 def test_a_state_may_hold_numbers_that_no_json_has(folder: Path) -> None:
     loader = build_loader(LoaderConfig(sources=(Source(str(folder)),), batch_size=4))
     state = loader.state_dict()
-    for change in ({"position": 10**5000}, {"version": 10**5000}, {"recipe": {"length": 10**5000}}, {"sources": [{1: 2}]}):
+    for change in ({"position": 10**5000}, {"version": 10**5000}, {"spec": {"length": 10**5000}}, {"sources": [{1: 2}]}):
         with pytest.raises(UsageError, match=r"^not the state of a loader"):
             loader.load_state_dict({**state, **change})
 
@@ -269,7 +269,7 @@ def test_receipts(folder: Path) -> None:
     for _ in loader:
         pass
     document = loader.receipt()
-    document["substitutions"] = [{"epoch": 0, "source": 0, "shard": 1, "row": 3, "reason": "crc32"}]
+    document["substitutions"] = [{"epoch": 0, "source": 0, "shard": 1, "sample_index": 3, "reason": "crc32"}]
     valid = parse_receipt(json.dumps(loader.receipt()).encode(), "valid")
 
     def read(data: bytes) -> None:

@@ -16,7 +16,7 @@ from factory import image_sample, make_dataset, text_sample
 from loaders import LoaderConfig, Source, World, build_loader
 from loaders.cost.simulate import Mixing, Simulation, imagined_source, measure_mixing, simulate
 from loaders.order.partition import BatchPartition
-from loaders.order.samples import OpenSource, SampleOrder, open_source
+from loaders.order.samples import OpenSource, SampleOrder, open_source, order_spec
 from loaders.reading.planner import PositionRange
 from loaders.reading.reader import ReadAhead, open_reader
 from wds_tools.cli.main import main
@@ -43,7 +43,7 @@ def no_small_sets(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def real_counts(opened: OpenSource, config: LoaderConfig, world: World) -> dict[str, int]:
     """Of a reader that fetches, over an epoch."""
-    order = SampleOrder([opened], config)
+    order = SampleOrder([opened], order_spec([opened], config))
     steps = BatchPartition(order.length, 0, config.batch_size, config.last_batch, world.world_size)
     numbers = range(0, len(steps), max(config.num_workers, 1))
     low, high = steps.part(0, world.rank)
@@ -148,7 +148,7 @@ def test_batches_that_fit_well_are_not_warned_of() -> None:
 
 def mixed(samples: int, sample_bytes: int = 4096, shard_samples: int = 10_000, **settings: Any) -> tuple[SampleOrder, Mixing]:
     wanted = config(**settings)
-    order = SampleOrder([imagined_source(samples, sample_bytes, shard_samples)], wanted)
+    order = SampleOrder(sources := [imagined_source(samples, sample_bytes, shard_samples)], order_spec(sources, wanted))
     return order, measure_mixing(order, wanted.batch_size)
 
 
