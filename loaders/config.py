@@ -1,18 +1,14 @@
-"""What to stream (`LoaderConfig` of `Source`s), and where this process stands (`World`). Values, checked when they are made."""
+"""What to stream: a `LoaderConfig` of `Source`s, values that are checked when they are made."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
-from dataclasses import KW_ONLY, dataclass, field
-from typing import Any, Literal, Self
+from dataclasses import KW_ONLY, dataclass
+from typing import Literal
 
 from wds_tools.errors import UsageError
 from wds_tools.sequences.config import SequenceConfig
 
 LastBatch = Literal["drop", "short", "wrap"]
-_LAUNCHERS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
-"""Where srun, Open MPI's mpirun and MPICH's say how many processes they have started."""
 
 
 @dataclass(frozen=True)
@@ -23,17 +19,17 @@ class Source:
     """Directory or URL of the dataset."""
     _: KW_ONLY
     weight: float | None = None
-    """Its share, relative to the other sources'. None for all: every sample of every source once an epoch."""
+    """Weight in the mixture, relative to the other sources. None for all sources: every sample of each once an epoch."""
     repeat: int = 1
-    """How often it is seen in an epoch: without weights, exactly; with weights, it counts as seen after so many times."""
+    """Passes over this source per epoch; in a weighted mixture, the number of passes after which it counts as exhausted."""
     max_samples: int | None = None
-    """Use this many of its samples, the same in every epoch."""
+    """Number of its samples that are used, the same in every epoch; None for all."""
     fraction: float | None = None
-    """The same as a share of its samples, above 0 and up to 1."""
+    """The same as a fraction of its samples, above 0 and at most 1."""
     name: str | None = None
-    """What `__source__` says; by default the URL."""
-    codes: str | None = None
-    """Name of the codes to read, where its samples have several (`wds-tools encode --codes`); by default the first they have."""
+    """Value of `__source__` in batches; by default the URL."""
+    code_set: str | None = None
+    """Name of the code set to read, where its samples have several; by default the first they have."""
 
     def __post_init__(self) -> None:
         weight, repeat, max_samples, fraction = self.weight, self.repeat, self.max_samples, self.fraction
@@ -58,34 +54,34 @@ class LoaderConfig:
     """A training stream."""
 
     sources: tuple[Source, ...]
-    """One or more. Either all have a weight or none has."""
+    """Datasets, one or more. Either all have a weight or none has."""
     batch_size: int
     """Samples of a batch over all ranks."""
     seed: int = 42
-    """Of the order; 0 ... 2**64 - 1."""
+    """Seed of the sample order, 0 ... 2**64 - 1."""
     shuffle: bool = True
     """False: the order of the manifest, for evaluation. One source or several without weights."""
     last_batch: LastBatch = "drop"
-    """What becomes of an epoch's last samples, fewer than a batch: `drop` leaves them out (and counts them), `short` gives a
-    smaller batch (or, if they are fewer than the ranks, a larger one before), `wrap` fills up from the beginning of the next
+    """What happens to the last, incomplete batch of an epoch: `drop` leaves its samples out (and counts them), `short` gives a
+    smaller batch (or, if they are fewer than the ranks, a larger one before), `wrap` fills it up from the beginning of the next
     epoch. Every rank takes the same number of steps, and no batch is empty."""
-    length: int | Literal["first", "last"] = "first"
-    """With weights, where an epoch ends: at a number of samples, or when the first or the last source has been seen in full."""
+    stop_at: Literal["first_exhausted", "all_exhausted"] | int = "first_exhausted"
+    """End of an epoch of sources with weights: when the first or the last of them is exhausted, or a number of samples."""
     schedule: tuple[tuple[int, tuple[float, ...]], ...] = ()
-    """Changes of the weights: (from this step of the whole training, weights in the order of the sources). A step is a batch
-    of the run's first batch size."""
+    """Changes of the weights: (step of the whole training from which they hold, weights in the order of the sources). A step is
+    a batch of the run's first batch size."""
     num_workers: int = 0
-    """Processes that read for this rank; 0: this one reads."""
+    """Worker processes that read for this rank; 0: this process reads."""
     prefetch_factor: int = 4
     """Batches that each worker prepares ahead."""
     start_method: Literal["fork", "spawn", "forkserver"] | None = None
-    """How workers are started; None: as torch does."""
+    """How worker processes are started; None: as torch does."""
     lanes: int | None = None
-    """Parts of the data that are read side by side; None: 8 x the batch size of the run's first start (docs/order.md)."""
+    """Number of equal parts of the data that are read side by side; None: 8 x the first batch size of the run (docs/order.md)."""
     memory_bytes: int = 2 << 30
-    """What one process may keep of the data that it has read. Less costs more requests, never another order."""
+    """Memory that one process may take for data that it has read. Less costs more requests, never another order."""
     cache_dir: str | None = None
-    """A folder on a local disk that keeps what was fetched from object storage, for all processes and runs."""
+    """Folder on a local disk that keeps what was fetched from object storage, for all processes and runs."""
     cache_bytes: int = 100 << 30
     """Size limit of that folder."""
     check_crc: bool = False
@@ -97,9 +93,9 @@ class LoaderConfig:
     """With sequences: pack rows of exactly max_length on the fly. batch_size counts rows, and there is no end: see
     docs/training.md."""
     on_error: Literal["raise", "substitute"] = "raise"
-    """An unreadable sample stops the run, or is replaced by the next readable one of its shard, counted and reported."""
+    """What an unreadable sample does: it stops the run, or is replaced by the next readable one of its shard, and counted."""
     max_bad: int = 100
-    """With substitute: more unreadable samples than this, on one rank, stop the run."""
+    """With substitute: number of unreadable samples on one rank above which the run stops."""
 
     def __post_init__(self) -> None:
         sources = self.sources if isinstance(self.sources, tuple | list) else ()
@@ -126,93 +122,19 @@ class LoaderConfig:
             raise UsageError("some sources have a weight and some have none: give every one a weight, or none")
         if not any(weighted) and self.schedule:
             raise UsageError("a schedule of weights needs a weight for every source")
-        if not any(weighted) and self.length != "first":
-            raise UsageError(f"length={self.length!r} is for sources with weights: without, an epoch is every sample once")
+        if not any(weighted) and self.stop_at != "first_exhausted":
+            raise UsageError(f"stop_at={self.stop_at!r} is for sources with weights: without, an epoch is every sample once")
         if any(weighted) and not self.shuffle:
             raise UsageError("shuffle=False has no meaning for a mixture with weights")
-        if self.length not in ("first", "last") and not (type(self.length) is int and self.length >= 1):
-            raise UsageError(f"length={self.length!r}: expected 'first', 'last' or a number of samples")
+        if self.stop_at not in ("first_exhausted", "all_exhausted") and not (type(self.stop_at) is int and self.stop_at >= 1):
+            raise UsageError(f"stop_at={self.stop_at!r}: expected 'first_exhausted', 'all_exhausted' or a number of samples")
         for step, weights in self.schedule:
             if step < 1 or len(weights) != len(self.sources):
                 raise UsageError(f"schedule entry {(step, weights)}: expected (step of 1 or more, one weight per source)")
 
 
-@dataclass(frozen=True, kw_only=True)
-class World:
-    """Which of the training processes this one is."""
-
-    rank: int = 0
-    world_size: int = 1
-    is_detected: bool = field(default=False, compare=False, repr=False)
-    """Nobody named it: what torch.distributed says at the first batch has to be the same."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.rank < self.world_size:
-            raise UsageError(f"rank={self.rank} is not in 0 ... world_size - 1 = {self.world_size - 1}")
-
-    def __getstate__(self) -> dict[str, Any]:
-        self.check()  # before it goes to a worker process, which may not know of torch.distributed
-        return self.__dict__
-
-    @classmethod
-    def detect(cls, environment: Mapping[str, str] | None = None) -> Self:
-        """From torch.distributed where it is initialized, else from RANK and WORLD_SIZE (torchrun), else one process.
-
-        Raises:
-            UsageError: RANK or WORLD_SIZE is set alone, or is no number; or neither is, and Slurm or MPI started several
-                processes.
-        """
-        import torch.distributed as dist
-
-        if environment is None and dist.is_available() and dist.is_initialized():
-            return cls(rank=dist.get_rank(), world_size=dist.get_world_size(), is_detected=True)
-        variables = os.environ if environment is None else environment
-        rank, world_size = variables.get("RANK"), variables.get("WORLD_SIZE")
-        if rank is None and world_size is None:
-            if started := [f"{name}={variables[name]}" for name in _LAUNCHERS if variables.get(name, "1") != "1"]:
-                raise UsageError(
-                    f"{', '.join(started)} without RANK: is this one of several training processes, or the only one? Say it with "
-                    "World(rank=..., world_size=...), World(rank=0, world_size=1) for the only one; or set RANK and WORLD_SIZE"
-                )
-            return cls(is_detected=True)
-        if rank is None or world_size is None or not rank.isdigit() or not world_size.isdigit():
-            raise UsageError(f"RANK={rank!r}, WORLD_SIZE={world_size!r}: expected two numbers, as torchrun sets them")
-        return cls(rank=int(rank), world_size=int(world_size), is_detected=True)
-
-    @classmethod
-    def of(cls, rank: int | None, world_size: int | None) -> Self:
-        """The one that is named, or, if neither number is given, the one that is detected.
-
-        Raises:
-            UsageError: one is given without the other, or see `detect`.
-        """
-        if rank is None and world_size is None:
-            return cls.detect()
-        if rank is None or world_size is None:
-            raise UsageError(f"rank={rank}, world_size={world_size}: give both, or neither to have them detected")
-        return cls(rank=rank, world_size=world_size)
-
-    def check(self) -> None:
-        """Compare what was detected with torch.distributed, without communication; to be called before the first batch.
-
-        Raises:
-            UsageError: they differ: the process group came later, so that ranks would read what others read too.
-        """
-        import torch.distributed as dist
-
-        if not self.is_detected or not dist.is_available() or not dist.is_initialized():
-            return
-        now = World(rank=dist.get_rank(), world_size=dist.get_world_size())
-        if now != self:
-            raise UsageError(
-                f"this loader was made as rank {self.rank} of {self.world_size}, torch.distributed says rank {now.rank} of "
-                f"{now.world_size}: make it behind init_process_group, or give it World(rank={now.rank}, world_size="
-                f"{now.world_size}); World(rank={self.rank}, world_size={self.world_size}) to read so on purpose"
-            )
-
-
 def _check_ints(where: str, **values: int | None) -> None:
-    """Raise UsageError for the first that is none: a state could not hold it."""
+    """Raise UsageError for the first that is not an int: a state could not hold it."""
     for name, value in values.items():
         if value is not None and type(value) is not int:
             raise UsageError(f"{where}: {name}={value!r} is a {type(value).__name__}, expected an int")

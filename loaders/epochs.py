@@ -2,7 +2,7 @@
 
     Loader -> EpochLoader(loader, steps) -> the trainer
 
-A round is so many steps, or an epoch of the loader. Its length stays what it is when a round is taken up in the middle, which
+An epoch here is a number of steps, or an epoch of the loader. Its length stays the same when it is resumed in the middle, which
 is how those trainers count. The state is that of all ranks, so `state_dict` is to be called by all of them, as they do.
 """
 
@@ -18,12 +18,12 @@ from wds_tools.errors import UsageError
 
 
 class EpochLoader:
-    """EpochLoader of a loader: an iteration gives what is left of one.
+    """Epochs of a fixed length: an iteration gives what is left of the current one.
 
     Args:
-        loader: of this rank.
-        steps: of a round; None: an epoch. Rows packed on the fly have no epochs.
-        prepare: what a trainer gets of a batch; by default what a model's `forward` takes.
+        loader: the loader of this rank.
+        steps: steps of an epoch; None: those of the loader's epoch. Rows packed on the fly have no epochs.
+        prepare: makes of a batch what the trainer gets; by default what a model's `forward` takes.
 
     Raises:
         UsageError: rows packed on the fly need `steps`.
@@ -35,14 +35,14 @@ class EpochLoader:
         if steps is None and loader.config.packing:
             raise UsageError("rows packed on the fly have no epochs: give EpochLoader the number of steps")
         if steps is not None and steps < 1:
-            raise UsageError(f"steps={steps}: a round has at least one step")
+            raise UsageError(f"steps={steps}: an epoch has at least one step")
         self.loader = loader
         self._num_steps = steps
         self._prepare = prepare
         self._done = 0
 
     def __len__(self) -> int:
-        """Steps of a round, those done among them."""
+        """Steps of an epoch, including those done."""
         if self._num_steps is not None:
             return self._num_steps
         return -(-self.loader.position // self.loader.config.batch_size) + len(self.loader)

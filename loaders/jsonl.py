@@ -140,7 +140,7 @@ class JsonlDataset(Dataset[Item]):
         epochs = np.full(len(items), self._epoch)
         columns = self._maker.padded([_tokens_of(item) for item in items], epochs, [self._path] * len(items))
         assert columns.tokens is not None
-        return {**columns.lists, **columns.tokens.unpack()}
+        return {**columns.lists, **columns.tokens.to_columns()}
 
     def stats(self) -> dict[str, int]:
         """With on_error="substitute": `bad`, the records that could not be used so far, and `bad_REASON`; in all workers."""
@@ -191,7 +191,8 @@ class JsonlDataset(Dataset[Item]):
         except Reject as cause:
             raise FormatError(f"{where}: {cause}") from cause
         except StorageError as error:
-            raise type(error)(f"{where}: {error}") from error
+            error.add_note(f"It was read for {where}.")
+            raise
         is_talk = sample.conversations is not None
         item: Item = {"__key__": sample.key, "data_type": sample.data_type, "text": sample.text}
         item |= {"conversations": sample.conversations} if is_talk else {}

@@ -1,9 +1,9 @@
 """One dataset as a torch IterableDataset on webdataset's pipeline: shuffled, decoded samples, each once an epoch.
 
-    SampleOrder -> this rank's and worker's positions -> Reader -> dicts -> .map / .batched / WebLoader / DataLoader
+    SampleOrder -> this rank's and worker's positions -> ReadAhead -> dicts -> .map / .batched / WebLoader / DataLoader
 
-Position p belongs to rank p mod world_size, and worker w of n takes every n-th of a rank's. Rows are read and decoded
-`_CHUNK` at a time; what comes out are single samples.
+Position p belongs to rank p mod world_size, and worker w of n takes every n-th of a rank's. Samples are read and
+decoded `_READ_TOGETHER` at a time; what comes out are single samples.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ from torch.utils.data import get_worker_info
 
 from loaders.batches.collate import Sample, read_samples
 from loaders.batches.decode import Decoder
-from loaders.config import LastBatch, LoaderConfig, Source, World
-from loaders.handover import tell_of_failures
+from loaders.config import LastBatch, LoaderConfig, Source
 from loaders.order.partition import BatchPartition
-from loaders.order.samples import SampleOrder, open_source
-from loaders.proof.state import check_data, check_recipe, parse_state, state_to_json
-from loaders.reading.cache import BlockCache
-from loaders.reading.prefetch import PositionRange, Reader, lanes_of
+from loaders.order.samples import SampleOrder, open_source, order_spec
+from loaders.proof.state import parse_state, state_to_json
+from loaders.reading.planner import PositionRange
+from loaders.reading.reader import ReadAhead, open_reader
+from loaders.workers.handover import tell_of_failures
+from loaders.world import World
 
-_CHUNK = 256
+_READ_TOGETHER = 256
 _LANES = 1024
 
 
@@ -111,7 +112,7 @@ class ShardDataset(wds.DataPipeline, wds.compat.FluidInterface):  # type: ignore
         """Go on from a state with the next iteration.
 
         Raises:
-            UsageError: the data or the recipe is another; says what differs.
+            UsageError: the state is damaged, or of other data or another order; says what differs.
         """
         self._source.load_state_dict(state)
 
@@ -122,20 +123,17 @@ class _Samples:
     def __init__(self, config: LoaderConfig, world: World, epoch: int) -> None:
         self._config = config
         self._world = world
-        self._opened = open_source(config.sources[0])
-        self.order = SampleOrder([self._opened], config)
+        sources = [open_source(config.sources[0])]
+        self.order = SampleOrder(sources, order_spec(sources, config))
         self.epoch = epoch
         self.start = 0
         """Position at which the next iteration begins."""
         self.position = 0
-        """Of the stream's epoch, behind the samples handed out: a multiple of what all ranks and workers take in turn."""
+        """Position in the epoch after the samples handed out: a multiple of what all ranks and workers take in turn."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        spec, step_samples, epoch, position = parse_state(state, self._config)
-        check_data(state, [self._opened], self.order.fingerprints)
-        order = SampleOrder([self._opened], self._config, spec, step_samples)
-        check_recipe(state, order)
-        self.order, self.epoch, self.position, self.start = order, epoch, position, position
+        spec, self.epoch, self.position = parse_state(state, self._config, self.order)
+        self.order, self.start = SampleOrder(self.order.sources, spec), self.position
 
     def __call__(self) -> Iterator[Sample]:
         self._world.check()
@@ -148,19 +146,17 @@ class _Samples:
         self.position, self.start = self.start, 0
         steps = BatchPartition(self.order.length, self.position, world_size, self._config.last_batch, world_size)
         end = self.order.length if self._config.last_batch == "short" else self.position + len(steps) * world_size
-        own = range(self.position + rank + world_size * worker, end, stride)
-        chunks = range(0, len(own), _CHUNK)
-        lanes = self.order.spec.lanes
-        cache = BlockCache(self._config.cache_dir, self._config.cache_bytes) if self._config.cache_dir else None
-        reader = Reader(self.order, lanes_of(lanes, 1, stride), 1, self._config.memory_bytes, cache)
+        positions = range(self.position + rank + world_size * worker, end, stride)
+        starts = range(0, len(positions), _READ_TOGETHER)
+        read_ahead = ReadAhead(open_reader(self.order, self._config, 1, stride))
         decoder = Decoder(check_crc=self._config.check_crc, substitute=False)
-        for number, at in enumerate(chunks):
-            upcoming = (self._part(own[later : later + _CHUNK]) for later in chunks[number + 1 :])
-            located, rows = reader.rows(self._part(own[at : at + _CHUNK]), upcoming)
-            samples, _, _ = decoder.decode(located, rows, read_samples)
+        for number, start in enumerate(starts):
+            upcoming = (self._range(positions[later : later + _READ_TOGETHER]) for later in starts[number + 1 :])
+            located, loaded = read_ahead.read(self._range(positions[start : start + _READ_TOGETHER]), upcoming)
+            samples, _, _ = decoder.decode(located, loaded, read_samples)
             for sample in samples:
                 self.position += stride
                 yield sample
 
-    def _part(self, positions: range) -> PositionRange:
+    def _range(self, positions: range) -> PositionRange:
         return PositionRange(self.epoch, positions.start, positions.stop, positions.step)

@@ -18,10 +18,10 @@ import numpy as np
 import webdataset as wds
 from torch.utils.data import get_worker_info
 
-from loaders.config import World
-from loaders.handover import tell_of_failures
 from loaders.order.plan import shuffled
 from loaders.reading.fetches import end_with_trainer
+from loaders.workers.handover import tell_of_failures
+from loaders.world import World
 from wds_tools.errors import NotFound
 from wds_tools.format.scan import scan_tar
 from wds_tools.storage import join, open_store

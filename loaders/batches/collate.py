@@ -1,7 +1,7 @@
-"""Rows in memory -> columns of a batch, all rows at a time.
+"""Samples in memory -> columns of a batch, all samples at a time.
 
-The JSON of all rows is joined and parsed in one call, and so are the codes, since per-sample calls are what makes a loader slow.
-A batch is a dict of columns: lists, and tensors where shapes agree. Between processes its codes travel as one flat tensor,
+The JSON of all samples is joined and parsed in one call, and so are the codes, since per-sample calls are what makes a loader
+slow. A batch is a dict of columns: lists, and tensors where shapes agree. Between processes its codes travel as one flat tensor,
 whatever their shapes.
 """
 
@@ -16,7 +16,7 @@ import orjson
 import torch
 from numpy.typing import NDArray
 
-from loaders.reading.source import LoadedRows
+from loaders.reading.source import LoadedSamples
 from wds_tools.errors import FormatError
 from wds_tools.format.checksum import crc32
 from wds_tools.format.codes import HW, Shape, split_grids
@@ -28,60 +28,74 @@ from wds_tools.sequences.rows import TokenBatch
 Batch = dict[str, Any]
 Sample = dict[str, Any]
 NAME_BYTES = 100
-_BEHIND_NAME = BLOCK - NAME_BYTES
+_AFTER_NAME_BYTES = BLOCK - NAME_BYTES
 _CACHE_BYTES = 256 << 10
 _PLAIN_FIELDS = 5
 """data_type, text, length, width, height."""
-_OTHERWISE_GIVEN = ("data_type", "text", "length", "grids")
+_FIELDS_OF_COLUMNS = ("data_type", "text", "length", "grids")
 Data = Sequence[memoryview]
-"""The bytes of each row; see read.bytes_of."""
+"""The bytes of each sample; see reading.source.bytes_of."""
 
 
 class Codes(NamedTuple):
-    """Code grids of several rows, end to end."""
+    """Code grids of several samples, end to end.
+
+    >>> flat = torch.tensor([1, 2, 3, 4, 5, 6], dtype=torch.uint16)
+    >>> Codes(flat, (1, 3)).to_tensors()  # two grids of one size
+    tensor([[[1, 2, 3]],
+    <BLANKLINE>
+            [[4, 5, 6]]], dtype=torch.int32)
+    >>> Codes(flat, [(2, 2), None, [(1, 1), (1, 1)]]).to_tensors()[1:]  # a sample without codes, and a conversation
+    [None, [tensor([[5]], dtype=torch.int32), tensor([[6]], dtype=torch.int32)]]
+    """
 
     flat: torch.Tensor
     """(sum of h * w,) uint16 or uint32, as stored: what travels between processes is half of int32."""
     shapes: list[Shape | list[Shape] | None] | Shape
-    """(h, w) of each row, those of its images if it is a conversation, None for a row without codes; one (h, w) if it is that of
-    all."""
+    """(h, w) of each sample, those of its images if it is a conversation, None for a sample without codes; one (h, w) if it is
+    that of all."""
 
-    def unpack(self) -> torch.Tensor | list[Any]:
-        """(B, h, w) int32 if every row has the same grid, else a list: (h, w), for a conversation a list of (h, w), one an image,
-        for a row without codes None."""
+    def to_tensors(self) -> torch.Tensor | list[Any]:
+        """(B, h, w) int32 if every sample has the same grid, else a list: (h, w), for a conversation a list of (h, w), one an
+        image, for a sample without codes None."""
         flat = torch.from_numpy(self.flat.numpy().astype(np.int32))  # torch would wake its threads for it
         if isinstance(self.shapes, tuple):
             return flat.view(-1, *self.shapes)
-        sizes = [math.prod(shape) for row in self.shapes for shape in ([row] if isinstance(row, tuple) else row or ())]
+        sizes = [math.prod(shape) for shapes in self.shapes for shape in _grids_of(shapes)]
         grids = iter(torch.split(flat, sizes))
         return [
-            next(grids).view(row) if isinstance(row, tuple) else row and [next(grids).view(shape) for shape in row]
-            for row in self.shapes
+            next(grids).view(shapes) if isinstance(shapes, tuple) else shapes and [next(grids).view(shape) for shape in shapes]
+            for shapes in self.shapes
         ]
 
-    def arrays(self) -> list[list[NDArray[np.unsignedinteger[Any]]]]:
-        """The grids of each row, as stored: one, or one an image of a conversation; none for a row without codes."""
+    def to_arrays(self) -> list[list[NDArray[np.unsignedinteger[Any]]]]:
+        """The grids of each sample, as stored: one, or one an image of a conversation; none for a sample without codes."""
         flat = self.flat.numpy()
         if isinstance(self.shapes, tuple):
-            return [[grid_hw] for grid_hw in flat.reshape(-1, *self.shapes)]
-        rows = [[row] if isinstance(row, tuple) else row or [] for row in self.shapes]
-        grids = iter(split_grids(flat, [shape for row in rows for shape in row]))
-        return [[next(grids) for _ in row] for row in rows]
+            return [[grid_HW] for grid_HW in flat.reshape(-1, *self.shapes)]
+        shapes = list(map(_grids_of, self.shapes))
+        grids = iter(split_grids(flat, [shape for of_sample in shapes for shape in of_sample]))
+        return [[next(grids) for _ in of_sample] for of_sample in shapes]
+
+
+def _grids_of(shapes: Shape | list[Shape] | None) -> list[Shape]:
+    return [shapes] if isinstance(shapes, tuple) else shapes or []
 
 
 class TokenTensors(NamedTuple):
     """A TokenBatch that travels between processes."""
 
     numbers: torch.Tensor
-    """See TokenBatch."""
+    """(3, B, L) int64; see TokenBatch."""
     cu_seqlens: NDArray[np.int32] | None
+    """Where the segments of packed rows begin; see TokenBatch."""
 
     @classmethod
     def of(cls, batch: TokenBatch) -> TokenTensors:
         """The same memory."""
         return cls(torch.from_numpy(batch.numbers), batch.cu_seqlens)
 
-    def unpack(self) -> dict[str, torch.Tensor]:
+    def to_columns(self) -> dict[str, torch.Tensor]:
         """TokenBatch.arrays as tensors."""
         arrays = TokenBatch(self.numbers.numpy(), self.cu_seqlens).arrays()
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
@@ -91,39 +105,42 @@ class Columns(NamedTuple):
     """A batch as columns."""
 
     lists: dict[str, list[Any]]
-    """Name -> a value of each row. With our schema `__key__`, `data_type`, `text`, and, of sources that have any, `conversations`
-    and `image` (encoded bytes, a list of them if it is a conversation); without it `__key__` and the members' bytes by suffix.
-    None where a row has none."""
+    """Name -> a value of each sample. With our schema `__key__`, `data_type`, `text`, and, of sources that have any,
+    `conversations` and `image` (encoded bytes, a list of them if it is a conversation); without it `__key__` and the members'
+    bytes by suffix. None where a sample has none."""
     codes: Codes | None
-    """None if no row has codes."""
+    """The codes; None if no sample has any."""
     tokens: TokenTensors | None = None
-    """Of token rows: see docs/training.md."""
+    """Token rows, instead of samples: see docs/training.md."""
 
 
-def check_crc(rows: Sequence[LoadedRows], numbers: Sequence[int], data: Data) -> None:
-    """Raise FormatError for the first of these rows whose bytes are not those of the index."""
-    for held, row, sample in zip(rows, numbers, data, strict=True):
-        if crc32(sample) != held.index.crc32[row - held.first]:
+def check_crc(loaded: Sequence[LoadedSamples], sample_indices: Sequence[int], data: Data) -> None:
+    """Raise FormatError for the first of these samples whose bytes are not those of the index."""
+    for samples, sample_index, sample_data in zip(loaded, sample_indices, data, strict=True):
+        if crc32(sample_data) != samples.index.crc32[sample_index - samples.first]:
             raise FormatError("it is damaged: its bytes have another CRC-32 than the index says")
 
 
-def read_columns(rows: Sequence[LoadedRows], numbers: Sequence[int], data: Data) -> Columns:
-    """Parse rows of sources that all follow our schema, or all do not.
+def read_columns(loaded: Sequence[LoadedSamples], sample_indices: Sequence[int], data: Data) -> Columns:
+    """Parse samples of sources that all follow our schema, or all do not.
 
     Args:
-        rows: what holds each row; at least one.
-        numbers: the row in its shard.
-        data: its bytes.
+        loaded: what holds each sample; at least one.
+        sample_indices: number of each sample in its shard.
+        data: the bytes of each.
+
+    Returns:
+        A value of each sample in every column, in the order given.
 
     Raises:
         FormatError, or what a parser raises: one of them can't be read.
     """
-    if not rows[0].reader.has_schema:
-        samples = list(map(_members, rows, numbers, data))
-        names = dict.fromkeys(name for sample in samples for name in sample)
-        return Columns({name: [sample.get(name) for sample in samples] for name in names}, None)
-    readers = {held.reader for held in rows}
-    keys, records, codes = read_records(rows, numbers, data)
+    if not loaded[0].reader.has_schema:
+        members = list(map(_members, loaded, sample_indices, data))
+        names = dict.fromkeys(name for sample in members for name in sample)
+        return Columns({name: [sample.get(name) for sample in members] for name in names}, None)
+    readers = {samples.reader for samples in loaded}
+    keys, records, codes = read_records(loaded, sample_indices, data)
     lists: dict[str, list[Any]] = {
         "__key__": keys,
         "data_type": [record["data_type"] for record in records],
@@ -132,92 +149,92 @@ def read_columns(rows: Sequence[LoadedRows], numbers: Sequence[int], data: Data)
     if any(reader.has_conversations for reader in readers):
         lists["conversations"] = [record.get("conversations") for record in records]
     if any(reader.has_images for reader in readers):
-        lists["image"] = list(map(_image, rows, numbers, data, records))
+        lists["image"] = list(map(_image, loaded, sample_indices, data, records))
     return Columns(lists, codes)
 
 
-def read_samples(rows: Sequence[LoadedRows], numbers: Sequence[int], data: Data) -> list[Sample]:
-    """The same rows as samples: dicts with `__key__`, `__url__` and the fields that each has. See ShardDataset."""
-    if not rows[0].reader.has_schema:
-        return [_members(held, row, own) | {"__url__": held.url} for held, row, own in zip(rows, numbers, data, strict=True)]
-    keys, records, codes = read_records(rows, numbers, data)
-    samples = []
-    for held, row, own, key, record in zip(rows, numbers, data, keys, records, strict=True):
-        sample: Sample = {"__key__": key, "__url__": held.url, "data_type": record["data_type"], "text": record["text"]}
+def read_samples(loaded: Sequence[LoadedSamples], sample_indices: Sequence[int], data: Data) -> list[Sample]:
+    """The same samples as dicts with `__key__`, `__url__` and the fields that each has. See ShardDataset and read_columns."""
+    if not loaded[0].reader.has_schema:
+        members = map(_members, loaded, sample_indices, data)
+        return [sample | {"__url__": samples.url} for sample, samples in zip(members, loaded, strict=True)]
+    keys, records, codes = read_records(loaded, sample_indices, data)
+    result = []
+    for samples, sample_index, sample_data, key, record in zip(loaded, sample_indices, data, keys, records, strict=True):
+        sample: Sample = {"__key__": key, "__url__": samples.url, "data_type": record["data_type"], "text": record["text"]}
         if len(record) > _PLAIN_FIELDS or record["width"] is not None or record["height"] is not None:
-            extra = {name: value for name, value in record.items() if name not in _OTHERWISE_GIVEN}
+            extra = {name: value for name, value in record.items() if name not in _FIELDS_OF_COLUMNS}
             sample.update((name, value) for name, value in extra.items() if value is not None and name not in sample)
-        if held.reader.has_images and (image := _image(held, row, own, record)) is not None:
+        if samples.reader.has_images and (image := _image(samples, sample_index, sample_data, record)) is not None:
             sample["image"] = image
-        samples.append(sample)
+        result.append(sample)
     if codes is not None:
-        for sample, grid_hw in zip(samples, codes.unpack(), strict=True):
-            if grid_hw is not None:
-                sample["codes"] = grid_hw
-    return samples
+        for sample, grid_HW in zip(result, codes.to_tensors(), strict=True):
+            if grid_HW is not None:
+                sample["codes"] = grid_HW
+    return result
 
 
 def read_records(
-    rows: Sequence[LoadedRows], numbers: Sequence[int], data: Data
+    loaded: Sequence[LoadedSamples], sample_indices: Sequence[int], data: Data
 ) -> tuple[list[str], list[dict[str, Any]], Codes | None]:
-    """The keys, the parsed json, and the codes of rows that follow our schema. Raises as read_columns."""
+    """The keys, the parsed json, and the codes of samples that follow our schema. Args and Raises as read_columns."""
     headers: list[memoryview] = []
     json: list[memoryview] = []
     codes: list[memoryview] = []
-    for held, row, sample in zip(rows, numbers, data, strict=True):
-        number = row - held.first
-        json_at, json_end, codes_at, codes_end = held.places
-        at = json_at[number]
-        headers.append(sample[at - BLOCK : at - _BEHIND_NAME])
-        json.append(sample[at : json_end[number]])
-        codes.append(sample[codes_at[number] : codes_end[number]])
+    for samples, sample_index, sample_data in zip(loaded, sample_indices, data, strict=True):
+        offset = sample_index - samples.first
+        json_begin, json_end, codes_begin, codes_end = samples.member_spans
+        begin = json_begin[offset]
+        headers.append(sample_data[begin - BLOCK : begin - _AFTER_NAME_BYTES])
+        json.append(sample_data[begin : json_end[offset]])
+        codes.append(sample_data[codes_begin[offset] : codes_end[offset]])
     records: list[dict[str, Any]] = []
-    for own in _in_cache(json):
-        records += orjson.loads(b"[%b]" % b",".join(own))
-    if len(records) != len(rows):
+    for members in _in_cache(json):
+        records += orjson.loads(b"[%b]" % b",".join(members))
+    if len(records) != len(loaded):
         raise FormatError("a json member is not one object")
-    grids = [None] * len(rows)
-    if any(reader.has_conversations for reader in {held.reader for held in rows}):
-        grids = [_grids(held, row, record) for held, row, record in zip(rows, numbers, records, strict=True)]
+    grids = [None] * len(loaded)
+    if any(reader.has_conversations for reader in {samples.reader for samples in loaded}):
+        grids = list(map(_grids, loaded, sample_indices, records))
     return read_keys(headers), records, _codes(codes, grids)
 
 
-def _image(held: LoadedRows, row: int, data: memoryview, record: dict[str, Any]) -> bytes | list[bytes] | None:
-    """The encoded image of a row, if it has one; of a conversation the list of its images."""
+def _image(samples: LoadedSamples, sample_index: int, data: memoryview, record: dict[str, Any]) -> bytes | list[bytes] | None:
+    """The encoded image of a sample, if it has one; of a conversation the list of its images."""
     images = {}
-    for suffix, at, end in _payloads(held, row):
+    for suffix, begin, end in _payloads(samples, sample_index):
         number = image_number(suffix)
         if number is not None:
-            images[number] = bytes(data[at:end])
+            images[number] = bytes(data[begin:end])
     if record["data_type"] == "visual_sft":
         return [images[number] for number in sorted(images)] or None
     return images.get(0)
 
 
-def _grids(held: LoadedRows, row: int, record: dict[str, Any]) -> Any:
+def _grids(samples: LoadedSamples, sample_index: int, record: dict[str, Any]) -> Any:
     """The shape of each image's codes in a conversation, as its json says; None if the codes are one grid."""
     if record.get("grids") is None:
         return None
-    column = next((suffix for suffix, _, _ in _payloads(held, row) if suffix in held.reader.code_members), "no codes")
-    return record["grids"][column.removesuffix(".npy")] or []
+    members = (suffix for suffix, _, _ in _payloads(samples, sample_index) if suffix in samples.reader.code_members)
+    return record["grids"][next(members, "no codes").removesuffix(".npy")] or []
 
 
-def _payloads(held: LoadedRows, row: int) -> Iterator[tuple[str, int, int]]:
-    """(suffix, begin, end in its bytes) of each payload of a row."""
-    number = row - held.first
-    offsets = held.index.offsets[number].tolist()
-    for suffix, offset, length in zip(held.index.members, offsets, held.index.lengths[number].tolist(), strict=True):
+def _payloads(samples: LoadedSamples, sample_index: int) -> Iterator[tuple[str, int, int]]:
+    """(suffix, begin, end in its bytes) of each payload of a sample."""
+    index, number = samples.index, sample_index - samples.first
+    for suffix, begin, length in zip(index.members, index.offsets[number].tolist(), index.lengths[number].tolist(), strict=True):
         if length != ABSENT:
-            yield suffix, offset, offset + length
+            yield suffix, begin, begin + length
 
 
-def _members(held: LoadedRows, row: int, data: memoryview) -> dict[str, Any]:
-    """A row of a source without our schema: `__key__` and, by suffix, the members' bytes."""
-    sample: dict[str, Any] = {"__key__": ""}
-    for suffix, at, end in _payloads(held, row):
+def _members(samples: LoadedSamples, sample_index: int, data: memoryview) -> Sample:
+    """A sample of a source without our schema: `__key__` and, by suffix, the members' bytes."""
+    sample: Sample = {"__key__": ""}
+    for suffix, begin, end in _payloads(samples, sample_index):
         if not sample["__key__"]:
-            sample["__key__"] = _member_name(held, row, data, at).removesuffix(f".{suffix}")
-        sample[suffix] = bytes(data[at:end])
+            sample["__key__"] = _member_name(samples, sample_index, data, begin).removesuffix(f".{suffix}")
+        sample[suffix] = bytes(data[begin:end])
     return sample
 
 
@@ -259,7 +276,13 @@ def _codes(members: Data, grids: Sequence[Any]) -> Codes | None:
 
 
 def stack_npy(members: Data) -> NDArray[Any] | None:
-    """The arrays of npy members, side by side in a first dimension; None if they differ in type or shape."""
+    """The arrays of npy members, side by side in a first dimension; None if they differ in type or shape.
+
+    >>> from wds_tools.format.shard import npy_bytes
+    >>> members = [memoryview(npy_bytes(np.array([codes], np.uint16))) for codes in ([1, 2], [3, 4])]
+    >>> stack_npy(members).tolist()
+    [[[1, 2]], [[3, 4]]]
+    """
     if len(set(map(len, members))) > 1:
         return None
     first = parse_npy(members[0], "an npy member")
@@ -267,11 +290,11 @@ def stack_npy(members: Data) -> NDArray[Any] | None:
     head = np.frombuffer(members[0], np.uint8, skip)
     stacked_BM = np.empty((len(members), first.nbytes), np.uint8)
     done, same = 0, True
-    for own in _in_cache(members):
-        raw_BM = np.frombuffer(b"".join(own), np.uint8).reshape(len(own), -1)
+    for together in _in_cache(members):
+        raw_BM = np.frombuffer(b"".join(together), np.uint8).reshape(len(together), -1)
         same = same and bool((raw_BM[:, :skip] == head).all())
-        stacked_BM[done : done + len(own)] = raw_BM[:, skip:]
-        done += len(own)
+        stacked_BM[done : done + len(together)] = raw_BM[:, skip:]
+        done += len(together)
     return stacked_BM.reshape(-1).view(first.dtype).reshape(len(members), *first.shape) if same else None
 
 
@@ -281,14 +304,14 @@ def _tensor(flat: NDArray[Any]) -> torch.Tensor:
     return torch.from_numpy(flat if flat.dtype.itemsize > 1 else flat.astype(np.uint16))
 
 
-def _member_name(held: LoadedRows, row: int, data: memoryview, at: int) -> str:
-    """The full name of the member whose payload begins at `at`."""
-    if at > BLOCK:  # a pax or long-name header stands before it
-        blocks = bytes(data[:at])
+def _member_name(samples: LoadedSamples, sample_index: int, data: memoryview, begin: int) -> str:
+    """The full name of the member whose payload begins at `begin`."""
+    if begin > BLOCK:  # a pax or long-name header stands before it
+        blocks = bytes(data[:begin])
         if b"path=" in blocks or blocks[156:157] == b"L":
-            members = TarReader(held.where(row)).feed(data)
+            members = TarReader(samples.where(sample_index)).feed(data)
             return members[0].name.removeprefix("./")
-    header = bytes(data[at - BLOCK : at])
+    header = bytes(data[begin - BLOCK : begin])
     name = header[:NAME_BYTES].split(b"\0", 1)[0]
     if header[257:263] == b"ustar\0" and header[345]:
         name = header[345:500].split(b"\0", 1)[0] + b"/" + name

@@ -1,6 +1,6 @@
-"""Rows in memory -> columns, and what to do about a row that can't be read.
+"""Samples in memory -> columns, and what to do about a sample that can't be read.
 
-An unreadable row stops the run, or its position is filled by the next readable row of its shard, so that no rank ever
+An unreadable sample stops the run, or its position is filled by the next readable sample of its shard, so that no rank ever
 takes a different number of steps.
 """
 
@@ -16,121 +16,110 @@ import orjson
 
 from loaders.batches.collate import Data, check_crc
 from loaders.order.samples import Located
-from loaders.reading.source import LoadedRows, bytes_of
+from loaders.reading.source import LoadedSamples, bytes_of
 from wds_tools.errors import DataError, FormatError, Reject
 
 _MOST_TRIED = 64
 _T = TypeVar("_T")
-Parse = Callable[[Sequence[LoadedRows], Sequence[int], Data], _T]
-"""Makes something of rows, as collate.read_columns does."""
+Parse = Callable[[Sequence[LoadedSamples], Sequence[int], Data], _T]
+"""Makes something of samples, as collate.read_columns does."""
 _READING_ERRORS = (DataError, KeyError, IndexError, ValueError, TypeError)
 
 
 class Substitution(NamedTuple):
-    """A position whose own sample could not be read."""
+    """A position whose sample could not be read."""
 
     source: int
+    """Number of the source."""
     shard: int
-    row: int
-    by_row: int
+    """Number of the shard in its source."""
+    sample_index: int
+    """Number of the unreadable sample in its shard."""
+    substitute_index: int
+    """Number of the sample in its stead."""
     reason: str
     """crc32, json, format, or why a sample makes no token row."""
 
 
 class Decoder:
-    """Turns rows into columns.
+    """Turns samples in memory into columns.
 
     Args:
-        check_crc: compare every row's bytes with the index.
-        substitute: replace a row that can't be read; else it is a FormatError.
+        check_crc: compare every sample's bytes with the index.
+        substitute: replace a sample that can't be read; else it is a FormatError.
     """
 
     def __init__(self, *, check_crc: bool, substitute: bool) -> None:
         self._check_crc = check_crc
         self._substitute = substitute
 
-    def decode(self, located: Located, rows: list[LoadedRows], parse: Parse[_T]) -> tuple[_T, list[Substitution], Located]:
-        """These rows parsed, what was substituted, and those of `located` that were not.
+    def decode(self, located: Located, loaded: list[LoadedSamples], parse: Parse[_T]) -> tuple[_T, list[Substitution], Located]:
+        """Parse samples, all at once; if that fails, one by one.
 
         Args:
             located: where the positions lead.
-            rows: what holds the row of each.
+            loaded: what holds the sample of each; changed where it is replaced.
             parse: what is made of them, such as collate.read_columns.
 
+        Returns:
+            What `parse` makes of them, what was substituted, and those of `located` that were not.
+
         Raises:
-            FormatError: a row can't be read, and was not to be replaced or none of the next 64 of its shard can be read either.
+            FormatError: a sample can't be read, and was not to be replaced or none of the next 64 of its shard can be read.
         """
+        sample_indices = located.sample_index.tolist()
         with _paused_gc():
-            return self._decode(located, rows, parse)
+            try:
+                return self._parsed(loaded, sample_indices, parse), [], located
+            except _READING_ERRORS:
+                substitutions = self._replace_bad(located, loaded, sample_indices, parse)
+                good = Located(*(column[located.sample_index == np.array(sample_indices)] for column in located))
+                return self._parsed(loaded, sample_indices, parse), substitutions, good
 
-    def _decode(self, located: Located, rows: list[LoadedRows], parse: Parse[_T]) -> tuple[_T, list[Substitution], Located]:
-        numbers = located.row.tolist()
-        try:
-            return self._parsed(rows, numbers, parse), [], located
-        except _READING_ERRORS:
-            substitutions = self._replace_bad(located, rows, numbers, parse)
-            good = Located(*(column[located.row == np.array(numbers)] for column in located))
-            return self._parsed(rows, numbers, parse), substitutions, good
-
-    def _parsed(
-        self,
-        rows: Sequence[LoadedRows],
-        numbers: Sequence[int],
-        parse: Parse[_T],
-    ) -> _T:
-        data = bytes_of(rows, numbers)
+    def _parsed(self, loaded: Sequence[LoadedSamples], sample_indices: Sequence[int], parse: Parse[_T]) -> _T:
+        data = bytes_of(loaded, sample_indices)
         if self._check_crc:
-            check_crc(rows, numbers, data)
-        return parse(rows, numbers, data)
+            check_crc(loaded, sample_indices, data)
+        return parse(loaded, sample_indices, data)
 
     def _replace_bad(
-        self, located: Located, rows: list[LoadedRows], numbers: list[int], parse: Parse[object]
+        self, located: Located, loaded: list[LoadedSamples], sample_indices: list[int], parse: Parse[object]
     ) -> list[Substitution]:
-        """Put another row of its shard in place of each that can't be read; stop at the first if that was not asked for."""
+        """Put another sample of its shard in place of each that can't be read; stop at the first unless that was asked for."""
         substitutions = []
-        for at, (held, row) in enumerate(zip(rows, numbers, strict=True)):
-            error = self._problem(held, row, parse)
-            if error is None or self._fetch_anew(rows, at, row, error, parse):
+        for number, (samples, sample_index) in enumerate(zip(loaded, sample_indices, strict=True)):
+            error = self._problem(samples, sample_index, parse)
+            if error is None:
                 continue
-            what = f"{held.where(row)}: {error}"
-            if not self._substitute:
-                raise FormatError(f"{what}. on_error='substitute' goes on without it") from error
-            num_rows = held.reader.opened.manifest.shards[held.shard].samples
-            others = ((row + step) % num_rows for step in range(1, min(num_rows, _MOST_TRIED + 1)))
-            found = next(((rows[at], other) for other in others if self._put(rows, at, other, parse)), None)
-            if found is None:
-                raise FormatError(
-                    f"{what}; nor can any of the next {min(num_rows - 1, _MOST_TRIED)} of its shard be read"
-                ) from error
-            by_row = found[1]
-            numbers[at] = by_row
-            substitutions.append(Substitution(int(located.source[at]), held.shard, row, by_row, _reason(error)))
+            for candidate, index in self._candidates(samples, sample_index, error):
+                if self._problem(candidate, index, parse) is None:
+                    break
+            else:
+                num_tried = min(samples.reader.opened.manifest.shards[samples.shard].samples - 1, _MOST_TRIED)
+                advice = f"; nor can any of the next {num_tried} of its shard be read"
+                if not self._substitute:
+                    advice = ". on_error='substitute' goes on without it"
+                raise FormatError(f"{samples.where(sample_index)}: {error}{advice}") from error
+            loaded[number], sample_indices[number] = candidate, index
+            if index != sample_index:
+                source = int(located.source[number])
+                substitutions.append(Substitution(source, samples.shard, sample_index, index, _reason(error)))
         return substitutions
 
-    def _fetch_anew(self, rows: list[LoadedRows], at: int, row: int, error: Exception, parse: Parse[object]) -> bool:
-        """Make `rows[at]` what the storage has by now, if a cache may have kept this row damaged; whether it can be read then."""
-        if not rows[at].reader.is_cached or isinstance(error, Reject):
-            return False
-        for again in False, True:  # another row of its region may have had it fetched
-            held = rows[at].reader.load(rows[at].shard, row, row + 1, again=again)
-            if self._problem(held, row, parse) is None:
-                rows[at] = held
-                return True
-        return False
+    def _candidates(self, samples: LoadedSamples, sample_index: int, error: Exception) -> Iterator[tuple[LoadedSamples, int]]:
+        """What may stand in for a sample: what the storage has now, if a cache may have kept it damaged, and the next samples."""
+        reader, shard = samples.reader, samples.shard
+        if reader.is_cached and not isinstance(error, Reject):
+            for again in False, True:  # another sample of its region may have had it fetched
+                yield reader.load(shard, sample_index, sample_index + 1, again=again), sample_index
+        num_samples = reader.opened.manifest.shards[shard].samples
+        for step in range(1, min(num_samples, _MOST_TRIED + 1) if self._substitute else 0):
+            index = (sample_index + step) % num_samples
+            yield samples if samples.first <= index < samples.last else reader.load(shard, index, index + 1), index
 
-    def _put(self, rows: list[LoadedRows], at: int, row: int, parse: Parse[object]) -> bool:
-        """Make `rows[at]` what holds this row of the same shard; whether the row can be read."""
-        held = rows[at]
-        if not held.first <= row < held.last:
-            held = held.reader.load(held.shard, row, row + 1)
-        if self._problem(held, row, parse) is not None:
-            return False
-        rows[at] = held
-        return True
-
-    def _problem(self, held: LoadedRows, row: int, parse: Parse[object]) -> Exception | None:
+    def _problem(self, samples: LoadedSamples, sample_index: int, parse: Parse[object]) -> Exception | None:
         try:
-            self._parsed([held], [row], parse)
+            self._parsed([samples], [sample_index], parse)
         except _READING_ERRORS as error:
             return error
         return None

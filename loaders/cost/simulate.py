@@ -1,4 +1,4 @@
-"""What a recipe will cost, from manifests alone: no shard, no index is read, and the data need not exist yet.
+"""What training will cost, from manifests alone: no shard, no index is read, and the data need not exist yet.
 
     sources, config, world size -> SampleOrder -> steps, and how well the order is mixed
                                           -> replay.py: requests, bytes and memory of one process
@@ -20,12 +20,12 @@ from loaders.config import LoaderConfig, Source
 from loaders.cost.replay import ProcessCost, replay
 from loaders.order.partition import BatchPartition
 from loaders.order.plan import Ints, SourcePlan
-from loaders.order.samples import OpenSource, SampleOrder
+from loaders.order.samples import OpenSource, SampleOrder, order_spec
 from wds_tools.errors import UsageError
 from wds_tools.format.manifest import Manifest, ShardInfo
 from wds_tools.storage import open_store
 
-_MOST_SHARDS = 1 << 24
+_MAX_SHARDS = 1 << 24
 _MIXING_SAMPLES = 1 << 20
 _MIXING_LANES = 64
 _GOOD_REQUEST_BYTES = 256 << 10
@@ -36,50 +36,61 @@ class Mixing:
     """How far the order takes apart what lies together."""
 
     batch_chunks: float
-    """Runs of neighbouring samples that a batch has samples of, on average. At best the batch size."""
+    """Number of chunks that a batch has samples of, on average; at best the batch size."""
     batch_shards: float
-    """Shards that it has samples of."""
+    """Number of shards that a batch has samples of, on average."""
     neighbours_median: float | None
-    """How many positions apart two samples are that lie side by side in an chunk; None where chunks are single samples, and
-    chance puts neighbours anywhere."""
+    """Positions between two samples that lie side by side in a chunk, median; None where chunks are single samples, and chance
+    puts neighbours anywhere."""
     neighbours_p5: float | None
     """The same for the closest 5 % of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Simulation:
-    """What a recipe will cost."""
+    """What training will cost."""
 
     samples: int
-    """Of all sources."""
+    """Samples of all sources."""
     shards: int
+    """Shards of all sources."""
     bytes: int
+    """Bytes of all shards."""
     epoch_samples: int
+    """Samples of an epoch."""
     steps: int
+    """Steps of an epoch."""
     dropped: int
     """Samples that last_batch="drop" leaves out."""
     lanes: int
+    """Number of lanes."""
     chunks: int
+    """Chunks of an epoch of every source."""
     chunk_bytes: int
+    """Size of a chunk."""
     block_bytes: int
+    """Size of a shuffle block."""
     start_s: float
-    """To plan, at the start of every process (worker processes that are forked share it)."""
+    """Time to plan, at the start of every process (worker processes that are forked share it)."""
     epoch_s: float
-    """To plan each further epoch."""
+    """Time to plan each further epoch."""
     plan_bytes: int | None
     """Memory of the plan of an epoch; None where the system does not say."""
     mixing: Mixing
+    """How well the order is mixed."""
     process: ProcessCost
+    """What one process reads."""
     warnings: tuple[str, ...]
+    """Settings that cost more than they need, and sources that come in bursts."""
 
 
 def imagined_source(samples: float, sample_bytes: float, shard_samples: int = 10_000) -> OpenSource:
     """A dataset that does not exist, in shards of one size.
 
     Args:
-        samples: in all.
-        sample_bytes: of one, in its tar: headers and padding included.
-        shard_samples: in a shard.
+        samples: number of samples.
+        sample_bytes: size of a sample in its tar, headers and padding included.
+        shard_samples: samples of a shard.
 
     Raises:
         UsageError: one of them is less than 1, or they are more than can be planned.
@@ -90,9 +101,9 @@ def imagined_source(samples: float, sample_bytes: float, shard_samples: int = 10
             "2**53, 2**40 and 2**32"
         )
     whole, rest = divmod(int(samples), shard_samples)
-    if whole > _MOST_SHARDS:
+    if whole > _MAX_SHARDS:
         raise UsageError(
-            f"{samples:,} samples are {whole:,} shards of {shard_samples:,}: at most {_MOST_SHARDS:,} are simulated; give larger "
+            f"{samples:,} samples are {whole:,} shards of {shard_samples:,}: at most {_MAX_SHARDS:,} are simulated; give larger "
             "shards (--shard-samples)"
         )
     shards = (_imagined_shard(shard_samples, sample_bytes),) * whole
@@ -110,10 +121,10 @@ def _imagined_shard(samples: int, sample_bytes: float) -> ShardInfo:
 
 
 def simulate(sources: Sequence[OpenSource], config: LoaderConfig, world_size: int = 1, *, as_remote: bool = False) -> Simulation:
-    """Find out what a recipe costs.
+    """Find out what training with a config costs.
 
     Args:
-        sources: those of the config, opened; or imagined_source(...).
+        sources: the opened sources of the config, or imagined_source(...).
         config: as for build_loader.
         world_size: number of ranks.
         as_remote: count local files as if they were fetched.
@@ -124,7 +135,7 @@ def simulate(sources: Sequence[OpenSource], config: LoaderConfig, world_size: in
     if config.batch_size < world_size:
         raise UsageError(f"batch_size={config.batch_size} is less than one sample for each of {world_size} ranks")
     before, started = _resident_bytes(), time.perf_counter()
-    order = SampleOrder(sources, config)
+    order = SampleOrder(sources, order_spec(sources, config))
     start_s = time.perf_counter() - started
     order.locate(0, np.arange(1))
     epoch_s = time.perf_counter() - started - start_s
@@ -158,10 +169,9 @@ def simulate(sources: Sequence[OpenSource], config: LoaderConfig, world_size: in
 def _num_chunks(order: SampleOrder) -> int:
     """Chunks of an epoch of every source."""
     total = 0
-    for opened, times, limit in zip(order.sources, order.recipe["repeat"], order.recipe["max_samples"], strict=True):
-        samples, sizes = (np.array([getattr(row, name) for row in opened.manifest.shards]) for name in ("samples", "bytes"))
-        plan = SourcePlan(samples, sizes, order.spec, limit)
-        total += plan.num_chunks * (1 if order.recipe["weights"] else times)
+    for opened, spec in zip(order.sources, order.spec.sources, strict=True):
+        plan = SourcePlan(opened.samples, opened.sizes, order.spec, spec.max_samples)
+        total += plan.num_chunks * (1 if order.spec.schedule else spec.repeat)
     return total
 
 
@@ -169,18 +179,18 @@ def measure_mixing(order: SampleOrder, batch_size: int) -> Mixing:
     """How well an epoch is mixed: by batches from its middle, and the neighbours in all of it or in some of its lanes.
 
     Args:
-        stream: the order.
-        batch_size: over all ranks.
+        order: the order.
+        batch_size: samples of a batch over all ranks.
     """
     length = order.length
     count = max(min(_MIXING_SAMPLES, length) // batch_size, 1)
     begin = max(length // 2 - count * batch_size // 2, 0)
     located = order.locate(0, np.arange(begin, min(begin + count * batch_size, length)))
-    batch = np.arange(len(located.row)) // batch_size
+    batch = np.arange(len(located.source)) // batch_size
     num_batches = int(batch[-1]) + 1
     apart = _neighbours_apart(order)
     return Mixing(
-        batch_chunks=_num_distinct(batch, located.source, located.shard, located.first + located.run) / num_batches,
+        batch_chunks=_num_distinct(batch, located.source, located.shard, located.first + located.num_in_run) / num_batches,
         batch_shards=_num_distinct(batch, located.source, located.shard) / num_batches,
         neighbours_median=float(np.median(apart)) if len(apart) else None,
         neighbours_p5=float(np.percentile(apart, 5)) if len(apart) else None,
@@ -188,20 +198,20 @@ def measure_mixing(order: SampleOrder, batch_size: int) -> Mixing:
 
 
 def _neighbours_apart(order: SampleOrder) -> Ints:
-    """How many positions apart samples are that lie side by side in a shard: all of them, or those of an chunk in some lanes."""
+    """How many positions apart samples are that lie side by side in a shard: all of them, or those of a chunk in some lanes."""
     length, lanes = order.length, order.spec.lanes
     if length <= _MIXING_SAMPLES:
         positions = np.arange(length)
     else:
         some = np.linspace(0, lanes - 1, min(lanes, _MIXING_LANES)).astype(np.int64)
-        depths = min(length // lanes, _MIXING_SAMPLES // len(some))
-        positions = (some + lanes * (np.arange(depths) + (length // lanes - depths) // 2)[:, None]).ravel()
+        num_cursors = min(length // lanes, _MIXING_SAMPLES // len(some))
+        positions = (some + lanes * (np.arange(num_cursors) + (length // lanes - num_cursors) // 2)[:, None]).ravel()
     located = order.locate(0, positions)
-    ascending = np.lexsort((located.row, located.shard, located.source))
-    source, shard, row, chunk = (
-        np.diff(column[ascending]) for column in (located.source, located.shard, located.row, located.first + located.run)
+    ascending = np.lexsort((located.sample_index, located.shard, located.source))
+    source, shard, sample_index, chunk = (
+        np.diff(column[ascending]) for column in (*located[:3], located.first + located.num_in_run)
     )
-    side_by_side = (source == 0) & (shard == 0) & (row == 1)
+    side_by_side = (source == 0) & (shard == 0) & (sample_index == 1)
     if len(positions) < length:
         side_by_side &= chunk == 0
     apart: Ints = np.abs(np.diff(positions[ascending]))[side_by_side]
@@ -209,7 +219,7 @@ def _neighbours_apart(order: SampleOrder) -> Ints:
 
 
 def _num_distinct(*columns: Ints) -> int:
-    """How many different rows these columns have."""
+    """Number of different tuples in these columns."""
     ascending = np.lexsort(columns)
     changes = np.any([np.diff(column[ascending]) != 0 for column in columns], axis=0)
     return 1 + int(np.count_nonzero(changes))
@@ -235,7 +245,8 @@ def _warnings(order: SampleOrder, config: LoaderConfig, world_size: int, cost: P
     if cost.evicted:
         yield (
             f"memory_bytes={config.memory_bytes} is too little for {cost.lanes} lanes a process: {cost.evicted:,.0f} requests "
-            f"an epoch are dropped before they are used up; two blocks of each are {2 * cost.lanes * order.spec.block_bytes}"
+            "an epoch are dropped before they are used up; two shuffle blocks of each are "
+            f"{2 * cost.lanes * order.spec.block_bytes}"
         )
     elif cost.late > 0.1:
         yield (

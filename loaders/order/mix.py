@@ -1,9 +1,9 @@
-"""Mixtures: stream position -> (source, epoch of that source, position in it), as a pure function.
+"""Mixtures: position of the order -> (source, epoch of that source, position in it), as a pure function.
 
-Lane c of the stream follows a fixed pattern of sources, `Weights`, that has each in exact proportion per period and starts at
-slot c, so that a batch (neighbouring lanes) is close to the proportions too. Draw k of a source on lane c is position
-k * lanes + c of that source's endless stream of epochs, so a process that owns a lane of the mixture owns the same lanes of
-every source. When the weights change at a position, the draws go on counting.
+Lane c follows a fixed pattern of sources, `Weights`, that has each in exact proportion per period and starts at slot c, so that
+a batch (neighbouring lanes) is close to the proportions too. Draw k of a source on lane c is position k * lanes + c of that
+source's epochs, one after the other, so a process that owns a lane of the mixture owns the same lanes of every source. When the
+weights change at a position, the draws go on counting.
 Invariant: on every lane the draws of a source count 0, 1, 2, ...: none is lost or repeated, whatever the schedule.
 Cost: a table of one period for each set of weights; a position costs a few array operations for each change before it.
 """
@@ -20,12 +20,12 @@ from loaders.order.plan import Ints
 from wds_tools.errors import UsageError
 
 MAX_PERIOD = 10_000
-_LONG_ROUNDS = 100
-"""A source that is absent for more draws of every lane than this is absent for long: with 8 lanes a sample, 800 steps."""
+_LONG_ABSENCE = 100
+"""Draws of every lane without a source, above which it is absent for long: with 8 lanes a sample, 800 steps."""
 
 
 class Draws(NamedTuple):
-    """Where positions of the stream lead; arrays of one length."""
+    """What stands at some positions; arrays of one length."""
 
     source: Ints
     epoch: Ints
@@ -36,7 +36,7 @@ class Weights:
     """One set of weights as a periodic pattern.
 
     Args:
-        weights: one per source, not negative, not all 0. Taken as written in decimals: 0.7 and 0.3 give a period of 10.
+        weights: one per source, 0 or more, not all 0. Taken as written in decimals: 0.7 and 0.3 give a period of 10.
 
     Raises:
         UsageError: they are not weights, or need a period above MAX_PERIOD: write them with fewer digits.
@@ -63,13 +63,13 @@ class Weights:
             np.cumsum(self.pattern == source, out=self._before[source, 1:])
 
     def gap(self, source: int) -> int:
-        """Slots from one of a source's to its next, at most; 0 if it has none."""
-        at = np.flatnonzero(self.pattern == source)
-        return int(np.diff(at, append=at[0] + self.period).max()) if len(at) else 0
+        """Slots from one of a source to its next, at most; 0 if it has none."""
+        slots = np.flatnonzero(self.pattern == source)
+        return int(np.diff(slots, append=slots[0] + self.period).max()) if len(slots) else 0
 
-    def draws(self, source: Ints, lane: Ints, depth: Ints) -> Ints:
-        """How often each lane draws its source before this depth (counted from where these weights begin)."""
-        return self._until(source, lane + depth) - self._until(source, lane)
+    def draws(self, source: Ints, lane: Ints, cursor: Ints) -> Ints:
+        """Number of draws of its source on each lane before this cursor, counted from where these weights begin."""
+        return self._until(source, lane + cursor) - self._until(source, lane)
 
     def _until(self, source: Ints, slot: Ints) -> Ints:
         periods, rest = np.divmod(slot, self.period)
@@ -78,12 +78,29 @@ class Weights:
 
 
 class Mixture:
-    """The stream of samples that sources of these sizes give.
+    """The order in which sources of these sizes are drawn from.
+
+    Two sources of 6 and 3 samples, weighted 2 to 1, over 2 lanes. The second one is exhausted after 9 positions; one of the lanes
+    begins its next epoch a draw earlier:
+
+    >>> mixture = Mixture(num_samples=[6, 3], lanes=2, schedule=[(0, (2.0, 1.0))])
+    >>> draws = mixture.locate(np.arange(12))
+    >>> draws.source.tolist()
+    [0, 1, 1, 0, 0, 0, 0, 1, 1, 0, 0, 0]
+    >>> draws.position.tolist()
+    [0, 1, 0, 1, 2, 3, 4, 0, 2, 5, 0, 1]
+    >>> draws.epoch.tolist()
+    [0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 1, 1]
+    >>> mixture.exhausted_at(1)
+    9
 
     Args:
-        num_samples: of an epoch of each source.
-        lanes: as in the sources' orders.
-        schedule: (stream position, weights), from position 0 on, ascending. One source needs no more than ((0, (1.0,)),).
+        num_samples: samples of an epoch of each source.
+        lanes: number of lanes, as in the plans of the sources.
+        schedule: (position, weights), from position 0 on, ascending. One source needs no more than ((0, (1.0,)),).
+
+    Raises:
+        UsageError: the schedule does not ascend from 0, or its weights do not fit the sources.
     """
 
     def __init__(self, num_samples: Sequence[int], lanes: int, schedule: Sequence[tuple[int, Sequence[float]]]) -> None:
@@ -98,25 +115,25 @@ class Mixture:
         self._weights = [Weights(weights) for _, weights in schedule]
 
     def locate(self, positions: Ints) -> Draws:
-        """Where these positions of the stream lead."""
-        lane, depth = positions % self._lanes, positions // self._lanes
+        """What stands at these positions."""
+        lane, cursor = positions % self._lanes, positions // self._lanes
         if len(self._weights) == 1 and len(self._num_samples) == 1:
-            source, draw = np.zeros_like(positions), depth
+            source, draw = np.zeros_like(positions), cursor
         else:
-            source, draw = self._draw(positions, lane, depth)
+            source, draw = self._draw(positions, lane, cursor)
         epoch, position = np.divmod(draw * self._lanes + lane, self._num_samples[source])
         return Draws(source, epoch, position)
 
-    def absence(self, source: int) -> int:
-        """Stream positions without a draw of the source, at most, between two that have one; 0 if that is no long while.
+    def longest_absence(self, source: int) -> int:
+        """Positions without a draw of the source, at most, between two that have one; 0 if that is not long.
 
         Lanes walk the pattern one slot apart, so a gap in it that is wider than all lanes is crossed by all at once.
         """
         wider = max(weights.gap(source) for weights in self._weights) - self._lanes
-        return (wider + 2) * self._lanes - 2 if wider > _LONG_ROUNDS else 0
+        return (wider + 2) * self._lanes - 2 if wider > _LONG_ABSENCE else 0
 
-    def seen_once(self, source: int, times: int = 1) -> int:
-        """The number of stream positions until the source has been drawn in full, `times` times.
+    def exhausted_at(self, source: int, times: int = 1) -> int:
+        """The number of positions until the source has been drawn in full, `times` times.
 
         Raises:
             UsageError: its weight ends at 0 before.
@@ -128,33 +145,33 @@ class Mixture:
             if int(high.max()) > 1 << 50:
                 raise UsageError(f"source {source} is never seen in full: its weight becomes 0 before that")
             high[todo] *= 2
-        while (low < high).any():  # the smallest depth before which it was drawn as often as wanted
+        while (low < high).any():  # the smallest cursor before which it was drawn as often as wanted
             middle = (low + high) // 2
             enough = self._drawn(source, lane, middle) >= wanted
             high = np.where(enough, middle, high)
             low = np.where(enough, low, middle + 1)
         return int(((high - 1) * self._lanes + lane).max()) + 1
 
-    def _draw(self, positions: Ints, lane: Ints, depth: Ints) -> tuple[Ints, Ints]:
+    def _draw(self, positions: Ints, lane: Ints, cursor: Ints) -> tuple[Ints, Ints]:
         segment = np.searchsorted(self._starts, positions, "right") - 1
         source = np.empty_like(positions)
         for number, weights in enumerate(self._weights):
-            here = segment == number
-            slot = depth[here] - self._first_depth(number, lane[here]) + lane[here]
-            source[here] = weights.pattern[slot % weights.period]
-        return source, self._drawn(source, lane, depth)
+            held = segment == number
+            slot = cursor[held] - self._first_cursor(number, lane[held]) + lane[held]
+            source[held] = weights.pattern[slot % weights.period]
+        return source, self._drawn(source, lane, cursor)
 
-    def _drawn(self, source: int | Ints, lane: Ints, depth: Ints) -> Ints:
-        """How often each lane has drawn its source before this depth of the stream."""
-        which = np.broadcast_to(np.asarray(source), lane.shape)
+    def _drawn(self, source: int | Ints, lane: Ints, cursor: Ints) -> Ints:
+        """Number of draws of its source on each lane before this cursor."""
+        sources = np.broadcast_to(np.asarray(source), lane.shape)
         total = np.zeros_like(lane)
         for number, weights in enumerate(self._weights):
-            begin = self._first_depth(number, lane)
-            end = depth if number + 1 == len(self._weights) else np.minimum(depth, self._first_depth(number + 1, lane))
-            total += weights.draws(which, lane, np.maximum(end - begin, 0))
+            begin = self._first_cursor(number, lane)
+            end = cursor if number + 1 == len(self._weights) else np.minimum(cursor, self._first_cursor(number + 1, lane))
+            total += weights.draws(sources, lane, np.maximum(end - begin, 0))
         return total
 
-    def _first_depth(self, number: int, lane: Ints) -> Ints:
-        """The first depth of each lane that lies in this part of the schedule."""
-        depth: Ints = np.maximum(-(-(self._starts[number] - lane) // self._lanes), 0)
-        return depth
+    def _first_cursor(self, number: int, lane: Ints) -> Ints:
+        """The first cursor of each lane at which the weights of this number hold."""
+        cursor: Ints = np.maximum(-(-(self._starts[number] - lane) // self._lanes), 0)
+        return cursor

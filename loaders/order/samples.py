@@ -1,41 +1,43 @@
 """The whole order of a run: sources opened, their plans, and the mixture over them.
 
-    config + manifests -> SampleOrder;   SampleOrder.locate(epoch, positions) -> source, shard, row of each
+    config + manifests -> order_spec -> OrderSpec;   OrderSpec + manifests -> SampleOrder
+    SampleOrder.locate(epoch, positions) -> source, shard and sample index of each
 
-Sources without weights are one pool: their shards form one tape, so an epoch has every sample exactly `repeat` times. Sources
-with weights have a plan each, and a Mixture draws from them. An epoch of the stream is `length` positions; the next one goes
+Sources without weights are one pool: the chunks of all are shuffled together, so an epoch has every sample exactly `repeat`
+times. Sources with weights have a plan each, and a Mixture draws from them. An epoch is `length` positions; the next one goes
 on where it ended.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from loaders.config import LoaderConfig, Source
 from loaders.order.mix import Mixture
-from loaders.order.plan import Ints, OrderSpec, Rows, SourcePlan, default_order
+from loaders.order.plan import Ints, SourcePlan, default_order
+from loaders.order.spec import OrderSpec, SourceSpec
 from wds_tools.dataset.layout import MANIFEST
 from wds_tools.errors import NotFound, UsageError
 from wds_tools.format.manifest import Manifest, parse_manifest
 from wds_tools.format.schema import ANY_MEMBERS
 from wds_tools.storage import Store, open_store
 
-_PIECE_BITS = 40
-_MOST_SHARDS = 1 << 24
-_KIND_BITS = 23
-"""With the bits of a piece they fill a positive int64. Sources x epochs go round in them: pieces that are in use at one time
-lie a few epochs apart."""
+_BLOCK_BITS = 40
+_MAX_SHARDS = 1 << 24
+_PLAN_EPOCH_BITS = 23
+"""Bits that name a plan and its epoch; with those of a shuffle block they fill a positive int64. They wrap around: blocks in
+use at one time lie a few epochs apart."""
 
 
 @dataclass(frozen=True)
 class OpenSource:
-    """A source whose manifest was read. What was once counted over its shards, reading processes inherit."""
+    """A source whose manifest was read. Reading processes inherit what was counted over its shards."""
 
     source: Source
     store: Store
@@ -43,18 +45,18 @@ class OpenSource:
 
     @property
     def name(self) -> str:
-        """What `__source__` says."""
+        """Value of `__source__` in batches."""
         return self.source.name or self.store.url
 
     @cached_property
     def samples(self) -> Ints:
         """(S,) samples of each shard."""
-        return np.array([row.samples for row in self.manifest.shards], np.int64)
+        return np.array([shard.samples for shard in self.manifest.shards], np.int64)
 
     @cached_property
     def sizes(self) -> Ints:
         """(S,) bytes of each shard."""
-        return np.array([row.bytes for row in self.manifest.shards], np.int64)
+        return np.array([shard.bytes for shard in self.manifest.shards], np.int64)
 
     @property
     def has_schema(self) -> bool:
@@ -63,24 +65,24 @@ class OpenSource:
 
     @property
     def max_samples(self) -> int | None:
-        """How many of its samples are used, if not all."""
+        """Number of its samples that are used; None for all."""
         if self.source.fraction is not None:
             return max(1, round(self.source.fraction * self.manifest.samples))
         return self.source.max_samples
 
 
 class Located(NamedTuple):
-    """Where positions of the stream lead; arrays of one length. See plan.Rows for the rest."""
+    """The samples at some positions of the order; arrays of one length. See plan.Planned for the rest."""
 
     source: Ints
     shard: Ints
-    row: Ints
+    sample_index: Ints
     key: Ints
-    """Names the piece over all sources and epochs."""
+    """Names the shuffle block over all sources and epochs."""
     first: Ints
-    num_rows: Ints
-    done: Ints
-    run: Ints
+    num_samples: Ints
+    num_done: Ints
+    num_in_run: Ints
 
 
 def open_source(source: Source) -> OpenSource:
@@ -101,48 +103,87 @@ def open_source(source: Source) -> OpenSource:
     return OpenSource(source, store, parse_manifest(data, f"{store.url}/{MANIFEST}"))
 
 
-class SampleOrder:
-    """What a run reads, as a function of position.
+def order_spec(sources: Sequence[OpenSource], config: LoaderConfig, saved: OrderSpec | None = None) -> OrderSpec:
+    """What the order of a config depends on.
 
     Args:
         sources: the opened sources of the config.
-        config: weights, length, seed, shuffle, lanes.
-        order: of a saved run, kept when it goes on with another batch size; None for a new one.
-        step_samples: samples of a step in the schedule: the run's first batch size.
+        config: weights, schedule, stop_at, seed, shuffle, lanes.
+        saved: spec of a run that goes on, whose sizes of lanes, chunks, shuffle blocks and steps are kept.
+
+    Raises:
+        UsageError: the mixture never ends, or its weights can't be planned.
+    """
+    if saved is None:
+        total_bytes = sum(opened.manifest.bytes * opened.source.repeat for opened in sources)
+        spec = default_order(total_bytes, config.batch_size, config.seed, lanes=config.lanes, shuffle=config.shuffle)
+        spec = replace(spec, step_samples=config.batch_size if config.schedule else 1)
+    else:
+        lanes = config.lanes if config.lanes and config.shuffle else saved.lanes
+        spec = replace(saved, seed=config.seed, shuffle=config.shuffle, lanes=lanes)
+    counts = [min(opened.max_samples or opened.manifest.samples, opened.manifest.samples) for opened in sources]
+    length = sum(count * opened.source.repeat for count, opened in zip(counts, sources, strict=True))
+    weights = tuple(float(source.weight) for source in config.sources if source.weight is not None)
+    changes = [(step * spec.step_samples, tuple(map(float, changed))) for step, changed in config.schedule]
+    schedule = ((0, weights), *changes) if weights else ()
+    if isinstance(config.stop_at, int):
+        length = config.stop_at
+    elif schedule:
+        mixture = Mixture(counts, spec.lanes, schedule)
+        ends = [
+            mixture.exhausted_at(number, opened.source.repeat)
+            for number, opened in enumerate(sources)
+            if any(held[number] for _, held in schedule)
+        ]
+        length = min(ends) if config.stop_at == "first_exhausted" else max(ends)
+    specs = tuple(
+        SourceSpec(repeat=opened.source.repeat, max_samples=opened.max_samples, code_set=opened.source.code_set)
+        for opened in sources
+    )
+    return replace(spec, sources=specs, schedule=schedule, length=length)
+
+
+class SampleOrder:
+    """Which sample stands at which position of a run.
+
+    Twelve samples in shards of 5, 5 and 2, without shuffling and shuffled in 2 lanes:
+
+    >>> from loaders.cost.simulate import imagined_source
+    >>> source = imagined_source(samples=12, sample_bytes=1000, shard_samples=5)
+    >>> spec = order_spec([source], LoaderConfig(sources=(source.source,), batch_size=4, shuffle=False))
+    >>> located = SampleOrder([source], spec).locate(0, np.arange(3, 8))
+    >>> list(zip(located.shard.tolist(), located.sample_index.tolist()))
+    [(0, 3), (0, 4), (1, 0), (1, 1), (1, 2)]
+    >>> spec = OrderSpec(seed=42, lanes=2, block_bytes=2000, chunk_bytes=4000, length=12)
+    >>> located = SampleOrder([source], spec).locate(epoch=0, positions=np.arange(12))
+    >>> [f"{shard}:{index}" for shard, index in zip(located.shard.tolist(), located.sample_index.tolist())]
+    ['0:4', '0:3', '2:1', '0:2', '2:0', '1:1', '1:4', '1:0', '0:0', '1:3', '0:1', '1:2']
+
+    Args:
+        sources: the opened sources.
+        spec: what the order depends on beside them.
+
+    Raises:
+        UsageError: the spec does not fit the sources.
     """
 
-    def __init__(
-        self, sources: Sequence[OpenSource], config: LoaderConfig, spec: OrderSpec | None = None, step_samples: int | None = None
-    ) -> None:
+    def __init__(self, sources: Sequence[OpenSource], spec: OrderSpec) -> None:
+        if len(sources) != len(spec.sources):
+            raise UsageError(f"{len(sources)} sources, but an order of {len(spec.sources)}")
         self.sources = tuple(sources)
         self.fingerprints = tuple(opened.manifest.fingerprint() for opened in sources)
-        self.step_samples = step_samples or config.batch_size
-        if spec is None:
-            total = sum(opened.manifest.bytes * opened.source.repeat for opened in sources)
-            spec = default_order(total, config.batch_size, config.seed, lanes=config.lanes, shuffle=config.shuffle)
         self.spec = spec
-        weighted = config.sources[0].weight is not None
-        groups = [[number] for number in range(len(sources))] if weighted else [list(range(len(sources)))]
-        self._groups = [self._group(members, repeat=not weighted) for members in groups]
-        plans = [group.plan for group in self._groups]
-        weights = [tuple(float(source.weight or 0) for source in config.sources)] if weighted else [(1.0,)]
-        schedule = [(0, weights[0]), *((step * self.step_samples, changed) for step, changed in config.schedule)]
-        self._mixture = Mixture([plan.num_samples for plan in plans], spec.lanes, schedule)
-        self.length = self._length(config) if weighted else plans[0].num_samples
-        self._recipe: dict[str, Any] = {
-            "weights": [list(changed) for _, changed in schedule] if weighted else None,
-            "from_positions": [start for start, _ in schedule],
-            "length": self.length,
-            "repeat": [opened.source.repeat for opened in sources],
-            "max_samples": [opened.max_samples for opened in sources],
-        }
-        if any(opened.source.codes for opened in sources):
-            self._recipe["codes"] = [opened.source.codes for opened in sources]
+        numbers = range(len(sources))
+        self._groups = [self._group([number]) for number in numbers] if spec.schedule else [self._group(numbers)]
+        sizes = [group.plan.num_samples for group in self._groups]
+        self._mixture = Mixture(sizes, spec.lanes, spec.schedule or ((0, (1.0,)),))
+        if not spec.schedule and spec.length != sizes[0]:
+            raise UsageError(f"an epoch of {spec.length} samples, but the sources have {sizes[0]}")
 
     @property
-    def recipe(self) -> Mapping[str, Any]:
-        """What the order depends on beside `order` and the data, as plain JSON values."""
-        return self._recipe
+    def length(self) -> int:
+        """Samples of an epoch."""
+        return self.spec.length
 
     @property
     def total_bytes(self) -> int:
@@ -151,8 +192,8 @@ class SampleOrder:
 
     def rare(self) -> Iterator[str]:
         """A sentence about each source that is absent for long."""
-        for number, opened in enumerate(self.sources if self.recipe["weights"] else ()):
-            if absence := self._mixture.absence(number):
+        for number, opened in enumerate(self.sources if self.spec.schedule else ()):
+            if absence := self._mixture.longest_absence(number):
                 lanes = self.spec.lanes
                 yield (
                     f"source {opened.name} is so rare that none of it comes for up to {absence:,} samples, then {lanes:,} of it "
@@ -161,82 +202,63 @@ class SampleOrder:
                 )
 
     def locate(self, epoch: int, positions: Ints) -> Located:
-        """Where these positions of an epoch of the stream lead; beyond `length` lies the next epoch.
+        """The samples at these positions of an epoch; beyond `length` lies the next epoch.
 
         Args:
             epoch: from 0.
             positions: (K,) from 0, in any order.
         """
         draws = self._mixture.locate(epoch * self.length + positions)
-        place = draws.source + len(self._groups) * draws.epoch
-        kinds = np.unique(place)
-        if len(kinds) == 1:
-            return self._rows(int(kinds[0]), draws.position)
+        plan_epochs = draws.source + len(self._groups) * draws.epoch
+        distinct = np.unique(plan_epochs)
+        if len(distinct) == 1:
+            return self._locate(int(distinct[0]), draws.position)
         out = [np.empty_like(positions) for _ in Located._fields]
-        for kind in kinds.tolist():
-            here = np.flatnonzero(place == kind)
-            for column, values in zip(out, self._rows(kind, draws.position[here]), strict=True):
-                column[here] = values
+        for plan_epoch in distinct.tolist():
+            chosen = np.flatnonzero(plan_epochs == plan_epoch)
+            for column, values in zip(out, self._locate(plan_epoch, draws.position[chosen]), strict=True):
+                column[chosen] = values
         return Located(*out)
 
     def source_epochs(self, epoch: int, positions: Ints) -> Ints:
         """Which epoch of its source each of these positions is in; see `locate`."""
         return self._mixture.locate(epoch * self.length + positions).epoch
 
-    def _rows(self, kind: int, positions: Ints) -> Located:
-        epoch, number = divmod(kind, len(self._groups))
+    def _locate(self, plan_epoch: int, positions: Ints) -> Located:
+        epoch, number = divmod(plan_epoch, len(self._groups))
         group = self._groups[number]
-        rows: Rows = group.plan.locate(epoch, positions)
-        key = rows.piece + (kind % (1 << _KIND_BITS) << _PIECE_BITS)
-        return Located(
-            group.source[rows.shard],
-            group.shard[rows.shard],
-            rows.row,
-            key,
-            rows.first,
-            rows.num_rows,
-            rows.done,
-            rows.run,
-        )
+        shard, sample_index, block, *rest = group.plan.locate(epoch, positions)
+        key = block + (plan_epoch % (1 << _PLAN_EPOCH_BITS) << _BLOCK_BITS)
+        return Located(group.source[shard], group.shard[shard], sample_index, key, *rest)
 
-    def _group(self, members: Sequence[int], *, repeat: bool) -> _Group:
-        repeats = [self.sources[number].source.repeat if repeat else 1 for number in members]
-        num_shards = sum(len(self.sources[one].manifest.shards) * times for one, times in zip(members, repeats, strict=True))
-        if len(members) > 1 and num_shards > _MOST_SHARDS:
-            raise UsageError(f"the sources, each repeated, have {num_shards:,} shards: at most {_MOST_SHARDS:,} can be planned")
-        sources, by_plan = list(members), 1
-        if len(members) == 1:
-            (by_plan,) = repeats  # behind its choice of max_samples
-        else:
-            sources = np.repeat(members, repeats).tolist()
-        counts = [len(self.sources[number].manifest.shards) for number in sources]
-        limited = [self.sources[number] for number in members if self.sources[number].max_samples is not None]
-        if limited and len(members) > 1:
+    def _group(self, members: Sequence[int]) -> _Group:
+        """These sources under one plan. With weights, it has each sample once; without, as often as an epoch does."""
+        specs, opened = [self.spec.sources[number] for number in members], [self.sources[number] for number in members]
+        repeats = [1 if self.spec.schedule else spec.repeat for spec in specs]
+        urls = ", ".join(each.store.url for each in opened)
+        num_shards = sum(len(each.manifest.shards) * repeat for each, repeat in zip(opened, repeats, strict=True))
+        if len(members) > 1 and num_shards > _MAX_SHARDS:
+            raise UsageError(f"the sources, each repeated, have {num_shards:,} shards: at most {_MAX_SHARDS:,} can be planned")
+        limits = [spec.max_samples for spec in specs if spec.max_samples is not None]
+        if limits and len(members) > 1:
             raise UsageError(
-                f"source {limited[0].store.url}: max_samples and share are for one source, or for sources with weights: "
+                f"sources {urls}: max_samples and fraction are for one source, or for sources with weights: "
                 "give every source a weight"
             )
+        is_single = len(members) == 1  # repeated by its plan, after the choice of max_samples; of several, shards are repeated
+        numbers = list(members) if is_single else np.repeat(members, repeats).tolist()
         try:
             plan = SourcePlan(
-                np.concatenate([self.sources[number].samples for number in sources]),
-                np.concatenate([self.sources[number].sizes for number in sources]),
+                np.concatenate([self.sources[number].samples for number in numbers]),
+                np.concatenate([self.sources[number].sizes for number in numbers]),
                 self.spec,
-                limited[0].max_samples if limited else None,
-                repeat=by_plan,
+                limits[0] if limits else None,
+                repeat=repeats[0] if is_single else 1,
             )
         except UsageError as error:
-            raise UsageError(f"{', '.join(self.sources[number].store.url for number in members)}: {error}") from error
-        return _Group(plan, np.repeat(sources, counts), np.concatenate([np.arange(count) for count in counts]))
-
-    def _length(self, config: LoaderConfig) -> int:
-        if not isinstance(config.length, str):
-            return config.length
-        ends = [
-            self._mixture.seen_once(number, opened.source.repeat)
-            for number, opened in enumerate(self.sources)
-            if opened.source.weight or any(weights[number] for _, weights in config.schedule)
-        ]
-        return min(ends) if config.length == "first" else max(ends)
+            raise UsageError(f"{urls}: {error}") from error
+        counts = [len(self.sources[number].manifest.shards) for number in numbers]
+        return _Group(plan, np.repeat(numbers, counts), np.concatenate([np.arange(count) for count in counts]))
 
 
 class _Group(NamedTuple):

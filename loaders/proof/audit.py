@@ -1,9 +1,9 @@
 """Receipts against manifests: what became of every sample of every epoch.
 
     receipts -> those that count -> the SampleOrder that all of them name, over the manifests
-    -> Tally: each epoch counted by position, each receipt and each complete epoch added up -> Audit
+    -> Coverage: each epoch counted by position, each receipt and each complete epoch added up -> Audit
 
-A receipt names positions, the stream says which samples they are, the manifest's fingerprint what their hashes are: no shard
+A receipt names positions, the order says which samples they are, the manifest's fingerprint what their hashes are: no shard
 and no index is read.
 Cost: see coverage.py.
 """
@@ -12,49 +12,52 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
+from itertools import zip_longest
 
 import numpy as np
 
-from loaders.config import LoaderConfig, Source
+from loaders.config import Source
 from loaders.order.samples import OpenSource, SampleOrder, open_source
 from loaders.proof.coverage import Coverage, EpochAudit, runs_of
 from loaders.proof.receipt import Receipt, Span, parse_receipt
+from loaders.proof.state import Origin
 from wds_tools.errors import FormatError, NotFound, UsageError
 from wds_tools.storage import join, open_store, split_url
 
 
 @dataclass(frozen=True, kw_only=True)
 class Audit:
-    """What receipts come to."""
+    """Result of an audit."""
 
     num_receipts: int
-    """Those that count."""
+    """Number of receipts that count."""
     superseded: tuple[tuple[str, str], ...]
     """(receipt that does not count, the later one of the same run that contains it)."""
     absent: tuple[str, ...]
     """Ranks of which there is no receipt where others of their world have one."""
     epochs: tuple[EpochAudit, ...]
+    """Each epoch from the first to the last that receipts name."""
     problems: tuple[str, ...]
-    """Receipts and epochs whose hashes don't add up."""
+    """Receipts and epochs whose hashes do not add up."""
     totals_compared: int
-    """Complete epochs (of a mixture: of its sources) whose hashes were compared with the manifest's."""
+    """Number of complete epochs (of a mixture: of its sources) whose hashes were compared with the manifest's."""
 
     def is_exact(self, epoch: int | None = None) -> bool:
         """Whether all adds up and nothing is missing or repeated: in one epoch, or by default in all."""
-        return not self.problems and all(one.is_exact for one in self.epochs if epoch in (None, one.epoch))
+        return not self.problems and all(audited.is_exact for audited in self.epochs if epoch in (None, audited.epoch))
 
 
 def read_receipts(urls: Sequence[str]) -> list[Receipt]:
     """Read receipts.
 
     Args:
-        urls: of .json files, or of folders of them.
+        urls: URLs of .json files, or of folders of them.
 
     Raises:
         NotFound: a file does not exist.
-        FormatError: one is no receipt.
-        UsageError: a folder has none, or one is of another version of the order.
+        FormatError: a file is not a receipt.
+        UsageError: a folder has no .json files, or a receipt is of another version.
     """
     receipts = []
     for url in urls:
@@ -78,7 +81,7 @@ def num_positions(receipts: Sequence[Receipt], *, complete: bool = False) -> int
             ends[epoch] = max(ends[epoch], high)
     if not ends:
         return 0
-    length, last = receipts[0].recipe["length"], max(ends)
+    length, last = receipts[0].spec.length, max(ends)
     return sum(
         ends[epoch] if epoch == last and not complete else max(ends.get(epoch, 0), length) for epoch in range(min(ends), last + 1)
     )
@@ -96,15 +99,15 @@ def audit(
     """Compare receipts with the manifests of their sources.
 
     Args:
-        receipts: of all ranks and restarts, in any order. One that a later one of its run contains does not count.
-        moved: where sources lie that are no longer at the URL of the receipts; recognised by their fingerprints.
-        complete: the last epoch has to be complete too.
+        receipts: receipts of all ranks and restarts, in any order. One that a later one of its run contains does not count.
+        moved: URLs of sources that are no longer at the URL of the receipts; recognised by their fingerprints.
+        complete: whether the last epoch has to be complete too.
         quick: compare positions only, no hashes.
-        show: how many ranges to give of each kind.
-        on_counted: told how many more positions were counted, of num_positions.
+        show: number of ranges to give of each kind.
+        on_counted: called with the number of further positions that were counted, of num_positions.
 
     Raises:
-        UsageError: the receipts are of different data, recipes or orders, or the data is not theirs.
+        UsageError: the receipts are of different data or orders, or the data is not theirs.
         FormatError: a receipt or a manifest is damaged.
         NotFound: a source has no manifest.
     """
@@ -120,9 +123,9 @@ def audit(
     audited = tuple(coverage.epoch(epoch, may_end_early=epoch == epochs[-1] and not complete) for epoch in epochs)
     totals = coverage.complete_epochs()
     broken = [
-        f"{name}: its samples' hashes add up to {found:032x}, the manifest's to {expected:032x}: this order is no bijection"
-        for name, found, expected in totals
-        if found != expected
+        f"{name}: its samples' hashes add up to {total:032x}, the manifest's to {expected:032x}: this order is not a bijection"
+        for name, total, expected in totals
+        if total != expected
     ]
     return Audit(
         num_receipts=len(counted),
@@ -136,95 +139,80 @@ def audit(
 
 def _check_alike(receipts: Sequence[Receipt]) -> None:
     """Raise UsageError unless all are of one order over the same data."""
-    first = _what_it_is_of(receipts[0])
+    first = receipts[0]
+    expected = [origin.fingerprint for origin in first.sources]
     for receipt in receipts[1:]:
-        this = _what_it_is_of(receipt)
-        names = [name for name in first | this if this.get(name) != first.get(name)]
-        if names:
-            differing = "; ".join(f"{name} is {this.get(name)!r}, not {first.get(name)!r}" for name in names)
-            raise UsageError(f"{receipt.name} is of another run than {receipts[0].name}: {differing}: audit each run by itself")
-
-
-def _what_it_is_of(receipt: Receipt) -> dict[str, object]:
-    data = {f"fingerprint of source {number}": fingerprint for number, (_, fingerprint) in enumerate(receipt.sources)}
-    return {**asdict(receipt.spec), **receipt.recipe, **data}
+        fingerprints = [origin.fingerprint for origin in receipt.sources]
+        differing = [f"{name} is {value!r}, not {wanted!r}" for name, value, wanted in receipt.spec.differences(first.spec)]
+        differing += [
+            f"fingerprint of source {number} is {fingerprint!r}, not {wanted!r}"
+            for number, (fingerprint, wanted) in enumerate(zip_longest(fingerprints, expected))
+            if fingerprint != wanted
+        ]
+        if differing:
+            raise UsageError(
+                f"{receipt.name} is of another run than {first.name}: {'; '.join(differing)}: audit each run by itself"
+            )
 
 
 def _open_sources(receipt: Receipt, moved: Sequence[str]) -> list[OpenSource]:
     """The sources of a receipt, at its URLs or where they were moved to."""
-    given = {}
+    moved_sources = {}
     for url in moved:
         opened = open_source(Source(url))
         fingerprint = opened.manifest.fingerprint()
-        if fingerprint not in {expected for _, expected in receipt.sources}:
-            theirs = ", ".join(f"{old} {expected[:19]}" for old, expected in receipt.sources)
-            raise UsageError(f"{opened.store.url} has {fingerprint[:19]}, which is none of the receipts' data ({theirs})")
-        given[fingerprint] = opened
-    return [given.get(fingerprint) or _open_unmoved(url, fingerprint) for url, fingerprint in receipt.sources]
+        if fingerprint not in {origin.fingerprint for origin in receipt.sources}:
+            expected = ", ".join(f"{origin.url} {origin.fingerprint[:19]}" for origin in receipt.sources)
+            raise UsageError(f"{opened.store.url} has {fingerprint[:19]}, which is not data of the receipts ({expected})")
+        moved_sources[fingerprint] = opened
+    return [moved_sources.get(origin.fingerprint) or _open_unmoved(origin) for origin in receipt.sources]
 
 
-def _open_unmoved(url: str, fingerprint: str) -> OpenSource:
+def _open_unmoved(origin: Origin) -> OpenSource:
     hint = "if the data of the run lies elsewhere now, say where with --source"
     try:
-        opened = open_source(Source(url))
+        opened = open_source(Source(origin.url))
     except NotFound as error:
         raise NotFound(f"{error}; {hint}") from error
-    found = opened.manifest.fingerprint()
-    if found != fingerprint:
-        raise UsageError(f"{url} is not the data of the receipts: it has {found[:19]}, they {fingerprint[:19]}; {hint}")
+    fingerprint = opened.manifest.fingerprint()
+    if fingerprint != origin.fingerprint:
+        raise UsageError(
+            f"{origin.url} is not the data of the receipts: it has {fingerprint[:19]}, they {origin.fingerprint[:19]}; {hint}"
+        )
     return opened
 
 
 def _order_of(receipt: Receipt, sources: Sequence[OpenSource]) -> SampleOrder:
-    """The stream that a receipt is of: its recipe, with the schedule counted in samples."""
-    recipe = receipt.recipe
+    """The order that a receipt is of."""
     try:
-        weights = recipe["weights"]
-        weighted = tuple(
-            Source(
-                opened.store.url,
-                weight=weights[0][number] if weights else None,
-                repeat=recipe["repeat"][number],
-                max_samples=recipe["max_samples"][number],
-                codes=recipe["codes"][number] if "codes" in recipe else None,
-            )
-            for number, opened in enumerate(sources)
-        )
-        config = LoaderConfig(
-            sources=weighted,
-            batch_size=1,
-            seed=receipt.spec.seed,
-            shuffle=receipt.spec.shuffle,
-            length=recipe["length"] if weights else "first",
-            schedule=tuple(zip(recipe["from_positions"], map(tuple, weights), strict=True))[1:] if weights else (),
-        )
-        opened_as = [replace(opened, source=source) for opened, source in zip(sources, weighted, strict=True)]
-        order = SampleOrder(opened_as, config, receipt.spec, step_samples=1)
-    except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise FormatError(f"{receipt.name}: its recipe can't be meant ({type(error).__name__}: {error})") from error
-    if order.recipe != recipe:
-        raise FormatError(f"{receipt.name}: its recipe is {dict(recipe)}, its data makes it {dict(order.recipe)}")
-    return order
+        return SampleOrder(sources, receipt.spec)
+    except UsageError as error:
+        raise FormatError(f"{receipt.name}: the spec of its order does not fit its data ({error})") from error
 
 
 def _check_substitutions(receipts: Sequence[Receipt], order: SampleOrder) -> None:
-    """Raise FormatError unless every sample they name is there."""
+    """Raise FormatError unless every sample that was replaced is in the data."""
     shards = [opened.manifest.shards for opened in order.sources]
     for receipt in receipts:
-        for _, source, shard, row, _ in receipt.substitutions:
-            if source >= len(shards) or shard >= len(shards[source]) or row >= shards[source][shard].samples:
-                raise FormatError(f"{receipt.name}: it names source {source}, shard {shard}, row {row}, which is not there")
+        for bad in receipt.substitutions:
+            is_known = bad.source < len(shards) and bad.shard < len(shards[bad.source])
+            if not is_known or bad.sample_index >= shards[bad.source][bad.shard].samples:
+                raise FormatError(
+                    f"{receipt.name}: it names source {bad.source}, shard {bad.shard}, sample {bad.sample_index}, which its data "
+                    "does not have"
+                )
 
 
 def _last_of_runs(receipts: Sequence[Receipt]) -> tuple[list[Receipt], tuple[tuple[str, str], ...]]:
     """The receipts that count, and (name, name of the later one) of those that don't.
 
-    A loader whose receipt is written at each checkpoint says the same again, and more: of receipts with the same run, rank,
+    A receipt that a loader writes at a later checkpoint contains its earlier ones: of receipts with the same run, rank,
     world and last_batch, one whose spans begin those of another does not count.
     """
     runs: dict[object, list[Receipt]] = defaultdict(list)
     for receipt in receipts:
-        runs[receipt.run, receipt.world, receipt.last_batch, receipt.spans[:1] and receipt.spans[0][:2]].append(receipt)
+        start = receipt.spans[:1] and receipt.spans[0][:2]
+        runs[receipt.run, receipt.rank, receipt.world_size, receipt.last_batch, start].append(receipt)
     counted, superseded = [], []
     for members in runs.values():
         last: list[Receipt] = []
@@ -252,14 +240,14 @@ def _begins_with(spans: Sequence[Span], first: Sequence[Span]) -> bool:
 
 
 def _absent_ranks(receipts: Sequence[Receipt]) -> Iterator[str]:
-    """What to say of ranks without a receipt of spans that other ranks of their world began."""
+    """A sentence about each group of ranks without a receipt of spans that other ranks of their world began."""
     starts: dict[tuple[int, int, int, int], set[int]] = defaultdict(set)
     for receipt in receipts:
         for epoch, low, _, batch_size in receipt.spans:
-            starts[epoch, low, batch_size, receipt.world.world_size].add(receipt.world.rank)
+            starts[epoch, low, batch_size, receipt.world_size].add(receipt.rank)
     for (epoch, low, _, world_size), ranks in sorted(starts.items()):
         if len(ranks) < world_size:
             absent = np.ones(world_size, bool)
             absent[list(ranks)] = False
-            words = [f"{a}" if b - a == 1 else f"{a}-{b - 1}" for a, b in zip(*runs_of(absent), strict=True)]
-            yield f"no receipt of rank {', '.join(words)} of {world_size} for epoch {epoch} from position {low:,}"
+            ranges = [f"{low}" if high - low == 1 else f"{low}-{high - 1}" for low, high in zip(*runs_of(absent), strict=True)]
+            yield f"no receipt of rank {', '.join(ranges)} of {world_size} for epoch {epoch} from position {low:,}"

@@ -1,10 +1,10 @@
-"""Counts how often each position of an epoch was handed over, and adds up the hashes of the samples behind them.
+"""Counts how often each position of an epoch was handed over, and adds up the hashes of the samples there.
 
-    spans of all receipts, in chunks of positions -> times handed over -> missing and repeated ranges
+    spans of all receipts, in windows of positions -> times handed over -> missing and repeated ranges
     the same through SampleOrder.locate -> samples -> the total of each receipt, and of each complete epoch
 
 Invariant: handed_over = expected - missing - dropped - unseen + repeated.
-Cost: about 0.4 us a sample, a twentieth of it without hashes; memory is a chunk and the plan.
+Cost: about 0.4 us a sample, a twentieth of it without hashes; memory is a window and the plan.
 """
 
 from __future__ import annotations
@@ -17,61 +17,66 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from loaders.order.mix import Mixture
 from loaders.order.plan import Ints
 from loaders.order.samples import SampleOrder
-from loaders.proof.receipt import MODULUS, Receipt, SampleHash, Span, total_of
+from loaders.proof.receipt import MODULUS, Receipt, SampleHash, Span, Substitution, total_of
 
-_CHUNK = 1 << 18
-_QUICK_CHUNK = 1 << 22
-_NAMED_SAMPLES = 1 << 20
-"""So many missing or repeated samples of an epoch are traced to their rows."""
+_WINDOW = 1 << 18
+_QUICK_WINDOW = 1 << 22
+_TRACED_SAMPLES = 1 << 20
+"""Number of missing or repeated samples of an epoch that are traced to their shards."""
 
 _Flags = NDArray[np.bool_]
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleRange:
-    """Rows [first, last) of a shard."""
+    """Neighbouring samples of a shard."""
 
     source: str
     """URL of the dataset."""
     shard: str
+    """Name of the shard."""
     first: int
+    """Sample index of the first one."""
     last: int
+    """Sample index after the last one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ranges:
-    """Samples of an epoch, by position and by row. All are counted; of the ranges, the first ones are given."""
+    """Samples of an epoch, by position and by shard. All are counted; of the ranges, the first ones are given."""
 
-    samples: int
-    num_ranges: int = 0
-    """Ranges of positions that there are."""
+    num_samples: int
+    """Number of samples."""
+    num_position_ranges: int = 0
+    """Number of ranges of positions."""
     positions: tuple[tuple[int, int], ...] = ()
-    """The first of them: [low, high)."""
-    num_row_ranges: int = 0
-    """Ranges of rows that there are, without the untraced."""
-    rows: tuple[SampleRange, ...] = ()
-    """The first of them."""
-    untraced: int = 0
-    """Samples beyond the first 1,048,576, whose rows were not looked up."""
+    """The first ranges of positions, [low, high)."""
+    num_sample_ranges: int = 0
+    """Number of ranges of samples in shards, without the untraced ones."""
+    sample_ranges: tuple[SampleRange, ...] = ()
+    """The first ranges of samples in shards."""
+    num_untraced: int = 0
+    """Number of samples beyond the first 1,048,576, whose shards were not looked up."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EpochAudit:
-    """What became of an epoch of the stream."""
+    """What became of an epoch of the sample order."""
 
     epoch: int
+    """Number of the epoch, from 0."""
     expected: int
-    """Samples that it has."""
+    """Samples of an epoch."""
     handed_over: int
-    """Its positions that were handed over, each as often as it was."""
+    """Positions of the epoch that were handed over, each as often as it was."""
     missing: Ranges
+    """Positions that were not handed over."""
     repeated: Ranges
-    """Positions that were handed over more than once; `samples` is how often too often, in all."""
+    """Positions that were handed over more than once; `num_samples` sums up how often too often."""
     repeated_by: tuple[tuple[str, ...], ...]
-    """The receipts behind the first position of each of `repeated.positions`."""
+    """Names of the receipts that have the first position of each of `repeated.positions`."""
     dropped: int
     """Samples at the end, less than a batch, that last_batch="drop" left out."""
     wrapped: int
@@ -79,17 +84,18 @@ class EpochAudit:
     unseen: int
     """Samples at the end that the run, in its last epoch, has not come to."""
     substituted: Mapping[str, int]
-    """Samples that could not be read and that another stood in for, by reason."""
-    substituted_rows: Ranges
+    """Number of samples that could not be read and that another stood in for, by reason."""
+    substituted_ranges: Ranges
+    """Where these samples lie."""
 
     @property
     def is_exact(self) -> bool:
         """Whether nothing is missing and nothing repeated."""
-        return not self.missing.samples and not self.repeated.samples
+        return not self.missing.num_samples and not self.repeated.num_samples
 
 
 class _Handed(NamedTuple):
-    """Positions of a chunk that a receipt has: ranges, ascending and apart."""
+    """Positions of a window that a receipt has: ranges, ascending and apart."""
 
     receipt: int
     low: Ints
@@ -103,14 +109,14 @@ class _Handed(NamedTuple):
 
 
 class Coverage:
-    """Counts epochs of a stream, one after the other.
+    """Counts the epochs of a sample order, one after the other.
 
     Args:
-        stream: what the receipts are of.
+        order: the sample order that the receipts are of.
         receipts: those that count.
-        quick: positions only, no hashes.
-        show: how many ranges of a kind to give.
-        on_counted: told how many more positions were counted.
+        quick: compare positions only, no hashes.
+        show: number of ranges of each kind to give.
+        on_counted: called with the number of further positions that were counted.
     """
 
     def __init__(
@@ -136,8 +142,8 @@ class Coverage:
         """Count an epoch.
 
         Args:
-            epoch: which.
-            may_end_early: what comes behind its last span is unseen rather than missing.
+            epoch: number of the epoch.
+            may_end_early: whether what comes after its last span is unseen rather than missing.
         """
         length = self._order.length
         spans = [(number, span) for number, receipt in enumerate(self._receipts) for span in receipt.spans if span[0] == epoch]
@@ -148,9 +154,9 @@ class Coverage:
         due = length - dropped - unseen
         missing, repeated = _Collector(self._show), _Collector(self._show)
         handed_over = wrapped = 0
-        chunk, stop = _QUICK_CHUNK if self._quick else _CHUNK, max(length - unseen, last)
-        for begin in range(0, stop, chunk):
-            end = min(begin + chunk, stop)
+        window, stop = _QUICK_WINDOW if self._quick else _WINDOW, max(length - unseen, last)
+        for begin in range(0, stop, window):
+            end = min(begin + window, stop)
             handed = [self._handed(number, span, begin, end) for number, span in spans if span[1] < end and span[2] > begin]
             times = _times(handed, begin, end)
             inside = times[: max(length - begin, 0)]
@@ -163,7 +169,7 @@ class Coverage:
             self._add_up(epoch, begin, end, handed, accounted)
             self._on_counted(end - begin)
         too_often = repeated.ranges(self._order, epoch)
-        bad = [one for receipt in self._receipts for one in receipt.substitutions if one[0] == epoch]
+        replaced = [bad for receipt in self._receipts for bad in receipt.substitutions if bad.epoch == epoch]
         return EpochAudit(
             epoch=epoch,
             expected=length,
@@ -174,36 +180,38 @@ class Coverage:
             dropped=dropped,
             wrapped=wrapped,
             unseen=unseen,
-            substituted=dict(sorted(Counter(reason for *_, reason in bad).items())),
-            substituted_rows=_row_ranges(self._order, *_columns(bad), self._show),
+            substituted=dict(sorted(Counter(bad.reason for bad in replaced).items())),
+            substituted_ranges=_sample_ranges(self._order, *_columns(replaced), self._show),
         )
 
     def problems(self) -> list[str]:
         """What is wrong with the sums of receipts whose epochs were all counted."""
-        found = []
+        problems = []
         for receipt, num_samples, total in zip(self._receipts, self._num_samples, self._totals, strict=True):
             if receipt.num_samples != num_samples:
-                found.append(f"{receipt.name}: it counts {receipt.num_samples:,} samples, its spans have {num_samples:,}")
+                problems.append(f"{receipt.name}: it counts {receipt.num_samples:,} samples, its spans have {num_samples:,}")
             expected = (total - total_of(self._hashes, *_columns(receipt.substitutions))) % MODULUS
-            if not self._quick and receipt.hash_total != expected:
-                found.append(
-                    f"{receipt.name}: its hashes add up to {receipt.hash_total:032x}, those of the samples in its spans, "
+            if not self._quick and int(receipt.hash_total, 16) != expected:
+                problems.append(
+                    f"{receipt.name}: its hashes add up to {receipt.hash_total}, those of the samples in its spans, "
                     f"{len(receipt.substitutions):,} substituted ones aside, to {expected:032x}: "
                     "other samples were handed over than it says, or it was edited"
                 )
-        return found
+        return problems
 
     def complete_epochs(self) -> list[tuple[str, int, int]]:
         """(name, total, total by the manifest) of the epochs counted that are complete. For mixtures, of their sources."""
         return self._sources.complete()
 
     def _is_dropped(self, epoch: int, reached: int) -> bool:
-        """Whether a run with last_batch="drop" ended the epoch here: less than its batch is left, now or after a resume."""
+        """Whether a run with last_batch="drop" ended the epoch there: less than its batch is left, now or after a resume."""
         left = self._order.length - reached
         return any(
-            receipt.last_batch == "drop" and batch_size > left and ((of, high) == (epoch, reached) or (of, low) == (epoch + 1, 0))
+            receipt.last_batch == "drop"
+            and size > left
+            and ((number, high) == (epoch, reached) or (number, low) == (epoch + 1, 0))
             for receipt in self._receipts
-            for of, low, high, batch_size in receipt.spans
+            for number, low, high, size in receipt.spans
         )
 
     def _handed(self, number: int, span: Span, begin: int, end: int) -> _Handed:
@@ -213,12 +221,12 @@ class Coverage:
         _, start, _, batch_size = span
         first, last = max(min((begin - start) // batch_size, count - 1), 0), min(-((start - end) // batch_size), count)
         offset = np.arange(first, last) * batch_size
-        low, high = (bound + offset for bound in steps.part(0, receipt.world.rank))
+        low, high = (bound + offset for bound in steps.part(0, receipt.rank))
         if last == count:  # the only one that may be of another size
-            low[-1], high[-1] = steps.part(count - 1, receipt.world.rank)
+            low[-1], high[-1] = steps.part(count - 1, receipt.rank)
         low, high = low.clip(begin, end), high.clip(begin, end)
-        here = low < high
-        return _Handed(number, low[here], high[here])
+        is_inside = low < high
+        return _Handed(number, low[is_inside], high[is_inside])
 
     def _handed_by(self, spans: Sequence[tuple[int, Span]], position: int) -> Iterator[str]:
         for number, span in spans:
@@ -226,135 +234,138 @@ class Coverage:
                 yield self._receipts[number].name
 
     def _add_up(self, epoch: int, begin: int, end: int, handed: Sequence[_Handed], accounted: _Flags) -> None:
-        """Add the hashes of a chunk to the receipts, and those of the accounted positions, once each, to the epochs."""
+        """Add the hashes of a window to the receipts, and those of the accounted positions, once each, to the epochs."""
         for number, low, high in handed:
             self._num_samples[number] += int((high - low).sum())
         if self._quick or not (handed or accounted.any()):
             return
         located = self._order.locate(epoch, np.arange(begin, end))
-        for one in handed:
-            if len(one.low):
-                at = one.positions() - begin
-                self._totals[one.receipt] += total_of(self._hashes, located.source[at], located.shard[at], located.row[at])
-        at = np.flatnonzero(accounted)
-        self._sources.add(epoch, begin + at, located.source[at], located.shard[at], located.row[at])
+        columns = located[:3]
+        for ranges in handed:
+            if len(ranges.low):
+                inside = ranges.positions() - begin
+                self._totals[ranges.receipt] += total_of(self._hashes, *(column[inside] for column in columns))
+        inside = np.flatnonzero(accounted)
+        self._sources.add(epoch, begin + inside, *(column[inside] for column in columns))
 
 
 class _SourceTotals:
     """Number and hashes of the samples that each epoch of each source has come to.
 
-    Sources without weights are one, whose epochs are the stream's.
+    Sources without weights are one, whose epochs are those of the order.
     """
 
     def __init__(self, order: SampleOrder, hashes: Sequence[SampleHash]) -> None:
         self._order = order
         self._hashes = hashes
-        self._limits, self._repeat = order.recipe["max_samples"], order.recipe["repeat"]
-        weights = order.recipe["weights"]
-        sizes = [limit or opened.manifest.samples for limit, opened in zip(self._limits, order.sources, strict=True)]
-        self._sizes = sizes if weights else [order.length]
-        schedule = list(zip(order.recipe["from_positions"], weights or (), strict=False))
-        self._mixture = Mixture(sizes, order.spec.lanes, schedule) if weights else None
-        self._found: dict[tuple[int, int], tuple[int, int]] = {}
+        self._specs, self._is_mixture = order.spec.sources, bool(order.spec.schedule)
+        sizes = [spec.max_samples or opened.manifest.samples for spec, opened in zip(self._specs, order.sources, strict=True)]
+        self._sizes = sizes if self._is_mixture else [order.length]
+        self._sums: dict[tuple[int, int], tuple[int, int]] = {}
+        """(source, epoch): number of samples, sum of their hashes."""
 
-    def add(self, epoch: int, positions: Ints, source: Ints, shard: Ints, row: Ints) -> None:
-        """Positions of an epoch of the stream, none of them twice, and where they lead."""
-        if self._mixture is None:
-            self._add((0, epoch), len(row), total_of(self._hashes, source, shard, row))
+    def add(self, epoch: int, positions: Ints, source: Ints, shard: Ints, sample_index: Ints) -> None:
+        """Positions of an epoch of the order, none of them twice, and the samples there."""
+        if not self._is_mixture:
+            self._add((0, epoch), len(source), total_of(self._hashes, source, shard, sample_index))
             return
-        its_epoch = self._mixture.locate(epoch * self._order.length + positions).epoch
-        for number, hashed in enumerate(self._hashes):
-            for turn in np.unique(its_epoch[source == number]).tolist():
-                here = (source == number) & (its_epoch == turn)
-                self._add((number, turn), int(here.sum()), hashed.total(shard[here], row[here]))
+        source_epochs = self._order.source_epochs(epoch, positions)
+        for number, source_hash in enumerate(self._hashes):
+            for source_epoch in np.unique(source_epochs[source == number]).tolist():
+                chosen = (source == number) & (source_epochs == source_epoch)
+                self._add((number, source_epoch), int(chosen.sum()), source_hash.total(shard[chosen], sample_index[chosen]))
 
-    def _add(self, place: tuple[int, int], count: int, total: int) -> None:
-        before, sum_before = self._found.get(place, (0, 0))
-        self._found[place] = before + count, (sum_before + total) % MODULUS
+    def _add(self, source_epoch: tuple[int, int], count: int, total: int) -> None:
+        count_before, total_before = self._sums.get(source_epoch, (0, 0))
+        self._sums[source_epoch] = count_before + count, (total_before + total) % MODULUS
 
     def complete(self) -> list[tuple[str, int, int]]:
         """(name, total, total by the manifest) of complete epochs of sources that are used in full."""
-        full = [place for place, (count, _) in sorted(self._found.items()) if count == self._sizes[place[0]]]
-        if self._mixture is None:
-            names, full = ["the stream"], [] if any(self._limits) else full
-            totals = {0: sum(times * self._total_of(number) for number, times in enumerate(self._repeat))} if full else {}
-        else:
-            names, full = [opened.name for opened in self._order.sources], [at for at in full if not self._limits[at[0]]]
+        full = [(number, epoch) for (number, epoch), (count, _) in sorted(self._sums.items()) if count == self._sizes[number]]
+        if self._is_mixture:
+            names = [opened.name for opened in self._order.sources]
+            full = [(number, epoch) for number, epoch in full if not self._specs[number].max_samples]
             totals = {number: self._total_of(number) for number in {number for number, _ in full}}
-        return [(f"epoch {at[1]} of {names[at[0]]}", self._found[at][1], totals[at[0]] % MODULUS) for at in full]
+        else:
+            names, full = ["the order"], [] if any(spec.max_samples for spec in self._specs) else full
+            totals = {0: sum(spec.repeat * self._total_of(number) for number, spec in enumerate(self._specs))} if full else {}
+        sums = {key: total for key, (_, total) in self._sums.items()}
+        return [(f"epoch {epoch} of {names[number]}", sums[number, epoch], totals[number] % MODULUS) for number, epoch in full]
 
     def _total_of(self, number: int) -> int:
         """The sum of the hashes of all samples of a source, by its manifest."""
-        before = np.cumsum([0, *(row.samples for row in self._order.sources[number].manifest.shards)])
+        before = np.cumsum([0, *(shard.samples for shard in self._order.sources[number].manifest.shards)])
         total = 0
-        for begin in range(0, int(before[-1]), _CHUNK):
-            at = np.arange(begin, min(begin + _CHUNK, int(before[-1])))
-            shard = np.searchsorted(before, at, "right") - 1
-            total += self._hashes[number].total(shard, at - before[shard])
+        for begin in range(0, int(before[-1]), _WINDOW):
+            samples = np.arange(begin, min(begin + _WINDOW, int(before[-1])))
+            shard = np.searchsorted(before, samples, "right") - 1
+            total += self._hashes[number].total(shard, samples - before[shard])
         return total
 
 
 class _Collector:
-    """Gathers positions of an epoch, in ascending chunks."""
+    """Gathers positions of an epoch, in ascending windows."""
 
     def __init__(self, show: int) -> None:
         self._show = show
-        self._samples = self._num_ranges = self._num_positions = self._num_traced = 0
+        self._num_samples = self._num_ranges = self._num_positions = self._num_traced = 0
         self._ranges: list[tuple[int, int]] = []
         self._end = -1
         self._traced: list[Ints] = [np.zeros(0, np.int64)]
 
-    def add(self, begin: int, chosen: _Flags, samples: int | None = None) -> None:
-        """Those of the positions from `begin` on that are chosen; they stand for so many samples, by default one each."""
-        at = np.flatnonzero(chosen) + begin
-        if not len(at):
+    def add(self, begin: int, chosen: _Flags, num_samples: int | None = None) -> None:
+        """Add those of the positions from `begin` on that are chosen; they stand for so many samples, by default one each."""
+        positions = np.flatnonzero(chosen) + begin
+        if not len(positions):
             return
-        self._num_positions += len(at)
-        self._samples += len(at) if samples is None else samples
+        self._num_positions += len(positions)
+        self._num_samples += len(positions) if num_samples is None else num_samples
         low, high = (bound + begin for bound in runs_of(chosen))
         if low[0] == self._end:  # the last range goes on
             if self._num_ranges == len(self._ranges):
                 self._ranges[-1] = self._ranges[-1][0], int(high[0])
             low, high = low[1:], high[1:]
-        self._end = int(at[-1]) + 1
+        self._end = int(positions[-1]) + 1
         self._num_ranges += len(low)
         room = self._show - len(self._ranges)
         self._ranges += zip(low[:room].tolist(), high[:room].tolist(), strict=True)
-        self._traced.append(at[: _NAMED_SAMPLES - self._num_traced])
+        self._traced.append(positions[: _TRACED_SAMPLES - self._num_traced])
         self._num_traced += len(self._traced[-1])
 
     def ranges(self, order: SampleOrder, epoch: int) -> Ranges:
         """What was gathered."""
         located = order.locate(epoch, np.concatenate(self._traced))
         return replace(
-            _row_ranges(order, located.source, located.shard, located.row, self._show),
-            samples=self._samples,
-            num_ranges=self._num_ranges,
+            _sample_ranges(order, *located[:3], self._show),
+            num_samples=self._num_samples,
+            num_position_ranges=self._num_ranges,
             positions=tuple(self._ranges),
-            untraced=self._num_positions - self._num_traced,
+            num_untraced=self._num_positions - self._num_traced,
         )
 
 
-def _row_ranges(order: SampleOrder, source: Ints, shard: Ints, row: Ints, show: int) -> Ranges:
-    """These samples as ranges of rows."""
-    ascending = np.lexsort((row, shard, source))
-    source, shard, row = source[ascending], shard[ascending], row[ascending]
-    new = np.ones(len(row), bool)
-    new[1:] = (np.diff(source) != 0) | (np.diff(shard) != 0) | (np.diff(row) > 1)
-    starts = np.flatnonzero(new)
-    ends = np.append(starts, len(row))[1:]
-    rows = []
+def _sample_ranges(order: SampleOrder, source: Ints, shard: Ints, sample_index: Ints, show: int) -> Ranges:
+    """These samples as ranges in their shards."""
+    ascending = np.lexsort((sample_index, shard, source))
+    source, shard, sample_index = source[ascending], shard[ascending], sample_index[ascending]
+    is_first = np.ones(len(source), bool)
+    is_first[1:] = (np.diff(source) != 0) | (np.diff(shard) != 0) | (np.diff(sample_index) > 1)
+    starts = np.flatnonzero(is_first)
+    ends = np.append(starts, len(source))[1:]
+    ranges = []
     for start, end in zip(starts[:show].tolist(), ends[:show].tolist(), strict=True):
         opened = order.sources[int(source[start])]
         name = opened.manifest.shards[int(shard[start])].name
-        rows.append(SampleRange(source=opened.store.url, shard=name, first=int(row[start]), last=int(row[end - 1]) + 1))
-    return Ranges(samples=len(row), num_row_ranges=len(starts), rows=tuple(rows))
+        first, last = int(sample_index[start]), int(sample_index[end - 1]) + 1
+        ranges.append(SampleRange(source=opened.store.url, shard=name, first=first, last=last))
+    return Ranges(num_samples=len(source), num_sample_ranges=len(starts), sample_ranges=tuple(ranges))
 
 
-def _columns(substitutions: Sequence[tuple[int, int, int, int, str]]) -> tuple[Ints, Ints, Ints]:
-    """Source, shard and row of each."""
-    source, shard, row = np.array([one[1:4] for one in substitutions], np.int64).reshape(-1, 3).T
-    return source, shard, row
+def _columns(substitutions: Sequence[Substitution]) -> tuple[Ints, Ints, Ints]:
+    """Source, shard and sample index of each that was replaced."""
+    table = np.array([(bad.source, bad.shard, bad.sample_index) for bad in substitutions], np.int64)
+    source, shard, sample_index = table.reshape(-1, 3).T
+    return source, shard, sample_index
 
 
 def _times(handed: Sequence[_Handed], begin: int, end: int) -> Ints:

@@ -1,22 +1,22 @@
 """Where a run stands, as a small JSON object that is the same on every rank, and why one may be refused.
 
-It holds the position, and what the position means: the order and the recipe it counts in, and the fingerprints of the data.
-Data that was moved resumes; data or a recipe that changed is refused with what differs.
+It holds the position, and what the position means: the spec of the order that it counts in, and the fingerprints of the data.
+Data that was moved resumes; data or an order that changed is refused with what differs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 from loaders.config import LoaderConfig
-from loaders.order.plan import ORDER_VERSION, OrderSpec
-from loaders.order.samples import OpenSource, SampleOrder
+from loaders.order.samples import SampleOrder, order_spec
+from loaders.order.spec import ORDER_VERSION, OrderSpec
 from wds_tools.errors import UsageError
 from wds_tools.format.typed_json import Count, shape
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 _NO_STATE = "not the state of a loader"
 _Small = Annotated[int, range(1 << 40)]
 """No epoch or position of a real run comes near; sums and products of a few of them stay within int64."""
@@ -24,55 +24,67 @@ _Small = Annotated[int, range(1 << 40)]
 
 @dataclass(frozen=True, kw_only=True)
 class Versions:
-    """What a state or a receipt says of its version first: that of its form, and that of the order."""
+    """Versions of a state or a receipt, which are read first."""
 
     version: int
+    """Version of its form."""
     order_version: int
+    """Version of the order in which its positions count."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Origin:
-    """A source of a state."""
+class Origin:
+    """A source, as states and receipts name it."""
 
-    fingerprint: str
-    samples: Count
     url: str
+    """URL at which it was read."""
+    fingerprint: str
+    """Fingerprint of its manifest."""
+    num_samples: Count
+    """Number of its samples."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _State:
-    """What a state of this version says."""
+    """A state of this version."""
 
-    spec: OrderSpec
-    step_samples: _Small
     epoch: _Small
     position: _Small
-    recipe: Mapping[str, Any]
-    sources: tuple[_Origin, ...]
+    spec: OrderSpec
+    sources: tuple[Origin, ...]
 
 
-def state_to_json(order: SampleOrder, epoch: int, position: int) -> dict[str, Any]:
-    """The state of a run that has handed over the positions before this one."""
+def order_to_json(order: SampleOrder, version: int) -> dict[str, Any]:
+    """The fields that states and receipts share: their versions, and what their positions mean."""
     return {
-        "version": STATE_VERSION,
+        "version": version,
         "order_version": ORDER_VERSION,
-        "epoch": epoch,
-        "position": position,
-        "spec": asdict(order.spec),
-        "step_samples": order.step_samples,
-        "recipe": dict(order.recipe),
+        "spec": order.spec.to_json(),
         "sources": [
-            {"fingerprint": fingerprint, "samples": opened.manifest.samples, "url": opened.store.url}
-            for fingerprint, opened in zip(order.fingerprints, order.sources, strict=True)
+            {"url": opened.store.url, "fingerprint": fingerprint, "num_samples": opened.manifest.samples}
+            for opened, fingerprint in zip(order.sources, order.fingerprints, strict=True)
         ],
     }
 
 
-def parse_state(state: Mapping[str, Any], config: LoaderConfig) -> tuple[OrderSpec, int, int, int]:
-    """(order, samples of a step, epoch, position) of a state.
+def state_to_json(order: SampleOrder, epoch: int, position: int) -> dict[str, Any]:
+    """The state of a run that has handed over the positions before this one."""
+    return {**order_to_json(order, STATE_VERSION), "epoch": epoch, "position": position}
+
+
+def parse_state(state: Mapping[str, Any], config: LoaderConfig, order: SampleOrder) -> tuple[OrderSpec, int, int]:
+    """What a run of a config goes on from.
+
+    Args:
+        state: as `state_to_json` made it.
+        config: settings of the run that goes on.
+        order: its order as it would be without the state.
+
+    Returns:
+        (spec, epoch, position). The spec has the lanes, chunks and shuffle blocks of the state, and else equals that of `order`.
 
     Raises:
-        UsageError: this is no state, one of another version, or of another seed, shuffle or lanes than the config's.
+        UsageError: the state is damaged, or of another version, other data, or another order; says what differs.
     """
     versions = shape(Versions, state, _NO_STATE, UsageError)
     if versions.version != STATE_VERSION:
@@ -83,43 +95,25 @@ def parse_state(state: Mapping[str, Any], config: LoaderConfig) -> tuple[OrderSp
             "position would be another sample; finish the epoch with the release that saved it"
         )
     saved = shape(_State, state, _NO_STATE, UsageError)
-    spec = saved.spec
-    other_lanes = spec.shuffle and config.lanes not in (None, spec.lanes)
-    if (spec.seed, spec.shuffle) != (config.seed, config.shuffle) or other_lanes:
-        raise UsageError(
-            f"the state was saved under seed={spec.seed}, shuffle={spec.shuffle}, lanes={spec.lanes}; the config says "
-            f"seed={config.seed}, shuffle={config.shuffle}, lanes={config.lanes}: keep the recipe of the run, or start a new one"
-        )
-    return spec, saved.step_samples, saved.epoch, saved.position
-
-
-def check_data(state: Mapping[str, Any], sources: Sequence[OpenSource], fingerprints: Sequence[str]) -> None:
-    """Raise UsageError unless the data is that of the state."""
-    saved = state["sources"]
-    if len(saved) != len(sources):
-        raise UsageError(f"the state is of {len(saved)} sources, the config has {len(sources)}")
-    for before, opened, fingerprint in zip(saved, sources, fingerprints, strict=True):
-        if before["fingerprint"] != fingerprint:
+    if len(saved.sources) != len(order.sources):
+        raise UsageError(f"the state is of {len(saved.sources)} sources, the config has {len(order.sources)}")
+    for origin, opened, fingerprint in zip(saved.sources, order.sources, order.fingerprints, strict=True):
+        if origin.fingerprint != fingerprint:
             raise UsageError(
-                f"the state was saved with other data: {before['url']} had {before['samples']} samples, "
-                f"{before['fingerprint'][:19]}; {opened.store.url} has {opened.manifest.samples}, {fingerprint[:19]}: "
+                f"the state was saved with other data: {origin.url} had {origin.num_samples} samples, "
+                f"{origin.fingerprint[:19]}; {opened.store.url} has {opened.manifest.samples}, {fingerprint[:19]}: "
                 "use the data of the run, or start a new one"
             )
-
-
-def check_recipe(state: Mapping[str, Any], order: SampleOrder) -> None:
-    """Raise UsageError unless the config makes the same stream of the data as the run that saved the state."""
-    if (state["epoch"] + 2) * order.length >= 1 << 62:
-        raise UsageError(f"the state is at epoch {state['epoch']} of {order.length} samples each: more than can be counted")
-    if "packing" not in state and state["position"] > order.length:
+    spec = order_spec(order.sources, config, saved.spec)
+    for name, before, now in saved.spec.differences(spec):
         raise UsageError(
-            f"the state is at position {state['position']} of an epoch of {order.length} samples: it was edited or damaged"
+            f"the state was saved under another order: {name} was {before!r}, is {now!r}: keep the settings of the run, or "
+            "start a new one"
         )
-    saved = state["recipe"]
-    differing = [name for name in {**order.recipe, **saved} if saved.get(name) != order.recipe.get(name)]
-    if differing:
-        name = differing[0]
+    if (saved.epoch + 2) * spec.length >= 1 << 62:
+        raise UsageError(f"the state is at epoch {saved.epoch} of {spec.length} samples each: more than can be counted")
+    if "packing" not in state and saved.position > spec.length:
         raise UsageError(
-            f"the state was saved under another recipe: {name} was {saved.get(name)!r}, is {order.recipe.get(name)!r}: "
-            "keep the recipe of the run, or start a new one"
+            f"the state is at position {saved.position} of an epoch of {spec.length} samples: it was edited or damaged"
         )
+    return spec, saved.epoch, saved.position

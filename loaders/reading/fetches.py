@@ -1,9 +1,10 @@
-"""Runs requests in the background, a few at a time, and starts none once the process ends; and workers end with their trainer.
+"""Requests in flight: a few at a time, and none begins once the process ends; and workers end with their trainer.
 
-    Fetcher(threads).submit(task) -> Future
+    Fetches.load(request) -> samples, or a future of them       the seam: `cost.replay` counts here instead of fetching
 
-A plain thread pool is waited for at exit until its queue is empty: a run that is interrupted would first fetch all that it had
-planned. Here the pool has what is under way only; what waits is handed to it as threads get free, which it refuses at exit.
+`BackgroundFetches` loads. A plain thread pool is waited for at exit until its queue is empty: a run that is interrupted would
+first fetch all that it had planned. Here the pool has what is under way only; what waits is handed to it as threads get free,
+which it refuses at exit.
 
 A worker of torch looks every 5 s whether its trainer lives. That does not help one that waits for a read, nor one that has ended
 its work and waits for somebody to take more than a pipe holds: `end_with_trainer` ends those too.
@@ -12,18 +13,23 @@ its work and waits for somebody to take more than a pipe holds: `end_with_traine
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
 from threading import Lock
-from typing import Generic, TypeVar
+from typing import Protocol, TypeVar
 
 from torch.utils.data import get_worker_info
 
+from loaders.order.samples import OpenSource
+from loaders.reading.cache import BlockCache
+from loaders.reading.planner import Request
+from loaders.reading.source import LoadedSamples, SourceReader
 from wds_tools.run.local import exit_with_parent
 
-_T = TypeVar("_T")
+_S_co = TypeVar("_S_co", covariant=True)
+_IN_FLIGHT = 16
 _GRACE_S = 10.0
 """For a worker without a trainer to end by itself, which leaves no temporary folder behind."""
 
@@ -42,37 +48,86 @@ def _watch_trainer() -> None:
     exit_with_parent(_GRACE_S)
 
 
-class Fetcher(Generic[_T]):
-    """Up to `num_threads` tasks at a time, in the order in which they were given. Belongs to one process."""
+class Fetches(Protocol[_S_co]):
+    """Carries out the requests of one process."""
 
-    def __init__(self, num_threads: int) -> None:
-        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="wds-fetch")
-        self._free = num_threads
+    is_mapped: Sequence[bool]
+    """Of each source, whether its shards are mapped files."""
+
+    @property
+    def is_full(self) -> bool:
+        """Whether so many requests are in flight that no more should be made ahead of need."""
+
+    def load(self, request: Request) -> _S_co | Future[_S_co]:
+        """What a request brings: at once, or later."""
+
+    def cancel(self) -> None:
+        """Drop the requests that have not begun."""
+
+    def counts(self) -> dict[str, int]:
+        """What was done so far, by name."""
+
+
+class BackgroundFetches:
+    """Loads from mapped files at once, from anywhere else in up to 16 threads, first come, first served. Belongs to one process.
+
+    Args:
+        sources: what is read.
+        cache: on a local disk, for what is fetched.
+    """
+
+    def __init__(self, sources: Sequence[OpenSource], cache: BlockCache | None = None) -> None:
+        self._sources = [SourceReader(opened, cache, len(sources)) for opened in sources]
+        self._cache = cache
+        self.is_mapped: Sequence[bool] = [source.is_mapped for source in self._sources]
+        self._pool = ThreadPoolExecutor(_IN_FLIGHT, thread_name_prefix="wds-fetch")
+        self._num_free = _IN_FLIGHT
         self._lock = Lock()
-        self._waiting: deque[tuple[Future[_T], Callable[[], _T]]] = deque()
+        self._waiting: deque[tuple[Future[LoadedSamples], Request]] = deque()
 
-    def submit(self, task: Callable[[], _T]) -> Future[_T]:
-        """Have a task run. Its future can be cancelled until it has begun."""
-        future: Future[_T] = Future()
+    @property
+    def is_full(self) -> bool:
+        """See Fetches."""
+        return not self._num_free
+
+    def load(self, request: Request) -> LoadedSamples | Future[LoadedSamples]:
+        """See Fetches. Raises as SourceReader.load, for sources that are not mapped in the future."""
+        if self.is_mapped[request.source]:
+            return self._read(request)
+        future: Future[LoadedSamples] = Future()
         with self._lock:
-            self._waiting.append((future, task))
-            if not self._free:
+            self._waiting.append((future, request))
+            if not self._num_free:
                 return future
-            self._free -= 1
+            self._num_free -= 1
         self._pool.submit(self._run)
         return future
 
+    def cancel(self) -> None:
+        """See Fetches."""
+        with self._lock:
+            self._waiting.clear()
+
+    def counts(self) -> dict[str, int]:
+        """Requests and bytes, and what the cache counts, since the process started."""
+        counts = {name: sum(getattr(source, f"num_{name}") for source in self._sources) for name in ("requests", "bytes")}
+        if self._cache is not None:
+            counts |= {f"cache_{name}": count for name, count in self._cache.stats().items()}
+        return counts
+
+    def _read(self, request: Request) -> LoadedSamples:
+        return self._sources[request.source].load(request.shard, request.first, request.last)
+
     def _run(self) -> None:
-        """Run what waits longest, then come back for the next."""
+        """Carry out what waits longest, then come back for the next."""
         with self._lock:
             if not self._waiting:
-                self._free += 1
+                self._num_free += 1
                 return
-            future, task = self._waiting.popleft()
-        if future.set_running_or_notify_cancel():
-            try:
-                future.set_result(task())
-            except BaseException as error:  # noqa: BLE001  # it is for whoever waits
-                future.set_exception(error)
+            future, request = self._waiting.popleft()
+        try:
+            future.set_result(self._read(request))
+        except BaseException as error:  # noqa: BLE001  # it is for whoever waits
+            future.set_exception(error)
         with suppress(RuntimeError):  # the process ends
             self._pool.submit(self._run)

@@ -1,12 +1,12 @@
-"""Rows of a shard in memory: one byte range, and where in it each sample's members lie. No tar is parsed on the way.
+"""Samples of a shard in memory: one byte range, and where in it each sample's members lie. No tar is parsed on the way.
 
-    SourceReader.load(shard, first, last) -> LoadedRows        its index, its bytes by one ranged read
-    bytes_of(rows, numbers) -> the bytes of each sample        slices of it
+    SourceReader.load(shard, first, last) -> LoadedSamples       its index, its bytes by one ranged read
+    bytes_of(loaded, sample_indices) -> bytes of each sample     slices of it
 
 A local file is mapped, so its bytes stay in the page cache that all processes share; a remote one is fetched. A mapping holds a
 descriptor: `_most_mapped` files stay mapped, any others are for as long as a batch is read. Before a batch is sliced, each file
 is asked for its size: to touch what was cut off would end the process. Usable from many threads.
-Cost: 48 bytes a row that is loaded, and the bound of IndexReader for the indices that were used last.
+Cost: 48 bytes a sample that is loaded, and the bound of IndexReader for the indices that were used last.
 """
 
 from __future__ import annotations
@@ -35,25 +35,10 @@ _OPEN_SHARDS = 4096
 _CACHE_REGION_BYTES = 4 << 20
 
 
-class LoadedRows:
-    """Rows [first, last) of a shard."""
+class LoadedSamples:
+    """Samples [first, last) of a shard."""
 
-    __slots__ = (
-        "begin",
-        "data",
-        "end",
-        "first",
-        "index",
-        "keys",
-        "last",
-        "left",
-        "num_bytes",
-        "places",
-        "reader",
-        "shard",
-        "start",
-        "url",
-    )
+    __slots__ = ("begin", "data", "end", "first", "index", "last", "member_spans", "reader", "shard", "start", "url")
 
     def __init__(
         self, reader: SourceReader, shard: int, first: int, last: int, data: memoryview | None, index: ShardIndex
@@ -65,31 +50,29 @@ class LoadedRows:
         self.data = data
         """From the first byte of the first sample to the last of the last; None of a local shard."""
         self.begin = int(index.start[0])
-        """Of the first sample in the shard."""
+        """Byte of the shard at which the first sample begins."""
         self.index = index
-        """Of these rows."""
-        self.num_bytes = len(data) if data is not None else 0
-        self.left = 0
-        """Rows that are still to be handed out; kept by whoever holds this."""
-        self.keys: list[int] = []
-        """Of the pieces it holds; kept by whoever holds this."""
-        self.start, self.end, *self.places = _places(index, reader.wanted)
-        """By row, from `first` on: begin and end of the sample, from `begin` on; and of each wanted member, in the sample (0, 0:
-        none)."""
+        """Index of these samples."""
+        self.start, self.end, *self.member_spans = _spans(index, reader.wanted)
+        """By sample, from `first` on: begin and end of the sample, in bytes from `begin` on; then begin and end of each wanted
+        member, in bytes of the sample (0, 0: it has none)."""
         self.url = join(reader.opened.store.url, reader.opened.manifest.shards[shard].name)
-        """Of the shard."""
+        """URL of the shard."""
 
-    def where(self, row: int) -> str:
-        """Shard and byte of a row, for messages."""
-        return f"{self.url}, sample {row} at byte {int(self.index.start[row - self.first])}"
+    def where(self, sample_index: int) -> str:
+        """Shard and byte of a sample, for messages."""
+        return f"{self.url}, sample {sample_index} at byte {int(self.index.start[sample_index - self.first])}"
 
 
-def bytes_of(rows: Sequence[LoadedRows], numbers: Sequence[int]) -> list[memoryview]:
+def bytes_of(loaded: Sequence[LoadedSamples], sample_indices: Sequence[int]) -> list[memoryview]:
     """The bytes of each sample, from its first header to the last padding. Those of local shards are read here.
 
     Args:
-        rows: what holds each row.
-        numbers: the row in its shard.
+        loaded: what holds each sample.
+        sample_indices: number of each sample in its shard.
+
+    Returns:
+        A view of each, in the order given. Those of files that do not stay mapped are copies.
 
     Raises:
         FormatError: a shard is shorter than the manifest says.
@@ -97,21 +80,21 @@ def bytes_of(rows: Sequence[LoadedRows], numbers: Sequence[int]) -> list[memoryv
     """
     out: list[memoryview] = []
     local: dict[tuple[SourceReader, int], Mapped] = {}
-    for held, row in zip(rows, numbers, strict=True):
-        number = row - held.first
-        if held.data is not None:
-            out.append(held.data[held.start[number] : held.end[number]])
+    for samples, sample_index in zip(loaded, sample_indices, strict=True):
+        offset = sample_index - samples.first
+        if samples.data is not None:
+            out.append(samples.data[samples.start[offset] : samples.end[offset]])
             continue
-        place = held.reader, held.shard
-        mapped = local.get(place)
+        shard = samples.reader, samples.shard
+        mapped = local.get(shard)
         if mapped is None:
-            mapped = held.reader.mapped(held.shard)
+            mapped = samples.reader.mapped(samples.shard)
             if mapped.stays:
-                local[place] = mapped
-        end = held.begin + held.end[number]
+                local[shard] = mapped
+        end = samples.begin + samples.end[offset]
         if end > mapped.size:
-            raise held.reader.cut_off(held.shard, mapped.size)
-        data = mapped.view[held.begin + held.start[number] : end]
+            raise samples.reader.cut_off(samples.shard, mapped.size)
+        data = mapped.view[samples.begin + samples.start[offset] : end]
         out.append(data if mapped.stays else memoryview(bytes(data)))
     return out
 
@@ -120,14 +103,15 @@ class Mapped(NamedTuple):
     """A local shard."""
 
     view: memoryview
+    """Its bytes, as far as it was mapped."""
     size: int
-    """That it has at this moment, at least as far as it was mapped: what lies behind it would be a SIGBUS."""
+    """Its size in bytes at this moment; touching what lies beyond would end the process (SIGBUS)."""
     stays: bool
-    """It stays mapped; else nothing may refer to it for long."""
+    """Whether it stays mapped; else nothing may refer to it for long."""
 
 
 class SourceReader:
-    """Reads rows of one source.
+    """Reads samples of one source.
 
     Args:
         opened: the source.
@@ -139,10 +123,10 @@ class SourceReader:
         self.opened = opened
         self.has_schema = opened.has_schema
         self.has_images = any(suffix in IMAGE_EXTENSIONS for suffix in opened.manifest.members)
-        self.has_conversations = any("visual_sft" in row.data_types for row in opened.manifest.shards)
+        self.has_conversations = any("visual_sft" in info.data_types for info in opened.manifest.shards)
         self.code_members = _code_members(opened)
         self.wanted = _wanted(opened, self.code_members)
-        """Members to have the places of in every row: any one of each."""
+        """Members whose spans every sample gets: the first that it has of each of these."""
         self._store = opened.store
         self._local = opened.store if isinstance(opened.store, LocalStore) else None
         self.is_mapped = self._local is not None
@@ -155,26 +139,21 @@ class SourceReader:
         self.num_requests = 0
         self.num_bytes = 0
 
-    def row_bytes(self, shard: int) -> int:
-        """Bytes of a row of a shard, on average."""
-        return max(int(self.opened.sizes[shard]) // max(int(self.opened.samples[shard]), 1), 1)
-
-    @property
-    def most_row_bytes(self) -> int:
-        """The greatest `row_bytes` of its shards."""
-        return int((self.opened.sizes // np.maximum(self.opened.samples, 1)).max(initial=1))
-
     @property
     def is_cached(self) -> bool:
         """Whether what is loaded may come from a local disk."""
         return self._cache is not None
 
-    def load(self, shard: int, first: int, last: int, *, again: bool = False) -> LoadedRows:
-        """Rows [first, last) of a shard.
+    def load(self, shard: int, first: int, last: int, *, again: bool = False) -> LoadedSamples:
+        """Samples [first, last) of a shard.
 
         Args:
-            shard, first, last: which.
+            shard: number of the shard in the manifest.
+            first, last: samples of the shard, 0 <= first < last <= its samples.
             again: fetch them whatever the cache has, and put them there.
+
+        Returns:
+            The samples, with their bytes unless the source is mapped.
 
         Raises:
             FormatError: the index is damaged or of other bytes; the shard is shorter than the manifest says.
@@ -184,31 +163,31 @@ class SourceReader:
         data = None
         if not self.is_mapped:
             data = self._bytes(shard, int(index.start[0]), int(index.start[-1]) + int(index.size[-1]), again=again)
-        return LoadedRows(self, shard, first, last, data, index)
+        return LoadedSamples(self, shard, first, last, data, index)
 
     def _bytes(self, shard: int, begin: int, end: int, *, again: bool) -> memoryview:
         if self._cache is not None:
             regions = range(begin // _CACHE_REGION_BYTES * _CACHE_REGION_BYTES, end, _CACHE_REGION_BYTES)
-            parts = [self._regions.get((shard, at, again), self._region) for at in regions]
+            parts = [self._regions.get((shard, start, again), self._region) for start in regions]
             parts[-1] = parts[-1][: end - regions[-1]]
             parts[0] = parts[0][begin - regions[0] :]
             return memoryview(b"".join(parts))  # a copy, so that a small piece does not keep its whole region
         return self._fetch(shard, begin, end)
 
-    def _region(self, place: tuple[int, int, bool]) -> memoryview:
+    def _region(self, key: tuple[int, int, bool]) -> memoryview:
         assert self._cache is not None
-        shard, begin, again = place
-        row = self.opened.manifest.shards[shard]
-        end = min(begin + _CACHE_REGION_BYTES, row.bytes)
-        data = None if again else self._cache.read(row.xxh128, begin, end)
+        shard, begin, again = key
+        info = self.opened.manifest.shards[shard]
+        end = min(begin + _CACHE_REGION_BYTES, info.bytes)
+        data = None if again else self._cache.read(info.xxh128, begin, end)
         if data is None:
             data = self._fetch(shard, begin, end)
-            self._cache.write(row.xxh128, begin, end, data)
+            self._cache.write(info.xxh128, begin, end, data)
         return memoryview(data)
 
     def _fetch(self, shard: int, begin: int, end: int) -> memoryview:
-        row = self.opened.manifest.shards[shard]
-        data = memoryview(self._store.read_range(row.name, begin, end, row.bytes))
+        info = self.opened.manifest.shards[shard]
+        data = memoryview(self._store.read_range(info.name, begin, end, info.bytes))
         self._count(end - begin)
         return data
 
@@ -226,12 +205,12 @@ class SourceReader:
         """
         view = self._maps.get(shard)
         if view is None:
-            row = self.opened.manifest.shards[shard]
+            info = self.opened.manifest.shards[shard]
             assert self._local is not None
             if not faulthandler.is_enabled():  # a file may still be cut between the look at its size and the reading
                 faulthandler.enable(2)
-            view = self._local.map(row.name)
-            if len(view) != row.bytes:
+            view = self._local.map(info.name)
+            if len(view) != info.bytes:
                 raise self.cut_off(shard, len(view))
             if len(self._maps) < self._most_maps:
                 self._maps[shard] = view
@@ -239,9 +218,9 @@ class SourceReader:
 
     def cut_off(self, shard: int, num_bytes: int) -> FormatError:
         """What to raise for a shard that has so many bytes."""
-        row = self.opened.manifest.shards[shard]
+        info = self.opened.manifest.shards[shard]
         return FormatError(
-            f"{join(self._store.url, row.name)}: {num_bytes} bytes, the manifest says {row.bytes}: "
+            f"{join(self._store.url, info.name)}: {num_bytes} bytes, the manifest says {info.bytes}: "
             "the shard was cut off or replaced"
         )
 
@@ -255,7 +234,7 @@ def _most_mapped() -> int:
 def _code_members(opened: OpenSource) -> Sequence[str]:
     """The members that hold the codes of a source; of those that a sample has the first counts."""
     members = {name.removesuffix(".npy"): name for name in opened.manifest.members if name.endswith(".npy")}
-    code_set = opened.source.codes
+    code_set = opened.source.code_set
     if code_set is None:
         return list(members.values())
     if not (chosen := one_set(members, code_set)):
@@ -265,14 +244,14 @@ def _code_members(opened: OpenSource) -> Sequence[str]:
 
 
 def _wanted(opened: OpenSource, code_members: Sequence[str]) -> Sequence[Sequence[str]]:
-    """The json and the codes of a sample, or the members of a row that was packed ahead; of tars of any members none."""
+    """The json and the codes of a sample, or the members of a row that was packed ahead; none of third-party tars."""
     if opened.has_schema:
         return ("json",), code_members
     return [(name,) for name in TOKEN_MEMBERS] if opened.manifest.token_rows else ()
 
 
-def _places(index: ShardIndex, wanted: Sequence[Sequence[str]]) -> list[array[int]]:
-    """See LoadedRows.places. Arrays, since taking one number from a numpy column costs four times as much."""
+def _spans(index: ShardIndex, wanted: Sequence[Sequence[str]]) -> list[array[int]]:
+    """See LoadedSamples.member_spans. Arrays, since taking one number from a numpy column costs four times as much."""
     start = index.start.astype(np.int64)
     start -= start[0]
     out = np.zeros((2 + 2 * len(wanted), len(start)), np.int64)
@@ -282,7 +261,7 @@ def _places(index: ShardIndex, wanted: Sequence[Sequence[str]]) -> list[array[in
             if suffix in names:
                 lengths = index.lengths[:, column]
                 present = lengths != ABSENT
-                at = index.offsets[:, column].astype(np.int64)
-                out[low] = np.where(present, at, out[low])
-                out[low + 1] = np.where(present, at + lengths, out[low + 1])
-    return [array("q", row.tobytes()) for row in out]
+                begin = index.offsets[:, column].astype(np.int64)
+                out[low] = np.where(present, begin, out[low])
+                out[low + 1] = np.where(present, begin + lengths, out[low + 1])
+    return [array("q", numbers.tobytes()) for numbers in out]

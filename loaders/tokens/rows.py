@@ -1,7 +1,7 @@
 """Token rows: samples built into them in the process that reads, or rows of `wds-tools pack` as they are stored.
 
-    rows in memory -> Sample -> ExampleBuilder -> padded_batch        RowMaker: a padded batch of a step's samples
-    rows in memory -> ids, loss, segments -> packed_batch             read_token_rows: rows that were packed ahead
+    samples in memory -> Sample -> ExampleBuilder -> padded_batch        RowMaker: a padded batch of a step's samples
+    samples in memory -> ids, loss, segments -> packed_batch             read_token_rows: rows that were packed ahead
 
 Legend: B rows, L tokens, N tokens of all rows. Cost: the tokenizer's, all of a step in one call; packed ahead 13 us a row.
 """
@@ -18,7 +18,7 @@ import numpy as np
 from loaders.batches.collate import NAME_BYTES, Columns, Data, TokenTensors, read_keys, read_records, stack_npy
 from loaders.order.plan import Ints
 from loaders.order.samples import OpenSource
-from loaders.reading.source import LoadedRows
+from loaders.reading.source import LoadedSamples
 from wds_tools.errors import FormatError, UsageError
 from wds_tools.format.codes import Codes, join_grids
 from wds_tools.format.schema import TOKEN_MEMBERS, Sample
@@ -33,8 +33,8 @@ class RowMaker:
     """Makes token rows of samples; loads the tokenizer once a process.
 
     Args:
-        config: how.
-        seed: of the choices.
+        config: how samples become token sequences.
+        seed: seed of the choices that are left to chance.
         sources: what is read.
 
     Raises:
@@ -47,71 +47,72 @@ class RowMaker:
             raise UsageError(
                 "sequences are made of samples of this project's schema: leave them out for other tars and packed rows"
             )
-        names = [opened.source.codes for opened in sources]
+        names = [opened.source.code_set for opened in sources]
         self._make = config, seed, codebook_size_of(manifests, urls, config.codebook_size, names)
-        self._builder: ExampleBuilder | None = ExampleBuilder(*self._make)
         self.counts: Counter[str] = Counter()
-        """tokens, padding, rows, shortened: since the process started."""
+        """Number of tokens, padding, rows, shortened (examples), since the process started."""
+        self.builder  # noqa: B018  # what is wrong with it is known before a worker starts
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_builder": None}  # a process that is not forked loads its own
-
-    @property
-    def builder(self) -> ExampleBuilder:
-        """Of this process."""
-        if self._builder is None:
-            self._builder = ExampleBuilder(*self._make)
-        return self._builder
+        return {name: value for name, value in vars(self).items() if name != "builder"}  # a process that is not forked loads it
 
     @cached_property
-    def recipe(self) -> dict[str, Any]:
-        """See ExampleBuilder.recipe."""
-        return self.builder.recipe
+    def builder(self) -> ExampleBuilder:
+        """The builder of this process."""
+        return ExampleBuilder(*self._make)
 
-    def read(self, rows: Sequence[LoadedRows], numbers: Sequence[int], data: Data) -> list[Sample]:
-        """Parse rows as samples of which examples can be made. Raises as collate.read_records, and Reject."""
-        keys, records, codes = read_records(rows, numbers, data)
-        grids: Sequence[Sequence[Codes]] = codes.arrays() if codes is not None else [()] * len(keys)
-        samples = [sample_of(key, record, own) for key, record, own in zip(keys, records, grids, strict=True)]
+    @cached_property
+    def spec(self) -> dict[str, Any]:
+        """See ExampleBuilder.spec; kept, since it takes a hash of the tokenizer."""
+        return self.builder.spec
+
+    def read(self, loaded: Sequence[LoadedSamples], sample_indices: Sequence[int], data: Data) -> list[Sample]:
+        """Parse samples of which examples can be made. Args and Raises as collate.read_records, and Reject."""
+        keys, records, codes = read_records(loaded, sample_indices, data)
+        grids: Sequence[Sequence[Codes]] = codes.to_arrays() if codes is not None else [()] * len(keys)
+        samples = list(map(sample_of, keys, records, grids))
         for sample in samples:
             self.builder.check(sample)
         return samples
 
     def examples(self, samples: Sequence[Sample], epochs: Ints) -> list[Example]:
-        """Their examples, in the epochs of their sources."""
+        """The example of each sample, in the epoch of its source that is given for it."""
         examples = self.builder.build(samples, epochs.tolist())
         self.counts["shortened"] += sum(example.is_shortened for example in examples)
         return examples
 
     def padded(self, samples: Sequence[Sample], epochs: Ints, names: Sequence[str]) -> Columns:
-        """A batch of at least a row for each sample; a long document goes on in the rows behind.
+        """A batch of at least a row for each sample; a long document goes on in the rows that follow.
 
         Args:
-            samples, epochs: what it is made of.
-            names: of their sources.
+            samples: the samples.
+            epochs: the epoch that each is in of its source.
+            names: the name of the source of each.
         """
-        examples = self.examples(samples, epochs)
-        pieces = [
-            (piece, name)
-            for example, name in zip(examples, names, strict=True)
-            for piece in cut(example, self.builder.config.max_length)
-        ]
-        batch = padded_batch([piece for piece, _ in pieces], self.builder.vocabulary.eos)
-        lists: dict[str, list[Any]] = {
-            "__key__": [piece.key for piece, _ in pieces],
-            "__source__": [name for _, name in pieces],
-        }
-        tokens = sum(len(piece.ids) for piece, _ in pieces)
-        self.count(len(pieces), tokens, batch.numbers[0].size - tokens)
-        return Columns(lists, None, TokenTensors.of(batch))
+        rows: list[Example] = []
+        sources: list[str] = []
+        for example, name in zip(self.examples(samples, epochs), names, strict=True):
+            rows_of_example = cut(example, self.builder.config.max_length)
+            rows += rows_of_example
+            sources += [name] * len(rows_of_example)
+        batch = padded_batch(rows, self.builder.vocabulary.eos)
+        num_tokens = sum(len(row.ids) for row in rows)
+        self.count(len(rows), num_tokens, batch.numbers[0].size - num_tokens)
+        return Columns({"__key__": [row.key for row in rows], "__source__": sources}, None, TokenTensors.of(batch))
 
-    def count(self, rows: int, tokens: int, padding: int) -> None:
+    def count(self, num_rows: int, num_tokens: int, num_padding: int) -> None:
         """Add to the counts."""
-        self.counts.update({"rows": rows, "tokens": tokens, "padding": padding})
+        self.counts.update({"rows": num_rows, "tokens": num_tokens, "padding": num_padding})
 
 
 def sample_of(key: str, record: Mapping[str, Any], grids: Sequence[Codes]) -> Sample:
-    """What examples are made of."""
+    """The sample that an example is made of.
+
+    Args:
+        key: its key.
+        record: its parsed json.
+        grids: its (h, w) grids of codes: none, one, or one an image of a conversation.
+    """
     fields: dict[str, Any] = {name: record[name] for name in ("data_type", "text", "width", "height")}
     if len(grids) == 1:
         fields["codes"] = {"codes": grids[0]}
@@ -121,32 +122,33 @@ def sample_of(key: str, record: Mapping[str, Any], grids: Sequence[Codes]) -> Sa
     return Sample(key=key, conversations=record.get("conversations"), **fields)
 
 
-def read_token_rows(rows: Sequence[LoadedRows], numbers: Sequence[int], data: Data) -> Columns:
-    """A batch of rows that were packed ahead.
+def read_token_rows(loaded: Sequence[LoadedSamples], sample_indices: Sequence[int], data: Data) -> Columns:
+    """A batch of rows that were packed ahead; each is a sample of its shard. Args as collate.read_columns.
 
     Raises:
-        FormatError: they are no rows, or of different lengths.
+        FormatError: they are not token rows, or have different lengths.
     """
     headers: list[memoryview] = []
     ids: list[memoryview] = []
-    bits: list[memoryview] = []
+    loss_bits: list[memoryview] = []
     lengths: list[memoryview] = []
-    for held, row, sample in zip(rows, numbers, data, strict=True):
-        if held.index.members != TOKEN_MEMBERS:
+    for samples, sample_index, sample_data in zip(loaded, sample_indices, data, strict=True):
+        if samples.index.members != TOKEN_MEMBERS:
             raise FormatError(
-                f"{held.where(row)} has members {', '.join(held.index.members)}, expected {', '.join(TOKEN_MEMBERS)}"
+                f"{samples.where(sample_index)} has members {', '.join(samples.index.members)}, "
+                f"expected {', '.join(TOKEN_MEMBERS)}"
             )
-        number = row - held.first
-        headers.append(sample[:NAME_BYTES])
-        at, ids_end, loss, loss_end, begin, end = held.places
-        ids.append(sample[at[number] : ids_end[number]])
-        bits.append(sample[loss[number] : loss_end[number]])
-        lengths.append(sample[begin[number] : end[number]])
-    ids_BL, bits_BM, segments = stack_npy(ids), stack_npy(bits), _lists(lengths)
+        offset = sample_index - samples.first
+        headers.append(sample_data[:NAME_BYTES])
+        ids_begin, ids_end, loss_begin, loss_end, begin, end = samples.member_spans
+        ids.append(sample_data[ids_begin[offset] : ids_end[offset]])
+        loss_bits.append(sample_data[loss_begin[offset] : loss_end[offset]])
+        lengths.append(sample_data[begin[offset] : end[offset]])
+    ids_BL, bits_BM, segments = stack_npy(ids), stack_npy(loss_bits), _lists(lengths)
     if ids_BL is None or bits_BM is None or bits_BM.shape[1] != -(-ids_BL.shape[1] // 8):
-        raise FormatError(f"{rows[0].where(numbers[0])} and the others of its batch are not rows of one length")
+        raise FormatError(f"{loaded[0].where(sample_indices[0])} and the others of its batch are not rows of one length")
     if max(map(sum, segments)) > ids_BL.shape[1]:
-        raise FormatError(f"{rows[0].where(numbers[0])}, or another of its batch, has segments beyond its end")
+        raise FormatError(f"{loaded[0].where(sample_indices[0])}, or another of its batch, has segments beyond its end")
     loss_BL = np.unpackbits(bits_BM, axis=1, count=ids_BL.shape[1]).view(np.bool_)
     return Columns({"__key__": read_keys(headers)}, None, TokenTensors.of(packed_batch(ids_BL, loss_BL, segments)))
 
@@ -158,11 +160,11 @@ def _lists(members: Sequence[memoryview]) -> list[list[int]]:
         by_length.setdefault(len(member), []).append(number)
     lists: list[list[int]] = [[]] * len(members)
     for numbers in by_length.values():
-        own = [members[number] for number in numbers]
-        stacked = stack_npy(own)
-        found = [parse_npy(member, SEGMENTS).tolist() for member in own] if stacked is None else stacked.tolist()
-        for number, values in zip(numbers, found, strict=True):
-            lists[number] = values
+        alike = [members[number] for number in numbers]
+        stacked = stack_npy(alike)
+        values = [parse_npy(member, SEGMENTS).tolist() for member in alike] if stacked is None else stacked.tolist()
+        for number, value in zip(numbers, values, strict=True):
+            lists[number] = value
     return lists
 
 
@@ -172,11 +174,13 @@ def check_packed_ahead(sources: Sequence[OpenSource]) -> bool:
     Raises:
         UsageError: some are and some are not, or they differ in version, length or vocabulary.
     """
-    made = [opened.manifest.token_rows for opened in sources]
-    if made and any(one != made[0] for one in made):
-        told = "; ".join(f"{opened.store.url}: {one or 'samples'}" for opened, one in zip(sources, made, strict=True))
-        raise UsageError(f"sources of rows must have one version, length and vocabulary, and can't be mixed with samples: {told}")
-    return bool(made and made[0])
+    kinds = [opened.manifest.token_rows for opened in sources]
+    if kinds and any(kind != kinds[0] for kind in kinds):
+        listing = "; ".join(f"{opened.store.url}: {kind or 'samples'}" for opened, kind in zip(sources, kinds, strict=True))
+        raise UsageError(
+            f"sources of rows must have one version, length and vocabulary, and can't be mixed with samples: {listing}"
+        )
+    return bool(kinds and kinds[0])
 
 
 def model_inputs(batch: dict[str, Any]) -> dict[str, Any]:

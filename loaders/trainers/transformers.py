@@ -1,6 +1,7 @@
 """A loader under the Trainer of transformers: batches as they come, and a state in every checkpoint.
 
-    LoaderTrainer(train_dataset=EpochLoader(loader, steps), callbacks=[LoaderCallback(rounds)], ...)
+    epoch_loader = EpochLoader(loader, steps)
+    LoaderTrainer(train_dataset=epoch_loader, callbacks=[LoaderCallback(epoch_loader)], ...)
 
 The Trainer would wrap a dataset in a DataLoader of accelerate's, which deals out batches again and reads one ahead of what was
 trained; the loader's batches are this rank's already, so they go to the model as they are. After a resume it would skip what
@@ -34,7 +35,7 @@ class LoaderTrainer(Trainer):
         return super().train(resume_from_checkpoint, *args, **settings)
 
     def get_train_dataloader(self) -> Any:
-        """The rounds themselves."""
+        """The EpochLoader itself."""
         if not self.args.ignore_data_skip:
             raise UsageError("TrainingArguments(ignore_data_skip=True): the loader goes on by itself where the checkpoint stands")
         return self.train_dataset
@@ -44,15 +45,15 @@ class LoaderCallback(TrainerCallback):
     """Saves the loader's state with each checkpoint, and restores it when training begins from one.
 
     Args:
-        rounds: the `train_dataset` of the Trainer.
+        epoch_loader: the `train_dataset` of the Trainer.
     """
 
-    def __init__(self, rounds: EpochLoader) -> None:
-        self._rounds = rounds
+    def __init__(self, epoch_loader: EpochLoader) -> None:
+        self._epoch_loader = epoch_loader
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         """Write the state into the checkpoint that was just saved."""
-        saved = self._rounds.state_dict()  # on every rank
+        saved = self._epoch_loader.state_dict()  # on every rank
         if args.should_save:
             folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
             open_store(str(folder)).put(STATE, json.dumps(saved).encode())
@@ -72,4 +73,4 @@ class LoaderCallback(TrainerCallback):
         path = Path(checkpoint) / STATE
         if not path.exists():
             raise UsageError(f"{path} does not exist: was the checkpoint saved with a LoaderCallback?")
-        self._rounds.load_state_dict(read_json(dict[str, Any], path.read_bytes(), f"{path}: not a state", UsageError))
+        self._epoch_loader.load_state_dict(read_json(dict[str, Any], path.read_bytes(), f"{path}: not a state", UsageError))

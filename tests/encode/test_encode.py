@@ -291,7 +291,7 @@ def test_export_takes_the_codes_that_are_named(twice: Path, tmp_path: Path) -> N
 def test_the_loader_reads_the_codes_that_are_named(twice: Path) -> None:
     samples = {sample.key: sample for sample in read_samples(twice)}
     for name, is_other in ((None, False), ("", False), ("other", True)):
-        loader = build_loader(LoaderConfig(sources=(Source(str(twice), codes=name),), batch_size=len(samples), shuffle=False))
+        loader = build_loader(LoaderConfig(sources=(Source(str(twice), code_set=name),), batch_size=len(samples), shuffle=False))
         (batch,) = list(loader)
         loader.close()
         assert batch["__key__"] == list(samples)
@@ -300,16 +300,16 @@ def test_the_loader_reads_the_codes_that_are_named(twice: Path) -> None:
             assert (codes_hw is None) == (not wanted)
             assert not wanted or np.array_equal(codes_hw, wanted[0])
     with pytest.raises(UsageError, match="has no codes named 'third', but "):
-        list(build_loader(LoaderConfig(sources=(Source(str(twice), codes="third"),), batch_size=1)))
+        list(build_loader(LoaderConfig(sources=(Source(str(twice), code_set="third"),), batch_size=1)))
 
 
 def test_a_run_goes_on_with_the_codes_it_began_with(twice: Path) -> None:
     plain, other = (
-        build_loader(LoaderConfig(sources=(Source(str(twice), codes=name),), batch_size=1)) for name in (None, "other")
+        build_loader(LoaderConfig(sources=(Source(str(twice), code_set=name),), batch_size=1)) for name in (None, "other")
     )
     other.load_state_dict(other.state_dict())
     for one, another in ((plain, other), (other, plain)):
-        with pytest.raises(UsageError, match="another recipe: codes was"):
+        with pytest.raises(UsageError, match="another order: code_set of source 0 was"):
             one.load_state_dict(another.state_dict())
 
 

@@ -23,10 +23,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loaders import LoaderConfig, ShardDataset, Source, build_loader
-from loaders.order.samples import OpenSource, SampleOrder
+from loaders.order.samples import OpenSource, SampleOrder, order_spec
 from loaders.proof.audit import audit
 from loaders.proof.receipt import parse_receipt
-from loaders.tokens.packing import parse_cursors
+from loaders.tokens.lanes import parse_lanes
 from wds_tools.check.stats.describe import StatsConfig, stats
 from wds_tools.check.stats.report import render
 from wds_tools.check.verify import VerifyConfig, verify
@@ -170,7 +170,7 @@ def test_manifests(folder: Path) -> None:
         source = Source("set")
         opened = OpenSource(source, open_store("memory://set"), manifest)
         if manifest.bytes < 1 << 30:  # larger ones are planned too, but not within a test
-            SampleOrder([opened], LoaderConfig(sources=(source,), batch_size=4)).locate(0, np.arange(1))
+            SampleOrder([opened], order_spec([opened], LoaderConfig(sources=(source,), batch_size=4))).locate(0, np.arange(1))
 
     check(document, read)
 
@@ -241,13 +241,13 @@ def test_states(folder: Path) -> None:
     dataset = ShardDataset(str(folder))
     check(dataset.state_dict(), lambda data: dataset.load_state_dict(parsed(data)), 20)
     lanes = {"0": [1, 2, [[0, 5], [1, 6]]], "3": [2, 2, []]}
-    check(lanes, lambda data: parse_cursors(parsed(data), 8, 0))
+    check(lanes, lambda data: parse_lanes(parsed(data), 8, 0))
 
 
 def test_a_state_may_hold_numbers_that_no_json_has(folder: Path) -> None:
     loader = build_loader(LoaderConfig(sources=(Source(str(folder)),), batch_size=4))
     state = loader.state_dict()
-    for change in ({"position": 10**5000}, {"version": 10**5000}, {"recipe": {"length": 10**5000}}, {"sources": [{1: 2}]}):
+    for change in ({"position": 10**5000}, {"version": 10**5000}, {"spec": {"length": 10**5000}}, {"sources": [{1: 2}]}):
         with pytest.raises(UsageError, match=r"^not the state of a loader"):
             loader.load_state_dict({**state, **change})
 
@@ -270,7 +270,7 @@ def test_receipts(folder: Path) -> None:
     for _ in loader:
         pass
     document = loader.receipt()
-    document["substitutions"] = [{"epoch": 0, "source": 0, "shard": 1, "row": 3, "reason": "crc32"}]
+    document["substitutions"] = [{"epoch": 0, "source": 0, "shard": 1, "sample_index": 3, "reason": "crc32"}]
     valid = parse_receipt(json.dumps(loader.receipt()).encode(), "valid")
 
     def read(data: bytes) -> None:

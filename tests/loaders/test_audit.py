@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from loaders import Loader, LoaderConfig, Source, World, build_loader
 from loaders.order.partition import BatchPartition
-from loaders.order.samples import SampleOrder, open_source
+from loaders.order.samples import SampleOrder, open_source, order_spec
 from loaders.proof.audit import Audit, audit, num_positions, read_receipts
 from loaders.proof.coverage import Coverage, SampleRange
 from loaders.proof.receipt import Receipt, SampleHash, parse_receipt, receipt_to_json, total_of
@@ -120,10 +120,10 @@ def test_what_a_lost_rank_had_is_missing_by_position_and_by_row(tmp_path: Path) 
     found = audited(*receipts[:lost], *receipts[lost + 1 :], show=100)
     (one,) = found.epochs
     assert not found.is_exact()
-    assert one.missing.samples == 25
+    assert one.missing.num_samples == 25
     assert one.missing.positions == tuple((20 * step + 10, 20 * step + 15) for step in range(5))
-    assert rows_in(one.missing.rows) == rows_of(keys[lost])
-    assert one.repeated.samples == 0
+    assert rows_in(one.missing.sample_ranges) == rows_of(keys[lost])
+    assert one.repeated.num_samples == 0
     assert found.absent == ("no receipt of rank 2 of 4 for epoch 0 from position 0",)
     assert found.problems == ()
 
@@ -136,10 +136,10 @@ def test_steps_done_twice_are_repeated_and_both_receipts_are_named(tmp_path: Pat
     found = audited(*early, *on, *late, show=100)
     (one,) = found.epochs
     assert not found.is_exact()
-    assert (one.repeated.samples, one.repeated.positions, one.missing.samples) == (30, ((40, 70),), 0)
-    assert rows_in(one.repeated.rows) == rows_of(key for rank in keys for key in rank[:15])
+    assert (one.repeated.num_samples, one.repeated.positions, one.missing.num_samples) == (30, ((40, 70),), 0)
+    assert rows_in(one.repeated.sample_ranges) == rows_of(key for rank in keys for key in rank[:15])
     assert one.repeated_by == (("receipt-2.json", "receipt-4.json"),)
-    assert one.handed_over == one.expected + one.repeated.samples
+    assert one.handed_over == one.expected + one.repeated.num_samples
 
 
 def test_a_killed_runs_last_steps_count_only_where_its_receipt_has_them(tmp_path: Path) -> None:
@@ -185,7 +185,7 @@ def test_an_epoch_that_is_not_there_at_all_is_missing(tmp_path: Path) -> None:
     later, _, _ = train(wanted, 1, 10, state | {"epoch": 2}, run="b")
     found = audited(*receipts, *later, show=100)
     assert [one.missing.positions for one in found.epochs] == [(), ((0, 100),), ()]
-    assert rows_in(found.epochs[1].missing.rows) == rows_of(f"text-{number}" for number in range(100))
+    assert rows_in(found.epochs[1].missing.sample_ranges) == rows_of(f"text-{number}" for number in range(100))
 
 
 def test_an_unfinished_epoch_is_no_failure_unless_it_should_be_complete(tmp_path: Path) -> None:
@@ -210,13 +210,13 @@ def test_substituted_samples_are_listed_by_reason_and_are_no_gap(tmp_path: Path,
     assert found.totals_compared == 1
     (one,) = found.epochs
     assert one.substituted == {"crc32": 2}
-    assert rows_in(one.substituted_rows.rows) == [("shard-000000-0001.tar", 0), ("shard-000000-0001.tar", 4)]
+    assert rows_in(one.substituted_ranges.sample_ranges) == [("shard-000000-0001.tar", 0), ("shard-000000-0001.tar", 4)]
     for receipt in receipts:
         receipt["substitutions"] = receipt["substitutions"][1:]
     assert audited(*receipts).problems != ()
 
 
-@pytest.mark.parametrize("change", [{"hash_total": f"{7:032x}"}, {"samples": 49}])
+@pytest.mark.parametrize("change", [{"hash_total": f"{7:032x}"}, {"num_samples": 49}])
 def test_a_receipt_that_does_not_add_up_is_named(tmp_path: Path, change: dict[str, Any]) -> None:
     receipts, _, _ = train(config(make_texts(tmp_path), batch_size=10), 2, 10)
     receipts[1] |= change
@@ -230,21 +230,21 @@ def test_a_receipt_that_does_not_add_up_is_named(tmp_path: Path, change: dict[st
 def test_a_run_that_read_codes_by_name_is_audited(tmp_path: Path) -> None:
     codes = {"vqcode_512-other": random_codes(1, 2, 2)}
     make_dataset(tmp_path / "set", (Sample(key=f"{n}", data_type="image_text", text="", codes=codes) for n in range(20)))
-    receipts, _, _ = train(config(Source(str(tmp_path / "set"), codes="other"), batch_size=4), 2, 5)
+    receipts, _, _ = train(config(Source(str(tmp_path / "set"), code_set="other"), batch_size=4), 2, 5)
     assert audited(*receipts).is_exact()
 
 
 def test_a_mixture_is_compared_over_the_epochs_of_its_sources(tmp_path: Path) -> None:
     sources = Source(make_texts(tmp_path, 60, "a"), weight=3), Source(make_texts(tmp_path, 30, "b"), weight=1)
-    wanted = config(*sources, batch_size=4, length=50, schedule=((20, (1.0, 1.0)),), last_batch="short")
+    wanted = config(*sources, batch_size=4, stop_at=50, schedule=((20, (1.0, 1.0)),), last_batch="short")
     receipts, state, _ = train(wanted, 2, 40)
-    more, _, _ = train(config(*sources, batch_size=6, length=50, schedule=((20, (1.0, 1.0)),), last_batch="short"), 3, 40, state)
+    more, _, _ = train(config(*sources, batch_size=6, stop_at=50, schedule=((20, (1.0, 1.0)),), last_batch="short"), 3, 40, state)
     found = audited(*receipts, *more)
     assert found.is_exact()
     assert found.totals_compared == 8  # 3 epochs of a, 5 of b
     assert all(one.expected == 50 for one in found.epochs)
     without = audited(*receipts[1:], *more)
-    assert [one.missing.samples for one in without.epochs[:2]] == [25, 25]
+    assert [one.missing.num_samples for one in without.epochs[:2]] == [25, 25]
     assert without.totals_compared < 8
 
 
@@ -263,7 +263,7 @@ def test_repeats_shares_and_sources_without_weights_are_understood(tmp_path: Pat
     ("path", "value", "message"),
     [
         (("spec", "seed"), 43, "receipt-1.json is of another run than receipt-0.json: seed is 43, not 42"),
-        (("recipe", "repeat"), [2], r"repeat is \[2\], not \[1\]"),
+        (("spec", "sources", 0, "repeat"), 2, "repeat of source 0 is 2, not 1"),
         (("sources", 0, "fingerprint"), "sha256:00", "fingerprint of source 0 is 'sha256:00', not"),
     ],
 )
@@ -289,11 +289,11 @@ def test_receipts_of_different_runs_are_refused_with_what_differs(
         ({"last_batch": "cut"}, FormatError, "last_batch is 'cut', expected 'drop' or"),
         ({"spans": [[0, 0, 15, 10]]}, FormatError, "does not end with a step"),
         ({"spans": [[0, 95, 105, 10]]}, FormatError, "does not end with a step"),
-        ({"spans": [[0, 0, 1, 1]]}, FormatError, "is no span"),
+        ({"spans": [[0, 0, 1, 1]]}, FormatError, "is not a span"),
         ({"spans": [[0, 0, "x", 1]]}, FormatError, "can't be|not the receipt"),
         ({"hash_total": "x"}, FormatError, "not the receipt of a loader"),
-        ({"recipe": {"length": 100}}, FormatError, r"recipe \(weights is missing"),
-        ({"substitutions": [{"epoch": 0, "source": 0, "shard": 99, "row": 0, "reason": "x"}]}, FormatError, "shard 99"),
+        ({"spec": {"length": 100}}, FormatError, r"spec\.seed is missing"),
+        ({"substitutions": [{"epoch": 0, "source": 0, "shard": 99, "sample_index": 0, "reason": "x"}]}, FormatError, "shard 99"),
     ],
 )
 def test_a_receipt_that_can_not_be_is_refused(tmp_path: Path, change: dict[str, Any], error: Any, message: str) -> None:
@@ -302,7 +302,7 @@ def test_a_receipt_that_can_not_be_is_refused(tmp_path: Path, change: dict[str, 
         audited(receipts[0] | change)
 
 
-@pytest.mark.parametrize("data", [b"", b"[]", b"{}", b'{"version": 2, "order_version": 1}', b"\xff"])
+@pytest.mark.parametrize("data", [b"", b"[]", b"{}", b'{"version": 3, "order_version": 1}', b"\xff"])
 def test_what_is_no_receipt_is_said_to_be_none(data: bytes) -> None:
     with pytest.raises(FormatError, match="x: not the receipt of a loader"):
         parse_receipt(data, "x")
@@ -316,7 +316,7 @@ def test_moved_data_is_found_by_its_fingerprint_and_changed_data_refused(tmp_pat
     with pytest.raises(NotFound, match="say where with --source"):
         audited(*receipts)
     assert audited(*receipts, moved=[moved], complete=True).is_exact()
-    with pytest.raises(UsageError, match="none of the receipts' data"):
+    with pytest.raises(UsageError, match="not data of the receipts"):
         audited(*receipts, moved=[other])
     shutil.move(other, url)
     with pytest.raises(UsageError, match="is not the data of the receipts"):
@@ -327,7 +327,8 @@ def test_moved_data_is_found_by_its_fingerprint_and_changed_data_refused(tmp_pat
 def order(tmp_path_factory: pytest.TempPathFactory) -> SampleOrder:
     """Over 61 samples."""
     source = Source(make_texts(tmp_path_factory.mktemp("small"), 61))
-    return SampleOrder([open_source(source)], config(source))
+    sources = [open_source(source)]
+    return SampleOrder(sources, order_spec(sources, config(source)))
 
 
 def receipt_of(
@@ -341,7 +342,7 @@ def receipt_of(
     located = order.locate(epoch, np.concatenate(parts))
     total = total_of([SampleHash(fingerprint) for fingerprint in order.fingerprints], *located[:3])
     return parse_receipt(
-        json.dumps(receipt_to_json(order, world, last_batch, [span], len(located.row), total, [])).encode(), name
+        json.dumps(receipt_to_json(order, world, last_batch, [span], len(located.source), total, [])).encode(), name
     )
 
 
@@ -364,7 +365,7 @@ def test_any_spans_of_any_ranks_are_counted_as_one_by_one(
             for step in range(count):
                 handed[epoch].update(range(*steps.part(step, world.rank)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("loaders.proof.coverage._CHUNK", chunk)
+        patch.setattr("loaders.proof.coverage._WINDOW", chunk)
         coverage = Coverage(order, receipts, show=100)
         for epoch, times in enumerate(handed):
             found = coverage.epoch(epoch, may_end_early=not complete)
@@ -376,29 +377,29 @@ def test_any_spans_of_any_ranks_are_counted_as_one_by_one(
             assert [at for low, high in found.repeated.positions for at in range(low, high)] == [
                 position for position, count in enumerate(inside) if count > 1
             ]
-            assert found.missing.samples == inside[:due].count(0)
-            assert found.repeated.samples == sum(count - 1 for count in inside if count)
+            assert found.missing.num_samples == inside[:due].count(0)
+            assert found.repeated.num_samples == sum(count - 1 for count in inside if count)
             assert not any(inside[due:])
             assert found.wrapped == sum(times.values()) - sum(inside)
             assert found.handed_over == sum(inside)
             assert (
                 found.handed_over
-                == found.expected - found.missing.samples - (found.dropped + found.unseen) + found.repeated.samples
+                == found.expected - found.missing.num_samples - (found.dropped + found.unseen) + found.repeated.num_samples
             )
-            assert len(rows_in(found.missing.rows)) == found.missing.samples
+            assert len(rows_in(found.missing.sample_ranges)) == found.missing.num_samples
         assert coverage.problems() == []
         assert all(total == expected for _, total, expected in coverage.complete_epochs())
 
 
 def test_more_ranges_than_are_shown_are_counted(order: SampleOrder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loaders.proof.coverage._CHUNK", 7)
-    monkeypatch.setattr("loaders.proof.coverage._NAMED_SAMPLES", 9)
+    monkeypatch.setattr("loaders.proof.coverage._WINDOW", 7)
+    monkeypatch.setattr("loaders.proof.coverage._TRACED_SAMPLES", 9)
     world = World(rank=0, world_size=4)
     coverage = Coverage(order, [receipt_of(order, world, "short", (0, 0, 61, 8))], show=3)
     missing = coverage.epoch(0, may_end_early=False).missing
-    assert missing.samples == 61 - 15  # two of each step of eight, one of the last five
-    assert (missing.num_ranges, missing.positions) == (8, ((2, 8), (10, 16), (18, 24)))
-    assert (missing.untraced, len(missing.rows)) == (61 - 15 - 9, min(missing.num_row_ranges, 3))
+    assert missing.num_samples == 61 - 15  # two of each step of eight, one of the last five
+    assert (missing.num_position_ranges, missing.positions) == (8, ((2, 8), (10, 16), (18, 24)))
+    assert (missing.num_untraced, len(missing.sample_ranges)) == (61 - 15 - 9, min(missing.num_sample_ranges, 3))
 
 
 @pytest.mark.parametrize("complete", [False, True])
@@ -426,12 +427,12 @@ def test_the_command_says_what_is_missing_and_exits_with_1(tmp_path: Path, capsy
     assert "MISSING   epoch 0: 25 samples\n          position 5 to 9\n          position 25 to 29\n" in said
     assert "and 3 more ranges of positions" in said
     shard, row = rows_of(keys[1])[0]
-    assert f"{url}/{shard} row {row}" in said
+    assert f"{url}/{shard} sample {row}" in said
     assert last_line(said) == "audit: 1 epochs not exact, 0 wrong totals"
     assert main(["audit", f"{folder}/receipt-0.json", "--json"]) == 1
     record = json.loads(capsys.readouterr().out)
     assert not record["is_exact"]
-    assert record["epochs"][0]["missing"]["samples"] == 75
+    assert record["epochs"][0]["missing"]["num_samples"] == 75
 
 
 def test_the_command_reports_one_epoch_when_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -468,4 +469,4 @@ def test_receipts_are_read_from_files_and_folders(tmp_path: Path) -> None:
     receipts, _, _ = train(config(make_texts(tmp_path)), 3, 2)
     folder = write(tmp_path / "receipts", receipts)
     assert [one.name for one in read_receipts([folder])] == [f"{folder}/receipt-{rank}.json" for rank in range(3)]
-    assert read_receipts([f"{folder}/receipt-1.json"])[0].world == World(rank=1, world_size=3)
+    assert read_receipts([f"{folder}/receipt-1.json"])[0].rank == 1

@@ -12,8 +12,8 @@ from commands import environment
 from factory import image_sample, make_dataset
 
 from loaders import LoaderConfig, Source, World
-from loaders.handover import affordable_prefetch
 from loaders.order.samples import open_source
+from loaders.workers.handover import affordable_prefetch
 from wds_tools.errors import UsageError
 
 HOWS = """
@@ -102,6 +102,6 @@ def test_ranks_of_one_machine_share_what_is_free(url: str, monkeypatch: pytest.M
 
 
 def test_a_machine_without_shared_memory_is_not_asked(url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("loaders.handover.SHARED_MEMORY", str(tmp_path / "none"))
+    monkeypatch.setattr("loaders.workers.handover.SHARED_MEMORY", str(tmp_path / "none"))
     config = LoaderConfig(sources=(Source(url),), batch_size=64, num_workers=2, prefetch_factor=4)
     assert affordable_prefetch(config, World(), [open_source(config.sources[0])]) == 4

@@ -18,11 +18,12 @@ from tokens import write_tokenizer
 from loaders import JsonlDataset, LoaderConfig, SequenceConfig, Source, build_loader
 from wds_tools.convert import run_conversion
 from wds_tools.convert.pairs import ImagePairsConfig
-from wds_tools.errors import DataError, FormatError, UsageError
+from wds_tools.errors import DataError, FormatError, StorageError, UsageError
 from wds_tools.export.hf import ExportConfig, export_hf
 from wds_tools.format.codes import join_grids
 from wds_tools.format.schema import Sample
 from wds_tools.images import prepare
+from wds_tools.storage import LocalStore
 
 CODES = list(range(1024))
 TURNS = [{"from": "human", "value": "<image> and <image>?"}, {"from": "gpt", "value": "Two."}]
@@ -129,6 +130,18 @@ def test_what_can_not_be_used_is_named_with_its_file_and_line(folder: Path, reco
     data = dataset(folder, b"", record)
     with pytest.raises(FormatError, match=re.escape(f"small.jsonl, line 2: {reason}")):
         data[0]
+
+
+def test_a_storage_that_fails_is_told_by_its_own_error_with_the_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = dataset(folder, {"image_path": "../a.jpg", "text": "fine"})
+
+    def read_range(*_: Any) -> None:
+        raise StorageError(5, "Input/output error")
+
+    monkeypatch.setattr(LocalStore, "read_range", read_range)
+    with pytest.raises(StorageError, match=r"small\.jsonl, line 1") as caught:
+        data[0]
+    assert caught.value.errno == 5
 
 
 def test_validate_reads_everything_and_reports_every_bad_record(folder: Path) -> None:

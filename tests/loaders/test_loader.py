@@ -25,7 +25,8 @@ from loaders.cost.simulate import simulate
 from loaders.order.partition import BatchPartition
 from loaders.order.samples import open_source
 from loaders.testing import Topology, check_resume, run
-from wds_tools.errors import DataError, FormatError, NotFound, StorageError, UsageError
+from loaders.workers.steps import StepDataset
+from wds_tools.errors import DataError, FormatError, NotFound, Reject, StorageError, UsageError
 from wds_tools.format.schema import Sample
 
 
@@ -84,7 +85,7 @@ def test_a_mixture_with_a_schedule_goes_on_on_any_topology(tmp_path: Path) -> No
         schedule = (
             ((3 * 4 // topology.batch_size or 1, (0.2, 0.2, 0.6)),) if topology.batch_size == 4 else ((3, (0.2, 0.2, 0.6)),)
         )
-        made = config(*sources, batch_size=topology.batch_size, lanes=12, schedule=schedule, length=97)
+        made = config(*sources, batch_size=topology.batch_size, lanes=12, schedule=schedule, stop_at=97)
         return build_loader(made, world)
 
     order = check_resume(make, [Topology(4), Topology(4, 2), Topology(4, 4)])
@@ -96,7 +97,7 @@ def test_a_mixture_with_a_schedule_goes_on_on_any_topology(tmp_path: Path) -> No
             Source(tiny, weight=0.1),
             lanes=12,
             schedule=((3, (0.2, 0.2, 0.6)),),
-            length=97,
+            stop_at=97,
         ),
         World(),
     )
@@ -311,16 +312,16 @@ def test_a_mixture_ends_when_the_first_or_the_last_source_was_seen(tmp_path: Pat
     assert sum(key.startswith("p") for key in first) == 20
     assert first.total() - len(first) < 8  # a lane may be ahead of the others, in its source's next epoch
     assert all(count == 1 for key, count in first.items() if key.startswith("d"))
-    last = Counter(keys(loader(*sources, lanes=8, length="last")))
+    last = Counter(keys(loader(*sources, lanes=8, stop_at="all_exhausted")))
     assert sum(key.startswith("d") for key in last) == 60
     assert sum(count for key, count in last.items() if key.startswith("d")) - 60 < 8
     assert {count for key, count in last.items() if key.startswith("p")} <= {2, 3, 4}
-    assert len(keys(loader(*sources, lanes=8, length=33))) == 33
+    assert len(keys(loader(*sources, lanes=8, stop_at=33))) == 33
 
 
 def test_a_mixture_goes_on_through_its_sources_over_its_own_epochs(tmp_path: Path) -> None:
     pairs, documents = make_pairs(tmp_path / "pairs", 20), make_documents(tmp_path / "documents", 60)
-    made = loader(Source(pairs, weight=1), Source(documents, weight=1), lanes=4, length=40)
+    made = loader(Source(pairs, weight=1), Source(documents, weight=1), lanes=4, stop_at=40)
     found = Counter(key for _ in range(3) for key in keys(made))
     assert {count for key, count in found.items() if key.startswith("d")} == {1}
     assert {count for key, count in found.items() if key.startswith("p")} == {3}
@@ -328,12 +329,12 @@ def test_a_mixture_goes_on_through_its_sources_over_its_own_epochs(tmp_path: Pat
 
 def test_a_source_that_will_be_absent_for_long_is_warned_of_and_by_simulate_too(tmp_path: Path) -> None:
     often, rare = make_pairs(tmp_path / "often", 40), make_pairs(tmp_path / "rare", 40)
-    wanted = config(Source(often, weight=499), Source(rare, weight=1, name="poems"), lanes=16, length=400)
+    wanted = config(Source(often, weight=499), Source(rare, weight=1, name="poems"), lanes=16, stop_at=400)
     with pytest.warns(UserWarning, match=r"source poems is so rare that none of it comes for up to 7,774 samples, then 16 of it"):
         build_loader(wanted, World())
     found = simulate([open_source(source) for source in wanted.sources], wanted)
     assert [warning[:20] for warning in found.warnings] == ["source poems is so r"]
-    loader(Source(often, weight=9), Source(rare, weight=1), lanes=4, length=400)  # a warning would be an error
+    loader(Source(often, weight=9), Source(rare, weight=1), lanes=4, stop_at=400)  # a warning would be an error
 
 
 def test_moved_data_goes_on_and_changed_data_is_refused(tmp_path: Path) -> None:
@@ -356,15 +357,15 @@ def test_moved_data_goes_on_and_changed_data_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"seed": 7}, "seed=42.*seed=7"),
-        ({"shuffle": False}, "shuffle=True"),
-        ({"lanes": 5}, "lanes=32"),
-        ({"sources": {"repeat": 2}}, "length was 30"),
-        ({"sources": {"max_samples": 10}}, "length was 30"),
-        ({"sources": {"weight": 1.0}}, "weights was None"),
+        ({"seed": 7}, "seed was 42, is 7"),
+        ({"shuffle": False}, "shuffle was True, is False"),
+        ({"lanes": 5}, "lanes was 32, is 5"),
+        ({"sources": {"repeat": 2}}, "repeat of source 0 was 1, is 2"),
+        ({"sources": {"max_samples": 10}}, "max_samples of source 0 was None, is 10"),
+        ({"sources": {"weight": 1.0}}, r"schedule was \[\], is \[\[0, \[1.0\]\]\]"),
     ],
 )
-def test_a_state_of_another_recipe_is_refused_with_what_differs(tmp_path: Path, change: dict[str, Any], says: str) -> None:
+def test_a_state_of_another_order_is_refused_with_what_differs(tmp_path: Path, change: dict[str, Any], says: str) -> None:
     url = make_pairs(tmp_path / "set", 30)
     state = loader(url).state_dict()
     source = Source(url, **change.pop("sources", {}))
@@ -453,7 +454,7 @@ def test_weights_may_be_numpys(tmp_path: Path) -> None:
         ({"seed": -1}, "seed=-1"),
         ({"lanes": 0}, "lanes=0"),
         ({"num_workers": -1}, "num_workers"),
-        ({"length": 5}, "length=5 is for sources with weights"),
+        ({"stop_at": 5}, "stop_at=5 is for sources with weights"),
         ({"schedule": ((3, (1.0,)),)}, "schedule of weights needs"),
         ({"sources": ()}, "one or more Source"),
         ({"sources": Source("x")}, "one or more Source"),
@@ -577,10 +578,25 @@ def test_an_unreadable_sample_stops_the_run_with_where_it_lies(tmp_path: Path) -
     url = make_pairs(tmp_path / "set", 30)
     damage(url, "p-00013", b'{"data_type"', b'["data_type"')
     made = loader(url)
-    with pytest.raises(FormatError, match=r"shard-000000-0001\.tar, sample 3 at byte \d+.*epoch 0, position \d+") as caught:
+    with pytest.raises(FormatError, match=r"(?s)shard-000000-0001\.tar, sample 3 at byte \d+.*epoch 0, position \d+") as caught:
         keys(made)
     assert "on_error='substitute'" in str(caught.value)
     assert made.state_dict()["position"] == made.position
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_error_keeps_its_type_and_its_arguments_and_says_where_the_run_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_workers: int
+) -> None:
+    def fetch(*_: Any) -> None:
+        raise Reject("a_reason", "of two arguments")
+
+    monkeypatch.setattr(StepDataset, "fetch", fetch)
+    made = loader(make_pairs(tmp_path / "set", 30), num_workers=num_workers, start_method="fork" if num_workers else None)
+    with pytest.raises(Reject, match="Everything before epoch 0, position 0 was handed over") as caught:
+        next(iter(made))
+    assert caught.value.args == ("a_reason", "of two arguments")
+    made.close()
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -590,7 +606,7 @@ def test_an_unreadable_sample_is_replaced_by_the_next_of_its_shard_when_asked(tm
     damage(url, "p-00019", b"NUMPY", b"NOMPY")  # the last of its shard: the first steps in
     made = loader(url, on_error="substitute", num_workers=num_workers)
     assert keys(made) == ["p-00010" if key == "p-00019" else key for key in whole]
-    assert [(bad["row"], bad["by_row"]) for bad in made.receipt()["substitutions"]] == [(9, 0)]
+    assert [(bad["sample_index"], bad["substitute_index"]) for bad in made.receipt()["substitutions"]] == [(9, 0)]
     made.close()
 
 
@@ -617,7 +633,10 @@ def test_bad_samples_are_counted_by_reason_and_bounded(tmp_path: Path, monkeypat
     stats = made.stats()
     assert (stats["bad"], stats["bad_format"], stats["bad_json"]) == (2, 1, 1)
     substitutions = made.receipt()["substitutions"]
-    assert sorted((bad["shard"], bad["row"], bad["reason"]) for bad in substitutions) == [(1, 3, "format"), (2, 5, "json")]
+    assert sorted((bad["shard"], bad["sample_index"], bad["reason"]) for bad in substitutions) == [
+        (1, 3, "format"),
+        (2, 5, "json"),
+    ]
     assert keys(loader(url, on_error="substitute", lanes=2)) == found
     with pytest.raises(DataError, match="2 unreadable samples, max_bad=1"):
         keys(loader(url, on_error="substitute", lanes=2, max_bad=1))
@@ -653,7 +672,7 @@ def test_statistics_are_a_plain_dict_of_numbers(tmp_path: Path) -> None:
 
 def test_less_memory_reads_more_often_and_never_changes_the_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("loaders.order.plan.SMALL_BYTES", 0)
-    monkeypatch.setattr("loaders.reading.prefetch.SMALL_BYTES", 0)
+    monkeypatch.setattr("loaders.reading.planner.SMALL_BYTES", 0)
     monkeypatch.setattr("loaders.order.plan.MIN_BLOCK_BYTES", 16384)
     make_dataset("memory://sets/less", [pair(number) for number in range(300)], shard_samples=50)
     whole = loader("memory://sets/less", lanes=16)

@@ -86,7 +86,7 @@ def remote(local: str, proxy: FaultProxy) -> str:
 def in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Read this small dataset as a large one is: in blocks of a few samples, each for itself."""
     monkeypatch.setattr("loaders.order.plan.SMALL_BYTES", 0)
-    monkeypatch.setattr("loaders.reading.prefetch.SMALL_BYTES", 0)
+    monkeypatch.setattr("loaders.reading.planner.SMALL_BYTES", 0)
     monkeypatch.setattr("loaders.order.plan.MIN_BLOCK_BYTES", 12_000)
 
 
@@ -448,10 +448,10 @@ def test_a_cache_too_small_for_the_data_is_shared_by_several_readers_at_once(
 
 INTERRUPTED = """
 import sys, time
-import loaders.order.plan, loaders.reading.prefetch
-loaders.order.plan.SMALL_BYTES = loaders.reading.prefetch.SMALL_BYTES = 0
+import loaders.order.plan, loaders.reading.fetches, loaders.reading.planner
+loaders.order.plan.SMALL_BYTES = loaders.reading.planner.SMALL_BYTES = 0
 loaders.order.plan.MIN_BLOCK_BYTES = 6000
-loaders.reading.prefetch._IN_FLIGHT = 2
+loaders.reading.fetches._IN_FLIGHT = 2
 from loaders import LoaderConfig, Source, World, build_loader
 config = LoaderConfig(sources=(Source(sys.argv[1]),), batch_size=2, last_batch="short", lanes=16)
 for batch in build_loader(config, World(rank=0, world_size=2)):

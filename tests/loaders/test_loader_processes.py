@@ -199,7 +199,7 @@ def test_a_worker_that_is_killed_while_the_loader_closes_does_not_disturb_it(url
         os.kill(pid, signal.SIGSTOP)  # so that closing waits for them
 
     def kill_once_it_closes() -> None:
-        wait_until(lambda: made._workers is None, "the loader closes")
+        wait_until(lambda: made._pool._workers is None, "the loader closes")
         time.sleep(0.2)
         for pid in workers:
             os.kill(pid, signal.SIGKILL)
@@ -340,7 +340,7 @@ def test_an_interrupt_ends_the_run_and_its_workers(
         _, err = process.communicate(timeout=WATCHDOG_S)
         assert process.returncode in (130, -signal.SIGINT), err
         assert "\nKeyboardInterrupt" in err
-        assert "loaders/workers.py" not in err, err  # what workers do; multiprocessing may tell of a broken connection
+        assert "loaders/workers/" not in err, err  # what workers do; multiprocessing may tell of a broken connection
         wait_until(lambda: not session(process.pid), "the workers end", WATCHDOG_S)
     assert shared_memory([process.pid, *workers]) == []
     # A worker that is too slow to end by itself is killed, and leaves the folder of multiprocessing's socket.
@@ -540,7 +540,7 @@ def test_what_is_read_ahead_of_large_samples_stays_within_memory(monkeypatch: py
 
 def test_shards_of_very_different_samples_are_fetched_about_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("loaders.order.plan.SMALL_BYTES", 0)
-    monkeypatch.setattr("loaders.reading.prefetch.SMALL_BYTES", 0)
+    monkeypatch.setattr("loaders.reading.planner.SMALL_BYTES", 0)
     texts = (text_sample(number) for number in range(4000))
     images = (
         Sample(key=f"k{number}", data_type="image_text", text="a", image=bytes(600_000), image_extension="jpg")
@@ -556,8 +556,8 @@ def test_a_loader_that_goes_over_to_its_workers_is_small(url: str) -> None:
     made = loader(url)
     keys(islice(made, 2))
     made.close()
-    parts = pickle.loads(pickle.dumps(made._parts))  # noqa: S301
-    assert len(pickle.dumps(parts)) < 100_000
+    dataset = pickle.loads(pickle.dumps(made._pool._dataset))  # noqa: S301
+    assert len(pickle.dumps(dataset)) < 100_000
     assert made.state_dict() == pickle.loads(pickle.dumps(made.state_dict()))  # noqa: S301
 
 

@@ -353,8 +353,8 @@ def test_keys_with_folders_dots_and_long_names_are_webdatasets(tmp_path: Path, f
         {"sources": None},
         {"sources": [{}]},
         {"sources": [1]},
-        {"recipe": None},
-        {"recipe": []},
+        {"spec": None},
+        {"spec": []},
         {"epoch": 1 << 62},
         {"epoch": 1 << 70},
         {"position": 1 << 70},
@@ -366,15 +366,16 @@ def test_keys_with_folders_dots_and_long_names_are_webdatasets(tmp_path: Path, f
 def test_a_state_that_was_edited_is_refused(url: str, change: dict[str, Any]) -> None:
     made = loader(url)
     state = made.state_dict()
-    spec = {**state["spec"], **change.get("spec", {})}
+    if isinstance(change.get("spec"), dict):
+        change = {**change, "spec": state["spec"] | change["spec"]}
     with pytest.raises(UsageError):
-        made.load_state_dict({**state, **change, "spec": spec})
+        made.load_state_dict({**state, **change})
 
 
 def test_a_small_source_of_a_long_mixture_may_have_any_number_of_epochs(url: str, tmp_path: Path) -> None:
     make_dataset(tmp_path / "tiny", map(text_sample, range(5)))
     sources = Source(url, weight=0.9), Source(str(tmp_path / "tiny"), weight=0.1)
-    made = loader(url, sources=sources, length=10**12)
+    made = loader(url, sources=sources, stop_at=10**12)
     made.load_state_dict({**made.state_dict(), "position": 10**11})
     assert len(next(iter(made))["__key__"]) == 8
 

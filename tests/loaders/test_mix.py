@@ -66,7 +66,7 @@ def test_a_batch_is_close_to_the_proportions(batch_size: int) -> None:
 
 
 @given(mixtures())
-def test_seen_once_is_the_first_position_behind_which_all_of_a_source_was_drawn(
+def test_a_source_is_exhausted_at_the_first_position_behind_which_all_of_a_source_was_drawn(
     mixture: tuple[list[int], int, list[tuple[int, tuple[float, ...]]]],
 ) -> None:
     sizes, lanes, schedule = mixture
@@ -78,12 +78,12 @@ def test_seen_once_is_the_first_position_behind_which_all_of_a_source_was_drawn(
         for times in (1, 2):
             within = np.flatnonzero((draws.source == source) & (draws.epoch < times))
             if len(within) == size * times:
-                assert mixed.seen_once(source, times) == within[-1] + 1
+                assert mixed.exhausted_at(source, times) == within[-1] + 1
 
 
 def test_a_source_whose_weight_ends_before_it_was_seen_is_named() -> None:
     with pytest.raises(UsageError, match="source 0 is never seen"):
-        Mixture([100, 100], 4, [(0, (1.0, 1.0)), (20, (0.0, 1.0))]).seen_once(0)
+        Mixture([100, 100], 4, [(0, (1.0, 1.0)), (20, (0.0, 1.0))]).exhausted_at(0)
 
 
 @pytest.mark.parametrize("weights", [(), (0.0, 0.0), (-1.0, 2.0), (float("nan"),), (float("inf"), 1.0), (0.123456789, 0.5)])
@@ -117,7 +117,7 @@ def test_a_rare_source_is_absent_for_as_long_as_is_said(weights: tuple[float, ..
     mixed = Mixture([1000] * len(weights), lanes, [(0, weights)])
     source = mixed.locate(np.arange(3 * Weights(weights).period * lanes)).source
     found = [int(np.diff(np.flatnonzero(source == number)).max()) - 1 for number in range(len(weights))]
-    rare = [number for number in range(len(weights)) if mixed.absence(number)]
-    assert [mixed.absence(number) for number in rare] == [found[number] for number in rare]
+    rare = [number for number in range(len(weights)) if mixed.longest_absence(number)]
+    assert [mixed.longest_absence(number) for number in rare] == [found[number] for number in rare]
     assert rare == [number for number in range(len(weights)) if found[number] > 100 * lanes + 2 * lanes - 2]
     assert rare

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loaders.order.plan import MAX_CHUNK_BYTES, MIN_BLOCK_BYTES, OrderSpec, SourcePlan, block_samples, default_order
+from loaders.order.plan import MAX_CHUNK_BYTES, MIN_BLOCK_BYTES, SourcePlan, block_samples, default_order
+from loaders.order.spec import OrderSpec
 from wds_tools.errors import UsageError
 
 ROOT = Path(__file__).parents[2]
@@ -37,14 +38,14 @@ def plan_of(shards: list[tuple[int, int]], spec: OrderSpec, max_samples: int | N
 
 
 def samples_of(plan: SourcePlan, epoch: int) -> list[tuple[int, int]]:
-    rows = plan.locate(epoch, np.arange(plan.num_samples))
-    return list(zip(rows.shard.tolist(), rows.row.tolist(), strict=True))
+    found = plan.locate(epoch, np.arange(plan.num_samples))
+    return list(zip(found.shard.tolist(), found.sample_index.tolist(), strict=True))
 
 
 @given(SHARDS, ORDERS, st.integers(0, 1000))
 def test_every_epoch_is_a_bijection_onto_the_samples(shards: list[tuple[int, int]], spec: OrderSpec, epoch: int) -> None:
     found = samples_of(plan_of(shards, spec), epoch)
-    assert sorted(found) == [(number, row) for number, (samples, _) in enumerate(shards) for row in range(samples)]
+    assert sorted(found) == [(number, index) for number, (samples, _) in enumerate(shards) for index in range(samples)]
 
 
 @given(SHARDS, ORDERS, st.integers(0, 1000), st.randoms())
@@ -56,29 +57,31 @@ def test_a_position_leads_to_one_sample_whoever_asks_and_in_whatever_company(
     positions = [random.randrange(plan.num_samples) for _ in range(7)]
     plan.locate(epoch + 1, np.arange(1))
     plan.locate(epoch + 2, np.arange(1))
-    rows = plan_of(shards, spec).locate(epoch, np.array(positions))
+    found = plan_of(shards, spec).locate(epoch, np.array(positions))
     again = plan.locate(epoch, np.array(positions))
-    assert [whole[position] for position in positions] == list(zip(rows.shard.tolist(), rows.row.tolist(), strict=True))
-    assert all((one == other).all() for one, other in zip(rows, again, strict=True))
+    assert [whole[position] for position in positions] == list(
+        zip(found.shard.tolist(), found.sample_index.tolist(), strict=True)
+    )
+    assert all((one == other).all() for one, other in zip(found, again, strict=True))
 
 
 @given(SHARDS, ORDERS, st.integers(0, 5))
-def test_a_piece_is_one_run_of_rows_and_is_handed_out_by_one_lane_in_turn(
+def test_a_shuffle_block_is_one_run_of_samples_and_is_handed_out_by_one_lane_in_turn(
     shards: list[tuple[int, int]], spec: OrderSpec, epoch: int
 ) -> None:
     plan = plan_of(shards, spec)
     positions = np.arange(plan.num_samples)
-    rows = plan.locate(epoch, positions)
-    pieces: dict[int, list[int]] = {}
-    for position, piece in zip(positions.tolist(), rows.piece.tolist(), strict=True):
-        pieces.setdefault(piece, []).append(position)
-    for at in pieces.values():
-        first, num_rows, shard = (np.unique(column[at]) for column in (rows.first, rows.num_rows, rows.shard))
-        assert len(first) == len(num_rows) == len(shard) == 1
-        assert sorted(rows.row[at]) == list(range(int(first[0]), int(first[0] + num_rows[0])))
-        assert rows.done[at].tolist() == list(range(len(at)))
+    found = plan.locate(epoch, positions)
+    blocks: dict[int, list[int]] = {}
+    for position, block in zip(positions.tolist(), found.block.tolist(), strict=True):
+        blocks.setdefault(block, []).append(position)
+    for at in blocks.values():
+        first, num_samples, shard = (np.unique(column[at]) for column in (found.first, found.num_samples, found.shard))
+        assert len(first) == len(num_samples) == len(shard) == 1
+        assert sorted(found.sample_index[at]) == list(range(int(first[0]), int(first[0] + num_samples[0])))
+        assert found.num_done[at].tolist() == list(range(len(at)))
         assert len({position % spec.lanes for position in at}) == 1
-        assert num_rows[0] <= block_samples(*shards[int(shard[0])], spec)
+        assert num_samples[0] <= block_samples(*shards[int(shard[0])], spec)
 
 
 @given(SHARDS, ORDERS, st.integers(0, 5))
@@ -86,16 +89,16 @@ def test_what_a_lane_reads_next_lies_side_by_side_as_far_as_it_says(
     shards: list[tuple[int, int]], spec: OrderSpec, epoch: int
 ) -> None:
     plan = plan_of(shards, spec)
-    rows = plan.locate(epoch, np.arange(plan.num_samples))
+    found = plan.locate(epoch, np.arange(plan.num_samples))
     where = {
-        int(piece): (int(shard), int(first), int(size))
-        for piece, shard, first, size in zip(rows.piece, rows.shard, rows.first, rows.num_rows, strict=True)
+        int(block): (int(shard), int(first), int(size))
+        for block, shard, first, size in zip(found.block, found.shard, found.first, found.num_samples, strict=True)
     }
-    for piece, run in zip(rows.piece.tolist(), rows.run.tolist(), strict=True):
-        shard, first, size = where[piece]
+    for block, run in zip(found.block.tolist(), found.num_in_run.tolist(), strict=True):
+        shard, first, size = where[block]
         covered = size
         while covered < run:
-            next_shard, next_first, next_size = where[piece + covered]
+            next_shard, next_first, next_size = where[block + covered]
             assert (next_shard, next_first) == (shard, first + covered)
             covered += next_size
         assert covered == run
@@ -112,12 +115,12 @@ def test_a_limit_takes_the_same_samples_in_every_epoch(
     assert sorted(samples_of(plan, 3)) == sorted(first)
 
 
-def test_any_lanes_positions_in_a_row_come_from_different_lanes_of_the_tape() -> None:
+def test_any_lanes_positions_in_a_row_come_from_different_lanes() -> None:
     spec = OrderSpec(seed=1, lanes=50, block_bytes=2000, chunk_bytes=8000)
     plan = plan_of([(1000, 100_000)] * 10, spec)
-    rows = plan.locate(0, np.arange(plan.num_samples))
+    found = plan.locate(0, np.arange(plan.num_samples))
     for start in range(0, plan.num_samples - 50, 977):
-        assert len(np.unique(rows.piece[start : start + 50])) == 50
+        assert len(np.unique(found.block[start : start + 50])) == 50
 
 
 def test_seed_and_epoch_give_orders_that_have_nothing_to_do_with_each_other() -> None:
@@ -133,12 +136,12 @@ def test_seed_and_epoch_give_orders_that_have_nothing_to_do_with_each_other() ->
             assert abs(np.corrcoef(one, other)[0, 1]) < 0.15
 
 
-def test_small_pieces_are_permuted_evenly() -> None:
-    """All 24 orders of four rows, each about as often as the others, over epochs."""
+def test_small_shuffle_blocks_are_permuted_evenly() -> None:
+    """All 24 orders of four samples, each about as often as the others, over epochs."""
     plan = plan_of([(4, 4)], OrderSpec(seed=3, lanes=1, block_bytes=4, chunk_bytes=4))
     seen: dict[tuple[int, ...], int] = {}
     for epoch in range(4800):
-        rows = tuple(plan.locate(epoch, np.arange(4)).row.tolist())
+        rows = tuple(plan.locate(epoch, np.arange(4)).sample_index.tolist())
         seen[rows] = seen.get(rows, 0) + 1
     assert len(seen) == 24
     assert 100 < min(seen.values()) <= max(seen.values()) < 320

@@ -95,7 +95,7 @@ def test_a_shard_that_is_cut_while_it_is_read_is_named(url: str, num_workers: in
     with pytest.raises((FormatError, WorkerDied), match=said) as caught:
         list(batches)
     assert shard in str(caught.value)
-    assert f"everything before epoch 0, position {made.position} was handed over" in str(caught.value)
+    assert any(f"Everything before epoch 0, position {made.position} was handed over" in note for note in caught.value.__notes__)
     made.close()
 
 
@@ -211,4 +211,4 @@ def test_a_region_of_the_cache_that_many_threads_want_is_fetched_once(tmp_path: 
     assert len(asked) == 1
     found = at_once(4, lambda number: reader.load(0, number, number + 1, again=True))
     assert len(asked) == 2
-    assert len({held.num_bytes for held in found}) == 1
+    assert len({len(held.data) for held in found if held.data is not None}) == 1

@@ -16,8 +16,9 @@ from factory import image_sample, make_dataset, text_sample
 from loaders import LoaderConfig, Source, World, build_loader
 from loaders.cost.simulate import Mixing, Simulation, imagined_source, measure_mixing, simulate
 from loaders.order.partition import BatchPartition
-from loaders.order.samples import OpenSource, SampleOrder, open_source
-from loaders.reading.prefetch import PositionRange, Reader, lanes_of
+from loaders.order.samples import OpenSource, SampleOrder, open_source, order_spec
+from loaders.reading.planner import PositionRange
+from loaders.reading.reader import ReadAhead, open_reader
 from wds_tools.cli.main import main
 from wds_tools.errors import UsageError
 
@@ -37,23 +38,23 @@ def imagine(samples: int, world_size: int = 1, *, shard_samples: int = 10_000, *
 def no_small_sets(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sets of a few MB are planned and read as large ones are."""
     monkeypatch.setattr("loaders.order.plan.SMALL_BYTES", 0)
-    monkeypatch.setattr("loaders.reading.prefetch.SMALL_BYTES", 0)
+    monkeypatch.setattr("loaders.reading.planner.SMALL_BYTES", 0)
 
 
 def real_counts(opened: OpenSource, config: LoaderConfig, world: World) -> dict[str, int]:
-    """Of a Reader that fetches, over an epoch."""
-    order = SampleOrder([opened], config)
+    """Of a reader that fetches, over an epoch."""
+    order = SampleOrder([opened], order_spec([opened], config))
     steps = BatchPartition(order.length, 0, config.batch_size, config.last_batch, world.world_size)
     numbers = range(0, len(steps), max(config.num_workers, 1))
     low, high = steps.part(0, world.rank)
-    own_lanes = lanes_of(order.spec.lanes, high - low, numbers.step * config.batch_size)
-    reader = Reader(order, own_lanes, high - low, config.memory_bytes)
+    reader = open_reader(order, config, high - low, numbers.step * config.batch_size)
+    read_ahead = ReadAhead(reader)
 
     def parts(numbers: range) -> Iterator[PositionRange]:
         return (PositionRange(0, *steps.part(number, world.rank)) for number in numbers)
 
     for at, part in enumerate(parts(numbers)):
-        reader.rows(part, parts(numbers[at + 1 :]))
+        read_ahead.read(part, parts(numbers[at + 1 :]))
     return reader.counts()
 
 
@@ -147,7 +148,7 @@ def test_batches_that_fit_well_are_not_warned_of() -> None:
 
 def mixed(samples: int, sample_bytes: int = 4096, shard_samples: int = 10_000, **settings: Any) -> tuple[SampleOrder, Mixing]:
     wanted = config(**settings)
-    order = SampleOrder([imagined_source(samples, sample_bytes, shard_samples)], wanted)
+    order = SampleOrder(sources := [imagined_source(samples, sample_bytes, shard_samples)], order_spec(sources, wanted))
     return order, measure_mixing(order, wanted.batch_size)
 
 

@@ -398,7 +398,7 @@ def test_states_of_other_rows_are_refused_with_what_differs(data: Path) -> None:
     with pytest.raises(UsageError, match=r"t2i_ratio was 0\.5, is 0\.9"):
         other.load_state_dict(state)
     for lanes in ({"9": [0, 0, []]}, {"0": [0, 0, [[0, 0]]]}, {"0": [-1, 0, []]}, {"a": 1}, [], {"0": [0, 5, [[3, 0], [2, 0]]]}):
-        with pytest.raises(UsageError, match="lanes"):
+        with pytest.raises(UsageError, match="lane cursors are invalid"):
             packed.load_state_dict({**state, "packing": {**state["packing"], "lanes": lanes}})
     with pytest.raises(TypeError, match="no end"):
         len(packed)

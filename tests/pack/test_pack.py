@@ -213,7 +213,7 @@ def test_one_of_several_sets_of_codes_is_packed_and_streamed_alone(inputs: Path,
         assert chosen.fingerprint() == expected.fingerprint()
         batches = []
         for url, codes in (("both", name), (alone, None)):
-            source = Source(str(tmp_path / url), codes=codes)
+            source = Source(str(tmp_path / url), code_set=codes)
             loader = build_loader(LoaderConfig(sources=(source,), batch_size=20, shuffle=False, sequences=sequences))
             batches.append(next(iter(loader))["input_ids"])
             loader.close()

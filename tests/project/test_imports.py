@@ -20,7 +20,7 @@ DATASET = FORMAT | STORAGE | {"wds_tools.run", "wds_tools.dataset"}
 SOURCES = DATASET | {"wds_tools.sources"}
 JOBS = SOURCES | {"wds_tools.jobs"}
 BELOW_LOADERS = SOURCES | {"wds_tools.images", "wds_tools.sequences"}
-LOADERS = ("config", "order", "reading", "batches", "tokens", "proof", "cost")
+LOADERS = ("config", "world", "order", "reading", "batches", "tokens", "proof", "cost", "workers")
 DOORS = BELOW_LOADERS | {f"loaders.{name}" for name in LOADERS}
 ALLOWED = {
     "wds_tools": FORMAT,
@@ -48,12 +48,14 @@ ALLOWED = {
     | {f"wds_tools.{room}" for room in ("plugins", "convert", "encode", "pack", "sequences", "export", "check", "view")}
     | {"wds_tools"},
     "loaders.config": BELOW_LOADERS,
+    "loaders.world": BASE,
     "loaders.order": BELOW_LOADERS | {"loaders.config"},
     "loaders.reading": BELOW_LOADERS | {"loaders.config", "loaders.order"},
     "loaders.batches": BELOW_LOADERS | {"loaders.config", "loaders.order", "loaders.reading"},
     "loaders.tokens": BELOW_LOADERS | {"loaders.config", "loaders.order", "loaders.reading", "loaders.batches"},
-    "loaders.proof": BELOW_LOADERS | {"loaders.config", "loaders.order"},
+    "loaders.proof": BELOW_LOADERS | {"loaders.config", "loaders.world", "loaders.order"},
     "loaders.cost": BELOW_LOADERS | {"loaders.config", "loaders.order", "loaders.reading"},
+    "loaders.workers": BELOW_LOADERS | {f"loaders.{name}" for name in LOADERS[:-1] if name != "cost"},
     "loaders": DOORS,
     "loaders.trainers": DOORS | {"loaders"},
 }
@@ -122,10 +124,20 @@ def test_every_import_points_down(name: str, path: Path) -> None:
 
 
 def test_the_order_needs_numpy_and_nothing_heavier() -> None:
-    third_party = {
-        name for name in imports_of(ROOT / "loaders" / "order" / "plan.py") if name.split(".")[0] not in sys.stdlib_module_names
+    imported = {name for file in ("plan.py", "spec.py") for name in imports_of(ROOT / "loaders" / "order" / file)}
+    others = {name for name in imported if name.split(".")[0] not in sys.stdlib_module_names}
+    assert others == {"numpy", "numpy.typing", "loaders.order.spec", "wds_tools.errors", "wds_tools.format.typed_json"}
+
+
+def test_only_the_world_and_its_doors_look_at_the_environment_and_at_torch_distributed() -> None:
+    """Below them rank, world, seed and epoch are arguments."""
+    words = "os.environ", "getenv", "import torch.distributed", "from torch.distributed", "from torch import distributed"
+    found = {
+        str(path.relative_to(ROOT / "loaders"))
+        for _, path in modules()
+        if path.is_relative_to(ROOT / "loaders") and any(word in path.read_text() for word in words)
     }
-    assert third_party == {"numpy", "numpy.typing", "wds_tools.errors"}
+    assert {name for name in found if not name.startswith("trainers/")} == {"loader.py", "world.py"}
 
 
 def test_every_room_has_a_rule() -> None:

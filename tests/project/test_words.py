@@ -14,6 +14,7 @@ DEAD = {
     "errand": "step request",
     "parcel": "step result",
     "tally": "coverage",
+    "recipe": "order spec",
     "PassOptions": "JobOptions",
     "ShardRow": "ShardInfo",
     "Rounds": "EpochLoader",

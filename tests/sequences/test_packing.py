@@ -145,7 +145,7 @@ def test_a_batch_travels_between_processes_as_one_tensor_and_arrives_as_it_was()
     for batch in (packed_batch(ids_BL, loss_BL, [row.segments for row in rows]), padded_batch(examples([(20, False)]), PAD)):
         travels = TokenTensors.of(batch)
         assert [type(part) for part in travels].count(torch.Tensor) == 1
-        arrives = travels.unpack()
+        arrives = travels.to_columns()
         assert {name: tensor.tolist() for name, tensor in arrives.items()} == {
             name: array.tolist() for name, array in batch.arrays().items()
         }

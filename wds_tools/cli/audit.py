@@ -31,11 +31,11 @@ class Config(Printed):
     source: tuple[str, ...] = ()
     """Where data of the run lies that is no longer at the URL in the receipts. It is recognised by its fingerprint."""
     complete: bool = False
-    """The last epoch has to be complete too; without, it may end where the run stood."""
+    """The last epoch has to be complete too; by default it may end where the run stood."""
     quick: bool = False
     """Compare positions only; do not add up the hashes of the samples: half a minute for 100 million."""
     show: int = 20
-    """Ranges to list of each kind. What is not listed is counted. With --json they are [first, behind the last]."""
+    """Ranges to list of each kind. What is not listed is counted. With --json they are [first, after the last]."""
 
     quiet: bool = False
     """Show no progress."""
@@ -59,16 +59,16 @@ def run(config: Config) -> int:
             show=config.show,
             on_counted=lambda count: progress(Advance(units=count, samples=count)),
         )
-    epochs = [one for one in result.epochs if config.epoch in (None, one.epoch)]
+    epochs = [audited for audited in result.epochs if config.epoch in (None, audited.epoch)]
     if not epochs:
         named = f"{result.epochs[0].epoch} to {result.epochs[-1].epoch}" if result.epochs else "none: nothing was handed over"
         raise UsageError(f"no epoch {config.epoch or 0} in these receipts; they have {named}")
     is_exact = result.is_exact(config.epoch)
     if config.json:
-        print_json({**asdict(result), "epochs": [asdict(one) for one in epochs], "is_exact": is_exact})
+        print_json({**asdict(result), "epochs": [asdict(audited) for audited in epochs], "is_exact": is_exact})
         return 0 if is_exact else 1
-    lines = [line for one in epochs for line in _describe(one)]
-    wrong = sum(not one.is_exact for one in epochs)
+    lines = [line for audited in epochs for line in _describe(audited)]
+    wrong = sum(not audited.is_exact for audited in epochs)
     say(*_describe_receipts(result, config), *lines, *(f"WRONG     {problem}" for problem in result.problems))
     say("audit: all is well" if is_exact else f"audit: {wrong} epochs not exact, {len(result.problems)} wrong totals")
     return 0 if is_exact else 1
@@ -92,39 +92,39 @@ def _describe_receipts(result: Audit, config: Config) -> Iterator[str]:
     yield from [f"          and {hidden:,} more"] * (hidden > 0)
 
 
-def _describe(one: EpochAudit) -> Iterator[str]:
+def _describe(audited: EpochAudit) -> Iterator[str]:
     counts = {
-        "expected": one.expected,
-        "handed over": one.handed_over,
-        "missing": one.missing.samples,
-        "repeated": one.repeated.samples,
-        "dropped": one.dropped,
-        "wrapped": one.wrapped,
-        "substituted": sum(one.substituted.values()),
+        "expected": audited.expected,
+        "handed over": audited.handed_over,
+        "missing": audited.missing.num_samples,
+        "repeated": audited.repeated.num_samples,
+        "dropped": audited.dropped,
+        "wrapped": audited.wrapped,
+        "substituted": sum(audited.substituted.values()),
     }
-    verdict = "NOT exact" if not one.is_exact else "exact"
-    seen = f" up to position {one.expected - one.unseen:,}, {one.unseen:,} to come" if one.unseen else ""
-    yield f"epoch {one.epoch:<3} {', '.join(f'{count:,} {what}' for what, count in counts.items())}: {verdict}{seen}"
-    reasons = ", ".join(f"{count:,} {reason}" for reason, count in one.substituted.items())
-    yield from _describe_ranges(f"MISSING   epoch {one.epoch}", one.missing, ())
-    yield from _describe_ranges(f"REPEATED  epoch {one.epoch}", one.repeated, one.repeated_by)
-    yield from _describe_ranges(f"REPLACED  epoch {one.epoch} ({reasons})", one.substituted_rows, ())
+    verdict = "NOT exact" if not audited.is_exact else "exact"
+    seen = f" up to position {audited.expected - audited.unseen:,}, {audited.unseen:,} to come" if audited.unseen else ""
+    yield f"epoch {audited.epoch:<3} {', '.join(f'{count:,} {what}' for what, count in counts.items())}: {verdict}{seen}"
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in audited.substituted.items())
+    yield from _describe_ranges(f"MISSING   epoch {audited.epoch}", audited.missing, ())
+    yield from _describe_ranges(f"REPEATED  epoch {audited.epoch}", audited.repeated, audited.repeated_by)
+    yield from _describe_ranges(f"REPLACED  epoch {audited.epoch} ({reasons})", audited.substituted_ranges, ())
 
 
 def _describe_ranges(title: str, ranges: Ranges, by: tuple[tuple[str, ...], ...]) -> Iterator[str]:
-    if not ranges.samples:
+    if not ranges.num_samples:
         return
-    yield f"{title}: {ranges.samples:,} samples"
+    yield f"{title}: {ranges.num_samples:,} samples"
     for number, (low, high) in enumerate(ranges.positions):
         yield f"          position {_range(low, high)}" + (f", by {' and '.join(by[number])}" if by else "")
-    if hidden := ranges.num_ranges - len(ranges.positions):
+    if hidden := ranges.num_position_ranges - len(ranges.positions):
         yield f"          and {hidden:,} more ranges of positions"
-    for rows in ranges.rows:
-        yield f"          {join(rows.source, rows.shard)} row {_range(rows.first, rows.last)}"
-    if hidden := ranges.num_row_ranges - len(ranges.rows):
-        yield f"          and {hidden:,} more ranges of rows"
-    if ranges.untraced:
-        yield f"          and the rows of {ranges.untraced:,} more samples"
+    for samples in ranges.sample_ranges:
+        yield f"          {join(samples.source, samples.shard)} sample {_range(samples.first, samples.last)}"
+    if hidden := ranges.num_sample_ranges - len(ranges.sample_ranges):
+        yield f"          and {hidden:,} more ranges of samples"
+    if ranges.num_untraced:
+        yield f"          and {ranges.num_untraced:,} more samples, whose shards were not looked up"
 
 
 def _range(low: int, high: int) -> str:

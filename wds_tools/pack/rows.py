@@ -107,7 +107,7 @@ def pack(config: PackConfig) -> Manifest:
     vocabulary = builder.vocabulary
     total = sum(manifest.samples for manifest in manifests)
     num_tasks = -(-total // config.task_samples)
-    settings = builder.recipe | {"seed": config.seed, "epoch": config.epoch, "codes": config.code_set}
+    settings = builder.spec | {"seed": config.seed, "epoch": config.epoch, "codes": config.code_set}
     rows = {"version": ROWS_VERSION, "length": config.seq_len, "vocabulary_size": vocabulary.size}
     rows["text_size"] = vocabulary.text_size
     job = Job(

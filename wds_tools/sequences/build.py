@@ -87,7 +87,7 @@ class ExampleBuilder:
         self._around_image = lru_cache(4096)(self._count_around_image)
 
     @property
-    def recipe(self) -> dict[str, Any]:
+    def spec(self) -> dict[str, Any]:
         """All that examples depend on beside seed, epoch and sample, as plain JSON values, wherever the files lie."""
         content = {
             "tokenizer": self.tokenizer.backend.to_str().encode(),

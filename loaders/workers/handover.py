@@ -16,8 +16,9 @@ from typing import Any
 
 from torch._utils import ExceptionWrapper
 
-from loaders.config import LoaderConfig, World
+from loaders.config import LoaderConfig
 from loaders.order.samples import OpenSource
+from loaders.world import World, ranks_of_machine
 from wds_tools.errors import StorageError, UsageError
 
 SHARED_MEMORY = "/dev/shm"  # noqa: S108  # torch's place
@@ -40,7 +41,7 @@ def affordable_prefetch(config: LoaderConfig, world: World, sources: Sequence[Op
         status = os.statvfs(SHARED_MEMORY)
     except OSError:
         return config.prefetch_factor
-    free = status.f_bavail * status.f_frsize // max(int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1)
+    free = status.f_bavail * status.f_frsize // ranks_of_machine()
     batch = -(-config.batch_size // world.world_size) * max(_row_bytes(config, opened) for opened in sources)
     fitting = (int(free / max(batch, 1)) - _HELD_BY_TRAINER) // config.num_workers
     if fitting >= config.prefetch_factor:

@@ -1,0 +1,96 @@
+"""What a rank has handed over: counted in the main process, batch by batch, for receipts and statistics."""
+
+from __future__ import annotations
+
+import secrets
+from collections import Counter, deque
+from typing import Any
+
+import numpy as np
+
+from loaders.config import LoaderConfig
+from loaders.order.samples import SampleOrder
+from loaders.proof.receipt import MODULUS, Span, receipt_to_json
+from loaders.workers.steps import StepResult
+from loaders.world import World
+from wds_tools.errors import DataError
+
+_WAITS_KEPT = 10_000
+
+
+class Ledger:
+    """Counts of one rank. Of the receipt since `begin_receipt`, all others since it was made.
+
+    Args:
+        max_bad: number of unreadable samples that are tolerated.
+    """
+
+    def __init__(self, max_bad: int) -> None:
+        self._max_bad = max_bad
+        self._num_batches = self._num_handed_over = 0
+        self.num_dropped = 0
+        """Samples that last_batch="drop" left out."""
+        self.waits: deque[float] = deque(maxlen=_WAITS_KEPT)
+        """Seconds that the trainer waited for each of the latest batches."""
+        self._bad: Counter[str] = Counter()
+        self._counts: dict[int, dict[str, int]] = {}
+        """Worker -> what it has counted."""
+        self.begin_receipt()
+
+    def begin_receipt(self) -> None:
+        """Begin a new receipt, as a run does that took a state."""
+        self._run = secrets.token_hex(8)
+        self._spans: list[Span] = []
+        self._hash_total = self._num_samples = 0
+        self._substitutions: list[dict[str, Any]] = []
+
+    def record(self, result: StepResult, span: Span) -> None:
+        """A step is handed over.
+
+        Args:
+            result: the rank's share of it.
+            span: its epoch, positions over all ranks, and batch size.
+
+        Raises:
+            DataError: more than max_bad samples could not be read.
+        """
+        epoch, low, high, batch_size = span
+        self._bad.update(bad.reason for bad in result.substitutions)
+        if self._bad.total() > self._max_bad:
+            raise DataError(
+                f"{self._bad.total()} unreadable samples, max_bad={self._max_bad}: {dict(self._bad)}; run `wds-tools verify`"
+            )
+        self._substitutions += [{"epoch": epoch, **bad._asdict()} for bad in result.substitutions]
+        last = self._spans[-1] if self._spans else None
+        if last and (last[0], last[2], last[3]) == (epoch, low, batch_size):
+            self._spans[-1] = (epoch, last[1], high, batch_size)
+        else:
+            self._spans.append(span)
+        self._hash_total = (self._hash_total + result.hash_total) % MODULUS
+        self._num_samples += len(result.sources)
+        self._num_handed_over += len(result.sources)
+        self._num_batches += 1
+        self._counts[result.worker] = result.counts
+
+    def receipt(self, order: SampleOrder, world: World, config: LoaderConfig) -> dict[str, Any]:
+        """See Loader.receipt."""
+        return receipt_to_json(
+            order, world, config.last_batch, self._spans, self._num_samples, self._hash_total, self._substitutions, self._run
+        )
+
+    def stats(self) -> dict[str, float]:
+        """See Loader.stats."""
+        waits = np.array(self.waits or [0.0])
+        totals: Counter[str] = Counter()
+        for counts in self._counts.values():
+            totals.update(counts)
+        return {
+            "batches": self._num_batches,
+            "samples": self._num_handed_over,
+            "dropped": self.num_dropped,
+            "bad": self._bad.total(),
+            **{f"bad_{reason}": count for reason, count in sorted(self._bad.items())},
+            "wait_p50_s": float(np.percentile(waits, 50)),
+            "wait_p99_s": float(np.percentile(waits, 99)),
+            **totals,
+        }

@@ -1,0 +1,137 @@
+"""Worker processes of a loader, or this process in their place: requests -> results, in order.
+
+    WorkerPool.begin(requests), then next() for each
+
+torch's DataLoader runs them. What it tells of a dead worker is translated into WorkerDied here.
+"""
+
+from __future__ import annotations
+
+import atexit
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+
+from loaders.config import LoaderConfig
+from loaders.order.samples import OpenSource
+from loaders.workers.handover import affordable_prefetch, tell_of_failures
+from loaders.workers.steps import StepDataset, StepRequest, StepResult
+from loaders.world import World
+from wds_tools.errors import StorageError, WdsToolsError, WorkerDied
+from wds_tools.storage import LocalStore, join
+
+
+class WorkerPool:
+    """Fetches steps. Workers start at the first loop and stay until `close`.
+
+    Args:
+        dataset: of the rank.
+        config: number of workers, how they start, batches ahead.
+        world: this process among the training processes.
+        sources: what is read.
+    """
+
+    def __init__(self, dataset: StepDataset, config: LoaderConfig, world: World, sources: Sequence[OpenSource]) -> None:
+        self._dataset, self._config, self._world, self._sources = dataset, config, world, sources
+        self._workers: Any = None
+        """The DataLoader."""
+        self._requests = _Requests()
+        self._results: Iterator[StepResult | WdsToolsError] = iter(())
+
+    def begin(self, requests: Iterable[StepRequest]) -> None:
+        """Ask for the steps of a loop.
+
+        Raises:
+            UsageError: /dev/shm has no room for a batch of each worker.
+            WorkerDied: a worker ended.
+        """
+        self._requests.current = requests
+        with self._named_death():
+            self._results = iter(self._fetched())
+
+    def next(self) -> StepResult:
+        """The result of the next step.
+
+        Raises:
+            WdsToolsError: the step met an error.
+            WorkerDied: a worker ended.
+        """
+        with self._named_death():
+            result = next(self._results)
+        if isinstance(result, WdsToolsError):
+            raise result
+        return result
+
+    def close(self) -> None:
+        """End the worker processes."""
+        workers, self._workers = self._workers, None
+        if workers is not None and workers._iterator is not None:
+            try:
+                workers._iterator._shutdown_workers()
+            except RuntimeError as error:  # torch's handler of SIGCHLD tells, in the midst of this, of one that was killed
+                if not _tells_of_a_worker(error):
+                    raise
+
+    def _fetched(self) -> Iterable[StepResult | WdsToolsError]:
+        if not self._config.num_workers:
+            return map(self._dataset.__getitem__, self._requests)
+        if self._workers is None:
+            self._workers = torch.utils.data.DataLoader(
+                self._dataset,
+                sampler=self._requests,
+                batch_size=None,
+                num_workers=self._config.num_workers,
+                prefetch_factor=affordable_prefetch(self._config, self._world, self._sources),
+                worker_init_fn=tell_of_failures,
+                persistent_workers=True,
+                collate_fn=_as_it_is,
+                multiprocessing_context=self._config.start_method,
+                generator=torch.Generator(),  # else each loop would take a number from the trainer's
+            )
+            atexit.register(_close, weakref.ref(self))  # in good order, before multiprocessing kills them
+        return self._workers  # type: ignore[no-any-return]
+
+    @contextmanager
+    def _named_death(self) -> Iterator[None]:
+        """DataLoader tells of a dead worker by a RuntimeError, or fails to get the tensors that it had sent."""
+        try:
+            yield
+        except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
+            if isinstance(error, WdsToolsError) or not (_tells_of_a_worker(error) or isinstance(error, OSError | EOFError)):
+                raise
+            self.close()
+            raise WorkerDied(f"a worker process ended ({error}{self._cut_off()})") from error
+
+    def _cut_off(self) -> str:
+        """A local shard that is not as long as it was: who touches what is missing of a mapped file, dies."""
+        for opened in self._sources:
+            for info in opened.manifest.shards if isinstance(opened.store, LocalStore) else ():
+                with suppress(StorageError):
+                    if (size := opened.store.size(info.name)) < info.bytes:
+                        return f"; {join(opened.store.url, info.name)} has {size} bytes, the manifest says {info.bytes}"
+        return ""
+
+
+class _Requests(Iterable[StepRequest]):
+    """The requests of the current loop: the one sampler that a DataLoader may have."""
+
+    current: Iterable[StepRequest] = ()
+
+    def __iter__(self) -> Iterator[StepRequest]:
+        return iter(self.current)
+
+
+def _close(pool: weakref.ref[WorkerPool]) -> None:
+    if (living := pool()) is not None:
+        living.close()
+
+
+def _tells_of_a_worker(error: Exception) -> bool:
+    return "DataLoader worker (pid" in str(error)  # of an error in one it says "in DataLoader worker process"
+
+
+def _as_it_is(result: Any) -> Any:
+    return result

@@ -1,0 +1,172 @@
+"""What a reading process does: a request (a step) -> a result with the batch's columns. In a worker or in the main process.
+
+    requests_of (a loop) -> StepRequest -> StepDataset -> StepResult
+
+The request says all: which positions, and which come after them. A process keeps nothing between requests but what it read ahead.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from loaders.batches.collate import Columns, read_columns
+from loaders.batches.decode import Decoder, Substitution
+from loaders.config import LoaderConfig
+from loaders.order.partition import BatchPartition
+from loaders.order.samples import Located, SampleOrder
+from loaders.proof.receipt import SampleHash, total_of
+from loaders.reading.planner import PositionRange
+from loaders.reading.reader import PositionReader, ReadAhead, open_reader
+from loaders.reading.source import LoadedSamples
+from loaders.tokens.lanes import LaneBook, LaneState
+from loaders.tokens.packing import LanePacker
+from loaders.tokens.rows import RowMaker, check_packed_ahead, read_token_rows
+from wds_tools.errors import WdsToolsError
+
+
+@dataclass(frozen=True, slots=True)
+class StepRequest:
+    """A step to fetch, and what the worker's next steps are."""
+
+    epoch: int
+    """Epoch of the order."""
+    steps: BatchPartition
+    """Steps of the epoch, over all ranks."""
+    step: int
+    """Number of the step among them."""
+    stride: int
+    """Steps between two of this worker's: the number of workers, at least 1."""
+    loop: int
+    """Number of the loop over the loader."""
+    lanes: Mapping[int, LaneState] = field(default_factory=dict)
+    """With packing: where lanes stand that this worker meets for the first time in the loop."""
+
+
+def requests_of(epoch: int, steps: BatchPartition, stride: int, loop: int, book: LaneBook | None) -> Iterator[StepRequest]:
+    """The requests of a loop over some steps; see StepRequest.
+
+    Args:
+        book: with packing: what is known of the lanes.
+    """
+    for step in range(len(steps)):
+        yield StepRequest(epoch, steps, step, stride, loop, book.new_lanes(steps, step, stride) if book else {})
+
+
+@dataclass(slots=True, kw_only=True)
+class StepResult:
+    """A rank's share of a step, as it travels to the main process."""
+
+    columns: Columns
+    """The batch."""
+    sources: list[int]
+    """Number of the source of each sample."""
+    hash_total: int
+    """Sum of the hashes of the samples, substitutes aside."""
+    substitutions: list[Substitution]
+    """Samples that could not be read, and their substitutes."""
+    worker: int
+    """Number of the process that made it."""
+    counts: dict[str, int]
+    """PositionReader.counts() of that process, and those of its RowMaker."""
+    lanes: dict[int, LaneState]
+    """With packing: where its lanes stand after it."""
+
+
+class StepDataset(torch.utils.data.Dataset["StepResult | WdsToolsError"]):
+    """Fetches steps of a rank. Indexed by StepRequest; made in the main process, used in any.
+
+    Args:
+        order: which sample stands at a position.
+        config: how samples are read.
+        rank: whose share of the steps.
+        maker: of token rows, if they are wanted.
+    """
+
+    def __init__(self, order: SampleOrder, config: LoaderConfig, rank: int, maker: RowMaker | None) -> None:
+        self._order = order
+        self._config = config
+        self._rank = rank
+        self._hashes = [SampleHash(fingerprint) for fingerprint in order.fingerprints]
+        self._decoder = Decoder(check_crc=config.check_crc, substitute=config.on_error == "substitute")
+        self._parse = read_token_rows if check_packed_ahead(order.sources) else read_columns
+        self._maker = maker
+        self._reading: tuple[PositionReader[LoadedSamples], ReadAhead[LoadedSamples], LanePacker | None] | None = None
+        self._pid = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_reading": None, "_pid": 0}
+
+    def __getitem__(self, request: StepRequest) -> StepResult | WdsToolsError:
+        """The result of a step, or the error that it met: DataLoader would take its message apart."""
+        try:
+            return self.fetch(request)
+        except WdsToolsError as error:
+            return error
+
+    def fetch(self, request: StepRequest) -> StepResult:
+        """The result of a step.
+
+        Raises:
+            FormatError: a sample or an index is damaged.
+            StorageError: the storage does not answer.
+        """
+        if self._reading is None or self._pid != os.getpid():
+            self._reading, self._pid = self._open(request), os.getpid()
+        reader, read_ahead, packer = self._reading
+        low, high = request.steps.part(request.step, self._rank)
+        hash_total = 0
+        lanes: dict[int, LaneState] = {}
+        if packer is not None:
+            columns, sources, substitutions, lanes = packer.rows(low, high, request.loop, request.lanes)
+        else:
+            located, loaded = read_ahead.read(PositionRange(request.epoch, low, high), self._upcoming(request))
+            columns, substitutions, good = self._decoded(located, loaded, request.epoch, low)
+            sources = located.source.tolist()
+            hash_total = total_of(self._hashes, good.source, good.shard, good.sample_index)
+        return StepResult(
+            columns=columns,
+            sources=sources,
+            hash_total=hash_total,
+            substitutions=substitutions,
+            worker=_worker_id(),
+            counts=reader.counts() | (self._maker.counts if self._maker else {}),
+            lanes=lanes,
+        )
+
+    def _decoded(
+        self, located: Located, loaded: list[LoadedSamples], epoch: int, low: int
+    ) -> tuple[Columns, list[Substitution], Located]:
+        """Samples from position `low` on as columns; see Decoder.decode."""
+        if self._maker is None:
+            return self._decoder.decode(located, loaded, self._parse)
+        samples, substitutions, good = self._decoder.decode(located, loaded, self._maker.read)
+        epochs = self._order.source_epochs(epoch, np.arange(low, low + len(loaded)))
+        names = [self._order.sources[number].name for number in located.source.tolist()]
+        return self._maker.padded(samples, epochs, names), substitutions, good
+
+    def _upcoming(self, request: StepRequest) -> Iterator[PositionRange]:
+        """Positions of this worker's next steps, into the next epoch."""
+        for step in range(request.step + request.stride, len(request.steps), request.stride):
+            yield PositionRange(request.epoch, *request.steps.part(step, self._rank))
+        following = replace(request.steps, start=0, length=self._order.length)
+        for step in range(_worker_id(), len(following), request.stride):
+            yield PositionRange(request.epoch + 1, *following.part(step, self._rank))
+
+    def _open(self, request: StepRequest) -> tuple[PositionReader[LoadedSamples], ReadAhead[LoadedSamples], LanePacker | None]:
+        low, high = request.steps.part(0, self._rank)
+        reader = open_reader(self._order, self._config, high - low, request.stride * request.steps.batch_size)
+        packer = None
+        if self._config.packing and self._maker is not None:
+            packer = LanePacker(self._order, reader, self._decoder, self._maker)
+        return reader, ReadAhead(reader), packer
+
+
+def _worker_id() -> int:
+    info = torch.utils.data.get_worker_info()
+    return info.id if info else 0
