@@ -129,6 +129,9 @@ def simulate(sources: Sequence[OpenSource], config: LoaderConfig, world_size: in
         world_size: number of ranks.
         as_remote: count local files as if they were fetched.
 
+    Returns:
+        Costs of an epoch, and how well it is mixed.
+
     Raises:
         UsageError: the settings do not fit the data or the world.
     """

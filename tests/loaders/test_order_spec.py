@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -11,10 +12,12 @@ from hypothesis import strategies as st
 
 from loaders import LoaderConfig, Source
 from loaders.cost.simulate import imagined_source
-from loaders.order.samples import SampleOrder, order_spec
+from loaders.order.samples import OpenSource, SampleOrder, order_spec
 from loaders.order.spec import OrderSpec, SourceSpec
 from wds_tools.errors import UsageError
+from wds_tools.format.manifest import Manifest
 from wds_tools.format.typed_json import shape
+from wds_tools.storage import open_store
 
 SOURCES = st.builds(
     SourceSpec, repeat=st.integers(1, 99), max_samples=st.none() | st.integers(1, 10**9), code_set=st.none() | st.text()
@@ -58,6 +61,14 @@ def test_a_spec_that_does_not_fit_its_sources_is_refused() -> None:
         SampleOrder([source], replace(spec, length=99))
     with pytest.raises(UsageError, match="2 sources, but an order of 1"):
         SampleOrder([source, source], spec)
+
+
+@pytest.mark.parametrize("stop_at", ["first_exhausted", "all_exhausted", 100])
+def test_an_empty_source_of_a_mixture_is_named(stop_at: Any) -> None:
+    sources = Source("a", weight=1.0), Source("b", weight=1.0)
+    opened = [imagined_source(100, 1000), OpenSource(sources[1], open_store("memory://empty"), Manifest(shards=(), inputs=0))]
+    with pytest.raises(UsageError, match="memory://empty: the dataset has no samples"):
+        SampleOrder(opened, order_spec(opened, LoaderConfig(sources=sources, batch_size=4, stop_at=stop_at)))
 
 
 def test_a_run_that_goes_on_keeps_its_lanes_chunks_and_steps() -> None:
