@@ -16,8 +16,8 @@ from datasets import load_dataset, load_from_disk
 from factory import image_sample, make_dataset, text_sample
 from PIL import Image
 from plugin import COLOURS, installed, write_plugin
-from test_view import ask, fetch, serving
 from tokens import write_tokenizer
+from viewer import ask, fetch, serving
 
 from loaders import LoaderConfig, SequenceConfig, ShardDataset, Source, build_loader
 from wds_tools.check.compare import CompareConfig, compare_codes

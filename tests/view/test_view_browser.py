@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from commands import start, wait_until
 from factory import image_sample, make_dataset, text_sample
-from test_view import HOSTILE, samples, serving, small_codes, write_set
+from viewer import HOSTILE, samples, serving, small_codes, write_set
 
 from wds_tools.view.server import ViewServer
 
