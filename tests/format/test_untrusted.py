@@ -42,8 +42,8 @@ from wds_tools.format.shard import ShardBuilder
 from wds_tools.format.typed_json import MAX_DEPTH, read_json, shape
 from wds_tools.jobs.finalize import FinalizeConfig, finalize
 from wds_tools.sequences.prompts import read_prompts
-from wds_tools.sources.tables import data_files
 from wds_tools.sequences.tokenizer import _special_names
+from wds_tools.sources.tables import data_files
 from wds_tools.storage import open_store
 from wds_tools.terminal import say
 from wds_tools.view.rejects import Rejects
