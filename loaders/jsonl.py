@@ -22,7 +22,8 @@ from torch.utils.data import Dataset
 from loaders.reading.fetches import end_with_trainer
 from loaders.tokens.rows import RowMaker, sample_of
 from wds_tools.errors import DataError, FormatError, Reject, StorageError, UsageError
-from wds_tools.format.schema import CODE_COLUMNS, DATA_TYPES, Sample
+from wds_tools.format.codes import CODE_COLUMNS
+from wds_tools.format.schema import DATA_TYPES, Sample
 from wds_tools.sequences.config import SequenceConfig
 from wds_tools.sources.coded import SIDE_512, CodedRows, codes_in, talk_of
 from wds_tools.sources.conversations import image_paths

@@ -10,8 +10,9 @@ import numpy as np
 
 from wds_tools.dataset.output import Output, OutputSpec
 from wds_tools.dataset.writer import ShardLimits, TaskWriter
+from wds_tools.format.codes import join_grids
 from wds_tools.format.manifest import Manifest
-from wds_tools.format.schema import Sample, join_grids
+from wds_tools.format.schema import Sample
 from wds_tools.storage import open_store
 
 CODEBOOK_SIZE = 8192

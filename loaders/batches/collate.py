@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from loaders.reading.source import LoadedRows
 from wds_tools.errors import FormatError
 from wds_tools.format.checksum import crc32
+from wds_tools.format.codes import HW, Shape, split_grids
 from wds_tools.format.index import ABSENT
-from wds_tools.format.schema import split_grids
 from wds_tools.format.shard import image_number, parse_npy
 from wds_tools.format.tar import BLOCK, TarReader
 from wds_tools.sequences.rows import TokenBatch
@@ -33,7 +33,6 @@ _CACHE_BYTES = 256 << 10
 _PLAIN_FIELDS = 5
 """data_type, text, length, width, height."""
 _OTHERWISE_GIVEN = ("data_type", "text", "length", "grids")
-Shape = tuple[int, int]
 Data = Sequence[memoryview]
 """The bytes of each row; see read.bytes_of."""
 
@@ -177,7 +176,7 @@ def read_records(
         records += orjson.loads(b"[%b]" % b",".join(own))
     if len(records) != len(rows):
         raise FormatError("a json member is not one object")
-    grids = None
+    grids = [None] * len(rows)
     if any(reader.has_conversations for reader in {held.reader for held in rows}):
         grids = [_grids(held, row, record) for held, row, record in zip(rows, numbers, records, strict=True)]
     return read_keys(headers), records, _codes(codes, grids)
@@ -195,12 +194,12 @@ def _image(held: LoadedRows, row: int, data: memoryview, record: dict[str, Any])
     return images.get(0)
 
 
-def _grids(held: LoadedRows, row: int, record: dict[str, Any]) -> list[Shape] | None:
-    """(h, w) of each image of a conversation; None if the codes are one grid."""
+def _grids(held: LoadedRows, row: int, record: dict[str, Any]) -> Any:
+    """The shape of each image's codes in a conversation, as its json says; None if the codes are one grid."""
     if record.get("grids") is None:
         return None
     column = next((suffix for suffix, _, _ in _payloads(held, row) if suffix in held.reader.code_members), "no codes")
-    return [(height, width) for height, width in record["grids"][column.removesuffix(".npy")]]
+    return record["grids"][column.removesuffix(".npy")] or []
 
 
 def _payloads(held: LoadedRows, row: int) -> Iterator[tuple[str, int, int]]:
@@ -241,21 +240,19 @@ def read_keys(headers: Data) -> list[str]:
     return [text[start : start + end] for start, end in zip(starts, ends.tolist(), strict=True)]
 
 
-def _codes(members: Data, grids: Sequence[list[Shape] | None] | None) -> Codes | None:
+def _codes(members: Data, grids: Sequence[Any]) -> Codes | None:
     lengths = set(map(len, members))
     if lengths == {0}:
         return None
-    stacked_BHW = stack_npy(members) if not grids else None
-    if stacked_BHW is not None and stacked_BHW.ndim == 3:
-        return Codes(_tensor(stacked_BHW.reshape(-1)), (stacked_BHW.shape[1], stacked_BHW.shape[2]))
+    stacked_BHW = stack_npy(members) if grids.count(None) == len(grids) else None
+    if stacked_BHW is not None:
+        (shape,) = HW.shapes_of("codes", stacked_BHW[0], None)
+        return Codes(_tensor(stacked_BHW.reshape(-1)), shape)
     arrays = [parse_npy(member, "codes") if len(member) else None for member in members]
     shapes: list[Shape | list[Shape] | None] = []
-    for array, of_images in zip(arrays, grids or [None] * len(arrays), strict=True):
-        if array is not None and (array.ndim != 2 or (of_images is not None and sum(map(math.prod, of_images)) != array.size)):
-            raise FormatError(
-                f"codes have the shape {array.shape}, expected {f'the grids {of_images}' if of_images else 'a 2-D grid'}"
-            )
-        shapes.append(of_images if of_images is not None or array is None else (array.shape[0], array.shape[1]))
+    for array, of_images in zip(arrays, grids, strict=True):
+        found = None if array is None else HW.shapes_of("codes", array, of_images)
+        shapes.append(found if found is None or of_images is not None else found[0])
     flat = np.concatenate([array.reshape(-1) for array in arrays if array is not None])
     first = shapes[0]
     return Codes(_tensor(flat), first if isinstance(first, tuple) and shapes.count(first) == len(shapes) else shapes)

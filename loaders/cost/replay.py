@@ -28,6 +28,7 @@ from loaders.reading.cache import BlockCache
 from loaders.reading.fetches import Fetcher
 from loaders.reading.prefetch import PositionRange, Reader, lanes_of
 from loaders.reading.source import LoadedRows, SourceReader
+from wds_tools.dataset.samples import IndexReader
 from wds_tools.format.index import ShardIndex
 
 _WINDOW_STEPS = 20_000
@@ -92,35 +93,42 @@ class _CountedRows(LoadedRows):
 _NO_ROWS = ShardIndex(**dict.fromkeys(ShardIndex.__dataclass_fields__, np.zeros((0, 0), np.int64)))  # type: ignore[arg-type]
 
 
+class _CountedIndices(IndexReader):
+    """Counts what would be fetched of the indices."""
+
+    num_requests = num_bytes = 0
+
+    def parse(self, run: tuple[int, int]) -> ShardIndex:
+        """Nothing; the file of the shard, if it is not in memory, is counted."""
+        self._files.get(run[0], self.fetch)
+        return _NO_ROWS
+
+    def fetch(self, shard: int) -> Any:
+        """Something as long as the index file would be."""
+        size = _INDEX_ROW_BYTES * self._manifest.shards[shard].samples
+        self.num_requests += 1
+        self.num_bytes += size
+        return range(size)
+
+
 class _CountingReader(SourceReader):
     """Counts what it is asked for, and what it would fetch of the indices."""
 
     def __init__(self, as_remote: bool, opened: OpenSource, cache: BlockCache | None, num_sources: int) -> None:
         super().__init__(opened, cache, num_sources)
         self.is_mapped = self.is_mapped and not as_remote
-        self.index_requests = 0
-        self.index_bytes = 0
+        self.indices = self.counted_indices = _CountedIndices(opened.store, opened.manifest)
 
     def load(self, shard: int, first: int, last: int, *, again: bool = False) -> LoadedRows:  # noqa: ARG002
         """What SourceReader.load would give, but for the bytes."""
         if self.is_mapped:
             return _CountedRows(self, shard, first, last, 0)
-        self._rows(shard, first, last)
+        self.indices.read(shard, first, last)
         row = self.opened.manifest.shards[shard]
         num_bytes = row.bytes * last // row.samples - row.bytes * first // row.samples
         self.num_requests += 1
         self.num_bytes += num_bytes
         return _CountedRows(self, shard, first, last, num_bytes)
-
-    def _read_index(self, place: tuple[int, int]) -> ShardIndex:
-        self._index_files.get(place[0], self._count_index)
-        return _NO_ROWS
-
-    def _count_index(self, shard: int) -> Any:
-        num_bytes = _INDEX_ROW_BYTES * self.opened.manifest.shards[shard].samples
-        self.index_requests += 1
-        self.index_bytes += num_bytes
-        return range(num_bytes)  # something of that length
 
 
 class _AtOnce(Fetcher[LoadedRows]):
@@ -207,8 +215,8 @@ class _CountingProcess(Reader):
             sample_bytes=self._sample_bytes,
             requests=sum(source.num_requests for source in sources),
             bytes=sum(source.num_bytes for source in sources),
-            index_requests=sum(source.index_requests for source in sources),
-            index_bytes=sum(source.index_bytes for source in sources),
+            index_requests=sum(source.counted_indices.num_requests for source in sources),
+            index_bytes=sum(source.counted_indices.num_bytes for source in sources),
             evicted=self.num_evicted,
         )
 

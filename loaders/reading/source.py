@@ -1,12 +1,12 @@
 """Rows of a shard in memory: one byte range, and where in it each sample's members lie. No tar is parsed on the way.
 
-    SourceReader.load(shard, first, last) -> LoadedRows        its index in runs of 2,048 rows, its bytes by one ranged read
+    SourceReader.load(shard, first, last) -> LoadedRows        its index, its bytes by one ranged read
     bytes_of(rows, numbers) -> the bytes of each sample        slices of it
 
 A local file is mapped, so its bytes stay in the page cache that all processes share; a remote one is fetched. A mapping holds a
 descriptor: `_most_mapped` files stay mapped, any others are for as long as a batch is read. Before a batch is sliced, each file
 is asked for its size: to touch what was cut off would end the process. Usable from many threads.
-Cost: 48 bytes a row that is loaded, and `_INDEX_BYTES` for the indices that were used last.
+Cost: 48 bytes a row that is loaded, and the bound of IndexReader for the indices that were used last.
 """
 
 from __future__ import annotations
@@ -17,21 +17,20 @@ from array import array
 from collections.abc import Sequence
 from mmap import mmap
 from threading import Lock
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from loaders.order.samples import OpenSource
 from loaders.reading.cache import BlockCache
-from wds_tools.dataset.layout import index_name
-from wds_tools.errors import FormatError, NotFound, UsageError
-from wds_tools.format.index import ABSENT, ShardIndex, check_fresh, read_rows
-from wds_tools.format.schema import CODE_COLUMNS, IMAGE_EXTENSIONS, TOKEN_MEMBERS, named_column
+from wds_tools.dataset.samples import IndexReader
+from wds_tools.errors import FormatError, UsageError
+from wds_tools.format.codes import one_set
+from wds_tools.format.index import ABSENT, ShardIndex
+from wds_tools.format.schema import IMAGE_EXTENSIONS, TOKEN_MEMBERS
 from wds_tools.storage import LocalStore, join
-from wds_tools.storage.recent import Recent, SingleFlight
+from wds_tools.storage.recent import SingleFlight
 
-_INDEX_ROWS = 2048
-_INDEX_BYTES = 128 << 20
 _OPEN_SHARDS = 4096
 _CACHE_REGION_BYTES = 4 << 20
 
@@ -150,8 +149,7 @@ class SourceReader:
         self._cache = None if self.is_mapped else cache
         self._maps: dict[int, memoryview] = {}
         self._most_maps = _most_mapped() // num_sources
-        self._index_files: Recent[int, Any] = Recent(_INDEX_BYTES // 2, len)
-        self._index_rows: Recent[tuple[int, int], ShardIndex] = Recent(_INDEX_BYTES // 2, lambda _: 40 * _INDEX_ROWS)
+        self.indices = IndexReader(opened.store, opened.manifest, None if self.is_mapped else self._count)
         self._regions: SingleFlight[tuple[int, int, bool], memoryview] = SingleFlight()
         self._counting = Lock()
         self.num_requests = 0
@@ -182,7 +180,7 @@ class SourceReader:
             FormatError: the index is damaged or of other bytes; the shard is shorter than the manifest says.
             StorageError: the storage does not answer.
         """
-        index = self._rows(shard, first, last)
+        index = self.indices.read(shard, first, last)
         data = None
         if not self.is_mapped:
             data = self._bytes(shard, int(index.start[0]), int(index.start[-1]) + int(index.size[-1]), again=again)
@@ -247,32 +245,6 @@ class SourceReader:
             "the shard was cut off or replaced"
         )
 
-    def _rows(self, shard: int, first: int, last: int) -> ShardIndex:
-        starts = range(first // _INDEX_ROWS * _INDEX_ROWS, last, _INDEX_ROWS)
-        runs = [self._index_rows.get((shard, start), self._read_index) for start in starts]
-        if len(runs) == 1:
-            return _slice(runs[0], first - starts[0], last - starts[0])
-        return _joined([_slice(run, max(first - start, 0), last - start) for run, start in zip(runs, starts, strict=True)])
-
-    def _read_index(self, place: tuple[int, int]) -> ShardIndex:
-        shard, start = place
-        row = self.opened.manifest.shards[shard]
-        name = index_name(row.name)
-        where = join(self._store.url, name)
-        data = self._index_files.get(shard, lambda _: self._index_file(name))
-        index = read_rows(data, start, min(start + _INDEX_ROWS, row.samples), where)
-        check_fresh(index, samples=row.samples, tar_bytes=row.bytes, xxh128=row.xxh128, name=where)
-        return index
-
-    def _index_file(self, name: str) -> Any:
-        try:
-            data = self._store.read(name)
-        except NotFound as error:
-            raise NotFound(f"{join(self._store.url, name)}: the index is missing: write it with `wds-tools index`") from error
-        if not self.is_mapped:
-            self._count(len(data))
-        return data
-
 
 def _most_mapped() -> int:
     """Files that a reader may keep mapped: they hold a quarter of the descriptors that the process may have."""
@@ -280,33 +252,16 @@ def _most_mapped() -> int:
     return _OPEN_SHARDS if allowed == resource.RLIM_INFINITY else min(allowed // 4, _OPEN_SHARDS)
 
 
-_COLUMNS = ("start", "size", "lengths", "offsets", "crc32", "text_chars", "num_codes")
-
-
-def _slice(index: ShardIndex, first: int, last: int) -> ShardIndex:
-    return _with_columns(index, {name: getattr(index, name)[first:last] for name in _COLUMNS})
-
-
-def _joined(runs: list[ShardIndex]) -> ShardIndex:
-    return _with_columns(runs[0], {name: np.concatenate([getattr(run, name) for run in runs]) for name in _COLUMNS})
-
-
-def _with_columns(index: ShardIndex, columns: dict[str, Any]) -> ShardIndex:
-    return ShardIndex(
-        members=index.members, samples=index.samples, tar_bytes=index.tar_bytes, tar_xxh128=index.tar_xxh128, **columns
-    )
-
-
 def _code_members(opened: OpenSource) -> Sequence[str]:
     """The members that hold the codes of a source; of those that a sample has the first counts."""
-    members = [member for member in opened.manifest.members if member.endswith(".npy")]
-    name = opened.source.codes
-    if name is None:
-        return members
-    named = [member for member in members if member.removesuffix(".npy") in {named_column(c, name) for c in CODE_COLUMNS}]
-    if not named:
-        raise UsageError(f"source {opened.source.url} has no codes named {name!r}, but {', '.join(members) or 'none at all'}")
-    return named
+    members = {name.removesuffix(".npy"): name for name in opened.manifest.members if name.endswith(".npy")}
+    code_set = opened.source.codes
+    if code_set is None:
+        return list(members.values())
+    if not (chosen := one_set(members, code_set)):
+        known = ", ".join(members.values()) or "none at all"
+        raise UsageError(f"source {opened.source.url} has no codes named {code_set!r}, but {known}")
+    return list(chosen.values())
 
 
 def _wanted(opened: OpenSource, code_members: Sequence[str]) -> Sequence[Sequence[str]]:

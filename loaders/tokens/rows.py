@@ -20,7 +20,8 @@ from loaders.order.plan import Ints
 from loaders.order.samples import OpenSource
 from loaders.reading.source import LoadedRows
 from wds_tools.errors import FormatError, UsageError
-from wds_tools.format.schema import TOKEN_MEMBERS, Codes, Sample, join_grids
+from wds_tools.format.codes import Codes, join_grids
+from wds_tools.format.schema import TOKEN_MEMBERS, Sample
 from wds_tools.format.shard import parse_npy
 from wds_tools.sequences.build import Example, ExampleBuilder
 from wds_tools.sequences.config import SequenceConfig

@@ -14,7 +14,8 @@ from factory import image_sample, make_dataset, text_sample
 from wds_tools.check.compare import CompareConfig, compare_codes
 from wds_tools.encode.encode import EncodeConfig, encode
 from wds_tools.errors import FormatError, UsageError
-from wds_tools.format.schema import Sample, SourceImage, join_grids
+from wds_tools.format.codes import join_grids
+from wds_tools.format.schema import Sample, SourceImage
 from wds_tools.images import Mode, prepare
 from wds_tools.vq import load_tokenizer
 
@@ -31,7 +32,7 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, settings in {"fp32": {"keep_images": True}, "bf16": {"precision": "bf16"}}.items():
         encode(EncodeConfig(input=str(folder / "in"), output=str(folder / name), device="cpu", quiet=True, **settings))  # type: ignore[arg-type]
     both = EncodeConfig(
-        input=str(folder / "fp32"), output=str(folder / "both"), device="cpu", quiet=True, precision="bf16", codes="b"
+        input=str(folder / "fp32"), output=str(folder / "both"), device="cpu", quiet=True, precision="bf16", code_set="b"
     )
     encode(both)
     return folder
@@ -65,7 +66,7 @@ def test_shares_and_psnr_are_those_of_the_definition(sets: Path) -> None:
 def test_two_names_of_one_dataset_can_be_compared(sets: Path) -> None:
     apart, together = (
         compare(sets / "fp32", sets / "bf16", pictures=0),
-        compare(sets / "both", sets / "both", codes_b="b", pictures=0),
+        compare(sets / "both", sets / "both", code_set_b="b", pictures=0),
     )
     assert (apart.codes, apart.equal_codes) == (together.codes, together.equal_codes)
     assert together.pictures == 0
@@ -89,7 +90,7 @@ def test_what_can_not_be_compared_is_refused(sets: Path, tmp_path: Path) -> None
     with pytest.raises(UsageError, match="can't be compared: tokenizer is 'tiny' and 'other'"):
         compare(sets / "fp32", tmp_path / "other")
     with pytest.raises(UsageError, match="has no codes vqcode_512-x or vqcode_multi768-x"):
-        compare(sets / "fp32", sets / "bf16", codes_b="x")
+        compare(sets / "fp32", sets / "bf16", code_set_b="x")
     with pytest.raises(UsageError, match="both are the same codes"):
         compare(sets / "fp32", sets / "fp32")
     with pytest.raises(FormatError, match=r"grids of \(4, 4\) and vqcode_512 of \(2, 2\) codes"):

@@ -16,12 +16,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from memory import grown_mb
 
-from wds_tools.check.duplicates import HashSet
-from wds_tools.check.histogram import Histogram, bins_of, edges
-from wds_tools.check.report import render, to_json
-from wds_tools.check.rows import Rows
-from wds_tools.check.stats import Stats, StatsConfig, sample_stats, stats
+from wds_tools.check.stats.describe import Stats, StatsConfig, sample_stats, stats
+from wds_tools.check.stats.duplicates import HashSet
+from wds_tools.check.stats.histogram import Histogram, bins_of, edges
+from wds_tools.check.stats.report import render, to_json
 from wds_tools.dataset.reader import read_manifest
+from wds_tools.dataset.samples import SampleReader
 from wds_tools.errors import FormatError, NotFound, UsageError
 from wds_tools.format.schema import Sample
 from wds_tools.storage import open_store
@@ -163,9 +163,9 @@ def test_a_shard_of_other_texts_and_codes_stands_out(tmp_path: Path) -> None:
 def test_a_glance_reads_a_part_and_says_so(tmp_path: Path) -> None:
     make_dataset(tmp_path / "set", (text_sample(number) for number in range(500)), shard_samples=100)
     store = open_store(str(tmp_path / "set"))
-    rows = Rows(store, read_manifest(store))
-    found = sample_stats("here", rows, blocks=4, block_samples=20)
-    rows.close()
+    reader = SampleReader(store, read_manifest(store))
+    found = sample_stats("here", reader, blocks=4, block_samples=20)
+    reader.close()
     assert found.count.samples == 80
     assert "From 80 of 500 samples" in render(found)
 
@@ -239,6 +239,6 @@ def test_memory_does_not_grow_with_the_dataset(tmp_path: Path) -> None:
     text = "words " * 2000
     for name, count in (("small", 500), ("large", 5000)):  # 6 MB and 60 MB, in one shard each
         make_dataset(tmp_path / name, (text_sample(number, text + str(number)) for number in range(count)))
-    setup = "from wds_tools.check.stats import StatsConfig, stats"
+    setup = "from wds_tools.check.stats.describe import StatsConfig, stats"
     grown = {name: grown_mb(setup, f"stats(StatsConfig(input={str(tmp_path / name)!r}))") for name in ("small", "large")}
     assert grown["large"] < grown["small"] + 40

@@ -228,10 +228,10 @@ def test_an_empty_set_is_refused(tmp_path: Path) -> None:
 
 def test_an_encoded_set_is_refused(mixed: Path, tmp_path: Path) -> None:
     fill(mixed, tmp_path / "once")
-    with pytest.raises(UsageError, match=r"encoded already \(vqcode_512, vqcode_multi768\); --codes NAME adds"):
+    with pytest.raises(UsageError, match=r"encoded already \(vqcode_512, vqcode_multi768\); --code-set NAME adds"):
         fill(tmp_path / "once", tmp_path / "twice")
     with pytest.raises(UsageError, match="has codes, but its images were not kept"):
-        fill(tmp_path / "once", tmp_path / "twice", codes="again")
+        fill(tmp_path / "once", tmp_path / "twice", code_set="again")
 
 
 # ---- several sets of codes ----
@@ -254,7 +254,7 @@ def twice(mixed: Path, other_weights: Path, tmp_path_factory: pytest.TempPathFac
     """The mixed set with two sets of codes, the second named."""
     folder = tmp_path_factory.mktemp("twice")
     fill(mixed, folder / "once", keep_images=True)
-    fill(folder / "once", folder / "twice", codes="other", weights=str(other_weights))
+    fill(folder / "once", folder / "twice", code_set="other", weights=str(other_weights))
     return folder / "twice"
 
 
@@ -278,14 +278,14 @@ def test_a_second_set_of_codes_stands_beside_the_first(mixed: Path, twice: Path,
 def test_export_takes_the_codes_that_are_named(twice: Path, tmp_path: Path) -> None:
     samples = [sample for sample in read_samples(twice) if sample.data_type == "image_text"]
     for name, column in (("", "vqcode_512"), ("other", "vqcode_512-other")):
-        export_hf(ExportConfig(input=(str(twice),), output=str(tmp_path / f"hf{name}"), codes=name, num_shards=1, quiet=True))
+        export_hf(ExportConfig(input=(str(twice),), output=str(tmp_path / f"hf{name}"), code_set=name, num_shards=1, quiet=True))
         rows = {row["text"]: row for row in load_from_disk(str(tmp_path / f"hf{name}"))}
         for sample in samples:
             row = rows[sample.text]
             assert json.loads(row["vqcode_512"]) == sample.codes[column].ravel().tolist()
             assert row["length"] == len(sample.text) + 4 * 1024
     with pytest.raises(UsageError, match=r"no codes named 'third', but vqcode_512, vqcode_512-other"):
-        export_hf(ExportConfig(input=(str(twice),), output=str(tmp_path / "none"), codes="third", quiet=True))
+        export_hf(ExportConfig(input=(str(twice),), output=str(tmp_path / "none"), code_set="third", quiet=True))
 
 
 def test_the_loader_reads_the_codes_that_are_named(twice: Path) -> None:
@@ -315,8 +315,8 @@ def test_a_run_goes_on_with_the_codes_it_began_with(twice: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a.b", "x" * 20, "a/b"])
 def test_a_name_that_can_not_name_codes_is_refused(name: str) -> None:
-    with pytest.raises(UsageError, match="can't name codes"):
-        TokenizerOptions(codes=name)
+    with pytest.raises(UsageError, match="can't name a code set"):
+        TokenizerOptions(code_set=name)
 
 
 # ---- straight through ----

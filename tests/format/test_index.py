@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wds_tools.errors import FormatError
-from wds_tools.format.index import ABSENT, IndexBuilder, ShardIndex, check_fresh, parse_index, read_rows, serialize_index
+from wds_tools.format.index import ABSENT, IndexBuilder, ShardIndex, check_fresh, parse_index, read_part, serialize_index
 from wds_tools.format.schema import Sample
 from wds_tools.format.shard import ShardBuilder, group_samples, sample_from_members
 from wds_tools.format.tar import read_members
@@ -187,7 +187,7 @@ def test_a_stale_index_is_refused() -> None:
         "xxh128": xxhash.xxh3_128_hexdigest(archive),
         "name": "shard.tar.index",
     }
-    for found in (index, parse_index(serialize_index(index)), read_rows(serialize_index(index), 1, 2)):
+    for found in (index, parse_index(serialize_index(index)), read_part(serialize_index(index), 1, 2)):
         check_fresh(found, **shard_is)
         for change in ({"tar_bytes": len(archive) + 512}, {"xxh128": "0" * 32}, {"samples": 3}):
             with pytest.raises(FormatError, match=r"^shard.tar.index: the index is stale: .*rebuild it with `wds-tools index`"):
@@ -200,7 +200,7 @@ def test_rows_are_read_as_they_stand_in_the_whole(rows: list[Row], base: int, cu
     index = index_of(rows, base)
     data = serialize_index(index)
     first, last = sorted(min(at, len(index)) for at in cut)
-    whole, part = parse_index(data), read_rows(memoryview(data), first, last)
+    whole, part = parse_index(data), read_part(memoryview(data), first, last)
     assert len(part) == last - first
     for field in fields(ShardIndex):
         value = getattr(whole, field.name)
@@ -211,7 +211,7 @@ def test_rows_are_read_as_they_stand_in_the_whole(rows: list[Row], base: int, cu
 def test_rows_of_this_projects_own_layout_are_read_as_they_stand_in_the_whole() -> None:
     _, index = shard([n * "text " for n in range(700)], last_has_image=True)
     for first, last in ((0, 700), (0, 0), (350, 351), (699, 700), (700, 700)):
-        part = read_rows(serialize_index(index), first, last)
+        part = read_part(serialize_index(index), first, last)
         assert part.start.tolist() == index.start[first:last].tolist()
         assert part.offsets.tolist() == index.offsets[first:last].tolist()
         assert len(part) == last - first
@@ -221,7 +221,7 @@ def test_rows_of_this_projects_own_layout_are_read_as_they_stand_in_the_whole() 
 @pytest.mark.parametrize(("first", "last"), [(0, 3), (2, 3), (-1, 1), (2, 1), (1 << 70, (1 << 70) + 1)])
 def test_rows_that_an_index_does_not_have_are_a_format_error(first: int, last: int) -> None:
     with pytest.raises(FormatError, match=r"^a.index: has 2 samples, asked for were .*rebuild it with `wds-tools index`"):
-        read_rows(serialize_index(shard(["one", "two"])[1]), first, last, "a.index")
+        read_part(serialize_index(shard(["one", "two"])[1]), first, last, "a.index")
 
 
 def test_a_cut_index_is_a_format_error_at_every_byte() -> None:
@@ -252,7 +252,7 @@ def test_a_mutated_index_is_possible_or_a_format_error(data: bytes, changes: lis
     bad = bytearray(data)
     for at, value in changes:
         bad[at % len(bad)] = value
-    for read in (parse_index, lambda data: read_rows(data, *cut)):
+    for read in (parse_index, lambda data: read_part(data, *cut)):
         try:
             index = read(bytes(bad))
         except FormatError:

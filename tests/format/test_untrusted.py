@@ -27,8 +27,8 @@ from loaders.order.samples import OpenSource, SampleOrder
 from loaders.proof.audit import audit
 from loaders.proof.receipt import parse_receipt
 from loaders.tokens.packing import parse_cursors
-from wds_tools.check.report import render
-from wds_tools.check.stats import StatsConfig, stats
+from wds_tools.check.stats.describe import StatsConfig, stats
+from wds_tools.check.stats.report import render
 from wds_tools.check.verify import VerifyConfig, verify
 from wds_tools.cli.main import main
 from wds_tools.cli.summary import print_dataset

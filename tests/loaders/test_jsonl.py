@@ -20,7 +20,8 @@ from wds_tools.convert import run_conversion
 from wds_tools.convert.pairs import ImagePairsConfig
 from wds_tools.errors import DataError, FormatError, UsageError
 from wds_tools.export.hf import ExportConfig, export_hf
-from wds_tools.format.schema import Sample, join_grids
+from wds_tools.format.codes import join_grids
+from wds_tools.format.schema import Sample
 from wds_tools.images import prepare
 
 CODES = list(range(1024))

@@ -23,8 +23,8 @@ from loaders import Loader, LoaderConfig, Source, World, build_loader
 from loaders.order.samples import open_source
 from loaders.reading.cache import BlockCache
 from loaders.reading.source import SourceReader
-from wds_tools.check.rows import Rows, is_small
 from wds_tools.dataset.reader import read_manifest
+from wds_tools.dataset.samples import SampleReader, is_small
 from wds_tools.errors import FormatError, StorageError, WorkerDied
 from wds_tools.storage.objects import ObjectStore
 from wds_tools.storage.recent import Recent, SingleFlight
@@ -34,7 +34,7 @@ FEW_FILES = """
 import resource, sys
 import torch
 from loaders import LoaderConfig, ShardDataset, Source, TarDataset, World, build_loader
-from wds_tools.check.rows import Rows, is_small
+from wds_tools.dataset.samples import SampleReader, is_small
 from wds_tools.cli.main import main
 from wds_tools.dataset.reader import read_manifest
 from wds_tools.storage import open_store
@@ -46,9 +46,9 @@ loader = build_loader(config, World())
 for _ in range(2):
     print(sum(len(batch["__key__"]) for batch in loader))
 print(sum(1 for _ in ShardDataset(url)), sum(1 for _ in TarDataset(url)))
-rows = Rows(open_store(url), read_manifest(open_store(url)))
-print(len(rows.page(0, len(rows), is_small, max_member_bytes=1 << 20)))
-rows.close()
+samples = SampleReader(open_store(url), read_manifest(open_store(url)))
+print(len(samples.page(0, len(samples), is_small, max_member_bytes=1 << 20)))
+samples.close()
 sys.exit(main(["verify", url, "--quiet"]))
 """
 
@@ -192,15 +192,15 @@ def slowly(monkeypatch: pytest.MonkeyPatch, way: str) -> list[tuple[Any, ...]]:
 def test_an_index_that_many_threads_want_is_fetched_once(monkeypatch: pytest.MonkeyPatch) -> None:
     make_dataset("memory://reading/index", (image_sample(number) for number in range(100)))
     opened = open_source(Source("memory://reading/index"))
-    rows = Rows(opened.store, read_manifest(opened.store))
+    samples = SampleReader(opened.store, read_manifest(opened.store))
     asked = slowly(monkeypatch, "read")
     reader = SourceReader(opened)
     at_once(16, lambda number: reader.load(0, number, number + 1))
     assert len(asked) == 1
     assert reader.num_requests == 17
-    at_once(16, lambda number: rows.one(number, is_small))
+    at_once(16, lambda number: samples.sample(number, is_small))
     assert len(asked) == 2
-    rows.close()
+    samples.close()
 
 
 def test_a_region_of_the_cache_that_many_threads_want_is_fetched_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,7 +58,7 @@ def config(inputs: Path, output: Path, **settings: Any) -> PackConfig:
     return PackConfig(**{**given, **settings})
 
 
-def read_rows(url: Path) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+def read_part(url: Path) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """(ids, loss, segments) by tarfile and numpy, as a stranger would read them."""
     manifest = read_manifest(open_store(str(url)), any_members=True)
     shards = [str(url / row.name) for row in manifest.shards]
@@ -83,7 +83,7 @@ def test_rows_hold_every_token_of_every_sample_once_and_little_padding(inputs: P
     builder = ExampleBuilder(SequenceConfig(tokenizer=str(inputs / "tokenizer"), max_length=LENGTH), 42, 8192)
     pairs, texts = [image_sample(n, side=6) for n in range(200)], list(documents(300))
     examples = [*builder.build(pairs, [0] * 200), *builder.build(texts, [0] * 300)]
-    rows = read_rows(output)
+    rows = read_part(output)
     counts = manifest.source["counts"]
     tokens = [token for ids, _, segments in rows for token in ids[: segments.sum()].tolist()]
     assert sorted(tokens) == sorted(token for example in examples for token in example.ids.tolist())
@@ -98,7 +98,7 @@ def test_rows_hold_every_token_of_every_sample_once_and_little_padding(inputs: P
 def test_the_manifest_says_what_a_model_needs_and_verify_finds_nothing(made: tuple[Path, Manifest]) -> None:
     output, manifest = made
     assert manifest.source["rows"] == {"version": 2, "length": LENGTH, "vocabulary_size": 2003 + 8192, "text_size": 2003}
-    assert manifest.samples == len(read_rows(output))
+    assert manifest.samples == len(read_part(output))
     assert wds_tools("verify", output).stdout
 
 
@@ -109,7 +109,7 @@ def rewritten(made: tuple[Path, Manifest], folder: Path, **changes: Any) -> Path
     output = Output(store, OutputSpec(num_tasks=1, source=source, schema_version=ANY_MEMBERS))
     output.begin()
     with TaskWriter(store, 0, ShardLimits()) as writer:
-        for number, (ids, loss, segments) in enumerate(read_rows(made[0])[:3]):
+        for number, (ids, loss, segments) in enumerate(read_part(made[0])[:3]):
             arrays = {"tokens.npy": ids, "loss.npy": np.packbits(loss), "segments.npy": segments}
             arrays |= {name.replace("_", "."): array for name, array in changes.items() if number == 1}
             writer.add_members(f"row-{number}", [(name, npy_bytes(array)) for name, array in arrays.items() if array is not None])
@@ -209,7 +209,7 @@ def test_one_of_several_sets_of_codes_is_packed_and_streamed_alone(inputs: Path,
     make_dataset(tmp_path / "second", second, codes={"vqcode_512": other})
     sequences = SequenceConfig(tokenizer=str(inputs / "tokenizer"), max_length=LENGTH)
     for name, alone in ((None, "first"), ("", "first"), ("b", "second")):
-        chosen = pack(config(inputs, tmp_path / f"rows-{name}", input=(str(tmp_path / "both"),), codes=name))
+        chosen = pack(config(inputs, tmp_path / f"rows-{name}", input=(str(tmp_path / "both"),), code_set=name))
         expected = pack(config(inputs, tmp_path / f"alone-{name}", input=(str(tmp_path / alone),)))
         assert chosen.fingerprint() == expected.fingerprint()
         batches = []
@@ -219,8 +219,8 @@ def test_one_of_several_sets_of_codes_is_packed_and_streamed_alone(inputs: Path,
             batches.append(next(iter(loader))["input_ids"])
             loader.close()
         assert torch.equal(*batches)
-    with pytest.raises(UsageError, match="has no codes named 'c', but vqcode_512, vqcode_512-b: choose with --codes"):
-        pack(config(inputs, tmp_path / "none", input=(str(tmp_path / "both"),), codes="c"))
+    with pytest.raises(UsageError, match="has no codes named 'c', but vqcode_512, vqcode_512-b: choose with --code-set"):
+        pack(config(inputs, tmp_path / "none", input=(str(tmp_path / "both"),), code_set="c"))
 
 
 def test_impossible_arguments_are_refused_before_anything_is_written(inputs: Path, tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ from tokenizers import Tokenizer
 from tokens import IMAGE_TOKENS, write_tokenizer
 
 from wds_tools.errors import Reject, StorageError, TokenizerError, UsageError
-from wds_tools.format.schema import Sample, join_grids
+from wds_tools.format.codes import join_grids
+from wds_tools.format.schema import Sample
 from wds_tools.sequences.build import Example, ExampleBuilder
 from wds_tools.sequences.choices import choose
 from wds_tools.sequences.config import SequenceConfig

@@ -29,13 +29,14 @@ from hypothesis import strategies as st
 from PIL import Image
 from s3 import S3Server
 
-from wds_tools.check.rows import Rows, find_key
 from wds_tools.dataset.output import Output, OutputSpec
 from wds_tools.dataset.reader import read_manifest
+from wds_tools.dataset.samples import SampleReader
 from wds_tools.dataset.writer import ShardLimits, TaskWriter
 from wds_tools.errors import FormatError, NotFound, Reject, TokenizerError
+from wds_tools.format.codes import join_grids
 from wds_tools.format.manifest import serialize_manifest
-from wds_tools.format.schema import Sample, SourceImage, join_grids
+from wds_tools.format.schema import Sample, SourceImage
 from wds_tools.jobs.index_tars import index_tars
 from wds_tools.storage import LocalStore, open_store
 from wds_tools.view import browse, rejects
@@ -256,17 +257,17 @@ def test_rejects_come_in_order_and_by_reason(server: ViewServer, folder: Path, m
 # ---- finding ----
 
 
-def rows_of(folder: Path) -> Rows:
+def reader_of(folder: Path) -> SampleReader:
     store = open_store(str(folder))
-    return Rows(store, read_manifest(store))
+    return SampleReader(store, read_manifest(store))
 
 
-def search_all(rows: Rows, query: browse.Query, limit: int, budget_s: float) -> list[int]:
+def search_all(reader: SampleReader, query: browse.Query, limit: int, budget_s: float) -> list[int]:
     found: list[int] = []
     after: int | None = 0
     calls = 0
     while after is not None:
-        answer = browse.search(rows, query, after, limit, budget_s)
+        answer = browse.search(reader, query, after, limit, budget_s)
         assert len(answer["samples"]) <= limit
         assert answer["next"] is None or answer["next"] > after
         found += [card["number"] for card in answer["samples"]]
@@ -290,17 +291,17 @@ def test_a_search_finds_every_match_once_however_it_is_cut(
         texts = [sample.text, *(turn["value"] for turn in sample.conversations or ())]
         return data_type in ("", sample.data_type) and any(text.lower() in one.lower() for one in texts)
 
-    rows = rows_of(folder)
+    reader = reader_of(folder)
     expected = [number for number, sample in enumerate(samples()) if matches(sample)]
-    assert search_all(rows, browse.Query(text=text, data_type=data_type), limit, budget_s) == expected
-    rows.close()
+    assert search_all(reader, browse.Query(text=text, data_type=data_type), limit, budget_s) == expected
+    reader.close()
 
 
 def test_a_hit_far_inside_a_text_is_shown_with_what_is_around_it(tmp_path: Path) -> None:
     make_dataset(tmp_path / "set", [text_sample(0, "word " * 5000 + "needle" + " word" * 5000)])
-    rows = rows_of(tmp_path / "set")
-    (card,) = browse.search(rows, browse.Query(text="NEEDLE"), 0, 10)["samples"]
-    rows.close()
+    reader = reader_of(tmp_path / "set")
+    (card,) = browse.search(reader, browse.Query(text="NEEDLE"), 0, 10)["samples"]
+    reader.close()
     assert "needle" in card["text"]
     assert len(card["text"]) < 500
 
@@ -308,25 +309,25 @@ def test_a_hit_far_inside_a_text_is_shown_with_what_is_around_it(tmp_path: Path)
 def test_keys_are_found_by_bisection_with_few_reads(tmp_path: Path) -> None:
     make_dataset(tmp_path / "set", (text_sample(2 * number) for number in range(3000)), shard_samples=500)
     store = Counting(str(tmp_path / "set"))
-    rows = Rows(store, read_manifest(store))
-    assert find_key(rows, "text-00001234") == 617
-    assert find_key(rows, "text-0000123") == 615
-    assert find_key(rows, "text-00001235") is None
-    assert find_key(rows, "zebra") is None
-    assert find_key(rows, "a") is None
+    reader = SampleReader(store, read_manifest(store))
+    assert reader.find_key("text-00001234") == 617
+    assert reader.find_key("text-0000123") == 615
+    assert reader.find_key("text-00001235") is None
+    assert reader.find_key("zebra") is None
+    assert reader.find_key("a") is None
     assert store.num_reads < 5 * 16
     assert store.num_bytes < 5 * 16 * 1024
-    rows.close()
+    reader.close()
 
 
 def test_keys_that_do_not_ascend_are_found_by_search(tmp_path: Path) -> None:
     order = [5, 1, 4, 0, 3, 2]
     make_dataset(tmp_path / "set", (text_sample(number) for number in order))
-    rows = rows_of(tmp_path / "set")
+    reader = reader_of(tmp_path / "set")
     for place, number in enumerate(order):
-        assert find_key(rows, f"text-{number:08d}") in (None, place)
-        assert search_all(rows, browse.Query(key=f"{number:08d}"), 10, 0.0) == [place]
-    rows.close()
+        assert reader.find_key(f"text-{number:08d}") in (None, place)
+        assert search_all(reader, browse.Query(key=f"{number:08d}"), 10, 0.0) == [place]
+    reader.close()
 
 
 # ---- what it reads ----
@@ -356,29 +357,29 @@ def test_a_page_reads_the_samples_it_shows_and_not_their_images(tmp_path: Path) 
     for name, content in sets.items():
         make_dataset(tmp_path / name, content, codes={"vqcode_512": TINY})
         store = Counting(str(tmp_path / name))
-        rows = Rows(store, read_manifest(store))
-        assert len(browse.page(rows, 30, 24)["samples"]) == 24
+        reader = SampleReader(store, read_manifest(store))
+        assert len(browse.page(reader, 30, 24)["samples"]) == 24
         assert (store.num_reads, store.num_bytes) <= most[name]
         assert store.num_bytes <= most[name][1]
-        rows.close()
+        reader.close()
 
 
 def test_shards_without_the_type_asked_for_are_not_read(tmp_path: Path) -> None:
     kinds = [*(text_sample(number) for number in range(100)), *(image_sample(number) for number in range(100))]
     make_dataset(tmp_path / "set", kinds, shard_samples=50)
     store = Counting(str(tmp_path / "set"))
-    rows = Rows(store, read_manifest(store))
-    assert search_all(rows, browse.Query(data_type="image_text"), 50, 10.0) == list(range(100, 200))
+    reader = SampleReader(store, read_manifest(store))
+    assert search_all(reader, browse.Query(data_type="image_text"), 50, 10.0) == list(range(100, 200))
     assert store.num_bytes < 2 * 100 * 2048
-    rows.close()
+    reader.close()
 
 
 def test_large_members_are_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(browse, "MAX_MEMBER_BYTES", 5000)
     make_dataset(tmp_path / "set", [text_sample(0), text_sample(1, "x" * 10_000), text_sample(2)])
-    rows = rows_of(tmp_path / "set")
-    cards = browse.page(rows, 0, 10)["samples"]
-    rows.close()
+    reader = reader_of(tmp_path / "set")
+    cards = browse.page(reader, 0, 10)["samples"]
+    reader.close()
     assert [card["number"] for card in cards if "problem" in card] == [1]
     assert "larger than" in cards[1]["problem"]
 

@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 
 from wds_tools.dataset.reader import read_manifest, read_shard
 from wds_tools.errors import FormatError, UsageError
+from wds_tools.format.codes import CODE_COLUMNS, Codes, codes_named, named_column
 from wds_tools.format.manifest import Manifest
-from wds_tools.format.schema import CODE_COLUMNS, Codes, Sample, codes_named, named_column
+from wds_tools.format.schema import Sample
 from wds_tools.images import ImageLimits, Mode, prepare
 from wds_tools.run.progress import Advance, Progress
 from wds_tools.storage import Store, open_store
@@ -42,11 +43,11 @@ class CompareConfig:
     a: str
     """The first dataset."""
     b: str
-    """The second; it may be the same, if the names of the codes differ."""
-    codes_a: str = ""
-    """Name of the codes in the first, where it has several."""
-    codes_b: str = ""
-    """Name of the codes in the second."""
+    """The second; it may be the same, if the code sets differ."""
+    code_set_a: str = ""
+    """Code set of the first, where it has several."""
+    code_set_b: str = ""
+    """Code set of the second."""
     pictures: int = 100
     """Decode the pictures of this many samples, evenly spread, and compare them; 0: none."""
     weights: str | None = None
@@ -59,8 +60,8 @@ class CompareConfig:
     def __post_init__(self) -> None:
         if self.pictures < 0:
             raise UsageError(f"--pictures {self.pictures}: at least 0")
-        if (self.a, self.codes_a) == (self.b, self.codes_b):
-            raise UsageError("both are the same codes: name two datasets, or two names of codes (--codes-a, --codes-b)")
+        if (self.a, self.code_set_a) == (self.b, self.code_set_b):
+            raise UsageError("both are the same codes: name two datasets, or two code sets (--code-set-a, --code-set-b)")
 
 
 @dataclass(kw_only=True)
@@ -109,11 +110,12 @@ def compare_codes(config: CompareConfig) -> Comparison:
     result = Comparison()
     num_looked_at = 0
     with Progress("compare-codes", min(a[1].samples, b[1].samples), quiet=config.quiet) as progress:
-        for one, two in _joined(_coded(*a, config.codes_a), _coded(*b, config.codes_b), result):
-            _count(result, one, two)
-            if tokenizer is not None and num_looked_at < config.pictures and num_looked_at * every < result.samples and one.grids:
+        for sample_a, sample_b in _joined(_coded(*a, config.code_set_a), _coded(*b, config.code_set_b), result):
+            _count(result, sample_a, sample_b)
+            is_due = num_looked_at < config.pictures and num_looked_at * every < result.samples
+            if tokenizer is not None and is_due and sample_a.grids:
                 num_looked_at += 1
-                _look(result, tokenizer, one, two)
+                _look(result, tokenizer, sample_a, sample_b)
             if result.samples % _REPORT_EVERY == 0:
                 progress(Advance(units=_REPORT_EVERY, samples=_REPORT_EVERY))
     result.finish()
@@ -124,9 +126,9 @@ def _check(config: CompareConfig, a: Manifest, b: Manifest) -> dict[str, Any]:
     """The provenance that both have in common."""
     known = [
         (url, codes_named(manifest.codes, name))
-        for url, manifest, name in ((config.a, a, config.codes_a), (config.b, b, config.codes_b))
+        for url, manifest, name in ((config.a, a, config.code_set_a), (config.b, b, config.code_set_b))
     ]
-    for (url, codes), name in zip(known, (config.codes_a, config.codes_b), strict=True):
+    for (url, codes), name in zip(known, (config.code_set_a, config.code_set_b), strict=True):
         if not codes:
             raise UsageError(f"{url} has no codes {' or '.join(named_column(column, name) for column in CODE_COLUMNS)}")
     facts = [next(iter(codes.values())) for _, codes in known]
@@ -142,7 +144,7 @@ class _Coded(NamedTuple):
 
     sample: Sample
     column: str
-    """One of CODE_COLUMNS, whatever the name of the set of codes."""
+    """One of CODE_COLUMNS, whatever the code set."""
     grids: list[Codes]
     """One an image: a conversation has any number."""
 
@@ -150,10 +152,10 @@ class _Coded(NamedTuple):
 def _coded(store: Store, manifest: Manifest, name: str) -> Iterator[_Coded]:
     """Those of a dataset."""
     last = ""
-    for row in manifest.shards:
-        for sample in read_shard(store, row):
+    for shard in manifest.shards:
+        for sample in read_shard(store, shard):
             if sample.key <= last:
-                raise FormatError(f"{store.url}/{row.name}: {sample.key} follows {last}: keys have to ascend to be compared")
+                raise FormatError(f"{store.url}/{shard.name}: {sample.key} follows {last}: keys have to ascend to be compared")
             last = sample.key
             for column in codes_named(sample.codes, name):
                 yield _Coded(sample, column, sample.grids_of(named_column(column, name)))
@@ -161,32 +163,32 @@ def _coded(store: Store, manifest: Manifest, name: str) -> Iterator[_Coded]:
 
 def _joined(a: Iterator[_Coded], b: Iterator[_Coded], result: Comparison) -> Iterator[tuple[_Coded, _Coded]]:
     """The same samples of both."""
-    one, two = next(a, None), next(b, None)
-    while one is not None and two is not None:
-        if one.sample.key < two.sample.key:
+    sample_a, sample_b = next(a, None), next(b, None)
+    while sample_a is not None and sample_b is not None:
+        if sample_a.sample.key < sample_b.sample.key:
             result.only_a += 1
-            one = next(a, None)
-        elif one.sample.key > two.sample.key:
+            sample_a = next(a, None)
+        elif sample_a.sample.key > sample_b.sample.key:
             result.only_b += 1
-            two = next(b, None)
+            sample_b = next(b, None)
         else:
             result.samples += 1
-            yield one, two
-            one, two = next(a, None), next(b, None)
-    result.only_a += (one is not None) + sum(1 for _ in a)
-    result.only_b += (two is not None) + sum(1 for _ in b)
+            yield sample_a, sample_b
+            sample_a, sample_b = next(a, None), next(b, None)
+    result.only_a += (sample_a is not None) + sum(1 for _ in a)
+    result.only_b += (sample_b is not None) + sum(1 for _ in b)
 
 
 def _count(result: Comparison, a: _Coded, b: _Coded) -> None:
     shapes_a, shapes_b = ([grid_hw.shape for grid_hw in coded.grids] for coded in (a, b))
     if a.column != b.column or shapes_a != shapes_b:
-        says = [f"{', '.join(map(str, shapes)) or 'no image'}" for shapes in (shapes_a, shapes_b)]
+        texts = [f"{', '.join(map(str, shapes)) or 'no image'}" for shapes in (shapes_a, shapes_b)]
         raise FormatError(
-            f"{a.sample.key}: {a.column} has grids of {says[0]} and {b.column} of {says[1]} codes: "
+            f"{a.sample.key}: {a.column} has grids of {texts[0]} and {b.column} of {texts[1]} codes: "
             "not of the same images, or cropped in another way (--sft-mode)"
         )
     sizes = [grid_hw.size for grid_hw in a.grids]
-    equal = sum(int((one_hw == two_hw).sum()) for one_hw, two_hw in zip(a.grids, b.grids, strict=True))
+    equal = sum(int((grid_a == grid_b).sum()) for grid_a, grid_b in zip(a.grids, b.grids, strict=True))
     result.codes += sum(sizes)
     result.equal_codes += equal
     result.equal_samples += equal == sum(sizes)
@@ -203,8 +205,8 @@ def _look(result: Comparison, tokenizer: ImageTokenizer, a: _Coded, b: _Coded) -
         if photographs:
             photograph = prepare(photographs[number].data, _MODES[a.column], _LIMITS)
             pairs |= {"a": (pictures["a"], photograph), "b": (pictures["b"], photograph)}
-        for name, (one, two) in pairs.items():
-            error = float(np.square(one.astype(np.float32) - two).mean())
+        for name, (first, second) in pairs.items():
+            error = float(np.square(first.astype(np.float32) - second).mean())
             result.errors.setdefault(name, []).append(error)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from operator import lt
 from typing import Any
@@ -21,6 +21,7 @@ from wds_tools.check.token_rows import check_row
 from wds_tools.dataset.layout import INDEX_SUFFIX, MANIFEST, REJECTS, TAR_SUFFIX, index_name
 from wds_tools.dataset.reader import ShardBytes, read_manifest
 from wds_tools.errors import DataError, FormatError, StorageError, UsageError
+from wds_tools.format.codes import check_range
 from wds_tools.format.index import check_fresh, parse_index, serialize_index
 from wds_tools.format.manifest import Manifest, ShardInfo, hash_rejects
 from wds_tools.format.scan import Scan, scan_tar
@@ -83,7 +84,7 @@ class _ShardReport:
     is_ascending: bool = True
 
     def take_keys(self, keys: list[str]) -> None:
-        """Remember what is needed to find keys that stand twice in the set."""
+        """Remember what is needed to find keys that stand twice in the dataset."""
         hashes = [int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") for key in keys]
         self.key_hashes = np.array(hashes, np.uint64)
         self.is_ascending = all(map(lt, keys, keys[1:]))
@@ -120,32 +121,32 @@ class _CheckShard:
     input: str
     manifest: Manifest
     """Without its shards."""
-    shards: ShardBytes = field(default_factory=ShardBytes)
+    reader: ShardBytes = field(default_factory=ShardBytes)
 
     def __call__(self, numbered: tuple[int, ShardInfo], progress: Report) -> tuple[int, _ShardReport]:
-        number, row = numbered
+        number, shard = numbered
         report = _ShardReport()
         store = open_store(self.input)
         try:
-            self._check(store, row, report, progress)
+            self._check(store, shard, report, progress)
         except (DataError, StorageError, UsageError) as error:  # UsageError: a name that leads out of the dataset
             store.size(MANIFEST)  # raises if it is the storage that does not answer
             report.problems.append(str(error))
         return number, report
 
-    def _check(self, store: Store, row: ShardInfo, report: _ShardReport, progress: Report) -> None:
-        tar, xxh128 = self.shards.read(store, row.name, row.bytes)
-        scan = scan_tar(tar, row.name)
-        contents = self._check_samples(row, scan, tar, report, progress)
-        found: dict[str, Any] = {"bytes": len(tar), "xxh128": xxh128, "samples": len(scan.keys), "members": scan.suffixes}
+    def _check(self, store: Store, shard: ShardInfo, report: _ShardReport, progress: Report) -> None:
+        tar, xxh128 = self.reader.read(store, shard.name, shard.bytes)
+        scan = scan_tar(tar, shard.name)
+        contents = self._check_samples(shard, scan, tar, report, progress)
+        actual: dict[str, Any] = {"bytes": len(tar), "xxh128": xxh128, "samples": len(scan.keys), "members": scan.suffixes}
         if contents is not None:
-            found |= contents.totals()
-        for name, value in found.items():
-            if getattr(row, name) != value:
-                report.problems.append(f"{row.name}: {name} is {value}, the manifest says {getattr(row, name)}")
+            actual |= contents.totals()
+        for name, value in actual.items():
+            if getattr(shard, name) != value:
+                report.problems.append(f"{shard.name}: {name} is {value}, the manifest says {getattr(shard, name)}")
         if not self.manifest.is_indexed:
             report.take_keys(scan.keys)
-        name = index_name(row.name)
+        name = index_name(shard.name)
         index = parse_index(store.read(name), name)
         check_fresh(index, samples=len(scan.keys), tar_bytes=len(tar), xxh128=xxh128, name=name)
         if contents is not None:
@@ -154,59 +155,42 @@ class _CheckShard:
                 report.problems.append(f"{name}: differs from an index rebuilt from the tar: rebuild it with `wds-tools index`")
 
     def _check_samples(
-        self, row: ShardInfo, scan: Scan, tar: memoryview, report: _ShardReport, progress: Report
+        self, shard: ShardInfo, scan: Scan, tar: memoryview, report: _ShardReport, progress: Report
     ) -> Contents | None:
         """What the samples hold, with their faults reported; None if one breaks the schema."""
         contents = Contents()
         rows = self.manifest.token_rows
-        if rows is not None:
-            self._check_rows(row, scan, tar, report, rows)
-        if self.manifest.schema_version == ANY_MEMBERS:
+        if self.manifest.schema_version == ANY_MEMBERS and rows is None:
             progress(Advance(units=len(scan.keys), samples=len(scan.keys)))
             return contents
         for key, start, payloads in zip(scan.keys, scan.start.tolist(), scan.payloads(tar), strict=True):
-            sample = self._check_sample(row, key, start, payloads, report)
-            if sample is not None:
-                contents.add(sample.data_type, sample.text_chars, sample.num_codes)
-            progress(Advance(units=1, samples=1))
-        return contents if len(contents.text_chars) == len(scan.keys) else None
-
-    def _check_rows(self, row: ShardInfo, scan: Scan, tar: memoryview, report: _ShardReport, rows: Mapping[str, Any]) -> None:
-        for key, start, payloads in zip(scan.keys, scan.start.tolist(), scan.payloads(tar), strict=True):
             try:
-                check_row(key, payloads, rows)
+                if rows is not None:
+                    check_row(key, payloads, rows)
+                else:
+                    sample = sample_from_members(key, payloads)
+                    validate(sample)
+                    contents.add(sample.data_type, sample.text_chars, sample.num_codes)
+                    self._check_codes(sample)
             except DataError as error:
                 if len(report.problems) < _MAX_PROBLEMS_A_SHARD:
-                    report.problems.append(f"{row.name}, byte {start}: {error}")
+                    report.problems.append(f"{shard.name}, byte {start}: {error}")
+            progress(Advance(units=1, samples=1))
+        return contents if rows is not None or len(contents.text_chars) == len(scan.keys) else None
 
-    def _check_sample(
-        self, row: ShardInfo, key: str, start: int, payloads: dict[str, memoryview], report: _ShardReport
-    ) -> Sample | None:
-        """The sample, with its faults reported; None if it breaks the schema."""
-        valid = None
-        try:
-            sample = sample_from_members(key, payloads)
-            validate(sample)
-            valid = sample
-            for column, grid_hw in sample.codes.items():
-                size = self.manifest.codes.get(column, {}).get("codebook_size")
-                if size is None and self.manifest.is_indexed:
-                    continue
-                if size is None:
-                    raise DataError(f"{sample.key}: {column} has no provenance in the manifest")
-                highest = int(grid_hw.max(initial=0))
-                if highest >= size:
-                    raise DataError(f"{sample.key}: {column} holds the code {highest}; the codebook has {size} entries")
-        except DataError as error:
-            if len(report.problems) < _MAX_PROBLEMS_A_SHARD:
-                report.problems.append(f"{row.name}, byte {start}: {error}")
-        return valid
+    def _check_codes(self, sample: Sample) -> None:
+        for column, codes in sample.codes.items():
+            size = self.manifest.codes.get(column, {}).get("codebook_size")
+            if size is not None:
+                check_range(f"{sample.key}: {column}", codes, size)
+            elif not self.manifest.is_indexed:
+                raise DataError(f"{sample.key}: {column} has no provenance in the manifest")
 
 
 def _check_keys(manifest: Manifest, reports: Sequence[_ShardReport]) -> Iterator[str]:
-    """Keys that stand twice in the set. Keys that ascend all the way can't; else their hashes are compared.
+    """Keys that stand twice in the dataset. Keys that ascend all the way can't; else their hashes are compared.
 
-    Between the shards of others this is their business: an index knows each sample by its place.
+    Third-party tars may repeat keys: an index knows each sample by its position.
     """
     if manifest.is_indexed:
         return
@@ -243,7 +227,7 @@ def _check_files(store: Store, manifest: Manifest) -> Iterator[str]:
 
     Beside the third-party tars anything may lie, but for tars that were not indexed; beside any, what `energon prepare` writes.
     """
-    shards = {row.name for row in manifest.shards}
+    shards = {shard.name for shard in manifest.shards}
     known = {MANIFEST} | shards | {name + suffix for name in shards for suffix in (INDEX_SUFFIX, _ENERGON_SUFFIX)}
     rejects: Counter[str] = Counter()
     digests: dict[str, str] = {}
@@ -263,5 +247,5 @@ def _check_files(store: Store, manifest: Manifest) -> Iterator[str]:
             yield f"{entry.name}: not in the manifest: left by something else, or by a run that was interrupted"
     if rejects != Counter(manifest.rejects):
         yield f"{REJECTS} lists {dict(rejects)}, the manifest counts {dict(manifest.rejects)}"
-    if manifest.rejects_hash not in (None, found := hash_rejects(digests)):
-        yield f"{REJECTS}: its files hash to {found}, the manifest says {manifest.rejects_hash}: they were changed or damaged"
+    if manifest.rejects_hash not in (None, digest := hash_rejects(digests)):
+        yield f"{REJECTS}: its files hash to {digest}, the manifest says {manifest.rejects_hash}: they were changed or damaged"

@@ -14,7 +14,8 @@ from typing import Any
 
 from wds_tools.convert.options import ConvertOptions, kept_fields
 from wds_tools.errors import UsageError
-from wds_tools.format.schema import CODE_COLUMNS, Sample
+from wds_tools.format.codes import CODE_COLUMNS
+from wds_tools.format.schema import Sample
 from wds_tools.sources.coded import SIDE_512, CodedRows
 from wds_tools.sources.tables import Tables
 

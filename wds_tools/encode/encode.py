@@ -77,7 +77,7 @@ def encode(config: EncodeConfig) -> Manifest:
     )
     has_codes = sorted({image_encoder.column_of(data_type) for data_type in types}.intersection(manifest.codes))
     if has_codes:
-        raise UsageError(f"{config.input} is encoded already ({', '.join(has_codes)}); --codes NAME adds codes of another name")
+        raise UsageError(f"{config.input} is encoded already ({', '.join(has_codes)}); --code-set NAME adds another set")
     if manifest.codes and not set(IMAGE_EXTENSIONS).intersection(manifest.members):
         raise UsageError(f"{config.input} has codes, but its images were not kept: encode its source again, with --keep-images")
     settings, codes = image_encoder.provenance(types)
@@ -88,7 +88,7 @@ def encode(config: EncodeConfig) -> Manifest:
             "keep_images": config.keep_images,
             "sft_mode": config.sft_mode,
             "max_pixels": config.max_pixels,
-            "codes": config.codes,
+            "code_set": config.code_set,
             **settings,
         },
         # About one output shard's samples a task: without their images, shards are small.

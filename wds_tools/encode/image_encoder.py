@@ -24,7 +24,8 @@ from wds_tools.encode.memory import keep_freed_memory
 from wds_tools.encode.options import TokenizerOptions
 from wds_tools.encode.resize import check_torch_resize, prepare_with_torch
 from wds_tools.errors import FormatError, Reject, TokenizerError, UsageError
-from wds_tools.format.schema import Sample, code_column, code_dtype, join_grids
+from wds_tools.format.codes import code_column, code_dtype, join_grids
+from wds_tools.format.schema import Sample
 from wds_tools.images import PAIR_TYPES, PREPROCESSING_VERSION, ImageLimits, Mode, prepare
 from wds_tools.run.local import stops_held
 from wds_tools.run.ray_cluster import check_device
@@ -118,7 +119,7 @@ class ImageEncoder:
 
     def column_of(self, data_type: str) -> str:
         """Where the codes of such a sample go."""
-        return code_column(PAIR_TYPES[self._modes[data_type]], self.options.codes)
+        return code_column(PAIR_TYPES[self._modes[data_type]], self.options.code_set)
 
     def provenance(self, column_types: Iterable[str]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
         """What decides on the codes, for the plan; and the provenance of each code column, for the manifest.

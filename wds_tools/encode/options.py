@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from wds_tools.errors import FormatError, UsageError
-from wds_tools.format.schema import CODE_COLUMNS, named_column
+from wds_tools.format.codes import CODE_COLUMNS, named_column
 
 _SEVERAL_GPUS = re.compile(r"cuda:\d{1,3}(,\d{1,3})+")
 
@@ -29,16 +29,16 @@ class TokenizerOptions:
     resize: Literal["pillow", "torch"] = "pillow"
     """What scales images. torch takes half of the processor time to prepare them, and changes some codes."""
 
-    codes: str = ""
-    """Name of these codes, where a dataset gets several: their columns are then vqcode_512-NAME and vqcode_multi768-NAME."""
+    code_set: str = ""
+    """Name of the code set, where a dataset gets several: its columns are then vqcode_512-NAME and vqcode_multi768-NAME."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise UsageError(f"--batch-size {self.batch_size}: at least 1")
         try:
-            named_column(CODE_COLUMNS[0], self.codes)
+            named_column(CODE_COLUMNS[0], self.code_set)
         except FormatError as error:
-            raise UsageError(f"--codes: {error}") from None
+            raise UsageError(f"--code-set: {error}") from None
         repeated = [device for device in self.devices if device != "cpu" and self.devices.count(device) > 1]
         if repeated:
             raise UsageError(f"--device {self.device}: names {repeated[0]} twice")

@@ -40,8 +40,9 @@ from wds_tools.export.card import NAME as CARD
 from wds_tools.export.push import push
 from wds_tools.export.rows import FEATURES, ROW_BYTES, Format, serialize_table_row, write_part
 from wds_tools.export.shuffle import Shuffle
+from wds_tools.format.codes import CODE_COLUMNS, codes_named
 from wds_tools.format.manifest import Manifest, ShardInfo
-from wds_tools.format.schema import CODE_COLUMNS, IMAGE_EXTENSIONS, codes_named
+from wds_tools.format.schema import IMAGE_EXTENSIONS
 from wds_tools.format.typed_json import read_json
 from wds_tools.run.progress import Advance, Progress
 from wds_tools.sources.coded import load_pyarrow
@@ -79,8 +80,8 @@ class ExportConfig:
     """arrow: for datasets.load_from_disk. parquet: for load_dataset("parquet", ...), pandas and the hub."""
     num_shards: int = 256
     """Files to write; as many as there are samples, if those are fewer."""
-    codes: str = ""
-    """Name of the codes to export, where datasets have several (see `wds-tools encode --codes`)."""
+    code_set: str = ""
+    """Code set to export, where datasets have several (see `wds-tools encode --code-set`)."""
     seed: int = 42
     """Of the shuffle: 0 to 2**64 - 1. The order depends on it and on the inputs, not on format or num_shards."""
     reader: Literal["any", "liquid"] = "any"
@@ -220,7 +221,7 @@ def _write(
 
 def _check_sources(sources: Sequence[_Source], config: ExportConfig) -> None:
     """Refuse at once what the manifests show to be impossible."""
-    codes = config.codes
+    code_set = config.code_set
     seen: dict[tuple[str, str], tuple[str, Any]] = {}
     for store, manifest in sources:
         for row in manifest.shards:
@@ -231,10 +232,10 @@ def _check_sources(sources: Sequence[_Source], config: ExportConfig) -> None:
             if not has_codes and (has_images or not {"image_text", "image_text_multi"}.isdisjoint(row.data_types)):
                 raise UsageError(f"{store.url}/{row.name} holds images without codes: run `wds-tools encode` first")
         columns = [member.removesuffix(".npy") for member in manifest.members if member.startswith("vqcode_")]
-        if columns and not codes_named(dict.fromkeys(columns), codes):
-            wanted = f"codes named {codes!r}" if codes else f"codes without a name ({' or '.join(CODE_COLUMNS)})"
-            raise UsageError(f"{store.url} has no {wanted}, but {', '.join(columns)}: choose with --codes")
-        for column, provenance in codes_named(manifest.codes, codes).items():
+        if columns and not codes_named(dict.fromkeys(columns), code_set):
+            wanted = f"codes named {code_set!r}" if code_set else f"codes without a name ({' or '.join(CODE_COLUMNS)})"
+            raise UsageError(f"{store.url} has no {wanted}, but {', '.join(columns)}: choose with --code-set")
+        for column, provenance in codes_named(manifest.codes, code_set).items():
             for field in _ONE_TOKENIZER:
                 url, value = seen.setdefault((column, field), (store.url, provenance.get(field)))
                 if value != provenance.get(field):
@@ -343,14 +344,14 @@ def _record_bytes(row: ShardInfo) -> int:
 
 
 def _scatter(sources: Sequence[_Source], config: ExportConfig, shuffle: Shuffle, progress: Progress) -> None:
-    codes = config.codes
+    code_set = config.code_set
     for store, manifest in sources:
         for row in manifest.shards:
             for sample in _counted(read_shard(store, row), progress):
                 if not _takes(config, sample.data_type):
                     continue
-                grids = None if sample.grids is None else codes_named(sample.grids, codes)
-                shuffle.add(serialize_table_row(sample._replace(codes=codes_named(sample.codes, codes), grids=grids)))
+                grids = None if sample.grids is None else codes_named(sample.grids, code_set)
+                shuffle.add(serialize_table_row(sample._replace(codes=codes_named(sample.codes, code_set), grids=grids)))
 
 
 def _write_parts(
@@ -406,7 +407,7 @@ def _write_state(store: Store, names: Sequence[str], fingerprint: str) -> Writte
 def _fingerprint(sources: Sequence[_Source], config: ExportConfig) -> str:
     """What Hugging Face's caches know the rows by: equal for equal rows only."""
     made_of = ["wds-tools export 1", config.seed, *(manifest.fingerprint() for _, manifest in sources)]
-    made_of += [config.codes] if config.codes else []
+    made_of += [config.code_set] if config.code_set else []
     made_of += [] if config.reader == "any" else [{"for": config.reader}]
     return hashlib.sha256(orjson.dumps(made_of)).hexdigest()[:16]
 

@@ -23,7 +23,8 @@ import orjson
 from wds_tools.dataset.files import Written
 from wds_tools.errors import FormatError, UsageError
 from wds_tools.format.checksum import content_hash
-from wds_tools.format.schema import CODE_COLUMNS, DATA_TYPES, Sample, validate
+from wds_tools.format.codes import CODE_COLUMNS
+from wds_tools.format.schema import DATA_TYPES, Sample, validate
 from wds_tools.sources.coded import ABSENT, COLUMNS, load_pyarrow
 from wds_tools.storage import Writer
 

@@ -5,7 +5,7 @@ it decodes in well under a millisecond for 10,000 samples and can be memory-mapp
 reader refuses an index that was made for other bytes.
 
     start      (N,)   offset of the sample's first header block
-    size       (N,)   bytes from there to behind the padding of its last member
+    size       (N,)   bytes from there to after the padding of its last member
     lengths    (N, M) payload bytes of member m, or ABSENT
     offsets    (N, M) payload offset of member m from `start`; left out where the shard has this project's own layout
                       (512-byte headers, members in column order, no gaps), since it then follows from `lengths`
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from array import array
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -38,7 +39,9 @@ _MAX_CELLS = 1 << 25
 """Samples times suffixes, where most samples have few of these: an index of 256 MiB."""
 _Array = NDArray[Any]
 _DTYPES: dict[str, np.dtype[Any]] = {"U32": np.dtype("<u4"), "U64": np.dtype("<u8")}
-_COLUMNS = ("start", "size", "lengths", "offsets", "crc32", "text_chars", "num_codes")
+_ADDED = ("start", "size", "crc32", "text_chars", "num_codes")
+"""Columns of one number a sample."""
+_COLUMNS = (*_ADDED, "lengths", "offsets")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,13 +64,28 @@ class ShardIndex:
     def __len__(self) -> int:
         return len(self.crc32)
 
+    def part(self, first: int, last: int) -> ShardIndex:
+        """The samples [first, last) of these, as views."""
+        return self._with(lambda name: getattr(self, name)[first:last])
+
+    def _with(self, column: Callable[[str], _Array]) -> ShardIndex:
+        columns = {name: column(name) for name in _COLUMNS}
+        return ShardIndex(
+            members=self.members, samples=self.samples, tar_bytes=self.tar_bytes, tar_xxh128=self.tar_xxh128, **columns
+        )
+
+
+def join_parts(parts: Sequence[ShardIndex]) -> ShardIndex:
+    """Parts of one index, end to end."""
+    return parts[0]._with(lambda name: np.concatenate([getattr(part, name) for part in parts]))
+
 
 class IndexBuilder:
     """Collects samples in the order in which they lie in the tar. Keeps 40 bytes a sample and 16 a member: no objects."""
 
     def __init__(self) -> None:
-        self._columns: dict[str, int] = {}
-        self._rows = array("Q")
+        self._suffixes: dict[str, int] = {}
+        self._samples = array("Q")
         self._members = array("Q")
         self._places = array("L")
 
@@ -82,46 +100,28 @@ class IndexBuilder:
             crc32: of that byte range.
             text_chars, num_codes: see the module.
         """
-        row = len(self._rows) // 5
-        self._rows.extend((start, size, crc32, text_chars, num_codes))
-        columns = self._columns
+        sample_index = len(self._samples) // len(_ADDED)
+        self._samples.extend((start, size, crc32, text_chars, num_codes))
+        suffixes = self._suffixes
         for suffix, offset, length in members:
-            self._places.extend((row, columns.setdefault(suffix, len(columns))))
+            self._places.extend((sample_index, suffixes.setdefault(suffix, len(suffixes))))
             self._members.extend((offset, length))
 
     def build(self, tar_bytes: int, tar_xxh128: str) -> ShardIndex:
         """The finished index of a tar of this size and hash."""
-        start, size, crc32, text_chars, num_codes = np.array(self._rows, np.uint64).reshape(-1, 5).T
+        columns = dict(zip(_ADDED, np.array(self._samples, np.uint64).reshape(-1, len(_ADDED)).T, strict=True))
         sample, suffix = np.array(self._places, np.int64).reshape(-1, 2).T
         offset, length = np.array(self._members, np.uint64).reshape(-1, 2).T
-        return make_index(
-            members=tuple(self._columns),
-            sample=sample,
-            suffix=suffix,
-            offset=offset,
-            length=length,
-            start=start,
-            size=size,
-            crc32=crc32,
-            text_chars=text_chars,
-            num_codes=num_codes,
-            tar_bytes=tar_bytes,
-            tar_xxh128=tar_xxh128,
-        )
+        return make_index(tuple(self._suffixes), sample, suffix, offset, length, columns, tar_bytes, tar_xxh128)
 
 
 def make_index(
-    *,
     members: tuple[str, ...],
     sample: _Array,
     suffix: _Array,
     offset: _Array,
     length: _Array,
-    start: _Array,
-    size: _Array,
-    crc32: _Array,
-    text_chars: _Array,
-    num_codes: _Array,
+    columns: Mapping[str, _Array],
     tar_bytes: int,
     tar_xxh128: str,
 ) -> ShardIndex:
@@ -131,13 +131,14 @@ def make_index(
         members: suffixes.
         sample, suffix: (K,) to which sample and which of `members` it belongs.
         offset, length: (K,) of its payload: bytes from the sample's `start`, and bytes.
-        start, size, crc32, text_chars, num_codes: (N,) see the module.
+        columns: start, size, crc32, text_chars and num_codes, (N,) each; see the module.
         tar_bytes, tar_xxh128: of the tar.
 
     Raises:
         FormatError: nearly every sample has suffixes of its own, so that the columns would be empty and huge.
     """
-    shape = (len(start), len(members))
+    num_samples = len(columns["start"])
+    shape = (num_samples, len(members))
     if math.prod(shape) > max(_MAX_CELLS, 16 * len(sample)):
         raise FormatError(
             f"{shape[0]} samples with {shape[1]} different suffixes ({', '.join(members[:3])}, ...): a sample's key ends at the "
@@ -147,19 +148,8 @@ def make_index(
     offsets = np.zeros(shape, np.uint64)
     lengths[sample, suffix] = length
     offsets[sample, suffix] = offset
-    return ShardIndex(
-        members=members,
-        samples=len(start),
-        start=_narrow(start),
-        size=_narrow(size),
-        lengths=_narrow(lengths),
-        offsets=_narrow(offsets),
-        crc32=crc32.astype("<u4"),
-        text_chars=_narrow(text_chars),
-        num_codes=_narrow(num_codes),
-        tar_bytes=tar_bytes,
-        tar_xxh128=tar_xxh128,
-    )
+    columns = {name: _narrow(column) for name, column in {**columns, "lengths": lengths, "offsets": offsets}.items()}
+    return ShardIndex(members=members, samples=num_samples, tar_bytes=tar_bytes, tar_xxh128=tar_xxh128, **columns)
 
 
 def serialize_index(index: ShardIndex) -> bytes:
@@ -187,11 +177,11 @@ def parse_index(data: bytes | memoryview, name: str = "index") -> ShardIndex:
     return _read(data, 0, None, name)
 
 
-def read_rows(data: bytes | memoryview, first: int, last: int, name: str = "index") -> ShardIndex:
-    """The rows [first, last) of an index file, which has at least these; `start` still counts from the tar's first byte.
+def read_part(data: bytes | memoryview, first: int, last: int, name: str = "index") -> ShardIndex:
+    """The samples [first, last) of an index file, which has at least these; `start` still counts from the tar's first byte.
 
-    Only these rows are checked and, where the layout follows from the lengths, the lengths before them added up: about 150 us
-    for a hundred rows of 10,000.
+    Only these are checked and, where the layout follows from the lengths, the lengths before them added up: about 150 us
+    for a hundred of 10,000.
 
     Raises:
         FormatError: see parse_index; or the index ends before `last`.
@@ -200,11 +190,11 @@ def read_rows(data: bytes | memoryview, first: int, last: int, name: str = "inde
 
 
 def check_fresh(index: ShardIndex, *, samples: int, tar_bytes: int, xxh128: str, name: str) -> None:
-    """Raise FormatError unless the index, or the one that these rows were read from, is that of this shard.
+    """Raise FormatError unless the index, or the one that this part was read from, is that of this shard.
 
     Args:
         index: of a shard, whole or in part.
-        samples, tar_bytes, xxh128: what the shard has, by its manifest row or by its bytes.
+        samples, tar_bytes, xxh128: what the shard has, by the manifest or by its bytes.
         name: what the message calls the index.
     """
     if (index.samples, index.tar_bytes, index.tar_xxh128) != (samples, tar_bytes, xxh128):
@@ -237,14 +227,14 @@ class _Head:
 class _Column(NamedTuple):
     """One array in an index file."""
 
-    at: int
+    offset: int
     """Offset of its first byte in the file."""
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
 
-    def rows(self, data: bytes | memoryview, first: int, last: int) -> _Array:
+    def part(self, data: bytes | memoryview, first: int, last: int) -> _Array:
         stride = math.prod(self.shape[1:]) * self.dtype.itemsize
-        return np.ndarray((last - first, *self.shape[1:]), self.dtype, data, self.at + first * stride)
+        return np.ndarray((last - first, *self.shape[1:]), self.dtype, data, self.offset + first * stride)
 
 
 def _read(data: bytes | memoryview, first: int, last: int | None, name: str) -> ShardIndex:
@@ -262,9 +252,9 @@ def _read(data: bytes | memoryview, first: int, last: int | None, name: str) -> 
             raise FormatError(f"has {samples} samples, asked for were {first} to {last}")
         if columns["lengths"].dtype != _DTYPES["U32"]:
             raise FormatError(f"its lengths are {columns['lengths'].dtype.str}, expected <u4")
-        arrays = {field: column.rows(data, first, last) for field, column in columns.items()}
+        arrays = {field: column.part(data, first, last) for field, column in columns.items()}
         if "start" not in columns:
-            begin = int(_member_bytes(columns["lengths"].rows(data, 0, first)).sum())
+            begin = int(_member_bytes(columns["lengths"].part(data, 0, first)).sum())
             arrays |= _layout(arrays["lengths"], begin)
         index = ShardIndex(
             members=head.members,
@@ -292,16 +282,16 @@ def _parse(data: bytes | memoryview) -> tuple[dict[str, _Column], dict[str, str]
     head = read_json(dict[str, Any], data[8:begin], "not an index: its head")
     metadata = shape(dict[str, str], head.pop("__metadata__"), "not an index: its metadata")
     columns = {}
-    at = begin
+    offset = begin
     entries = shape(dict[str, _Entry], head, "not an index: its head")
     for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
         dtype, (first, last) = _DTYPES[entry.dtype], entry.data_offsets
-        if begin + first != at or last - first != math.prod(entry.shape) * dtype.itemsize:
+        if begin + first != offset or last - first != math.prod(entry.shape) * dtype.itemsize:
             raise FormatError(f"not an index: {name} does not fill its place, bytes {first} to {last}")
-        columns[name] = _Column(at, dtype, entry.shape)
-        at = begin + last
-    if at != len(data):
-        raise FormatError(f"not an index: its columns end at byte {at}, the file at {len(data)}")
+        columns[name] = _Column(offset, dtype, entry.shape)
+        offset = begin + last
+    if offset != len(data):
+        raise FormatError(f"not an index: its columns end at byte {offset}, the file at {len(data)}")
     return columns, metadata
 
 

@@ -20,8 +20,9 @@ import numpy as np
 
 from wds_tools.dataset.reader import read_manifest, read_stored
 from wds_tools.errors import FormatError, Reject, UsageError
+from wds_tools.format.codes import one_set
 from wds_tools.format.manifest import Manifest, shard_info_from_json
-from wds_tools.format.schema import ANY_MEMBERS, Sample, one_set
+from wds_tools.format.schema import ANY_MEMBERS, Sample
 from wds_tools.format.shard import sample_from_members
 from wds_tools.jobs import Advance, Job, JobOptions, Report, TaskWriter, run_job
 from wds_tools.sequences.build import ROWS_VERSION, ExampleBuilder
@@ -57,8 +58,8 @@ class PackConfig(JobOptions):
     """Put an EOS behind the last token of a document."""
     prompts: str | None = None
     """A JSON file with other wordings."""
-    codes: str | None = None
-    """Name of the codes to pack, where samples have several (`wds-tools encode --codes`); by default the first they have."""
+    code_set: str | None = None
+    """Code set to pack, where samples have several (`wds-tools encode --code-set`); by default the first they have."""
     codebook_size: int | None = None
     """Entries of the image codebook; by default as the manifests say."""
     bos: str | None = None
@@ -98,14 +99,15 @@ def pack(config: PackConfig) -> Manifest:
     """
     manifests = [read_manifest(open_store(url), instead_of_rows=_PACKED_ALREADY) for url in config.input]
     for url, manifest in zip(config.input, manifests, strict=True):
-        if manifest.codes and not one_set(manifest.codes, config.codes):
-            raise UsageError(f"{url} has no codes named {config.codes!r}, but {', '.join(manifest.codes)}: choose with --codes")
-    size = codebook_size_of(manifests, config.input, config.codebook_size, [config.codes] * len(manifests))
+        if manifest.codes and not one_set(manifest.codes, config.code_set):
+            known = ", ".join(manifest.codes)
+            raise UsageError(f"{url} has no codes named {config.code_set!r}, but {known}: choose with --code-set")
+    size = codebook_size_of(manifests, config.input, config.codebook_size, [config.code_set] * len(manifests))
     builder = ExampleBuilder(config.sequences, config.seed, size)
     vocabulary = builder.vocabulary
     total = sum(manifest.samples for manifest in manifests)
     num_tasks = -(-total // config.task_samples)
-    settings = builder.recipe | {"seed": config.seed, "epoch": config.epoch, "codes": config.codes}
+    settings = builder.recipe | {"seed": config.seed, "epoch": config.epoch, "code_set": config.code_set}
     rows = {"version": ROWS_VERSION, "length": config.seq_len, "vocabulary_size": vocabulary.size}
     rows["text_size"] = vocabulary.text_size
     job = Job(
@@ -122,7 +124,7 @@ def pack(config: PackConfig) -> Manifest:
             ],
         },
         schema_version=ANY_MEMBERS,
-        work=_PackSamples(config.sequences, config.seed, config.epoch, size, config.codes),
+        work=_PackSamples(config.sequences, config.seed, config.epoch, size, config.code_set),
     )
     return run_job(job, config)
 
@@ -150,11 +152,11 @@ class _PackSamples:
     seed: int
     epoch: int
     codebook_size: int
-    codes: str | None
+    code_set: str | None
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Without the builder: a worker loads its own tokenizer."""
-        return _PackSamples, (self.config, self.seed, self.epoch, self.codebook_size, self.codes)
+        return _PackSamples, (self.config, self.seed, self.epoch, self.codebook_size, self.code_set)
 
     @cached_property
     def builder(self) -> ExampleBuilder:
@@ -184,9 +186,9 @@ class _PackSamples:
         return writer.num_samples + writer.num_rejects
 
     def _chosen(self, sample: Sample) -> Sample:
-        """The sample with one set of codes."""
-        grids = None if sample.grids is None else one_set(sample.grids, self.codes)
-        return sample._replace(codes=one_set(sample.codes, self.codes), grids=grids)
+        """The sample with one code set."""
+        grids = None if sample.grids is None else one_set(sample.grids, self.code_set)
+        return sample._replace(codes=one_set(sample.codes, self.code_set), grids=grids)
 
     def _is_good(self, sample: Sample, shard: str, writer: TaskWriter) -> bool:
         try:

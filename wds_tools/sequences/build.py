@@ -25,8 +25,9 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from wds_tools.errors import Reject
-from wds_tools.format.schema import Codes, Sample
+from wds_tools.errors import FormatError, Reject
+from wds_tools.format.codes import Codes, check_range
+from wds_tools.format.schema import Sample
 from wds_tools.sequences.choices import choose
 from wds_tools.sequences.config import SequenceConfig
 from wds_tools.sequences.tokenizer import NO_IDS, Ids, Part, TextTokenizer, joined
@@ -98,12 +99,11 @@ class ExampleBuilder:
     def check(self, sample: Sample) -> None:
         """Raise Reject if no example can be made of a valid sample, whatever chance says."""
         key = sample.key
-        for column, grid_hw in sample.codes.items():
-            if (code := int(grid_hw.max(initial=0))) >= self.vocabulary.codebook_size:
-                raise Reject(
-                    "code_out_of_range",
-                    f"{key}: {column} holds the code {code}; the codebook has {self.vocabulary.codebook_size} entries",
-                )
+        for column, codes in sample.codes.items():
+            try:
+                check_range(f"{key}: {column}", codes, self.vocabulary.codebook_size)
+            except FormatError as error:
+                raise Reject("code_out_of_range", str(error)) from error
         if sample.data_type in _PAIRS:
             if not sample.codes:
                 raise Reject("no_codes", f"{key} is {sample.data_type} without codes: run `wds-tools encode` first")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from wds_tools.errors import UsageError
+from wds_tools.format.codes import one_set
 from wds_tools.format.manifest import Manifest
-from wds_tools.format.schema import one_set
 
 
 def codebook_size_of(manifests: Sequence[Manifest], urls: Sequence[str], given: int | None, names: Sequence[str | None]) -> int:

@@ -6,7 +6,8 @@ on a side, or height / stride by width / stride; those of a conversation the gri
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,8 @@ import orjson
 from numpy.typing import NDArray
 
 from wds_tools.errors import FormatError, MissingPackage, Reject
-from wds_tools.format.schema import CODE_COLUMNS, DATA_TYPES, Codes, Sample, code_dtype, validate
+from wds_tools.format.codes import CODE_COLUMNS, HW, Codes, code_dtype
+from wds_tools.format.schema import DATA_TYPES, Sample, validate
 from wds_tools.sources.conversations import turns_of
 from wds_tools.sources.fields import required_text
 
@@ -56,15 +58,14 @@ class CodedRows:
         codes: dict[str, Codes] = {}
         width = height = None
         if (flat := codes_in(row, "vqcode_512")) is not None:
-            side = SIDE_512 // self.stride
-            codes["vqcode_512"] = self._grid("vqcode_512", flat, side, side)
+            codes["vqcode_512"] = self._grid("vqcode_512", flat, self._shape_512)
         if (flat := codes_in(row, "vqcode_multi768")) is not None:
             width, height = _pixels(row, "width"), _pixels(row, "height")
             if width % self.stride or height % self.stride:
                 raise Reject(
                     "bad_codes", f"an image of {width} x {height} pixels is no whole number of codes at stride {self.stride}"
                 )
-            codes["vqcode_multi768"] = self._grid("vqcode_multi768", flat, height // self.stride, width // self.stride)
+            codes["vqcode_multi768"] = self._grid("vqcode_multi768", flat, (height // self.stride, width // self.stride))
             data_type = "image_text_multi" if data_type == "image_text" and len(codes) == 1 else data_type
         if data_type in _IMAGE_TYPES and not codes:
             raise Reject("missing_codes", f"{data_type} without vqcode_512 and vqcode_multi768")
@@ -79,12 +80,11 @@ class CodedRows:
             if flat is None:
                 continue
             if grids is None:  # one image, as everywhere else
-                side = SIDE_512 // self.stride
-                codes[column] = self._grid(column, flat, side, side)
+                codes[column] = self._grid(column, flat, self._shape_512)
                 continue
             shapes = grids.get(column) if isinstance(grids, dict) else None
-            if isinstance(shapes, list) and len(shapes) == 1 and _is_shape(shapes[0]):
-                codes[column] = self._grid(column, flat, *shapes[0])
+            if isinstance(shapes, list) and len(shapes) == 1 and HW.is_shape(shapes[0]):
+                codes[column] = self._grid(column, flat, shapes[0])
             else:
                 codes[column] = self.values(column, flat)[None]
         sample = Sample(
@@ -101,10 +101,15 @@ class CodedRows:
             raise Reject("bad_codes", str(error)) from error
         return sample
 
-    def _grid(self, column: str, flat: list[int], height: int, width: int) -> Codes:
-        if len(flat) != height * width:
-            raise Reject("bad_codes", f"{column} has {len(flat)} codes, expected {height} x {width} at stride {self.stride}")
-        return self.values(column, flat).reshape(height, width)
+    @property
+    def _shape_512(self) -> Sequence[int]:
+        return SIDE_512 // self.stride, SIDE_512 // self.stride
+
+    def _grid(self, column: str, flat: list[int], shape: Sequence[int]) -> Codes:
+        if len(flat) != math.prod(shape):
+            sides = " x ".join(map(str, shape))
+            raise Reject("bad_codes", f"{column} has {len(flat)} codes, expected {sides} at stride {self.stride}")
+        return self.values(column, flat).reshape(shape)
 
     def values(self, column: str, flat: list[int]) -> Codes:
         """Codes of the type that the codebook needs, (N,). Raises Reject: "bad_codes"."""
@@ -128,10 +133,6 @@ def talk_of(row: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(talk, dict):
         raise Reject("bad_conversation", f"text is {text[:40]!r}, expected an object with conversations")
     return talk
-
-
-def _is_shape(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(type(side) is int and side > 0 for side in value)
 
 
 def codes_in(row: Mapping[str, Any], column: str) -> list[int] | None:

@@ -1,6 +1,6 @@
 """What the page shows of samples, as JSON values: pages of cards, one sample in full, a search.
 
-    page(first, count)     a few index rows and one range        card: number, key, type, the text's beginning, sizes
+    page(first, count)     a few index reader and one range        card: number, key, type, the text's beginning, sizes
     sample(number)         one sample without its source image   card + whole text, turns, code grids, members, CRC
     search(query, after)   shards from a number on, piece by piece, for a quarter of a second; says where to go on
 
@@ -21,9 +21,10 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from wds_tools.check.rows import Row, Rows, is_small, is_text
+from wds_tools.dataset.samples import PartialSample, SampleReader, is_small, is_text
 from wds_tools.errors import DataError, FormatError
 from wds_tools.format.checksum import crc32
+from wds_tools.format.codes import HW
 from wds_tools.format.schema import ANY_MEMBERS, Sample, validate
 from wds_tools.format.shard import sample_from_members
 
@@ -50,27 +51,28 @@ class Query:
     data_type: str = ""
 
 
-def page(rows: Rows, first: int, count: int, needle: str = "") -> dict[str, Any]:
+def page(reader: SampleReader, first: int, count: int, needle: str = "") -> dict[str, Any]:
     """The cards of `count` samples from number `first` on; see `card`."""
-    found = rows.page(first, min(count, MAX_COUNT), is_small, max_member_bytes=MAX_MEMBER_BYTES)
-    return {"first": first, "total": len(rows), "samples": [card(row, rows.manifest.schema_version, needle) for row in found]}
+    samples = reader.page(first, min(count, MAX_COUNT), is_small, max_member_bytes=MAX_MEMBER_BYTES)
+    cards = [card(partial, reader.manifest.schema_version, needle) for partial in samples]
+    return {"first": first, "total": len(reader), "samples": cards}
 
 
-def sample(rows: Rows, number: int) -> dict[str, Any]:
+def sample(reader: SampleReader, number: int) -> dict[str, Any]:
     """One sample in full, but for its source image."""
-    row = rows.one(number, is_small, max_member_bytes=MAX_MEMBER_BYTES)
-    shown = card(row, rows.manifest.schema_version)
-    texts = {suffix: _decode(payload) for suffix, payload in row.payloads.items() if is_text(suffix)}
+    partial = reader.sample(number, is_small, max_member_bytes=MAX_MEMBER_BYTES)
+    shown = card(partial, reader.manifest.schema_version)
+    texts = {suffix: _decode(payload) for suffix, payload in partial.payloads.items() if is_text(suffix)}
     shown |= {
-        "shard": row.shard,
-        "row": row.row,
-        "start": row.start,
-        "members": [{"suffix": suffix, "bytes": length} for suffix, length in row.lengths.items()],
-        "intact": _is_intact(rows, row),
+        "shard": partial.shard,
+        "sample_index": partial.sample_index,
+        "start": partial.start,
+        "members": [{"suffix": suffix, "bytes": length} for suffix, length in partial.lengths.items()],
+        "intact": _is_intact(reader, partial),
         "raw": {suffix: text[:MAX_TEXT_CHARS] for suffix, text in texts.items()},
-        "total": len(rows),
+        "total": len(reader),
     }
-    parsed, _ = _parse(row, rows.manifest.schema_version)
+    parsed, _ = _parse(partial, reader.manifest.schema_version)
     if parsed is not None:
         shown |= {
             "text": parsed.text[:MAX_TEXT_CHARS],
@@ -89,17 +91,17 @@ def sample(rows: Rows, number: int) -> dict[str, Any]:
     return shown
 
 
-def card(row: Row, schema_version: int, needle: str = "") -> dict[str, Any]:
+def card(partial: PartialSample, schema_version: int, needle: str = "") -> dict[str, Any]:
     """A sample as it stands in a list: with the beginning of its text, or with what stands around `needle` in it."""
-    shown: dict[str, Any] = {"number": row.number, "key": "", "bytes": row.size, "chars": row.text_chars, "codes": row.num_codes}
-    shown |= {"images": row.images, "columns": {}, "type": None, "text": "", "turns_count": 0}
+    shown: dict[str, Any] = {"number": partial.number, "key": "", "bytes": partial.size, "codes": partial.num_codes}
+    shown |= {"chars": partial.text_chars, "images": partial.images, "columns": {}, "type": None, "text": "", "turns_count": 0}
     try:
-        shown["key"] = row.key
+        shown["key"] = partial.key
     except FormatError as error:
         return shown | {"problem": str(error)}
-    parsed, problem = _parse(row, schema_version)
+    parsed, problem = _parse(partial, schema_version)
     if parsed is None:
-        text = "\n".join(_decode(payload) for suffix, payload in row.payloads.items() if is_text(suffix))
+        text = "\n".join(_decode(payload) for suffix, payload in partial.payloads.items() if is_text(suffix))
         shown |= {"text": _excerpt(text, needle), "chars": len(text)}
         return shown | ({"problem": problem} if problem else {})
     turns = _turns(parsed)
@@ -113,29 +115,29 @@ def card(row: Row, schema_version: int, needle: str = "") -> dict[str, Any]:
     }
 
 
-def codes_of(rows: Rows, number: int, column: str, image: int = 0) -> NDArray[Any]:
+def codes_of(reader: SampleReader, number: int, column: str, image: int = 0) -> NDArray[Any]:
     """The code grid of a sample, or of one image of a conversation.
 
     Raises:
         UsageError: there is no such sample.
         DataError: it has no such grid, or one too large to be drawn.
     """
-    row = rows.one(number, is_small, max_member_bytes=MAX_MEMBER_BYTES)
-    parsed, problem = _parse(row, rows.manifest.schema_version)
+    partial = reader.sample(number, is_small, max_member_bytes=MAX_MEMBER_BYTES)
+    parsed, problem = _parse(partial, reader.manifest.schema_version)
     grids = parsed.grids_of(column) if parsed is not None and column in parsed.codes else []
     if image >= len(grids):
         raise DataError(problem or f"sample {number:,} has {len(grids)} grids in {column}")
     codes = grids[image]
     if codes.size > MAX_GRID_CODES:
-        raise DataError(f"a grid of {codes.shape[0]:,} x {codes.shape[1]:,} codes; at most {MAX_GRID_CODES:,} codes are drawn")
+        raise DataError(f"a grid of {' x '.join(map(str, codes.shape))} codes; at most {MAX_GRID_CODES:,} codes are drawn")
     return codes
 
 
-def search(rows: Rows, query: Query, after: int, limit: int, budget_s: float = SEARCH_S) -> dict[str, Any]:
+def search(reader: SampleReader, query: Query, after: int, limit: int, budget_s: float = SEARCH_S) -> dict[str, Any]:
     """The next samples that match, as many as are found in the time that there is.
 
     Args:
-        rows: the dataset.
+        reader: the dataset.
         query: what to look for.
         after: the number of the first sample to look at.
         limit: at most so many.
@@ -145,55 +147,55 @@ def search(rows: Rows, query: Query, after: int, limit: int, budget_s: float = S
         Cards; `next`, the number to go on from, None at the end; `looked_at`, how many samples this call has passed.
     """
     deadline = time.monotonic() + budget_s
-    found: list[int] = []
-    at = after
-    for piece, at in _pieces(rows, query, after):
-        for row in piece:
-            if _matches(row, query, rows.manifest.schema_version):
-                found.append(row.number)
-                if len(found) >= limit:
-                    at = row.number + 1
+    numbers: list[int] = []
+    end = after
+    for piece, end in _pieces(reader, query, after):
+        for partial in piece:
+            if _matches(partial, query, reader.manifest.schema_version):
+                numbers.append(partial.number)
+                if len(numbers) >= limit:
+                    end = partial.number + 1
                     break
-        if len(found) >= limit or time.monotonic() >= deadline:
+        if len(numbers) >= limit or time.monotonic() >= deadline:
             break
     else:
-        at = len(rows)
+        end = len(reader)
     return {
-        "samples": _cards(rows, found, query.text),
-        "next": None if at >= len(rows) else at,
-        "looked_at": at - after,
-        "total": len(rows),
+        "samples": _cards(reader, numbers, query.text),
+        "next": None if end >= len(reader) else end,
+        "looked_at": end - after,
+        "total": len(reader),
     }
 
 
-def _cards(rows: Rows, numbers: Sequence[int], needle: str) -> list[dict[str, Any]]:
+def _cards(reader: SampleReader, numbers: Sequence[int], needle: str) -> list[dict[str, Any]]:
     """The cards of these samples, in ascending order; neighbours are read together."""
     cards: list[dict[str, Any]] = []
     for _, run in groupby(enumerate(numbers), lambda numbered: numbered[1] - numbered[0]):
         members = list(run)
-        cards += page(rows, members[0][1], len(members), needle)["samples"]
+        cards += page(reader, members[0][1], len(members), needle)["samples"]
     return cards
 
 
-def _pieces(rows: Rows, query: Query, after: int) -> Iterator[tuple[list[Row], int]]:
-    """The samples that may match, and the number behind them. Shards without the data type asked for are passed unread."""
-    if after >= len(rows):
+def _pieces(reader: SampleReader, query: Query, after: int) -> Iterator[tuple[list[PartialSample], int]]:
+    """The samples that may match, and the number after the last. Shards without the data type asked for are passed unread."""
+    if after >= len(reader):
         return
-    shard, first = rows.locate(after)
-    for number in range(shard, len(rows.manifest.shards)):
-        described = rows.manifest.shards[number]
+    shard, first = reader.locate(after)
+    for number in range(shard, len(reader.manifest.shards)):
+        described = reader.manifest.shards[number]
         if query.data_type and described.data_types and query.data_type not in described.data_types:
-            yield [], rows.first_of(number) + described.samples
+            yield [], reader.first_of(number) + described.samples
         else:
-            for piece in rows.scan(number, first, is_text):
+            for piece in reader.scan(number, first, is_text):
                 yield piece, piece[-1].number + 1
         first = 0
 
 
-def _matches(row: Row, query: Query, schema_version: int) -> bool:
+def _matches(partial: PartialSample, query: Query, schema_version: int) -> bool:
     if query.key:
         try:
-            if query.key not in row.key:
+            if query.key not in partial.key:
                 return False
         except FormatError:
             return False
@@ -201,9 +203,9 @@ def _matches(row: Row, query: Query, schema_version: int) -> bool:
         return True
     needle = query.text.lower()
     if schema_version == ANY_MEMBERS:
-        return not query.data_type and any(needle in _decode(payload).lower() for payload in row.payloads.values())
+        return not query.data_type and any(needle in _decode(payload).lower() for payload in partial.payloads.values())
     try:
-        record = orjson.loads(row.payloads["json"])
+        record = orjson.loads(partial.payloads["json"])
         texts = [record["text"], *(turn["value"] for turn in record.get("conversations") or ())]
         if query.data_type and record["data_type"] != query.data_type:
             return False
@@ -212,14 +214,14 @@ def _matches(row: Row, query: Query, schema_version: int) -> bool:
         return False
 
 
-def _parse(row: Row, schema_version: int) -> tuple[Sample | None, str | None]:
+def _parse(partial: PartialSample, schema_version: int) -> tuple[Sample | None, str | None]:
     """The sample, or why it is none; neither for WebDataset samples of other kinds."""
     if schema_version == ANY_MEMBERS:
         return None, None
-    if too_large := [suffix for suffix in row.lengths if is_small(suffix) and suffix not in row.payloads]:
+    if too_large := [suffix for suffix in partial.lengths if is_small(suffix) and suffix not in partial.payloads]:
         return None, f"{too_large[0]} is larger than the {MAX_MEMBER_BYTES >> 20} MiB that are shown here"
     try:
-        parsed = sample_from_members(row.key, row.payloads)
+        parsed = sample_from_members(partial.key, partial.payloads)
         validate(parsed)
     except DataError as error:
         return None, str(error)
@@ -231,22 +233,22 @@ def _turns(parsed: Sample) -> list[dict[str, str]]:
 
 
 def _grid(codes: NDArray[Any]) -> dict[str, Any]:
-    return {"height": codes.shape[0], "width": codes.shape[1], "distinct": len(np.unique(codes)), "codes": codes.ravel().tolist()}
+    return {**dict(zip(HW.axes, codes.shape, strict=True)), "distinct": len(np.unique(codes)), "codes": codes.ravel().tolist()}
 
 
-def _is_intact(rows: Rows, row: Row) -> bool | None:
+def _is_intact(reader: SampleReader, partial: PartialSample) -> bool | None:
     """Whether the sample's bytes have the CRC-32 of its index; None if they are too many to read for this."""
-    if row.size > MAX_MEMBER_BYTES:
+    if partial.size > MAX_MEMBER_BYTES:
         return None
-    data = rows.store.read_range(row.shard, row.start, row.start + row.size)
-    return int(crc32(data)) == row.crc32
+    data = reader.store.read_range(partial.shard, partial.start, partial.start + partial.size)
+    return int(crc32(data)) == partial.crc32
 
 
 def _excerpt(text: str, needle: str) -> str:
-    at = text.lower().find(needle.lower()) if needle else 0
-    if at < CARD_TEXT_CHARS // 4:
+    start = text.lower().find(needle.lower()) if needle else 0
+    if start < CARD_TEXT_CHARS // 4:
         return text[:CARD_TEXT_CHARS]
-    return "… " + text[at - CARD_TEXT_CHARS // 8 :][:CARD_TEXT_CHARS]
+    return "… " + text[start - CARD_TEXT_CHARS // 8 :][:CARD_TEXT_CHARS]
 
 
 def _value(value: Any) -> str:

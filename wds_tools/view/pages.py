@@ -7,7 +7,7 @@
     /image/N                     the source image                /stats                the report, of a part of the samples
 
 Invariant: a path is matched against these patterns and never joined to another path; samples are found by number, and what is
-read of storage goes through Rows and Rejects. Nothing but images is served under a type that a browser would render.
+read of storage goes through SampleReader and Rejects. Nothing but images is served under a type that a browser would render.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from typing import Any
 import numpy as np
 import orjson
 
-from wds_tools.check.png import png_bytes
-from wds_tools.check.report import render
-from wds_tools.check.rows import Rows, find_key
-from wds_tools.check.stats import Stats, sample_stats
+from wds_tools.check.stats.describe import Stats, sample_stats
+from wds_tools.check.stats.png import png_bytes
+from wds_tools.check.stats.report import render
 from wds_tools.dataset.reader import read_manifest
+from wds_tools.dataset.samples import SampleReader
 from wds_tools.errors import DataError, NotFound, UsageError
 from wds_tools.format.schema import ANY_MEMBERS
 from wds_tools.sequences.tokenizer import TextTokenizer
@@ -35,15 +35,9 @@ from wds_tools.view import browse
 from wds_tools.view.pictures import Pictures, code_map
 from wds_tools.view.rejects import Rejects
 
+_SCRIPTS = ("main", "api", "dom", "samples", "sample", "grid", "rejects", "shell")
 _STATIC = {
-    "main.js": "text/javascript",
-    "api.js": "text/javascript",
-    "dom.js": "text/javascript",
-    "samples.js": "text/javascript",
-    "sample.js": "text/javascript",
-    "grid.js": "text/javascript",
-    "rejects.js": "text/javascript",
-    "shell.js": "text/javascript",
+    **{f"{name}.js": "text/javascript" for name in _SCRIPTS},
     "common.css": "text/css",
     "page.css": "text/css",
     "icon.svg": "image/svg+xml",
@@ -119,7 +113,7 @@ class Pages:
 
     def __init__(self, store: Store, config: PagesConfig) -> None:
         manifest = read_manifest(store, any_members=True)
-        self.rows = Rows(store, manifest)
+        self.reader = SampleReader(store, manifest)
         self._store = store
         self._rejects = Rejects(store)
         self._pictures = Pictures(manifest.codes, config.weights, config.device)
@@ -147,7 +141,7 @@ class Pages:
 
     def close(self) -> None:
         """End its threads and its process."""
-        self.rows.close()
+        self.reader.close()
         self._pictures.close()
 
     def answer(self, path: str, request: Request) -> Answer | None:
@@ -161,13 +155,13 @@ class Pages:
             WdsToolsError: what is there can't be shown, and why.
         """
         for pattern, answer in self._routes:
-            found = pattern.fullmatch(path)
-            if found is not None:
-                return answer(request, *found.groups())
+            match = pattern.fullmatch(path)
+            if match is not None:
+                return answer(request, *match.groups())
         return None
 
     def _describe(self) -> dict[str, Any]:
-        manifest = self.rows.manifest
+        manifest = self.reader.manifest
         return {
             "url": self._store.url,
             "version": self.version,
@@ -184,10 +178,10 @@ class Pages:
         }
 
     def _samples(self, request: Request) -> Answer:
-        return _json(browse.page(self.rows, request.number("first"), request.number("count", 24)))
+        return _json(browse.page(self.reader, request.number("first"), request.number("count", 24)))
 
     def _sample(self, _: Request, number: str) -> Answer:
-        shown = browse.sample(self.rows, int(number))
+        shown = browse.sample(self.reader, int(number))
         if self._num_tokens is not None:
             shown["tokens"] = sum(map(self._num_tokens, [shown["text"], *(turn["value"] for turn in shown.get("turns", ()))]))
         return _json(shown)
@@ -195,19 +189,19 @@ class Pages:
     def _search(self, request: Request) -> Answer:
         query = browse.Query(text=request.word("text"), key=request.word("key"), data_type=request.word("type"))
         limit = max(1, min(request.number("limit", 24), browse.MAX_COUNT))
-        return _json(browse.search(self.rows, query, request.number("after"), limit))
+        return _json(browse.search(self.reader, query, request.number("after"), limit))
 
     def _find(self, request: Request) -> Answer:
         key = request.word("key")
-        return _json({"number": find_key(self.rows, key) if key else None})
+        return _json({"number": self.reader.find_key(key) if key else None})
 
     def _reject_lines(self, request: Request) -> Answer:
-        place = request.number("file"), request.number("byte")
-        return _json(self._rejects.read(request.word("reason"), *place, _REJECTS_COUNT))
+        position = request.number("file"), request.number("byte")
+        return _json(self._rejects.read(request.word("reason"), *position, _REJECTS_COUNT))
 
     def _usage(self, request: Request, number: str, column: str) -> Answer:
-        """How often each code of a grid was used, in the part of the set that the report is of."""
-        codes = browse.codes_of(self.rows, int(number), column, request.number("image"))
+        """How often each code of a grid was used, in the part of the dataset that the report is of."""
+        codes = browse.codes_of(self.reader, int(number), column, request.number("image"))
         use = self._sampled().count.codes.get(column)
         counts = np.zeros(1, np.int64) if use is None else use.counts
         seen = np.where(codes < len(counts), counts[np.minimum(codes, len(counts) - 1)], 0)
@@ -215,23 +209,24 @@ class Pages:
 
     def _picture(self, request: Request, number: str, column: str) -> Answer:
         image = request.number("image")
-        codes = browse.codes_of(self.rows, int(number), column, image)
+        codes = browse.codes_of(self.reader, int(number), column, image)
         kept_as, is_small = (int(number), column, image), bool(request.word("small"))
         return _png(self._pictures.decoded(kept_as, codes, is_small=is_small, is_wanted=request.is_wanted))
 
     def _code_map(self, request: Request, number: str, column: str) -> Answer:
-        return _png(code_map(browse.codes_of(self.rows, int(number), column, request.number("image"))))
+        return _png(code_map(browse.codes_of(self.reader, int(number), column, request.number("image"))))
 
     def _image(self, request: Request, number: str) -> Answer:
         """The source image, piece by piece as it is sent."""
-        row = self.rows.one(int(number), lambda _: False)
-        images, image = row.images, request.number("image")
+        partial = self.reader.sample(int(number), lambda _: False)
+        images, image = partial.images, request.number("image")
         if image >= len(images):
             raise DataError(f"sample {int(number):,} has {len(images)} source images")
         suffix = images[image]
-        begin, end = row.spans[suffix]
+        begin, end = partial.spans[suffix]
         pieces = (
-            bytes(self._store.read_range(row.shard, at, min(at + _PIECE_BYTES, end))) for at in range(begin, end, _PIECE_BYTES)
+            bytes(self._store.read_range(partial.shard, start, min(start + _PIECE_BYTES, end)))
+            for start in range(begin, end, _PIECE_BYTES)
         )
         kind = _IMAGE_TYPES.get(suffix.rpartition(".")[2])
         if kind is not None:
@@ -241,7 +236,7 @@ class Pages:
     def _sampled(self) -> Stats:
         with self._stats_lock:
             if self._stats is None:
-                self._stats = sample_stats(self._store.url, self.rows)
+                self._stats = sample_stats(self._store.url, self.reader)
             return self._stats
 
 

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from wds_tools.check.png import png_bytes
+from wds_tools.check.stats.png import png_bytes
 from wds_tools.errors import DataError, UsageError, WorkerDied
 from wds_tools.run.local import exit_with_parent, stops_held
 

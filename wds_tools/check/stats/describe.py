@@ -1,6 +1,6 @@
 """What a dataset holds, in numbers: one pass over texts and codes, in constant memory, on any number of processes.
 
-    shard ──scan──▶ pieces of rows ──`count`──▶ histograms, code counts, hashes ──merge──▶ Stats
+    shard ──scan──▶ pieces ──`count`──▶ histograms, code counts, hashes ──merge──▶ Stats
                                                   └▶ the shard's own text and code histogram ──▶ drift
 
 Source images are not read, only their sizes. Invariant: the result does not depend on workers or on the order of shards.
@@ -12,16 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
 
 import numpy as np
 import orjson
 
-from wds_tools.check.count import Count, Part, count_rows
-from wds_tools.check.drift import Outline, ShardStats, drift, outline
-from wds_tools.check.duplicates import HashSet, Repeats
-from wds_tools.check.rows import PIECE_BYTES, Rows, is_text
+from wds_tools.check.stats.count import Count, ShardCount, count_samples
+from wds_tools.check.stats.drift import Outline, ShardStats, drift, outline
+from wds_tools.check.stats.duplicates import HashSet, Repeats
 from wds_tools.dataset.reader import read_manifest
+from wds_tools.dataset.samples import PIECE_BYTES, SampleReader, is_text
 from wds_tools.errors import DataError, UsageError
 from wds_tools.format.manifest import Manifest
 from wds_tools.run.local import Report, run_tasks
@@ -78,34 +78,34 @@ def stats(config: StatsConfig) -> Stats:
     with Progress("stats", manifest.samples, quiet=config.quiet) as progress:
         tasks = list(range(len(manifest.shards)))
         work = _CountShard(config.input, manifest)
-        parts = run_tasks(work, tasks, workers=config.workers, on_report=progress)
-        rows = Rows(store, manifest)
-        result = _describe(config.input, rows, parts, config.hashes)
-        rows.close()
+        counts = run_tasks(work, tasks, workers=config.workers, on_report=progress)
+        reader = SampleReader(store, manifest)
+        result = _describe(config.input, reader, counts, config.hashes)
+        reader.close()
     return result
 
 
-def sample_stats(url: str, rows: Rows, blocks: int = 32, block_samples: int = 128) -> Stats:
-    """The same from blocks of samples spread evenly over the set, in one process: what a glance may cost.
+def sample_stats(url: str, reader: SampleReader, blocks: int = 32, block_samples: int = 128) -> Stats:
+    """The same from blocks of samples spread evenly over the dataset, in one process: what a glance may cost.
 
     Args:
         url: the dataset, as it is to be named.
-        rows: it.
-        blocks, block_samples: how many, and of what size; small sets are read whole.
+        reader: it.
+        blocks, block_samples: how many, and of what size; small datasets are read whole.
     """
-    total = len(rows)
+    total = len(reader)
     starts: Sequence[int] = range(0, total, block_samples)
     if len(starts) > blocks:
-        starts = [at * (total - block_samples) // (blocks - 1) for at in range(blocks)]
-    parts: dict[int, Part] = {}
-    for at in starts:
-        last = min(at + block_samples, total)
-        while at < last:
-            shard, row = rows.locate(at)
-            end = min(row + last - at, rows.manifest.shards[shard].samples)
-            parts.setdefault(shard, Part(shard=shard)).merge(count_rows(rows, shard, row, end, lambda *_: None))
-            at += end - row
-    return _describe(url, rows, parts.values(), blocks * block_samples)
+        starts = [block * (total - block_samples) // (blocks - 1) for block in range(blocks)]
+    counts: dict[int, ShardCount] = {}
+    for start in starts:
+        last = min(start + block_samples, total)
+        while start < last:
+            shard, first = reader.locate(start)
+            end = min(first + last - start, reader.manifest.shards[shard].samples)
+            counts.setdefault(shard, ShardCount(shard=shard)).merge(count_samples(reader, shard, first, end, lambda *_: None))
+            start += end - first
+    return _describe(url, reader, counts.values(), blocks * block_samples)
 
 
 @dataclass(frozen=True)
@@ -114,50 +114,53 @@ class _CountShard:
 
     input: str
     manifest: Manifest
-    _rows: list[Rows] = field(default_factory=list)
 
-    def __call__(self, shard: int, progress: Report) -> Part:
-        if not self._rows:
-            self._rows.append(Rows(open_store(self.input), self.manifest))
-        return count_rows(self._rows[0], shard, 0, self.manifest.shards[shard].samples, progress)
+    @cached_property
+    def _reader(self) -> SampleReader:
+        return SampleReader(open_store(self.input), self.manifest)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_rows": []}
+    def __call__(self, shard: int, progress: Report) -> ShardCount:
+        return count_samples(self._reader, shard, 0, self.manifest.shards[shard].samples, progress)
 
 
-def _describe(url: str, rows: Rows, parts: Iterable[Part], limit: int) -> Stats:
+def _describe(url: str, reader: SampleReader, counts: Iterable[ShardCount], limit: int) -> Stats:
     count = Count()
     texts, codes = HashSet(limit=limit), HashSet(limit=limit)
     outlines: dict[int, Outline] = {}
-    for part in parts:
-        count.merge(part.count)
-        for kept, pairs in ((texts, part.texts), (codes, part.codes)):
+    for counted in counts:
+        count.merge(counted.count)
+        for kept, pairs in ((texts, counted.texts), (codes, counted.codes)):
             hashes, numbers = zip(*pairs, strict=True) if pairs else ((), ())
             kept.add(np.array(hashes, np.uint64), np.array(numbers, np.int64))
-        name = rows.manifest.shards[part.shard].name
-        outlines[part.shard] = outline(name, part.count.samples, part.count.text_chars, part.buckets, part.count.grids.total())
+        outlines[counted.shard] = outline(
+            reader.manifest.shards[counted.shard].name,
+            counted.count.samples,
+            counted.count.text_chars,
+            counted.buckets,
+            counted.count.grids.total(),
+        )
     text_repeats, code_repeats = texts.repeats(), codes.repeats()
     return Stats(
         url=url,
-        manifest=rows.manifest,
+        manifest=reader.manifest,
         count=count,
         text_repeats=text_repeats,
         code_repeats=code_repeats,
-        shards=tuple(drift([outlines[shard] for shard in sorted(outlines) if outlines[shard].samples])),
-        largest={"text": _largest(rows, text_repeats), "codes": _largest(rows, code_repeats)},
+        shards=tuple(drift([outlines[shard] for shard in sorted(outlines) if outlines[shard].stats.samples])),
+        largest={"text": _largest(reader, text_repeats), "codes": _largest(reader, code_repeats)},
     )
 
 
-def _largest(rows: Rows, repeats: Repeats) -> list[tuple[int, str, str]]:
+def _largest(reader: SampleReader, repeats: Repeats) -> list[tuple[int, str, str]]:
     """(copies, key, the text's beginning) of the largest groups; a sample each is read for it."""
-    found = []
+    largest = []
     for copies, number in repeats.largest:
-        row = rows.one(number, is_text, max_member_bytes=PIECE_BYTES)
+        sample = reader.sample(number, is_text, max_member_bytes=PIECE_BYTES)
         try:
-            record = orjson.loads(row.payloads["json"])
+            record = orjson.loads(sample.payloads["json"])
             turns = record.get("conversations") or ()
             text = record["text"] or " / ".join(turn["value"] for turn in turns)
-            found.append((copies, row.key, " ".join(text.split())[:_SHOWN_CHARS]))
+            largest.append((copies, sample.key, " ".join(text.split())[:_SHOWN_CHARS]))
         except (DataError, KeyError, TypeError):
-            found.append((copies, f"sample {number}", ""))
-    return found
+            largest.append((copies, f"sample {number}", ""))
+    return largest

@@ -69,7 +69,7 @@ class HashSet:
         begins = np.flatnonzero(np.append(True, hashes[1:] != hashes[:-1])) if len(hashes) else np.zeros(0, np.int64)
         copies = np.diff(np.append(begins, len(hashes)))
         top = np.lexsort((numbers[begins], -copies))[:show]
-        largest = ((int(copies[at]), int(numbers[begins[at]])) for at in top if copies[at] > 1)
+        largest = ((int(copies[group]), int(numbers[begins[group]])) for group in top if copies[group] > 1)
         return Repeats(
             share_kept=self.share_kept,
             contents=len(begins),

@@ -8,12 +8,13 @@ Cost: 1 KB a shard.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from wds_tools.check.histogram import Histogram
+from wds_tools.check.stats.histogram import Histogram
 
 BUCKETS = 64
 """Classes of codes in a shard's histogram."""
@@ -23,7 +24,7 @@ _ODD_TIMES_CHANCE = 3.0
 
 @dataclass(frozen=True, kw_only=True)
 class ShardStats:
-    """How one shard differs from the set."""
+    """How one shard differs from the others."""
 
     name: str
     samples: int
@@ -31,72 +32,50 @@ class ShardStats:
     text_p5: int
     text_p50: int
     text_p95: int
-    text_distance: float
+    text_distance: float = 0.0
     """Share of its texts that would have to lie in another octave of lengths to be spread as in a typical shard: 0 to 1."""
-    code_distance: float
+    code_distance: float = 0.0
     """The same for its codes, in 64 classes (their number modulo 64)."""
-    is_odd: bool
+    is_odd: bool = False
     """Whether a distance is above 0.05 and three times what chance makes of a shard of this size."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Outline:
+class Outline(NamedTuple):
     """What is kept of a shard until all are read."""
 
-    name: str
-    samples: int
-    mean: float
-    p5: int
-    p50: int
-    p95: int
+    stats: ShardStats
+    """Without its distances."""
     octaves: NDArray[np.int64]
     """Texts by octave of their length."""
     buckets: NDArray[np.int64]
-    grids: int
+    """Codes by their number modulo BUCKETS."""
+    num_grids: int
 
 
-def outline(name: str, samples: int, text: Histogram, buckets: NDArray[np.int64], grids: int) -> Outline:
+def outline(name: str, num_samples: int, text: Histogram, buckets: NDArray[np.int64], num_grids: int) -> Outline:
     """The outline of a shard, from the lengths of its texts and the buckets of its codes."""
-    return Outline(
-        name=name,
-        samples=samples,
-        mean=text.mean,
-        p5=text.quantile(0.05),
-        p50=text.quantile(0.5),
-        p95=text.quantile(0.95),
-        octaves=text.octaves,
-        buckets=buckets,
-        grids=grids,
-    )
+    p5, p50, p95 = map(text.quantile, (0.05, 0.5, 0.95))
+    stats = ShardStats(name=name, samples=num_samples, text_mean=text.mean, text_p5=p5, text_p50=p50, text_p95=p95)
+    return Outline(stats, text.octaves, buckets, num_grids)
 
 
 def drift(outlines: Sequence[Outline]) -> Iterator[ShardStats]:
     """Each shard against a typical one."""
-    octaves = _typical([one.octaves for one in outlines])
-    buckets = _typical([one.buckets for one in outlines])
-    for one in outlines:
-        text_distance, text_chance = _distance(one.octaves, octaves, int(one.octaves.sum()))
-        code_distance, code_chance = _distance(one.buckets, buckets, one.grids)
-        odd = (
+    octaves = _typical([shard.octaves for shard in outlines])
+    buckets = _typical([shard.buckets for shard in outlines])
+    for shard in outlines:
+        text_distance, text_chance = _distance(shard.octaves, octaves, int(shard.octaves.sum()))
+        code_distance, code_chance = _distance(shard.buckets, buckets, shard.num_grids)
+        is_odd = any(
             distance > max(_ODD_DISTANCE, _ODD_TIMES_CHANCE * chance)
             for distance, chance in ((text_distance, text_chance), (code_distance, code_chance))
         )
-        yield ShardStats(
-            name=one.name,
-            samples=one.samples,
-            text_mean=one.mean,
-            text_p5=one.p5,
-            text_p50=one.p50,
-            text_p95=one.p95,
-            text_distance=text_distance,
-            code_distance=code_distance,
-            is_odd=any(odd),
-        )
+        yield replace(shard.stats, text_distance=text_distance, code_distance=code_distance, is_odd=is_odd)
 
 
 def _typical(counts: Sequence[NDArray[np.int64]]) -> NDArray[np.float64]:
     """The distribution of a shard in the middle: the median share of each class, which a few odd shards do not move."""
-    shares = np.array([one / one.sum() for one in counts if one.any()])
+    shares = np.array([shard / shard.sum() for shard in counts if shard.any()])
     if not len(shares):
         return np.zeros(0)
     median = np.median(shares, axis=0)

@@ -1,7 +1,7 @@
-"""Rows of a shard -> what is counted over them: texts, turns, sizes, grids, codes; and hashes of texts and codes.
+"""Samples of a shard -> what is counted over them: texts, turns, sizes, grids, codes; and hashes of texts and codes.
 
 Counts add up in any order, so they can be made in pieces, on any number of processes. Cost: about 10 us a sample. Memory: one
-piece of rows (8 MiB), a histogram a code column, 16 bytes a hash.
+piece (8 MiB), a histogram a code column, 16 bytes a hash.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ import orjson
 from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest
 
-from wds_tools.check.drift import BUCKETS
-from wds_tools.check.histogram import Histogram
-from wds_tools.check.rows import Row, Rows, is_image, is_small
+from wds_tools.check.stats.drift import BUCKETS
+from wds_tools.check.stats.histogram import Histogram
+from wds_tools.dataset.samples import PartialSample, SampleReader, is_image, is_small
 from wds_tools.errors import FormatError
+from wds_tools.format.codes import HW
 from wds_tools.format.manifest import Manifest
 from wds_tools.format.schema import ANY_MEMBERS
 from wds_tools.format.shard import parse_npy
@@ -101,8 +102,8 @@ class Count:
 
 
 @dataclass(kw_only=True)
-class Part:
-    """What was counted over rows of one shard."""
+class ShardCount:
+    """What was counted over samples of one shard."""
 
     shard: int
     count: Count = field(default_factory=Count)
@@ -113,82 +114,81 @@ class Part:
     buckets: NDArray[np.int64] = field(default_factory=lambda: np.zeros(BUCKETS, np.int64))
     """Codes by their number modulo BUCKETS."""
 
-    def merge(self, other: Part) -> None:
-        """Add what was counted over other rows of the same shard."""
+    def merge(self, other: ShardCount) -> None:
+        """Add what was counted over other samples of the same shard."""
         self.count.merge(other.count)
         self.texts += other.texts
         self.codes += other.codes
         self.buckets += other.buckets
 
 
-def count_rows(rows: Rows, shard: int, first: int, last: int, progress: Report) -> Part:
-    """Count the rows [first, last) of a shard.
+def count_samples(reader: SampleReader, shard: int, first: int, last: int, progress: Report) -> ShardCount:
+    """Count the samples [first, last) of a shard.
 
     Raises:
         FormatError: a sample is damaged, or has a code outside its codebook.
     """
-    part = Part(shard=shard)
-    sizes = {column: _codebook_size(rows.manifest, column) for column in rows.manifest.codes}
-    has_schema = rows.manifest.schema_version != ANY_MEMBERS
-    for piece in rows.scan(shard, first, is_small if has_schema else lambda _: False, last):
-        part.count.samples += len(piece)
-        part.count.sample_bytes.add([row.size for row in piece])
-        images = [length for row in piece for suffix, length in row.lengths.items() if is_image(suffix)]
-        part.count.image_bytes.add(images)
+    counted = ShardCount(shard=shard)
+    sizes = {column: _codebook_size(reader.manifest, column) for column in reader.manifest.codes}
+    has_schema = reader.manifest.schema_version != ANY_MEMBERS
+    for piece in reader.scan(shard, first, is_small if has_schema else lambda _: False, last):
+        counted.count.samples += len(piece)
+        counted.count.sample_bytes.add([sample.size for sample in piece])
+        images = [length for sample in piece for suffix, length in sample.lengths.items() if is_image(suffix)]
+        counted.count.image_bytes.add(images)
         if has_schema:
-            _count_codes(part, piece, _count_texts(part, piece), sizes)
+            _count_codes(counted, piece, _count_texts(counted, piece), sizes)
         progress(Advance(units=len(piece), samples=len(piece)))
-    return part
+    return counted
 
 
-def _count_texts(part: Part, piece: Sequence[Row]) -> list[Mapping[str, Any]]:
+def _count_texts(counted: ShardCount, piece: Sequence[PartialSample]) -> list[Mapping[str, Any]]:
     """Count texts and turns; returns the samples' records."""
     records: list[Mapping[str, Any]] = []
     chars: list[int] = []
     turns: list[int] = []
-    for row in piece:
+    for sample in piece:
         try:
-            record = orjson.loads(row.payloads["json"])
+            record = orjson.loads(sample.payloads["json"])
             records.append(record)
             texts = [record["text"]]
             if record.get("conversations") is not None:
                 texts += [turn["value"] for turn in record["conversations"]]
                 turns.append(len(texts) - 1)
-            part.count.data_types[record["data_type"]] += 1
+            counted.count.data_types[record["data_type"]] += 1
             whole = "\x1f".join(texts).encode()
             chars.append(sum(map(len, texts)))
         except (orjson.JSONDecodeError, KeyError, TypeError, UnicodeEncodeError) as error:
             why = f"its json is none of this schema ({type(error).__name__}: {error})"
-            raise FormatError(f"{row.shard}, byte {row.start}: {why}: `wds-tools verify` says more") from error
+            raise FormatError(f"{sample.shard}, byte {sample.start}: {why}: `wds-tools verify` says more") from error
         if chars[-1]:
-            part.texts.append((xxh3_64_intdigest(whole), row.number))
-    part.count.text_chars.add(chars)
-    part.count.turns.add(turns)
+            counted.texts.append((xxh3_64_intdigest(whole), sample.number))
+    counted.count.text_chars.add(chars)
+    counted.count.turns.add(turns)
     return records
 
 
-def _count_codes(part: Part, piece: Sequence[Row], records: Sequence[Mapping[str, Any]], sizes: Mapping[str, int | None]) -> None:
+def _count_codes(
+    counted: ShardCount, piece: Sequence[PartialSample], records: Sequence[Mapping[str, Any]], sizes: Mapping[str, int | None]
+) -> None:
     columns: dict[str, list[NDArray[Any]]] = {}
-    for row, record in zip(piece, records, strict=True):
+    for sample, record in zip(piece, records, strict=True):
         hashes = []
-        for suffix, payload in row.payloads.items():
+        for suffix, payload in sample.payloads.items():
             if not suffix.endswith(".npy"):
                 continue
-            codes = parse_npy(payload, f"{row.shard}, byte {row.start}: {suffix}")
-            if codes.ndim != 2:
-                raise FormatError(f"{row.shard}, byte {row.start}: {suffix} has the shape {codes.shape}, expected (h, w)")
+            codes = parse_npy(payload, f"{sample.shard}, byte {sample.start}: {suffix}")
             column = suffix.removesuffix(".npy")
             try:
-                part.count.grids.update(f"{h} x {w}" for h, w in (record.get("grids") or {}).get(column, [codes.shape]))
-            except (AttributeError, TypeError, ValueError) as error:
-                raise FormatError(
-                    f"{row.shard}, byte {row.start}: its grids are not [h, w] each: `wds-tools verify` says more"
-                ) from error
+                shapes = HW.shapes_of(column, codes, (record.get("grids") or {}).get(column))
+            except (FormatError, AttributeError) as error:
+                raise FormatError(f"{sample.shard}, byte {sample.start}: {error}: `wds-tools verify` says more") from error
+            counted.count.grids.update(" x ".join(map(str, shape)) for shape in shapes)
             if codes.size:
                 columns.setdefault(column, []).append(codes.ravel())
                 hashes.append(xxh3_64_intdigest(payload))
         if hashes:
-            part.codes.append((hashes[0] if len(hashes) == 1 else xxh3_64_intdigest(repr(hashes).encode()), row.number))
+            counted.codes.append((hashes[0] if len(hashes) == 1 else xxh3_64_intdigest(repr(hashes).encode()), sample.number))
     for column, grids in columns.items():
         codes = np.concatenate(grids)
         size = sizes.get(column)
@@ -199,8 +199,8 @@ def _count_codes(part: Part, piece: Sequence[Row], records: Sequence[Mapping[str
                 "`wds-tools verify` says where"
             )
         use = CodeUse(codebook_size=size, counts=np.bincount(codes, minlength=size or 1).astype(np.int64))
-        part.count.merge(Count(codes={column: use}))
-        part.buckets += np.bincount(codes % BUCKETS, minlength=BUCKETS)
+        counted.count.merge(Count(codes={column: use}))
+        counted.buckets += np.bincount(codes % BUCKETS, minlength=BUCKETS)
 
 
 def _codebook_size(manifest: Manifest, column: str) -> int | None:
