@@ -77,3 +77,8 @@ class WorkerDied(WdsToolsError):
 
 class MissingPackage(WdsToolsError, ImportError):
     """An optional package is needed for this; the message has the pip line that brings it."""
+
+
+def in_one_line(error: BaseException) -> str:
+    """The error's type, and the first 200 characters of its message."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from wds_tools.errors import UsageError, WdsToolsError
+from wds_tools.errors import UsageError, WdsToolsError, in_one_line
 
 SOURCES, CONVERTERS, TOKENIZERS = "wds_tools.sources", "wds_tools.converters", "wds_tools.tokenizers"
 """Groups of entry points."""
@@ -34,8 +34,3 @@ def load_plugin(group: str, name: str, error: type[WdsToolsError] = WdsToolsErro
         return known[name].load()
     except Exception as cause:
         raise error(f"{kind} {name!r} of {known[name].value} can't be imported ({in_one_line(cause)})") from cause
-
-
-def in_one_line(error: Exception) -> str:
-    """The error's type, and the first 200 characters of its message."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -12,10 +12,10 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
-from wds_tools.sources.columns import ABSENT, COLUMNS
 
 from benchmarks.loader_workload import Text, read_source
 from benchmarks.peers.measure import BATCH, main, stack_codes
+from wds_tools.sources.coded import ABSENT, COLUMNS
 
 FORMAT = "hf-json"
 

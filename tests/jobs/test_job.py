@@ -119,3 +119,13 @@ def test_what_the_work_reports_and_its_writer_counts_arrive_together_and_whole(t
         passed_on.flush()
     assert 3 <= len(reports) <= 5
     assert Advance.sum(reports) == Advance(units=sum(len(str(n)) for n in range(200) if n % 3), samples=133, rejects=67)
+
+
+def count_nothing(task: list[str], writer: TaskWriter, report: Report) -> int:
+    writer.count("shortened", 0)
+    return 0
+
+
+def test_what_was_counted_and_is_zero_is_in_the_manifest(tmp_path: Path) -> None:
+    manifest = run_job(Job(command="x", settings={}, tasks=[[], []], work=count_nothing, total=0), options(tmp_path / "out"))
+    assert manifest.source["counts"] == {"shortened": 0}

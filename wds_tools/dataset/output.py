@@ -202,7 +202,7 @@ class Output:
         done = list(results)
         shards = tuple(shard for result in done for shard in result.shards)
         members = {member for shard in shards for member in shard.members}
-        counts = sum((Counter(result.counts) for result in done), Counter[str]())
+        counts = _total(result.counts for result in done)
         return Manifest(
             shards=shards,
             inputs=sum(result.inputs for result in done),
@@ -278,7 +278,15 @@ def check_complete(store: Store, manifest: Manifest, *, verify: bool = False, qu
 
 def count_rejects(results: Iterable[TaskResult]) -> Counter[str]:
     """Rejects by reason, over tasks."""
-    return sum((Counter(result.rejects) for result in results), Counter[str]())
+    return _total(result.rejects for result in results)
+
+
+def _total(counts: Iterable[Mapping[str, int]]) -> Counter[str]:
+    """Counts by name, added up; what was counted and is zero stays."""
+    total: Counter[str] = Counter()
+    for each in counts:
+        total.update(each)
+    return total
 
 
 def remove(store: Store) -> None:

@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from wds_tools.errors import Reject, TokenizerError, WdsToolsError
+from wds_tools.errors import Reject, TokenizerError, WdsToolsError, in_one_line
 from wds_tools.run.progress import Advance
 from wds_tools.terminal import say
 from wds_tools.vq.base import ImageTokenizer
@@ -183,8 +183,9 @@ class Device:
         if isinstance(error, WdsToolsError) or not isinstance(error, Exception):
             return error
         H, W, _ = images[0].shape
-        said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        named = TokenizerError(f"tokenizer {self.tokenizer.name} failed on {len(images)} images of {W} x {H} pixels ({said})")
+        named = TokenizerError(
+            f"tokenizer {self.tokenizer.name} failed on {len(images)} images of {W} x {H} pixels ({in_one_line(error)})"
+        )
         named.__cause__ = error
         return named
 

@@ -22,6 +22,8 @@ from wds_tools.run.local import Report
 from wds_tools.run.progress import Advance
 from wds_tools.sources.record import Record
 
+_REPORT_EVERY = 64
+
 Converted = tuple[Record[Any], Sample | Reject]
 
 
@@ -62,22 +64,27 @@ class ConvertRecords:
 
     def __call__(self, task: Any, writer: TaskWriter, report: Report) -> int:
         """Convert the records of a task; returns how many there were."""
-        num_records = 0
+        num_records = units = 0
         converted = self._converted(task, writer)
         for record, sample in converted if self.encoder is None else self.encoder.fill(converted):
-            num_records += 1
-            if self.encoder is not None:
-                report(Advance(units=record.num_units) + self.encoder.device.new_use())
-            elif record.num_units:
-                report(Advance(units=record.num_units))
             if isinstance(sample, Sample):
                 try:
                     writer.add(sample)
-                    continue
                 except FormatError as error:  # such as a kept field that is nested too deep to be written
                     sample = Reject("unwritable_record", str(error))
-            writer.reject(sample, source=record.source, line=record.line, element=record.element, key=record.key)
+            if isinstance(sample, Reject):
+                writer.reject(sample, source=record.source, line=record.line, element=record.element, key=record.key)
+            num_records += 1
+            units += record.num_units
+            if num_records % _REPORT_EVERY == 0:
+                report(self._advance(units))
+                units = 0
+        report(self._advance(units))
         return num_records
+
+    def _advance(self, units: int) -> Advance:
+        """What is new, with the seconds and images of the encoder."""
+        return Advance(units=units) + (Advance() if self.encoder is None else self.encoder.device.new_use())
 
     def _converted(self, task: Any, writer: TaskWriter) -> Iterator[Converted]:
         def convert(record: Record[Any]) -> Converted:

@@ -22,7 +22,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from wds_tools.errors import MissingPackage, TokenizerError, UsageError
+from wds_tools.errors import MissingPackage, TokenizerError, UsageError, in_one_line
 from wds_tools.format.typed_json import read_json, shape
 from wds_tools.vq.norm import use_right_norms
 from wds_tools.vq.pickles import load_pickle
@@ -154,7 +154,7 @@ def _build(folder: Path, make: Any) -> Any:
         with torch.device("meta"):  # shapes only: the weights come from the file
             return make()
     except Exception as error:
-        raise TokenizerError(f"{folder}: {CONFIG_NAME} makes no model ({type(error).__name__}: {_short(error)})") from error
+        raise TokenizerError(f"{folder}: {CONFIG_NAME} makes no model ({in_one_line(error)})") from error
 
 
 def _load(
@@ -262,7 +262,7 @@ def _read_tensors(files: list[Path]) -> dict[str, Tensor]:
         except TokenizerError as error:
             raise TokenizerError(f"{path.parent}: {error}") from error.__cause__
         except Exception as error:
-            why = f"{type(error).__name__}: {_short(error)}"
+            why = in_one_line(error)
             raise TokenizerError(f"{path} is damaged or holds more than tensors, and was not loaded ({why})") from error
     codebooks = [name for name in places if name.endswith(_CODEBOOK)]
     if len(codebooks) != 1:
@@ -311,9 +311,5 @@ def _read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise TokenizerError(f"{path} is missing") from error
     except OSError as error:
-        raise TokenizerError(f"{path} can't be read: {_short(error)}") from error
+        raise TokenizerError(f"{path} can't be read: {in_one_line(error)}") from error
     return read_json(dict[str, Any], data, f"{path} can't be read", TokenizerError)
-
-
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

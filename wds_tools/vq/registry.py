@@ -19,8 +19,8 @@ from typing import cast, get_args
 
 import torch
 
-from wds_tools.errors import TokenizerError, UsageError, WdsToolsError
-from wds_tools.plugins import TOKENIZERS, in_one_line, load_plugin, plugins
+from wds_tools.errors import TokenizerError, UsageError, WdsToolsError, in_one_line
+from wds_tools.plugins import TOKENIZERS, load_plugin, plugins
 from wds_tools.vq.base import ImageTokenizer
 from wds_tools.vq.chameleon import load_chameleon
 from wds_tools.vq.huggingface import load_emu3, load_janus, load_vq_model

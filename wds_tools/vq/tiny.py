@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from wds_tools.errors import TokenizerError
+from wds_tools.errors import TokenizerError, in_one_line
 from wds_tools.format.typed_json import read_json
 from wds_tools.vq.quantize import CodebookTokenizer, Precision, hash_files
 
@@ -138,8 +138,7 @@ def load_tiny(path: Path = BUNDLED, *, device: torch.device | str = "cpu", preci
         model = TinyVQ(config)
         model.load_state_dict(state)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        why = " ".join(str(error).split())
-        raise TokenizerError(f"{path} does not hold a tiny tokenizer ({type(error).__name__}: {why})") from error
+        raise TokenizerError(f"{path} does not hold a tiny tokenizer ({in_one_line(error)})") from error
     model.requires_grad_(requires_grad=False).eval().to(device)
     return CodebookTokenizer(
         name="tiny",
