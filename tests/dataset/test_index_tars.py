@@ -162,7 +162,7 @@ def test_a_key_may_come_back_in_another_tar_but_not_in_the_same(tmp_path: Path) 
     assert index(tmp_path).samples == 6
     assert problems(tmp_path) == ()
     write_tarfile(tmp_path / "other/c.tar", {"1.jpg": b"", "2.jpg": b"", "1.txt": b""})
-    with pytest.raises(FormatError, match=r"other/c.tar: '1.txt' at byte 1024 comes behind other samples"):
+    with pytest.raises(FormatError, match=r"other/c.tar: '1.txt' at byte 1024 comes after other samples"):
         index(tmp_path / "other")
 
 

@@ -563,8 +563,8 @@ OUTCOMES: dict[str, int | str] = {
     "native_webdataset_compressed.tar": 3,
     "dots_in_keys.tar": 2,  # img.v1.000000.jpg and img.v1.000001.jpg are members of img: as in webdataset
     "duplicate_adjacent.tar": "'000000.txt' at byte 43520 stands twice in one sample",
-    "duplicate_names.tar": "'000000.jpg' at byte 55296 comes behind other samples",
-    "interleaved_keys.tar": "'000000.txt' at byte 144384 comes behind other samples",
+    "duplicate_names.tar": "'000000.jpg' at byte 55296 comes after other samples",
+    "interleaved_keys.tar": "'000000.txt' at byte 144384 comes after other samples",
     "dot_slash_and_hidden.tar": "'./._000000.jpg' is not KEY.SUFFIX",
     "native_libarchive_test_read_format_tar_mac_metadata_1.tar": "is not KEY.SUFFIX",
 }
@@ -590,7 +590,7 @@ def test_a_key_that_comes_back_is_refused(order: str) -> None:
         for n, key in enumerate(order):
             yield f"{key}.m{n}", b""
 
-    with pytest.raises(FormatError, match=r"'a.m\d' at byte \d+ comes behind other samples than the rest of 'a'"):
+    with pytest.raises(FormatError, match=r"'a.m\d' at byte \d+ comes after other samples than the rest of 'a'"):
         list(group_samples(read_members(tar_of(dict(members())))))
 
 

@@ -104,9 +104,9 @@ def test_what_is_written_is_read_back_whole_byte_by_byte_and_with_a_tail(members
     check_places(archive, whole)
     assert feed([archive[at : at + 1] for at in range(len(archive))]) == whole
     assert feed([archive, bytes(7), bytes(BLOCK), b"\0"]) == whole  # GNU tar fills up to 10,240 bytes
-    with pytest.raises(FormatError, match=f"data behind the end of the archive at byte {len(archive)}"):
+    with pytest.raises(FormatError, match=f"data after the end of the archive at byte {len(archive)}"):
         feed([archive, b"x"])
-    with pytest.raises(FormatError, match="data behind the end"):
+    with pytest.raises(FormatError, match="data after the end"):
         feed([archive + archive[:-1024] + b"x" * BLOCK])
 
 
@@ -260,7 +260,7 @@ def test_every_changed_byte_of_a_header_is_found_or_harmless() -> None:
 def test_a_hole_of_zeros_in_place_of_a_header_is_not_taken_for_the_end() -> None:
     archive = bytearray(write_tar([("a.json", b"1"), ("b.json", b"2"), ("c.json", b"3")]))
     archive[2 * BLOCK : 3 * BLOCK] = bytes(BLOCK)
-    with pytest.raises(FormatError, match="data behind the end of the archive at byte 1536"):
+    with pytest.raises(FormatError, match="data after the end of the archive at byte 1536"):
         read_members(bytes(archive))
 
 
@@ -293,8 +293,8 @@ SPECIAL: dict[str, tuple[bytes, str | list[tuple[str, bytes]]]] = {
     "pax record of no length": (raw_tar((b"x", {}, b"0 path=b.json\n"), (b"0", {}, b"1")), "broken record"),
     "pax record without =": (raw_tar((b"x", {}, b"7 path\n"), (b"0", {}, b"1")), "broken record"),
     "pax record of garbage": (raw_tar((b"x", {}, b"\xff\xff\xff"), (b"0", {}, b"1")), "broken record"),
-    "pax block with nothing behind it": (raw_tar((b"x", {}, b"15 path=b.json\n")), "no member behind it"),
-    "long name with nothing behind it": (raw_tar((b"L", {}, b"b.json\0")), "no member behind it"),
+    "pax block with nothing behind it": (raw_tar((b"x", {}, b"15 path=b.json\n")), "no member after it"),
+    "long name with nothing behind it": (raw_tar((b"L", {}, b"b.json\0")), "no member after it"),
     "pax block of 2 MiB": (raw_tar((b"x", {SIZE: b"00010000000\0"}, b"")), "claims 2097152 bytes"),
     "global comment": (raw_tar((b"g", {}, b"14 comment=ab\n"), (b"0", {}, b"1")), [("a.json", b"1")]),
     "global comment alone": (raw_tar((b"g", {}, b"14 comment=ab\n")), []),
@@ -421,7 +421,7 @@ OUTCOMES: dict[str, int | str] = {
     "trunc_at_boundary.tar": "ends at byte 148992 without the end-of-archive blocks",
     "no_end_blocks.tar": "ends at byte 156672 without the end-of-archive blocks",
     "bad_header_checksum_middle.tar": "no tar header at byte 55296",
-    "concatenated.tar": "data behind the end of the archive at byte 66048",
+    "concatenated.tar": "data after the end of the archive at byte 66048",
     "zero_bytes.tar": "ends at byte 0 without the end-of-archive blocks",
     "empty_archive.tar": 0,
     "html_named.tar": "HTML or XML page",
@@ -441,7 +441,7 @@ OUTCOMES: dict[str, int | str] = {
     "empty_members.tar": 18,
     "native_webdataset_compressed.tar": 3,  # tarfile counts a folder too
     "native_cpython_recursion.tar": "ends at byte 516 inside a member that starts at byte 0",
-    LIBARCHIVE + "compat_plexus_archiver_tar.tar": "data behind the end of the archive at byte 1536",  # a stray line end
+    LIBARCHIVE + "compat_plexus_archiver_tar.tar": "data after the end of the archive at byte 1536",  # a stray line end
     LIBARCHIVE + "read_format_gtar_sparse_1_17_posix10.tar": "the member at byte 0 is a sparse file",
     LIBARCHIVE + "read_format_tar_V_negative_size.tar": "no tar header at byte 0",
     LIBARCHIVE + "read_format_tar_invalid_pax_size.tar": "-19769411113659727436",

@@ -53,7 +53,7 @@ class CompareConfig:
     weights: str | None = None
     """Folder of the tokenizer's weights, to decode with."""
     device: str = "auto"
-    """To decode on: auto, cpu, cuda or cuda:N."""
+    """Device to decode on: auto, cpu, cuda or cuda:N."""
     quiet: bool = False
     """Show no progress."""
 
@@ -66,22 +66,22 @@ class CompareConfig:
 
 @dataclass(kw_only=True)
 class Comparison:
-    """What came of it."""
+    """Counts and distances of two sets of codes of the same images."""
 
     samples: int = 0
-    """With codes in both."""
+    """Samples with codes in both."""
     only_a: int = 0
     only_b: int = 0
     equal_samples: int = 0
-    """All of whose codes are equal."""
+    """Samples all of whose codes are equal."""
     codes: int = 0
     equal_codes: int = 0
     pictures: int = 0
-    """That were decoded."""
+    """Pictures that were decoded."""
     psnr_between_db: float | None = None
-    """Of B's pictures against A's, from the squared error over all of them; infinite if equal, None if none was decoded."""
+    """PSNR of B's pictures against A's, from the squared error over all; infinite if equal, None if none was decoded."""
     psnr_a_db: float | None = None
-    """Of A's pictures against the photographs; None if these were not kept."""
+    """PSNR of A's pictures against the photographs; None if these were not kept."""
     psnr_b_db: float | None = None
     errors: dict[str, list[float]] = field(default_factory=dict, repr=False)
     """Mean squared error of each picture, by what was compared."""
@@ -93,7 +93,7 @@ class Comparison:
 
 
 def compare_codes(config: CompareConfig) -> Comparison:
-    """Compare.
+    """Compare the codes of two datasets, or two code sets of one.
 
     Raises:
         UsageError: the codes come from different tokenizers, or the datasets have no such codes.
@@ -110,11 +110,12 @@ def compare_codes(config: CompareConfig) -> Comparison:
     result = Comparison()
     num_looked_at = 0
     with Progress("compare-codes", min(a[1].samples, b[1].samples), quiet=config.quiet) as progress:
-        for one, two in _joined(_coded(*a, config.code_set_a), _coded(*b, config.code_set_b), result):
-            _count(result, one, two)
-            if tokenizer is not None and num_looked_at < config.pictures and num_looked_at * every < result.samples and one.grids:
+        for sample_a, sample_b in _joined(_coded(*a, config.code_set_a), _coded(*b, config.code_set_b), result):
+            _count(result, sample_a, sample_b)
+            is_due = num_looked_at < config.pictures and num_looked_at * every < result.samples
+            if tokenizer is not None and is_due and sample_a.grids:
                 num_looked_at += 1
-                _look(result, tokenizer, one, two)
+                _look(result, tokenizer, sample_a, sample_b)
             if result.samples % _REPORT_EVERY == 0:
                 progress(_REPORT_EVERY, _REPORT_EVERY, 0)
     result.finish()
@@ -143,51 +144,51 @@ class _Coded(NamedTuple):
 
     sample: Sample
     column: str
-    """One of CODE_COLUMNS, whatever the name of the set of codes."""
+    """One of CODE_COLUMNS, whatever the code set."""
     grids: list[Codes]
-    """One an image: a conversation has any number."""
+    """The grid of each image: a conversation has any number."""
 
 
 def _coded(store: Store, manifest: Manifest, name: str) -> Iterator[_Coded]:
-    """Those of a dataset."""
+    """The samples of a dataset that have codes."""
     last = ""
-    for row in manifest.shards:
-        for sample in read_shard(store, row):
+    for shard in manifest.shards:
+        for sample in read_shard(store, shard):
             if sample.key <= last:
-                raise FormatError(f"{store.url}/{row.name}: {sample.key} follows {last}: keys have to ascend to be compared")
+                raise FormatError(f"{store.url}/{shard.name}: {sample.key} follows {last}: keys have to ascend to be compared")
             last = sample.key
             for column in codes_named(sample.codes, name):
                 yield _Coded(sample, column, sample.grids_of(named_column(column, name)))
 
 
 def _joined(a: Iterator[_Coded], b: Iterator[_Coded], result: Comparison) -> Iterator[tuple[_Coded, _Coded]]:
-    """The same samples of both."""
-    one, two = next(a, None), next(b, None)
-    while one is not None and two is not None:
-        if one.sample.key < two.sample.key:
+    """Pairs of samples with the same key."""
+    sample_a, sample_b = next(a, None), next(b, None)
+    while sample_a is not None and sample_b is not None:
+        if sample_a.sample.key < sample_b.sample.key:
             result.only_a += 1
-            one = next(a, None)
-        elif one.sample.key > two.sample.key:
+            sample_a = next(a, None)
+        elif sample_a.sample.key > sample_b.sample.key:
             result.only_b += 1
-            two = next(b, None)
+            sample_b = next(b, None)
         else:
             result.samples += 1
-            yield one, two
-            one, two = next(a, None), next(b, None)
-    result.only_a += (one is not None) + sum(1 for _ in a)
-    result.only_b += (two is not None) + sum(1 for _ in b)
+            yield sample_a, sample_b
+            sample_a, sample_b = next(a, None), next(b, None)
+    result.only_a += (sample_a is not None) + sum(1 for _ in a)
+    result.only_b += (sample_b is not None) + sum(1 for _ in b)
 
 
 def _count(result: Comparison, a: _Coded, b: _Coded) -> None:
     shapes_a, shapes_b = ([grid_hw.shape for grid_hw in coded.grids] for coded in (a, b))
     if a.column != b.column or shapes_a != shapes_b:
-        says = [f"{', '.join(map(str, shapes)) or 'no image'}" for shapes in (shapes_a, shapes_b)]
+        texts = [f"{', '.join(map(str, shapes)) or 'no image'}" for shapes in (shapes_a, shapes_b)]
         raise FormatError(
-            f"{a.sample.key}: {a.column} has grids of {says[0]} and {b.column} of {says[1]} codes: "
+            f"{a.sample.key}: {a.column} has grids of {texts[0]} and {b.column} of {texts[1]} codes: "
             "not of the same images, or cropped in another way (--sft-mode)"
         )
     sizes = [grid_hw.size for grid_hw in a.grids]
-    equal = sum(int((one_hw == two_hw).sum()) for one_hw, two_hw in zip(a.grids, b.grids, strict=True))
+    equal = sum(int((grid_a == grid_b).sum()) for grid_a, grid_b in zip(a.grids, b.grids, strict=True))
     result.codes += sum(sizes)
     result.equal_codes += equal
     result.equal_samples += equal == sum(sizes)
@@ -204,8 +205,8 @@ def _look(result: Comparison, tokenizer: ImageTokenizer, a: _Coded, b: _Coded) -
         if photographs:
             photograph = prepare(photographs[number].data, _MODES[a.column], _LIMITS)
             pairs |= {"a": (pictures["a"], photograph), "b": (pictures["b"], photograph)}
-        for name, (one, two) in pairs.items():
-            error = float(np.square(one.astype(np.float32) - two).mean())
+        for name, (first, second) in pairs.items():
+            error = float(np.square(first.astype(np.float32) - second).mean())
             result.errors.setdefault(name, []).append(error)
 
 

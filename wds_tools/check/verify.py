@@ -61,17 +61,17 @@ class VerifyConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyResult:
-    """What was found; `problems` is empty if all is well."""
+    """The result of a check; `problems` is empty if all is well."""
 
     manifest: Manifest
     problems: tuple[str, ...]
     notes: tuple[str, ...] = ()
-    """What could not be checked."""
+    """Sentences about what could not be checked."""
 
 
 @dataclass(frozen=True)
 class _Reject:
-    """What is counted of a line of rejects."""
+    """The field of a line of rejects that is counted."""
 
     reason: str
 
@@ -85,7 +85,7 @@ class _ShardReport:
     is_ascending: bool = True
 
     def take_keys(self, keys: list[str]) -> None:
-        """Remember what is needed to find keys that stand twice in the set."""
+        """Remember what is needed to find keys that stand twice in the dataset."""
         hashes = [int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") for key in keys]
         self.key_hashes = np.array(hashes, np.uint64)
         self.is_ascending = all(map(lt, keys, keys[1:]))
@@ -191,7 +191,7 @@ class _CheckShard:
 
 
 def _check_keys(manifest: Manifest, reports: Sequence[_ShardReport]) -> Iterator[str]:
-    """Keys that stand twice in the set. Keys that ascend all the way can't; else their hashes are compared.
+    """Keys that stand twice in the dataset. Keys that ascend all the way can't; else their hashes are compared.
 
     Third-party tars may repeat keys: an index knows each sample by its position.
     """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import tyro
@@ -83,10 +83,9 @@ def _describe(result: Stats) -> Iterator[str]:
         )
 
 
-def _describe_repeats(name: str, found: Repeats, largest: object) -> Iterator[str]:
-    about = "" if found.share_kept == 1 else f"; an estimate, from {found.share_kept:.3%} of the contents (--hashes for more)"
-    yield f"{name:<16}{found.extra:,} of {found.samples:,} samples repeat an earlier one ({found.share:.2%}){about}"
-    assert isinstance(largest, list)
+def _describe_repeats(name: str, repeats: Repeats, largest: Sequence[tuple[int, str, str]]) -> Iterator[str]:
+    about = "" if repeats.share_kept == 1 else f"; an estimate, from {repeats.share_kept:.3%} of the contents (--hashes for more)"
+    yield f"{name:<16}{repeats.extra:,} of {repeats.samples:,} samples repeat an earlier one ({repeats.share:.2%}){about}"
     for copies, key, text in largest[:3]:
         yield f"{'':<16}{copies:,} x {key} {text[:60]!r}"
 
@@ -96,7 +95,7 @@ def _spark(values: Histogram) -> str:
     bars = values.bars()
     width = min(_SPARK_WIDTH, len(bars))
     heights = [0] * width
-    for at, (_, _, count) in enumerate(bars):
-        heights[at * width // len(bars)] += count
+    for number, (_, _, count) in enumerate(bars):
+        heights[number * width // len(bars)] += count
     top = max(heights)
     return "".join(_SPARKS[-(-height * (len(_SPARKS) - 1) // top)] for height in heights)

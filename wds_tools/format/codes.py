@@ -59,8 +59,7 @@ class CodeGrid:
         """Raise FormatError unless an array holds a conversation's grids of these shapes, which come from JSON."""
         if not isinstance(shapes, list | tuple) or not all(map(self.is_shape, shapes)):
             raise FormatError(f"the grids of {column} are {shapes!r}, expected a list of [{', '.join(self.axes)}]")
-        end_to_end = (*(1,) * (len(self.axes) - 1), sum(map(math.prod, shapes)))
-        expected = tuple(shapes[0]) if len(shapes) == 1 else end_to_end
+        expected = self.joined_shape(shapes)
         if codes.shape != expected:
             raise FormatError(f"{column} has the shape {codes.shape}, its {len(shapes)} grids {shapes!r} need {expected}")
 
@@ -79,6 +78,10 @@ class CodeGrid:
         self.check_shapes(column, codes, shapes)
         return list(map(tuple, shapes))
 
+    def joined_shape(self, shapes: Sequence[Sequence[int]]) -> Shape:
+        """The shape of the array that holds a conversation's grids: that of the only one, else one line of them end to end."""
+        return tuple(shapes[0]) if len(shapes) == 1 else (*(1,) * (len(self.axes) - 1), sum(map(math.prod, shapes)))
+
     def is_shape(self, value: Any) -> bool:
         """Whether a value of JSON is the shape of a grid."""
         is_list = isinstance(value, list | tuple) and len(value) == len(self.axes)
@@ -90,12 +93,11 @@ LAYOUTS = {"hw": CodeGrid(("height", "width"), ("<u2", "<u4"))}
 HW = LAYOUTS["hw"]
 
 
-def join_grids(grids: Sequence[Codes], dtype: np.dtype[Any]) -> tuple[Codes, list[list[int]]]:
+def join_grids(grids: Sequence[Codes], dtype: np.dtype[Any], layout: CodeGrid = HW) -> tuple[Codes, list[list[int]]]:
     """The codes of a conversation's images as a sample holds them, and the shape of each: see Sample.grids."""
     shapes = [list(grid.shape) for grid in grids]
-    if len(grids) == 1:
-        return grids[0], shapes
-    return np.concatenate([np.empty(0, dtype), *(grid.reshape(-1) for grid in grids)])[None], shapes
+    flat = np.concatenate([np.empty(0, dtype), *(grid.reshape(-1) for grid in grids)])
+    return flat.reshape(layout.joined_shape(shapes)), shapes
 
 
 def split_grids(codes: Codes, shapes: Sequence[Sequence[int]]) -> list[Codes]:

@@ -5,7 +5,7 @@ it decodes in well under a millisecond for 10,000 samples and can be memory-mapp
 reader refuses an index that was made for other bytes.
 
     start      (N,)   offset of the sample's first header block
-    size       (N,)   bytes from there to behind the padding of its last member
+    size       (N,)   bytes from there to after the padding of its last member
     lengths    (N, M) payload bytes of member m, or ABSENT
     offsets    (N, M) payload offset of member m from `start`; left out where the shard has this project's own layout
                       (512-byte headers, members in column order, no gaps), since it then follows from `lengths`
@@ -52,7 +52,7 @@ class ShardIndex:
 
     members: tuple[str, ...]
     samples: int
-    """Of the whole shard."""
+    """Samples of the whole shard."""
     start: _Array
     size: _Array
     lengths: _Array
@@ -229,14 +229,14 @@ class _Head:
 class _Column(NamedTuple):
     """One array in an index file."""
 
-    at: int
+    offset: int
     """Offset of its first byte in the file."""
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
 
-    def rows(self, data: bytes | memoryview, first: int, last: int) -> _Array:
+    def part(self, data: bytes | memoryview, first: int, last: int) -> _Array:
         stride = math.prod(self.shape[1:]) * self.dtype.itemsize
-        return np.ndarray((last - first, *self.shape[1:]), self.dtype, data, self.at + first * stride)
+        return np.ndarray((last - first, *self.shape[1:]), self.dtype, data, self.offset + first * stride)
 
 
 def _read(data: bytes | memoryview, first: int, last: int | None, name: str) -> ShardIndex:
@@ -254,9 +254,9 @@ def _read(data: bytes | memoryview, first: int, last: int | None, name: str) -> 
             raise FormatError(f"has {samples} samples, asked for were {first} to {last}")
         if columns["lengths"].dtype != _DTYPES["U32"]:
             raise FormatError(f"its lengths are {columns['lengths'].dtype.str}, expected <u4")
-        arrays = {field: column.rows(data, first, last) for field, column in columns.items()}
+        arrays = {field: column.part(data, first, last) for field, column in columns.items()}
         if "start" not in columns:
-            begin = int(_member_bytes(columns["lengths"].rows(data, 0, first)).sum())
+            begin = int(_member_bytes(columns["lengths"].part(data, 0, first)).sum())
             arrays |= _layout(arrays["lengths"], begin)
         index = ShardIndex(
             members=head.members,
@@ -284,16 +284,16 @@ def _parse(data: bytes | memoryview) -> tuple[dict[str, _Column], dict[str, str]
     head = read_json(dict[str, Any], data[8:begin], "not an index: its head")
     metadata = shape(dict[str, str], head.pop("__metadata__"), "not an index: its metadata")
     columns = {}
-    at = begin
+    offset = begin
     entries = shape(dict[str, _Entry], head, "not an index: its head")
     for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
         dtype, (first, last) = _DTYPES[entry.dtype], entry.data_offsets
-        if begin + first != at or last - first != math.prod(entry.shape) * dtype.itemsize:
+        if begin + first != offset or last - first != math.prod(entry.shape) * dtype.itemsize:
             raise FormatError(f"not an index: {name} does not fill its place, bytes {first} to {last}")
-        columns[name] = _Column(at, dtype, entry.shape)
-        at = begin + last
-    if at != len(data):
-        raise FormatError(f"not an index: its columns end at byte {at}, the file at {len(data)}")
+        columns[name] = _Column(offset, dtype, entry.shape)
+        offset = begin + last
+    if offset != len(data):
+        raise FormatError(f"not an index: its columns end at byte {offset}, the file at {len(data)}")
     return columns, metadata
 
 

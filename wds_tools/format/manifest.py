@@ -1,10 +1,10 @@
-"""The manifest of a dataset: one row a shard, totals, what was rejected, and where everything came from.
+"""The manifest of a dataset: one entry a shard, totals, what was rejected, and where everything came from.
 
 `manifest.json` is written last; its existence means that the dataset is complete. `fingerprint()` hashes what training
 depends on (schema version, shard names, sample counts and content hashes, in order) and nothing else, so a dataset that was
 copied elsewhere keeps it and one that was changed does not.
 `manifest_hash` is over the file itself, with its own 64 digits as zeros; `rejects_hash` over the files of rejects.
-Invariant: inputs = samples + rejects; what is packed can be unpacked. Cost: about 250 bytes a shard.
+Invariant: inputs = samples + rejects; what is serialized can be parsed. Cost: about 250 bytes a shard.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _LEAST_SAMPLE_BYTES = 512
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardInfo:
-    """What the manifest says of one shard."""
+    """One shard, as the manifest describes it."""
 
     name: str
     """File name relative to the dataset, such as "shard-000000-0000.tar"."""
@@ -54,7 +54,7 @@ class ShardInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenRows:
-    """What the manifest says of rows of tokens."""
+    """Rows of tokens, as the manifest describes them."""
 
     length: Annotated[int, range(1, 1 << 31)]
     """Tokens of a row."""
@@ -62,7 +62,7 @@ class TokenRows:
     text_size: Count
     """Ids of the text tokenizer."""
     version: Count = 1
-    """Of the way from a sample to its tokens."""
+    """Version of the way from a sample to its tokens."""
 
 
 def hash_rejects(digests: Mapping[str, str]) -> str:
@@ -83,39 +83,39 @@ class Manifest:
     codes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Code column -> its provenance: tokenizer, codebook_size, stride, weights_hash, preprocessing_version, precision, ..."""
     source: Mapping[str, Any] = field(default_factory=dict)
-    """What made it: command, settings, input files; for a pass over a dataset, that one's fingerprint and own source."""
+    """Origin: command, settings, input files; of a job over a dataset, that one's fingerprint and own source."""
     schema_version: int = SCHEMA_VERSION
-    """Of its samples; ANY_MEMBERS if they are WebDataset samples of other kinds: then nothing is counted but them."""
+    """Schema of the samples; ANY_MEMBERS if they are WebDataset samples of other kinds: then nothing is counted but them."""
     rejects_hash: str | None = hash_rejects({})
     """See hash_rejects. None: an earlier release wrote the manifest, and no hash protects it or the rejects."""
 
     @property
     def samples(self) -> int:
         """Samples over all shards."""
-        return sum(row.samples for row in self.shards)
+        return sum(shard.samples for shard in self.shards)
 
     @property
     def bytes(self) -> int:
         """Bytes of all tars."""
-        return sum(row.bytes for row in self.shards)
+        return sum(shard.bytes for shard in self.shards)
 
     @property
     def data_types(self) -> dict[str, int]:
         """Samples by data type over all shards."""
         total: Counter[str] = Counter()
-        for row in self.shards:
-            total.update(row.data_types)
+        for shard in self.shards:
+            total.update(shard.data_types)
         return dict(sorted(total.items()))
 
     @property
     def members(self) -> tuple[str, ...]:
         """Suffixes over all shards, in the order of their first shard."""
-        kinds = dict.fromkeys(row.members for row in self.shards)
+        kinds = dict.fromkeys(shard.members for shard in self.shards)
         return tuple(dict.fromkeys(member for members in kinds for member in members))
 
     @property
     def is_indexed(self) -> bool:
-        """Whether `wds-tools index` found the tars and wrote this manifest for them: no pass of this project made them."""
+        """Whether `wds-tools index` found the tars and wrote this manifest for them: no job of this project made them."""
         return self.source.get("command") == INDEX_COMMAND
 
     @property
@@ -126,8 +126,8 @@ class Manifest:
     def fingerprint(self) -> str:
         """ "sha256:<hex>" over what training depends on."""
         digest = hashlib.sha256(f"{FORMAT} {self.schema_version}\n".encode())
-        for row in self.shards:
-            digest.update(f"{row.name} {row.samples} {row.xxh128}\n".encode())
+        for shard in self.shards:
+            digest.update(f"{shard.name} {shard.samples} {shard.xxh128}\n".encode())
         return f"sha256:{digest.hexdigest()}"
 
 
@@ -189,7 +189,7 @@ def serialize_manifest(manifest: Manifest) -> bytes:
         **({"rejects_hash": manifest.rejects_hash} if hashes else {}),
         "codes": manifest.codes,
         "source": manifest.source,
-        "shards": [asdict(row) for row in manifest.shards],
+        "shards": [asdict(shard) for shard in manifest.shards],
     }
     data = orjson.dumps(record, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
     if hashes:
@@ -225,8 +225,8 @@ def parse_manifest(data: bytes, name: str = NAME) -> Manifest:
     if (document.manifest_hash is None) != (document.rejects_hash is None):
         raise FormatError(f"{name}: has one of manifest_hash and rejects_hash, which are written together: it was damaged")
     if document.manifest_hash is not None:
-        found = _OWN_HASH.search(data)
-        begin, end = found.span(1) if found else (0, 0)
+        match = _OWN_HASH.search(data)
+        begin, end = match.span(1) if match else (0, 0)
         digest = hashlib.sha256(data[:begin] + _NO_HASH.encode() + data[end:]).hexdigest()
         _check_stated(name, "manifest_hash", document.manifest_hash, f"sha256:{digest}")
     return manifest
@@ -237,22 +237,22 @@ def shard_info_from_json(record: Mapping[str, Any]) -> ShardInfo:
     return shape(ShardInfo, record, "not the row of a shard")
 
 
-def _check_stated(name: str, key: str, stated: object, found: object) -> None:
-    if stated != found:
-        raise FormatError(f"{name}: states {key} {stated!r}, but its contents make it {found!r}: it was edited or damaged")
+def _check_stated(name: str, key: str, stated: object, actual: object) -> None:
+    if stated != actual:
+        raise FormatError(f"{name}: states {key} {stated!r}, but its contents make it {actual!r}: it was edited or damaged")
 
 
 def _check_counts(manifest: Manifest, name: str) -> None:
     """Raise FormatError unless every input is accounted for and every shard has a name of its own and could be as it says."""
-    for row in manifest.shards:
-        _check_row(row, name)
+    for shard in manifest.shards:
+        _check_shard(shard, name)
     rejects = sum(manifest.rejects.values())
     if manifest.inputs != manifest.samples + rejects:
         raise FormatError(
             f"{name}: {manifest.inputs} inputs are not {manifest.samples} samples + {rejects} rejects: "
             f"{manifest.inputs - manifest.samples - rejects} records are unaccounted for"
         )
-    if repeated := _repeated(row.name for row in manifest.shards):
+    if repeated := _repeated(shard.name for shard in manifest.shards):
         raise FormatError(f"{name}: names the shard {repeated} more than once")
 
 
@@ -266,16 +266,17 @@ def is_plain_name(name: object) -> bool:
     )
 
 
-def _check_row(row: ShardInfo, name: str) -> None:
-    if not is_plain_name(row.name):
-        raise FormatError(f"{name}: the shard name {row.name!r} is not a plain relative path, such as shard-000000-0000.tar")
-    where = f"{name}: {row.name}"
-    if row.samples * _LEAST_SAMPLE_BYTES > row.bytes:
-        raise FormatError(f"{where}: samples={row.samples} can't be in {row.bytes} bytes: each has {_LEAST_SAMPLE_BYTES} or more")
-    if not _XXH128.fullmatch(row.xxh128):
-        raise FormatError(f"{where}: xxh128={row.xxh128!r}, expected 32 hexadecimal digits")
-    if row.data_types and sum(row.data_types.values()) != row.samples:
-        raise FormatError(f"{where}: data_types={row.data_types!r} do not add up to {row.samples} samples")
+def _check_shard(shard: ShardInfo, name: str) -> None:
+    if not is_plain_name(shard.name):
+        raise FormatError(f"{name}: the shard name {shard.name!r} is not a plain relative path, such as shard-000000-0000.tar")
+    where = f"{name}: {shard.name}"
+    if shard.samples * _LEAST_SAMPLE_BYTES > shard.bytes:
+        least = f"each has {_LEAST_SAMPLE_BYTES} or more"
+        raise FormatError(f"{where}: samples={shard.samples} can't be in {shard.bytes} bytes: {least}")
+    if not _XXH128.fullmatch(shard.xxh128):
+        raise FormatError(f"{where}: xxh128={shard.xxh128!r}, expected 32 hexadecimal digits")
+    if shard.data_types and sum(shard.data_types.values()) != shard.samples:
+        raise FormatError(f"{where}: data_types={shard.data_types!r} do not add up to {shard.samples} samples")
 
 
 def _repeated(names: Iterable[str]) -> str | None:

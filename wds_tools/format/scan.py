@@ -1,7 +1,7 @@
 """Where the samples of a complete tar lie, found for all members at once: numpy over header blocks instead of a loop.
 
     candidates   the blocks that say "ustar" where a header does
-    chain        from block 0 to the block behind its payload, and so on to the end marker: these are headers, any other
+    chain        from block 0 to the block after its payload, and so on to the end marker: these are headers, any other
                  candidate is payload
     names        cut into key and suffix; neighbours of one key are a sample
 
@@ -51,7 +51,7 @@ class Scan:
     start: _Array
     """(N,) Offset of the sample's first header block."""
     size: _Array
-    """(N,) Bytes from there to behind the padding of its last member."""
+    """(N,) Bytes from there to after the padding of its last member."""
     suffixes: tuple[str, ...]
     """All that occur, in the order in which they first do."""
     sample: _Array
@@ -126,51 +126,52 @@ def _scan_plain(archive: bytes | memoryview) -> Scan | None:
     """All members at once; None if the archive is not plain."""
     blocks = np.frombuffer(archive, np.uint8, len(archive) // BLOCK * BLOCK).reshape(-1, BLOCK)
     headers = blocks.view(_HEADER)[:, 0]
-    at, lengths = _chain(blocks, headers)
-    if not len(at) or not _are_plain(blocks, headers, at, lengths):
+    positions, lengths = _chain(blocks, headers)
+    if not len(positions) or not _are_plain(blocks, headers, positions, lengths):
         return None
-    end = int(_next(at, lengths)[-1]) * BLOCK
+    end = int(_next(positions, lengths)[-1]) * BLOCK
     if len(archive) - end < BLOCK or np.frombuffer(archive, np.uint8, offset=end).any():
         return None
-    kinds = headers["kind"][at]
+    kinds = headers["kind"][positions]
     is_pax, is_file = kinds == _PAX, kinds == _FILE
-    if is_pax[-1] or (is_pax[1:] & is_pax[:-1]).any() or not _keep_names(blocks, at[is_pax], lengths[is_pax]):
+    if is_pax[-1] or (is_pax[1:] & is_pax[:-1]).any() or not _keep_names(blocks, positions[is_pax], lengths[is_pax]):
         return None
-    first = at.copy()
-    first[1:][is_pax[:-1]] = at[:-1][is_pax[:-1]]
-    return _group(headers["name"][at[is_file]], first[is_file] * BLOCK, at[is_file] * BLOCK + BLOCK, lengths[is_file])
+    first = positions.copy()
+    first[1:][is_pax[:-1]] = positions[:-1][is_pax[:-1]]
+    files = positions[is_file]
+    return _group(headers["name"][files], first[is_file] * BLOCK, files * BLOCK + BLOCK, lengths[is_file])
 
 
 def _chain(blocks: _Array, headers: _Array) -> tuple[_Array, _Array]:
-    """The numbers of the header blocks, as far as one leads to the next, and the bytes of payload behind each."""
-    at = np.flatnonzero(blocks[:, _MAGIC_AT] == _MAGIC[0])
-    at = at[(headers["magic"][at, : len(_MAGIC)] == _MAGIC).all(axis=1)]
-    lengths = _octal(headers["size"][at, :11])
-    lengths[headers["kind"][at] == _FOLDER] = 0
-    follows = _next(at, lengths)
-    if len(at) and at[0] == 0 and (follows[:-1] == at[1:]).all():
-        return at, lengths
-    places = np.searchsorted(at, follows)  # some candidates are payload, or the chain breaks off
-    places[at[np.minimum(places, len(at) - 1)] != follows] = len(at)
-    following = places.tolist()
+    """The numbers of the header blocks, as far as one leads to the next, and the bytes of payload after each."""
+    positions = np.flatnonzero(blocks[:, _MAGIC_AT] == _MAGIC[0])
+    positions = positions[(headers["magic"][positions, : len(_MAGIC)] == _MAGIC).all(axis=1)]
+    lengths = _octal(headers["size"][positions, :11])
+    lengths[headers["kind"][positions] == _FOLDER] = 0
+    follows = _next(positions, lengths)
+    if len(positions) and positions[0] == 0 and (follows[:-1] == positions[1:]).all():
+        return positions, lengths
+    successors = np.searchsorted(positions, follows)  # some candidates are payload, or the chain breaks off
+    successors[positions[np.minimum(successors, len(positions) - 1)] != follows] = len(positions)
+    following = successors.tolist()
     visited = []
-    place = 0 if len(at) and at[0] == 0 else len(at)
-    while place < len(at):
-        visited.append(place)
-        place = following[place]
-    return at[visited], lengths[visited]
+    current = 0 if len(positions) and positions[0] == 0 else len(positions)
+    while current < len(positions):
+        visited.append(current)
+        current = following[current]
+    return positions[visited], lengths[visited]
 
 
-def _next(at: _Array, lengths: _Array) -> _Array:
-    """The blocks behind the payloads of these headers."""
-    behind: _Array = at + 1 + (lengths + BLOCK - 1) // BLOCK
-    return behind
+def _next(positions: _Array, lengths: _Array) -> _Array:
+    """The blocks after the payloads of these headers."""
+    after: _Array = positions + 1 + (lengths + BLOCK - 1) // BLOCK
+    return after
 
 
-def _are_plain(blocks: _Array, headers: _Array, at: _Array, lengths: _Array) -> bool:
+def _are_plain(blocks: _Array, headers: _Array, positions: _Array, lengths: _Array) -> bool:
     """Whether each header is sound, written in the usual way, and of a kind that is understood here."""
-    sizes, checksums, kinds = headers["size"][at], headers["checksum"][at], headers["kind"][at]
-    sums = [blocks[at[n : n + _SUM_BLOCKS]].sum(axis=1, dtype=np.uint32) for n in range(0, len(at), _SUM_BLOCKS)]
+    sizes, checksums, kinds = headers["size"][positions], headers["checksum"][positions], headers["kind"][positions]
+    sums = [blocks[positions[n : n + _SUM_BLOCKS]].sum(axis=1, dtype=np.uint32) for n in range(0, len(positions), _SUM_BLOCKS)]
     stated = np.concatenate(sums) - checksums.sum(axis=1, dtype=np.uint32) + checksums.shape[1] * 0x20
     return bool(
         _are_octal(sizes[:, :11])
@@ -180,7 +181,7 @@ def _are_plain(blocks: _Array, headers: _Array, at: _Array, lengths: _Array) -> 
         and (_octal(checksums[:, :6]) == stated).all()
         and ((kinds == _FILE) | (kinds == _FOLDER) | (kinds == _PAX)).all()
         and (lengths <= MAX_MEMBER_BYTES).all()
-        and not ((headers["magic"][at, 5] == 0) & (headers["prefix"][at] != 0)).any()
+        and not ((headers["magic"][positions, 5] == 0) & (headers["prefix"][positions] != 0)).any()
     )
 
 
@@ -194,7 +195,7 @@ def _are_octal(digits: _Array) -> bool:
     return bool(((digits >= ord("0")) & (digits <= ord("7"))).all())
 
 
-def _keep_names(blocks: _Array, at: _Array, lengths: _Array) -> bool:
+def _keep_names(blocks: _Array, positions: _Array, lengths: _Array) -> bool:
     """Whether these pax blocks are sound and say nothing about names and sizes.
 
     One of each length is parsed; it speaks for those that differ in values only.
@@ -202,7 +203,7 @@ def _keep_names(blocks: _Array, at: _Array, lengths: _Array) -> bool:
     if lengths.max(initial=0) > BLOCK:
         return False
     for length in np.unique(lengths).tolist():
-        payloads = blocks[:, :length][at[lengths == length] + 1]
+        payloads = blocks[:, :length][positions[lengths == length] + 1]
         while len(payloads):
             model = payloads[0].tobytes()
             is_head = np.ones(length, bool)
@@ -224,7 +225,7 @@ def _group(names: _Array, begin: _Array, offset: _Array, length: _Array) -> Scan
     """The samples of these members; None where group_samples finds a fault.
 
     Args:
-        names: (K, 100) bytes, zeros behind the name.
+        names: (K, 100) bytes, zeros after the name.
         begin: offset of the member's first header block.
         offset, length: of its payload.
     """
@@ -235,7 +236,7 @@ def _group(names: _Array, begin: _Array, offset: _Array, length: _Array) -> Scan
         names[is_dotted] = np.pad(names[is_dotted, 2:], ((0, 0), (0, 2)))
     name_ends = (names != 0).sum(axis=1)
     names = np.ascontiguousarray(names[:, : name_ends.max() or 1])
-    if ((names[:, 1:] != 0) & (names[:, :-1] == 0)).any():  # something stands behind the name
+    if ((names[:, 1:] != 0) & (names[:, :-1] == 0)).any():  # something stands after the name
         return None
     columns = np.arange(names.shape[1], dtype=np.uint8)
     base = ((names == ord("/")) * (columns + np.uint8(1))).max(axis=1)
@@ -250,7 +251,7 @@ def _group(names: _Array, begin: _Array, offset: _Array, length: _Array) -> Scan
     sample = is_first.cumsum() - 1
     suffixes: dict[bytes, int] = {}
     name_bytes = zip(_as_bytes(names), (dot + 1).tolist(), strict=True)
-    suffix = np.array([suffixes.setdefault(name[at:], len(suffixes)) for name, at in name_bytes])
+    suffix = np.array([suffixes.setdefault(name[dot_end:], len(suffixes)) for name, dot_end in name_bytes])
     try:
         key_texts = b"\0".join(_as_bytes(keys[firsts])).decode().split("\0")
         suffix_texts = tuple(text.decode() for text in suffixes)

@@ -58,7 +58,7 @@ class Sample(NamedTuple):
     conversations: list[dict[str, str]] | None = None
     """For visual_sft: [{"from": "system" | "human" | "gpt", "value": ...}, ...]; each "<image>" in a value is the next image."""
     more_images: tuple[SourceImage, ...] = ()
-    """For visual_sft: the images behind the first."""
+    """For visual_sft: the images after the first."""
     grids: Mapping[str, list[list[int]]] | None = None
     """For visual_sft with codes: column -> [h, w] of each image. Unless that is one image, the column's codes are one row
     (1, sum of h x w) of all grids end to end. None: each column is one grid."""

@@ -1,6 +1,6 @@
 """A shard: samples <-> the members of one tar. Sans-I/O; the caller moves the bytes.
 
-Writing: `ShardBuilder.add(sample)` gives the bytes of a sample, `finish()` those behind the last, the index and the
+Writing: `ShardBuilder.add(sample)` gives the bytes of a sample, `finish()` those after the last, the index and the
 manifest row. A sample's members lie side by side, json first:
 
     KEY.json   KEY.vqcode_512.npy | KEY.vqcode_multi768.npy   KEY.jpg | .png | ...   KEY.1.jpg   KEY.2.png   ...
@@ -72,7 +72,7 @@ class StoredSample(NamedTuple):
 
     @property
     def end(self) -> int:
-        """Offset behind the sample's last byte."""
+        """Offset after the sample's last byte."""
         return max(member.end for member in self.members.values())
 
 
@@ -207,18 +207,18 @@ class ShardBuilder:
         """Append a sample of any members, (suffix, payload) each; returns its bytes in the tar."""
         parts: list[bytes] = []
         members: list[tuple[str, int, int]] = []
-        at = 0
+        offset = 0
         for suffix, payload in payloads:
             length = len(payload)
             pad = padding(length)
             parts += (header(f"{key}.{suffix}", length), payload, pad)
-            members.append((suffix, at + BLOCK, length))
-            at += BLOCK + length + len(pad)
+            members.append((suffix, offset + BLOCK, length))
+            offset += BLOCK + length + len(pad)
         data = b"".join(parts)
         self._hash.update(data)
-        self._index.add(self.num_bytes, at, members, crc32(data), text_chars, num_codes)
+        self._index.add(self.num_bytes, offset, members, crc32(data), text_chars, num_codes)
         self.num_samples += 1
-        self.num_bytes += at
+        self.num_bytes += offset
         return data
 
     def finish(self, name: str) -> tuple[bytes, ShardIndex, ShardInfo]:
@@ -244,7 +244,7 @@ def group_samples(members: Iterable[Member], name: str = "tar") -> Iterator[Stor
     """Group adjacent members by key, as WebDataset does: the key ends at the first dot of the file's own name.
 
     Raises:
-        FormatError: a name without a key or suffix, the same suffix twice in one sample, or a key that comes back behind
+        FormatError: a name without a key or suffix, the same suffix twice in one sample, or a key that comes back after
             other samples.
     """
     key: str | None = None
@@ -257,7 +257,7 @@ def group_samples(members: Iterable[Member], name: str = "tar") -> Iterator[Stor
                 yield StoredSample(key, group)
             if member_key in seen:
                 raise FormatError(
-                    f"{name}: {member.name!r} at byte {member.start} comes behind other samples than the rest of {member_key!r}: "
+                    f"{name}: {member.name!r} at byte {member.start} comes after other samples than the rest of {member_key!r}: "
                     "the members of a sample lie side by side, and keys are unique"
                 )
             seen.add(member_key)
@@ -299,17 +299,17 @@ def parse_npy(data: bytes | memoryview, name: str) -> NDArray[Any]:
     begin = _NPY_BEGIN.get(bytes(view[:8]))
     if begin is None or len(view) < begin:
         raise FormatError(f"{name}: not an npy file")
-    at = begin + int.from_bytes(view[8:begin], "little")
-    if at - begin > _MAX_NPY_HEADER_BYTES:
-        raise FormatError(f"{name}: an npy header of {at - begin} bytes; at most {_MAX_NPY_HEADER_BYTES} are accepted")
+    offset = begin + int.from_bytes(view[8:begin], "little")
+    if offset - begin > _MAX_NPY_HEADER_BYTES:
+        raise FormatError(f"{name}: an npy header of {offset - begin} bytes; at most {_MAX_NPY_HEADER_BYTES} are accepted")
     try:
-        dtype, shape, expected = _parse_npy_header(bytes(view[begin:at]))
+        dtype, shape, expected = _parse_npy_header(bytes(view[begin:offset]))
     except FormatError as error:
         raise FormatError(f"{name}: {error}") from None
-    found = len(view) - at
-    if found != expected or (not expected and max(shape, default=0) > len(view)):
-        raise FormatError(f"{name}: {max(found, 0)} bytes of data, its header {dtype.str} {shape} needs {expected}")
-    return np.ndarray(shape, dtype, view, at)
+    num_bytes = len(view) - offset
+    if num_bytes != expected or (not expected and max(shape, default=0) > len(view)):
+        raise FormatError(f"{name}: {max(num_bytes, 0)} bytes of data, its header {dtype.str} {shape} needs {expected}")
+    return np.ndarray(shape, dtype, view, offset)
 
 
 @lru_cache(maxsize=1024)

@@ -1,11 +1,11 @@
 """Tar archives as bytes: headers out, members in. No files, no network, no `tarfile`.
 
-Writing: `header(name, size)` + payload + `padding(size)` per member, `END` behind the last. Ustar, mode 0644, owner and time
+Writing: `header(name, size)` + payload + `padding(size)` per member, `END` after the last. Ustar, mode 0644, owner and time
 zero, so equal input gives equal bytes.
 Reading: `TarReader.feed(bytes)` returns the members completed so far, however the bytes were cut; `close()` refuses an archive
 that simply stops. (CPython's tarfile reports no error for a tar that was cut at a header; here the end marker is required.)
 Understood beside plain ustar: GNU long names, base-256 sizes, pax `path` and `size`. Directories are passed over. What would
-lose data unseen (links, sparse and other special members, data behind the end) is a FormatError with the byte offset.
+lose data unseen (links, sparse and other special members, data after the end) is a FormatError with the byte offset.
 Cost: one pass; only bytes of a member that was cut are copied, a few times at most. Memory is what was fed plus one incomplete
 member, bounded by `max_member_bytes`.
 Layout: POSIX.1-2017, pax, "ustar Interchange Format".
@@ -54,7 +54,7 @@ class Member(NamedTuple):
 
     @property
     def end(self) -> int:
-        """Offset behind its padding: where the next header starts."""
+        """Offset after its padding: where the next header starts."""
         size = len(self.payload)
         return self.offset + size + -size % BLOCK
 
@@ -94,7 +94,7 @@ def header(name: str, size: int) -> bytes:
 def _split_name(name: bytes) -> tuple[bytes, bytes]:
     cut = name.find(b"/", max(1, len(name) - 101))
     if cut < 1 or cut > 155 or cut == len(name) - 1:
-        raise FormatError(f"{name.decode()!r} is {len(name)} bytes: a ustar name has at most 100 behind its last usable '/'")
+        raise FormatError(f"{name.decode()!r} is {len(name)} bytes: a ustar name has at most 100 after its last usable '/'")
     return name[cut + 1 :], name[:cut]
 
 
@@ -132,9 +132,9 @@ class TarReader:
             return []
         buffer = memoryview(self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces))
         members: list[Member] = []
-        at = self._consume(buffer, members)
-        rest = buffer[at:]
-        self._base += at
+        offset = self._consume(buffer, members)
+        rest = buffer[offset:]
+        self._base += offset
         self._pieces = [rest] if len(rest) else []
         self._held = len(rest)
         return members
@@ -146,79 +146,81 @@ class TarReader:
             FormatError: the archive was cut: it lacks its end marker or part of a member.
         """
         rest = b"".join(self._pieces)
-        at = self._base + len(rest)
+        offset = self._base + len(rest)
         if self._ended:
             self._after_end(rest, self._base)
         elif not rest.strip(b"\0"):
             raise FormatError(
-                f"{self._name}: ends at byte {at} without the end-of-archive blocks: it was cut off or never finished"
+                f"{self._name}: ends at byte {offset} without the end-of-archive blocks: it was cut off or never finished"
             )
-        elif at < BLOCK:
-            raise FormatError(f"{self._name}: {at} bytes, less than one tar header: {_looks_like(rest, 0)}")
+        elif offset < BLOCK:
+            raise FormatError(f"{self._name}: {offset} bytes, less than one tar header: {_looks_like(rest, 0)}")
         else:
-            raise FormatError(f"{self._name}: ends at byte {at} inside a member that starts at byte {self._base}: it was cut off")
+            where = f"inside a member that starts at byte {self._base}"
+            raise FormatError(f"{self._name}: ends at byte {offset} {where}: it was cut off")
 
     def _consume(self, buffer: memoryview, members: list[Member]) -> int:
-        at, size = 0, len(buffer)
+        offset, size = 0, len(buffer)
         self._needed = BLOCK
-        while size - at >= BLOCK:
-            block = bytes(buffer[at : at + BLOCK])
+        while size - offset >= BLOCK:
+            block = bytes(buffer[offset : offset + BLOCK])
             if self._ended or not block.strip(b"\0"):
-                self._after_end(block, self._base + at)
-                at += BLOCK
+                self._after_end(block, self._base + offset)
+                offset += BLOCK
                 continue
-            kind, length = self._parse_kind_and_size(block, self._base + at)
+            kind, length = self._parse_kind_and_size(block, self._base + offset)
             self._needed = BLOCK + length + -length % BLOCK
-            if size - at < self._needed:
-                return at
-            payload = buffer[at + BLOCK : at + BLOCK + length]
-            member = self._member(block, kind, payload, self._base + at)
+            if size - offset < self._needed:
+                return offset
+            payload = buffer[offset + BLOCK : offset + BLOCK + length]
+            member = self._member(block, kind, payload, self._base + offset)
             if member is not None:
                 members.append(member)
-            at += self._needed
+            offset += self._needed
             self._needed = BLOCK
-        return at
+        return offset
 
-    def _after_end(self, block: bytes, at: int) -> None:
+    def _after_end(self, block: bytes, offset: int) -> None:
         if block.strip(b"\0"):
             raise FormatError(
-                f"{self._name}: data behind the end of the archive at byte {at}: "
+                f"{self._name}: data after the end of the archive at byte {offset}: "
                 "concatenated tars hide their later members from most readers; join them with `tar --concatenate`"
             )
         if self._start >= 0:
-            raise FormatError(f"{self._name}: a long-name or pax block at byte {self._start} has no member behind it")
+            raise FormatError(f"{self._name}: a long-name or pax block at byte {self._start} has no member after it")
         self._ended = True
 
-    def _parse_kind_and_size(self, block: bytes, at: int) -> tuple[bytes, int]:
+    def _parse_kind_and_size(self, block: bytes, offset: int) -> tuple[bytes, int]:
         stored = _octal(block[148:156])
         if stored is None or stored != sum(block) - sum(block[148:156]) + 8 * 0x20:
-            raise FormatError(f"{self._name}: no tar header at byte {at} (its checksum is wrong): {_looks_like(block, at)}")
+            what = _looks_like(block, offset)
+            raise FormatError(f"{self._name}: no tar header at byte {offset} (its checksum is wrong): {what}")
         kind = block[156:157]
         if kind not in b"0\x0075xgLK":
             what = _KINDS.get(kind, f"of the unknown type {kind!r}")
-            raise FormatError(f"{self._name}: the member at byte {at} is {what}; a shard holds regular files only")
+            raise FormatError(f"{self._name}: the member at byte {offset} is {what}; a shard holds regular files only")
         size = self._pax_size if self._pax_size is not None and kind in b"0\x007" else _number(block[124:136])
         if size is None or size < 0:
-            raise FormatError(f"{self._name}: the header at byte {at} has an unreadable size {block[124:136]!r}")
+            raise FormatError(f"{self._name}: the header at byte {offset} has an unreadable size {block[124:136]!r}")
         if kind == b"5":
             size = 0
         limit = _MAX_EXTENSION_BYTES if kind in b"xgLK" else self._max_member_bytes
         if size > limit:
-            raise FormatError(f"{self._name}: the member at byte {at} claims {size} bytes; at most {limit} are accepted")
+            raise FormatError(f"{self._name}: the member at byte {offset} claims {size} bytes; at most {limit} are accepted")
         return kind, size
 
-    def _member(self, block: bytes, kind: bytes, payload: memoryview, at: int) -> Member | None:
+    def _member(self, block: bytes, kind: bytes, payload: memoryview, offset: int) -> Member | None:
         if kind in b"xgLK":
             if kind == b"x":
-                self._take_pax(payload, at)
-            elif kind == b"g" and any(key in (b"path", b"size") for key, _ in self._pax_records(payload, at)):
-                raise FormatError(f"{self._name}: a global pax header at byte {at} renames every member: not supported")
+                self._take_pax(payload, offset)
+            elif kind == b"g" and any(key in (b"path", b"size") for key, _ in self._pax_records(payload, offset)):
+                raise FormatError(f"{self._name}: a global pax header at byte {offset} renames every member: not supported")
             elif kind == b"L":
-                self._long_name = self._text(bytes(payload).rstrip(b"\0"), at)
+                self._long_name = self._text(bytes(payload).rstrip(b"\0"), offset)
             if self._start < 0 and kind != b"g":
-                self._start = at
+                self._start = offset
             return None
-        start = at if self._start < 0 else self._start
+        start = offset if self._start < 0 else self._start
         name = self._long_name
         self._start, self._long_name, self._pax_size = -1, None, None
         if kind == b"5":
@@ -227,32 +229,32 @@ class TarReader:
             name_bytes = block[:100].split(b"\0", 1)[0]
             if block[257:263] == b"ustar\0" and block[345] != 0:
                 name_bytes = block[345:500].split(b"\0", 1)[0] + b"/" + name_bytes
-            name = self._text(name_bytes, at)
+            name = self._text(name_bytes, offset)
         if kind == b"\0" and name.endswith("/") and not payload:  # a directory, before POSIX gave it a type
             return None
-        return Member(name, payload, start, at + BLOCK)
+        return Member(name, payload, start, offset + BLOCK)
 
-    def _take_pax(self, payload: memoryview, at: int) -> None:
-        for key, value in self._pax_records(payload, at):
+    def _take_pax(self, payload: memoryview, offset: int) -> None:
+        for key, value in self._pax_records(payload, offset):
             if key == b"path":
-                self._long_name = self._text(value, at) or None
+                self._long_name = self._text(value, offset) or None
             elif key == b"size":
                 if not value.isdigit() or len(value) > 18:
                     raise FormatError(
-                        f"{self._name}: the pax block at byte {at} has the size {value[:40]!r}: not a number of bytes"
+                        f"{self._name}: the pax block at byte {offset} has the size {value[:40]!r}: not a number of bytes"
                     )
                 self._pax_size = int(value)
             elif key.startswith(b"GNU.sparse"):
-                raise FormatError(f"{self._name}: the member at byte {at} is a sparse file; a shard holds regular files only")
+                raise FormatError(f"{self._name}: the member at byte {offset} is a sparse file; a shard holds regular files only")
 
-    def _pax_records(self, payload: memoryview, at: int) -> Iterator[tuple[bytes, bytes]]:
-        return pax_records(bytes(payload), f"{self._name}: the pax block at byte {at}")
+    def _pax_records(self, payload: memoryview, offset: int) -> Iterator[tuple[bytes, bytes]]:
+        return pax_records(bytes(payload), f"{self._name}: the pax block at byte {offset}")
 
-    def _text(self, name: bytes, at: int) -> str:
+    def _text(self, name: bytes, offset: int) -> str:
         try:
             return name.decode()
         except UnicodeDecodeError as error:
-            raise FormatError(f"{self._name}: the member name {name!r} at byte {at} is not UTF-8") from error
+            raise FormatError(f"{self._name}: the member name {name!r} at byte {offset} is not UTF-8") from error
 
 
 def read_members(archive: bytes | memoryview, name: str = "tar") -> list[Member]:
@@ -267,21 +269,21 @@ def read_members(archive: bytes | memoryview, name: str = "tar") -> list[Member]
     return members
 
 
-def first_name(blocks: bytes | memoryview, name: str, at: int) -> str:
+def first_name(blocks: bytes | memoryview, name: str, offset: int) -> str:
     """The name of a regular file, from its header blocks alone: long-name and pax blocks, if it has any, and its header.
 
     Args:
         blocks: these blocks, whole.
-        name, at: the archive and the byte in it where they begin, for messages.
+        name, offset: the archive and the byte in it where they begin, for messages.
 
     Raises:
         FormatError: they are not that.
     """
     reader = TarReader(name)
-    reader._base = at
+    reader._base = offset
     reader.feed(blocks[:-BLOCK])
     block = bytes(blocks[-BLOCK:])
-    begin = at + max(len(blocks) - BLOCK, 0)
+    begin = offset + max(len(blocks) - BLOCK, 0)
     kind, _ = reader._parse_kind_and_size(block.ljust(BLOCK, b"\0"), begin)
     member = None if reader._held else reader._member(block, kind, memoryview(b""), begin)
     if member is None:
@@ -328,8 +330,8 @@ def _number(field: bytes) -> int | None:
     return _octal(field)
 
 
-def _looks_like(block: bytes, at: int) -> str:
-    if at:
+def _looks_like(block: bytes, offset: int) -> str:
+    if offset:
         return "the archive is damaged there or was cut and joined"
     for magic, what in (
         (b"\x1f\x8b", "this is gzip: unpack it first (gunzip); a shard is an uncompressed tar"),

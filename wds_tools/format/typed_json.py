@@ -114,7 +114,7 @@ def _reader(kind: Any) -> _Read:
     if origin in (dict, Mapping):
         return partial(_mapping, read=_reader(args[1]))
     hints = get_type_hints(kind, include_extras=True)
-    required = frozenset(one.name for one in fields(kind) if one.default is MISSING and one.default_factory is MISSING)
+    required = frozenset(entry.name for entry in fields(kind) if entry.default is MISSING and entry.default_factory is MISSING)
     return partial(_record, kind=kind, readers={name: _reader(hint) for name, hint in hints.items()}, required=required)
 
 
@@ -177,8 +177,8 @@ def _each(readers: Iterable[_Read], items: Iterable[Any], names: Collection[str]
         for read, item in zip(readers, items, strict=False):
             done.append(read(item))
     except _Odd as odd:
-        at = len(done)
-        raise odd.inside(f"[{at}]" if names is None else f".{list(names)[at][:_SHOWN_CHARS]}")  # noqa: B904 (it is the same error)
+        number = len(done)
+        raise odd.inside(f"[{number}]" if names is None else f".{list(names)[number][:_SHOWN_CHARS]}")  # noqa: B904 (it is the same error)
     return done
 
 

@@ -15,7 +15,7 @@ def codebook_size_of(manifests: Sequence[Manifest], urls: Sequence[str], given: 
     Args:
         manifests, urls: of the datasets.
         given: what the user says that it is.
-        names: of the set of codes that is used of each; None: the first that it has.
+        names: the code set that is used of each; None: the first that it has.
 
     Raises:
         UsageError: they were encoded with different tokenizers, or one has codes and its manifest does not say of what.

@@ -6,7 +6,7 @@
 
 Invariant: every value is data. Nothing is markup; the page puts texts into text nodes only. A sample that breaks the schema
 is shown as one that does, with the reason, and its neighbours as usual.
-Cost: memory is a page, or two pieces of a search; texts beyond MAX_TEXT_CHARS and members beyond MAX_MEMBER_BYTES stay behind.
+Cost: memory is a page, or two pieces of a search; texts beyond MAX_TEXT_CHARS and members beyond MAX_MEMBER_BYTES are left out.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ SEARCH_S = 0.25
 
 @dataclass(frozen=True, kw_only=True)
 class Query:
-    """What to look for; empty fields match everything."""
+    """Conditions of a search; empty fields match everything."""
 
     text: str = ""
     """Contained in the text or a turn, whatever the case."""

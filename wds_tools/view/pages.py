@@ -55,16 +55,16 @@ class Answer:
     """A response of status 200."""
 
     body: bytes | Iterable[bytes]
-    """In one piece, or in pieces whose lengths add up to `length`."""
+    """The bytes, or pieces of them whose lengths add up to `length`."""
     content_type: str
     length: int
     is_fixed: bool = False
-    """Whether it will be the same as long as the dataset is."""
+    """Whether the answer stays the same as long as the dataset does."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What is asked for, beside the path."""
+    """The parts of a request beside the path."""
 
     query: Mapping[str, str]
     is_wanted: Callable[[], bool] = lambda: True
@@ -88,12 +88,12 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class PagesConfig:
-    """What is shown beside the dataset itself."""
+    """Options of what is shown beside the dataset itself."""
 
     weights: str | None = None
     """Weights of the tokenizer that made the codes, if it brings none: for chameleon, its folder."""
     device: str = "auto"
-    """What decodes pictures: auto, cpu, cuda or cuda:N."""
+    """Device that decodes pictures: auto, cpu, cuda or cuda:N."""
     text_tokenizer: str | None = None
     """A tokenizer.json or the folder of one, to show how many tokens a text has."""
 
@@ -155,9 +155,9 @@ class Pages:
             WdsToolsError: what is there can't be shown, and why.
         """
         for pattern, answer in self._routes:
-            found = pattern.fullmatch(path)
-            if found is not None:
-                return answer(request, *found.groups())
+            match = pattern.fullmatch(path)
+            if match is not None:
+                return answer(request, *match.groups())
         return None
 
     def _describe(self) -> dict[str, Any]:
@@ -196,11 +196,11 @@ class Pages:
         return _json({"number": self.reader.find_key(key) if key else None})
 
     def _reject_lines(self, request: Request) -> Answer:
-        place = request.number("file"), request.number("byte")
-        return _json(self._rejects.read(request.word("reason"), *place, _REJECTS_COUNT))
+        position = request.number("file"), request.number("byte")
+        return _json(self._rejects.read(request.word("reason"), *position, _REJECTS_COUNT))
 
     def _usage(self, request: Request, number: str, column: str) -> Answer:
-        """How often each code of a grid was used, in the part of the set that the report is of."""
+        """How often each code of a grid was used, in the part of the dataset that the report is of."""
         codes = browse.codes_of(self.reader, int(number), column, request.number("image"))
         use = self._sampled().count.codes.get(column)
         counts = np.zeros(1, np.int64) if use is None else use.counts

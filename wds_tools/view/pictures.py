@@ -14,10 +14,10 @@ from __future__ import annotations
 import multiprocessing
 import os
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from wds_tools.check.stats.png import png_bytes
 from wds_tools.errors import DataError, UsageError, WorkerDied
 from wds_tools.run.local import exit_with_parent, stops_held
+from wds_tools.storage.recent import Recent
 
 if TYPE_CHECKING:
     from wds_tools.vq import ImageTokenizer
@@ -42,11 +43,15 @@ class Decoder:
     """Which tokenizer decodes a column; equal ones are loaded once."""
 
     name: str
-    """As load_tokenizer takes it, like the next two."""
+    """Name of the tokenizer, as load_tokenizer takes it, like the next two."""
     weights: str | None
     device: str
     weights_hash: str | None
-    """What made the codes; None if the manifest does not say."""
+    """Hash of the weights that made the codes; None if the manifest does not say."""
+
+
+class _NotWanted(Exception):
+    """Nobody waits for the picture any more."""
 
 
 class Pictures:
@@ -65,13 +70,11 @@ class Pictures:
         self._turn = threading.Lock()
         self._process: ProcessPoolExecutor | None = None
         self._is_closed = False
-        self._cache: OrderedDict[Hashable, bytes] = OrderedDict()
-        self._cached_bytes = 0
-        self._lock = threading.Lock()
+        self._pictures: Recent[Hashable, bytes] = Recent(CACHE_BYTES, len)
 
     def decoded(
         self,
-        place: tuple[int, str, int],
+        grid: tuple[int, str, int],
         codes_hw: NDArray[Any],
         *,
         is_small: bool = False,
@@ -80,7 +83,7 @@ class Pictures:
         """The picture of a sample's codes.
 
         Args:
-            place: number of the sample, column, and which of its images; by this the picture is kept.
+            grid: number of the sample, column, and which of its images; by this the picture is kept.
             codes_hw: the grid.
             is_small: at half the size, for lists.
             is_wanted: asked when it is this picture's turn; if not, there is none: b"".
@@ -91,16 +94,18 @@ class Pictures:
             TokenizerError, MissingPackage: the tokenizer can't be loaded.
             WorkerDied: the process that decodes was killed; the next picture starts another.
         """
-        name = (place, is_small)
-        png = self._kept(name)
-        if png is None:
-            decoder = self._decoder(place[1])
+        decoder = self._decoder(grid[1])
+
+        def decode(_: object) -> bytes:
             with self._turn:
                 if self._is_closed or not is_wanted():
-                    return b""
-                png = self._kept(name) or self._ask(decoder, codes_hw, is_small)  # another may have been faster
-            self._keep(name, png)
-        return png
+                    raise _NotWanted
+                return self._ask(decoder, codes_hw, is_small)
+
+        while not self._is_closed and is_wanted():  # again, if it was another request for this picture that was given up
+            with suppress(_NotWanted):
+                return self._pictures.get((grid, is_small), decode)
+        return b""
 
     def close(self) -> None:
         """End the process that decodes, when its picture is done."""
@@ -129,20 +134,6 @@ class Pictures:
             raise WorkerDied(
                 "the process that decodes pictures was killed, or memory ran out: look again to start it again"
             ) from error
-
-    def _kept(self, name: Hashable) -> bytes | None:
-        with self._lock:
-            if name in self._cache:
-                self._cache.move_to_end(name)
-            return self._cache.get(name)
-
-    def _keep(self, name: Hashable, png: bytes) -> None:
-        with self._lock:
-            if name not in self._cache:
-                self._cache[name] = png
-                self._cached_bytes += len(png)
-            while self._cached_bytes > CACHE_BYTES:
-                self._cached_bytes -= len(self._cache.popitem(last=False)[1])
 
 
 def code_map(codes_hw: NDArray[Any]) -> bytes:

@@ -53,8 +53,8 @@ class Rejects:
             `rejects`; `next` as [file, byte], None at the end.
         """
         deadline = time.monotonic() + _READ_S
-        found: list[dict[str, str]] = []
-        while file < len(self.files) and len(found) < limit and time.monotonic() < deadline:
+        rejects: list[dict[str, str]] = []
+        while file < len(self.files) and len(rejects) < limit and time.monotonic() < deadline:
             name, size = self.files[file]
             data = bytes(self._store.read_range(name, byte, min(byte + PIECE_BYTES, size))) if byte < size else b""
             whole = data if byte + len(data) >= size else data[: data.rfind(b"\n") + 1] or data
@@ -63,13 +63,13 @@ class Rejects:
                 used += len(line)
                 reject = _parse(line)
                 if reason in ("", reject["reason"]):
-                    found.append(reject)
-                    if len(found) >= limit:
+                    rejects.append(reject)
+                    if len(rejects) >= limit:
                         break
             byte += used
             if byte >= size:
                 file, byte = file + 1, 0
-        return {"rejects": found, "next": [file, byte] if file < len(self.files) else None}
+        return {"rejects": rejects, "next": [file, byte] if file < len(self.files) else None}
 
 
 def _parse(line: bytes) -> dict[str, str]:

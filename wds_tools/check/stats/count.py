@@ -35,9 +35,9 @@ class CodeUse:
     """How often each entry of a codebook was used."""
 
     codebook_size: int | None
-    """As the manifest says; None if it does not."""
+    """Entries of the codebook, from the manifest; None if it does not say."""
     counts: NDArray[np.int64]
-    """At least `codebook_size` of them."""
+    """Occurrences of each entry; at least `codebook_size` numbers."""
 
     @property
     def size(self) -> int:
@@ -70,18 +70,18 @@ class CodeUse:
 
 @dataclass(kw_only=True)
 class Count:
-    """What was counted over some samples. Two of these add up."""
+    """Counts over some samples. Two of these add up."""
 
     samples: int = 0
     data_types: Counter[str] = field(default_factory=Counter)
     text_chars: Histogram = field(default_factory=Histogram)
-    """Of texts; of a conversation, over its turns."""
+    """Characters of each text; of a conversation, over its turns."""
     turns: Histogram = field(default_factory=Histogram)
-    """Of conversations."""
+    """Turns of each conversation."""
     sample_bytes: Histogram = field(default_factory=Histogram)
-    """In the tar, headers and padding included."""
+    """Bytes of each sample in the tar, headers and padding included."""
     image_bytes: Histogram = field(default_factory=Histogram)
-    """Of source images that were kept."""
+    """Bytes of each source image that was kept."""
     grids: Counter[str] = field(default_factory=Counter)
     """Code grids by "HEIGHT x WIDTH"."""
     codes: dict[str, CodeUse] = field(default_factory=dict)
@@ -102,14 +102,14 @@ class Count:
 
 @dataclass(kw_only=True)
 class ShardCount:
-    """What was counted over samples of one shard."""
+    """Counts over samples of one shard."""
 
     shard: int
     count: Count = field(default_factory=Count)
     texts: list[tuple[int, int]] = field(default_factory=list)
     """(hash, number of the sample), of all that have text."""
     codes: list[tuple[int, int]] = field(default_factory=list)
-    """The same, of all that have codes."""
+    """(hash, number of the sample), of all that have codes."""
     buckets: NDArray[np.int64] = field(default_factory=lambda: np.zeros(BUCKETS, np.int64))
     """Codes by their number modulo BUCKETS."""
 

@@ -86,12 +86,12 @@ def stats(config: StatsConfig) -> Stats:
 
 
 def sample_stats(url: str, reader: SampleReader, blocks: int = 32, block_samples: int = 128) -> Stats:
-    """The same from blocks of samples spread evenly over the set, in one process: what a glance may cost.
+    """The same from blocks of samples spread evenly over the dataset, in one process: what a glance may cost.
 
     Args:
         url: the dataset, as it is to be named.
         reader: it.
-        blocks, block_samples: how many, and of what size; small sets are read whole.
+        blocks, block_samples: how many, and of what size; small datasets are read whole.
     """
     total = len(reader)
     starts: Sequence[int] = range(0, total, block_samples)

@@ -41,7 +41,7 @@ class ShardStats:
 
 
 class Outline(NamedTuple):
-    """What is kept of a shard until all are read."""
+    """The facts about a shard that are kept until all are read."""
 
     stats: ShardStats
     """Without its distances."""

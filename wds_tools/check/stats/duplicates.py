@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True, kw_only=True)
 class Repeats:
-    """What was found."""
+    """Duplicates among the samples that were compared."""
 
     share_kept: float
-    """Of the hash space: 1 if everything was compared."""
+    """Share of the hash space that was compared: 1 if everything was."""
     contents: int
     """Different contents among those that were compared."""
     samples: int
@@ -69,7 +69,7 @@ class HashSet:
         begins = np.flatnonzero(np.append(True, hashes[1:] != hashes[:-1])) if len(hashes) else np.zeros(0, np.int64)
         copies = np.diff(np.append(begins, len(hashes)))
         top = np.lexsort((numbers[begins], -copies))[:show]
-        largest = ((int(copies[at]), int(numbers[begins[at]])) for at in top if copies[at] > 1)
+        largest = ((int(copies[group]), int(numbers[begins[group]])) for group in top if copies[group] > 1)
         return Repeats(
             share_kept=self.share_kept,
             contents=len(begins),

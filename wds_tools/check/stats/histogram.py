@@ -20,7 +20,7 @@ _BINS = 16 * 50
 
 @dataclass(kw_only=True)
 class Histogram:
-    """Of values that are at least 0."""
+    """A histogram of values that are at least 0."""
 
     counts: NDArray[np.int64] = field(default_factory=lambda: np.zeros(_BINS, np.int64))
     count: int = 0

@@ -34,7 +34,7 @@ def histogram(bins: Sequence[tuple[int, int, int]], unit: str, marks: Sequence[t
     if not bins:
         return empty()
     while len(bins) > _MAX_BARS:  # pairs of neighbours in one
-        pairs = (bins[at : at + 2] for at in range(0, len(bins), 2))
+        pairs = (bins[number : number + 2] for number in range(0, len(bins), 2))
         bins = [(pair[0][0], pair[-1][1], sum(count for _, _, count in pair)) for pair in pairs]
     x = _log_axis(bins[0][0], bins[-1][1])
     most = max(count for _, _, count in bins)
@@ -44,8 +44,8 @@ def histogram(bins: Sequence[tuple[int, int, int]], unit: str, marks: Sequence[t
             height = max(1.5, count / most * (_FLOOR - _MARKED))
             left, right = x(low), x(high)
             width = max(right - left - min(1.0, (right - left) / 6), 0.5)
-            said = f"{_range(low, high)} {unit}: {count:,}"
-            parts.append(_rect(left, _FLOOR - height, width, height, "bar", said))
+            title = f"{_range(low, high)} {unit}: {count:,}"
+            parts.append(_rect(left, _FLOOR - height, width, height, "bar", title))
     for value, name in marks:
         parts.append(f'<line class="mark" x1="{x(value):.1f}" x2="{x(value):.1f}" y1="{_MARKED}" y2="{_FLOOR}"/>')
         anchor = "end" if x(value) > WIDTH * 0.8 else "start"
@@ -93,11 +93,11 @@ def bands(columns: Sequence[tuple[str, int, int, int]]) -> str:
         return _FLOOR - (up(value) - _LEFT) / (WIDTH - _LEFT - _RIGHT) * (_FLOOR - _TOP)
 
     parts = []
-    for at, (name, low, middle, high) in enumerate(columns):
-        left, width = _LEFT + at * step, max(step - min(1.0, step / 4), 0.5)
-        said = f"{name}: 5 % below {low:,}, median {middle:,}, 5 % above {high:,}"
-        parts.append(_rect(left, y(high), width, max(y(low) - y(high), 1.5), "band", said))
-        parts.append(_rect(left, y(middle) - 1, width, 2, "bar", said))
+    for number, (name, low, middle, high) in enumerate(columns):
+        left, width = _LEFT + number * step, max(step - min(1.0, step / 4), 0.5)
+        title = f"{name}: 5 % below {low:,}, median {middle:,}, 5 % above {high:,}"
+        parts.append(_rect(left, y(high), width, max(y(low) - y(high), 1.5), "band", title))
+        parts.append(_rect(left, y(middle) - 1, width, 2, "bar", title))
     ends = [
         _label(_LEFT, HEIGHT - 8, columns[0][0], "tick"),
         _label(_LEFT + 2, _TOP + 2, f"{ceiling:,}", "mark-name"),
@@ -116,11 +116,11 @@ def bars(columns: Sequence[tuple[str, float, bool]], top: float) -> str:
     ceiling = max(top, *(share for _, share, _ in columns))
     step = (WIDTH - _LEFT - _RIGHT) / len(columns)
     parts = []
-    for at, (name, share, is_odd) in enumerate(columns):
+    for number, (name, share, is_odd) in enumerate(columns):
         height = max(1.5, share / ceiling * (_FLOOR - _TOP))
         width = max(step - min(1.0, step / 4), 0.5)
         parts.append(
-            _rect(_LEFT + at * step, _FLOOR - height, width, height, "bar odd" if is_odd else "bar", f"{name}: {share:.1%}")
+            _rect(_LEFT + number * step, _FLOOR - height, width, height, "bar odd" if is_odd else "bar", f"{name}: {share:.1%}")
         )
     return _svg([*parts, _label(_LEFT + 2, _TOP + 2, f"{ceiling:.0%}", "mark-name")], "by shard")
 
@@ -170,9 +170,9 @@ def _label(x: float, y: float, text: str, kind: str, anchor: str = "start") -> s
     return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
-def _rect(x: float, y: float, width: float, height: float, kind: str, said: str) -> str:
-    place = f'x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}"'
-    return f'<rect class="{kind}" {place}><title>{escape(said)}</title></rect>'
+def _rect(x: float, y: float, width: float, height: float, kind: str, title: str) -> str:
+    box = f'x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}"'
+    return f'<rect class="{kind}" {box}><title>{escape(title)}</title></rect>'
 
 
 def _svg(parts: Sequence[str], name: str) -> str:

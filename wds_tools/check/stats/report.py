@@ -52,11 +52,11 @@ def to_json(stats: Stats) -> dict[str, Any]:
         "codes": {column: _use_json(use) for column, use in sorted(count.codes.items())},
         "duplicates": {
             name: {
-                **{key: value for key, value in asdict(found).items() if key != "largest"},
-                "share": found.share,
+                **{key: value for key, value in asdict(repeated).items() if key != "largest"},
+                "share": repeated.share,
                 "largest": [{"copies": copies, "key": key, "text": text} for copies, key, text in stats.largest.get(name, ())],
             }
-            for name, found in repeats.items()
+            for name, repeated in repeats.items()
         },
         "drift": [asdict(shard) for shard in stats.shards],
     }
@@ -69,7 +69,7 @@ def _histogram_json(histogram: Histogram) -> dict[str, Any]:
         "least": histogram.least,
         "most": histogram.most,
         "quantiles": {f"{share:g}": histogram.quantile(share) for share in QUANTILES},
-        "bins": [list(one) for one in histogram.bars() if one[2]],
+        "bins": [list(item) for item in histogram.bars() if item[2]],
     }
 
 
@@ -128,7 +128,7 @@ def _scope(stats: Stats, served: bool) -> str:
     if counted >= total:
         return f'<p class="scope">All {total:,} samples.</p>'
     hint = f" For all of them: <code>wds-tools stats {escape(stats.url)} --html report.html</code>" if served else ""
-    return f'<p class="scope">From {counted:,} of {total:,} samples, spread evenly over the set.{hint}</p>'
+    return f'<p class="scope">From {counted:,} of {total:,} samples, spread evenly over the dataset.{hint}</p>'
 
 
 def _totals(stats: Stats) -> Iterable[tuple[str, str, str]]:
@@ -161,7 +161,7 @@ def _sections(stats: Stats) -> Iterable[str]:
     if len(stats.shards) > 1 and count.text_chars.count:
         yield _drift(stats)
     if manifest.rejects:
-        rejects = sorted(manifest.rejects.items(), key=lambda one: -one[1])
+        rejects = sorted(manifest.rejects.items(), key=lambda item: -item[1])
         yield _section("Rejects", _table(("reason", "records", "share"), _shares(rejects)))
     yield _section("Where it comes from", _provenance(manifest.codes, manifest.source), "wide")
 
@@ -212,17 +212,17 @@ def _map(counts: np.ndarray[Any, np.dtype[np.int64]]) -> np.ndarray[Any, np.dtyp
     return np.stack(channels, axis=-1).astype(np.uint8).reshape(height, _MAP_WIDTH, 3)
 
 
-def _duplicates(title: str, found: Repeats, largest: Sequence[tuple[int, str, str]], what: str) -> str:
+def _duplicates(title: str, repeated: Repeats, largest: Sequence[tuple[int, str, str]], what: str) -> str:
     how = (
         f"All {what} were compared with each other, by a 64-bit hash."
-        if found.share_kept == 1
-        else f"Estimated: of all contents, a random {found.share_kept:.3%} was compared, with all their copies."
+        if repeated.share_kept == 1
+        else f"Estimated: of all contents, a random {repeated.share_kept:.3%} was compared, with all their copies."
     )
     facts = _facts(
         [
-            ("superfluous", f"{found.extra:,} of {found.samples:,} samples ({found.share:.2%})"),
-            ("contents that stand more than once", f"{found.groups:,}"),
-            ("different contents", f"{found.contents:,}"),
+            ("superfluous", f"{repeated.extra:,} of {repeated.samples:,} samples ({repeated.share:.2%})"),
+            ("contents that stand more than once", f"{repeated.groups:,}"),
+            ("different contents", f"{repeated.contents:,}"),
         ]
     )
     rows = [(f"{copies:,}", key, text) for copies, key, text in largest]
@@ -232,11 +232,11 @@ def _duplicates(title: str, found: Repeats, largest: Sequence[tuple[int, str, st
 def _drift(stats: Stats) -> str:
     odd = [shard for shard in stats.shards if shard.is_odd]
     limit = "more than 5 % and three times what chance makes of its size"
-    said = f"{len(odd):,} of {len(stats.shards):,} shards differ from a typical one by {limit}."
+    summary = f"{len(odd):,} of {len(stats.shards):,} shards differ from a typical one by {limit}."
     text = plots.bands([(shard.name, shard.text_p5, shard.text_p50, shard.text_p95) for shard in stats.shards])
     by_text = plots.bars([(shard.name, shard.text_distance, shard.is_odd) for shard in stats.shards], 0.1)
     parts = [
-        f"<p>{said}</p>",
+        f"<p>{summary}</p>",
         f'<figure class="split"><div>{text}<figcaption>Text length: median, and the band of 90 %</figcaption></div>',
         f"<div>{by_text}<figcaption>Texts whose length would have to change to match a typical shard</figcaption></div>",
     ]

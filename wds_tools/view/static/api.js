@@ -24,7 +24,7 @@ async function request(url, signal) {
   throw new Error(why);
 }
 
-export const dataSet = await get("/api/set").catch((error) => ({ error }));
+export const dataset = await get("/api/set").catch((error) => ({ error }));
 
 const MOST_AT_ONCE = 3; // of the six connections that browsers open to a server
 let running = 0;
@@ -47,7 +47,7 @@ async function next() {
   }
   running += 1;
   try {
-    const blob = await (await request(`${url}${url.includes("?") ? "&" : "?"}v=${dataSet.version}`, signal)).blob();
+    const blob = await (await request(`${url}${url.includes("?") ? "&" : "?"}v=${dataset.version}`, signal)).blob();
     const address = URL.createObjectURL(blob);
     await new Promise((done, failed) => {
       img.onload = done;

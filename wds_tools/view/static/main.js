@@ -1,6 +1,6 @@
 // Which view an address means, links inside the page, and keys. A view is a function (main, url, signal) -> {keys}; the signal
 // says that another one has taken its place.
-import { dataSet } from "/static/api.js";
+import { dataset } from "/static/api.js";
 import { failure, go, replace } from "/static/dom.js";
 import { showRejects } from "/static/rejects.js";
 import { showSample } from "/static/sample.js";
@@ -20,8 +20,8 @@ function show() {
     if (here) link.setAttribute("aria-current", "page");
     else link.removeAttribute("aria-current");
   }
-  if (dataSet.error) {
-    replace(main, failure(dataSet.error, () => location.reload()));
+  if (dataset.error) {
+    replace(main, failure(dataset.error, () => location.reload()));
     return;
   }
   const view = url.pathname === "/rejects" ? showRejects : url.pathname.startsWith("/sample/") ? showSample : showSamples;
@@ -53,6 +53,6 @@ document.addEventListener("keydown", (event) => {
 document.getElementById("help").addEventListener("click", () => help.showModal());
 help.addEventListener("click", (event) => { if (event.target === help) help.close(); });
 window.addEventListener("popstate", show);
-document.getElementById("where").textContent = dataSet.url ?? "";
-document.title = dataSet.url ? `${dataSet.url} · wds-tools` : "wds-tools";
+document.getElementById("where").textContent = dataset.url ?? "";
+document.title = dataset.url ? `${dataset.url} · wds-tools` : "wds-tools";
 show();

@@ -1,20 +1,20 @@
 // What was not converted, and why: reasons to choose from, and lines that come as one scrolls on.
-import { dataSet, get, unlessLeft } from "/static/api.js";
+import { dataset, get, unlessLeft } from "/static/api.js";
 import { count, el, failure, replace, state } from "/static/dom.js";
 
 export function showRejects(main, url, signal) {
   const reason = url.searchParams.get("reason") ?? "";
-  const total = Object.values(dataSet.rejects).reduce((sum, number) => sum + number, 0);
+  const total = Object.values(dataset.rejects).reduce((sum, number) => sum + number, 0);
   if (!total) {
-    const earlier = dataSet.earlier.filter((pass) => Object.keys(pass.rejects).length).map((pass) => el("p", {},
+    const earlier = dataset.earlier.filter((pass) => Object.keys(pass.rejects).length).map((pass) => el("p", {},
       `The dataset that this one was made from, ${pass.url}, rejected `,
       Object.entries(pass.rejects).map(([name, number]) => `${count(number)} ${name}`).join(", "), "."));
-    replace(main, state("No rejects", `All ${count(dataSet.inputs)} inputs became samples.`, earlier));
+    replace(main, state("No rejects", `All ${count(dataset.inputs)} inputs became samples.`, earlier));
     return {};
   }
   const chip = (name, number) => el("a", { href: name ? `/rejects?reason=${encodeURIComponent(name)}` : "/rejects", "data-inside": true, "aria-current": name === reason ? "true" : null },
     `${name || "all"} ${count(number)}`);
-  const reasons = Object.entries(dataSet.rejects).sort((a, b) => b[1] - a[1]);
+  const reasons = Object.entries(dataset.rejects).sort((a, b) => b[1] - a[1]);
   const body = el("tbody");
   const more = el("button", { type: "button" }, "Show more");
   const status = el("p", { className: "nothing", role: "status" });

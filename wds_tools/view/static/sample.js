@@ -1,5 +1,5 @@
 // One sample: the picture from its codes, the original, the codes themselves, its text or conversation, and where it lies.
-import { dataSet, get, load, unlessLeft } from "/static/api.js";
+import { dataset, get, load, unlessLeft } from "/static/api.js";
 import { bytes, count, el, facts, failure, go, replace } from "/static/dom.js";
 import { codeGrid } from "/static/grid.js";
 
@@ -20,7 +20,7 @@ export function showSample(main, url, signal) {
   const number = Number(url.pathname.slice("/sample/".length));
   const step = (by) => () => {
     const to = number + by;
-    if (to >= 0 && to < dataSet.samples) go(`/sample/${to}`, { replacing: true });
+    if (to >= 0 && to < dataset.samples) go(`/sample/${to}`, { replacing: true });
   };
   const list = `/?first=${Math.floor(number / PAGE) * PAGE}`;
   const back = () => (history.state?.inside && history.length > 1 ? history.back() : go(list));
@@ -36,7 +36,7 @@ export function showSample(main, url, signal) {
     const grids = [];
     replace(main, head(sample, number, step, back, copied), body(sample, number, signal, grids));
     keys.m = () => grids.forEach((grid) => grid.nextMode());
-    for (const near of [number + 1, number - 1]) if (near >= 0 && near < dataSet.samples) fetchSample(near).catch(() => {});
+    for (const near of [number + 1, number - 1]) if (near >= 0 && near < dataset.samples) fetchSample(near).catch(() => {});
   }).catch(unlessLeft((error) => {
     if (!signal.aborted) replace(main, failure(error, () => go(list)));
   })).finally(() => {

@@ -1,5 +1,5 @@
 // A page of samples, or what a search has found so far.
-import { dataSet, get, load, unlessLeft } from "/static/api.js";
+import { dataset, get, load, unlessLeft } from "/static/api.js";
 import { count, el, failure, go, marked, replace, state } from "/static/dom.js";
 
 const PAGE = 24;
@@ -51,7 +51,7 @@ export function showSamples(main, url, signal) {
   const pager = el("footer", { className: "pager" });
   const place = el("div", {}, cards);
   replace(main, tools(query), notice, progress, place, pager);
-  if (!dataSet.samples) {
+  if (!dataset.samples) {
     replace(place, state("This dataset is empty", "It has a manifest and no samples."));
     return keysOf(cards, () => {}, () => {});
   }
@@ -72,12 +72,12 @@ export function showSamples(main, url, signal) {
 }
 
 function browse(first, { place, pager, fill }, signal) {
-  const last = Math.floor((dataSet.samples - 1) / PAGE) * PAGE;
+  const last = Math.floor((dataset.samples - 1) / PAGE) * PAGE;
   const at = (number) => `/?first=${Math.min(Math.max(number, 0), last)}`;
   const forward = () => { if (first < last) go(at(first + PAGE)); };
   const back = () => { if (first > 0) go(at(first - PAGE)); };
   const label = el("span", { className: "label" }, "");
-  const say = (from) => { label.textContent = `#${count(from)} – #${count(Math.min(from + PAGE, dataSet.samples) - 1)} of ${count(dataSet.samples)}`; };
+  const say = (from) => { label.textContent = `#${count(from)} – #${count(Math.min(from + PAGE, dataset.samples) - 1)} of ${count(dataset.samples)}`; };
   const slider = el("input", { type: "range", min: 0, max: Math.max(last, 0), step: PAGE, value: first, "aria-label": "place in the dataset" });
   slider.addEventListener("input", () => say(Number(slider.value)));
   slider.addEventListener("change", () => go(at(Number(slider.value))));
@@ -97,7 +97,7 @@ function browse(first, { place, pager, fill }, signal) {
 function search(query, first, { cards, place, progress, pager, fill, onproblem }, signal) {
   const stopping = new AbortController();
   signal.addEventListener("abort", () => stopping.abort());
-  const bar = el("progress", { max: dataSet.samples, value: first });
+  const bar = el("progress", { max: dataset.samples, value: first });
   const said = el("span");
   const stop = el("button", { type: "button", onclick: () => stopping.abort(), title: "Stop (Esc)" }, "Stop");
   progress.hidden = false;
@@ -121,9 +121,9 @@ function search(query, first, { cards, place, progress, pager, fill, onproblem }
       cards.classList.toggle("texts", !cards.querySelector(".thumb"));
       found += answer.samples.length;
       next = answer.next;
-      const seen = next ?? dataSet.samples;
+      const seen = next ?? dataset.samples;
       bar.value = seen;
-      said.textContent = `${count(found)} found in ${count(seen - first)} samples looked at, of ${count(dataSet.samples)}`;
+      said.textContent = `${count(found)} found in ${count(seen - first)} samples looked at, of ${count(dataset.samples)}`;
     }
     return null;
   }
@@ -135,7 +135,7 @@ function search(query, first, { cards, place, progress, pager, fill, onproblem }
     isOver = true;
     stop.hidden = true;
     if (signal.aborted) return;
-    if (!found && next === null) replace(place, state("Nothing found", `None of the ${count(dataSet.samples - first)} samples looked at match.`));
+    if (!found && next === null) replace(place, state("Nothing found", `None of the ${count(dataset.samples - first)} samples looked at match.`));
     replace(pager,
       el("button", { type: "button", onclick: back, title: "Back (p)" }, "‹ Back"), el("span", { className: "grow" }),
       el("button", { type: "button", onclick: forward, disabled: next === null, title: "Go on (n)" }, "Search on ›"));
@@ -147,9 +147,9 @@ function tools(query) {
   const scope = el("select", { "aria-label": "search in" }, ["text", "key", "number"].map((name) => el("option", { value: name }, name)));
   scope.value = query.key ? "key" : "text";
   const input = el("input", { type: "search", placeholder: "Search  ( / )", value: query.text || query.key, "aria-label": "search", spellcheck: false, id: "search", maxLength: 500 });
-  const types = Object.keys(dataSet.data_types);
+  const types = Object.keys(dataset.data_types);
   const type = el("select", { "aria-label": "type" }, el("option", { value: "" }, "all types"),
-    types.map((name) => el("option", { value: name }, `${name} (${count(dataSet.data_types[name])})`)));
+    types.map((name) => el("option", { value: name }, `${name} (${count(dataset.data_types[name])})`)));
   type.value = query.type;
   const submit = () => {
     const value = input.value.trim();
