@@ -36,6 +36,9 @@ class World:
     def detect(cls, environment: Mapping[str, str] | None = None) -> Self:
         """From torch.distributed where it is initialized, else from RANK and WORLD_SIZE (torchrun), else one process.
 
+        Args:
+            environment: variables to look at in place of torch.distributed and this process's environment.
+
         Raises:
             UsageError: RANK or WORLD_SIZE is set alone or is not a number; or neither is set, and Slurm or MPI started several
                 processes.
@@ -59,7 +62,11 @@ class World:
 
     @classmethod
     def of(cls, rank: int | None, world_size: int | None) -> Self:
-        """The one that is named, or, if neither number is given, the one that is detected.
+        """The world that is named, or, if neither number is given, the one that is detected.
+
+        Args:
+            rank: number of this process.
+            world_size: number of training processes.
 
         Raises:
             UsageError: one is given without the other, or see `detect`.

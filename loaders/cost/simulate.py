@@ -50,21 +50,21 @@ class Mixing:
 class Simulation:
     """What training will cost."""
 
-    samples: int
+    num_samples: int
     """Samples of all sources."""
-    shards: int
+    num_shards: int
     """Shards of all sources."""
-    bytes: int
+    total_bytes: int
     """Bytes of all shards."""
     epoch_samples: int
     """Samples of an epoch."""
-    steps: int
+    num_steps: int
     """Steps of an epoch."""
-    dropped: int
+    num_dropped: int
     """Samples that last_batch="drop" leaves out."""
-    lanes: int
+    num_lanes: int
     """Number of lanes."""
-    chunks: int
+    num_chunks: int
     """Chunks of an epoch of every source."""
     chunk_bytes: int
     """Size of a chunk."""
@@ -129,6 +129,9 @@ def simulate(sources: Sequence[OpenSource], config: LoaderConfig, world_size: in
         world_size: number of ranks.
         as_remote: count local files as if they were fetched.
 
+    Returns:
+        Costs of an epoch, and how well it is mixed.
+
     Raises:
         UsageError: the settings do not fit the data or the world.
     """
@@ -147,14 +150,14 @@ def simulate(sources: Sequence[OpenSource], config: LoaderConfig, world_size: in
         )
     process = replay(order, config, steps, as_remote=as_remote)
     return Simulation(
-        samples=sum(opened.manifest.samples for opened in sources),
-        shards=sum(len(opened.manifest.shards) for opened in sources),
-        bytes=order.total_bytes,
+        num_samples=sum(opened.manifest.samples for opened in sources),
+        num_shards=sum(len(opened.manifest.shards) for opened in sources),
+        total_bytes=order.total_bytes,
         epoch_samples=order.length,
-        steps=len(steps),
-        dropped=steps.dropped,
-        lanes=order.spec.lanes,
-        chunks=_num_chunks(order),
+        num_steps=len(steps),
+        num_dropped=steps.dropped,
+        num_lanes=order.spec.lanes,
+        num_chunks=_num_chunks(order),
         chunk_bytes=order.spec.chunk_bytes,
         block_bytes=order.spec.block_bytes,
         start_s=start_s,

@@ -115,7 +115,14 @@ class Mixture:
         self._weights = [Weights(weights) for _, weights in schedule]
 
     def locate(self, positions: Ints) -> Draws:
-        """What stands at these positions."""
+        """What stands at these positions.
+
+        Args:
+            positions: (K,) from 0, through all epochs, in any order.
+
+        Returns:
+            Arrays (K,).
+        """
         lane, cursor = positions % self._lanes, positions // self._lanes
         if len(self._weights) == 1 and len(self._num_samples) == 1:
             source, draw = np.zeros_like(positions), cursor
@@ -135,6 +142,10 @@ class Mixture:
     def exhausted_at(self, source: int, times: int = 1) -> int:
         """The number of positions until the source has been drawn in full, `times` times.
 
+        Args:
+            source: number of the source.
+            times: passes over it.
+
         Raises:
             UsageError: its weight ends at 0 before.
         """
@@ -150,7 +161,7 @@ class Mixture:
             enough = self._drawn(source, lane, middle) >= wanted
             high = np.where(enough, middle, high)
             low = np.where(enough, low, middle + 1)
-        return int(((high - 1) * self._lanes + lane).max()) + 1
+        return int(((high - 1) * self._lanes + lane).max(initial=-1)) + 1
 
     def _draw(self, positions: Ints, lane: Ints, cursor: Ints) -> tuple[Ints, Ints]:
         segment = np.searchsorted(self._starts, positions, "right") - 1

@@ -57,11 +57,18 @@ class Planned(NamedTuple):
 
 
 def default_order(total_bytes: int, batch_size: int, seed: int, *, lanes: int | None = None, shuffle: bool = True) -> OrderSpec:
-    """The order of a dataset of this many bytes for a global batch of this many samples.
+    """The order of one source, by the size of the data.
 
     Lanes: 8 x the batch, so that up to 8 workers of a rank have lanes of their own. Up to 256 MiB a chunk is a sample; above,
     there are about 1,024 chunks, until they have 4 MiB: small datasets are mixed finely, large ones are read in large
     requests. A shuffle block is what keeps all open blocks within 1 GiB, and at least 128 KiB.
+
+    Args:
+        total_bytes: bytes of all shards.
+        batch_size: samples of a batch over all ranks.
+        seed: seed of the order.
+        lanes: number of lanes, in place of the default.
+        shuffle: False for the order of the manifest.
     """
     if not shuffle:
         return OrderSpec(seed=seed, lanes=1, block_bytes=MIN_BLOCK_BYTES, chunk_bytes=MIN_BLOCK_BYTES, shuffle=False)
@@ -144,6 +151,9 @@ class SourcePlan:
         Args:
             epoch: from 0.
             positions: (K,) in 0 ... num_samples - 1, in any order.
+
+        Returns:
+            Arrays (K,).
         """
         spec = self.spec
         chunks, starts = self._shuffled_chunks(epoch)
@@ -183,7 +193,14 @@ class SourcePlan:
 
 
 def shuffled(count: int, seed: int, epoch: int, domain: int = _EPOCH_STREAM) -> Ints:
-    """A permutation of range(count), (count,): the order of as many 64-bit keys of Philox, keyed by (seed, epoch)."""
+    """A permutation of range(count), (count,): the order of as many 64-bit keys of Philox, keyed by (seed, epoch).
+
+    Args:
+        count: number of items, from 0.
+        seed: 0 ... 2**64 - 1.
+        epoch: 0 ... 2**64 - 1.
+        domain: number that keeps permutations for different purposes apart.
+    """
     keys: _Words = np.random.Philox(
         key=np.array([seed, epoch], np.uint64), counter=np.array([0, 0, 0, domain], np.uint64)
     ).random_raw(count)

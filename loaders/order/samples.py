@@ -88,8 +88,11 @@ class Located(NamedTuple):
 def open_source(source: Source) -> OpenSource:
     """Read a source's manifest.
 
+    Args:
+        source: the dataset, and how it is used.
+
     Raises:
-        NotFound: there is none: `wds-tools index` makes one for third-party tars.
+        NotFound: there is no manifest: `wds-tools index` makes one for third-party tars.
         FormatError: it is damaged.
     """
     store = open_store(source.url)
@@ -109,7 +112,10 @@ def order_spec(sources: Sequence[OpenSource], config: LoaderConfig, saved: Order
     Args:
         sources: the opened sources of the config.
         config: weights, schedule, stop_at, seed, shuffle, lanes.
-        saved: spec of a run that goes on, whose sizes of lanes, chunks, shuffle blocks and steps are kept.
+        saved: spec of a run that goes on, whose lanes, chunks, shuffle blocks and steps are kept.
+
+    Returns:
+        The spec, whose length is the number of samples of an epoch.
 
     Raises:
         UsageError: the mixture never ends, or its weights can't be planned.
@@ -207,6 +213,9 @@ class SampleOrder:
         Args:
             epoch: from 0.
             positions: (K,) from 0, in any order.
+
+        Returns:
+            Arrays (K,).
         """
         draws = self._mixture.locate(epoch * self.length + positions)
         plan_epochs = draws.source + len(self._groups) * draws.epoch
@@ -236,7 +245,7 @@ class SampleOrder:
         specs, opened = [self.spec.sources[number] for number in members], [self.sources[number] for number in members]
         repeats = [1 if self.spec.schedule else spec.repeat for spec in specs]
         urls = ", ".join(each.store.url for each in opened)
-        num_shards = sum(len(each.manifest.shards) * repeat for each, repeat in zip(opened, repeats, strict=True))
+        num_shards = sum(max(len(each.manifest.shards), 1) * repeat for each, repeat in zip(opened, repeats, strict=True))
         if len(members) > 1 and num_shards > _MAX_SHARDS:
             raise UsageError(f"the sources, each repeated, have {num_shards:,} shards: at most {_MAX_SHARDS:,} can be planned")
         limits = [spec.max_samples for spec in specs if spec.max_samples is not None]

@@ -71,11 +71,11 @@ class OrderSpec:
         }
 
     def differences(self, other: OrderSpec) -> Iterator[tuple[str, Any, Any]]:
-        """(name, value here, value there) of each field that differs, those of the sources first."""
-        here, there = self._values(), other._values()
-        for name in here | there:
-            if here.get(name) != there.get(name):
-                yield name, here.get(name), there.get(name)
+        """(name, value, value of the other) of each field that differs, those of the sources first."""
+        values, others = self._values(), other._values()
+        for name in values | others:
+            if values.get(name) != others.get(name):
+                yield name, values.get(name), others.get(name)
 
     def _values(self) -> dict[str, Any]:
         values = self.to_json()

@@ -74,7 +74,11 @@ def read_receipts(urls: Sequence[str]) -> list[Receipt]:
 
 
 def num_positions(receipts: Sequence[Receipt], *, complete: bool = False) -> int:
-    """Positions that `audit` counts, over all epochs: what its progress goes up to."""
+    """Number of positions that `audit` counts, over all epochs: the total of its progress.
+
+    Args:
+        receipts, complete: see `audit`.
+    """
     ends: dict[int, int] = defaultdict(int)
     for receipt in receipts:
         for epoch, _, high, _ in receipt.spans:
@@ -105,6 +109,9 @@ def audit(
         quick: compare positions only, no hashes.
         show: number of ranges to give of each kind.
         on_counted: called with the number of further positions that were counted, of num_positions.
+
+    Returns:
+        What became of every sample of every epoch.
 
     Raises:
         UsageError: the receipts are of different data or orders, or the data is not theirs.

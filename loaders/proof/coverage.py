@@ -144,6 +144,9 @@ class Coverage:
         Args:
             epoch: number of the epoch.
             may_end_early: whether what comes after its last span is unseen rather than missing.
+
+        Returns:
+            Its counts, and the ranges that are missing or repeated.
         """
         length = self._order.length
         spans = [(number, span) for number, receipt in enumerate(self._receipts) for span in receipt.spans if span[0] == epoch]

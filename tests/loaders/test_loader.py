@@ -543,7 +543,7 @@ def test_a_world_that_was_detected_is_compared_with_a_group_that_came_later(
     make = MAKERS[kind]
     early, on_purpose = make(url, None), make(url, World())
     late_group()
-    with pytest.raises(UsageError, match=r"rank 0 of 1, torch\.distributed says rank 1 of 2: make it behind init_process"):
+    with pytest.raises(UsageError, match=r"rank 0 of 1, torch\.distributed says rank 1 of 2: make it after init_process"):
         next(iter(early))
     if kind != "build_loader":
         with pytest.raises(UsageError, match="says rank 1 of 2"):  # on its way to a worker that is not forked

@@ -80,8 +80,8 @@ def test_steps_and_what_is_dropped_are_those_of_the_loader(tmp_path: Path) -> No
         wanted = config(Source(url), batch_size=10, last_batch=last_batch)
         found = simulate([open_source(Source(url))], wanted, 5)
         loader = build_loader(wanted, World(rank=2, world_size=5))
-        assert (found.steps, found.epoch_samples) == (len(loader), loader.num_samples)
-        assert found.dropped == (3 if last_batch == "drop" else 0)
+        assert (found.num_steps, found.epoch_samples) == (len(loader), loader.num_samples)
+        assert found.num_dropped == (3 if last_batch == "drop" else 0)
 
 
 def test_neither_shards_nor_indices_are_read(tmp_path: Path) -> None:
@@ -197,7 +197,7 @@ def test_the_command_prints_the_cost_of_a_dataset_that_does_not_exist(capsys: py
     assert "process one of 2,048: 48,832 samples an epoch, from 16 lanes; replayed in full" in said
     assert "1.00 x those of its samples" in said
     assert main([*args, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["steps"] == 24_414
+    assert json.loads(capsys.readouterr().out)["num_steps"] == 24_414
 
 
 def test_the_command_takes_datasets_and_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -41,15 +41,15 @@ class Config(Printed):
     workers: int = 0
     """Worker processes of a rank that read; 0: the rank reads by itself."""
     weights: tuple[float, ...] = ()
-    """Shares of the datasets in the mixture, in their order; without, every sample of each once an epoch."""
+    """Weights of the datasets in the mixture, in their order; by default every sample of each once an epoch."""
     last_batch: Literal["drop", "short", "wrap"] = "drop"
-    """What becomes of a last part of a batch."""
+    """What happens to the last, incomplete batch of an epoch."""
     lanes: int | None = None
-    """Parts of the data that are read side by side; by default 8 x the batch size."""
+    """Number of equal parts of the data that are read side by side; by default 8 x the batch size."""
     memory_bytes: int = 2 << 30
-    """What one process may keep of the data that it has read."""
+    """Memory that one process may take for data that it has read."""
     seed: int = 42
-    """Of the order."""
+    """Seed of the sample order."""
     remote: bool = False
     """Count local files as if they were fetched from object storage."""
 
@@ -88,14 +88,14 @@ def run(config: Config) -> int:
 
 
 def _describe(result: Simulation, config: Config) -> Iterator[tuple[str, str]]:
-    count = result.samples
+    count = result.num_samples
     plan = "" if result.plan_bytes is None else f", {_bytes(result.plan_bytes)} of memory"
-    yield "data", f"{count:,} samples, {_bytes(result.bytes)}, {result.shards:,} shards"
-    left = f", {result.dropped:,} samples left over" if result.dropped else ""
-    yield "epoch", f"{result.epoch_samples:,} samples: {result.steps:,} steps of {config.batch_size:,}{left}"
+    yield "data", f"{count:,} samples, {_bytes(result.total_bytes)}, {result.num_shards:,} shards"
+    left = f", {result.num_dropped:,} samples left over" if result.num_dropped else ""
+    yield "epoch", f"{result.epoch_samples:,} samples: {result.num_steps:,} steps of {config.batch_size:,}{left}"
     yield (
         "order",
-        f"{result.lanes:,} lanes; {result.chunks:,} chunks of {_bytes(result.chunk_bytes)}, read in blocks of "
+        f"{result.num_lanes:,} lanes; {result.num_chunks:,} chunks of {_bytes(result.chunk_bytes)}, read in shuffle blocks of "
         f"{_bytes(result.block_bytes)}",
     )
     yield "plan", f"{result.start_s:.2f} s at the start, {result.epoch_s:.2f} s each epoch{plan}"
