@@ -19,7 +19,7 @@ from wds_tools.errors import UsageError
 HOWS = """
 import json, sys, warnings
 import torch
-import loaders.loader
+import loaders.workers.pool
 from loaders import LoaderConfig, ShardDataset, Source, World, build_loader
 
 def loader(batch_size):
@@ -39,7 +39,7 @@ def outcome(make, batch_size):
     return [told, *(str(one.message) for one in caught)]
 
 found = {"fewer": outcome(loader, 64), "refused": outcome(loader, 256)}
-loaders.loader.affordable_prefetch = lambda config, *_: config.prefetch_factor
+loaders.workers.pool.affordable_prefetch = lambda config, *_: config.prefetch_factor
 found |= {"loader": outcome(loader, 512), "dataset": outcome(dataset, 1)}
 print(json.dumps(found))
 """

@@ -549,7 +549,7 @@ def test_shards_of_very_different_samples_are_fetched_about_once(monkeypatch: py
     make_dataset("memory://processes/different", chain(texts, images), shard_samples=2000)
     made = loader("memory://processes/different", num_workers=0, batch_size=8, memory_bytes=16 << 20)
     assert len(keys(made)) == 4032
-    assert made.stats()["bytes"] < 2.5 * made._stream.total_bytes  # the next epoch is read ahead
+    assert made.stats()["bytes"] < 2.5 * made._order.total_bytes  # the next epoch is read ahead
 
 
 def test_a_loader_that_goes_over_to_its_workers_is_small(url: str) -> None:
