@@ -48,12 +48,19 @@ class Plan(NamedTuple):
 
     positions: PositionRange
     located: Located
-    units: Located
-    """The unit of each position."""
+    all_units: Located
+    """The unit of each position of all ranges that were planned together ..."""
+    span: slice
+    """... and where those of this range stand in it."""
     keys: list[int]
     """Key of the unit of each position."""
     counts: dict[int, int]
     """Key of each unit -> number of positions that it serves."""
+
+    @property
+    def units(self) -> Located:
+        """The unit of each position."""
+        return _columns(self.all_units, self.span)
 
 
 @dataclass(slots=True, eq=False)
@@ -149,8 +156,7 @@ class Planner:
             span = slice(end, end := end + len(part_positions))
             keys = units.key[span].tolist()
             counts = {keys[0]: 1} if len(keys) == 1 else Counter(keys)
-            part_located = _columns(located, span)
-            plans.append(Plan(part, part_located, part_located if units is located else _columns(units, span), keys, counts))
+            plans.append(Plan(part, _columns(located, span), units, span, keys, counts))
         return plans, units
 
     def requests(self, units: Located, held: Container[int]) -> Iterator[Request]:

@@ -10,11 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, KeysView, Mapping
 from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from loaders.reading.planner import Plan, Request
 
 _S = TypeVar("_S")
+
+
+@dataclass(slots=True, eq=False)
+class _Held(Generic[_S]):
+    """What a request brings."""
+
+    request: Request
+    samples: _S | Future[_S]
 
 
 class Residency(Generic[_S]):
@@ -26,9 +35,8 @@ class Residency(Generic[_S]):
 
     def __init__(self, memory_bytes: int) -> None:
         self._memory_bytes = memory_bytes
-        self._units: dict[int, Request] = {}
-        """By key, the request that brings it."""
-        self._samples: dict[Request, _S | Future[_S]] = {}
+        self._units: dict[int, _Held[_S]] = {}
+        """By key, in the order of their requests; those of one request share what it brings."""
         self._held_bytes = 0
         self.num_evicted = 0
         """Requests whose samples were dropped for want of memory and may be fetched again."""
@@ -48,8 +56,7 @@ class Residency(Generic[_S]):
 
     def hold(self, request: Request, samples: _S | Future[_S]) -> None:
         """Keep what a request brings, or its future."""
-        self._units.update(dict.fromkeys(request.keys, request))
-        self._samples[request] = samples
+        self._units.update(dict.fromkeys(request.keys, _Held(request, samples)))
         self._held_bytes += request.num_bytes
         self.peak_units = max(self.peak_units, len(self._units))
         self.peak_bytes = max(self.peak_bytes, self._held_bytes)
@@ -63,18 +70,16 @@ class Residency(Generic[_S]):
         Raises:
             FormatError, StorageError: a fetch failed.
         """
-        requests = {key: self._units[key] for key in counts}
         taken: dict[int, _S] = {}
-        for key, request in requests.items():
-            samples = self._samples[request]
-            if isinstance(samples, Future):
-                samples = self._samples[request] = samples.result()
-            taken[key] = samples
-        for key, count in counts.items():
-            request = requests[key]
-            request.num_left -= count
-            if request.num_left == 0:
-                self._drop(request)
+        units = [self._units[key] for key in counts]
+        for key, held in zip(counts, units, strict=True):
+            if isinstance(held.samples, Future):
+                held.samples = held.samples.result()
+            taken[key] = held.samples
+        for count, held in zip(counts.values(), units, strict=True):
+            held.request.num_left -= count
+            if held.request.num_left == 0:
+                self._drop(held)
         return taken
 
     def make_room(self, plans: Iterable[Plan]) -> None:
@@ -83,26 +88,25 @@ class Residency(Generic[_S]):
             return
         wanted = {key for plan in plans for key in plan.counts}
         num_excess = self._held_bytes - self._memory_bytes * 7 // 8
-        dropped: list[Request] = []
-        for request, samples in self._samples.items():
-            if request.num_bytes and not isinstance(samples, Future) and wanted.isdisjoint(request.keys):
-                dropped.append(request)
+        dropped: list[_Held[_S]] = []
+        for held in dict.fromkeys(self._units.values()):
+            request = held.request
+            if request.num_bytes and not isinstance(held.samples, Future) and wanted.isdisjoint(request.keys):
+                dropped.append(held)
                 num_excess -= request.num_bytes
                 if num_excess <= 0:
                     break
-        for request in dropped:
-            self._drop(request)
+        for held in dropped:
+            self._drop(held)
         self.num_evicted += len(dropped)
 
     def clear(self) -> None:
         """Drop everything."""
         self._units.clear()
-        self._samples.clear()
         self._held_bytes = 0
 
-    def _drop(self, request: Request) -> None:
-        for key in request.keys:
-            if self._units.get(key) is request:
+    def _drop(self, held: _Held[_S]) -> None:
+        for key in held.request.keys:
+            if self._units.get(key) is held:
                 del self._units[key]
-        del self._samples[request]
-        self._held_bytes -= request.num_bytes
+        self._held_bytes -= held.request.num_bytes
