@@ -77,7 +77,12 @@ def test_hostile_receipts_and_leases_are_told_of_in_printable_lines(
     loader = build_loader(LoaderConfig(sources=(Source(str(tmp_path / "set")),), batch_size=4))
     next(iter(loader))
     for number, change in enumerate(
-        ({"sources": [{"url": evil, "fingerprint": evil}]}, {"last_batch": evil}, {"version": evil}, {"spec": {"seed": evil}})
+        (
+            {"sources": [{"url": evil, "fingerprint": evil, "num_samples": 8}]},
+            {"last_batch": evil},
+            {"version": evil},
+            {"spec": {**loader.receipt()["spec"], "seed": evil}},
+        )
     ):
         path = tmp_path / f"receipt-{number}.json"
         path.write_text(json.dumps({**loader.receipt(), **change}))

@@ -92,7 +92,7 @@ def test_neither_shards_nor_indices_are_read(tmp_path: Path) -> None:
     local = simulate([open_source(Source(url))], config(batch_size=10))
     assert (local.process.requests, local.process.bytes) == (0, 0)
     remote = simulate([open_source(Source(url))], config(batch_size=10), as_remote=True)
-    assert (remote.process.requests, remote.process.bytes) == (10, remote.bytes)
+    assert (remote.process.requests, remote.process.bytes) == (10, remote.total_bytes)
 
 
 @pytest.mark.parametrize(("world_size", "workers"), [(1, 0), (8, 0), (8, 2), (16, 4), (64, 8)])

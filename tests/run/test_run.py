@@ -62,8 +62,12 @@ def silent(new: Advance) -> None:
     pass
 
 
+OTHERS = set(multiprocessing.active_children())
+"""Children of this process when this file begins: those of other tests."""
+
+
 def no_children_left() -> None:
-    wait_until(lambda: not multiprocessing.active_children(), "no worker is left", 10)
+    wait_until(lambda: OTHERS.issuperset(multiprocessing.active_children()), "no worker is left", 10)
 
 
 @SERIAL_AND_PARALLEL
