@@ -15,6 +15,7 @@ DEAD = {
     "parcel": "step result",
     "tally": "coverage",
     "recipe": "order spec",
+    "tape": "shuffled chunks",
     "PassOptions": "JobOptions",
     "ShardRow": "ShardInfo",
     "Rounds": "EpochLoader",
