@@ -176,7 +176,10 @@ def test_many_kills_of_every_command_resume_to_the_same_bytes(
     check_kills(encode_straight(pairs), peace, tmp_path / "straight", workers=workers, rounds=4)
 
 
-def test_a_run_killed_after_its_manifest_leaves_no_working_files_behind(texts: Path, peace: Peace, tmp_path: Path) -> None:
+@pytest.mark.parametrize("again", ["the command", "finalize"])
+def test_a_run_killed_after_its_manifest_leaves_no_working_files_behind(
+    texts: Path, peace: Peace, tmp_path: Path, again: str
+) -> None:
     expected, _ = peace(convert_dclm(texts))
     output = tmp_path / "out"
     wds_tools(*convert_dclm(texts), "--output", output)
@@ -184,7 +187,7 @@ def test_a_run_killed_after_its_manifest_leaves_no_working_files_behind(texts: P
     (output / "_work/task-000003.json").write_bytes(b"{}")
     (output / ".tmp").mkdir()
     (output / ".tmp/0123").write_bytes(b"half a file")
-    wds_tools(*convert_dclm(texts), "--output", output, "--resume")
+    wds_tools(*(["finalize"] if again == "finalize" else [*convert_dclm(texts), "--resume"]), "--output", output)
     assert tree(output) == expected
 
 

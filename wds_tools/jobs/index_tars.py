@@ -86,7 +86,6 @@ def rebuild_indices(store: Store, *, workers: int = 1, quiet: bool = True) -> Ma
         )
     with _lease_of(store):
         _run(_IndexShard(store, manifest.schema_version), manifest.shards, workers, quiet)
-        store.clean_temp()
     return manifest
 
 
@@ -123,7 +122,6 @@ def index_tars(store: Store, *, workers: int = 1, quiet: bool = True) -> Manifes
         )
         lease.check()
         _put(store, MANIFEST, serialize_manifest(manifest))
-        store.clean_temp()
     return manifest
 
 
@@ -222,11 +220,18 @@ def _run(index_shard: _IndexShard, shards: Sequence[ShardInfo], workers: int, qu
 
 @contextlib.contextmanager
 def _lease_of(store: Store) -> Iterator[Lease]:
-    """No other run writes among the tars meanwhile."""
+    """No other run writes among the tars meanwhile; however it ends, no unfinished file is left among them."""
     with contextlib.ExitStack() as stack:
         with _beside_tars():
             lease = stack.enter_context(Lease(store))
-        yield lease
+        try:
+            yield lease
+        finally:
+            with contextlib.suppress(
+                StorageError
+            ):  # another run has taken over, or the storage is gone: there is an error already
+                lease.check()
+                store.clean_temp()
 
 
 def _put(store: Store, name: str, data: bytes) -> None:
