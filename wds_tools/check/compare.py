@@ -19,17 +19,17 @@ from numpy.typing import NDArray
 
 from wds_tools.dataset.reader import read_manifest, read_shard
 from wds_tools.errors import FormatError, UsageError
-from wds_tools.format.codes import CODE_COLUMNS, Codes, codes_named, named_column
+from wds_tools.format.codes import CODE_COLUMNS, Codes, code_column, codes_named, named_column
 from wds_tools.format.manifest import Manifest
 from wds_tools.format.schema import Sample
-from wds_tools.images import ImageLimits, Mode, prepare
+from wds_tools.images import PAIR_TYPES, ImageLimits, Mode, prepare
 from wds_tools.run.progress import Advance, Progress
 from wds_tools.storage import Store, open_store
 from wds_tools.vq.base import ImageTokenizer
 from wds_tools.vq.registry import load_tokenizer
 
 _SAME = ("tokenizer", "codebook_size", "weights_hash", "preprocessing_version")
-_MODES: dict[str, Mode] = {"vqcode_512": "cc512", "vqcode_multi768": "multi768"}
+_MODES: dict[str, Mode] = {code_column(data_type): mode for mode, data_type in PAIR_TYPES.items()}
 """How the images of a column were cropped."""
 _LIMITS = ImageLimits(min_side=1, max_bytes=sys.maxsize)
 """Images that have codes are good."""

@@ -194,7 +194,7 @@ class Output:
         manifest = self.manifest(results[task] for task in range(num_tasks))
         self.check()
         self.store.put(MANIFEST, serialize_manifest(manifest))
-        self._drop_working_files()
+        _drop_working_files(self.store)
         return manifest
 
     def manifest(self, results: Iterable[TaskResult], **source: Any) -> Manifest:
@@ -214,19 +214,6 @@ class Output:
             source={**self.spec.source, **source, **({"counts": dict(sorted(counts.items()))} if counts else {})},
             schema_version=self.spec.schema_version,
         )
-
-    def clear(self) -> None:
-        """Remove what a run left that was killed after it had written the manifest."""
-        if self.part is None and any(True for _ in self.store.list(WORK)):
-            with self:
-                self._drop_working_files()
-
-    def _drop_working_files(self) -> None:
-        """Remove what a complete dataset does not need any more; a lease belongs to its run."""
-        self.store.clean_temp()
-        for entry in list(self.store.list(WORK)):
-            if not entry.name.startswith(LEASES):
-                self.store.delete(entry.name)
 
     def _look(self) -> Manifest | bool:
         """The manifest, if it is complete; else whether it was begun and this run goes on with it."""
@@ -303,6 +290,21 @@ def remove(store: Store) -> None:
     with ThreadPoolExecutor(_PARALLEL_READS) as pool:
         list(pool.map(store.delete, names))
     store.clean_temp()
+
+
+def clear_complete(store: Store) -> None:
+    """Remove what a run left that was killed after it had written the manifest. Raises UsageError: another run writes there."""
+    if any(True for _ in store.list(WORK)):
+        with Lease(store):
+            _drop_working_files(store)
+
+
+def _drop_working_files(store: Store) -> None:
+    """Remove what a complete dataset does not need any more; a lease belongs to its run."""
+    store.clean_temp()
+    for entry in list(store.list(WORK)):
+        if not entry.name.startswith(LEASES):
+            store.delete(entry.name)
 
 
 def _read_spec(store: Store) -> OutputSpec:

@@ -86,20 +86,20 @@ class IndexReader:
             StorageError: it can't be read.
         """
         starts = range(first - first % RUN_SAMPLES, max(last, first + 1), RUN_SAMPLES)
-        runs = [self._runs.get((shard, start), self.parse) for start in starts]
+        runs = [self._runs.get((shard, start), self._parse) for start in starts]
         parts = [run.part(max(first - start, 0), last - start) for run, start in zip(runs, starts, strict=True)]
         return parts[0] if len(parts) == 1 else join_parts(parts)
 
-    def parse(self, run: tuple[int, int]) -> ShardIndex:
+    def _parse(self, run: tuple[int, int]) -> ShardIndex:
         """A run of RUN_SAMPLES samples: (shard, first sample), which was not in memory."""
         shard, first = run
         info = self._manifest.shards[shard]
         name = join(self._store.url, index_name(info.name))
-        index = read_part(self._files.get(shard, self.fetch), first, min(first + RUN_SAMPLES, info.samples), name)
+        index = read_part(self._files.get(shard, self._fetch), first, min(first + RUN_SAMPLES, info.samples), name)
         check_fresh(index, samples=info.samples, tar_bytes=info.bytes, xxh128=info.xxh128, name=name)
         return index
 
-    def fetch(self, shard: int) -> Any:
+    def _fetch(self, shard: int) -> Any:
         """The bytes of an index file, which was not in memory."""
         name = index_name(self._manifest.shards[shard].name)
         try:

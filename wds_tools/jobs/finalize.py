@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from wds_tools.dataset.layout import MANIFEST
-from wds_tools.dataset.output import Output, OutputSpec, check_complete, count_rejects
+from wds_tools.dataset.output import Output, check_complete, clear_complete, count_rejects
 from wds_tools.dataset.reader import read_manifest
 from wds_tools.format.manifest import Manifest
 from wds_tools.jobs.options import JobOptions, RejectBudget
@@ -38,7 +38,7 @@ def finalize(config: FinalizeConfig) -> Manifest:
     if store.exists(MANIFEST):
         manifest = read_manifest(store, any_members=True)
         check_complete(store, manifest)
-        Output(store, OutputSpec(num_tasks=0, source=manifest.source)).clear()
+        clear_complete(store)
         return manifest
     with Output.begun(store) as output:
         results = output.results()

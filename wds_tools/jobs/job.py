@@ -20,7 +20,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import orjson
 
 from wds_tools.dataset.lease import Part
-from wds_tools.dataset.output import Output, OutputSpec, check_complete, count_rejects
+from wds_tools.dataset.output import Output, OutputSpec, check_complete, clear_complete, count_rejects
 from wds_tools.dataset.writer import ShardLimits, TaskResult, TaskWriter
 from wds_tools.errors import UsageError
 from wds_tools.format.manifest import Manifest
@@ -104,7 +104,8 @@ def run_job(job: Job[Task], options: JobOptions) -> Manifest:
     output = Output(open_store(options.output), spec, part=part, resume=options.resume, overwrite=options.overwrite)
     if (manifest := output.look()) is not None:
         check_complete(output.store, manifest, verify=options.verify, quiet=options.quiet)
-        output.clear()
+        if part is None:
+            clear_complete(output.store)
         return manifest
     with on_cluster(options.ray_address) if options.executor == "ray" else nullcontext(), output:
         return output.begin() or _run_tasks(job, options, output)
