@@ -102,10 +102,10 @@ need-in-out:
 .PHONY: need-in-out
 
 convert-pairs: $(DEMO_READY) need-in-out
-	$(BIN)/wds-tools convert image-pairs --input $(INPUT) --output $(OUTPUT) $(ARGS)
+	$(BIN)/wds-tools convert pairs --input $(INPUT) --output $(OUTPUT) $(ARGS)
 
 convert-dclm: $(DEMO_READY) need-in-out
-	$(BIN)/wds-tools convert dclm --input $(INPUT) --output $(OUTPUT) $(ARGS)
+	$(BIN)/wds-tools convert documents --input $(INPUT) --output $(OUTPUT) $(ARGS)
 
 encode: $(DEMO_READY) need-in-out
 	$(BIN)/wds-tools encode --input $(INPUT) --output $(OUTPUT) $(ARGS)

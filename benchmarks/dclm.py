@@ -2,7 +2,7 @@
 
 floor   decompress with zstandard, parse with orjson, write nothing: no converter can be faster
 plain   what one would write: zstandard, json, webdataset's TarWriter
-ours    wds-tools convert dclm
+ours    wds-tools convert documents
 
 Each way imports only what it needs: torch, which webdataset brings, makes every garbage collection of its process longer.
 """
@@ -61,9 +61,9 @@ def plain(folder: Path, out: Path) -> int:
 def ours(folder: Path, out: Path) -> int:
     """This project's converter, one worker."""
     from wds_tools.convert import run_conversion
-    from wds_tools.convert.documents import DclmConfig
+    from wds_tools.convert.documents import DocumentsConfig
 
-    return run_conversion(DclmConfig(input=(str(folder),), output=str(out), quiet=True)).samples
+    return run_conversion(DocumentsConfig(input=(str(folder),), output=str(out), quiet=True)).samples
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import yaml
 from diffusers import VQModel
 
 from wds_tools.convert import run_conversion
-from wds_tools.convert.pairs import ImagePairsConfig
+from wds_tools.convert.pairs import PairsConfig
 from wds_tools.errors import Reject
 from wds_tools.images import crop_for, probe
 from wds_tools.vq.chameleon import CONFIG_NAME, WEIGHTS_NAME, checkpoint_name
@@ -57,7 +57,7 @@ def gather(photos: Path, out: Path, count: int) -> Path:
     out.mkdir(parents=True)
     pairs = out / "pairs.jsonl"
     pairs.write_text("\n".join((found * (count // len(found) + 1))[:count]) + "\n")
-    run_conversion(ImagePairsConfig(input=(str(pairs),), output=str(out / "raw"), quiet=True))
+    run_conversion(PairsConfig(input=(str(pairs),), output=str(out / "raw"), quiet=True))
     return out / "raw"
 
 

@@ -41,8 +41,8 @@ def conversion_memory(out: Path, json_bytes: int = 1 << 30) -> dict[str, float]:
     """Peak resident MB of a process that converts 1 GB of documents."""
     written = write_documents(out / "gigabyte", json_bytes // 5900)
     code = (
-        "from wds_tools.convert import run_conversion\nfrom wds_tools.convert.documents import DclmConfig\n"
-        f"run_conversion(DclmConfig(input=({str(out / 'gigabyte')!r},), output={str(out / 'converted')!r}, quiet=True))\n"
+        "from wds_tools.convert import run_conversion\nfrom wds_tools.convert.documents import DocumentsConfig\n"
+        f"run_conversion(DocumentsConfig(input=({str(out / 'gigabyte')!r},), output={str(out / 'converted')!r}, quiet=True))\n"
         "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
     )
     peak_kib = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
@@ -61,7 +61,7 @@ def main(out: Path) -> None:
     print(f"\nDCLM conversion, one core, median of {ROUNDS} rounds")
     print(f"  floor (decompress, parse)      {speed['floor']:>9,.0f} documents/s")
     print(f"  json + webdataset TarWriter    {speed['plain']:>9,.0f} documents/s")
-    print(f"  wds-tools convert dclm         {speed['ours']:>9,.0f} documents/s   ", end="")
+    print(f"  wds-tools convert documents         {speed['ours']:>9,.0f} documents/s   ", end="")
     print(f"{speed['ours'] / speed['plain']:.1f} x the plain way (bar: 4), ", end="")
     print(f"{speed['ours'] / speed['floor']:.2f} of the floor (bar: 0.5)")
     print("\nBytes on disk per 512 px sample, 40-word caption")

@@ -11,7 +11,7 @@ import webdataset as wds
 from benchmarks.workload import captioned_codes
 from wds_tools.dataset.writer import ShardLimits, TaskWriter
 from wds_tools.format.schema import Sample
-from wds_tools.sources.coded import ABSENT, COLUMNS
+from wds_tools.records.coded import ABSENT, COLUMNS
 from wds_tools.storage import open_store
 
 

@@ -155,10 +155,10 @@ def demo(out: Path) -> None:
     modes = {"cc512": out / "pairs-512", "multi768": out / "pairs-multi"}
     for mode, encoded in modes.items():
         raw = out / f"raw-{mode}"
-        run("convert", "image-pairs", "--input", pairs, "--output", raw, "--mode", mode)
+        run("convert", "pairs", "--input", pairs, "--output", raw, "--mode", mode)
         run("encode", "--input", raw, "--output", encoded, "--tokenizer", "tiny")
     text = out / "dclm"
-    run("convert", "dclm", "--input", documents, "--output", text, "--workers", 2)
+    run("convert", "documents", "--input", documents, "--output", text, "--workers", 2)
     datasets = [*modes.values(), text]
     for url in datasets:
         run("verify", url)

@@ -93,9 +93,9 @@ def demo(out: Path) -> None:
         os.environ |= server.env | {"OMP_NUM_THREADS": "1"}
         bucket = f"s3://{server.bucket}"
         sources = [f"{bucket}/pairs", f"{bucket}/dclm"]
-        run("convert", "image-pairs", "--input", pairs, "--output", f"{bucket}/raw")
+        run("convert", "pairs", "--input", pairs, "--output", f"{bucket}/raw")
         run("encode", "--input", f"{bucket}/raw", "--output", sources[0], "--tokenizer", "tiny")
-        run("convert", "dclm", "--input", documents, "--output", sources[1])
+        run("convert", "documents", "--input", documents, "--output", sources[1])
 
         print("\nTraining on 2 ranks, undisturbed", flush=True)
         whole, killed, elsewhere = out / "whole", out / "killed", out / "elsewhere"

@@ -24,11 +24,12 @@ from loaders.tokens.rows import RowMaker, sample_of
 from wds_tools.errors import DataError, FormatError, Reject, StorageError, UsageError
 from wds_tools.format.codes import CODE_COLUMNS
 from wds_tools.format.schema import DATA_TYPES, Sample
+from wds_tools.records.coded import SIDE_512, CodedRows, codes_in, talk_of
+from wds_tools.records.conversations import image_paths
+from wds_tools.records.fields import CAPTION, required_text
+from wds_tools.records.images import ImageSource
 from wds_tools.sequences.config import SequenceConfig
-from wds_tools.sources.coded import SIDE_512, CodedRows, codes_in, talk_of
-from wds_tools.sources.conversations import image_paths
-from wds_tools.sources.fields import CAPTION, MAX_LINE_BYTES, Line, parse_record, required_text
-from wds_tools.sources.images import ImageSource
+from wds_tools.sources.text.objects import MAX_LINE_BYTES, Line, parse_record
 from wds_tools.storage import open_store, split_url
 
 _READ_BYTES = 8 << 20

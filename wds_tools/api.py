@@ -7,10 +7,10 @@ Imports all that they need, torch too. A job of your own needs `wds_tools.jobs` 
 """
 
 from wds_tools.check.verify import VerifyConfig, VerifyResult, verify
-from wds_tools.convert.coded import HfConfig
-from wds_tools.convert.conversations import SftConfig
-from wds_tools.convert.documents import DclmConfig
-from wds_tools.convert.pairs import ImagePairsConfig
+from wds_tools.convert.coded import CodedConfig
+from wds_tools.convert.conversations import ConversationsConfig
+from wds_tools.convert.documents import DocumentsConfig
+from wds_tools.convert.pairs import PairsConfig
 from wds_tools.convert.run import run_conversion
 from wds_tools.encode.encode import EncodeConfig, encode
 from wds_tools.export.hf import ExportConfig, ExportSummary, export_hf
@@ -18,15 +18,15 @@ from wds_tools.jobs.finalize import FinalizeConfig, finalize
 from wds_tools.pack.rows import PackConfig, pack
 
 __all__ = [
-    "DclmConfig",
+    "CodedConfig",
+    "ConversationsConfig",
+    "DocumentsConfig",
     "EncodeConfig",
     "ExportConfig",
     "ExportSummary",
     "FinalizeConfig",
-    "HfConfig",
-    "ImagePairsConfig",
     "PackConfig",
-    "SftConfig",
+    "PairsConfig",
     "VerifyConfig",
     "VerifyResult",
     "encode",

@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.loader_workload import Text, read_source
 from benchmarks.peers.measure import BATCH, main, stack_codes
-from wds_tools.sources.coded import ABSENT, COLUMNS
+from wds_tools.records.coded import ABSENT, COLUMNS
 
 FORMAT = "hf-json"
 

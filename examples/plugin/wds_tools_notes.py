@@ -1,7 +1,7 @@
 """What a package adds to wds-tools: CSV files as a source, notes as a converter, mean colours as an image tokenizer.
 
 wds-tools convert notes --input notes.csv --output notes
-wds-tools convert image-pairs --source csv --input pairs.csv --output pairs --encode colours
+wds-tools convert pairs --source csv --input pairs.csv --output pairs --encode colours
 """
 
 from __future__ import annotations

@@ -37,11 +37,11 @@ from wds_tools.storage import LocalStore, Store, open_store
 Target = Literal["parent", "group", "worker"]
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 COMMANDS: Mapping[str, Sequence[str]] = {
-    "convert image-pairs": ("--input", "pairs", "--task-lines", "6", "--shard-samples", "4"),
-    "convert image-pairs --encode": ("--input", "pairs", "--task-lines", "6", "--encode", "tiny", "--device", "cpu"),
-    "convert dclm": ("--input", "texts", "--task-bytes", "1", "--shard-samples", "70"),
-    "convert sft": ("--input", "talks.jsonl", "--task-records", "3", "--shard-samples", "2"),
-    "convert hf": ("--input", "rows.jsonl", "--task-lines", "4", "--codebook-size", "8192", "--tokenizer", "tiny"),
+    "convert pairs": ("--input", "pairs", "--task-lines", "6", "--shard-samples", "4"),
+    "convert pairs --encode": ("--input", "pairs", "--task-lines", "6", "--encode", "tiny", "--device", "cpu"),
+    "convert documents": ("--input", "texts", "--task-bytes", "1", "--shard-samples", "70"),
+    "convert conversations": ("--input", "talks.jsonl", "--task-records", "3", "--shard-samples", "2"),
+    "convert coded": ("--input", "rows.jsonl", "--task-lines", "4", "--codebook-size", "8192", "--tokenizer", "tiny"),
     "encode": ("--input", "raw", "--device", "cpu", "--shard-samples", "4"),
     "pack": (
         "--input",
@@ -139,7 +139,7 @@ class Kills:
                 store.put(tar.name, tar.read_bytes())
         if name == "finalize":
             for part in ("1/2", "2/2"):
-                words = ["convert", "dclm", *COMMANDS["convert dclm"], "--output", url, "--part", part, "--quiet"]
+                words = ["convert", "documents", *COMMANDS["convert documents"], "--output", url, "--part", part, "--quiet"]
                 subprocess.run(command(*words), cwd=self._inputs, env=environment(), check=True, capture_output=True)
 
     def _run_in_peace(self, name: str) -> Peace:
@@ -241,5 +241,5 @@ def write_inputs(folder: Path) -> None:
             for number in range(8):
                 writer.write({"__key__": f"{file}-{number}", "jpg": image_bytes(number), "txt": f"caption {number}"})
     write_small_sets(folder / "small")
-    words = ("convert", "image-pairs", "--input", "pairs/0", "--output", "raw", "--task-lines", "3", "--quiet")
+    words = ("convert", "pairs", "--input", "pairs/0", "--output", "raw", "--task-lines", "3", "--quiet")
     subprocess.run(command(*words), cwd=folder, env=environment(), check=True, capture_output=True)

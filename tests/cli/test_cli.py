@@ -86,18 +86,18 @@ def test_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
 def test_an_unknown_command_is_status_2_and_names_the_known(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(args) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "convert image-pairs" in line
+    assert "convert pairs" in line
     assert args[0] in line
 
 
 @pytest.mark.parametrize(
     "args",
     [
-        ["convert", "dclm"],
-        ["convert", "dclm", "--input", "a"],
-        ["convert", "dclm", "--input", "a", "--output", "b", "--workers", "many"],
-        ["convert", "image-pairs", "--input", "a", "--output", "b", "--mode", "square"],
-        ["convert", "image-pairs", "--input", "a", "--output", "b", "--bogus"],
+        ["convert", "documents"],
+        ["convert", "documents", "--input", "a"],
+        ["convert", "documents", "--input", "a", "--output", "b", "--workers", "many"],
+        ["convert", "pairs", "--input", "a", "--output", "b", "--mode", "square"],
+        ["convert", "pairs", "--input", "a", "--output", "b", "--bogus"],
         ["encode", "--input", "a", "--output", "b", "--precision", "fp64"],
         ["verify"],
         ["index"],
@@ -117,7 +117,7 @@ def test_wrong_arguments_are_status_2_without_a_traceback(args: list[str], capsy
     ("args", "line"),
     [
         (["verify"], "missing: the dataset: a directory or URL (wds-tools verify --help says more)"),
-        (["convert", "dclm"], "missing: --output, --input (wds-tools convert dclm --help says more)"),
+        (["convert", "documents"], "missing: --output, --input (wds-tools convert documents --help says more)"),
         (["audit"], "name the receipts of the run: files or folders (wds-tools audit --help says more)"),
         (
             ["export", "hf", "--input", "a", "--output", "b", "--format", "x"],
@@ -138,10 +138,8 @@ def test_wrong_arguments_are_one_line_however_wide_the_terminal_is(
 def test_a_command_of_several_that_is_not_named_lists_them(capsys: pytest.CaptureFixture[str]) -> None:
     for said in (["convert"], ["convert", "bogus"]):
         assert main(said) == 2
-        expected = (
-            f"wds-tools: unknown command {' '.join(said)!r}: The commands are convert dclm, convert hf, convert image-pairs"
-        )
-        assert capsys.readouterr().err == f"{expected}, convert sft\n"
+        expected = f"wds-tools: unknown command {' '.join(said)!r}: The commands are convert coded, convert conversations, convert documents"
+        assert capsys.readouterr().err == f"{expected}, convert pairs\n"
 
 
 def test_codes_of_which_the_manifest_says_little_are_described_all_the_same(
@@ -158,7 +156,8 @@ def test_a_librarys_long_story_is_one_line_too(tmp_path: Path, capsys: pytest.Ca
 
 
 @pytest.mark.parametrize(
-    ("said", "meant"), [("verfy x", "verify"), ("convert dlcm", "convert dclm"), ("exprot hf", "export hf"), ("idx", "index")]
+    ("said", "meant"),
+    [("verfy x", "verify"), ("convert docuemnts", "convert documents"), ("exprot hf", "export hf"), ("idx", "index")],
 )
 def test_a_slip_of_the_fingers_is_answered_with_what_was_meant(said: str, meant: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(said.split()) == 2
@@ -168,15 +167,15 @@ def test_a_slip_of_the_fingers_is_answered_with_what_was_meant(said: str, meant:
 @pytest.mark.parametrize(
     ("args", "status", "message"),
     [
-        (["convert", "dclm", "--input", "IN", "--output", "OUT", "--resume", "--overwrite"], 2, "exclude each other"),
-        (["convert", "dclm", "--input", "IN{", "--output", "OUT"], 2, "unbalanced braces"),
-        (["convert", "dclm", "--input", "nowhere", "--output", "OUT"], 1, "nowhere: no such file"),
+        (["convert", "documents", "--input", "IN", "--output", "OUT", "--resume", "--overwrite"], 2, "exclude each other"),
+        (["convert", "documents", "--input", "IN{", "--output", "OUT"], 2, "unbalanced braces"),
+        (["convert", "documents", "--input", "nowhere", "--output", "OUT"], 1, "nowhere: no such file"),
         (["verify", "nowhere"], 1, "nowhere: there is no such folder, or nothing is in it"),
         (["stats", __file__], 1, f"{__file__} is a file, or lies below one: give a folder"),
-        (["convert", "dclm", "--input", "IN", "--output", __file__], 1, "is a file, or lies below one: give a folder"),
-        (["convert", "dclm", "--input", "IN", "--output", f"{__file__}/deeper"], 1, "is a file, or lies below one"),
-        (["convert", "dclm", "--input", "s3://", "--output", "OUT"], 2, "s3://"),
-        (["convert", "dclm", "--input", "nope://a/b", "--output", "OUT"], 2, "nope"),
+        (["convert", "documents", "--input", "IN", "--output", __file__], 1, "is a file, or lies below one: give a folder"),
+        (["convert", "documents", "--input", "IN", "--output", f"{__file__}/deeper"], 1, "is a file, or lies below one"),
+        (["convert", "documents", "--input", "s3://", "--output", "OUT"], 2, "s3://"),
+        (["convert", "documents", "--input", "nope://a/b", "--output", "OUT"], 2, "nope"),
         (["index", "nowhere"], 1, "nowhere has no manifest.json"),
         (["encode", "--input", "nowhere", "--output", "OUT"], 1, "nowhere: there is no such folder"),
     ],
@@ -198,10 +197,10 @@ def test_an_error_is_one_line_with_the_right_status(
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["convert", "dclm", "--input", "a", "--output", "b", "--workers", "0"], "--workers 0: at least 1"),
-        (["convert", "dclm", "--input", "a", "--output", "b", "--max-rejects", "few"], "--max-rejects 'few'"),
-        (["convert", "dclm", "--input", "a", "--output", "b", "--keep", "id"], "--keep id"),
-        (["convert", "image-pairs", "--input", "a", "--output", "b", "--task-lines", "0"], "--task-lines 0: at least 1"),
+        (["convert", "documents", "--input", "a", "--output", "b", "--workers", "0"], "--workers 0: at least 1"),
+        (["convert", "documents", "--input", "a", "--output", "b", "--max-rejects", "few"], "--max-rejects 'few'"),
+        (["convert", "documents", "--input", "a", "--output", "b", "--keep", "id"], "--keep id"),
+        (["convert", "pairs", "--input", "a", "--output", "b", "--task-lines", "0"], "--task-lines 0: at least 1"),
         (["encode", "--input", "a", "--output", "./a/"], "--output ./a/ is the input a"),
     ],
 )
@@ -218,7 +217,7 @@ def test_a_wrong_value_is_status_2_and_says_what_is_wrong(
 def test_a_folder_that_may_not_be_written_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_documents(tmp_path / "in.jsonl.zst", [{"text": "a"}])
     tmp_path.chmod(0o500)
-    assert main(["convert", "dclm", "--input", str(path), "--output", str(tmp_path / "out")]) == 1
+    assert main(["convert", "documents", "--input", str(path), "--output", str(tmp_path / "out")]) == 1
     assert "permission denied" in capsys.readouterr().err
 
 
@@ -228,14 +227,14 @@ def test_file_names_that_are_no_utf_8_are_refused_in_one_line(tmp_path: Path) ->
         write_documents(path, [{"text": "a"}])
     except OSError:
         pytest.skip("this file system takes UTF-8 names only")
-    said = wds_tools("convert", "dclm", "--input", tmp_path / "in", "--output", tmp_path / "out", status=2)
+    said = wds_tools("convert", "documents", "--input", tmp_path / "in", "--output", tmp_path / "out", status=2)
     assert "not UTF-8" in said.stderr
     assert len(said.stderr.splitlines()) == 1
 
 
 def test_names_with_spaces_and_umlauts_are_fine(tmp_path: Path) -> None:
     write_documents(tmp_path / "über uns/ä b.jsonl.zst", [{"text": "a"}])
-    wds_tools("convert", "dclm", "--input", tmp_path / "über uns", "--output", tmp_path / "ö ö")
+    wds_tools("convert", "documents", "--input", tmp_path / "über uns", "--output", tmp_path / "ö ö")
     assert "verify: all is well" in wds_tools("verify", tmp_path / "ö ö").stdout
 
 
@@ -244,7 +243,7 @@ def test_the_summary_of_a_conversion_is_true(tmp_path: Path) -> None:
     (tmp_path / "in/images/1.jpg").write_bytes(image_bytes(1, 200, 20))
     write_jsonl(path, [*path.read_bytes().splitlines(), b"broken"])
     out = tmp_path / "out"
-    said = wds_tools("convert", "image-pairs", "--input", path, "--output", out, "--max-rejects", "1").stdout
+    said = wds_tools("convert", "pairs", "--input", path, "--output", out, "--max-rejects", "1").stdout
     manifest = read_manifest(open_store(str(out)))
     size = sum(file.stat().st_size for file in out.glob("*.tar"))
     assert said.splitlines() == [
@@ -301,7 +300,7 @@ def test_a_full_disk_under_standard_output_is_one_line(tmp_path: Path, args: lis
 
 def test_messages_that_nobody_can_read_change_nothing(tmp_path: Path) -> None:
     write_documents(tmp_path / "in.jsonl.zst", [{"text": "a"}])
-    args = command("convert", "dclm", "--input", tmp_path / "in.jsonl.zst", "--output", tmp_path / "out")
+    args = command("convert", "documents", "--input", tmp_path / "in.jsonl.zst", "--output", tmp_path / "out")
     for closed in ("2> /dev/full", "2>&-"):
         done = subprocess.run(["sh", "-c", f'"$@" {closed}', "sh", *args, "--overwrite"], env=environment(), check=False)
         assert done.returncode == 0
@@ -345,7 +344,7 @@ def test_a_path_that_could_not_be_written_down_is_refused_wherever_it_is_given(
         ["verify", path, "--json"],
         ["stats", str(tmp_path), "--html", f"{path}/report.html"],
         ["encode", "--input", path, "--output", str(tmp_path / "out")],
-        ["convert", "sft", "--input", "x.json", "--image-root", path, "--output", str(tmp_path / "out")],
+        ["convert", "conversations", "--input", "x.json", "--image-root", path, "--output", str(tmp_path / "out")],
         ["doctor", path],
     ):
         assert main(args) == 2
@@ -383,7 +382,7 @@ def test_json_says_what_the_lines_say(tmp_path: Path) -> None:
         record: dict[str, Any] = json.loads(wds_tools(*args, "--json", status=status).stdout)
         return record
 
-    made = said("convert", "dclm", "--input", tmp_path / "in.jsonl.zst", "--output", out, "--max-rejects", "1")
+    made = said("convert", "documents", "--input", tmp_path / "in.jsonl.zst", "--output", out, "--max-rejects", "1")
     manifest = read_manifest(open_store(str(out)))
     assert made["fingerprint"] == manifest.fingerprint()
     assert (made["inputs"], made["samples"], made["rejects"], made["shards"]) == (3, 2, {"missing_field": 1}, 1)
@@ -457,8 +456,8 @@ def test_bash_completes_commands_options_and_what_an_option_may_be(tmp_path: Pat
     script = script_for("bash", tmp_path, capsys)
     assert {words[0] for words in COMMANDS} == set(completed(script, ""))
     assert completed(script, "compl") == ["completion"]
-    assert completed(script, "convert", "dc") == ["dclm"]
-    assert completed(script, "convert", "dclm", "--inp") == ["--input"]
+    assert completed(script, "convert", "do") == ["documents"]
+    assert completed(script, "convert", "documents", "--inp") == ["--input"]
     assert completed(script, "export", "hf", "--format", "") == ["arrow", "parquet"]
     assert completed(script, "export", "hf", "--input", "x", "--fo") == ["--format"]
     assert completed(script, "completion", "z") == ["zsh"]
@@ -484,8 +483,8 @@ HEAVY = ("torch", "PIL", "datasets", "diffusers", "transformers", "webdataset", 
     [
         (["verify", "SET"], ()),
         (["index", "SET"], ()),
-        (["convert", "dclm", "--input", "IN", "--output", "OUT"], ()),
-        (["convert", "image-pairs", "--input", "PAIRS", "--output", "OUT"], ("PIL",)),
+        (["convert", "documents", "--input", "IN", "--output", "OUT"], ()),
+        (["convert", "pairs", "--input", "PAIRS", "--output", "OUT"], ("PIL",)),
         (["--help"], ()),
     ],
 )

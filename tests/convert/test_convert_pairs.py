@@ -1,4 +1,4 @@
-"""`convert image-pairs`: every line is a sample or a reject with its place and reason; images go in byte for byte."""
+"""`convert pairs`: every line is a sample or a reject with its place and reason; images go in byte for byte."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from commands import captions, image_bytes, read_rejects, read_samples, shared, 
 
 from wds_tools.check.verify import VerifyConfig, verify
 from wds_tools.convert import run_conversion
-from wds_tools.convert.pairs import ImagePairsConfig
+from wds_tools.convert.pairs import PairsConfig
 from wds_tools.errors import NotFound, TooManyRejects, UsageError
 from wds_tools.format.manifest import Manifest
 
@@ -19,7 +19,7 @@ LENIENT = {"max_rejects": "100%", "quiet": True}
 
 
 def convert(output: Path | str, *inputs: Path | str, **settings: Any) -> Manifest:
-    config = ImagePairsConfig(output=str(output), input=tuple(map(str, inputs)), **{**LENIENT, **settings})
+    config = PairsConfig(output=str(output), input=tuple(map(str, inputs)), **{**LENIENT, **settings})
     manifest = run_conversion(config)
     assert manifest.inputs == manifest.samples + sum(manifest.rejects.values())
     result = verify(VerifyConfig(input=str(output), quiet=True))
@@ -130,7 +130,7 @@ def test_a_set_of_nothing_but_unwritable_records_has_no_shard(tmp_path: Path) ->
 @pytest.mark.parametrize("name", ["text", "id", "length"])
 def test_reserved_names_can_not_be_kept(tmp_path: Path, name: str) -> None:
     with pytest.raises(UsageError, match=f"--keep {name}"):
-        ImagePairsConfig(output="out", input=("a",), keep=(name,))
+        PairsConfig(output="out", input=("a",), keep=(name,))
 
 
 # ---- the image root ----
@@ -370,7 +370,7 @@ def test_a_count_stops_the_run_at_once_and_a_resumed_run_remembers(half_bad: Pat
 @pytest.mark.parametrize("wrong", ["", "x", "-1", "101%", "nan%", "1.5", "%", "-1%"])
 def test_a_budget_that_is_none_is_refused(wrong: str) -> None:
     with pytest.raises(UsageError, match="--max-rejects"):
-        ImagePairsConfig(output="out", input=("a",), max_rejects=wrong)
+        PairsConfig(output="out", input=("a",), max_rejects=wrong)
 
 
 # ---- an output that is there already ----
@@ -420,7 +420,7 @@ def test_overwrite_leaves_files_that_are_not_ours(pairs: Path, tmp_path: Path) -
     for name, data in others.items():
         (out / name).parent.mkdir(exist_ok=True)
         (out / name).write_bytes(data)
-    run_conversion(ImagePairsConfig(output=str(out), input=(str(pairs),), overwrite=True, shard_samples=1, quiet=True))
+    run_conversion(PairsConfig(output=str(out), input=(str(pairs),), overwrite=True, shard_samples=1, quiet=True))
     found = tree(out)
     assert {name: found[name] for name in others} == others
     assert len(read_samples(out)) == 4

@@ -16,8 +16,8 @@ from commands import captions, image_bytes, read_rejects, read_samples, shared, 
 
 from wds_tools.cli.main import main
 from wds_tools.convert import run_conversion
-from wds_tools.convert.documents import DclmConfig
-from wds_tools.convert.pairs import ImagePairsConfig
+from wds_tools.convert.documents import DocumentsConfig
+from wds_tools.convert.pairs import PairsConfig
 from wds_tools.errors import NotFound, StorageError
 from wds_tools.format.manifest import Manifest
 from wds_tools.images import damage
@@ -25,17 +25,17 @@ from wds_tools.images import damage
 
 def pairs(folder: Path, output: Path, **options: Any) -> Manifest:
     return run_conversion(
-        ImagePairsConfig(input=(str(folder),), output=str(output), **{"quiet": True, "max_rejects": "100%", **options})
+        PairsConfig(input=(str(folder),), output=str(output), **{"quiet": True, "max_rejects": "100%", **options})
     )
 
 
 def dclm(folder: Path, output: Path, **options: Any) -> Manifest:
-    return run_conversion(DclmConfig(input=(str(folder),), output=str(output), quiet=True, **options))
+    return run_conversion(DocumentsConfig(input=(str(folder),), output=str(output), quiet=True, **options))
 
 
 # ---- cases: what people really have, and what is said of it ----
 
-DCLM, PAIRS, SFT = "convert dclm --input", "convert image-pairs --input", "convert sft --input"
+DCLM, PAIRS, SFT = "convert documents --input", "convert pairs --input", "convert conversations --input"
 CASES = [
     (
         "folder-mixed-suffixes",
@@ -69,7 +69,7 @@ CASES = [
     ("img2dataset-tars", f"{PAIRS} in/00000.tar", 1, "inputs can't be used"),
     ("pairs-other-field-names", f"{PAIRS} journeydb.jsonl", 1, "1 of 1 inputs can't be used.*1 missing_field"),
     ("pairs-other-field-names", f"{PAIRS} metadata.jsonl", 1, "1 of 1 inputs can't be used.*1 missing_field"),
-    ("parquet-image-bytes", "convert hf --input one.parquet", 1, "unknown_data_type"),
+    ("parquet-image-bytes", "convert coded --input one.parquet", 1, "unknown_data_type"),
     ("parquet-image-bytes", f"{SFT} one.parquet", 1, "inputs can't be used"),
 ]
 

@@ -13,11 +13,11 @@ from energon import prepare
 
 from loaders import ShardDataset
 from wds_tools.convert import run_conversion
-from wds_tools.convert.coded import HfConfig
-from wds_tools.convert.conversations import SftConfig
-from wds_tools.convert.documents import DclmConfig
+from wds_tools.convert.coded import CodedConfig
+from wds_tools.convert.conversations import ConversationsConfig
+from wds_tools.convert.documents import DocumentsConfig
 from wds_tools.convert.options import ConvertOptions
-from wds_tools.convert.pairs import ImagePairsConfig
+from wds_tools.convert.pairs import PairsConfig
 from wds_tools.dataset.reader import read_manifest
 from wds_tools.encode.encode import EncodeConfig, encode
 from wds_tools.errors import UsageError
@@ -29,25 +29,25 @@ ROW = {"data_type": "text_pretrain", "text": "a"}
 
 def pairs(folder: Path, **settings: Any) -> list[str]:
     source = write_pairs(folder / "in", 3)
-    run_conversion(ImagePairsConfig(input=(str(source),), output=str(folder / "out"), quiet=True, **settings))
+    run_conversion(PairsConfig(input=(str(source),), output=str(folder / "out"), quiet=True, **settings))
     return keys(folder / "out")
 
 
 def sft(folder: Path, **settings: Any) -> list[str]:
     source = write_jsonl(folder / "in.jsonl", [TALK] * 3)
-    run_conversion(SftConfig(input=(str(source),), output=str(folder / "out"), quiet=True, **settings))
+    run_conversion(ConversationsConfig(input=(str(source),), output=str(folder / "out"), quiet=True, **settings))
     return keys(folder / "out")
 
 
 def dclm(folder: Path, **settings: Any) -> list[str]:
     source = write_documents(folder / "in.jsonl.zst", [{"text": str(number)} for number in range(3)])
-    run_conversion(DclmConfig(input=(str(source),), output=str(folder / "out"), quiet=True, **settings))
+    run_conversion(DocumentsConfig(input=(str(source),), output=str(folder / "out"), quiet=True, **settings))
     return keys(folder / "out")
 
 
 def hf(folder: Path, **settings: Any) -> list[str]:
     source = write_jsonl(folder / "in.jsonl", [ROW] * 3)
-    run_conversion(HfConfig(input=(str(source),), output=str(folder / "out"), quiet=True, **settings))
+    run_conversion(CodedConfig(input=(str(source),), output=str(folder / "out"), quiet=True, **settings))
     return keys(folder / "out")
 
 

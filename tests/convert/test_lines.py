@@ -11,16 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wds_tools.errors import NotFound, Reject, UsageError
-from wds_tools.sources import fields, lines
-from wds_tools.sources.fields import Line, parse_record, required_text
+from wds_tools.records.fields import required_text
 from wds_tools.sources.inputs import by_suffix, expand_inputs
-from wds_tools.sources.lines import (
+from wds_tools.sources.record import InputFile
+from wds_tools.sources.text import lines
+from wds_tools.sources.text.lines import (
     LineRange,
     number_lines,
     plan_lines,
     read_lines,
 )
-from wds_tools.sources.record import InputFile
+from wds_tools.sources.text.objects import Line, parse_record
 
 FOLDER = SHARED / "malformed" / "jsonl"
 BOM = b"\xef\xbb\xbf"
@@ -126,7 +127,7 @@ def test_ranges_of_long_lines_close_early_but_hold_a_line(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("read_bytes", [1, 7, 64, 1 << 20])
 def test_a_line_is_too_long_by_its_length_alone(read_bytes: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for module in (lines, fields):
+    for module in (lines, objects):
         monkeypatch.setattr(module, "MAX_LINE_BYTES", 100)
     monkeypatch.setattr(lines, "_READ_BYTES", read_bytes)
     data = b"a" * 100 + b"\n" + b"b" * 101 + b"\n" + b"c" * 300 + b"\n{}\n" + b"d" * 101

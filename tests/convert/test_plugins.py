@@ -94,7 +94,7 @@ def test_a_source_of_a_package_feeds_a_converter_of_ours_and_its_tokenizer_fills
     names = ["image_path", "text_prompt"]
     table = write_csv(pairs.parent / "pairs.csv", [names, *([record[name] for name in names] for record in records)])
     common = ["--source", "csv", "--min-side", "8", "--encode", "colours", "--device", "cpu", "--quiet"]
-    assert main(["convert", "image-pairs", "--input", str(table), "--output", str(tmp_path / "out"), *common]) == 0
+    assert main(["convert", "pairs", "--input", str(table), "--output", str(tmp_path / "out"), *common]) == 0
     samples = read_samples(tmp_path / "out")
     assert [sample.text for sample in samples] == [record["text_prompt"] for record in records]
     assert {sample.codes["vqcode_512"].shape for sample in samples} == {(32, 32)}
@@ -124,7 +124,7 @@ def test_help_and_completion_know_the_commands_of_packages(capsys: pytest.Captur
 def test_a_source_that_is_not_there_or_would_ignore_an_option_is_refused(
     more: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["convert", "image-pairs", "--input", str(tmp_path / "in"), "--output", str(tmp_path / "out"), *more]) == 2
+    assert main(["convert", "pairs", "--input", str(tmp_path / "in"), "--output", str(tmp_path / "out"), *more]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -133,7 +133,7 @@ def test_what_is_wrong_with_a_converter_is_said_in_one_line_and_a_name_of_ours_s
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with installed(write_plugin(tmp_path, "somebodys_mistakes", "", WRONG), "somebodys_mistakes"):
-        assert commands()["convert", "dclm"] == COMMANDS["convert", "dclm"]
+        assert commands()["convert", "documents"] == COMMANDS["convert", "documents"]
         assert main(["convert", "broken"]) == 1
         assert "converter 'broken' of somebodys_nothing:Config can't be imported (ModuleNotFoundError" in capsys.readouterr().err
         assert main(["convert", "wrong"]) == 1

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wds_tools.errors import Reject
-from wds_tools.sources.zstd import FrameWalker, decompress
+from wds_tools.sources.text.zstd import FrameWalker, decompress
 
 FOLDER = SHARED / "malformed" / "zst"
 MAGIC = b"\x28\xb5\x2f\xfd"

@@ -361,7 +361,7 @@ def test_no_pass_writes_among_tars_that_were_indexed(tars: Path, tmp_path: Path,
     index(tars)
     before = tree(tars)
     source = write_documents(tmp_path / "in.jsonl.zst", [{"text": "a"}])
-    said = wds_tools("convert", "dclm", "--input", source, "--output", tars, *flags, status=2)
+    said = wds_tools("convert", "documents", "--input", source, "--output", tars, *flags, status=2)
     assert "holds tars that were indexed where they lay, not made here: choose another output" in last_line(said.stderr)
     assert tree(tars) == before
 

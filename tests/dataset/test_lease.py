@@ -26,7 +26,7 @@ def convert(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     folder = tmp_path_factory.mktemp("texts")
     for number in range(12):
         write_documents(folder / f"{number:02}.jsonl.zst", ({"text": f"{number} {i}" if i % 20 else ""} for i in range(100)))
-    return ["convert", "dclm", "--input", str(folder), "--task-bytes", "1"]
+    return ["convert", "documents", "--input", str(folder), "--task-bytes", "1"]
 
 
 @pytest.fixture(scope="module")

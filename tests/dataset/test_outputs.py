@@ -48,7 +48,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def convert(texts: Path, output: Path, *more: str, rejects: str = "100%") -> int:
     where = ["--input", str(texts), "--output", str(output), "--task-bytes", "1", "--quiet", "--max-rejects", rejects]
-    return main(["convert", "dclm", *where, *more])
+    return main(["convert", "documents", *where, *more])
 
 
 def export(pairs: Path, output: str | Path, *more: str) -> list[str]:
@@ -89,7 +89,7 @@ def test_what_writes_is_refused_while_another_run_does_and_changes_nothing(
         url = f"s3://tests/{uuid.uuid4().hex}"
     store = open_store(url)
     args = {
-        "convert": ["convert", "dclm", "--input", str(texts), "--output", url, "--resume", "--max-rejects", "100%"],
+        "convert": ["convert", "documents", "--input", str(texts), "--output", url, "--resume", "--max-rejects", "100%"],
         "export arrow": export(pairs, url),
         "export parquet": export(pairs, url, "--format", "parquet"),
         "index": ["index", url],
@@ -97,7 +97,7 @@ def test_what_writes_is_refused_while_another_run_does_and_changes_nothing(
         "finalize": ["finalize", "--output", url, "--max-rejects", "100%"],
     }[command]
     if command == "finalize":
-        assert main(["convert", "dclm", "--input", str(texts), "--output", url, "--part", "1/1", "--max-rejects", "100%"]) == 0
+        assert main(["convert", "documents", f"--input={texts}", "--output", url, "--part", "1/1", "--max-rejects", "100%"]) == 0
     if command == "index":
         make_dataset(url, map(text_sample, range(3)))
     if command == "index tars":
@@ -277,7 +277,7 @@ def test_a_finished_export_whose_files_are_others_is_made_again(
     assert tree(out) == whole
 
 
-@pytest.mark.parametrize("words", [["convert", "dclm"], ["export", "hf"]])
+@pytest.mark.parametrize("words", [["convert", "documents"], ["export", "hf"]])
 def test_verify_without_resume_is_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*words, "--input", "a", "--output", "b", "--verify"]) == 2
     assert "--verify is for --resume" in capsys.readouterr().err
@@ -326,7 +326,7 @@ def test_a_tilde_is_home_also_behind_an_equals_sign(
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "in").symlink_to(texts)
-    assert main(["convert", "dclm", "--input=~/in", "--output=~/out", "--quiet", "--max-rejects", "100%"]) == 0
+    assert main(["convert", "documents", "--input=~/in", "--output=~/out", "--quiet", "--max-rejects", "100%"]) == 0
     assert main(["stats", "~/out", "--html=~/a/report.html", "--quiet"]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "in", "out"]
     assert "WRONG" not in capsys.readouterr().out

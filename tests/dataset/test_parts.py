@@ -13,7 +13,7 @@ from commands import last_line, start, tree, wait_until, wds_tools, write_docume
 from s3 import S3Server
 
 from wds_tools.convert import run_conversion
-from wds_tools.convert.pairs import ImagePairsConfig
+from wds_tools.convert.pairs import PairsConfig
 from wds_tools.dataset.lease import Part
 from wds_tools.dataset.output import Output, OutputSpec
 from wds_tools.encode.encode import EncodeConfig, encode
@@ -33,7 +33,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def convert(texts: Path) -> list[str]:
-    return ["convert", "dclm", "--input", str(texts), "--task-bytes", "1"]
+    return ["convert", "documents", "--input", str(texts), "--task-bytes", "1"]
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +149,7 @@ def test_overwriting_is_not_for_parts(convert: list[str], tmp_path: Path) -> Non
 def test_rejects_are_judged_over_all_parts(tmp_path: Path) -> None:
     good = write_documents(tmp_path / "in/0.jsonl.zst", ({"text": "good"} for _ in range(90)))
     write_documents(tmp_path / "in/1.jsonl.zst", ({"text": ""} for _ in range(20)))
-    convert = ["convert", "dclm", "--input", str(good.parent), "--output", str(tmp_path / "out"), "--task-bytes", "1"]
+    convert = ["convert", "documents", "--input", str(good.parent), "--output", str(tmp_path / "out"), "--task-bytes", "1"]
     for part in ("0/2", "1/2"):
         wds_tools(*convert, "--part", part, "--max-rejects", "100%")
     assert "20 of 110 inputs can't be used, allowed are 10%" in finalize(tmp_path / "out", status=1)
@@ -158,7 +158,7 @@ def test_rejects_are_judged_over_all_parts(tmp_path: Path) -> None:
 
 def test_more_parts_than_tasks_leave_some_with_nothing_to_do(tmp_path: Path) -> None:
     write_pairs(tmp_path, 2)
-    convert = ["convert", "image-pairs", "--input", str(tmp_path / "pairs.jsonl"), "--output", str(tmp_path / "out")]
+    convert = ["convert", "pairs", "--input", str(tmp_path / "pairs.jsonl"), "--output", str(tmp_path / "out")]
     assert "samples  0 of 0 inputs" in wds_tools(*convert, "--part", "2/3").stdout
     for part in ("0/3", "1/3"):
         wds_tools(*convert, "--part", part)
@@ -168,7 +168,7 @@ def test_more_parts_than_tasks_leave_some_with_nothing_to_do(tmp_path: Path) -> 
 
 def test_codes_of_parts_have_their_provenance(tmp_path: Path) -> None:
     pairs, raw = write_pairs(tmp_path, 4), str(tmp_path / "raw")
-    run_conversion(ImagePairsConfig(input=(str(pairs),), output=raw, task_lines=2, quiet=True))
+    run_conversion(PairsConfig(input=(str(pairs),), output=raw, task_lines=2, quiet=True))
     config = EncodeConfig(input=raw, output=str(tmp_path / "whole"), device="cpu", shard_samples=2, quiet=True)
     encode(config)
     for part in ("0/2", "1/2"):
@@ -189,7 +189,7 @@ def test_parts_meet_in_an_object_store(s3: S3Server, convert: list[str], expecte
 
 
 def test_what_another_release_began_is_refused(convert: list[str], tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "out/_work/plan.json", [{"command": "convert dclm"}])
+    write_jsonl(tmp_path / "out/_work/plan.json", [{"command": "convert documents"}])
     assert "written by another release" in finalize(tmp_path / "out", status=1)
     assert "written by another release" in wds_tools(*convert, "--output", tmp_path / "out", "--resume", status=1).stderr
-    assert json.loads((tmp_path / "out/_work/plan.json").read_text()) == {"command": "convert dclm"}
+    assert json.loads((tmp_path / "out/_work/plan.json").read_text()) == {"command": "convert documents"}

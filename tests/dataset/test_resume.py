@@ -56,11 +56,11 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def convert_pairs(pairs: Path) -> list[str]:
-    return ["convert", "image-pairs", "--input", str(pairs), "--task-lines", "6", "--shard-samples", "4"]
+    return ["convert", "pairs", "--input", str(pairs), "--task-lines", "6", "--shard-samples", "4"]
 
 
-def convert_dclm(texts: Path) -> list[str]:
-    return ["convert", "dclm", "--input", str(texts), "--task-bytes", "1", "--shard-samples", "70"]
+def convert_documents(texts: Path) -> list[str]:
+    return ["convert", "documents", "--input", str(texts), "--task-bytes", "1", "--shard-samples", "70"]
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def raw(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("raw")
     path = write_pairs(folder / "in", 40)
     (folder / "in/images/7.jpg").write_bytes(image_bytes(7, 200, 150)[:2000])
-    wds_tools("convert", "image-pairs", "--input", path, "--output", folder / "out", "--task-lines", "4", "--workers", "2")
+    wds_tools("convert", "pairs", "--input", path, "--output", folder / "out", "--task-lines", "4", "--workers", "2")
     return folder / "out"
 
 
@@ -132,7 +132,7 @@ def test_a_killed_conversion_of_pairs_resumes_to_the_same_bytes(pairs: Path, pea
 def test_a_killed_conversion_of_documents_resumes_to_the_same_bytes(
     texts: Path, peace: Peace, tmp_path: Path, workers: int
 ) -> None:
-    check_kills(convert_dclm(texts), peace, tmp_path, workers=workers)
+    check_kills(convert_documents(texts), peace, tmp_path, workers=workers)
 
 
 @pytest.mark.slow
@@ -170,7 +170,7 @@ def test_many_kills_of_every_command_resume_to_the_same_bytes(
     pairs: Path, texts: Path, raw: Path, peace: Peace, tmp_path: Path, workers: int
 ) -> None:
     check_kills(convert_pairs(pairs), peace, tmp_path / "pairs", workers=workers, rounds=8)
-    check_kills(convert_dclm(texts), peace, tmp_path / "dclm", workers=workers, rounds=8)
+    check_kills(convert_documents(texts), peace, tmp_path / "dclm", workers=workers, rounds=8)
     check_kills(encode(raw), peace, tmp_path / "encode", workers=workers, rounds=4)
     check_kills(encode(raw, "cpu,cpu"), peace, tmp_path / "devices", workers=workers, rounds=2, like=encode(raw))
     check_kills(encode_straight(pairs), peace, tmp_path / "straight", workers=workers, rounds=4)
@@ -180,14 +180,14 @@ def test_many_kills_of_every_command_resume_to_the_same_bytes(
 def test_a_run_killed_after_its_manifest_leaves_no_working_files_behind(
     texts: Path, peace: Peace, tmp_path: Path, again: str
 ) -> None:
-    expected, _ = peace(convert_dclm(texts))
+    expected, _ = peace(convert_documents(texts))
     output = tmp_path / "out"
-    wds_tools(*convert_dclm(texts), "--output", output)
+    wds_tools(*convert_documents(texts), "--output", output)
     (output / "_work").mkdir()
     (output / "_work/task-000003.json").write_bytes(b"{}")
     (output / ".tmp").mkdir()
     (output / ".tmp/0123").write_bytes(b"half a file")
-    wds_tools(*(["finalize"] if again == "finalize" else [*convert_dclm(texts), "--resume"]), "--output", output)
+    wds_tools(*(["finalize"] if again == "finalize" else [*convert_documents(texts), "--resume"]), "--output", output)
     assert tree(output) == expected
 
 
@@ -195,17 +195,17 @@ def test_a_resumed_run_first_removes_what_a_killed_writer_left(texts: Path, tmp_
     output = tmp_path / "out"
     (output / ".tmp").mkdir(parents=True)
     (output / ".tmp/0123").write_bytes(b"half a file")
-    wds_tools(*convert_dclm(texts), "--output", output, "--max-rejects", "0", status=1)
+    wds_tools(*convert_documents(texts), "--output", output, "--max-rejects", "0", status=1)
     assert (output / ".tmp/0123").exists()
-    wds_tools(*convert_dclm(texts), "--output", output, "--max-rejects", "0", "--resume", status=1)
+    wds_tools(*convert_documents(texts), "--output", output, "--max-rejects", "0", "--resume", status=1)
     assert not (output / ".tmp").exists()
 
 
 def test_resume_of_a_complete_set_does_nothing(texts: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    first = wds_tools(*convert_dclm(texts), "--output", output)
+    first = wds_tools(*convert_documents(texts), "--output", output)
     times = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
-    again = wds_tools(*convert_dclm(texts), "--output", output, "--resume")
+    again = wds_tools(*convert_documents(texts), "--output", output, "--resume")
     assert again.stdout == first.stdout
     assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == times
 
@@ -224,9 +224,9 @@ def test_resume_with_other_settings_is_refused_and_names_them(
 ) -> None:
     output = tmp_path / "out"
     budget = "100%" if is_complete else "0"
-    wds_tools(*convert_dclm(texts), "--output", output, "--max-rejects", budget, status=0 if is_complete else 1)
+    wds_tools(*convert_documents(texts), "--output", output, "--max-rejects", budget, status=0 if is_complete else 1)
     before = tree(output)
-    refused = wds_tools(*convert_dclm(texts), *changed, "--output", output, "--resume", status=2)
+    refused = wds_tools(*convert_documents(texts), *changed, "--output", output, "--resume", status=2)
     assert named in refused.stderr
     assert len(refused.stderr.splitlines()) == 1
     assert tree(output) == before
@@ -234,7 +234,7 @@ def test_resume_with_other_settings_is_refused_and_names_them(
 
 def test_resume_with_other_inputs_is_refused(tmp_path: Path) -> None:
     path = write_documents(tmp_path / "a.jsonl.zst", [{"text": "a"}, {"text": ""}])
-    args = ["convert", "dclm", "--input", str(path), "--output", str(tmp_path / "out")]
+    args = ["convert", "documents", "--input", str(path), "--output", str(tmp_path / "out")]
     wds_tools(*args, status=1)
     write_documents(path, [{"text": "abcdefgh"}, {"text": ""}])
     refused = wds_tools(*args, "--resume", status=2)
@@ -261,7 +261,7 @@ def go_on(process: subprocess.Popen[str]) -> None:
 
 
 def test_a_killed_worker_ends_the_run_with_one_line(texts: Path, peace: Peace, tmp_path: Path) -> None:
-    args, output = [*convert_dclm(texts), "--workers", "2"], tmp_path / "out"
+    args, output = [*convert_documents(texts), "--workers", "2"], tmp_path / "out"
     process = begin(args, output, 2)
     os.kill(workers_of(process)[0], signal.SIGKILL)
     go_on(process)
@@ -272,11 +272,11 @@ def test_a_killed_worker_ends_the_run_with_one_line(texts: Path, peace: Peace, t
     assert len(said.splitlines()) == 1, said
     wait_until(lambda: not session(process.pid), "no process is left", 20)
     wds_tools(*args, "--output", output, "--resume")
-    assert tree(output) == peace(convert_dclm(texts))[0]
+    assert tree(output) == peace(convert_documents(texts))[0]
 
 
 def test_workers_end_when_their_parent_is_killed(texts: Path, tmp_path: Path) -> None:
-    process = begin([*convert_dclm(texts), "--workers", "2"], tmp_path / "out", 1)
+    process = begin([*convert_documents(texts), "--workers", "2"], tmp_path / "out", 1)
     assert len(workers_of(process)) == 2
     process.kill()
     go_on(process)
@@ -298,7 +298,7 @@ def test_workers_end_when_their_parent_is_killed(texts: Path, tmp_path: Path) ->
 def test_whatever_stops_a_run_one_line_says_so_and_nothing_is_left_but_what_is_finished(
     texts: Path, peace: Peace, tmp_path: Path, workers: str, number: signal.Signals, kill: Callable[[int, int], None]
 ) -> None:
-    args, output = [*convert_dclm(texts), "--workers", workers], tmp_path / "out"
+    args, output = [*convert_documents(texts), "--workers", workers], tmp_path / "out"
     process = begin(args, output, 1)
     kill(process.pid, number)
     go_on(process)
@@ -311,11 +311,11 @@ def test_whatever_stops_a_run_one_line_says_so_and_nothing_is_left_but_what_is_f
     assert not (output / ".tmp").exists()
     assert list(output.glob("_work/run-*")) == []  # so that a rerun on another machine need not wait
     wds_tools(*args, "--output", output, "--resume")
-    assert tree(output) == peace(convert_dclm(texts))[0]
+    assert tree(output) == peace(convert_documents(texts))[0]
 
 
 def test_ctrl_c_while_the_workers_start_says_one_line_too(texts: Path, tmp_path: Path) -> None:
-    process = start(*convert_dclm(texts), "--output", str(tmp_path / "out"), "--workers", "4")
+    process = start(*convert_documents(texts), "--output", str(tmp_path / "out"), "--workers", "4")
     wait_until(lambda: workers_of(process) or process.poll() is not None, "workers start")
     os.killpg(process.pid, signal.SIGINT)
     _, said = process.communicate(timeout=30)
@@ -340,11 +340,11 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_space(
     texts: Path, peace: Peace, small_disk: Path, workers: str
 ) -> None:
-    args, output = [*convert_dclm(texts), "--workers", workers], small_disk / "out"
+    args, output = [*convert_documents(texts), "--workers", workers], small_disk / "out"
     full = wds_tools(*args, "--output", output, status=1)
     assert "the disk is full" in full.stderr
     assert len(full.stderr.splitlines()) == 1, full.stderr
     assert not (output / "manifest.json").exists()
     subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
     wds_tools(*args, "--output", output, "--resume")
-    assert tree(output) == peace(convert_dclm(texts))[0]
+    assert tree(output) == peace(convert_documents(texts))[0]

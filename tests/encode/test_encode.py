@@ -20,7 +20,7 @@ from factory import image_sample, make_dataset, text_sample
 from loaders import LoaderConfig, Source, build_loader
 from wds_tools.check.verify import VerifyConfig, verify
 from wds_tools.convert import run_conversion
-from wds_tools.convert.pairs import ImagePairsConfig
+from wds_tools.convert.pairs import PairsConfig
 from wds_tools.encode.encode import EncodeConfig, encode
 from wds_tools.encode.image_encoder import ImageEncoder
 from wds_tools.encode.options import TokenizerOptions
@@ -158,7 +158,7 @@ def test_too_many_bad_images_stop_the_run(tmp_path: Path) -> None:
 
 def test_limits_of_the_conversion_are_not_set_up_again(tmp_path: Path) -> None:
     path = write_pairs(tmp_path / "pairs", 3, width=9, height=8)
-    run_conversion(ImagePairsConfig(output=str(tmp_path / "in"), input=(str(path),), min_side=8, quiet=True))
+    run_conversion(PairsConfig(output=str(tmp_path / "in"), input=(str(path),), min_side=8, quiet=True))
     assert fill(tmp_path / "in", tmp_path / "out").samples == 3
     assert fill(tmp_path / "in", tmp_path / "strict", max_pixels=71).rejects == {"too_many_pixels": 3}
 
@@ -327,7 +327,7 @@ def test_pairs_are_encoded_straight_through_to_the_same_samples(tmp_path: Path) 
     path = write_pairs(tmp_path / "pairs", 9, width=60)
     (tmp_path / "pairs/images/4.jpg").write_bytes(JPEG[:900])
     (tmp_path / "pairs/images/5.jpg").unlink()
-    args = ["convert", "image-pairs", "--input", path, "--keep", "url", "--task-lines", "4", "--max-rejects", "50%"]
+    args = ["convert", "pairs", "--input", path, "--keep", "url", "--task-lines", "4", "--max-rejects", "50%"]
     wds_tools(*args, "--output", tmp_path / "raw")
     fill(tmp_path / "raw", tmp_path / "twostep")
     wds_tools(*args, "--output", tmp_path / "straight", "--encode", "tiny", "--device", "cpu", "--batch-size", "3")
@@ -346,7 +346,7 @@ def test_pairs_are_encoded_straight_through_to_the_same_samples(tmp_path: Path) 
 def test_settings_of_a_tokenizer_without_encode_are_refused(tmp_path: Path) -> None:
     path = write_pairs(tmp_path / "pairs", 1)
     for extra in (["--precision", "bf16"], ["--keep-images"]):
-        said = wds_tools("convert", "image-pairs", "--input", path, "--output", tmp_path / "out", *extra, status=2)
+        said = wds_tools("convert", "pairs", "--input", path, "--output", tmp_path / "out", *extra, status=2)
         words = " ".join(said.stderr.replace("│", " ").split())
         assert f"{extra[0]} says how to encode, and has no effect without --encode" in words
 
@@ -423,7 +423,7 @@ def test_real_images_encode(tmp_path: Path, tokenizer: ImageTokenizer) -> None:
     folder = shared("pairs/open")
     lines = [json.loads(line) for line in (folder / "pairs.jsonl").read_text("utf-8").splitlines()][::9]
     path = write_jsonl(tmp_path / "pairs.jsonl", lines)
-    wds_tools("convert", "image-pairs", "--input", path, "--image-root", folder, "--output", tmp_path / "raw")
+    wds_tools("convert", "pairs", "--input", path, "--image-root", folder, "--output", tmp_path / "raw")
     said = wds_tools("encode", "--input", tmp_path / "raw", "--output", tmp_path / "out", "--device", "cpu")
     assert "tiny, 4,096 codes, fp32" in said.stdout
     raw, filled = read_samples(tmp_path / "raw"), read_samples(tmp_path / "out")

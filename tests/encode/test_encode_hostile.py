@@ -120,7 +120,7 @@ def test_straight_from_the_files_to_codes(images: dict[str, bytes], alone: dict[
     write_files(tmp_path / "files", images)
     pairs = write_jsonl(tmp_path / "pairs.jsonl", ({"image_path": f"files/{name}", "text_prompt": name} for name in names))
     how = ["--encode", "tiny", "--device", "cpu", "--min-side", "1", *LIMITS]
-    wds_tools("convert", "image-pairs", "--input", pairs, "--output", tmp_path / "out", *how)
+    wds_tools("convert", "pairs", "--input", pairs, "--output", tmp_path / "out", *how)
     check(tmp_path / "out", names, alone, {row["line"] - 1: row["reason"] for row in read_rejects(tmp_path / "out")})
 
 
@@ -140,7 +140,7 @@ def test_in_conversations_about_several_images(images: dict[str, bytes], alone: 
         "--min-side",
         "1",
     ]
-    wds_tools("convert", "sft", *raw, *LIMITS)
+    wds_tools("convert", "conversations", *raw, *LIMITS)
     wds_tools("encode", "--input", tmp_path / "raw", "--output", tmp_path / "out", "--device", "cpu", *LIMITS)
     # The conversion looks at headers; what only pixels show, and what a crop does not take, is found by the encoding.
     rejects = {row["element"]: row["reason"] for row in read_rejects(tmp_path / "raw")}

@@ -85,7 +85,7 @@ def test_what_another_run_makes_can_be_compared(encoded: Path, tmp_path: Path) -
 
 @pytest.mark.slow
 def test_a_conversion_that_encodes_stores_the_same(tmp_path: Path) -> None:
-    pairs = ["convert", "image-pairs", "--input", write_pairs(tmp_path, 3, width=60)]
+    pairs = ["convert", "pairs", "--input", write_pairs(tmp_path, 3, width=60)]
     how = ["--tokenizer", "colours", "--device", "cpu"]
     wds_tools(*pairs, "--output", tmp_path / "raw")
     wds_tools("encode", "--input", tmp_path / "raw", "--output", tmp_path / "codes", *how)

@@ -17,7 +17,7 @@ from tokens import write_tokenizer
 
 from loaders import JsonlDataset, LoaderConfig, SequenceConfig, Source, build_loader
 from wds_tools.convert import run_conversion
-from wds_tools.convert.pairs import ImagePairsConfig
+from wds_tools.convert.pairs import PairsConfig
 from wds_tools.errors import DataError, FormatError, StorageError, UsageError
 from wds_tools.export.hf import ExportConfig, export_hf
 from wds_tools.format.codes import join_grids
@@ -64,7 +64,7 @@ def test_a_path_that_leaves_the_image_root_is_refused_with_the_line(folder: Path
 def test_pairs_are_read_as_convert_reads_them(folder: Path) -> None:
     records = [{"image_path": "../a.jpg", "text_prompt": "first", "text": "second"}, {"image_path": "../b.jpg", "text": "third"}]
     data = dataset(folder, *records)
-    config = ImagePairsConfig(input=(str(folder / "set/small.jsonl"),), output=str(folder / "out"), quiet=True)
+    config = PairsConfig(input=(str(folder / "set/small.jsonl"),), output=str(folder / "out"), quiet=True)
     run_conversion(config)
     loader = build_loader(LoaderConfig(sources=(Source(str(folder / "out")),), batch_size=2, shuffle=False))
     (batch,) = loader

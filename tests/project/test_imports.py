@@ -17,7 +17,7 @@ BASE = {"wds_tools.errors", "wds_tools.terminal"}
 FORMAT = BASE | {"wds_tools.format"}
 STORAGE = BASE | {"wds_tools.storage"}
 DATASET = FORMAT | STORAGE | {"wds_tools.run", "wds_tools.dataset"}
-SOURCES = DATASET | {"wds_tools.sources"}
+SOURCES = DATASET | {"wds_tools.sources", "wds_tools.records"}
 JOBS = SOURCES | {"wds_tools.jobs"}
 BELOW_LOADERS = SOURCES | {"wds_tools.images", "wds_tools.sequences"}
 LOADERS = ("config", "world", "order", "reading", "batches", "tokens", "proof", "cost", "workers")
@@ -36,11 +36,12 @@ ALLOWED = {
     "wds_tools.run": BASE,
     "wds_tools.jobs": JOBS,
     "wds_tools.sequences": FORMAT,
-    "wds_tools.sources": DATASET,
+    "wds_tools.records": FORMAT | STORAGE | {"wds_tools.images"},
+    "wds_tools.sources": DATASET | {"wds_tools.records"},
     "wds_tools.convert": JOBS | {"wds_tools.images", "wds_tools.plugins"},
     "wds_tools.encode": JOBS | {"wds_tools.images", "wds_tools.vq"},
     "wds_tools.pack": JOBS | {"wds_tools.sequences"},
-    "wds_tools.export": DATASET | {"wds_tools.sources"},
+    "wds_tools.export": SOURCES,
     "wds_tools.check": JOBS | {"wds_tools.images", "wds_tools.vq", "wds_tools.sequences", "wds_tools.encode"},
     "wds_tools.view": DATASET | {"wds_tools.images", "wds_tools.vq", "wds_tools.check", "wds_tools.sequences"},
     "wds_tools.api": JOBS | {f"wds_tools.{room}" for room in ("convert", "encode", "pack", "export", "check")},

@@ -22,15 +22,15 @@ def every_time(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("every_time")
 def test_plain_lines_say_samples_rejects_rate_share_and_time_left() -> None:
     out = io.StringIO()
-    with Progress("convert dclm", 200, stream=out) as report:
+    with Progress("convert documents", 200, stream=out) as report:
         report(Advance(units=50, samples=1234))
         report(Advance(units=50, rejects=7))
     first, second, last = out.getvalue().splitlines()
-    assert first.startswith("convert dclm: 1,234 samples, ")
+    assert first.startswith("convert documents: 1,234 samples, ")
     assert "samples/s, 25 % done, about 00:00 left" in first
-    assert second.startswith("convert dclm: 1,234 samples, 7 rejects, ")
+    assert second.startswith("convert documents: 1,234 samples, 7 rejects, ")
     assert "50 % done" in second
-    assert last.startswith("convert dclm: 1,234 samples, 7 rejects, ")
+    assert last.startswith("convert documents: 1,234 samples, 7 rejects, ")
 
 
 @pytest.mark.usefixtures("every_time")

@@ -20,7 +20,7 @@ from factory import image_sample, make_dataset
 from tokens import PROVENANCE, write_small_sets
 
 from wds_tools.convert import run_conversion
-from wds_tools.convert.pairs import ImagePairsConfig
+from wds_tools.convert.pairs import PairsConfig
 from wds_tools.errors import UsageError
 from wds_tools.export.hf import ExportConfig, export_hf
 from wds_tools.jobs.job import Job, run_job
@@ -137,7 +137,7 @@ def gate(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gate]:
 
 @pytest.fixture(scope="module")
 def convert(gate: Gate) -> list[str]:
-    return ["convert", "dclm", "--input", f"{gate.url}/{{0..{NUM_FILES - 1}}}.jsonl.zst", "--task-bytes", "1"]
+    return ["convert", "documents", "--input", f"{gate.url}/{{0..{NUM_FILES - 1}}}.jsonl.zst", "--task-bytes", "1"]
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +165,7 @@ def passes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str | Pat
     """A command line of each pass but dclm's, with input for several tasks."""
     folder = tmp_path_factory.mktemp("passes")
     pairs = write_pairs(folder, 4)
-    run_conversion(ImagePairsConfig(input=(str(pairs),), output=str(folder / "raw"), task_lines=2, quiet=True))
+    run_conversion(PairsConfig(input=(str(pairs),), output=str(folder / "raw"), task_lines=2, quiet=True))
     turns = [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "That."}]
     talks = write_jsonl(folder / "talks.jsonl", ({"image": f"images/{i}.jpg", "conversations": turns} for i in range(6)))
     make_dataset(folder / "square", (image_sample(i, side=32) for i in range(9)), codes=PROVENANCE)
@@ -173,9 +173,9 @@ def passes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str | Pat
     write_small_sets(folder)
     sets = [folder / "pairs", folder / "texts"]
     return {
-        "pairs": ["convert", "image-pairs", "--input", pairs, "--task-lines", "2"],
-        "sft": ["convert", "sft", "--input", talks, "--task-records", "2", "--max-rejects", "50%"],
-        "hf": ["convert", "hf", "--input", folder / "hf"],
+        "pairs": ["convert", "pairs", "--input", pairs, "--task-lines", "2"],
+        "sft": ["convert", "conversations", "--input", talks, "--task-records", "2", "--max-rejects", "50%"],
+        "hf": ["convert", "coded", "--input", folder / "hf"],
         "encode": ["encode", "--input", folder / "raw", "--device", "cpu", "--shard-samples", "2"],
         "pack": ["pack", "--input", *sets, "--tokenizer", folder / "tokenizer", "--seq-len", "128", "--task-samples", "20"],
     }

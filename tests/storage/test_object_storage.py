@@ -68,7 +68,7 @@ def test_pairs_codes_and_the_loader_on_s3_are_those_of_a_local_run(bucket: str, 
     upload(tmp_path / "in", f"{bucket}/in")
     for where, source in ((str(tmp_path), str(path)), (bucket, f"{bucket}/in/pairs.jsonl")):
         flags = ["--max-rejects", "50%", "--workers", "2"]
-        wds_tools("convert", "image-pairs", "--input", source, "--output", f"{where}/raw", "--task-lines", "5", *flags)
+        wds_tools("convert", "pairs", "--input", source, "--output", f"{where}/raw", "--task-lines", "5", *flags)
         flags = ["--shard-samples", "4", "--device", "cpu", "--max-rejects", "1"]
         wds_tools("encode", "--input", f"{where}/raw", "--output", f"{where}/codes", *flags)
     assert facts(f"{bucket}/raw") == facts(tmp_path / "raw")
@@ -90,7 +90,7 @@ def test_documents_on_s3_are_those_of_a_local_run_and_an_index_comes_back(bucket
     upload(tmp_path / "in", f"{bucket}/in")
     for where in (str(tmp_path), bucket):
         flags = ["--task-bytes", "1", "--workers", "2", "--shard-samples", "20"]
-        wds_tools("convert", "dclm", "--input", f"{where}/in", "--output", f"{where}/out", *flags)
+        wds_tools("convert", "documents", "--input", f"{where}/in", "--output", f"{where}/out", *flags)
     assert facts(f"{bucket}/out") == facts(tmp_path / "out")
     found = files(f"{bucket}/out")
     assert without_rejects(found) == without_rejects(files(tmp_path / "out"))
@@ -105,7 +105,7 @@ def test_documents_on_s3_are_those_of_a_local_run_and_an_index_comes_back(bucket
 def test_a_run_killed_on_s3_resumes_to_the_same_bytes(bucket: str, tmp_path: Path) -> None:
     for file in range(30):
         write_documents(tmp_path / f"in/{file:03d}.jsonl.zst", ({"text": f"{file} {i}"} for i in range(20)))
-    args = ["convert", "dclm", "--input", str(tmp_path / "in"), "--task-bytes", "1", "--shard-samples", "8"]
+    args = ["convert", "documents", "--input", str(tmp_path / "in"), "--task-bytes", "1", "--shard-samples", "8"]
     wds_tools(*args, "--output", tmp_path / "peace")
     output = open_store(f"{bucket}/out")
     process = start(*args, "--output", f"{bucket}/out", "--workers", "2")
@@ -121,7 +121,7 @@ def test_a_run_killed_on_s3_resumes_to_the_same_bytes(bucket: str, tmp_path: Pat
 
 def test_overwrite_on_s3_removes_only_its_own_files_and_not_a_neighbours(bucket: str, tmp_path: Path) -> None:
     path = write_documents(tmp_path / "a.jsonl.zst", ({"text": str(i)} for i in range(9)))
-    args = ["convert", "dclm", "--input", str(path), "--output", f"{bucket}/out"]
+    args = ["convert", "documents", "--input", str(path), "--output", f"{bucket}/out"]
     wds_tools(*args[:-1], f"{bucket}/out-2")
     neighbour = files(f"{bucket}/out-2")
     wds_tools(*args, "--shard-samples", "1")
@@ -138,7 +138,7 @@ def test_a_jsonl_on_s3_reads_images_below_its_folder_only(bucket: str, tmp_path:
     store.put("secret.jpg", image_bytes(0))
     write_jsonl(tmp_path / "a.jsonl", [{"image_path": path, "text": "x"}])
     store.put("in/a.jsonl", (tmp_path / "a.jsonl").read_bytes())
-    args = ["convert", "image-pairs", "--input", f"{bucket}/in/a.jsonl", "--output", tmp_path / "out", "--max-rejects", "1"]
+    args = ["convert", "pairs", "--input", f"{bucket}/in/a.jsonl", "--output", tmp_path / "out", "--max-rejects", "1"]
     said = wds_tools(*args).stdout
     assert ("1 missing_image" if path.startswith("x") else "1 outside_root") in said
 
@@ -149,7 +149,7 @@ def test_images_may_lie_on_s3_while_the_jsonl_is_here(bucket: str, tmp_path: Pat
     write_jsonl(
         path, [{"image_path": f"{prefix}{i}.jpg", "text": "x"} for i, prefix in enumerate(["", "./", f"{bucket}/images/"])]
     )
-    wds_tools("convert", "image-pairs", "--input", path, "--image-root", f"{bucket}/images", "--output", tmp_path / "out")
+    wds_tools("convert", "pairs", "--input", path, "--image-root", f"{bucket}/images", "--output", tmp_path / "out")
     assert [sample.image for sample in read_samples(tmp_path / "out")] == [image_bytes(i) for i in range(3)]
 
 
@@ -158,7 +158,7 @@ def test_an_export_from_s3_holds_what_a_local_one_holds(bucket: str, tmp_path: P
     path = write_documents(tmp_path / "a.jsonl.zst", ({"text": f"document {i}"} for i in range(25)))
     rows = []
     for where in (bucket, str(tmp_path)):
-        wds_tools("convert", "dclm", "--input", path, "--output", f"{where}/set")
+        wds_tools("convert", "documents", "--input", path, "--output", f"{where}/set")
         wds_tools("export", "hf", "--input", f"{where}/set", "--output", tmp_path / f"hf-{len(rows)}", "--num-shards", "2")
         rows.append(datasets.load_from_disk(str(tmp_path / f"hf-{len(rows)}")).to_list())
     assert rows[0] == rows[1]
@@ -175,5 +175,5 @@ def test_a_server_that_does_not_answer_is_one_line(s3: S3Server, monkeypatch: py
 
 def test_a_file_on_a_web_server_that_does_not_answer_is_said_to_be_just_that(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WDS_TOOLS_RETRY_S", "0")
-    said = wds_tools("convert", "image-pairs", "--input", "http://127.0.0.1:9/a.jsonl", "--output", "out", status=1)
+    said = wds_tools("convert", "pairs", "--input", "http://127.0.0.1:9/a.jsonl", "--output", "out", status=1)
     assert "http://127.0.0.1:9/a.jsonl: can't look at, no answer" in said.stderr

@@ -28,10 +28,10 @@ from wds_tools.storage.base import check_writable
 from wds_tools.terminal import say
 
 COMMANDS = {
-    ("convert", "image-pairs"): ("convert_image_pairs", "image-caption pairs (jsonl) to shards"),
-    ("convert", "dclm"): ("convert_dclm", "DCLM documents (.jsonl.zst) to shards"),
-    ("convert", "sft"): ("convert_sft", "conversations about images (LLaVA's json) to shards"),
-    ("convert", "hf"): ("convert_hf", "Hugging Face rows that hold codes, the reference's or exports, to shards"),
+    ("convert", "pairs"): ("convert_pairs", "image-caption pairs (jsonl) to shards"),
+    ("convert", "documents"): ("convert_documents", "DCLM documents (.jsonl.zst) to shards"),
+    ("convert", "conversations"): ("convert_conversations", "conversations about images (LLaVA's json) to shards"),
+    ("convert", "coded"): ("convert_coded", "Hugging Face rows that hold codes, the reference's or exports, to shards"),
     ("encode",): ("encode", "fill the VQ codes of a dataset's images"),
     ("compare-codes",): ("compare_codes", "what another precision does to codes: two encodings side by side"),
     ("vocabulary",): ("vocabulary", "special tokens of a text tokenizer, and the model size that it needs"),

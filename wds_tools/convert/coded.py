@@ -16,12 +16,12 @@ from wds_tools.convert.options import ConvertOptions, kept_fields
 from wds_tools.errors import UsageError
 from wds_tools.format.codes import CODE_COLUMNS
 from wds_tools.format.schema import Sample
-from wds_tools.sources.coded import SIDE_512, CodedRows
+from wds_tools.records.coded import SIDE_512, CodedRows
 from wds_tools.sources.tables import Tables
 
 
 @dataclass(frozen=True, kw_only=True)
-class HfConfig(ConvertOptions):
+class CodedConfig(ConvertOptions):
     """Convert Hugging Face datasets that hold codes, Liquid's or those of `export hf`, to shards."""
 
     input: tuple[str, ...]
@@ -37,7 +37,7 @@ class HfConfig(ConvertOptions):
     task_lines: int = 10_000
     """Of a jsonl, a worker, and a resumed run, takes this many lines at a time; of a Hugging Face folder one file."""
 
-    command = "convert hf"
+    command = "convert coded"
 
     def __post_init__(self) -> None:
         super().__post_init__()

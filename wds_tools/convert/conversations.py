@@ -17,14 +17,14 @@ from wds_tools.convert.images import NUM_AHEAD, ImageOptions, ImageReader
 from wds_tools.convert.options import kept_fields
 from wds_tools.errors import Reject
 from wds_tools.format.schema import Sample, SourceImage
-from wds_tools.sources.conversations import image_paths, turns_of
-from wds_tools.sources.elements import JsonRecords
+from wds_tools.records.conversations import image_paths, turns_of
+from wds_tools.sources.text.elements import JsonRecords
 
 _SOURCE_ID = "source_id"
 
 
 @dataclass(frozen=True, kw_only=True)
-class SftConfig(ImageOptions):
+class ConversationsConfig(ImageOptions):
     """Convert conversations about images to shards; the images go in byte for byte, codes come with `wds-tools encode`."""
 
     input: tuple[str, ...]
@@ -34,7 +34,7 @@ class SftConfig(ImageOptions):
     task_records: int = 2000
     """A worker, and a resumed run, takes this many records at a time; a shard holds no more."""
 
-    command = "convert sft"
+    command = "convert conversations"
 
     def make_source(self) -> JsonRecords:
         """JSON lists, or lines."""

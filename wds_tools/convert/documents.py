@@ -13,12 +13,12 @@ from typing import Any
 
 from wds_tools.convert.options import ConvertOptions, kept_fields
 from wds_tools.format.schema import Sample
-from wds_tools.sources.fields import required_text
-from wds_tools.sources.lines import CompressedLines
+from wds_tools.records.fields import required_text
+from wds_tools.sources.text.lines import CompressedLines
 
 
 @dataclass(frozen=True, kw_only=True)
-class DclmConfig(ConvertOptions):
+class DocumentsConfig(ConvertOptions):
     """Convert DCLM-style documents to shards."""
 
     input: tuple[str, ...]
@@ -26,7 +26,7 @@ class DclmConfig(ConvertOptions):
     task_bytes: int = 16 << 20
     """Small input files are taken together up to this many compressed bytes; a worker, and a resumed run, takes them whole."""
 
-    command = "convert dclm"
+    command = "convert documents"
 
     def make_source(self) -> CompressedLines:
         """Lines of zstd files."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from wds_tools.convert.options import ConvertOptions
 from wds_tools.images import ImageInfo, ImageLimits, probe
-from wds_tools.sources.images import ImageSource
+from wds_tools.records.images import ImageSource
 
 NUM_AHEAD = 16
 """Records whose images are fetched at the same time."""

@@ -15,12 +15,12 @@ from wds_tools.convert.images import NUM_AHEAD, ImageOptions, ImageReader
 from wds_tools.convert.options import kept_fields
 from wds_tools.format.schema import Sample
 from wds_tools.images import PAIR_TYPES, Mode, crop_for
-from wds_tools.sources.fields import CAPTION, required_text
-from wds_tools.sources.lines import Lines
+from wds_tools.records.fields import CAPTION, required_text
+from wds_tools.sources.text.lines import Lines
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImagePairsConfig(ImageOptions):
+class PairsConfig(ImageOptions):
     """Convert image-caption pairs to shards; the images go in byte for byte, codes come with `wds-tools encode`."""
 
     input: tuple[str, ...]
@@ -30,7 +30,7 @@ class ImagePairsConfig(ImageOptions):
     task_lines: int = 2000
     """A worker, and a resumed run, takes this many lines at a time; a shard holds no more."""
 
-    command = "convert image-pairs"
+    command = "convert pairs"
 
     def make_source(self) -> Lines:
         """Lines of jsonl files."""

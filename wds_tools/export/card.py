@@ -14,7 +14,7 @@ import orjson
 
 from wds_tools.export.rows import Format
 from wds_tools.format.manifest import Manifest
-from wds_tools.sources.coded import COLUMNS
+from wds_tools.records.coded import COLUMNS
 
 NAME = "README.md"
 TAG = "wds-tools"
@@ -82,7 +82,7 @@ def serialize_card(
         *_how_to_load(file_format),
         "```",
         "",
-        "Made by wds-tools; `wds-tools convert hf` makes shards of it again: tell it the tokenizer, codebook size, stride and",
+        "Made by wds-tools; `wds-tools convert coded` makes shards of it again: tell it the tokenizer, codebook size, stride and",
         "weights hash that stand above.",
     ]
     return "\n".join([header, "", *lines, ""]).encode()

@@ -45,7 +45,7 @@ from wds_tools.format.manifest import Manifest, ShardInfo
 from wds_tools.format.schema import IMAGE_EXTENSIONS
 from wds_tools.format.typed_json import read_json
 from wds_tools.run.progress import Advance, Progress
-from wds_tools.sources.coded import load_pyarrow
+from wds_tools.sources.arrow import load_pyarrow
 from wds_tools.storage import LocalStore, Store, open_store
 from wds_tools.storage.base import TEMP_FOLDER, split_scheme
 from wds_tools.storage.local import translate

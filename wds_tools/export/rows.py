@@ -25,7 +25,8 @@ from wds_tools.errors import FormatError, UsageError
 from wds_tools.format.checksum import content_hash
 from wds_tools.format.codes import CODE_COLUMNS
 from wds_tools.format.schema import DATA_TYPES, Sample, validate
-from wds_tools.sources.coded import ABSENT, COLUMNS, load_pyarrow
+from wds_tools.records.coded import ABSENT, COLUMNS
+from wds_tools.sources.arrow import load_pyarrow
 from wds_tools.storage import Writer
 
 Format = Literal["arrow", "parquet"]

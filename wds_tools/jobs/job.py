@@ -59,7 +59,7 @@ class Job(Generic[Task]):
     """What is made, and how. Everything that decides on a byte of the output is in here, but for the shard limits."""
 
     command: str
-    """Name in the manifest, such as "convert dclm"."""
+    """Name in the manifest, such as "convert documents"."""
     settings: Mapping[str, Any]
     """JSON values that a rerun must have too."""
     tasks: Sequence[Task]

@@ -19,10 +19,10 @@ from typing import Any
 from wds_tools.dataset.layout import REJECTS
 from wds_tools.errors import FormatError, NotFound, Reject, StorageError, UsageError
 from wds_tools.format.typed_json import read_json, shape
-from wds_tools.sources.coded import load_pyarrow
-from wds_tools.sources.fields import fields_of
-from wds_tools.sources.lines import LineRange, plan_lines, read_lines
+from wds_tools.sources.arrow import load_pyarrow
 from wds_tools.sources.record import InputFile, Record, file_records
+from wds_tools.sources.text.lines import LineRange, plan_lines, read_lines
+from wds_tools.sources.text.objects import fields_of
 from wds_tools.storage import Store, join, open_store, split_url
 
 ARROW, JSONL, PARQUET = ".arrow", ".jsonl", ".parquet"

@@ -1,4 +1,4 @@
-"""`convert dclm`: every document is a sample or a reject; damage costs what lies behind it in its file, and is written down."""
+"""`convert documents`: each is a sample or a reject; damage costs what lies behind it in its file, and is written down."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from commands import (
 
 from wds_tools.check.verify import VerifyConfig, verify
 from wds_tools.convert import run_conversion
-from wds_tools.convert.documents import DclmConfig
+from wds_tools.convert.documents import DocumentsConfig
 from wds_tools.errors import NotFound, UsageError
 from wds_tools.format.manifest import Manifest
 
 
 def convert(output: Path | str, *inputs: Path | str, **settings: Any) -> Manifest:
     settings = {"max_rejects": "100%", "quiet": True, **settings}
-    manifest = run_conversion(DclmConfig(output=str(output), input=tuple(map(str, inputs)), **settings))
+    manifest = run_conversion(DocumentsConfig(output=str(output), input=tuple(map(str, inputs)), **settings))
     assert manifest.inputs == manifest.samples + sum(manifest.rejects.values())
     assert verify(VerifyConfig(input=str(output), quiet=True)).problems == ()
     return manifest
@@ -190,7 +190,7 @@ def test_memory_does_not_grow_with_the_input(tmp_path: Path) -> None:
             for _ in range(megabytes):
                 file.write(compressor.compress(block))
             file.write(compressor.flush())
-        args = [*command()[:1], "-c", MEASURE, "convert", "dclm", "--input", path, "--output", tmp_path / f"out-{megabytes}"]
+        args = [*command()[:1], "-c", MEASURE, "convert", "documents", "--input", path, "--output", tmp_path / f"out-{megabytes}"]
         done = subprocess.run(args, env=environment(), capture_output=True, text=True, check=True)
         peaks_kb.append(int(done.stdout.split()[-1]))
     assert peaks_kb[1] < 400_000, peaks_kb

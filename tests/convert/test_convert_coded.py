@@ -14,7 +14,7 @@ from factory import image_sample, make_dataset, multi_sample, random_codes, talk
 from s3 import S3Server
 
 from wds_tools.convert import run_conversion
-from wds_tools.convert.coded import HfConfig
+from wds_tools.convert.coded import CodedConfig
 from wds_tools.errors import FormatError, NotFound, UsageError
 from wds_tools.export.hf import ExportConfig, export_hf
 from wds_tools.format.manifest import Manifest
@@ -55,7 +55,7 @@ def save(rows: list[Row], folder: Path, num_shards: int = 1) -> Path:
 
 def convert(*inputs: Path | str, output: Path | str, **settings: Any) -> Manifest:
     return run_conversion(
-        HfConfig(input=tuple(map(str, inputs)), output=str(output), quiet=True, **{"max_rejects": "0", **settings})
+        CodedConfig(input=tuple(map(str, inputs)), output=str(output), quiet=True, **{"max_rejects": "0", **settings})
     )
 
 
@@ -281,6 +281,6 @@ def test_neither_workers_nor_where_it_lies_change_a_byte(tmp_path: Path, s3: S3S
     store = open_store(f"s3://{s3.bucket}/convert-hf")
     for path in folder.iterdir():
         store.put(f"in/{path.name}", path.read_bytes())
-    wds_tools("convert", "hf", "--input", f"{store.url}/in", "--output", f"{store.url}/set", "--quiet")
+    wds_tools("convert", "coded", "--input", f"{store.url}/in", "--output", f"{store.url}/set", "--quiet")
     ours = {name: data for name, data in tree(tmp_path / "one").items() if name.endswith((".tar", ".index"))}
     assert {name: store.read(f"set/{name}") for name in ours} == ours

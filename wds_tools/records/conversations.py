@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from wds_tools.errors import Reject
-from wds_tools.sources.fields import required_text
+from wds_tools.records.fields import required_text
 
 MARK = "<image>"
 _ROLES = {"system": "system", "human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}

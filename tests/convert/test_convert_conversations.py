@@ -1,4 +1,4 @@
-"""`convert sft`: conversations as they are found in the wild become samples or rejects, none is changed, none is lost."""
+"""`convert conversations`: conversations as they are found in the wild become samples or rejects, unchanged; none is lost."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from hypothesis import strategies as st
 from loaders import ShardDataset
 from wds_tools.check.verify import VerifyConfig, verify
 from wds_tools.convert import run_conversion
-from wds_tools.convert.conversations import SftConfig
+from wds_tools.convert.conversations import ConversationsConfig
 from wds_tools.errors import FormatError, UsageError
 from wds_tools.format.manifest import Manifest
-from wds_tools.sources import elements
-from wds_tools.sources.elements import plan_records, read_records
 from wds_tools.sources.record import InputFile
+from wds_tools.sources.text import elements
+from wds_tools.sources.text.elements import plan_records, read_records
 
 Record = dict[str, Any]
 
 
 def convert(source: Path, output: Path, **options: Any) -> Manifest:
     options = {"quiet": True, "max_rejects": "100%", **options}
-    manifest = run_conversion(SftConfig(input=(str(source),), output=str(output), **options))
+    manifest = run_conversion(ConversationsConfig(input=(str(source),), output=str(output), **options))
     assert manifest.inputs == manifest.samples + sum(manifest.rejects.values())
     assert verify(VerifyConfig(input=str(output), quiet=True)).problems == ()
     return manifest
@@ -81,7 +81,7 @@ def test_conversations_go_through_encode_verify_stream_and_export(tmp_path: Path
     folder = shared("sft")
     root = folder / "images/lmms"
     inputs = [folder / name for name in ("lmms_multi_images.json", "lmms_single_image_has_text_only.json")]
-    out = wds_tools("convert", "sft", "--input", *inputs, "--image-root", root, "--output", tmp_path / "raw").stdout
+    out = wds_tools("convert", "conversations", "--input", *inputs, "--image-root", root, "--output", tmp_path / "raw").stdout
     assert "6 of 6 inputs (6 visual_sft)" in out
     wds_tools("encode", "--input", tmp_path / "raw", "--output", tmp_path / "codes", "--sft-mode", "multi768", "--device", "cpu")
     wds_tools("verify", tmp_path / "codes")
@@ -123,7 +123,7 @@ def test_malformed_records_are_rejects_by_element_and_the_rest_is_taken(tmp_path
 
 def test_a_set_whose_images_are_missing_is_refused(tmp_path: Path) -> None:
     source = shared("sft/llava_coco30_missing_images.json")
-    failed = wds_tools("convert", "sft", "--input", source, "--output", tmp_path / "out", status=1)
+    failed = wds_tools("convert", "conversations", "--input", source, "--output", tmp_path / "out", status=1)
     assert "30 of 30 inputs can't be used, allowed are 10% (30 missing_image)" in last_line(failed.stderr)
 
 

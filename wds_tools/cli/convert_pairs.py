@@ -1,4 +1,4 @@
-"""`wds-tools convert image-pairs`."""
+"""`wds-tools convert pairs`."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from dataclasses import dataclass, fields
 
 from wds_tools.cli.summary import Printed, print_dataset
 from wds_tools.convert import run_conversion
-from wds_tools.convert.pairs import ImagePairsConfig
+from wds_tools.convert.pairs import PairsConfig
 from wds_tools.encode.options import TokenizerOptions
 from wds_tools.errors import UsageError
 
-EXAMPLE = "wds-tools convert image-pairs --input pairs.jsonl --output s3://bucket/pairs-raw --workers 8"
+EXAMPLE = "wds-tools convert pairs --input pairs.jsonl --output s3://bucket/pairs-raw --workers 8"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Printed, ImagePairsConfig, TokenizerOptions):
+class Config(Printed, PairsConfig, TokenizerOptions):
     """Convert image-caption pairs to shards. The images go in byte for byte, and codes come with `wds-tools encode`; or codes
     instead of images in one go, with --encode."""
 
@@ -24,7 +24,7 @@ class Config(Printed, ImagePairsConfig, TokenizerOptions):
     """With --encode: keep the source images beside the codes."""
 
     def __post_init__(self) -> None:
-        ImagePairsConfig.__post_init__(self)
+        PairsConfig.__post_init__(self)
         TokenizerOptions.__post_init__(self)
         if self.encode is None:
             for field in (*fields(TokenizerOptions), *(field for field in fields(self) if field.name == "keep_images")):

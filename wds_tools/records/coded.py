@@ -15,11 +15,11 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from wds_tools.errors import FormatError, MissingPackage, Reject
+from wds_tools.errors import FormatError, Reject
 from wds_tools.format.codes import CODE_COLUMNS, HW, Codes, code_dtype
 from wds_tools.format.schema import DATA_TYPES, Sample, validate
-from wds_tools.sources.conversations import turns_of
-from wds_tools.sources.fields import required_text
+from wds_tools.records.conversations import turns_of
+from wds_tools.records.fields import required_text
 
 COLUMNS = {
     "data_type": "string",
@@ -157,20 +157,3 @@ def _pixels(row: Mapping[str, Any], name: str) -> int:
     if pixels <= 0:
         raise Reject("bad_codes", f"vqcode_multi768 needs {name} in pixels, got {row.get(name)!r}")
     return pixels
-
-
-def load_pyarrow(what: str) -> Any:
-    """The package, with pyarrow.parquet.
-
-    Args:
-        what: what needs it, for the message: "exporting".
-
-    Raises:
-        MissingPackage: it is not installed.
-    """
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise MissingPackage(f"{what} needs pyarrow: pip install 'wds-tools[convert]'") from error
-    return pyarrow

@@ -15,10 +15,10 @@ from typing import Any
 import orjson
 
 from wds_tools.errors import FormatError, UsageError
-from wds_tools.sources.fields import MAX_LINE_BYTES, Line, fields_of
 from wds_tools.sources.inputs import by_suffix
-from wds_tools.sources.lines import LineRange, plan_lines, read_lines
 from wds_tools.sources.record import InputFile, Record
+from wds_tools.sources.text.lines import LineRange, plan_lines, read_lines
+from wds_tools.sources.text.objects import MAX_LINE_BYTES, Line, fields_of
 from wds_tools.storage import open_store, split_url
 
 _READ_BYTES = 4 << 20

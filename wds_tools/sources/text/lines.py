@@ -16,10 +16,10 @@ import orjson
 
 from wds_tools.errors import Reject, UsageError
 from wds_tools.run.progress import Advance, Progress
-from wds_tools.sources.fields import MAX_LINE_BYTES, Line, fields_of
 from wds_tools.sources.inputs import by_suffix
 from wds_tools.sources.record import InputFile, Record, file_records, group_to_limit
-from wds_tools.sources.zstd import decompress
+from wds_tools.sources.text.objects import MAX_LINE_BYTES, Line, fields_of
+from wds_tools.sources.text.zstd import decompress
 from wds_tools.storage import open_store, split_url
 
 _READ_BYTES = 4 << 20

@@ -1,0 +1,1 @@
+"""What records hold: texts, images, conversations, codes, and which field is what."""

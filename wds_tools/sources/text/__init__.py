@@ -1,0 +1,1 @@
+"""Records in text: lines and JSON lists, plain or compressed."""
