@@ -14,7 +14,7 @@ from wds_tools.errors import NotFound, Reject, UsageError
 from wds_tools.records.fields import required_text
 from wds_tools.sources.inputs import by_suffix, expand_inputs
 from wds_tools.sources.record import InputFile
-from wds_tools.sources.text import lines
+from wds_tools.sources.text import lines, objects
 from wds_tools.sources.text.lines import (
     LineRange,
     number_lines,
