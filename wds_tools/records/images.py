@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import posixpath
+from typing import NamedTuple
 
 from wds_tools.errors import NotFound, Reject, StorageError, UsageError
 from wds_tools.storage import LocalStore, Store, open_store, split_url
@@ -15,6 +16,13 @@ from wds_tools.storage import LocalStore, Store, open_store, split_url
 _NO_SUCH_NAME = (errno.ENAMETOOLONG, errno.ELOOP)
 _SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 _MOUNT_IS_GONE = (errno.ENOTCONN, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ECONNRESET)
+
+
+class ImageFile(NamedTuple):
+    """An image that a source found itself, beside its record: read where it lies, whatever --image-root says."""
+
+    url: str
+    """Path or URL."""
 
 
 class ImageSource:
