@@ -46,6 +46,7 @@ def psnr(errors: list[float]) -> float:
     return float(10 * np.log10(255**2 / np.mean(errors)))
 
 
+@pytest.mark.slow
 def test_shares_and_psnr_are_those_of_the_definition(sets: Path) -> None:
     result = compare(sets / "fp32", sets / "bf16")
     a, b = ([s for s in read_samples(sets / name) if s.codes] for name in ("fp32", "bf16"))
@@ -108,6 +109,7 @@ def talk(number: int, *sides: tuple[int, int]) -> Sample:
     return Sample(key=f"{number:04d}", **fields)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["cc512", "multi768"])
 def test_all_pictures_of_a_conversation_are_decoded_and_compared(tmp_path: Path, mode: Mode) -> None:
     make_dataset(tmp_path / "in", [talk(0), talk(1, (90, 60), (60, 60)), talk(2, (64, 90)), talk(3)])

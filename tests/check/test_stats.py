@@ -204,6 +204,7 @@ def test_the_report_is_one_page_that_fetches_nothing_and_runs_nothing(tmp_path: 
     assert last_line(said.stdout) == f"report: {report}"
 
 
+@pytest.mark.slow
 def test_the_table_and_json_say_the_same(folder: Path) -> None:
     table = wds_tools("stats", folder, "--quiet").stdout
     found = json.loads(wds_tools("stats", folder, "--json", "--quiet").stdout)

@@ -221,6 +221,7 @@ def test_a_folder_that_may_not_be_written_is_one_line(tmp_path: Path, capsys: py
     assert "permission denied" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_file_names_that_are_no_utf_8_are_refused_in_one_line(tmp_path: Path) -> None:
     path = tmp_path / "in" / os.fsdecode(b"caf\xe9.jsonl.zst")
     try:
@@ -232,12 +233,14 @@ def test_file_names_that_are_no_utf_8_are_refused_in_one_line(tmp_path: Path) ->
     assert len(said.stderr.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_names_with_spaces_and_umlauts_are_fine(tmp_path: Path) -> None:
     write_documents(tmp_path / "über uns/ä b.jsonl.zst", [{"text": "a"}])
     wds_tools("convert", "documents", "--input", tmp_path / "über uns", "--output", tmp_path / "ö ö")
     assert "verify: all is well" in wds_tools("verify", tmp_path / "ö ö").stdout
 
 
+@pytest.mark.slow
 def test_the_summary_of_a_conversion_is_true(tmp_path: Path) -> None:
     path = write_pairs(tmp_path / "in", 3)
     (tmp_path / "in/images/1.jpg").write_bytes(image_bytes(1, 200, 20))
@@ -355,6 +358,7 @@ def test_a_path_that_could_not_be_written_down_is_refused_wherever_it_is_given(
         open_store(path)
 
 
+@pytest.mark.slow
 def test_a_stray_file_whose_name_is_not_utf_8_is_named(tmp_path: Path) -> None:
     make_dataset(tmp_path / "set", [text_sample(1)])
     stray = os.fsdecode(b"caf\xe9")
@@ -374,6 +378,7 @@ def test_every_command_can_answer_with_one_json_object(words: tuple[str, ...]) -
     assert ("json" in {field.name for field in dataclasses.fields(config)}) == (words[0] not in NO_RECORD)
 
 
+@pytest.mark.slow
 def test_json_says_what_the_lines_say(tmp_path: Path) -> None:
     write_documents(tmp_path / "in.jsonl.zst", [{"text": "one"}, {"text": "two"}, {"no": "text"}])
     out = tmp_path / "set"

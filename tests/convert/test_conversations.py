@@ -158,6 +158,7 @@ def test_shard_dataset_gives_grids_and_images(tmp_path: Path) -> None:
         assert "grids" not in sample
 
 
+@pytest.mark.slow
 def test_conversations_mix_with_documents_and_pairs_and_resume_anywhere(encoded: Path, tmp_path: Path) -> None:
     make_dataset(tmp_path / "rest", [text_sample(0), image_sample(1), text_sample(2), image_sample(3)])
     config = LoaderConfig(

@@ -272,6 +272,7 @@ def test_a_folder_that_is_not_one_whole_dataset_is_refused_with_what_to_do(tmp_p
         convert(folder, output=tmp_path / "set")
 
 
+@pytest.mark.slow
 def test_neither_workers_nor_where_it_lies_change_a_byte(tmp_path: Path, s3: S3Server) -> None:
     folder = save(ROWS, tmp_path / "in", num_shards=4)
     convert(folder, output=tmp_path / "one")

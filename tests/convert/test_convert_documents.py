@@ -177,6 +177,7 @@ sys.exit(status)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc; ru_maxrss would count the parent too")
 def test_memory_does_not_grow_with_the_input(tmp_path: Path) -> None:
     words = random.Random(1).choices(["sea", "tar", "shard", "token", "image", "text"], k=300)

@@ -287,6 +287,7 @@ def test_utf_16_and_a_json_array_are_refused_with_what_to_do(tmp_path: Path, dat
 # ---- keys, shards, workers ----
 
 
+@pytest.mark.slow
 def test_neither_workers_nor_their_number_change_a_byte(tmp_path: Path) -> None:
     path = write_pairs(tmp_path / "in", 30)
     for workers in (1, 2, 3):

@@ -55,6 +55,7 @@ def settings_of(url: Path) -> Any:
     return read_manifest(open_store(str(url))).source["plan"]["settings"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("plugged_in")
 def test_a_converter_of_a_package_is_a_command_with_options_rejects_and_workers(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()

@@ -178,6 +178,7 @@ def test_tars_without_samples_are_indexed_too(tmp_path: Path) -> None:
 # ---- Again, and after a kill ----
 
 
+@pytest.mark.slow
 def test_an_index_that_is_lost_comes_back(tars: Path) -> None:
     index(tars)
     before = tree(tars)
@@ -209,6 +210,7 @@ def test_a_tar_that_was_changed_is_not_blessed(tars: Path) -> None:
         rebuild_indices(open_store(str(tars)))
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_is_simply_run_again(tars: Path, tmp_path: Path) -> None:
     for number in range(200):
         shutil.copy(tars / "00000.tar", tars / f"copy-{number:03d}.tar")
@@ -389,6 +391,7 @@ def change_byte(path: Path, at: int) -> None:
     path.write_bytes(data)
 
 
+@pytest.mark.slow
 def test_indexing_on_s3_gives_what_it_gives_on_a_disk(tars: Path, s3: S3Server) -> None:
     store = open_store(f"s3://{s3.bucket}/index-tars-{os.getpid()}")
     for name, data in tree(tars).items():

@@ -47,6 +47,7 @@ def leases(store: Store) -> list[str]:
     return [entry.name for entry in store.list(LEASES)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [["--resume"], ["--overwrite"], ["--part", "1/2"]])
 def test_a_run_beside_a_living_one_is_refused_and_changes_nothing(
     how: list[str], convert: list[str], expected: dict[str, dict[str, bytes | None]], tmp_path: Path
@@ -63,6 +64,7 @@ def test_a_run_beside_a_living_one_is_refused_and_changes_nothing(
     assert tree(output) == expected["50"]
 
 
+@pytest.mark.slow
 def test_of_many_runs_that_begin_together_one_makes_its_bytes_and_the_others_are_refused(
     convert: list[str], expected: dict[str, dict[str, bytes | None]], tmp_path: Path
 ) -> None:
@@ -89,6 +91,7 @@ def test_parts_go_together_but_not_with_themselves_or_with_parts_of_another_numb
     assert leases(store) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["folder", "s3"])
 def test_a_run_that_was_killed_holds_up_nobody_on_its_machine(
     place: str, convert: list[str], request: pytest.FixtureRequest, tmp_path: Path

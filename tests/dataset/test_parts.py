@@ -48,6 +48,7 @@ def finalize(output: Path | str, *options: str, status: int = 0) -> str:
     return last_line(result.stderr) if status else result.stdout
 
 
+@pytest.mark.slow
 def test_parts_in_any_order_and_on_any_number_of_workers_make_the_bytes_of_one_run(
     convert: list[str], expected: dict[str, bytes | None], tmp_path: Path
 ) -> None:
@@ -69,6 +70,7 @@ def test_parts_in_any_order_and_on_any_number_of_workers_make_the_bytes_of_one_r
     assert tree(output) == expected
 
 
+@pytest.mark.slow
 def test_parts_that_begin_at_the_same_moment_join(convert: list[str], expected: dict[str, bytes | None], tmp_path: Path) -> None:
     parts = [start(*convert, "--output", tmp_path / "out", "--part", f"{part}/4") for part in range(4)]
     for process in parts:
@@ -95,6 +97,7 @@ def test_a_part_that_finds_the_plan_only_after_it_saw_files_joins(tmp_path: Path
     assert asked.count("_work/plan.json") == 2
 
 
+@pytest.mark.slow
 def test_a_part_leaves_alone_what_others_are_writing(
     convert: list[str], expected: dict[str, bytes | None], tmp_path: Path
 ) -> None:
@@ -109,6 +112,7 @@ def test_a_part_leaves_alone_what_others_are_writing(
     assert tree(output) == expected
 
 
+@pytest.mark.slow
 def test_a_part_that_was_killed_is_simply_started_again(
     convert: list[str], expected: dict[str, bytes | None], tmp_path: Path
 ) -> None:
@@ -122,12 +126,14 @@ def test_a_part_that_was_killed_is_simply_started_again(
     assert tree(output) == expected
 
 
+@pytest.mark.slow
 def test_a_run_without_parts_can_do_the_rest(convert: list[str], expected: dict[str, bytes | None], tmp_path: Path) -> None:
     wds_tools(*convert, "--output", tmp_path / "out", "--part", "1/3")
     wds_tools(*convert, "--output", tmp_path / "out", "--resume")
     assert tree(tmp_path / "out") == expected
 
 
+@pytest.mark.slow
 def test_a_part_of_something_else_is_refused(convert: list[str], tmp_path: Path) -> None:
     wds_tools(*convert, "--output", tmp_path / "out", "--part", "1/3")
     failed = wds_tools(*convert, "--output", tmp_path / "out", "--part", "2/3", "--keep", "url", status=2)
@@ -146,6 +152,7 @@ def test_overwriting_is_not_for_parts(convert: list[str], tmp_path: Path) -> Non
     assert "exclude each other" in failed.stderr
 
 
+@pytest.mark.slow
 def test_rejects_are_judged_over_all_parts(tmp_path: Path) -> None:
     good = write_documents(tmp_path / "in/0.jsonl.zst", ({"text": "good"} for _ in range(90)))
     write_documents(tmp_path / "in/1.jsonl.zst", ({"text": ""} for _ in range(20)))
@@ -156,6 +163,7 @@ def test_rejects_are_judged_over_all_parts(tmp_path: Path) -> None:
     assert "90 of 110 inputs" in finalize(tmp_path / "out", "--max-rejects", "20%")
 
 
+@pytest.mark.slow
 def test_more_parts_than_tasks_leave_some_with_nothing_to_do(tmp_path: Path) -> None:
     write_pairs(tmp_path, 2)
     convert = ["convert", "pairs", "--input", str(tmp_path / "pairs.jsonl"), "--output", str(tmp_path / "out")]
@@ -177,6 +185,7 @@ def test_codes_of_parts_have_their_provenance(tmp_path: Path) -> None:
     assert tree(tmp_path / "parts") == tree(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_parts_meet_in_an_object_store(s3: S3Server, convert: list[str], expected: dict[str, bytes | None]) -> None:
     url = f"s3://{s3.bucket}/parts-{os.getpid()}"
     for part in (0, 1):
@@ -188,6 +197,7 @@ def test_parts_meet_in_an_object_store(s3: S3Server, convert: list[str], expecte
     }
 
 
+@pytest.mark.slow
 def test_what_another_release_began_is_refused(convert: list[str], tmp_path: Path) -> None:
     write_jsonl(tmp_path / "out/_work/plan.json", [{"command": "convert documents"}])
     assert "written by another release" in finalize(tmp_path / "out", status=1)

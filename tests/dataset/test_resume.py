@@ -123,11 +123,13 @@ def check_kills(
         assert found == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_killed_conversion_of_pairs_resumes_to_the_same_bytes(pairs: Path, peace: Peace, tmp_path: Path, workers: int) -> None:
     check_kills(convert_pairs(pairs), peace, tmp_path, workers=workers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_killed_conversion_of_documents_resumes_to_the_same_bytes(
     texts: Path, peace: Peace, tmp_path: Path, workers: int
@@ -176,6 +178,7 @@ def test_many_kills_of_every_command_resume_to_the_same_bytes(
     check_kills(encode_straight(pairs), peace, tmp_path / "straight", workers=workers, rounds=4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("again", ["the command", "finalize"])
 def test_a_run_killed_after_its_manifest_leaves_no_working_files_behind(
     texts: Path, peace: Peace, tmp_path: Path, again: str
@@ -191,6 +194,7 @@ def test_a_run_killed_after_its_manifest_leaves_no_working_files_behind(
     assert tree(output) == expected
 
 
+@pytest.mark.slow
 def test_a_resumed_run_first_removes_what_a_killed_writer_left(texts: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     (output / ".tmp").mkdir(parents=True)
@@ -201,6 +205,7 @@ def test_a_resumed_run_first_removes_what_a_killed_writer_left(texts: Path, tmp_
     assert not (output / ".tmp").exists()
 
 
+@pytest.mark.slow
 def test_resume_of_a_complete_set_does_nothing(texts: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     first = wds_tools(*convert_documents(texts), "--output", output)
@@ -210,6 +215,7 @@ def test_resume_of_a_complete_set_does_nothing(texts: Path, tmp_path: Path) -> N
     assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == times
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_complete", [True, False])
 @pytest.mark.parametrize(
     ("changed", "named"),
@@ -232,6 +238,7 @@ def test_resume_with_other_settings_is_refused_and_names_them(
     assert tree(output) == before
 
 
+@pytest.mark.slow
 def test_resume_with_other_inputs_is_refused(tmp_path: Path) -> None:
     path = write_documents(tmp_path / "a.jsonl.zst", [{"text": "a"}, {"text": ""}])
     args = ["convert", "documents", "--input", str(path), "--output", str(tmp_path / "out")]
@@ -260,6 +267,7 @@ def go_on(process: subprocess.Popen[str]) -> None:
     os.killpg(process.pid, signal.SIGCONT)
 
 
+@pytest.mark.slow
 def test_a_killed_worker_ends_the_run_with_one_line(texts: Path, peace: Peace, tmp_path: Path) -> None:
     args, output = [*convert_documents(texts), "--workers", "2"], tmp_path / "out"
     process = begin(args, output, 2)
@@ -284,6 +292,7 @@ def test_workers_end_when_their_parent_is_killed(texts: Path, tmp_path: Path) ->
     wait_until(lambda: not session(process.pid), "no process is left", 10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("workers", "number", "kill"),
     [
@@ -336,6 +345,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_space(
     texts: Path, peace: Peace, small_disk: Path, workers: str

@@ -188,6 +188,7 @@ def test_texts_pass_through_a_mixed_set_unchanged(mixed: Path, tmp_path: Path) -
     assert manifest.rejects == {"truncated_image": 1}
 
 
+@pytest.mark.slow
 def test_codes_depend_neither_on_batches_nor_on_workers(mixed: Path, tmp_path: Path) -> None:
     first = fill(mixed, tmp_path / "first", shard_samples=3)
     expected = tree(tmp_path / "first")
@@ -419,6 +420,7 @@ def test_resume_with_other_settings_is_refused(tmp_path: Path, change: dict[str,
     assert fill(tmp_path / "in", tmp_path / "out", resume=True, batch_size=1).samples == 1
 
 
+@pytest.mark.slow
 def test_real_images_encode(tmp_path: Path, tokenizer: ImageTokenizer) -> None:
     folder = shared("pairs/open")
     lines = [json.loads(line) for line in (folder / "pairs.jsonl").read_text("utf-8").splitlines()][::9]

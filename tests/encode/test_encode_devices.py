@@ -93,6 +93,7 @@ def test_a_slow_device_does_one_shard_while_the_other_does_the_rest(tmp_path: Pa
     assert read_manifest(open_store(str(tmp_path / "out"))).samples == NUM_SHARDS
 
 
+@pytest.mark.slow
 def test_several_devices_have_a_process_each_and_give_the_same_bytes(mixed: Path, tmp_path: Path) -> None:
     fill(mixed, tmp_path / "one", "cpu")
     fill(mixed, tmp_path / "two", "cpu,cpu")

@@ -99,6 +99,7 @@ def check(output: Path, names: Iterable[str], alone: dict[str, Outcome], rejects
     assert result.manifest.inputs == result.manifest.samples + sum(result.manifest.rejects.values())
 
 
+@pytest.mark.slow
 def test_in_a_dataset_whose_images_were_kept(images: dict[str, bytes], alone: dict[str, Outcome], tmp_path: Path) -> None:
     names, data = mingled(images), {**images, **GOOD}
     fields: dict[str, Any] = {"data_type": "image_text", "text": "a picture", "image_extension": "jpg"}
@@ -115,6 +116,7 @@ def write_files(folder: Path, images: dict[str, bytes]) -> None:
         (folder / name).write_bytes(data)
 
 
+@pytest.mark.slow
 def test_straight_from_the_files_to_codes(images: dict[str, bytes], alone: dict[str, Outcome], tmp_path: Path) -> None:
     names = mingled(images)
     write_files(tmp_path / "files", images)

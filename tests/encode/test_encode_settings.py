@@ -89,6 +89,7 @@ def test_a_compiled_network_gives_nearly_the_same_codes_and_is_said(
     assert reasons == ["aspect_ratio", "truncated_image"]
 
 
+@pytest.mark.slow
 def test_scaling_with_torch_changes_few_codes_and_is_said(source: Path, plain: np.ndarray[Any, Any], tmp_path: Path) -> None:
     found, facts, reasons = codes(source, tmp_path / "out", "--resize", "torch")
     assert 0.98 < (found == plain).mean() < 1
@@ -147,6 +148,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux" or torch.cuda.is_available(), reason="of glibc, on a CPU")
 def test_memory_that_a_pass_has_freed_is_not_mapped_anew() -> None:
     done = subprocess.run([sys.executable, "-c", FAULTS], env=environment(), capture_output=True, text=True, check=True)

@@ -54,6 +54,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_plugin(tmp_path_factory.mktemp("site"), "somebodys_mistakes", WRONG, entries)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "message"),
     [

@@ -74,6 +74,7 @@ def test_they_are_stored_as_they_came_and_verified(encoded: Path) -> None:
     assert [(shapes := sample.grids) and shapes["vqcode_512"] for sample in filled[-3:]] == [[], [[32, 32]], [[32, 32]] * 2]
 
 
+@pytest.mark.slow
 def test_what_another_run_makes_can_be_compared(encoded: Path, tmp_path: Path) -> None:
     raw = encoded.parent / "raw"
     wds_tools("encode", "--input", raw, "--output", tmp_path / "out", "--tokenizer", "colours", "--device", "cpu,cpu")
@@ -131,6 +132,7 @@ def test_token_rows_hold_them_behind_the_text_on_the_fly_and_packed_ahead(encode
         assert {token - 2003 for token in ids if token >= 2003} == codes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file_format", ["arrow", "parquet"])
 def test_the_export_writes_them_in_full_and_they_come_back(encoded: Path, tmp_path: Path, file_format: str) -> None:
     wds_tools("export", "hf", "--input", encoded, "--output", tmp_path / "hf", "--format", file_format, "--num-shards", "1")
@@ -150,6 +152,7 @@ def test_statistics_count_every_entry(encoded: Path) -> None:
     assert (found["codes"], found["used"], found["codebook_size"]) == (len(codes), len(set(codes)), SIZE)
 
 
+@pytest.mark.slow
 def test_the_page_shows_them_and_the_picture_that_they_decode_to(encoded: Path) -> None:
     sample = read_samples(encoded)[0]
     codes_hw = sample.codes["vqcode_512"]

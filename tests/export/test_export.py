@@ -186,6 +186,7 @@ def test_every_sample_is_in_once_and_the_summary_counts_them(source: Path, tmp_p
 # Liquid's own trainer
 
 
+@pytest.mark.slow
 def test_what_liquids_trainer_would_take_for_plain_text_is_told_in_the_card_and_on_the_command_line(
     source: Path, tmp_path: Path
 ) -> None:
@@ -195,6 +196,7 @@ def test_what_liquids_trainer_would_take_for_plain_text_is_told_in_the_card_and_
     assert "the others (20 image_text_multi) for plain text" in (tmp_path / "out/README.md").read_text()
 
 
+@pytest.mark.slow
 def test_for_liquid_they_are_left_out_and_counted(source: Path, tmp_path: Path) -> None:
     make_dataset(tmp_path / "talk", [conversation(image=b"...", image_extension="jpg")])  # nothing that has to be encoded first
     inputs = [source, tmp_path / "talk"]
@@ -574,6 +576,7 @@ print(next(line for line in status.splitlines() if line.startswith("VmHWM")).spl
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 @pytest.mark.parametrize("file_format", ["arrow", "parquet"])
 def test_memory_does_not_grow_with_the_number_of_rows(tmp_path: Path, file_format: str) -> None:

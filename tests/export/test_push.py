@@ -160,6 +160,7 @@ def test_a_killed_export_is_made_anew_by_resume(source: Path, tmp_path: Path, fi
 # ---- The Hub ----
 
 
+@pytest.mark.slow
 def test_a_push_makes_the_repository_what_the_folder_is_and_the_card_comes_last(hub: Hub, source: Path, tmp_path: Path) -> None:
     said = wds_tools(*command(source, tmp_path / "out"), "--private")
     assert hub.files == files(tmp_path / "out")
@@ -188,6 +189,7 @@ def push(out: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", PUSH, out], env=environment(), capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_a_push_that_broke_off_goes_on_with_what_is_missing(hub: Hub, source: Path, tmp_path: Path) -> None:
     hub.refuse_after = 5
     out = tmp_path / "out"
@@ -203,12 +205,14 @@ def test_a_push_that_broke_off_goes_on_with_what_is_missing(hub: Hub, source: Pa
     assert len(hub.uploads) == len(set(hub.uploads)) == 6, "the file that had been sent, but not committed, was sent again"
 
 
+@pytest.mark.slow
 def test_parts_of_an_earlier_export_go_and_other_files_stay(hub: Hub, source: Path, tmp_path: Path) -> None:
     hub.files = {"data/train-00000-of-00001.parquet": b"PAR1 old", "data/mine.csv": b"1", "README.md": b"an old card"}
     wds_tools(*command(source, tmp_path / "out"))
     assert hub.files == {**files(tmp_path / "out"), "data/mine.csv": b"1"}
 
 
+@pytest.mark.slow
 def test_a_wrong_token_or_no_hub_is_one_line(hub: Hub, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     said = wds_tools(*command(source, tmp_path / "out"), status=1)

@@ -355,6 +355,7 @@ FIELDS = st.sampled_from([0, 1, 99, 100, 124, 130, 134, 135, 148, 153, 154, 155,
 TELLING = st.sampled_from([*b'\0 ./0179=\n"LKxgS5', 0x80, 0xFF])
 
 
+@pytest.mark.slow
 @given(
     st.sampled_from(MODELS),
     MUTATIONS | st.lists(st.tuples(st.integers(0, 60), FIELDS, TELLING), min_size=1, max_size=3),

@@ -114,6 +114,7 @@ def samples(draw: st.DrawFn) -> Sample:
 # --- Round trips ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @given(st.lists(samples(), max_size=4, unique_by=lambda sample: sample.key))
 @settings(max_examples=150, deadline=None)
 def test_samples_of_every_kind_survive(batch: list[Sample]) -> None:

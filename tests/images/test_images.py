@@ -160,6 +160,7 @@ for path in sorted(pathlib.Path({str(MALFORMED)!r}).rglob("*.*")):
     assert grown_mb(setup, code) < 200
 
 
+@pytest.mark.slow
 @needs_pairs
 def test_all_170_real_images_come_out_in_the_expected_size_or_are_rejected_for_their_ratio() -> None:
     rows = [json.loads(line) for line in (PAIRS / "provenance.jsonl").read_text().splitlines()]
@@ -643,6 +644,7 @@ def seeds() -> list[bytes]:
 SEEDS = seeds()
 
 
+@pytest.mark.slow
 @settings(max_examples=1500, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
 def test_flipped_and_cut_bytes_never_raise_anything_but_a_reject(choose: st.DataObject) -> None:

@@ -70,6 +70,7 @@ def outcomes(url: str) -> dict[str, list[str]]:
     return found
 
 
+@pytest.mark.slow
 def test_fewer_batches_are_prepared_ahead_where_they_would_not_fit(outcomes: dict[str, list[str]]) -> None:
     told, warning = outcomes["fewer"]
     assert told == "8 came"

@@ -109,6 +109,7 @@ def test_a_mixture_with_a_schedule_goes_on_on_any_topology(tmp_path: Path) -> No
             assert len(rest) in (97 - seen, topology.world_size)
 
 
+@pytest.mark.slow
 def test_worker_processes_read_the_same_sequence_and_resume_into_any_number(tmp_path: Path) -> None:
     url = make_pairs(tmp_path / "set", 90, 10)
     topologies = [Topology(8), Topology(8, 1, 2), Topology(10, 2, 2)]

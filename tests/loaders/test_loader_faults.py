@@ -184,6 +184,7 @@ with open(out, "w") as file:
 """
 
 
+@pytest.mark.slow
 def test_a_cache_serves_the_second_epoch_the_workers_and_a_second_process(
     local: str, remote: str, proxy: FaultProxy, tmp_path: Path
 ) -> None:
@@ -459,6 +460,7 @@ for batch in build_loader(config, World(rank=0, world_size=2)):
 """
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_does_not_fetch_all_that_it_had_planned(remote: str, proxy: FaultProxy) -> None:
     proxy.latency_s = 0.05
     script = [sys.executable, "-c", INTERRUPTED, remote]

@@ -292,6 +292,7 @@ time.sleep(100)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "how", "status"),
     [

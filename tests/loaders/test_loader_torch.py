@@ -117,6 +117,7 @@ def trained(url: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, lis
     return {last_batch: [found[rank][last_batch] for rank in range(3)] for last_batch in ("drop", "short", "wrap")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("last_batch", "steps", "seen"), [("drop", 7, 98), ("short", 8, 101), ("wrap", 8, 112)])
 def test_ranks_of_a_process_group_end_together_and_have_every_sample(
     url: str, all_keys: list[str], trained: dict[str, Any], last_batch: Any, steps: int, seen: int

@@ -224,6 +224,7 @@ def test_a_jsonl_travels_to_workers(jsonl: Callable[[bytes], str]) -> None:
     assert sorted(sample["text"] for sample in loader) == sorted(f"t{n}" for n in range(50))
 
 
+@pytest.mark.slow
 def test_a_large_jsonl_opens_in_little_memory(tmp_path: Path) -> None:
     path = tmp_path / "large.jsonl"
     line = orjson.dumps({"data_type": "text_pretrain", "text": "x" * 4000}) + b"\n"

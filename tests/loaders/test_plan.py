@@ -192,6 +192,7 @@ def test_an_empty_dataset_and_an_impossible_limit_are_refused() -> None:
         plan_of([(7, 1024)], spec, 8)
 
 
+@pytest.mark.slow
 def test_a_plan_of_100_million_samples_takes_little_memory() -> None:
     code = (
         "import numpy as np\n"

@@ -57,6 +57,7 @@ def loader(url: str, **settings: Any) -> Loader:
     return build_loader(LoaderConfig(sources=(Source(url),), batch_size=10, last_batch="short", **settings), World())
 
 
+@pytest.mark.slow
 def test_more_shards_than_files_may_be_open_are_read_by_whatever_reads(tmp_path: Path) -> None:
     make_dataset(tmp_path / "set", (text_sample(number) for number in range(NUM_SHARDS)), shard_samples=1)
     done = subprocess.run(

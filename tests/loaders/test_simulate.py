@@ -109,6 +109,7 @@ def test_a_process_with_lanes_of_its_own_fetches_each_byte_about_once(world_size
     assert not any("lanes" in warning and "others" in warning for warning in found.warnings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [4000, 600])
 def test_what_is_not_replayed_is_extrapolated(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     whole = imagine(400_000, 8, lanes=64, num_workers=1, memory_bytes=32 * MB).process
@@ -142,6 +143,7 @@ def test_indices_that_are_large_beside_what_is_read_are_warned_of() -> None:
     assert any("indices are" in warning for warning in found.warnings)
 
 
+@pytest.mark.slow
 def test_batches_that_fit_well_are_not_warned_of() -> None:
     assert imagine(4_000_000, 8, num_workers=2).warnings == ()
 
@@ -152,6 +154,7 @@ def mixed(samples: int, sample_bytes: int = 4096, shard_samples: int = 10_000, *
     return order, measure_mixing(order, wanted.batch_size)
 
 
+@pytest.mark.slow
 def test_neighbours_are_as_far_apart_as_the_order_puts_them() -> None:
     _, plain = mixed(50_000, shuffle=False)
     assert (plain.neighbours_median, plain.neighbours_p5) == (1, 1)
@@ -187,6 +190,7 @@ def test_settings_that_no_loader_would_take_are_refused() -> None:
         imagined_source(0, 1)
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_cost_of_a_dataset_that_does_not_exist(capsys: pytest.CaptureFixture[str]) -> None:
     args = ["simulate", "--samples", "1e8", "--sample-bytes", "4100", "--batch-size", "4096", "--world", "512", "--workers", "4"]
     assert main(args) == 0

@@ -117,6 +117,7 @@ def test_conversations_with_any_number_of_images_become_rows_as_they_do_ahead(da
 GRID = [Topology(4), Topology(8, 2), Topology(2, 1, 2), Topology(6, 3)]
 
 
+@pytest.mark.slow
 def test_padded_batches_resume_anywhere(data: Path) -> None:
     def make(topology: Topology, world: World) -> Loader:
         return build_loader(config(data, batch_size=topology.batch_size, num_workers=topology.num_workers, lanes=16), world)
@@ -421,6 +422,7 @@ def test_receipts_of_padded_rows_and_of_rows_packed_ahead_are_audited(data: Path
         assert wds_tools("audit", tmp_path / f"{name}.json", "--complete").stdout
 
 
+@pytest.mark.slow
 def test_workers_that_are_spawned_load_their_own_tokenizer(data: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -75,6 +75,7 @@ def test_a_plain_loop_goes_on_from_its_state_with_the_same_losses(data: Path, pa
     assert whole[-1] < whole[0]
 
 
+@pytest.mark.slow
 @PACKING
 def test_the_trainer_of_transformers_goes_on_from_its_checkpoint_with_the_same_losses(
     data: Path, tmp_path: Path, packing: bool
@@ -145,6 +146,7 @@ def test_accelerate_saves_and_restores_the_loader_with_its_state(data: Path, tmp
     assert first + train(net, iter(rounds), optimizer) == whole
 
 
+@pytest.mark.slow
 @PACKING
 def test_lightning_saves_and_restores_the_loader_with_its_checkpoints(data: Path, tmp_path: Path, packing: bool) -> None:
     import lightning

@@ -162,6 +162,7 @@ def test_a_command_that_needs_samples_says_what_rows_are_and_what_to_do_instead(
     assert hint in line
 
 
+@pytest.mark.slow
 def test_workers_and_resumes_change_no_byte(inputs: Path, made: tuple[Path, Manifest], tmp_path: Path) -> None:
     words = ["pack", "--input", str(inputs / "pairs"), str(inputs / "text"), "--tokenizer", str(inputs / "tokenizer")]
     words += ["--seq-len", str(LENGTH), "--task-samples", "200", "--shard-samples", "50"]
@@ -236,6 +237,7 @@ def test_impossible_arguments_are_refused_before_anything_is_written(inputs: Pat
     assert not (tmp_path / "rows").exists()
 
 
+@pytest.mark.slow
 def test_the_command_adds_tokens_and_packs_and_says_what_the_model_needs(inputs: Path, tmp_path: Path) -> None:
     bare = write_tokenizer(tmp_path / "bare", added=())
     told = wds_tools("vocabulary", bare, status=1).stdout

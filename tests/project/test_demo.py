@@ -31,6 +31,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return folder, python(folder, str(ROOT / "examples" / "demo.py"), "demo-out")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_the_demo_converts_encodes_verifies_streams_and_exports(demo: tuple[Path, str]) -> None:
     folder, printed = demo

@@ -161,6 +161,7 @@ def test_the_blocks_about_clusters_run_on_stand_ins_and_their_commands_are_those
     assert sum("--executor ray" in line for line in found) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if any(kind == "text" for kind, _ in blocks(page))])
 def test_commands_that_are_only_shown_are_those_that_there_are(page: str, tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

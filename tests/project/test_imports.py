@@ -145,6 +145,7 @@ def test_every_room_has_a_rule() -> None:
     assert {room_of(name) for name, _ in modules()} == set(ALLOWED)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "heavy"),
     [

@@ -284,6 +284,7 @@ def webdataset_reads(folder: Path) -> Iterator[tuple[str, str, bytes]]:
     gc.collect()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("form", ["gnu", "oldgnu", "pax", "ustar", "v7"])
 def test_tars_of_gnu_tar_are_indexed_and_streamed_in_all_its_formats(tmp_path: Path, form: str) -> None:

@@ -111,6 +111,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "dist"
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_the_wheel_has_all_of_the_packages_and_nothing_else(built: Path) -> None:
     (wheel,) = built.glob("*.whl")

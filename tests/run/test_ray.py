@@ -241,6 +241,7 @@ with ray_cluster.on_cluster(sys.argv[1]):
 """
 
 
+@pytest.mark.slow
 def test_results_reports_and_errors_arrive_as_they_do_from_local_workers(cluster: Cluster) -> None:
     run = [sys.executable, "-c", SCRIPT, cluster.address]
     result = subprocess.run(run, env=environment(), capture_output=True, text=True, timeout=100, check=True)
@@ -269,6 +270,7 @@ def test_a_node_that_is_removed_in_mid_run_changes_no_byte(
     assert any(gate.asked[name] > lost[name] for name in lost), "no task was started again"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_variable", [False, True])
 def test_an_address_where_nobody_answers_is_refused_at_once_and_nothing_is_written(
     is_variable: bool, convert: list[str], gate: Gate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -84,6 +84,7 @@ def test_no_tasks_are_no_work(workers: int) -> None:
     assert list(run_tasks(square, [], workers=workers, on_report=silent)) == []
 
 
+@pytest.mark.slow
 def test_more_reports_than_a_pipe_holds_neither_block_nor_get_lost() -> None:
     seen: list[Advance] = []
     pids = set(run_tasks(chatter, [20_000] * 3, workers=3, on_report=seen.append))

@@ -184,6 +184,7 @@ def test_a_slow_transfer_is_no_stall_and_may_take_longer_than_the_budget(
     assert len(proxy.reads("/a")) == 1
 
 
+@pytest.mark.slow
 def test_progress_renews_the_budget(store: Store, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WDS_TOOLS_RETRY_S", "1")
     proxy.bytes_per_s = MB
@@ -198,6 +199,7 @@ def test_progress_renews_the_budget(store: Store, proxy: FaultProxy, monkeypatch
     assert_each_byte_once(reads[again:], 0, 3 * MB)
 
 
+@pytest.mark.slow
 def test_a_server_that_restarts_is_waited_for(store: Store, proxy: FaultProxy) -> None:
     proxy.leave()
     back = threading.Timer(2.5, proxy.come_back)
@@ -232,6 +234,7 @@ def test_whole_files_and_streams_survive_the_same(store: Store, proxy: FaultProx
         assert b"".join(iter(lambda: file.read(999_999), b"")) == data
 
 
+@pytest.mark.slow
 def test_an_epoch_through_a_storm_is_unchanged(store: Store, proxy: FaultProxy) -> None:
     proxy.faults = Faults(reset=0.15, truncate=0.15, unavailable=0.2, stall=0.02, stall_s=2, statuses=(503, 500, 429), seed=7)
     draw = random.Random(3)

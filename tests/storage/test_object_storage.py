@@ -82,6 +82,7 @@ def test_pairs_codes_and_the_loader_on_s3_are_those_of_a_local_run(bucket: str, 
     assert "verify: all is well" in wds_tools("verify", f"{bucket}/codes", "--workers", "2").stdout
 
 
+@pytest.mark.slow
 def test_documents_on_s3_are_those_of_a_local_run_and_an_index_comes_back(bucket: str, tmp_path: Path) -> None:
     for file in range(4):
         write_documents(tmp_path / f"in/sub/{file}.jsonl.zst", ({"text": f"{file} {i}"} for i in range(30)))
@@ -102,6 +103,7 @@ def test_documents_on_s3_are_those_of_a_local_run_and_an_index_comes_back(bucket
     assert store.read(name) == found[name]
 
 
+@pytest.mark.slow
 def test_a_run_killed_on_s3_resumes_to_the_same_bytes(bucket: str, tmp_path: Path) -> None:
     for file in range(30):
         write_documents(tmp_path / f"in/{file:03d}.jsonl.zst", ({"text": f"{file} {i}"} for i in range(20)))
@@ -119,6 +121,7 @@ def test_a_run_killed_on_s3_resumes_to_the_same_bytes(bucket: str, tmp_path: Pat
     assert output.read("manifest.json") == (tmp_path / "peace/manifest.json").read_bytes()
 
 
+@pytest.mark.slow
 def test_overwrite_on_s3_removes_only_its_own_files_and_not_a_neighbours(bucket: str, tmp_path: Path) -> None:
     path = write_documents(tmp_path / "a.jsonl.zst", ({"text": str(i)} for i in range(9)))
     args = ["convert", "documents", "--input", str(path), "--output", f"{bucket}/out"]
@@ -143,6 +146,7 @@ def test_a_jsonl_on_s3_reads_images_below_its_folder_only(bucket: str, tmp_path:
     assert ("1 missing_image" if path.startswith("x") else "1 outside_root") in said
 
 
+@pytest.mark.slow
 def test_images_may_lie_on_s3_while_the_jsonl_is_here(bucket: str, tmp_path: Path) -> None:
     path = write_pairs(tmp_path / "in", 3)
     upload(tmp_path / "in/images", f"{bucket}/images")
@@ -153,6 +157,7 @@ def test_images_may_lie_on_s3_while_the_jsonl_is_here(bucket: str, tmp_path: Pat
     assert [sample.image for sample in read_samples(tmp_path / "out")] == [image_bytes(i) for i in range(3)]
 
 
+@pytest.mark.slow
 def test_an_export_from_s3_holds_what_a_local_one_holds(bucket: str, tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     path = write_documents(tmp_path / "a.jsonl.zst", ({"text": f"document {i}"} for i in range(25)))
@@ -165,6 +170,7 @@ def test_an_export_from_s3_holds_what_a_local_one_holds(bucket: str, tmp_path: P
     assert len(rows[0]) == 25
 
 
+@pytest.mark.slow
 def test_a_server_that_does_not_answer_is_one_line(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("WDS_TOOLS_RETRY_S", "1")

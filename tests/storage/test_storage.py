@@ -171,6 +171,7 @@ def test_a_deleted_file_is_gone_and_a_missing_one_may_be_deleted(store: Store) -
     assert list(store.list()) == []
 
 
+@pytest.mark.slow
 def test_a_stream_gives_40_mb_in_order_however_it_is_read(store: Store) -> None:
     data = pattern(40 * MB + 5)
     store.put("big", data)
@@ -619,6 +620,7 @@ def test_a_full_disk_is_out_of_space_and_leaves_nothing(tmp_path: Path) -> None:
     pytest.skip("may not mount a small tmpfs here, not even in a namespace of its own")
 
 
+@pytest.mark.slow
 def test_100_000_files_are_listed_in_seconds(tmp_path: Path) -> None:
     for folder in range(100):
         (tmp_path / f"{folder:03}").mkdir()
@@ -785,6 +787,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_a_store_that_was_used_works_in_forked_children_and_goes_on_in_the_parent(s3: S3Server) -> None:
     done = run_python(FORK, f"s3://tests/{uuid.uuid4().hex}")
     assert (done.returncode, done.stdout) == (0, "fine\n"), done.stderr

@@ -150,6 +150,7 @@ def test_a_connection_that_creeps_is_replaced_by_one_that_does_not(monkeypatch: 
     assert int(resumed[1]) > 0, "what had come was kept"
 
 
+@pytest.mark.slow
 def test_a_slow_body_above_the_least_rate_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WDS_TOOLS_LEAST_BYTES_PER_S", "10")
     monkeypatch.setattr(f"{__name__}.DATA", DATA[:50])  # 2.5 s

@@ -87,6 +87,7 @@ def test_the_dataset_is_described(server: ViewServer) -> None:
     assert found["columns"] == ["vqcode_512", "vqcode_multi768"]
 
 
+@pytest.mark.slow
 def test_the_picture_is_what_the_tokenizer_makes_of_the_codes(server: ViewServer) -> None:
     tokenizer = load_tokenizer("tiny", device="cpu")
     for number, column in ((2, "vqcode_512"), (31, "vqcode_multi768")):
@@ -293,6 +294,7 @@ def test_large_members_are_left_alone(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "larger than" in cards[1]["problem"]
 
 
+@pytest.mark.slow
 def test_it_works_over_s3(s3: S3Server) -> None:
     url = f"s3://{s3.bucket}/view/set"
     make_dataset(url, (small_codes(image_sample(number)) for number in range(50)), shard_samples=20, codes=CODES)
@@ -304,6 +306,7 @@ def test_it_works_over_s3(s3: S3Server) -> None:
         assert ask(server, "/api/rejects") == {"rejects": [], "next": None}
 
 
+@pytest.mark.slow
 def test_a_conversation_shows_the_codes_and_images_of_all_its_pictures(tmp_path: Path) -> None:
     grids = [np.arange(height * 4, dtype="<u2").reshape(height, 4) + 100 * height for height in (2, 4, 6)]
     codes, shapes = join_grids(grids, np.dtype("<u2"))
@@ -494,6 +497,7 @@ def test_a_damaged_sample_is_shown_as_one_and_its_neighbours_as_usual(folder: Pa
         assert ask(server, "/api/sample/4")["intact"] is True
 
 
+@pytest.mark.slow
 def test_why_a_picture_can_not_be_decoded_is_said_and_its_codes_are_still_shown(tmp_path: Path) -> None:
     faults = {
         "unknown tokenizer": {**TINY, "tokenizer": "../../evil"},
@@ -605,6 +609,7 @@ def test_pictures_that_nobody_waits_for_are_not_made(server: ViewServer) -> None
 # ---- the command ----
 
 
+@pytest.mark.slow
 def test_the_command_serves_until_it_is_interrupted_and_leaves_nothing(folder: Path) -> None:
     for ending in (signal.SIGINT, signal.SIGTERM):
         process = start("view", folder, "--port", "0")
@@ -624,6 +629,7 @@ def test_the_command_serves_until_it_is_interrupted_and_leaves_nothing(folder: P
         wait_until(lambda pid=process.pid: not session(pid), "its processes are still there")
 
 
+@pytest.mark.slow
 def test_killed_it_takes_its_process_along(folder: Path) -> None:
     process = start("view", folder, "--port", "0")
     assert process.stdout is not None
@@ -637,6 +643,7 @@ def test_killed_it_takes_its_process_along(folder: Path) -> None:
     wait_until(lambda: not session(process.pid), "its processes are still there")
 
 
+@pytest.mark.slow
 def test_wrong_arguments_are_one_line(folder: Path, server: ViewServer, tmp_path: Path) -> None:
     taken = wds_tools("view", folder, "--port", server.server_address[1], status=2)
     assert "--port 0 takes a free one" in last_line(taken.stderr)

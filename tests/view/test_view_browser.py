@@ -92,6 +92,7 @@ def keys_shown(page: Page) -> list[str]:
     return page.locator(".card .foot .mono").all_inner_texts()
 
 
+@pytest.mark.slow
 def test_pages_are_turned_by_keys_and_buttons_and_the_address_follows(watched: Watched) -> None:
     page, expected = watched.open("/"), [sample.key for sample in samples()]
     assert keys_shown(page) == expected[:24]
@@ -110,6 +111,7 @@ def test_pages_are_turned_by_keys_and_buttons_and_the_address_follows(watched: W
     page.wait_for_url("**/?first=48")
 
 
+@pytest.mark.slow
 def test_a_sample_is_opened_left_and_linked_to(watched: Watched) -> None:
     page = watched.open("/")
     keys_shown(page)
@@ -134,6 +136,7 @@ def test_a_sample_is_opened_left_and_linked_to(watched: Watched) -> None:
     until(page, "document.querySelectorAll('.turn').length === 2")
 
 
+@pytest.mark.slow
 def test_the_decoded_picture_the_original_and_the_codes_stand_side_by_side(watched: Watched) -> None:
     page = watched.open("/sample/3")
     page.wait_for_selector(".pane img[alt='the picture decoded from its codes']")
@@ -155,6 +158,7 @@ def test_the_decoded_picture_the_original_and_the_codes_stand_side_by_side(watch
     assert cells.evaluate(colours) >= 1
 
 
+@pytest.mark.slow
 def test_nothing_in_the_data_runs_and_all_of_it_is_text(watched: Watched) -> None:
     for path in ("/", "/sample/7", "/sample/41", "/rejects", "/stats", f"/?text={HOSTILE.split()[0]}"):
         page = watched.open(path)
@@ -266,6 +270,7 @@ def test_codes_stand_in_for_pictures_that_can_not_be_decoded(browser: Browser, t
         watched.context.close()
 
 
+@pytest.mark.slow
 def test_pages_turn_while_pictures_are_being_made(watched: Watched) -> None:
     page, expected = watched.open("/"), [sample.key for sample in samples()]
     for key, first in (("n", 24), ("n", 48), ("p", 24), ("p", 0), ("n", 24)):
@@ -276,6 +281,7 @@ def test_pages_turn_while_pictures_are_being_made(watched: Watched) -> None:
     until(page, "document.querySelectorAll('.thumb.waiting').length === 0")
 
 
+@pytest.mark.slow
 def test_an_empty_set_a_missing_sample_and_a_viewer_that_has_ended_are_said(browser: Browser, tmp_path: Path) -> None:
     make_dataset(tmp_path / "empty", [])
     with serving(tmp_path / "empty") as server:

@@ -228,6 +228,7 @@ def check_against_plain(folder: Path, state: dict[str, Tensor], config: dict[str
     assert (tokenizer.decode(codes).float() - pixels).abs().max() < 0.51  # rounding to uint8
 
 
+@pytest.mark.slow
 def test_codes_of_chameleon_equal_those_of_a_plain_forward_pass(small_folder: Path, small_state: dict[str, Tensor]) -> None:
     pixels = torch.stack([photo(name, 192, 256) for name in PHOTOS])
     check_against_plain(small_folder, small_state, SMALL, pixels)
@@ -580,6 +581,7 @@ def test_codes_on_a_gpu_are_nearly_those_of_the_cpu(tiny: ImageTokenizer) -> Non
     assert (on_gpu.cpu() == tiny.encode(pixels)).float().mean() > 0.999
 
 
+@pytest.mark.slow
 def test_importing_the_tokenizers_does_not_import_diffusers() -> None:
     code = "import sys, wds_tools.vq; print(sorted({'diffusers', 'yaml', 'PIL'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -591,6 +593,7 @@ def test_importing_the_tokenizers_does_not_import_diffusers() -> None:
 INTEGERS = st.integers(-50, 50).map(float)  # exact in float32, so that ties are true ties
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=200)
 @given(data=st.data(), N=st.integers(0, 40), K=st.integers(1, 30), D=st.integers(1, 6), chunk=st.integers(1, 50))
 def test_nearest_is_a_brute_force_argmin_with_ties_to_the_lowest_index(
@@ -683,6 +686,7 @@ def test_a_lane_has_one_thread_whatever_torch_has_elsewhere() -> None:
         torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 def test_a_forked_process_encodes_too(tiny: ImageTokenizer) -> None:
     code = (
         "import os, torch\n"
@@ -712,6 +716,7 @@ def test_norms_are_those_of_float64(shape: tuple[int, ...], channels_last: bool)
         assert (GroupNorm.of(norm)(x) - exact).abs().max() < 3e-6
 
 
+@pytest.mark.slow
 def test_codes_of_a_large_image_are_those_of_a_plain_forward_pass(small_folder: Path, small_state: dict[str, Tensor]) -> None:
     # Sums over 512 x 512 pixels: torch's own norms, channels last, lose 3 digits here.
     check_against_plain(small_folder, small_state, SMALL, photo("astronaut.png", 512, 512)[None])
