@@ -161,7 +161,7 @@ def form_of(members: Mapping[str, bytes | memoryview]) -> tuple[Hashable, str] |
     their numbers of codes are equal.
 
     Returns:
-        The form and the text; None for what is rare or may be invalid: turns, several texts, another npy version, a long npy header.
+        The form and the text; None for what is rare or may be invalid: turns, texts, another npy version, a long npy header.
     """
     try:
         record = orjson.loads(members["json"])
