@@ -36,7 +36,7 @@ def read_image(value: Any, max_bytes: int, read_file: Callable[[str, int], bytes
         read_file: (path, max_bytes) -> bytes, for paths.
 
     Raises:
-        Reject: "wrong_type", "empty_text"; "too_many_bytes", "corrupt_image" or "unsupported_format" of a data URI; see ImageSource.
+        Reject: "wrong_type", "empty_text"; "too_many_bytes", "corrupt_image", "unsupported_format" (data URIs); see ImageSource.
     """
     if isinstance(value, bytes):
         return value
@@ -50,9 +50,7 @@ def read_image(value: Any, max_bytes: int, read_file: Callable[[str, int], bytes
         names = ", ".join(map(str, list(value)[:8]))[:200]
         raise Reject("wrong_type", f"an image is an object of {names or 'nothing'}, expected bytes or path in it")
     if not isinstance(value, str):
-        raise Reject(
-            "wrong_type", f"an image is a {type(value).__name__}, expected a path, a data URI, bytes, or {{bytes, path}}"
-        )
+        raise Reject("wrong_type", f"an image is a {type(value).__name__}, expected a path, a data URI, bytes or {{bytes, path}}")
     if not value or value.isspace():
         raise Reject("empty_text", "the path of an image is empty")
     return _data_of_uri(value, max_bytes) if value[:5].lower() == "data:" else read_file(value, max_bytes)
