@@ -92,7 +92,7 @@ class Where:
             if len(text) > MAX_CHARACTERS:
                 raise UsageError(f"{len(text):,} characters, at most {MAX_CHARACTERS:,}")
             with warnings.catch_warnings(action="ignore"):  # of "\\d" and the like
-                tree = ast.parse(text.strip(), mode="eval").body
+                tree = ast.parse(text.strip().replace("\n", " "), mode="eval").body
             conditions = tree.values if isinstance(tree, ast.BoolOp) and isinstance(tree.op, ast.And) else [tree]
             self._before: list[_Evaluate] = []
             self._after: list[_Evaluate] = []
