@@ -125,6 +125,7 @@ class FieldMap:
             return None if value_of(fields, self.image) is None else self.image
         names = [name for name in IMAGE_NAMES if fields.get(name) is not None and name not in self.spared]
         images = [name for name in names if is_image(fields[name], name)]
+        images.sort(key=lambda name: name in _FILE_NAMES)  # which may be the name of another
         if not images and (others := [name for name in _images(fields) if name not in self.spared]):
             images = others
         return next(iter(images or names), None)

@@ -40,7 +40,8 @@ class Inputs(NamedTuple):
         names = ", ".join(suffix for suffix, _ in suffixes.most_common(_NAMED_FILES))
         left_out = f"; {len(self.left_out):,} files are left out" if self.left_out else ""
         num_bytes = sum(file.size for file in self.files)
-        return f"{len(self.files):,} {'file' if len(self.files) == 1 else 'files'} ({names}), {num_bytes / 1e6:,.1f} MB{left_out}"
+        size = f"{num_bytes / 1e6:,.1f} MB" if num_bytes >= 1e6 else f"{num_bytes:,} bytes"
+        return f"{len(self.files):,} {'file' if len(self.files) == 1 else 'files'} ({names}), {size}{left_out}"
 
     @property
     def source(self) -> dict[str, Any]:
