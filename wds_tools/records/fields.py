@@ -10,6 +10,8 @@ from wds_tools.errors import Reject
 CAPTION = ("text_prompt", "text")
 """Fields of a jsonl that a caption is looked for in."""
 _SHOWN_NAMES = 4
+_MAX_LISTED = 100
+"""Elements of a list that a name can reach."""
 
 
 def value_of(record: Mapping[str, Any], name: str) -> Any:
@@ -17,15 +19,14 @@ def value_of(record: Mapping[str, Any], name: str) -> Any:
     value = record.get(name)
     if value is not None or "." not in name:
         return value
-    value = record
-    for step in name.split("."):
-        if isinstance(value, Mapping):
-            value = value.get(step)
-        elif isinstance(value, list) and step.isdecimal() and len(step) < 10 and int(step) < len(value):
-            value = value[int(step)]
-        else:
-            return None
-    return value
+    steps = name.split(".")
+    for length in range(len(steps) - 1, 0, -1):  # a name may have dots itself
+        inner = record.get(".".join(steps[:length]))
+        if isinstance(inner, list):
+            inner = {str(number): value for number, value in enumerate(inner[:_MAX_LISTED])}
+        if isinstance(inner, Mapping) and (value := value_of(inner, ".".join(steps[length:]))) is not None:
+            return value
+    return None
 
 
 def required_text(record: Mapping[str, Any], names: Sequence[str]) -> str:
