@@ -243,14 +243,17 @@ class ShardBuilder:
 def group_samples(members: Iterable[Member], name: str = "tar") -> Iterator[StoredSample]:
     """Group adjacent members by key, as WebDataset does: the key ends at the first dot of the file's own name.
 
+    Members that are no part of a sample (see is_stray) are passed over.
+
     Raises:
-        FormatError: a name without a key or suffix, the same suffix twice in one sample, or a key that comes back after
-            other samples.
+        FormatError: the same suffix twice in one sample, or a key that comes back after other samples.
     """
     key: str | None = None
     group: dict[str, Member] = {}
     seen: set[str] = set()
     for member in members:
+        if is_stray(member.name):
+            continue
         member_key, suffix = split_name(member.name, f"{name}, byte {member.start}")
         if member_key != key:
             if key is not None:
@@ -267,6 +270,12 @@ def group_samples(members: Iterable[Member], name: str = "tar") -> Iterator[Stor
         group[suffix] = member
     if key is not None:
         yield StoredSample(key, group)
+
+
+def is_stray(name: str) -> bool:
+    """Whether a member is no part of a sample, by its name: hidden (.DS_Store, and macOS's ._a.jpg), or without a suffix (LICENSE)."""
+    stem, _, suffix = name.rpartition("/")[2].partition(".")
+    return not (stem and suffix)
 
 
 def split_name(name: str, where: str) -> tuple[str, str]:
