@@ -66,7 +66,7 @@ def print_dataset(url: str, manifest: Manifest, *, json: bool = False) -> None:
         facts["left out"] = f"{left_out.get('files')} files, not read as records, such as {left_out.get('such_as')}"
     if isinstance(counts := manifest.source.get("counts"), dict) and PASSED_OVER in counts:
         facts["passed over"] = (
-            f"{counts[PASSED_OVER]} members of tars that are no part of a sample: hidden, without suffix, links"
+            f"{counts[PASSED_OVER]} members of tars that are of no sample: hidden, without suffix, links"
         )
     for column, provenance in manifest.codes.items():
         size = provenance.get("codebook_size")

@@ -273,9 +273,15 @@ def group_samples(members: Iterable[Member], name: str = "tar") -> Iterator[Stor
 
 
 def is_stray(name: str) -> bool:
-    """Whether a member is no part of a sample, by its name: hidden (.DS_Store, and macOS's ._a.jpg), or without a suffix (LICENSE)."""
-    stem, _, suffix = name.rpartition("/")[2].partition(".")
-    return not (stem and suffix)
+    """Whether a member is no part of a sample, by its name: hidden (.DS_Store, macOS's ._a.jpg), or no suffix (LICENSE)."""
+    return not all(cut_name(name))
+
+
+def cut_name(name: str) -> tuple[str, str]:
+    """A member's name as (key, suffix), either of them empty if there is none; see split_name."""
+    folder, slash, base = name.removeprefix("./").rpartition("/")
+    stem, _, suffix = base.partition(".")
+    return (folder + slash + stem if stem else ""), suffix
 
 
 def split_name(name: str, where: str) -> tuple[str, str]:
@@ -284,13 +290,12 @@ def split_name(name: str, where: str) -> tuple[str, str]:
     Raises:
         FormatError: there is no key or no suffix, or it would replace what loaders say of a sample; the message names `where`.
     """
-    folder, slash, base = name.removeprefix("./").rpartition("/")
-    stem, dot, suffix = base.partition(".")
-    if not stem or not dot or not suffix:
+    key, suffix = cut_name(name)
+    if not (key and suffix):
         raise FormatError(f"{where}: {name!r} is not KEY.SUFFIX")
     if is_reserved(suffix):
         raise FormatError(f"{where}: {name!r} would replace the sample's own {suffix}: rename the member, or leave it out")
-    return folder + slash + stem, suffix
+    return key, suffix
 
 
 def npy_bytes(grid_hw: NDArray[Any]) -> bytes:

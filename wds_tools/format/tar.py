@@ -101,13 +101,13 @@ class TarReader:
     Args:
         name: what error messages call the archive.
         max_member_bytes: a member larger than this is refused: a header may claim anything.
-        drop_larger: give such a member without its payload instead.
+        lenient: give such a member without its payload instead, and names that are not UTF-8 with \\xNN in them.
     """
 
-    def __init__(self, name: str = "tar", *, max_member_bytes: int = MAX_MEMBER_BYTES, drop_larger: bool = False) -> None:
+    def __init__(self, name: str = "tar", *, max_member_bytes: int = MAX_MEMBER_BYTES, lenient: bool = False) -> None:
         self._name = name
         self._max_member_bytes = max_member_bytes
-        self._drop_larger = drop_larger
+        self._lenient = lenient
         self._to_drop = 0  # bytes that come next, of a member that is too large
         self._pieces: list[bytes | memoryview] = []
         self._held = 0
@@ -117,6 +117,7 @@ class TarReader:
         self._long_name: str | None = None
         self._pax_size: int | None = None
         self._ended = False
+        self._fault: FormatError | None = None
         self.num_passed_over = 0
         """Links, devices and labels so far."""
 
@@ -129,8 +130,11 @@ class TarReader:
         """Take the next bytes; return the members they complete (payloads are views of what was fed).
 
         Raises:
-            FormatError: the archive is broken at a named byte, or holds a member that can't be represented.
+            FormatError: the archive is broken at a named byte, or holds a member that can't be represented. Members before
+                that byte are returned first; the next call raises.
         """
+        if self._fault is not None:
+            raise self._fault
         if self._to_drop:
             num_bytes = min(self._to_drop, len(data))
             self._to_drop -= num_bytes
@@ -144,7 +148,12 @@ class TarReader:
             return []
         buffer = memoryview(self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces))
         members: list[Member] = []
-        offset = self._consume(buffer, members)
+        try:
+            offset = self._consume(buffer, members)
+        except FormatError as fault:
+            if not members:
+                raise
+            self._fault, offset = fault, len(buffer)
         rest = buffer[offset:]
         self._base += offset
         self._pieces = [rest] if len(rest) else []
@@ -157,6 +166,8 @@ class TarReader:
         Raises:
             FormatError: the archive was cut: it lacks its end marker or part of a member.
         """
+        if self._fault is not None:
+            raise self._fault
         rest = b"".join(self._pieces)
         offset = self._base + len(rest)
         if self._ended:
@@ -224,7 +235,7 @@ class TarReader:
         if kind in _NO_PAYLOAD:
             size = 0
         limit = _MAX_EXTENSION_BYTES if kind in b"xgLK" else self._max_member_bytes
-        if size > limit and (kind in b"xgLK" or not self._drop_larger):
+        if size > limit and (kind in b"xgLK" or not self._lenient):
             raise FormatError(f"{self._name}: the member at byte {offset} claims {size} bytes; at most {limit} are accepted")
         return kind, size
 
@@ -274,6 +285,8 @@ class TarReader:
         try:
             return name.decode()
         except UnicodeDecodeError as error:
+            if self._lenient:
+                return name.decode(errors="backslashreplace")
             raise FormatError(f"{self._name}: the member name {name!r} at byte {offset} is not UTF-8") from error
 
 
