@@ -10,7 +10,7 @@ from typing import Any
 
 from wds_tools.convert.options import ConvertOptions
 from wds_tools.images import ImageInfo, ImageLimits, probe
-from wds_tools.records.images import ImageSource
+from wds_tools.records.images import ImageSource, read_image
 
 NUM_AHEAD = 16
 """Records whose images are fetched at the same time."""
@@ -44,7 +44,7 @@ class ImageOptions(ConvertOptions):
 
 
 class ImageReader:
-    """Reads images by the paths in records.
+    """Reads the images of records.
 
     Args:
         options: where they are, and what they may be.
@@ -54,18 +54,21 @@ class ImageReader:
         self._root, self._strict_links, self.limits = options.image_root, options.strict_links, options.limits
         self._source: tuple[str, ImageSource] | None = None
 
-    def read(self, records_url: str, path: str) -> tuple[bytes, ImageInfo]:
+    def read(self, records_url: str, value: Any) -> tuple[bytes, ImageInfo]:
         """An image's bytes and header. Called in threads.
 
         Args:
             records_url: the file of the record.
-            path: of the image, as the record has it.
+            value: what the record has for it: see read_image.
 
         Raises:
-            Reject: as ImageSource.read and probe.
+            Reject: as read_image, ImageSource.read and probe.
         """
+        data = read_image(value, self.limits.max_bytes, lambda path, max_bytes: self._read_file(records_url, path, max_bytes))
+        return data, probe(data, self.limits)
+
+    def _read_file(self, records_url: str, path: str, max_bytes: int) -> bytes:
         source = self._source
         if source is None or source[0] != records_url:
             source = self._source = records_url, ImageSource(records_url, self._root, self._strict_links)
-        data = source[1].read(path, self.limits.max_bytes)
-        return data, probe(data, self.limits)
+        return source[1].read(path, max_bytes)

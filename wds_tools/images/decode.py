@@ -25,6 +25,8 @@ from wds_tools.images.quiet import quietly
 try:
     # The last two are named since Image.open would otherwise import every plugin there is to find TIFF and WebP.
     from PIL import Image, ImageFile, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin  # noqa: F401
+
+    from wds_tools.images.jpeg import load_jpeg
 except ImportError as error:
     raise MissingPackage("reading images needs Pillow: pip install 'wds-tools[convert]'") from error
 
@@ -145,7 +147,10 @@ def decode_rgb(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image
 
     def work() -> Image.Image:
         image = _open(data, limits)
-        image.load()
+        if _format(image) == "JPEG":
+            load_jpeg(image, data)
+        else:
+            image.load()
         orientation = _orientation(image)  # again, and after load: a PNG may have it behind the pixels
         depth = data[24] if image.format == "PNG" else 8
         rgb = _to_rgb(image, depth)
