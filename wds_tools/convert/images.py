@@ -29,6 +29,8 @@ class ImageOptions(ConvertOptions):
     min_side: int = ImageLimits.min_side
     """Images with a shorter side than this, in pixels, are rejected."""
 
+    takes_images = True
+
     @property
     def limits(self) -> ImageLimits:
         """What an image may be."""

@@ -10,7 +10,7 @@ Memory: `num_ahead` records with what they fetch.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -41,7 +41,7 @@ class Encoder(Protocol):
         """What encodes in this process; knows how long it waited."""
         ...
 
-    def provenance(self, column_types: Iterable[str]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    def provenance(self, column_types: Collection[str]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
         """What decides on the codes, and the provenance of each code column."""
         ...
 
