@@ -24,6 +24,8 @@ from wds_tools.format.typed_json import Count, read_json, shape
 
 FORMAT = "wds-tools"
 INDEX_COMMAND = "index"
+PASSED_OVER = "members_passed_over"
+"""Of the counts in `source`: members of tars that are no part of a sample (links, hidden files, those without a suffix)."""
 """As `source["command"]`: see Manifest.is_indexed."""
 FILTERED = ("filtered", "filtered_missing")
 """Reasons of records that the user's own condition drops: counted among the rejects, without a line under rejects/."""
