@@ -20,7 +20,7 @@ from wds_tools.convert.conversations import ConversationsConfig
 from wds_tools.convert.documents import DocumentsConfig
 from wds_tools.convert.options import Converter, ConvertOptions
 from wds_tools.convert.pairs import PairsConfig
-from wds_tools.convert.survey import Read, Survey, place_of, survey_records
+from wds_tools.convert.survey import Read, place_of, survey_records
 from wds_tools.errors import Reject, UsageError
 from wds_tools.records.field_map import FieldMap
 from wds_tools.sources.inputs import expand_inputs
@@ -85,23 +85,19 @@ def inspect_input(patterns: Sequence[str], *, converter: str | None = None, imag
     name = survey.roles["converter"].most_common(1)[0][0]
     options = _options(name, patterns, image_root)
     making = options.make_converter()
-    problem = None
-    try:
-        mapped = survey_records(source.read, tasks, making.roles, {})
-    except UsageError as error:
-        mapped, problem = Survey(making.roles), str(error)
+    mapped = survey_records(source.read, tasks, making.roles, {})
     root = ["--image-root", image_root] if image_root is not None else []
     return Inspection(
         input=inputs.describe(),
         left_out=inputs.source.get("left_out"),
         num_records=survey.num_records,
-        rejects=dict(mapped.rejects or survey.rejects),
+        rejects=dict(mapped.rejects),
         fields={
             field: {"types": dict(types), "example": _shown(survey.examples.get(field))} for field, types in survey.fields.items()
         },
         converter=name,
         field_map=mapped.field_map(),
-        problem=problem,
+        problem=mapped.problem,
         samples=_first_samples(source.read, tasks, options, making),
         command=shlex.join(["wds-tools", "convert", name, "--input", *patterns, *root, "--output", "OUTPUT"]),
     )

@@ -30,7 +30,7 @@ def run_conversion(options: ConvertOptions, encoder: Encoder | None = None) -> M
         The manifest of the finished dataset.
 
     Raises:
-        UsageError, NotFound: the input can't be read by this source; or see survey_records and run_job.
+        UsageError, NotFound: the input can't be read by this source; or see Survey.check and run_job.
         MissingPackage: the source needs a package that is not installed.
     """
     source: Source = options.make_source() if options.source is None else load_plugin(SOURCES, options.source)()
@@ -45,6 +45,7 @@ def run_conversion(options: ConvertOptions, encoder: Encoder | None = None) -> M
     settings |= {name: value for name in ("drop", "where") if (value := getattr(options, name))}
     converter = options.make_converter()
     survey = survey_records(source.read, tasks, converter.roles, options.named_fields)
+    survey.check()
     if not options.quiet:
         say(f"wds-tools: {inputs.describe()}", f"wds-tools: {survey.field_map()}", error=True)
     selection = Selection.of(options, converter)

@@ -51,9 +51,11 @@ class Survey:
     """Other fields that are known to hold texts."""
     rejects: Counter[str] = field(default_factory=Counter)
     """Records that can't be read, or whose roles are not clear, by reason."""
+    problem: str | None = None
+    """Why the run has to stop before it writes."""
 
     def add(self, record: Record[Mapping[str, Any]]) -> None:
-        """Count a record. Raises UsageError for what stops a run."""
+        """Count a record."""
         self.num_records += 1
         fields = record.fields
         try:
@@ -67,7 +69,7 @@ class Survey:
             roles = self.roles_of(fields)
         except Reject as cause:
             if cause.reason in _STOPS:
-                raise UsageError(f"{place_of(record)}: {cause.detail}") from cause
+                self.problem = self.problem or f"{place_of(record)}: {cause.detail}"
             self.rejects[cause.reason] += 1
             return
         for role, name in roles.items():
@@ -80,13 +82,15 @@ class Survey:
         """Take what this record has off `wanted`."""
         self.wanted -= {want for want in self.wanted if want[1] in fields or value_of(fields, want[1]) is not None}
 
-    def check_wanted(self) -> None:
-        """Raise UsageError if a field that an option names was not found."""
-        for option, name in sorted(self.wanted):
+    def check(self) -> None:
+        """Raise UsageError if no record has a field that is named, an image would be left over, or fields are ambiguous."""
+        for option, name in sorted(self.wanted) if self.fields else ():  # else there is no record at all
             near = difflib.get_close_matches(name, self.fields, 3, 0.5)
             meant = f"did you mean {' or '.join(near)}? " if near else ""
             known = ", ".join(list(self.fields)[:_MAX_SHOWN])[:600]
             raise UsageError(f"{option}: none of the first records has a field {name}: {meant}The fields are: {known}")
+        if self.problem is not None:
+            raise UsageError(self.problem)
 
     def field_map(self) -> str:
         """One line: which field is what."""
@@ -106,9 +110,6 @@ def survey_records(read: Read, tasks: Sequence[Any], roles: Roles, named: Mappin
         tasks: of the whole input.
         roles: the converter's.
         named: option -> fields that it names.
-
-    Raises:
-        UsageError: an image would be left over, fields are ambiguous, or none of the first records has a field that is named.
     """
     survey = Survey(roles, {(option, name) for option, names in named.items() for name in names})
     num_tasks = 0
@@ -122,8 +123,6 @@ def survey_records(read: Read, tasks: Sequence[Any], roles: Roles, named: Mappin
         for record in islice(read(task), NUM_RECORDS if survey.wanted else 0):
             if not isinstance(record.fields, Reject):
                 survey.look_for(record.fields)
-    if survey.fields:  # else there is no record at all
-        survey.check_wanted()
     return survey
 
 
