@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Final
 
@@ -37,39 +36,19 @@ _CODES: Final = ("vqcode_512", "vqcode_multi768", "vq_code", "npy")
 _MAX_CHARACTERS: Final = 60
 
 
-@dataclass(frozen=True, kw_only=True)
-class Inspection:
-    """What was recognised; JSON values."""
-
-    input: str
-    """Files: how many, of which kinds, how large."""
-    left_out: Mapping[str, Any] | None
-    """Files of the input folders that would not be read: how many, and such as."""
-    num_records: int
-    """Records that were looked at."""
-    rejects: Mapping[str, int]
-    """Those of them that can't be used, by reason."""
-    fields: Mapping[str, Mapping[str, Any]]
-    """Name of a field, or of one inside another -> types, with the number of records that have them, and an example."""
-    converter: str
-    """Name of the converter that fits."""
-    field_map: str
-    """Which field is what for it."""
-    problem: str | None
-    """Why the run would stop before it writes."""
-    samples: Sequence[str]
-    """The first records, as what they would become."""
-    command: str
-    """What to type."""
-
-
-def inspect_input(patterns: Sequence[str], *, converter: str | None = None, image_root: str | None = None) -> Inspection:
+def inspect_input(patterns: Sequence[str], *, converter: str | None = None, image_root: str | None = None) -> dict[str, Any]:
     """Look at an input.
 
     Args:
         patterns: files, folders or patterns, as --input has them.
         converter: one of CONVERTERS; None: the one that fits.
         image_root: see ImageOptions.
+
+    Returns:
+        JSON values: `input`, what is read; `left_out` as in a manifest; `num_records` that were looked at, and `rejects`, those that
+        can't be used, by reason; `fields`, name -> `types` (-> records) and an `example`; `converter`, the one that fits, with its
+        `field_map`; `problem`, why a run would stop before it writes, or None; `samples`, a line for each of the first records;
+        `command`, what to type.
 
     Raises:
         UsageError, NotFound: the input can't be read.
@@ -87,20 +66,16 @@ def inspect_input(patterns: Sequence[str], *, converter: str | None = None, imag
     making = options.make_converter()
     mapped = survey_records(source.read, tasks, making.roles, {})
     root = ["--image-root", image_root] if image_root is not None else []
-    return Inspection(
-        input=inputs.describe(),
-        left_out=inputs.source.get("left_out"),
-        num_records=survey.num_records,
-        rejects=dict(mapped.rejects),
-        fields={
-            field: {"types": dict(types), "example": _shown(survey.examples.get(field))} for field, types in survey.fields.items()
-        },
-        converter=name,
-        field_map=mapped.field_map(),
-        problem=mapped.problem,
-        samples=_first_samples(source.read, tasks, options, making),
-        command=shlex.join(["wds-tools", "convert", name, "--input", *patterns, *root, "--output", "OUTPUT"]),
-    )
+    fields = {
+        field: {"types": dict(types), "example": _shown(survey.examples.get(field))} for field, types in survey.fields.items()
+    }
+    return {
+        **{"input": inputs.describe(), "left_out": inputs.source.get("left_out")},
+        **{"num_records": survey.num_records, "rejects": dict(mapped.rejects), "fields": fields},
+        **{"converter": name, "field_map": mapped.field_map(), "problem": mapped.problem},
+        "samples": _first_samples(source.read, tasks, options, making),
+        "command": shlex.join(["wds-tools", "convert", name, "--input", *patterns, *root, "--output", "OUTPUT"]),
+    }
 
 
 def _options(name: str, patterns: Sequence[str], image_root: str | None) -> Any:
