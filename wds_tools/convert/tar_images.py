@@ -82,7 +82,7 @@ class TarImages:
         number, start, header_bytes, num_bytes = place.item()
         url, size = self._tars[number]
         root, name = split_url(url)
-        data = open_store(root).read_range(name, start, start + header_bytes + min(num_bytes, max_bytes), size)
+        data = memoryview(open_store(root).read_range(name, start, start + header_bytes + min(num_bytes, max_bytes), size))
         return first_name(data[:header_bytes], url, start), bytes(data[header_bytes:])
 
     def _scan(self, number: int) -> tuple[NDArray[np.uint64], NDArray[Any], FormatError | None]:
