@@ -27,7 +27,8 @@ _SOURCE_ID, _FIRST_ANSWER = "source_id", "first_answer"
 
 @dataclass(frozen=True, kw_only=True)
 class ConversationsConfig(ImageOptions):
-    """Convert conversations about images to shards; the images go in byte for byte, codes come with `wds-tools encode`."""
+    """Convert conversations about images to shards. The images go in byte for byte, and codes come with `wds-tools encode`; or
+    codes instead of images in one go, with --encode."""
 
     input: tuple[str, ...]
     """.json or .jsonl files, folders of them, or brace patterns; records with conversations, and images in them or beside."""

@@ -35,6 +35,8 @@ class ImageOptions(ConvertOptions):
     min_side: int = ImageLimits.min_side
     """Images with a shorter side than this, in pixels, are rejected."""
 
+    takes_images = True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if packed := [root for root in self.image_root if root.lower().endswith(_PACKED)]:

@@ -56,6 +56,8 @@ class ConvertOptions(JobOptions):
 
     command = ""
     """Name of the command, written into the manifest."""
+    takes_images = False
+    """Whether these are ImageOptions: asked where Pillow need not be imported."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

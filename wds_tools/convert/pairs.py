@@ -21,7 +21,8 @@ from wds_tools.sources.text.lines import Lines
 
 @dataclass(frozen=True, kw_only=True)
 class PairsConfig(ImageOptions):
-    """Convert image-caption pairs to shards; the images go in byte for byte, codes come with `wds-tools encode`."""
+    """Convert image-caption pairs to shards. The images go in byte for byte, and codes come with `wds-tools encode`; or
+    codes instead of images in one go, with --encode."""
 
     input: tuple[str, ...]
     """.jsonl files, folders of them or brace patterns; one object a line with image_path and text_prompt (or text)."""
