@@ -70,7 +70,9 @@ def test_an_empty_or_wrong_text_prompt_is_not_replaced_by_text(tmp_path: Path) -
     assert [reject["reason"] for reject in read_rejects(tmp_path / "out")] == ["empty_text", "wrong_type"]
 
 
-@pytest.mark.parametrize(("kind", "extension"), [("PNG", "png"), ("WEBP", "webp"), ("BMP", "bmp"), ("TIFF", "tif")])
+@pytest.mark.parametrize(
+    ("kind", "extension"), [("PNG", "png"), ("WEBP", "webp"), ("BMP", "bmp"), ("TIFF", "tif"), ("AVIF", "avif")]
+)
 def test_the_member_is_named_by_content_whatever_the_file_is_called(tmp_path: Path, kind: str, extension: str) -> None:
     path = write_pairs(tmp_path / "in", 1)
     (tmp_path / "in/images/0.jpg").write_bytes(image_bytes(0, kind=kind))
