@@ -45,10 +45,10 @@ def inspect_input(patterns: Sequence[str], *, converter: str | None = None, imag
         image_root: see ImageOptions.
 
     Returns:
-        JSON values: `input`, what is read; `left_out` as in a manifest; `num_records` that were looked at, and `rejects`, those that
-        can't be used, by reason; `fields`, name -> `types` (-> records) and an `example`; `converter`, the one that fits, with its
-        `field_map`; `problem`, why a run would stop before it writes, or None; `samples`, a line for each of the first records;
-        `command`, what to type.
+        JSON values: `input`, what is read; `left_out` as in a manifest; `num_records` that were looked at, and `rejects`, those
+        that can't be used, by reason; `fields`, name -> `types` (-> records) and an `example`; `converter`, the one that fits, and
+        its `field_map`; `problem`, why a run would stop before it writes, or None; `samples`, a line for each of the first
+        records; `command`, what to type.
 
     Raises:
         UsageError, NotFound: the input can't be read.

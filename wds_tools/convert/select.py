@@ -45,19 +45,9 @@ class Selection:
             self.where.check(fields, facts)
         if not self.keep:
             return sample
-        kept = {name: _kept(fields, facts, field) for name, field in self.keep}
-        return sample._replace(
-            provenance={**sample.provenance, **{name: value for name, value in kept.items() if value is not _kept}}
-        )
-
-
-def _kept(fields: Mapping[str, Any], facts: Mapping[str, Any], field: str) -> Any:
-    """The value of a field, or this function itself where there is none."""
-    if field in FACTS:
-        return facts.get(field)
-    field = field.removeprefix(RECORD)
-    value = fields.get(field, _kept)
-    if value is not _kept or "." not in field:
-        return value
-    value = value_of(fields, field)
-    return _kept if value is None else value
+        kept = dict(sample.provenance)
+        for name, field in self.keep:
+            values, path = (facts, field) if field in FACTS else (fields, field.removeprefix(RECORD))
+            if path in values or value_of(values, path) is not None:
+                kept[name] = value_of(values, path)
+        return sample._replace(provenance=kept)
