@@ -46,7 +46,7 @@ def inspect_input(patterns: Sequence[str], *, converter: str | None = None, imag
 
     Returns:
         JSON values: `input`, what is read; `left_out` as in a manifest; `num_records` that were looked at, and `rejects`, those
-        that can't be used, by reason; `fields`, name -> `types` (-> records) and an `example`; `converter`, the one that fits, and
+        that can't be used, by reason; `fields`, name -> `types` (-> records) and an `example`; `converter`, which fits, and
         its `field_map`; `problem`, why a run would stop before it writes, or None; `samples`, a line for each of the first
         records; `command`, what to type.
 
