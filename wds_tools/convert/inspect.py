@@ -79,8 +79,9 @@ def inspect_input(patterns: Sequence[str], *, converter: str | None = None, imag
 
 
 def _options(name: str, patterns: Sequence[str], image_root: str | None) -> Any:
-    root = {"image_root": image_root} if image_root is not None and hasattr(CONVERTERS[name], "image_root") else {}
-    return CONVERTERS[name](input=tuple(patterns), output=os.devnull, quiet=True, **root)
+    kind: Any = CONVERTERS[name]
+    root = {"image_root": image_root} if image_root is not None and kind.image_facts is not None else {}
+    return kind(input=tuple(patterns), output=os.devnull, quiet=True, **root)
 
 
 def _fitting(fields: Mapping[str, Any]) -> str:

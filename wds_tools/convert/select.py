@@ -7,11 +7,11 @@ A field that is missing is not kept; one that is null is kept as null.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from wds_tools.convert.options import Converter, ConvertOptions
+from wds_tools.convert.options import Converter, ConvertOptions, ImageFacts
 from wds_tools.format.schema import Sample
 from wds_tools.records.field_map import Pairs
 from wds_tools.records.fields import value_of
@@ -25,7 +25,7 @@ class Selection:
     converter: Converter
     where: Where | None
     keep: Pairs
-    image_facts: Callable[[Sample], Mapping[str, Any]] | None
+    image_facts: ImageFacts | None
     """None: nobody asks for them."""
 
     @classmethod

@@ -131,8 +131,8 @@ class _Compiler:
                 return _either(parts, isinstance(op, ast.Or))
             case ast.UnaryOp(op=ast.Not()):
                 return lambda fields, facts: not parts[0](fields, facts)
-            case ast.Compare(ops=ops):
-                return _comparison([_COMPARISONS[type(op)] for op in ops if type(op) in _COMPARISONS or _refuse(op)], parts)
+            case ast.Compare(ops=ops) if all(type(op) in _COMPARISONS for op in ops):
+                return _comparison([_COMPARISONS[type(op)] for op in ops], parts)
             case ast.BinOp(op=op) | ast.UnaryOp(op=op) if type(op) in _ARITHMETIC:
                 return _call(_ARITHMETIC[type(op)], type(op).__name__.lower(), parts, of_numbers=True)
             case ast.List() | ast.Tuple():
@@ -144,7 +144,7 @@ class _Compiler:
                 if name == "matches":
                     parts[1] = _glob(args[1])
                 return _call(function, name, parts)
-        return _refuse(node)
+        raise _refused(node)
 
     def _name(self, name: str) -> _Evaluate:
         if name in FACTS:
@@ -165,12 +165,11 @@ def _path(node: ast.expr) -> list[str]:
             return [*_path(value), name]
         case ast.Subscript(value=value, slice=ast.Constant(value=int(number))):
             return [*_path(value), str(number)]
-    return _refuse(node)
+    raise _refused(node)
 
 
-def _refuse(node: ast.AST) -> Any:
-    what = ast.unparse(node) if isinstance(node, ast.expr) else type(node).__name__
-    raise UsageError(f"{what[:80]!r} has no place in it: {_WRONG} {', '.join(_FUNCTIONS)}")
+def _refused(node: ast.expr) -> UsageError:
+    return UsageError(f"{ast.unparse(node)[:80]!r} has no place in it: {_WRONG} {', '.join(_FUNCTIONS)}")
 
 
 def _glob(node: ast.expr) -> _Evaluate:
