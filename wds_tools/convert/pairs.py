@@ -16,7 +16,6 @@ from wds_tools.convert.options import kept_fields
 from wds_tools.format.schema import Sample
 from wds_tools.images import PAIR_TYPES, Mode, crop_for
 from wds_tools.records.fields import CAPTION, required_text
-from wds_tools.sources.text.lines import Lines
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,14 +26,8 @@ class PairsConfig(ImageOptions):
     """.jsonl files, folders of them or brace patterns; one object a line with image_path and text_prompt (or text)."""
     mode: Mode = "cc512"
     """cc512: 512 px centre crop, for images up to 2:1. multi768: nearest of many shapes of about 768 x 768 pixels, up to 4:1."""
-    task_lines: int = 2000
-    """A worker, and a resumed run, takes this many lines at a time; a shard holds no more."""
 
     command = "convert pairs"
-
-    def make_source(self) -> Lines:
-        """Lines of jsonl files."""
-        return Lines(self.task_lines, self.quiet)
 
     def make_converter(self) -> Pairs:
         """The caption and the image of a record."""
