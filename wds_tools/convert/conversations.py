@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from wds_tools.convert.images import NUM_AHEAD, ImageOptions, ImageReader
-from wds_tools.convert.options import kept_fields
 from wds_tools.errors import Reject
 from wds_tools.format.schema import Sample, SourceImage
 from wds_tools.images import Mode
@@ -26,7 +25,8 @@ _SOURCE_ID, _FIRST_ANSWER = "source_id", "first_answer"
 
 @dataclass(frozen=True, kw_only=True)
 class ConversationsConfig(ImageOptions):
-    """Convert conversations about images to shards; the images go in byte for byte, codes come with `wds-tools encode`."""
+    """Convert conversations about images to shards. The images go in byte for byte, and codes come with `wds-tools encode`; or
+    codes instead of images in one go, with --encode."""
 
     input: tuple[str, ...]
     """.json or .jsonl files, folders of them, or brace patterns; records with conversations, and images in them or beside."""
@@ -45,8 +45,8 @@ class ConversationsConfig(ImageOptions):
 
     def make_converter(self) -> Conversations:
         """The turns and the images of a record."""
-        reader = TalkReader(self.conversations, self.image, self.image_marks, self.keep)
-        return Conversations(reader, ImageReader(self), self.keep)
+        reader = TalkReader(self.conversations, self.image, self.image_marks, tuple(self.spared))
+        return Conversations(reader, ImageReader(self))
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -66,7 +66,6 @@ class Conversations:
 
     reader: TalkReader
     images: ImageReader
-    keep: tuple[str, ...]
     num_ahead = NUM_AHEAD
 
     def roles(self, fields: Mapping[str, Any]) -> Mapping[str, str]:
@@ -95,5 +94,5 @@ class Conversations:
             image=images[0].data if images else None,
             image_extension=images[0].extension if images else None,
             more_images=tuple(images[1:]),
-            provenance={**provenance, **kept_fields(fields, self.keep)},
+            provenance=provenance,
         )

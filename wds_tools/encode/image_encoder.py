@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from importlib.metadata import version
 from itertools import groupby
@@ -121,7 +121,7 @@ class ImageEncoder:
         """Where the codes of such a sample go."""
         return code_column(PAIR_TYPES[self._modes[data_type]], self.options.code_set)
 
-    def provenance(self, column_types: Iterable[str]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    def provenance(self, column_types: Collection[str]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
         """What decides on the codes, for the plan; and the provenance of each code column, for the manifest.
 
         Args:
@@ -151,7 +151,10 @@ class ImageEncoder:
             settings["batch_size"] = self.options.batch_size
         libraries = {name: version(name) for name in ("torch", "pillow", "numpy")}
         columns = sorted({self.column_of(data_type) for data_type in column_types})
-        return settings, {column: {**settings, "libraries": libraries} for column in columns}
+        how: dict[str, Any] = {"keep_images": True} if self._keep_images else {}
+        if "visual_sft" in column_types and self._modes["visual_sft"] != MODES["visual_sft"]:
+            how["sft_mode"] = self._modes["visual_sft"]
+        return {**settings, **how}, {column: {**settings, "libraries": libraries} for column in columns}
 
     def fill(self, samples: Iterable[tuple[Place, Sample | Reject]]) -> Iterator[tuple[Place, Sample | Reject]]:
         """Fill the codes of samples, beside those that they have. What has no image passes through, and so do rejects.

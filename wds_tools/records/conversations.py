@@ -180,8 +180,9 @@ def _objects(name: str, found: Any) -> list[dict[str, Any]]:
             found = orjson.loads(found)
         except orjson.JSONDecodeError:
             raise Reject("wrong_type", f"{name} is {found[:40]!r}, expected a list of turns, or its JSON") from None
-    if isinstance(found, dict) and len({len(column) if isinstance(column, list) else -1 for column in found.values()}) == 1:
-        found = [dict(zip(found, turn, strict=True)) for turn in zip(*found.values(), strict=True)]
+    columns = list(found.values()) if isinstance(found, dict) else []
+    if columns and all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns):
+        found = [dict(zip(found, turn, strict=True)) for turn in zip(*columns, strict=True)]
     if not isinstance(found, list) or not all(isinstance(turn, dict) for turn in found):
         what = "from and value, or role and content"
         raise Reject("wrong_type", f"{name} is a {type(found).__name__}, expected a list of objects with {what}")
