@@ -17,7 +17,6 @@ from wds_tools.errors import UsageError
 from wds_tools.format.codes import CODE_COLUMNS
 from wds_tools.format.schema import Sample
 from wds_tools.records.coded import SIDE_512, CodedRows, codes_in
-from wds_tools.sources.tables import Tables
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +33,6 @@ class CodedConfig(ConvertOptions):
     """Pixels of an image on a side for each code."""
     weights_hash: str | None = None
     """Hash of its weights, as the manifest of a set that was encoded here has it: only then can the two be exported together."""
-    task_lines: int = 10_000
-    """Of a jsonl, a worker, and a resumed run, takes this many lines at a time; of a Hugging Face folder one file."""
 
     command = "convert coded"
 
@@ -45,10 +42,6 @@ class CodedConfig(ConvertOptions):
             raise UsageError(f"--codebook-size {self.codebook_size}: expected 1 to 2**32")
         if self.stride < 1 or SIDE_512 % self.stride:
             raise UsageError(f"--stride {self.stride}: expected a divisor of {SIDE_512}")
-
-    def make_source(self) -> Tables:
-        """Arrow, Parquet and jsonl files."""
-        return Tables(self.task_lines, self.quiet)
 
     def make_converter(self) -> Coded:
         """The codes, text and turns of a record."""

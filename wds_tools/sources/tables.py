@@ -2,7 +2,6 @@
 
     a folder of save_to_disk   the Arrow files that its state.json names
     Parquet                    the files below a folder, or those that are named: what `export hf --format parquet` writes
-    jsonl                      the same; its lines are read by `lines`
 
 An Arrow file that was cut off gives its rows up to there, a Parquet file its rows up to the damage (none, if its footer is gone),
 and either one reject. Memory: one Arrow batch, or one Parquet row group.
@@ -16,24 +15,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from wds_tools.dataset.layout import REJECTS
-from wds_tools.errors import FormatError, NotFound, Reject, StorageError, UsageError
+from wds_tools.errors import NotFound, Reject, StorageError, UsageError
 from wds_tools.format.typed_json import read_json, shape
 from wds_tools.sources.arrow import load_pyarrow
+from wds_tools.sources.containers import Unit
 from wds_tools.sources.record import InputFile, Record, file_records
-from wds_tools.sources.text.lines import LineRange, plan_lines, read_lines
-from wds_tools.sources.text.objects import fields_of
 from wds_tools.storage import Store, join, open_store, split_url
 
-ARROW, JSONL, PARQUET = ".arrow", ".jsonl", ".parquet"
+ARROW, PARQUET = ".arrow", ".parquet"
 _READING = "reading Hugging Face datasets"
 _STATE, _SPLITS = "state.json", "dataset_dict.json"
 _NOT_SAVED = "is not what save_to_disk writes"
 _BATCH_ROWS = 1000
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
-_PARQUET_MAGIC = b"PAR1"
-_LEAST_PARQUET_BYTES = 200
-"""Any Parquet file with these columns is larger; what is smaller is looked into."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +44,12 @@ NumberedFields = tuple[int, dict[str, Any], int]
 """Number in its file from 1, fields, and bytes read, of a table row."""
 
 
-def data_files(url: str, sizes: Mapping[str, int]) -> Sequence[str]:
-    """The files of a folder that are inputs: jsonl and Parquet files, and the Arrow files that its state.json names. See Choice.
+def saved_files(url: str, sizes: Mapping[str, int]) -> dict[str, list[str]]:
+    """The Arrow files of each save_to_disk folder below a folder, by the names of their state.json, in the order of their rows.
 
     Raises:
         UsageError: a folder has several splits, or a dataset whose rows are reordered by an indices file.
-        NotFound: there are none, or one that is named is missing.
+        NotFound: one that is named is missing.
         FormatError: a state.json is none.
     """
     for name in sizes:
@@ -64,48 +58,26 @@ def data_files(url: str, sizes: Mapping[str, int]) -> Sequence[str]:
             folder = join(url, posixpath.dirname(name)).rstrip("/")
             example = f"{folder}/{(*splits, 'SPLIT')[0]}"
             raise UsageError(f"{folder} holds the splits {', '.join(splits)}: name those that you want, as {example}")
-    names = [name for name in sizes if name.endswith((JSONL, PARQUET)) and REJECTS not in name]
-    for name in sizes:
-        if posixpath.basename(name) == _STATE:
-            names += _data_files(url, name)
-    if not names:
-        what = (
-            "an unfinished save_to_disk: there is no state.json"
-            if any(name.endswith(ARROW) for name in sizes)
-            else "no .jsonl and no .parquet"
-        )
-        raise NotFound(f"{url}: no folder of save_to_disk and {what}")
-    for name in names:
-        if name not in sizes:
-            raise NotFound(f"{join(url, name)} is missing, though its {_STATE} names it: copy the folder again")
-    return names
+    saved = {name: _data_files(url, name) for name in sizes if posixpath.basename(name) == _STATE}
+    for names in saved.values():
+        for name in names:
+            if name not in sizes:
+                raise NotFound(f"{join(url, name)} is missing, though its {_STATE} names it: copy the folder again")
+    return saved
 
 
 @dataclass(frozen=True)
 class Tables:
-    """Source of what Hugging Face datasets leaves on a disk; a task is a file, or a range of lines of a jsonl."""
+    """Container of Parquet and Arrow files; a unit is a file."""
 
-    task_lines: int
-    quiet: bool
-    choose = staticmethod(data_files)
+    def units(self, files: Sequence[InputFile]) -> Iterator[Unit]:
+        """See Container."""
+        load_pyarrow(_READING)
+        return (Unit(file.url, file.size) for file in files)
 
-    def plan(self, files: Sequence[InputFile]) -> tuple[Sequence[Any], int]:
-        """Files, then ranges of lines; and bytes over all of them. Raises as check_files, load_pyarrow and plan_lines."""
-        check_files(files)
-        tables = [file for file in files if not file.url.endswith(JSONL)]
-        if tables:
-            load_pyarrow(_READING)
-        lines = [file for file in files if file.url.endswith(JSONL)]
-        ranges = plan_lines(lines, self.task_lines, quiet=self.quiet)
-        total = sum(file.size for file in tables) + sum(span.end - span.start for span in ranges)
-        return [*map(tuple, tables), *ranges], total
-
-    def read(self, task: LineRange | tuple[str, int]) -> Iterator[Record[Mapping[str, Any]]]:
-        """The records of a file, or of a range."""
-        if isinstance(task, LineRange):
-            lines = read_lines(task)
-            return file_records(task.url, ((line.number, fields_of(line), len(line.data or b"") + 1) for line in lines))
-        return file_records(task[0], table_rows(InputFile(*task)))
+    def read(self, unit: Unit) -> Iterator[Record[Mapping[str, Any]]]:
+        """See Container."""
+        return file_records(unit.url, table_rows(InputFile(unit.url, unit.num_bytes)))
 
 
 def table_rows(file: InputFile) -> Iterator[NumberedFields]:
@@ -115,24 +87,6 @@ def table_rows(file: InputFile) -> Iterator[NumberedFields]:
         Reject: behind the last row that can be read: "truncated_arrow", "corrupt_arrow" or "corrupt_parquet".
     """
     yield from (_parquet_rows if file.url.endswith(PARQUET) else _arrow_rows)(*file)
-
-
-def check_files(files: Sequence[InputFile]) -> None:
-    """Refuse what is not a table.
-
-    Raises:
-        UsageError: one that was named is none of these.
-        FormatError: a Parquet file is the note that stands in the last one's place while an export runs.
-    """
-    for url, size in files:
-        if not url.endswith((JSONL, ARROW, PARQUET)):
-            raise UsageError(f"{url}: expected a folder of save_to_disk, or {JSONL}, {ARROW} or {PARQUET} files")
-        if url.endswith(PARQUET) and size < _LEAST_PARQUET_BYTES:
-            root, name = split_url(url)
-            if bytes(open_store(root).read(name))[:4] != _PARQUET_MAGIC:
-                raise FormatError(
-                    f"{url} is no Parquet file but {size} bytes of something else: an unfinished export: finish it first"
-                )
 
 
 def _data_files(url: str, state_name: str) -> list[str]:
