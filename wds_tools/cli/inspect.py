@@ -23,8 +23,8 @@ class Config(Printed):
     """Files, folders or patterns; paths or URLs."""
     converter: Annotated[Literal["pairs", "documents", "conversations", "coded"] | None, tyro.conf.arg(name="as")] = None
     """What it is to become. Default: what fits."""
-    image_root: str | None = None
-    """Folder that image paths are relative to, as `convert` has it."""
+    image_root: tuple[str, ...] = ()
+    """Folder that image paths are relative to, or tars with the images, as `convert` has it."""
 
 
 def run(config: Config) -> int:

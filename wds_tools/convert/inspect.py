@@ -22,6 +22,7 @@ from wds_tools.convert.pairs import PairsConfig
 from wds_tools.convert.survey import Read, place_of, survey_records
 from wds_tools.errors import Reject, UsageError
 from wds_tools.records.field_map import FieldMap
+from wds_tools.sources.composite import kind_of_task
 from wds_tools.sources.inputs import expand_inputs
 
 CONVERTERS: Final[Mapping[str, type[ConvertOptions]]] = {
@@ -36,7 +37,7 @@ _CODES: Final = ("vqcode_512", "vqcode_multi768", "vq_code", "npy")
 _MAX_CHARACTERS: Final = 60
 
 
-def inspect_input(patterns: Sequence[str], *, converter: str | None = None, image_root: str | None = None) -> dict[str, Any]:
+def inspect_input(patterns: Sequence[str], *, converter: str | None = None, image_root: tuple[str, ...] = ()) -> dict[str, Any]:
     """Look at an input.
 
     Args:
@@ -57,20 +58,21 @@ def inspect_input(patterns: Sequence[str], *, converter: str | None = None, imag
     source = options.make_source()
     inputs = expand_inputs(patterns, source.choose)
     tasks, _ = source.plan(inputs.files)
+    said = inputs.describe(map(kind_of_task, tasks))
     survey = survey_records(source.read, tasks, lambda fields: {"converter": converter or _fitting(fields)}, {})
     if not survey.fields:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in survey.rejects.items())
-        raise UsageError(f"{inputs.describe()}: no record in it can be read ({reasons or 'there is none'})")
+        raise UsageError(f"{said}: no record in it can be read ({reasons or 'there is none'})")
     name = survey.roles["converter"].most_common(1)[0][0]
     options = _options(name, patterns, image_root)
     making = options.make_converter()
     mapped = survey_records(source.read, tasks, making.roles, {})
-    root = ["--image-root", image_root] if image_root is not None else []
+    root = ["--image-root", *image_root] if image_root else []
     fields = {
         field: {"types": dict(types), "example": _shown(survey.examples.get(field))} for field, types in survey.fields.items()
     }
     return {
-        **{"input": inputs.describe(), "left_out": inputs.source.get("left_out")},
+        **{"input": said, "left_out": inputs.source.get("left_out")},
         **{"num_records": survey.num_records, "rejects": dict(mapped.rejects), "fields": fields},
         **{"converter": name, "field_map": mapped.field_map(), "problem": mapped.problem},
         "samples": _first_samples(source.read, tasks, options, making),
@@ -78,9 +80,9 @@ def inspect_input(patterns: Sequence[str], *, converter: str | None = None, imag
     }
 
 
-def _options(name: str, patterns: Sequence[str], image_root: str | None) -> Any:
+def _options(name: str, patterns: Sequence[str], image_root: tuple[str, ...]) -> Any:
     kind: Any = CONVERTERS[name]
-    root = {"image_root": image_root} if image_root is not None and kind.image_facts is not None else {}
+    root = {"image_root": image_root} if image_root and kind.image_facts is not None else {}
     return kind(input=tuple(patterns), output=os.devnull, quiet=True, **root)
 
 

@@ -113,6 +113,13 @@ class Containers:
         return [Units(kind.name, kind.compression, tuple(group)) for group in groups]
 
 
+def kind_of_task(task: Any) -> str:
+    """What the files of a task are; of the task of another source its name."""
+    if isinstance(task, Units):
+        return f"{task.kind}.{task.compression}" if task.compression else task.kind
+    return "list" if isinstance(task, ElementRange) else "lines" if isinstance(task, LineRange) else type(task).__name__
+
+
 def _is_candidate(name: str) -> bool:
     kind, compression = suffix_of(name)
     hidden = any(part.startswith(".") for part in name.split("/"))
