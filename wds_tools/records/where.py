@@ -191,19 +191,17 @@ def _either(parts: list[_Evaluate], is_or: bool) -> _Evaluate:
 
 
 def _comparison(comparisons: list[_Compare], parts: list[_Evaluate]) -> _Evaluate:
-    def compare(fields: Fields, facts: Fields) -> bool:
-        left = parts[0](fields, facts)
-        for holds, part in zip(comparisons, parts[1:], strict=True):
-            right = part(fields, facts)
-            try:
-                if left is None or right is None or not holds(left, right):
-                    return False
-            except TypeError as error:
-                raise Reject("wrong_type", f"--where compares {left!r:.60} with {right!r:.60}") from error
-            left = right
-        return True
+    """Of several in a row all have to hold."""
+    (holds, *others), (first, second, *_) = comparisons, parts
 
-    return compare
+    def compare(fields: Fields, facts: Fields) -> Any:
+        left, right = first(fields, facts), second(fields, facts)
+        try:
+            return left is not None and right is not None and holds(left, right)
+        except TypeError as error:
+            raise Reject("wrong_type", f"--where compares {left!r:.60} with {right!r:.60}") from error
+
+    return _either([compare, _comparison(others, parts[1:])], is_or=False) if others else compare
 
 
 def _call(function: Callable[..., Any], name: str, parts: list[_Evaluate], *, of_numbers: bool = False) -> _Evaluate:
@@ -214,7 +212,9 @@ def _call(function: Callable[..., Any], name: str, parts: list[_Evaluate], *, of
         if None in values:
             return None
         try:
-            if of_numbers and not all(isinstance(value, int | float) for value in values):
+            if not of_numbers:
+                return function(*values)
+            if not all(isinstance(value, int | float) for value in values):
                 raise TypeError
             result = function(*values)
         except (ArithmeticError, ValueError):  # a division by zero, a text that is no number
