@@ -10,7 +10,7 @@ from typing import Any
 import orjson
 
 from wds_tools.dataset.layout import REJECTS
-from wds_tools.format.manifest import Manifest
+from wds_tools.format.manifest import PASSED_OVER, Manifest
 from wds_tools.format.schema import ANY_MEMBERS
 from wds_tools.terminal import say
 
@@ -42,6 +42,7 @@ def dataset_record(url: str, manifest: Manifest) -> dict[str, Any]:
         "members": manifest.members,
         "rejects": manifest.rejects,
         **({"left_out": left_out} if (left_out := manifest.source.get("left_out")) else {}),
+        **({"counts": counts} if (counts := manifest.source.get("counts")) else {}),
         "shards": len(manifest.shards),
         "bytes": manifest.bytes,
         "codes": manifest.codes,
@@ -63,6 +64,10 @@ def print_dataset(url: str, manifest: Manifest, *, json: bool = False) -> None:
     }
     if isinstance(left_out := manifest.source.get("left_out"), dict):
         facts["left out"] = f"{left_out.get('files')} files, not read as records, such as {left_out.get('such_as')}"
+    if isinstance(counts := manifest.source.get("counts"), dict) and PASSED_OVER in counts:
+        facts["passed over"] = (
+            f"{counts[PASSED_OVER]} members of tars that are of no sample: hidden, without suffix, links"
+        )
     for column, provenance in manifest.codes.items():
         size = provenance.get("codebook_size")
         settings = [f"{size:,} codes" if isinstance(size, int) else "codes of unknown number"]

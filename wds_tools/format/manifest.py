@@ -24,6 +24,8 @@ from wds_tools.format.typed_json import Count, read_json, shape
 
 FORMAT = "wds-tools"
 INDEX_COMMAND = "index"
+PASSED_OVER = "members_passed_over"
+"""Of the counts in `source`: members of tars that are no part of a sample (links, hidden files, those without a suffix)."""
 """As `source["command"]`: see Manifest.is_indexed."""
 _XXH128 = re.compile("[0-9a-f]{32}")
 _NO_HASH = "0" * 64

@@ -244,14 +244,17 @@ class ShardBuilder:
 def group_samples(members: Iterable[Member], name: str = "tar") -> Iterator[StoredSample]:
     """Group adjacent members by key, as WebDataset does: the key ends at the first dot of the file's own name.
 
+    Members that are no part of a sample (see is_stray) are passed over.
+
     Raises:
-        FormatError: a name without a key or suffix, the same suffix twice in one sample, or a key that comes back after
-            other samples.
+        FormatError: the same suffix twice in one sample, or a key that comes back after other samples.
     """
     key: str | None = None
     group: dict[str, Member] = {}
     seen: set[str] = set()
     for member in members:
+        if is_stray(member.name):
+            continue
         member_key, suffix = split_name(member.name, f"{name}, byte {member.start}")
         if member_key != key:
             if key is not None:
@@ -270,19 +273,30 @@ def group_samples(members: Iterable[Member], name: str = "tar") -> Iterator[Stor
         yield StoredSample(key, group)
 
 
+def is_stray(name: str) -> bool:
+    """Whether a member is no part of a sample, by its name: hidden (.DS_Store, macOS's ._a.jpg), or no suffix (LICENSE)."""
+    return not all(cut_name(name))
+
+
+def cut_name(name: str) -> tuple[str, str]:
+    """A member's name as (key, suffix), either of them empty if there is none; see split_name."""
+    folder, slash, base = name.removeprefix("./").rpartition("/")
+    stem, _, suffix = base.partition(".")
+    return (folder + slash + stem if stem else ""), suffix
+
+
 def split_name(name: str, where: str) -> tuple[str, str]:
     """A member's name as (key, suffix): "a/b.x.npy" is ("a/b", "x.npy"). The leading "./" of some tars is dropped.
 
     Raises:
         FormatError: there is no key or no suffix, or it would replace what loaders say of a sample; the message names `where`.
     """
-    folder, slash, base = name.removeprefix("./").rpartition("/")
-    stem, dot, suffix = base.partition(".")
-    if not stem or not dot or not suffix:
+    key, suffix = cut_name(name)
+    if not (key and suffix):
         raise FormatError(f"{where}: {name!r} is not KEY.SUFFIX")
     if is_reserved(suffix):
         raise FormatError(f"{where}: {name!r} would replace the sample's own {suffix}: rename the member, or leave it out")
-    return folder + slash + stem, suffix
+    return key, suffix
 
 
 def npy_bytes(grid_hw: NDArray[Any]) -> bytes:

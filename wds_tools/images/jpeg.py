@@ -20,7 +20,7 @@ from PIL import Image, ImageFile
 
 from wds_tools.errors import Reject
 
-_MARKER: Final = re.compile(rb"\xff+[^\x00\xff\xd0-\xd7]")
+_MARKER: Final = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
 _FRAMES: Final = (0xC0, 0xC1, 0xC2)
 """Huffman-coded, sequential or progressive; others can't be decoded piece by piece."""
 _PROGRESSIVE, _START, _END, _SCAN = 0xC2, 0xD8, 0xD9, 0xDA
@@ -67,15 +67,12 @@ def load_jpeg(image: ImageFile.ImageFile, data: bytes) -> None:
         scan = data[offset:end].rstrip(b"\0")
         num_zeros = end - offset - len(scan)
         stream.feed(scan)
-        has_room = scans.end is not None or num_zeros >= _ASK_BYTES
-        if (lacks := stream.lacks_blocks() if has_room else not stream.is_done) and scans.end is not None:
-            if num_zeros > _MANY_ZEROS:
-                stream.feed(bytes(num_zeros - _MANY_ZEROS))
-                if not stream.lacks_blocks():
-                    raise Reject(
-                        "truncated_image", f"JPEG: the last {num_zeros:,} bytes of its scan are zeros, more than its blocks need"
-                    )
-            stream.feed(bytes(min(num_zeros, _MANY_ZEROS)))
+        lacks = stream.lacks_blocks() if scans.end is not None or num_zeros >= _ASK_BYTES else not stream.is_done
+        if lacks and num_zeros and scans.end is not None:
+            stream.feed(bytes(num_zeros - 2 * _ASK_BYTES if num_zeros > _MANY_ZEROS else num_zeros))
+            if num_zeros > _MANY_ZEROS and not stream.lacks_blocks():
+                what = f"the last {num_zeros:,} bytes of its scan are zeros, more than its blocks need"
+                raise Reject("truncated_image", f"JPEG, {len(data):,} bytes: {what}")
             lacks = stream.lacks_blocks()
         if lacks or not scans.is_whole:
             raise Reject("truncated_image", f"JPEG, {len(data):,} bytes: a scan ends before its last block, or scans are missing")

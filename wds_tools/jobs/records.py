@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 from wds_tools.dataset.writer import TaskWriter
 from wds_tools.errors import FormatError, Reject
+from wds_tools.format.manifest import PASSED_OVER
 from wds_tools.format.schema import Sample
 from wds_tools.run.local import Report
 from wds_tools.run.progress import Advance
@@ -74,6 +75,8 @@ class ConvertRecords:
                     sample = Reject("unwritable_record", str(error))
             if isinstance(sample, Reject):
                 writer.reject(sample, source=record.source, line=record.line, element=record.element, key=record.key)
+            if record.num_passed_over:
+                writer.count(PASSED_OVER, record.num_passed_over)
             num_records += 1
             units += record.num_units
             if num_records % _REPORT_EVERY == 0:

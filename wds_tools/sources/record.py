@@ -38,6 +38,8 @@ class Record(NamedTuple, Generic[Fields]):
     key: str | None = None
     num_units: int = 1
     """Work units of the plan's total that are done with this record."""
+    num_passed_over: int = 0
+    """What lay before it, or behind the last, and is no part of any record: stray members of a tar."""
 
 
 class Source(Protocol):
