@@ -80,7 +80,13 @@ def test_a_sample_has_its_members_by_suffix_and_the_fields_of_its_json(tmp_path:
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 def test_suffixes_are_those_of_webdataset_in_lower_case(tmp_path: Path) -> None:
-    files = [("s.v1/a.JPG", b"1"), ("s.v1/a.0.Txt", b"2"), ("s.v1/a.Cls", b"7"), ("s.v1/a.meta.json", b'{"b": 1}'), ("s.v1/a.npy", b"5")]
+    files = [
+        ("s.v1/a.JPG", b"1"),
+        ("s.v1/a.0.Txt", b"2"),
+        ("s.v1/a.Cls", b"7"),
+        ("s.v1/a.meta.json", b'{"b": 1}'),
+        ("s.v1/a.npy", b"5"),
+    ]
     (record,) = read_bytes(tar(files), tmp_path)
     assert record.fields == {"jpg": b"1", "0.txt": "2", "cls": "7", "meta.json": {"b": 1}, "npy": b"5"}
     (theirs,) = webdataset.WebDataset(str(tmp_path / "a.tar"), shardshuffle=False)
@@ -209,7 +215,9 @@ def test_a_member_that_claims_gigabytes_and_a_bomb_take_no_memory(tmp_path: Path
             out.write(packer.compress(zeros))
         out.write(packer.compress(tar([("b.txt", b"2")])) + packer.flush())
     setup = "from wds_tools.sources.tars import Tars, Unit"
-    grown = grown_mb(setup, f"print([getattr(r.fields, 'reason', r.key) for r in Tars().read(Unit({str(tmp_path / 'a.tar.zst')!r}, 1))])")
+    grown = grown_mb(
+        setup, f"print([getattr(r.fields, 'reason', r.key) for r in Tars().read(Unit({str(tmp_path / 'a.tar.zst')!r}, 1))])"
+    )
     assert grown < 100
     assert reasons(read(tmp_path / "a.tar.zst")) == ["0", "sample_too_large", "b"]
 

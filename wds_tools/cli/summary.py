@@ -65,9 +65,7 @@ def print_dataset(url: str, manifest: Manifest, *, json: bool = False) -> None:
     if isinstance(left_out := manifest.source.get("left_out"), dict):
         facts["left out"] = f"{left_out.get('files')} files, not read as records, such as {left_out.get('such_as')}"
     if isinstance(counts := manifest.source.get("counts"), dict) and PASSED_OVER in counts:
-        facts["passed over"] = (
-            f"{counts[PASSED_OVER]} members of tars that are of no sample: hidden, without suffix, links"
-        )
+        facts["passed over"] = f"{counts[PASSED_OVER]} members of tars that are of no sample: hidden, without suffix, links"
     for column, provenance in manifest.codes.items():
         size = provenance.get("codebook_size")
         settings = [f"{size:,} codes" if isinstance(size, int) else "codes of unknown number"]
