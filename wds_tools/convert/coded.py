@@ -10,17 +10,18 @@ what the row has of them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from wds_tools.convert.options import ConvertOptions, kept_fields
+from wds_tools.convert.options import ConvertOptions
 from wds_tools.errors import Reject, UsageError
 from wds_tools.format.codes import CODE_COLUMNS
 from wds_tools.format.schema import Sample
 from wds_tools.records.arrays import PICKLED
 from wds_tools.records.coded import ABSENT, IMAGE_TYPES, SIDE_512, CodedRows
-from wds_tools.records.fields import CAPTION, required_text
+from wds_tools.records.field_map import FieldMap
+from wds_tools.records.fields import value_of
 from wds_tools.records.images import ImageSource
 from wds_tools.sources.tables import Tables
 
@@ -48,6 +49,8 @@ class CodedConfig(ConvertOptions):
     """Hash of its weights, as the manifest of a set that was encoded here has it: only then can the two be exported together."""
     codes: str | None = None
     """Field with the codes of an image. Default: Liquid's columns, else vq_code, vq_codes, codes, code, or npy."""
+    text: tuple[str, ...] = ()
+    """Fields with the text: the first that is there. Default: well-known names in a documented order."""
     code_root: str | None = None
     """Folder that paths of npy files in that field are relative to, and may not leave. Default: the folder of the records."""
     grid: tuple[int, int] | None = None
@@ -78,7 +81,7 @@ class CodedConfig(ConvertOptions):
         """The codes, text and turns of a record."""
         rows = CodedRows(self.codebook_size, self.stride, self.grid, self.crop)
         num_ahead = 0 if self.code_root is None else _NUM_AHEAD  # files are waited for
-        return Coded(rows, self.codes, self.code_root, self.strict_links, self.keep, num_ahead)
+        return Coded(rows, self.codes, FieldMap(text=self.text), self.code_root, self.strict_links, num_ahead)
 
     @property
     def _tokenizer_settings(self) -> dict[str, Any]:
@@ -92,9 +95,14 @@ class CodedConfig(ConvertOptions):
     @property
     def settings(self) -> dict[str, Any]:
         """See ConvertOptions."""
-        names = ("codes", "code_root", "grid", "crop")
-        said = {name: value for name in names if (value := getattr(self, name)) is not None}
+        names = ("codes", "text", "code_root", "grid", "crop")
+        said = {name: value for name in names if (value := getattr(self, name)) not in (None, ())}
         return {**self._tokenizer_settings, **said, **super().settings}
+
+    @property
+    def named_fields(self) -> Mapping[str, Iterable[str]]:
+        """See ConvertOptions."""
+        return {**super().named_fields, "--codes": (self.codes,) if self.codes else (), "--text": self.text}
 
     @property
     def code_columns(self) -> Mapping[str, Mapping[str, Any]]:
@@ -109,19 +117,21 @@ class Coded:
 
     rows: CodedRows
     field: str | None
+    field_map: FieldMap
     root: str | None
     strict_links: bool
-    keep: tuple[str, ...]
     num_ahead: int
 
     def roles(self, fields: Mapping[str, Any]) -> Mapping[str, str]:
         """See Converter."""
         names = (*CODE_COLUMNS, *CODE_NAMES, *(suffix[1:] for suffix in PICKLED)) if self.field is None else (self.field,)
-        found = [name for name in names if fields.get(name) not in (None, ABSENT)]
+        found = [name for name in names if value_of(fields, name) not in (None, ABSENT)]
         if len(found) > 1 and not set(found) <= {*CODE_COLUMNS}:
             options = " or ".join(f"--codes {name}" for name in found)
             raise Reject("ambiguous_fields", f"{', '.join(found)} hold codes: say {options}")
-        return {"codes": found[0]} if found else {}
+        roles = {"codes": found[0]} if found else {}
+        text = self.field_map.text_field(fields)
+        return roles if text is None else {**roles, "text": text}
 
     def convert(self, key: str, fields: Mapping[str, Any], source: str) -> Sample:
         """See Converter."""
@@ -130,15 +140,14 @@ class Coded:
             known = ", ".join(list(fields)[:8])[:200] or "none"
             raise Reject("missing_codes", f"no {' or '.join((*CODE_COLUMNS, *CODE_NAMES))}; the fields are: {known}; see --codes")
         if name is None or name in CODE_COLUMNS:
-            sample = self.rows.sample(key, {"data_type": IMAGE_TYPES[0], **fields})
-        elif kind == "visual_sft":
-            sample = self.rows.sample(key, {**fields, CODE_COLUMNS[0]: fields[name]})
-        elif kind in (None, *IMAGE_TYPES):
-            value = self._loaded(fields[name], source)
-            sample = self.rows.image(key, fields, name, value, required_text(fields, CAPTION))
-        else:
+            text = {"text": self.field_map.required_text(fields)} if self.field_map.text or "text" not in fields else {}
+            return self.rows.sample(key, {"data_type": IMAGE_TYPES[0], **fields, **text})
+        if kind == "visual_sft":
+            return self.rows.sample(key, {**fields, CODE_COLUMNS[0]: value_of(fields, name)})
+        if kind not in (None, *IMAGE_TYPES):
             raise Reject("unknown_data_type", f"data_type is {kind!r}, and {name} has codes: expected {IMAGE_TYPES[0]}")
-        return sample._replace(provenance=kept_fields(fields, self.keep))
+        value = self._loaded(value_of(fields, name), source)
+        return self.rows.image(key, fields, name, value, self.field_map.required_text(fields))
 
     def _loaded(self, value: Any, source: str) -> Any:
         """The content of the file that a value names, or the value."""
