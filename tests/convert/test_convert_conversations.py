@@ -63,7 +63,7 @@ REAL = {
 @pytest.mark.parametrize("name", REAL)
 def test_every_real_shape_is_taken_in_full_with_text_and_images_unchanged(name: str, tmp_path: Path) -> None:
     source, root = shared("sft") / name, shared("sft") / REAL[name]
-    manifest = convert(source, tmp_path / "out", image_root=str(root), task_records=40)
+    manifest = convert(source, tmp_path / "out", image_root=(str(root),), task_records=40)
     expected = json.loads(source.read_text())
     samples = read_samples(tmp_path / "out")
     assert (manifest.rejects, len(samples)) == ({}, len(expected))
@@ -145,7 +145,7 @@ def test_a_set_whose_images_are_missing_is_refused(tmp_path: Path) -> None:
 )
 def test_what_cannot_be_used_is_a_reject_with_its_reason(broken: Record, reason: str, tmp_path: Path) -> None:
     source = write(tmp_path / "in", [record(), broken, record("b.jpg")])
-    manifest = convert(source, tmp_path / "out", image_root=str(tmp_path / "in"))
+    manifest = convert(source, tmp_path / "out", image_root=(str(tmp_path / "in"),))
     assert (manifest.samples, manifest.rejects) == (2, {reason: 1})
     (reject,) = read_rejects(tmp_path / "out")
     assert (reject["element"], reject["reason"]) == (1, reason)

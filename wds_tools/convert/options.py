@@ -65,7 +65,7 @@ class ConvertOptions(JobOptions):
     drop: tuple[str, ...] = ()
     """Fields with an image that is left out on purpose."""
     where: str | None = None
-    """Take only records for which this is true, such as 'similarity >= 0.28 and not nsfw'. See docs/doors.md."""
+    """Take only records for which this is true, such as 'similarity >= 0.28 and not nsfw'. See docs/fields.md."""
     strict_links: bool = False
     """Of folders (--input, --image-root), follow no symlink that leads out: for what was unpacked from archives of strangers."""
     key_prefix: str = ""

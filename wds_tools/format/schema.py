@@ -17,7 +17,7 @@ SCHEMA_VERSION = 1
 ANY_MEMBERS = 0
 """The schema version of indexed third-party tars: WebDataset samples of any members, which only the loaders can use."""
 DATA_TYPES = ("image_text", "image_text_multi", "text_pretrain", "visual_sft")
-IMAGE_EXTENSIONS = ("jpg", "png", "webp", "gif", "bmp", "tif")
+IMAGE_EXTENSIONS = ("jpg", "png", "webp", "gif", "bmp", "tif", "avif")
 JSON_FIELDS = ("data_type", "text", "length", "width", "height", "conversations", "grids", "texts")
 TOKEN_MEMBERS = ("tokens.npy", "loss.npy", "segments.npy")
 """Members of a row of tokens: ids, which are trained, lengths of segments; see `sequences.rows`."""
