@@ -25,7 +25,7 @@ from wds_tools.records.fields import value_of
 from wds_tools.records.images import ImageSource
 from wds_tools.sources.tables import Tables
 
-CODE_NAMES = ("vq_code", "vq_codes", "codes", "code", "npy")
+CODE_NAMES = ("vq_code", "vq_codes", "codes", "npy")
 """Fields in which codes are looked for, beside Liquid's columns."""
 _SUFFIXES = (".npy", *PICKLED)
 """Of files with codes: the field has the path. Pickles are refused when they are looked at."""
@@ -48,7 +48,7 @@ class CodedConfig(ConvertOptions):
     weights_hash: str | None = None
     """Hash of its weights, as the manifest of a set that was encoded here has it: only then can the two be exported together."""
     codes: str | None = None
-    """Field with the codes of an image. Default: Liquid's columns, else vq_code, vq_codes, codes, code, or npy."""
+    """Field with the codes of an image. Default: Liquid's columns, else vq_code, vq_codes, codes or npy."""
     text: tuple[str, ...] = ()
     """Fields with the text: the first that is there. Default: well-known names in a documented order."""
     code_root: str | None = None

@@ -48,6 +48,7 @@ _IMAGE_FILE = re.compile(r"^data:image/|\.(jpe?g|png|webp|gif|bmp|tiff?|avif|hei
 _OTHER_MARK = re.compile(r"<img>|<\|(image|vision)\w*\|>|<image[ _]?\d+>")
 """Marks of images in other conventions than LLaVA's."""
 _IMAGE_VALUES = ("image", "image_url", "path", "url")
+_SPEAKERS = ("from", "role")
 _TEXTS = ("value", "content")
 PROMPTS = ("system", "system_prompt")
 """Fields with a prompt of the system."""
@@ -139,8 +140,9 @@ class TalkReader:
     def _image_field(self, record: Mapping[str, Any]) -> str | None:
         if self.image is not None:
             return self.image if images_in(self.image, value_of(record, self.image)) else None
-        names = [name for name in IMAGE_FIELDS if name not in self.left_out and images_in(name, record.get(name))]
-        names = [name for name in names if name in IMAGE_FIELDS[:2] or is_image(record[name], name)]
+        there = [name for name in IMAGE_FIELDS if record.get(name) is not None and name not in self.left_out]
+        names = [name for name in there if name in IMAGE_FIELDS[:2] or is_image(record[name], name)]
+        names = [name for name in names if images_in(name, record[name])]
         return min(names, key=lambda name: isinstance(images_in(name, record[name])[0], str), default=None)
 
     def _check_unused(self, record: Mapping[str, Any], roles: Mapping[str, str], turns: list[dict[str, Any]]) -> None:
@@ -150,8 +152,9 @@ class TalkReader:
         images += images_in(roles["image"], value_of(record, roles["image"])) if "image" in roles else []
         used = {posixpath.basename(path) for _, path in _files("", images) if path}
         known = {*roles.values(), *PROMPTS, *self.left_out}
-        told = [item for turn in turns for item in turn.items() if item[0] not in _TEXTS]
-        for field, value in (*record.items(), *told):
+        fields = [item for item in record.items() if item[0] not in known]
+        fields += [item for turn in turns for item in turn.items() if item[0] not in (*_TEXTS, *_SPEAKERS)]
+        for field, value in fields:
             found = [(field, "")] if not images and _IMAGE_FIELD.fullmatch(field) and _given(value) else []
             for name, file in (*_files(field, value), *found):
                 steps = name.removeprefix("json.").split(".")
@@ -214,7 +217,7 @@ def _turns(record: Mapping[str, Any], found: list[dict[str, Any]], places: list[
         if "user" in turn and "assistant" in turn:
             turns += [("human", _text(turn, ("user",), places)), ("gpt", _text(turn, ("assistant",), places))]
             continue
-        said = next((turn[name] for name in ("from", "role") if turn.get(name) is not None), None)
+        said = next((turn[name] for name in _SPEAKERS if turn.get(name) is not None), None)
         role = _ROLE_OF.get(said.strip().lower()) if isinstance(said, str) else None
         if role is None:
             raise Reject("bad_conversation", f"a turn is from {str(said)[:80]!r}, expected one of {', '.join(_ROLE_OF)}")
