@@ -107,6 +107,19 @@ def test_of_images_of_one_name_the_first_is_used_and_that_is_said(tmp_path: Path
         assert "1 images of --image-root have the name of another, such as" in capfd.readouterr().err
 
 
+def test_links_and_names_of_other_encodings_are_passed_by_and_the_images_behind_them_are_found(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.jpg").write_bytes(image_bytes(1))
+    (tmp_path / "in/b.jpg").symlink_to("a.jpg")
+    (tmp_path / "in/caf\udce9.jpg").write_bytes(image_bytes(3))
+    (tmp_path / "in/z.jpg").write_bytes(image_bytes(2))
+    subprocess.run(["tar", "-C", str(tmp_path / "in"), "-cf", str(tmp_path / "a.tar"), "--sort=name", "."], check=True)
+    images = reader(tmp_path / "a.tar")
+    assert images.read("", "z.jpg")[0] == image_bytes(2)
+    with pytest.raises(Reject, match="missing_image"):
+        images.read("", "b.jpg")
+
+
 def test_two_names_of_one_hash_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tar_images, "_hash", lambda _: 7)
     (tmp_path / "a.tar").write_bytes(tar(*((f"{number}.jpg", image_bytes(number)) for number in range(5))))
