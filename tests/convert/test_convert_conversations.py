@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from loaders import ShardDataset
 from wds_tools.check.verify import VerifyConfig, verify
-from wds_tools.convert import run_conversion
+from wds_tools.convert import run_conversion, survey
 from wds_tools.convert.conversations import ConversationsConfig
 from wds_tools.errors import FormatError, UsageError
 from wds_tools.format.manifest import Manifest
@@ -179,7 +179,10 @@ ANSWER = {"from": "gpt", "value": "This."}
     ],
     ids=str,
 )
-def test_an_image_that_would_be_left_behind_is_a_reject_and_never_a_text_alone(fields: Record, tmp_path: Path) -> None:
+def test_an_image_that_would_be_left_behind_is_a_reject_and_never_a_text_alone(
+    fields: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(survey, "NUM_RECORDS", 0)  # as if it came later in the input
     source = write(tmp_path / "in", [{"conversations": turns("What?", "This."), **fields}, record()])
     manifest = convert(source, tmp_path / "out")
     assert (manifest.samples, manifest.rejects) == (1, {"unused_image": 1})
@@ -205,7 +208,10 @@ def test_a_conversation_without_an_image_may_say_so_in_any_way(fields: Record, t
     assert read_samples(tmp_path / "out")[0].images == ()
 
 
-def test_another_name_for_the_image_that_is_used_and_a_field_that_is_kept_leave_nothing_behind(tmp_path: Path) -> None:
+def test_another_name_for_the_image_that_is_used_and_a_field_that_is_kept_leave_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(survey, "NUM_RECORDS", 0)
     talks = [record(image_url="https://host/x/a.jpg", id="coco/a.jpg"), record(original="https://host/0017.jpg")]
     source = write(tmp_path / "in", talks)
     assert convert(source, tmp_path / "out").rejects == {"unused_image": 1}

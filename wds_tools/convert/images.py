@@ -6,12 +6,14 @@ Pixels are first decoded by the encoder. An image that can't be read, or is not 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from wds_tools.convert.options import ConvertOptions
 from wds_tools.convert.tar_images import TarImages
 from wds_tools.errors import UsageError
+from wds_tools.format.schema import Sample
 from wds_tools.images import ImageInfo, ImageLimits, probe
 from wds_tools.records.images import ImageSource, read_image
 from wds_tools.sources.inputs import by_suffix, expand_inputs
@@ -19,6 +21,15 @@ from wds_tools.sources.inputs import by_suffix, expand_inputs
 NUM_AHEAD = 16
 """Records whose images are fetched at the same time."""
 _PACKED = (".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip")
+
+
+def image_facts(sample: Sample) -> dict[str, Any]:
+    """What --where and --keep may ask of a sample's first image, by name: see records.where.FACTS. {} if it has none."""
+    if sample.image is None:
+        return {}
+    info = probe(sample.image)
+    size = {"image_width": info.width, "image_height": info.height}
+    return {**size, "image_bytes": len(sample.image), "image_format": info.format.lower()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +46,7 @@ class ImageOptions(ConvertOptions):
     min_side: int = ImageLimits.min_side
     """Images with a shorter side than this, in pixels, are rejected."""
 
-    takes_images = True
+    image_facts: ClassVar[Callable[[Sample], Mapping[str, Any]] | None] = staticmethod(image_facts)
 
     def __post_init__(self) -> None:
         super().__post_init__()
