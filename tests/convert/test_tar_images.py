@@ -38,7 +38,7 @@ def journey(tmp_path: Path) -> Path:
     subprocess.run([*pack, str(tmp_path / "in/000.tar"), "./000"], check=True)
     subprocess.run([*pack, str(tmp_path / "in/001.tar"), "--format=pax", "001", LONG.partition("/")[0]], check=True)
     paths = [*NAMES, "./000/1.jpg", "000/../001/2.jpg", "/000/0.jpg", "nowhere.jpg", "../000/0.jpg", "s3://b/000/0.jpg", "000"]
-    return write_jsonl(tmp_path / "in/anno.jsonl", [{"image_path": path, "text": path} for path in paths])
+    return write_jsonl(tmp_path / "in/anno.jsonl", [{"img_path": path, "prompt": path} for path in paths])
 
 
 def tar(*members: tuple[str, bytes], end: bytes = END) -> bytes:
