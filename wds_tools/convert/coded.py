@@ -17,7 +17,7 @@ from wds_tools.errors import UsageError
 from wds_tools.format.codes import CODE_COLUMNS
 from wds_tools.format.schema import Sample
 from wds_tools.records.coded import SIDE_512, CodedRows, codes_in
-from wds_tools.sources.tables import Tables
+from wds_tools.sources.tables import TableFiles
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,9 +46,9 @@ class CodedConfig(ConvertOptions):
         if self.stride < 1 or SIDE_512 % self.stride:
             raise UsageError(f"--stride {self.stride}: expected a divisor of {SIDE_512}")
 
-    def make_source(self) -> Tables:
+    def make_source(self) -> TableFiles:
         """Arrow, Parquet and jsonl files."""
-        return Tables(self.task_lines, self.quiet)
+        return TableFiles(self.task_lines, self.quiet)
 
     def make_converter(self) -> Coded:
         """The codes, text and turns of a record."""
