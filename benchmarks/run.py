@@ -16,6 +16,7 @@ import timeit
 from importlib.metadata import version
 from pathlib import Path
 
+from benchmarks.containers import BARS, measure
 from benchmarks.size import bytes_per_sample
 from benchmarks.workload import write_documents
 from wds_tools.records.where import Where
@@ -66,6 +67,7 @@ def main(out: Path) -> None:
     size = bytes_per_sample(out / "size")
     memory = conversion_memory(out / "memory")
     condition_us = condition_cost()
+    containers = measure(out / "containers")
     print(f"machine: {platform.processor() or platform.machine()}, Python {platform.python_version()}, ", end="")
     print(", ".join(f"{name} {version(name)}" for name in ("webdataset", "orjson", "zstandard", "datasets")))
     print(f"\nDCLM conversion, one core, median of {ROUNDS} rounds")
@@ -80,11 +82,14 @@ def main(out: Path) -> None:
     print(f"  wds-tools, index included      {size['ours']:>9,.0f}   (bar: 4,200)")
     print(f"\nMemory: converting {memory['json_MB']:,.0f} MB of DCLM peaks at {memory['peak_MB']:,.0f} MB (bar: 400)")
     print(f"--where with two comparisons: {condition_us:.1f} us a record (bar: 5)")
-    for folder in ("speed", "size", "memory"):
+    print(f"\nContainers into shards, one core, MB of input a second, median of {ROUNDS} rounds")
+    for kind, found in containers.items():
+        print(f"  {kind:<8} plain {found['plain']:>7,.0f}   wds-tools {found['ours']:>7,.0f}   ", end="")
+        print(f"{found['ours'] / found['plain']:.2f} of it (bar: {BARS[kind]})")
+    for folder in ("speed", "size", "memory", "containers"):
         shutil.rmtree(out / folder)
-    (out / "results.json").write_text(
-        json.dumps({"speed": speed, "size": size, "memory": memory, "condition_us": condition_us}, indent=2) + "\n"
-    )
+    results = {"speed": speed, "size": size, "memory": memory, "containers": containers, "condition_us": condition_us}
+    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":

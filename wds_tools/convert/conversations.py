@@ -33,7 +33,7 @@ class ConversationsConfig(ImageOptions):
     conversations: str | None = None
     """Field with the turns. Default: conversations, messages, conversation or texts."""
     image: str | None = None
-    """Field with the images. Default: image or images, and those that stand in the turns."""
+    """Field with the images. Default: image, images, or another well-known name; and those that stand in the turns."""
     image_marks: Literal["written", "first"] = "written"
     """first: images of a record without an <image> mark are put before its first question; else such a record is a reject."""
     sft_mode: Mode = "cc512"
