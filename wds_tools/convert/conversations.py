@@ -10,7 +10,7 @@ the turns, as first_answer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -33,7 +33,7 @@ class ConversationsConfig(ImageOptions):
     conversations: str | None = None
     """Field with the turns. Default: conversations, messages, conversation or texts."""
     image: str | None = None
-    """Field with the images. Default: image or images, and those that stand in the turns."""
+    """Field with the images. Default: image, images, or another well-known name; and those that stand in the turns."""
     image_marks: Literal["written", "first"] = "written"
     """first: images of a record without an <image> mark are put before its first question; else such a record is a reject."""
     sft_mode: Mode = "cc512"
@@ -53,6 +53,12 @@ class ConversationsConfig(ImageOptions):
         """See ConvertOptions."""
         said = {"conversations": self.conversations, "image": self.image, "image_marks": self.image_marks}
         return {**said, **super().settings}
+
+    @property
+    def named_fields(self) -> Mapping[str, Iterable[str]]:
+        """See ConvertOptions."""
+        named = {"--conversations": self.conversations, "--image": self.image}
+        return {**super().named_fields, **{option: (name,) for option, name in named.items() if name is not None}}
 
     @property
     def image_types(self) -> Sequence[str]:

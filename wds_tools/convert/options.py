@@ -25,8 +25,10 @@ _TASK_SIZES = ("task_lines", "task_records", "task_bytes")
 class Converter(Protocol):
     """Turns records into samples. A value that is pickled to workers."""
 
-    num_ahead: int
-    """Records that are converted at the same time, in threads, for what waits for files; 0: one after the other."""
+    @property
+    def num_ahead(self) -> int:
+        """Records that are converted at the same time, in threads, for what waits for files; 0: one after the other."""
+        ...
 
     def roles(self, fields: Mapping[str, Any], /) -> Mapping[str, str]:
         """What is read of a record: role, such as "text" or "image" -> name of the field that has it.
