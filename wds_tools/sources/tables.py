@@ -1,7 +1,4 @@
-"""Hugging Face datasets as they lie on disk -> their files -> rows.
-
-    a folder of save_to_disk   the Arrow files that its state.json names
-    Parquet                    the files below a folder, or those that are named: what `export hf --format parquet` writes
+"""Tables -> rows: Parquet by row groups, Arrow files and streams, and the folders of save_to_disk.
 
 An Arrow file that was cut off gives its rows up to there, a Parquet file its rows up to the damage (none, if its footer is gone),
 and either one reject. Memory: one Arrow batch, or one Parquet row group.
@@ -24,7 +21,7 @@ from wds_tools.sources.containers import Unit
 from wds_tools.sources.record import InputFile, Record
 from wds_tools.storage import Store, join, open_store, split_url
 
-ARROW, PARQUET = ".arrow", ".parquet"
+ARROW = ".arrow"
 _READING = "reading Parquet and Arrow files"
 _STATE, _SPLITS = "state.json", "dataset_dict.json"
 _NOT_SAVED = "is not what save_to_disk writes"
