@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from commands import image_bytes, read_samples, shared, tree, write_documents, write_jsonl, write_pairs
 
@@ -150,6 +152,14 @@ def test_an_image_in_the_record_itself_keeps_its_size(tmp_path: Path) -> None:
     convert(PairsConfig, tmp_path / "out", source)
     (sample,) = read_samples(tmp_path / "out")
     assert (sample.image, sample.provenance) == (image_bytes(0), {"image_width": 40, "image_height": 32})
+
+
+def test_images_inside_parquet_are_found_and_keep_their_size(tmp_path: Path) -> None:
+    rows = [{"photo": {"bytes": image_bytes(number), "path": None}, "caption": f"c{number}", "n": number} for number in range(3)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "in.parquet")
+    convert(PairsConfig, tmp_path / "out", tmp_path / "in.parquet", where="image_width == 40 and n > 0", keep=("n",))
+    found = [(sample.text, sample.image, sample.provenance) for sample in read_samples(tmp_path / "out")]
+    assert found == [(f"c{n}", image_bytes(n), {"image_width": 40, "image_height": 32, "n": n}) for n in (1, 2)]
 
 
 def test_two_images_stop_a_run_before_it_writes_and_are_rejects_later(

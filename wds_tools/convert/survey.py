@@ -86,9 +86,9 @@ class Survey:
         """Raise UsageError if no record has a field that is named, an image would be left over, or fields are ambiguous."""
         for option, name in sorted(self.wanted) if self.fields else ():  # else there is no record at all
             near = difflib.get_close_matches(name, self.fields, 3, 0.5)
-            meant = f"did you mean {' or '.join(near)}? " if near else ""
+            meant = f": did you mean {' or '.join(near)}? The" if near else "; the"
             known = ", ".join(list(self.fields)[:_MAX_SHOWN])[:600]
-            raise UsageError(f"{option}: none of the first records has a field {name}: {meant}The fields are: {known}")
+            raise UsageError(f"{option}: none of the first records has a field {name}{meant} fields are: {known}")
         if self.problem is not None:
             raise UsageError(self.problem)
 
