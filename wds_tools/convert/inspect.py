@@ -14,13 +14,14 @@ from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Any, Final
 
-from wds_tools.convert.coded import CodedConfig
+from wds_tools.convert.coded import CODE_NAMES, CodedConfig
 from wds_tools.convert.conversations import ConversationsConfig
 from wds_tools.convert.documents import DocumentsConfig
 from wds_tools.convert.options import Converter, ConvertOptions
 from wds_tools.convert.pairs import PairsConfig
 from wds_tools.convert.survey import Read, place_of, survey_records
 from wds_tools.errors import Reject, UsageError
+from wds_tools.format.codes import CODE_COLUMNS
 from wds_tools.records.conversations import FIELDS as TURN_FIELDS
 from wds_tools.records.field_map import FieldMap
 from wds_tools.sources.composite import kind_of_task
@@ -33,7 +34,6 @@ CONVERTERS: Final[Mapping[str, type[ConvertOptions]]] = {
     "documents": DocumentsConfig,
 }
 NUM_SAMPLES: Final = 3
-_CODES: Final = ("vqcode_512", "vqcode_multi768", "vq_code", "npy")
 _MAX_CHARACTERS: Final = 60
 
 
@@ -90,7 +90,7 @@ def _fitting(fields: Mapping[str, Any]) -> str:
     """The converter for a record."""
     if any(isinstance(turns := fields.get(name), list) and turns and isinstance(turns[0], dict) for name in TURN_FIELDS):
         return "conversations"
-    if any(fields.get(name) not in (None, "no") for name in _CODES):
+    if any(fields.get(name) not in (None, "no") for name in (*CODE_COLUMNS, *CODE_NAMES)):
         return "coded"
     return "documents" if FieldMap().image_field(fields) is None else "pairs"
 
