@@ -41,7 +41,7 @@ def test_it_says_what_there_is_and_what_to_type_and_writes_nothing(tmp_path: Pat
     assert "\x1b" not in printed
     found = inspect_json(capsys, path)
     assert found["fields"]["n"] == {"types": {"int": 2}, "example": "3"}
-    assert found["fields"]["meta.a"] == {"types": {"NoneType": 2}, "example": "None"}
+    assert found["fields"]["meta.a"] == {"types": {"NoneType": 2}, "example": "null"}
     assert (found["converter"], found["num_records"], found["rejects"]) == ("pairs", 4, {"not_an_object": 1})
 
 

@@ -175,6 +175,7 @@ def test_two_images_stop_a_run_before_it_writes_and_are_rejects_later(
     assert not (tmp_path / "out").exists()
     assert convert(PairsConfig, tmp_path / "dropped", path, drop=("image",)).samples == 2
     assert convert(PairsConfig, tmp_path / "kept", path, keep=("other=image",)).samples == 2
+    assert convert(PairsConfig, tmp_path / "chosen", path, where="text == 'y'").samples == 1
     monkeypatch.setattr(survey, "NUM_RECORDS", 1)
     assert convert(PairsConfig, tmp_path / "later", path, max_rejects="1").rejects == {"unused_image": 1}
 

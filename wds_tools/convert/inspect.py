@@ -19,7 +19,7 @@ from wds_tools.convert.conversations import ConversationsConfig
 from wds_tools.convert.documents import DocumentsConfig
 from wds_tools.convert.options import Converter, ConvertOptions
 from wds_tools.convert.pairs import PairsConfig
-from wds_tools.convert.survey import Read, place_of, survey_records
+from wds_tools.convert.survey import Read, place_of, shown, survey_records
 from wds_tools.errors import Reject, UsageError
 from wds_tools.format.codes import CODE_COLUMNS
 from wds_tools.records.conversations import FIELDS as TURN_FIELDS
@@ -34,7 +34,6 @@ CONVERTERS: Final[Mapping[str, type[ConvertOptions]]] = {
     "documents": DocumentsConfig,
 }
 NUM_SAMPLES: Final = 3
-_MAX_CHARACTERS: Final = 60
 
 
 def inspect_input(patterns: Sequence[str], *, converter: str | None = None, image_root: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -69,7 +68,7 @@ def inspect_input(patterns: Sequence[str], *, converter: str | None = None, imag
     mapped = survey_records(source.read, tasks, making.roles, {})
     root = ["--image-root", *image_root] if image_root else []
     fields = {
-        field: {"types": dict(types), "example": _shown(survey.examples.get(field))} for field, types in survey.fields.items()
+        field: {"types": dict(types), "example": survey.examples.get(field, "null")} for field, types in survey.fields.items()
     }
     return {
         **{"input": said, "left_out": inputs.source.get("left_out")},
@@ -112,17 +111,7 @@ def _first_samples(read: Read, tasks: Sequence[Any], options: ConvertOptions, co
             more = [f"{len(sample.more_images)} more images"] if sample.more_images else []
             codes = [f"{column} of {' x '.join(map(str, grid_HW.shape))}" for column, grid_HW in sample.codes.items()]
             text = sample.text or " / ".join(turn["value"] for turn in sample.conversations or ())
-            lines.append(f"{place_of(record)}: {', '.join([sample.data_type, *size, *more, *codes, _shown(text)])}")
+            lines.append(f"{place_of(record)}: {', '.join([sample.data_type, *size, *more, *codes, shown(text)])}")
         if len(lines) >= NUM_SAMPLES:
             break
     return lines
-
-
-def _shown(value: Any) -> str:
-    """A value, or the beginning of it."""
-    if isinstance(value, bytes):
-        return f"{len(value):,} bytes"
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(value) + "}"
-    text = repr(value[:_MAX_CHARACTERS] if isinstance(value, str | list) else value)
-    return text if len(text) <= _MAX_CHARACTERS else f"{text[:_MAX_CHARACTERS]} ..."

@@ -45,11 +45,11 @@ def run_conversion(options: ConvertOptions, encoder: Encoder | None = None) -> M
         options = replace(options, workers=encoder.workers)
     settings |= {name: value for name in ("drop", "where") if (value := getattr(options, name))}
     converter = options.make_converter()
-    survey = survey_records(source.read, tasks, converter.roles, options.named_fields)
+    selection = Selection.of(options, converter)
+    survey = survey_records(source.read, tasks, selection.roles, options.named_fields)
     survey.check()
     if not options.quiet:
         say(f"wds-tools: {inputs.describe(map(kind_of_task, tasks))}", f"wds-tools: {survey.field_map()}", error=True)
-    selection = Selection.of(options, converter)
     job = Job(
         command=options.command,
         settings=settings,

@@ -35,6 +35,12 @@ class Selection:
         asked = {field for _, field in keep} | (where.facts if where else set())
         return cls(converter, where, keep, options.image_facts if asked & {*FACTS} else None)
 
+    def roles(self, fields: Mapping[str, Any]) -> Mapping[str, str]:
+        """See Converter; of records that --where drops nothing is asked. Raises Reject also as Where.check."""
+        if self.where is not None:
+            self.where.check(fields)
+        return self.converter.roles(fields)
+
     def convert(self, key: str, fields: Mapping[str, Any], source: str) -> Sample:
         """See Converter. Raises Reject also as Where.check."""
         if self.where is not None:

@@ -26,6 +26,8 @@ MAX_TASKS: Final = 100
 _STOPS: Final = ("unused_image", "ambiguous_fields")
 _MAX_DEPTH: Final = 3
 _MAX_SHOWN: Final = 24
+_MAX_FIELDS: Final = 1000
+_MAX_CHARACTERS: Final = 60
 
 Read = Callable[[Any], Iterator[Record[Mapping[str, Any]]]]
 Roles = Callable[[Mapping[str, Any]], Mapping[str, str]]
@@ -43,8 +45,8 @@ class Survey:
     """Records that were looked at; those that can't be read, too."""
     fields: dict[str, Counter[str]] = field(default_factory=dict)
     """Name of a field, also of one inside an object -> records by the type that it has."""
-    examples: dict[str, Any] = field(default_factory=dict)
-    """Name -> the first value that is not null."""
+    examples: dict[str, str] = field(default_factory=dict)
+    """Name -> the first value that is not null, in short."""
     roles: dict[str, Counter[str]] = field(default_factory=dict)
     """Role -> field that has it -> in how many records."""
     passed_over: Counter[str] = field(default_factory=Counter)
@@ -61,10 +63,11 @@ class Survey:
         try:
             if isinstance(fields, Reject):
                 raise fields
-            for name, value in values_of(fields):
-                self.fields.setdefault(name, Counter())[type(value).__name__] += 1
-                if value is not None:
-                    self.examples.setdefault(name, value)
+            for name, value in islice(values_of(fields), _MAX_FIELDS):
+                if name in self.fields or len(self.fields) < _MAX_FIELDS:
+                    self.fields.setdefault(name, Counter())[type(value).__name__] += 1
+                    if value is not None and name not in self.examples:
+                        self.examples[name] = shown(value)
             self.look_for(fields)
             roles = self.roles_of(fields)
         except Reject as cause:
@@ -138,3 +141,13 @@ def values_of(fields: Mapping[str, Any], depth: int = _MAX_DEPTH) -> Iterator[tu
         yield name, value
         if isinstance(value, Mapping) and depth:
             yield from ((f"{name}.{inner}", content) for inner, content in values_of(value, depth - 1))
+
+
+def shown(value: Any) -> str:
+    """A value, or the beginning of it."""
+    if isinstance(value, bytes):
+        return f"{len(value):,} bytes"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(value) + "}"
+    text = repr(value[:_MAX_CHARACTERS] if isinstance(value, str | list) else value)
+    return text if len(text) <= _MAX_CHARACTERS else f"{text[:_MAX_CHARACTERS]} ..."
