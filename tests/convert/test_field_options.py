@@ -190,7 +190,10 @@ def test_every_conversion_says_in_two_lines_what_it_reads_and_which_field_is_wha
 ) -> None:
     path = write_pairs(tmp_path / "in", 2)
     write_jsonl(path, [{"img_path": f"images/{i}.jpg", "txt": "a", "caption": "b", "alt": "c"} for i in range(2)])
-    said = run_both(["convert", "pairs", "--input", path, "--output", tmp_path / "out", "--texts", "a=alt"], capsys)
+    said = run_both(
+        ["convert", "pairs", "--input", path, "--output", tmp_path / "out", "--texts", "a=alt", "--keep", "ult", "txt"], capsys
+    )
+    assert "; no ult to keep in the first records" in said
     assert "image = img_path; text = alt (caption, txt passed over); texts.a = alt" in said
     assert "wds-tools: 1 file (" in said
     said = run_both(["convert", "pairs", "--input", path, "--output", tmp_path / "two", "--quiet"], capsys)

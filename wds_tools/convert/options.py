@@ -127,8 +127,9 @@ class ConvertOptions(JobOptions):
 
     @property
     def named_fields(self) -> Mapping[str, Iterable[str]]:
-        """Option -> fields that it names, one of which has to be in the first records."""
-        return {"--where": () if (condition := self.condition) is None else sorted(condition.names)}
+        """Option -> fields that it names, which have to be in the first records; those of --keep are asked for only."""
+        kept = [field.removeprefix(RECORD) for _, field in self.kept if field not in FACTS]
+        return {"--where": () if (condition := self.condition) is None else condition.names, "--keep": kept}
 
     def make_source(self) -> Source:
         """What reads the input, unless `source` names another."""

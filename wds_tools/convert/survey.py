@@ -88,6 +88,8 @@ class Survey:
     def check(self) -> None:
         """Raise UsageError if no record has a field that is named, an image would be left over, or fields are ambiguous."""
         for option, name in sorted(self.wanted) if self.fields else ():  # else there is no record at all
+            if option == "--keep":
+                continue
             near = difflib.get_close_matches(name, self.fields, 3, 0.5)
             meant = f": did you mean {' or '.join(near)}? The" if near else "; the"
             known = ", ".join(list(self.fields)[:_MAX_SHOWN])[:600]
@@ -102,6 +104,8 @@ class Survey:
             shown = [name if len(names) == 1 else f"{name} ({count:,})" for name, count in names.most_common(_MAX_SHOWN)]
             passed = [name for name in self.passed_over if name not in names] if role == "text" else []
             parts.append(f"{role} = {', '.join(shown)}" + (f" ({', '.join(passed)} passed over)" if passed else ""))
+        if absent := sorted(name for option, name in self.wanted if option == "--keep"):
+            parts.append(f"no {', '.join(absent)} to keep in the first records")
         return "; ".join(parts) or "no field is known to be of use"
 
 
