@@ -24,6 +24,7 @@ from wds_tools.encode.encode import EncodeConfig, encode
 from wds_tools.errors import TooManyRejects, UsageError
 from wds_tools.format.manifest import Manifest
 from wds_tools.jobs.finalize import FinalizeConfig, finalize
+from wds_tools.sources.record import Record
 
 
 def convert(kind: type[ConvertOptions], output: Path, source: Path, **options: Any) -> Manifest:
@@ -198,6 +199,13 @@ def test_every_conversion_says_in_two_lines_what_it_reads_and_which_field_is_wha
     assert "wds-tools: 1 file (" in said
     said = run_both(["convert", "pairs", "--input", path, "--output", tmp_path / "two", "--quiet"], capsys)
     assert said == ""
+
+
+def test_a_record_of_very_many_fields_is_looked_at_within_bounds() -> None:
+    look = survey.Survey(lambda _fields: {})
+    look.add(Record(0, {f"f{number}": "x" * 1000 for number in range(200_000)}, "in.jsonl"))
+    assert len(look.fields) == len(look.examples) == 1000
+    assert max(map(len, look.examples.values())) < 70
 
 
 def test_documents_find_their_text_and_leave_no_image_behind(tmp_path: Path) -> None:
