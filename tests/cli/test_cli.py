@@ -48,7 +48,10 @@ def test_help_shows_what_it_does_an_example_and_every_option(words: tuple[str, .
     assert module.EXAMPLE.startswith(f"wds-tools {' '.join(words)} ")
     assert " ".join(module.Config.__doc__.split()) in shown
     options = set(re.findall(r"--([a-z0-9-]+)", shown))
-    names = {field.name.replace("_", "-") for field in dataclasses.fields(module.Config)} - {"reader"}  # which is --for
+    names = {field.name.replace("_", "-") for field in dataclasses.fields(module.Config)} - {
+        "reader",
+        "converter",
+    }  # which are --for, --as
     assert names - options <= ({"input", "shell", "a", "b"} if "positional arguments" in shown else set())
 
 

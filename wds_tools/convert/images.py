@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import Any
 
-from wds_tools.convert.options import ConvertOptions, ImageFacts
+from wds_tools.convert.options import ConvertOptions
 from wds_tools.convert.tar_images import TarImages
 from wds_tools.errors import UsageError
 from wds_tools.format.schema import Sample
@@ -45,7 +45,7 @@ class ImageOptions(ConvertOptions):
     min_side: int = ImageLimits.min_side
     """Images with a shorter side than this, in pixels, are rejected."""
 
-    image_facts: ClassVar[ImageFacts | None] = staticmethod(image_facts)
+    image_facts = staticmethod(image_facts)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol, cast
 
 from wds_tools.errors import FormatError, UsageError
 from wds_tools.format.schema import MAX_KEY_BYTES, Sample, check_key
@@ -86,7 +86,7 @@ class ConvertOptions(JobOptions):
 
     command = ""
     """Name of the command, written into the manifest."""
-    image_facts: ClassVar[ImageFacts | None] = None
+    image_facts = cast("ImageFacts | None", None)
     """What --where and --keep may ask of a sample's image: FACTS by name. None: there are no images."""
 
     def __post_init__(self) -> None:

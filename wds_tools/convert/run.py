@@ -17,7 +17,6 @@ from wds_tools.plugins import SOURCES, load_plugin
 from wds_tools.sources.composite import kind_of_task
 from wds_tools.sources.inputs import expand_inputs
 from wds_tools.sources.record import Source
-from wds_tools.terminal import say
 
 
 def run_conversion(options: ConvertOptions, encoder: Encoder | None = None) -> Manifest:
@@ -48,8 +47,6 @@ def run_conversion(options: ConvertOptions, encoder: Encoder | None = None) -> M
     selection = Selection.of(options, converter)
     survey = survey_records(source.read, tasks, selection.roles, options.named_fields)
     survey.check()
-    if not options.quiet:
-        say(f"wds-tools: {inputs.describe(map(kind_of_task, tasks))}", f"wds-tools: {survey.field_map()}", error=True)
     job = Job(
         command=options.command,
         settings=settings,
@@ -59,6 +56,7 @@ def run_conversion(options: ConvertOptions, encoder: Encoder | None = None) -> M
         codes=codes,
         device="cpu" if encoder is None else encoder.runs_on,
         source=inputs.source,
+        notes=[f"wds-tools: {inputs.describe(map(kind_of_task, tasks))}", f"wds-tools: {survey.field_map()}"],
         key_prefix=options.key_prefix,
     )
     return run_job(job, options)

@@ -30,6 +30,7 @@ from wds_tools.run.local import Report, run_tasks
 from wds_tools.run.progress import Advance, Progress
 from wds_tools.run.ray_cluster import check_device, on_cluster, run_on_ray
 from wds_tools.storage import open_store
+from wds_tools.terminal import say
 
 Task = TypeVar("Task")
 _Task_contra = TypeVar("_Task_contra", contravariant=True)
@@ -76,6 +77,8 @@ class Job(Generic[Task]):
     """Version of the samples' schema, or ANY_MEMBERS."""
     device: str = "cpu"
     """What a task runs on: "cpu", "cuda" (or "cuda:..."), or "auto", which is a GPU where there is one."""
+    notes: Sequence[str] = ()
+    """Lines to say before the work begins, unless all is to be quiet."""
     key_prefix: str = ""
     """Prefix of the keys that are made here; if it is empty, neither keys nor manifest mention it."""
 
@@ -135,6 +138,8 @@ def _spec(job: Job[Task], options: JobOptions, part: Part | None) -> OutputSpec:
 
 def _run_tasks(job: Job[Task], options: JobOptions, output: Output) -> Manifest:
     """Do the tasks that are left, of an output that is begun and this run's, or this part's."""
+    if job.notes and not options.quiet:
+        say(*job.notes, error=True)
     budget = RejectBudget.parse(options.max_rejects)
     numbers = (output.part or Part()).tasks(len(job.tasks))
     results = output.sound_results(verify=options.verify, quiet=options.quiet)
