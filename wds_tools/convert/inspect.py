@@ -22,6 +22,7 @@ from wds_tools.convert.options import Converter, ConvertOptions
 from wds_tools.convert.pairs import PairsConfig
 from wds_tools.convert.survey import Read, place_of, survey_records
 from wds_tools.errors import Reject, UsageError
+from wds_tools.records.conversations import FIELDS as TURN_FIELDS
 from wds_tools.records.field_map import FieldMap
 from wds_tools.sources.inputs import expand_inputs
 
@@ -32,7 +33,6 @@ CONVERTERS: Final[Mapping[str, type[ConvertOptions]]] = {
     "documents": DocumentsConfig,
 }
 NUM_SAMPLES: Final = 3
-_TURNS: Final = ("conversations", "messages", "conversation", "texts")
 _CODES: Final = ("vqcode_512", "vqcode_multi768", "vq_code", "npy")
 _MAX_CHARACTERS: Final = 60
 
@@ -110,7 +110,7 @@ def _options(name: str, patterns: Sequence[str], image_root: str | None) -> Any:
 
 def _fitting(fields: Mapping[str, Any]) -> str:
     """The converter for a record."""
-    if any(isinstance(turns := fields.get(name), list) and turns and isinstance(turns[0], dict) for name in _TURNS):
+    if any(isinstance(turns := fields.get(name), list) and turns and isinstance(turns[0], dict) for name in TURN_FIELDS):
         return "conversations"
     if any(fields.get(name) not in (None, "no") for name in _CODES):
         return "coded"
