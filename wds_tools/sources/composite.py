@@ -132,6 +132,13 @@ class Containers:
         return [Units(kind.name, kind.compression, tuple(group)) for group in groups]
 
 
+def kind_of_task(task: Any) -> str:
+    """What the files of a task are; of the task of another source its name."""
+    if isinstance(task, Units):
+        return f"{task.kind}.{task.compression}" if task.compression else task.kind
+    return "list" if isinstance(task, ElementRange) else "lines" if isinstance(task, LineRange) else type(task).__name__
+
+
 def _without_datasets(url: str, sizes: Mapping[str, int]) -> Iterator[str]:
     """The files of a folder but for hidden ones, and those of datasets that this project wrote below it.
 
