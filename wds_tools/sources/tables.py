@@ -2,7 +2,6 @@
 
     a folder of save_to_disk   the Arrow files that its state.json names
     Parquet                    the files below a folder, or those that are named: what `export hf --format parquet` writes
-    jsonl                      the same; its lines are read by `lines`
 
 An Arrow file that was cut off gives its rows up to there, a Parquet file its rows up to the damage (none, if its footer is gone),
 and either one reject. Memory: one Arrow batch, or one Parquet row group.
@@ -18,25 +17,20 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from wds_tools.dataset.layout import REJECTS
-from wds_tools.errors import FormatError, NotFound, Reject, StorageError, UsageError
+from wds_tools.errors import NotFound, Reject, StorageError, UsageError
 from wds_tools.format.typed_json import read_json, shape
 from wds_tools.sources.arrow import load_pyarrow
 from wds_tools.sources.containers import Unit
-from wds_tools.sources.record import InputFile, Record, file_records
-from wds_tools.sources.text.lines import LineRange, plan_lines, read_lines
-from wds_tools.sources.text.objects import fields_of
+from wds_tools.sources.record import InputFile, Record
 from wds_tools.storage import Store, join, open_store, split_url
 
-ARROW, JSONL, PARQUET = ".arrow", ".jsonl", ".parquet"
+ARROW, PARQUET = ".arrow", ".parquet"
 _READING = "reading Parquet and Arrow files"
 _STATE, _SPLITS = "state.json", "dataset_dict.json"
 _NOT_SAVED = "is not what save_to_disk writes"
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 _PARQUET_MAGIC = b"PAR1"
 _ARROW_MAGIC = b"ARROW1"
-_LEAST_PARQUET_BYTES = 200
-"""Any Parquet file with these columns is larger; what is smaller is looked into."""
 _UNIT_ROWS, _UNIT_BYTES = 2500, 64 << 20
 _PARALLEL_FOOTERS = 16
 _TAIL_BYTES = 64 << 10
@@ -62,12 +56,12 @@ class _File:
     filename: str
 
 
-def data_files(url: str, sizes: Mapping[str, int]) -> Sequence[str]:
-    """The files of a folder that are inputs: jsonl and Parquet files, and the Arrow files that its state.json names. See Choice.
+def saved_files(url: str, sizes: Mapping[str, int]) -> dict[str, list[str]]:
+    """The Arrow files of each save_to_disk folder below a folder, by the names of their state.json, in the order of their rows.
 
     Raises:
         UsageError: a folder has several splits, or a dataset whose rows are reordered by an indices file.
-        NotFound: there are none, or one that is named is missing.
+        NotFound: one that is named is missing.
         FormatError: a state.json is none.
     """
     for name in sizes:
@@ -76,21 +70,12 @@ def data_files(url: str, sizes: Mapping[str, int]) -> Sequence[str]:
             folder = join(url, posixpath.dirname(name)).rstrip("/")
             example = f"{folder}/{(*splits, 'SPLIT')[0]}"
             raise UsageError(f"{folder} holds the splits {', '.join(splits)}: name those that you want, as {example}")
-    names = [name for name in sizes if name.endswith((JSONL, PARQUET)) and REJECTS not in name]
-    for name in sizes:
-        if posixpath.basename(name) == _STATE:
-            names += _data_files(url, name)
-    if not names:
-        what = (
-            "an unfinished save_to_disk: there is no state.json"
-            if any(name.endswith(ARROW) for name in sizes)
-            else "no .jsonl and no .parquet"
-        )
-        raise NotFound(f"{url}: no folder of save_to_disk and {what}")
-    for name in names:
-        if name not in sizes:
-            raise NotFound(f"{join(url, name)} is missing, though its {_STATE} names it: copy the folder again")
-    return names
+    saved = {name: _data_files(url, name) for name in sizes if posixpath.basename(name) == _STATE}
+    for names in saved.values():
+        for name in names:
+            if name not in sizes:
+                raise NotFound(f"{join(url, name)} is missing, though its {_STATE} names it: copy the folder again")
+    return saved
 
 
 @dataclass(frozen=True)
@@ -129,51 +114,6 @@ class Tables:
             except Reject as cause:
                 yield Record(
                     number + 1, Reject(cause.reason, f"{cause.detail} (behind row {line})"), unit.url, line=line + 1, num_units=0
-                )
-
-
-@dataclass(frozen=True)
-class TableFiles:
-    """Source of what Hugging Face datasets leaves on a disk; a task is a file, or a range of lines of a jsonl."""
-
-    task_lines: int
-    quiet: bool
-    choose = staticmethod(data_files)
-
-    def plan(self, files: Sequence[InputFile]) -> tuple[Sequence[Any], int]:
-        """Files, then ranges of lines; and bytes over all of them. Raises as check_files, load_pyarrow and plan_lines."""
-        check_files(files)
-        tables = [file for file in files if not file.url.endswith(JSONL)]
-        if tables:
-            load_pyarrow(_READING)
-        lines = [file for file in files if file.url.endswith(JSONL)]
-        ranges = plan_lines(lines, self.task_lines, quiet=self.quiet)
-        total = sum(file.size for file in tables) + sum(span.end - span.start for span in ranges)
-        return [*map(tuple, tables), *ranges], total
-
-    def read(self, task: LineRange | tuple[str, int]) -> Iterator[Record[Mapping[str, Any]]]:
-        """The records of a file, or of a range."""
-        if isinstance(task, LineRange):
-            lines = read_lines(task)
-            return file_records(task.url, ((line.number, fields_of(line), len(line.data or b"") + 1) for line in lines))
-        return Tables().read(Unit(*task))
-
-
-def check_files(files: Sequence[InputFile]) -> None:
-    """Refuse what is not a table.
-
-    Raises:
-        UsageError: one that was named is none of these.
-        FormatError: a Parquet file is the note that stands in the last one's place while an export runs.
-    """
-    for url, size in files:
-        if not url.endswith((JSONL, ARROW, PARQUET)):
-            raise UsageError(f"{url}: expected a folder of save_to_disk, or {JSONL}, {ARROW} or {PARQUET} files")
-        if url.endswith(PARQUET) and size < _LEAST_PARQUET_BYTES:
-            root, name = split_url(url)
-            if bytes(open_store(root).read(name))[:4] != _PARQUET_MAGIC:
-                raise FormatError(
-                    f"{url} is no Parquet file but {size} bytes of something else: an unfinished export: finish it first"
                 )
 
 
