@@ -131,6 +131,11 @@ class ConvertOptions(JobOptions):
         kept = [field.removeprefix(RECORD) for _, field in self.kept if field not in FACTS]
         return {"--where": () if (condition := self.condition) is None else condition.names, "--keep": kept}
 
+    @property
+    def columns(self) -> tuple[str, ...] | None:
+        """Columns of tables that are read, beside those that may hold images; None: all."""
+        return None
+
     def make_source(self) -> Source:
         """What reads the input, unless `source` names another."""
         return Containers(self.task_lines, self.task_records, self.task_bytes, self.quiet)

@@ -14,7 +14,7 @@ from wds_tools.format.manifest import Manifest
 from wds_tools.jobs import Job, run_job
 from wds_tools.jobs.records import ConvertRecords, Encoder
 from wds_tools.plugins import SOURCES, load_plugin
-from wds_tools.sources.composite import kind_of_task
+from wds_tools.sources.composite import Containers, kind_of_task
 from wds_tools.sources.inputs import expand_inputs
 from wds_tools.sources.record import Source
 
@@ -47,6 +47,8 @@ def run_conversion(options: ConvertOptions, encoder: Encoder | None = None) -> M
     selection = Selection.of(options, converter)
     survey = survey_records(source.read, tasks, selection.roles, options.named_fields)
     survey.check()
+    if isinstance(source, Containers) and options.columns is not None:  # from here on: the survey has seen all
+        source = replace(source, columns=options.columns)
     job = Job(
         command=options.command,
         settings=settings,

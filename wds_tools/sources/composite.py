@@ -32,11 +32,11 @@ from wds_tools.storage import join
 _WRITTEN = re.compile(rf"(?<![^/])({REMOVABLE.pattern})$")
 
 
-def container_of(kind: Kind) -> Container:
-    """What reads files of a kind, but for plain lines and lists, which are cut into ranges."""
+def container_of(kind: Kind, columns: tuple[str, ...] | None = None) -> Container:
+    """What reads files of a kind, of tables these columns; but for plain lines and lists, which are cut into ranges."""
     match kind.name:
         case "parquet" | "arrow":
-            return Tables()
+            return Tables(columns)
         case "tar":
             return Tars()
         case "image":
@@ -62,16 +62,24 @@ class Containers:
     task_records: int
     task_bytes: int
     quiet: bool
+    columns: tuple[str, ...] | None = None
+    """Of tables, the columns that are read; see Tables."""
 
     def choose(self, url: str, sizes: Mapping[str, int]) -> Sequence[str]:
         """See Source: all files of all containers, in the order of their names."""
         names = sorted(_without_datasets(url, sizes))
         saved = saved_files(url, {name: sizes[name] for name in names})
-        pictures = set(choose_pictures(names, lambda _: False).taken)
-        candidates = [name for name in names if name not in pictures and is_candidate(name) and not name.lower().endswith(ARROW)]
-        kinds = detect([InputFile(join(url, name), sizes[name]) for name in candidates])
-        data = {name for name, kind in zip(candidates, kinds, strict=True) if not kind.is_other}
-        data.update(choose_pictures(names, data.__contains__).taken)
+        beside = set(choose_pictures(names, lambda _: False).taken)
+        candidates = [name for name in names if name not in beside and is_candidate(name) and not name.lower().endswith(ARROW)]
+
+        def kinds_of(names: Sequence[str]) -> Iterator[tuple[str, Kind]]:
+            return zip(names, detect([InputFile(join(url, name), sizes[name]) for name in names]), strict=True)
+
+        data = {name for name, kind in kinds_of(candidates) if not kind.is_other}
+        pictures = choose_pictures(names, data.__contains__)
+        data.update(pictures.taken)
+        claimed = [name for name in pictures.named if is_candidate(name)]  # a list may have the name of an image too
+        data.update(name for name, kind in kinds_of(claimed) if kind.name == "list")
         chosen = [*sorted(data), *(name for state in sorted(saved) for name in saved[state])]  # these in the order of their rows
         if not chosen:
             others = f"; there are {len(sizes)} other files, such as {min(sizes)}" if sizes else ""
@@ -101,7 +109,7 @@ class Containers:
     def read(self, task: LineRange | Units) -> Iterator[Record[Mapping[str, Any]]]:
         """See Source."""
         if isinstance(task, Units):
-            container = container_of(Kind(task.kind, task.compression))
+            container = container_of(Kind(task.kind, task.compression), self.columns)
             first = 0
             for unit in task.units:
                 number = first
