@@ -108,6 +108,7 @@ def test_a_sidecar_that_cannot_be_used_is_a_reject(tmp_path: Path, monkeypatch: 
 def test_images_with_their_sidecars_are_taken_and_nothing_else() -> None:
     others = ["x.txt", "notes/readme.txt", ".hidden.jpg", "._b.JPG", "set/e.mp4", "captions.json"]
     assert choose_pictures([*FILES, *others], frozenset().__contains__) == (sorted(FILES), [])
+    assert choose_pictures(["/a/b.jpg", "/a/b.txt"], frozenset().__contains__).taken == ["/a/b.jpg", "/a/b.txt"]
 
 
 @pytest.mark.parametrize("metadata", ["metadata.jsonl", "metadata.csv", "metadata.parquet", "captions.json"])

@@ -125,7 +125,7 @@ def _suffix(name: str) -> str:
 
 
 def _folders(name: str) -> Iterator[str]:
-    """The folders that a file lies in, up to ""."""
-    while name:
-        name = posixpath.dirname(name)
-        yield name
+    """The folders that a file lies in, up to "" or "/"."""
+    while (folder := posixpath.dirname(name)) != name:
+        yield folder
+        name = folder
