@@ -23,7 +23,6 @@ from wds_tools.records.coded import ABSENT, IMAGE_TYPES, SIDE_512, CodedRows
 from wds_tools.records.field_map import FieldMap
 from wds_tools.records.fields import value_of
 from wds_tools.records.images import ImageSource
-from wds_tools.sources.tables import Tables
 
 CODE_NAMES = ("vq_code", "vq_codes", "codes", "npy")
 """Fields in which codes are looked for, beside Liquid's columns."""
@@ -57,8 +56,6 @@ class CodedConfig(ConvertOptions):
     """Rows and columns of codes, where neither the array, the fields width and height, nor 512 pixels say it."""
     crop: int | None = None
     """With --grid: which of the grids in an array is taken, from 0, where there are several, such as those of ten crops."""
-    task_lines: int = 10_000
-    """Of a jsonl, a worker, and a resumed run, takes this many lines at a time; of a Hugging Face folder one file."""
 
     command = "convert coded"
 
@@ -72,10 +69,6 @@ class CodedConfig(ConvertOptions):
             raise UsageError(f"--grid {self.grid[0]} {self.grid[1]}: at least 1")
         if self.crop is not None and (self.grid is None or self.crop < 0):
             raise UsageError(f"--crop {self.crop}: counts the grids of --grid, from 0")
-
-    def make_source(self) -> Tables:
-        """Arrow, Parquet and jsonl files."""
-        return Tables(self.task_lines, self.quiet)
 
     def make_converter(self) -> Coded:
         """The codes, text and turns of a record."""

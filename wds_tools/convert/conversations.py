@@ -19,7 +19,6 @@ from wds_tools.errors import Reject
 from wds_tools.format.schema import Sample, SourceImage
 from wds_tools.images import Mode
 from wds_tools.records.conversations import TalkReader
-from wds_tools.sources.text.elements import JsonRecords
 
 _SOURCE_ID, _FIRST_ANSWER = "source_id", "first_answer"
 
@@ -41,14 +40,8 @@ class ConversationsConfig(ImageOptions):
     """With --encode: how images are cropped: cc512 to a 512 px square, multi768 to the nearest of many shapes."""
     keep: tuple[str, ...] = ()
     """Fields of the record to keep as provenance. Its id is kept always, as source_id."""
-    task_records: int = 2000
-    """A worker, and a resumed run, takes this many records at a time; a shard holds no more."""
 
     command = "convert conversations"
-
-    def make_source(self) -> JsonRecords:
-        """JSON lists, or lines."""
-        return JsonRecords(self.task_records)
 
     def make_converter(self) -> Conversations:
         """The turns and the images of a record."""

@@ -15,6 +15,7 @@ from wds_tools.format.schema import MAX_KEY_BYTES, Sample, check_key
 from wds_tools.jobs import JobOptions
 from wds_tools.records.field_map import Pairs, parse_pairs
 from wds_tools.records.where import FACTS, RECORD, Where
+from wds_tools.sources.composite import Containers
 from wds_tools.sources.record import Source
 
 _MAX_PREFIX = MAX_KEY_BYTES - len("-TTTTTTTTT-NNNNNNNN")
@@ -59,7 +60,13 @@ class ConvertOptions(JobOptions):
     input: tuple[str, ...]
     """Files, folders or brace patterns; paths or URLs."""
     source: str | None = None
-    """Source of an installed package that reads the input. Default: what this command reads."""
+    """Source of an installed package that reads the input. Default: each file is read as what its content says it is."""
+    task_lines: int = 2000
+    """Of plain lines (.jsonl), a worker, and a resumed run, takes this many at a time; a shard holds no more."""
+    task_records: int = 10_000
+    """Of a JSON list so many records; of all else whole files or row groups, until they hold so many, if they say how many ..."""
+    task_bytes: int = 256 << 20
+    """... or this many bytes of input, whichever comes first; one that is larger alone."""
     keep: tuple[str, ...] = ()
     """Fields of the record to keep as provenance: FIELD, or NAME=FIELD to call it otherwise; a.b for one inside another."""
     drop: tuple[str, ...] = ()
@@ -119,7 +126,7 @@ class ConvertOptions(JobOptions):
 
     def make_source(self) -> Source:
         """What reads the input, unless `source` names another."""
-        raise NotImplementedError
+        return Containers(self.task_lines, self.task_records, self.task_bytes, self.quiet)
 
     def make_converter(self) -> Converter:
         """What makes samples of the records."""
