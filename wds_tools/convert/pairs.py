@@ -98,7 +98,7 @@ class Pairs:
         if isinstance(value, list) and len(value) == 1:
             value = value[0]
         image, info = self.images.read(source, value)
-        crop_for(self.mode, info.width, info.height)
+        crop = crop_for(self.mode, info.width, info.height)
         is_path = isinstance(value, str) and not value.startswith("data:")
         return Sample(
             key=key,
@@ -108,4 +108,5 @@ class Pairs:
             image_extension=info.extension,
             texts=self.field_map.texts_of(fields),
             provenance={} if is_path else {"image_width": info.width, "image_height": info.height},
+            num_enlarged=int(crop.enlarges(info.width, info.height)),
         )
