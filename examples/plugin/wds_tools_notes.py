@@ -1,7 +1,8 @@
-"""What a package adds to wds-tools: CSV files as a source, notes as a converter, mean colours as an image tokenizer.
+"""What a package adds to wds-tools: a source (CSV files), a converter (notes), an image tokenizer (mean colours), a template.
 
 wds-tools convert notes --input notes.csv --output notes
 wds-tools convert pairs --source csv --input pairs.csv --output pairs --encode colours
+wds-tools pack --input pairs --tokenizer Lumina-mGPT/ --template lumina-mgpt --seq-len 4096 --output rows
 """
 
 from __future__ import annotations
@@ -9,13 +10,15 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wds_tools import Sample
 from wds_tools.convert import ConvertOptions
 from wds_tools.errors import NotFound, Reject
+from wds_tools.sequences.prompts import Prompts
+from wds_tools.sequences.templates import Chameleon
 from wds_tools.sources import InputFile, Record, file_records
 from wds_tools.storage import open_store, split_url
 
@@ -121,3 +124,24 @@ class Colours:
 def load_colours(weights: Path | None, device: torch.device, precision: str) -> Colours:  # noqa: ARG001  there are none
     """What `--tokenizer colours` and `--encode colours` load."""
     return Colours(device)
+
+
+_GRIDS = tuple(f"<reserved{8800 + number:05d}>" for number in range(97))
+"""Lumina-mGPT's words for 0, 32, 64, ... pixels."""
+_PROMPTS = replace(Chameleon().prompts, size="")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LuminaMGPT(Chameleon):
+    """Chameleon whose images state height and width, as Lumina-mGPT's code has it, and whose rows of codes have an end."""
+
+    eos: str | None = "<reserved08706>"
+    row_end: str = "<reserved08799>"
+    others: tuple[str, ...] = ("<reserved08706>", *_GRIDS)
+    states_shape: bool = True
+    prompts: Prompts = _PROMPTS
+
+    def before_codes(self, shape: Sequence[int] | None) -> str:
+        """Two codes are 32 pixels."""
+        height, width = shape or (0, 0)
+        return self.boi + _GRIDS[height // 2] + _GRIDS[width // 2]

@@ -6,7 +6,7 @@ the options of `wds-tools convert NAME`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Protocol
 
@@ -53,6 +53,12 @@ class Converter(Protocol):
         ...
 
 
+class ImageFacts(Protocol):
+    """What is known of a sample's image: FACTS by name, pickled to workers as a function is."""
+
+    def __call__(self, sample: Sample, /) -> Mapping[str, Any]: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class ConvertOptions(JobOptions):
     """How any conversion finds its files, and what its samples are called."""
@@ -80,7 +86,7 @@ class ConvertOptions(JobOptions):
 
     command = ""
     """Name of the command, written into the manifest."""
-    image_facts: ClassVar[Callable[[Sample], Mapping[str, Any]] | None] = None
+    image_facts: ClassVar[ImageFacts | None] = None
     """What --where and --keep may ask of a sample's image: FACTS by name. None: there are no images."""
 
     def __post_init__(self) -> None:

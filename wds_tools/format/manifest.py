@@ -68,6 +68,10 @@ class TokenRows:
     """Ids of the text tokenizer."""
     version: Count = 1
     """Version of the way from a sample to its tokens."""
+    template: str = "liquid"
+    template_version: Count = 1
+    code_ids: tuple[tuple[Count, Count], ...] = ()
+    """Of a template whose codes are tokens of the tokenizer: runs of their ids in the order of the codes, (first id, length)."""
 
 
 def hash_rejects(digests: Mapping[str, str]) -> str:

@@ -143,3 +143,10 @@ def _without_datasets(url: str, sizes: Mapping[str, int]) -> Iterator[str]:
     for name in sizes:
         if not any(part.startswith(".") for part in name.split("/")) and not any(name.startswith(root) for root in roots):
             yield name
+
+
+def kind_of_task(task: Any) -> str:
+    """What the files of a task are; of the task of another source its name."""
+    if isinstance(task, Units):
+        return f"{task.kind}.{task.compression}" if task.compression else task.kind
+    return "list" if isinstance(task, ElementRange) else "lines" if isinstance(task, LineRange) else type(task).__name__
