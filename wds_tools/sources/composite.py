@@ -67,11 +67,17 @@ class Containers:
         """See Source: all files of all containers, in the order of their names."""
         names = sorted(_without_datasets(url, sizes))
         saved = saved_files(url, {name: sizes[name] for name in names})
-        pictures = set(choose_pictures(names, lambda _: False).taken)
-        candidates = [name for name in names if name not in pictures and is_candidate(name) and not name.lower().endswith(ARROW)]
-        kinds = detect([InputFile(join(url, name), sizes[name]) for name in candidates])
-        data = {name for name, kind in zip(candidates, kinds, strict=True) if not kind.is_other}
-        data.update(choose_pictures(names, data.__contains__).taken)
+        beside = set(choose_pictures(names, lambda _: False).taken)
+        candidates = [name for name in names if name not in beside and is_candidate(name) and not name.lower().endswith(ARROW)]
+
+        def kinds_of(names: Sequence[str]) -> Iterator[tuple[str, Kind]]:
+            return zip(names, detect([InputFile(join(url, name), sizes[name]) for name in names]), strict=True)
+
+        data = {name for name, kind in kinds_of(candidates) if not kind.is_other}
+        pictures = choose_pictures(names, data.__contains__)
+        data.update(pictures.taken)
+        claimed = [name for name in pictures.named if is_candidate(name)]  # a list may have the name of an image too
+        data.update(name for name, kind in kinds_of(claimed) if kind.name == "list")
         chosen = [*sorted(data), *(name for state in sorted(saved) for name in saved[state])]  # these in the order of their rows
         if not chosen:
             others = f"; there are {len(sizes)} other files, such as {min(sizes)}" if sizes else ""
@@ -130,6 +136,13 @@ class Containers:
         return [Units(kind.name, kind.compression, tuple(group)) for group in groups]
 
 
+def kind_of_task(task: Any) -> str:
+    """What the files of a task are; of the task of another source its name."""
+    if isinstance(task, Units):
+        return f"{task.kind}.{task.compression}" if task.compression else task.kind
+    return "list" if isinstance(task, ElementRange) else "lines" if isinstance(task, LineRange) else type(task).__name__
+
+
 def _without_datasets(url: str, sizes: Mapping[str, int]) -> Iterator[str]:
     """The files of a folder but for hidden ones, and those of datasets that this project wrote below it.
 
@@ -143,10 +156,3 @@ def _without_datasets(url: str, sizes: Mapping[str, int]) -> Iterator[str]:
     for name in sizes:
         if not any(part.startswith(".") for part in name.split("/")) and not any(name.startswith(root) for root in roots):
             yield name
-
-
-def kind_of_task(task: Any) -> str:
-    """What the files of a task are; of the task of another source its name."""
-    if isinstance(task, Units):
-        return f"{task.kind}.{task.compression}" if task.compression else task.kind
-    return "list" if isinstance(task, ElementRange) else "lines" if isinstance(task, LineRange) else type(task).__name__

@@ -156,7 +156,7 @@ def _text(text: bytes, named: str, is_whole: bool, is_json: bool) -> Kind:
     if named in TEXT_KINDS:
         return Kind(named)
     if named:
-        return Kind(problem=f"no {named} file but text: cut off, or the note of an export that is not finished")
+        return Kind(problem=f"no {named.capitalize()} file but text: cut off, or an unfinished export: finish it first")
     return Kind(problem="text, but no JSON: expected one object a line, a list of objects, or .csv or .tsv", is_other=True)
 
 
