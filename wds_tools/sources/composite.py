@@ -32,11 +32,11 @@ from wds_tools.storage import join
 _WRITTEN = re.compile(rf"(?<![^/])({REMOVABLE.pattern})$")
 
 
-def container_of(kind: Kind) -> Container:
-    """What reads files of a kind, but for plain lines and lists, which are cut into ranges."""
+def container_of(kind: Kind, columns: tuple[str, ...] | None = None) -> Container:
+    """What reads files of a kind, of tables these columns; but for plain lines and lists, which are cut into ranges."""
     match kind.name:
         case "parquet" | "arrow":
-            return Tables()
+            return Tables(columns)
         case "tar":
             return Tars()
         case "image":
@@ -62,6 +62,8 @@ class Containers:
     task_records: int
     task_bytes: int
     quiet: bool
+    columns: tuple[str, ...] | None = None
+    """Of tables, the columns that are read; see Tables."""
 
     def choose(self, url: str, sizes: Mapping[str, int]) -> Sequence[str]:
         """See Source: all files of all containers, in the order of their names."""
@@ -107,7 +109,7 @@ class Containers:
     def read(self, task: LineRange | Units) -> Iterator[Record[Mapping[str, Any]]]:
         """See Source."""
         if isinstance(task, Units):
-            container = container_of(Kind(task.kind, task.compression))
+            container = container_of(Kind(task.kind, task.compression), self.columns)
             first = 0
             for unit in task.units:
                 number = first
