@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import Callable
+import tarfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 from commands import image_bytes, write_documents, write_jsonl, write_pairs
 from factory import random_codes
+
+from wds_tools.format.shard import npy_bytes
 
 Words = list[str | Path]
 NUM_RECORDS = 12
@@ -58,7 +64,7 @@ def _conversations(folder: Path) -> Words:
 
 def _encoded(folder: Path) -> Words:
     source = write_jsonl(folder / "talks.jsonl", _talks(folder)[:6])
-    return ["conversations", "--input", source, "--task-records", "2", "--encode", "tiny", "--device", "cpu"]
+    return ["conversations", "--input", source, "--task-lines", "2", "--encode", "tiny", "--device", "cpu"]
 
 
 def _rows() -> list[dict[str, Any]]:
@@ -77,6 +83,41 @@ def _codes(folder: Path) -> Words:
     return ["coded", "--input", write_jsonl(folder / "rows.jsonl", rows), "--task-lines", "3"]
 
 
+def write_tars(folder: Path, samples: Sequence[dict[str, bytes]], each: int) -> str:
+    """Tars of samples, which are suffix -> content, `each` in a tar; the pattern that names them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for tar in range(len(samples) // each):
+        with tarfile.open(folder / f"{tar:05d}.tar", "w") as file:
+            for number in range(tar * each, (tar + 1) * each):
+                for suffix, content in samples[number].items():
+                    member = tarfile.TarInfo(f"{number:08d}.{suffix}")
+                    member.size = len(content)
+                    file.addfile(member, io.BytesIO(content))
+    return f"{folder}/{{00000..{len(samples) // each - 1:05d}}}.tar"
+
+
+def _pairs_in_tars(folder: Path) -> Words:
+    samples = [
+        {"jpg": image_bytes(i)[: 100 if i == 5 else None], "txt": b"caption %d" % i, "json": b'{"url": "u%d"}' % i}
+        for i in range(NUM_RECORDS)
+    ]
+    return ["pairs", "--input", write_tars(folder, samples, 3), "--keep", "url", "--task-bytes", "1"]
+
+
+def _conversations_in_parquet(folder: Path) -> Words:
+    folder.mkdir()
+    turns = [{"role": "user", "content": "<image>What?"}, {"role": "assistant", "content": "That."}]
+    images = [{"bytes": image_bytes(i)[: 100 if i == 5 else None], "path": f"{i}.jpg"} for i in range(NUM_RECORDS)]
+    table = pa.Table.from_pylist([{"messages": turns, "images": [image]} for image in images])
+    pq.write_table(table, folder / "talks.parquet", row_group_size=3)
+    return ["conversations", "--input", folder, "--task-records", "3"]
+
+
+def _codes_in_tars(folder: Path) -> Words:
+    samples = [{"npy": npy_bytes(random_codes(i, 32, 32))[i == 5 :], "txt": b"caption %d" % i} for i in range(NUM_RECORDS)]
+    return ["coded", "--input", write_tars(folder, samples, 3), "--task-bytes", "1"]
+
+
 CONVERSIONS: dict[str, Callable[[Path], Words]] = {
     "pairs": _pairs,
     "documents": _documents,
@@ -84,6 +125,9 @@ CONVERSIONS: dict[str, Callable[[Path], Words]] = {
     "conversations that are encoded": _encoded,
     "rows of Liquid": _coded,
     "codes of others": _codes,
+    "pairs in tars": _pairs_in_tars,
+    "conversations in Parquet": _conversations_in_parquet,
+    "codes in tars": _codes_in_tars,
 }
 """Name -> writes the input into a folder, and gives the words behind `wds-tools convert`."""
 

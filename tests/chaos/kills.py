@@ -40,7 +40,7 @@ COMMANDS: Mapping[str, Sequence[str]] = {
     "convert pairs": ("--input", "pairs", "--task-lines", "6", "--shard-samples", "4"),
     "convert pairs --encode": ("--input", "pairs", "--task-lines", "6", "--encode", "tiny", "--device", "cpu"),
     "convert documents": ("--input", "texts", "--task-bytes", "1", "--shard-samples", "70"),
-    "convert conversations": ("--input", "talks.jsonl", "--task-records", "3", "--shard-samples", "2"),
+    "convert conversations": ("--input", "talks.jsonl", "--task-lines", "3", "--shard-samples", "2"),
     "convert coded": ("--input", "rows.jsonl", "--task-lines", "4", "--codebook-size", "8192", "--tokenizer", "tiny"),
     "encode": ("--input", "raw", "--device", "cpu", "--shard-samples", "4"),
     "pack": (

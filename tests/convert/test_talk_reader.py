@@ -56,6 +56,7 @@ ONE_IMAGE: list[tuple[Record, Any]] = [
     (messages([{"type": "image_url", "image_url": {"url": URI}}, text("Wh"), text("at?")]), URI),
     (messages([{"type": "input_image", "image_url": URI}, {"type": "input_text", "text": "What?"}]), URI),
     ({"texts": [{"user": "What?", "assistant": "Red.", "source": "vqa"}], "images": [STRUCT]}, STRUCT),
+    (messages([{"type": "image", "image": "a.jpg"}, text(""), text("What"), {**text("?"), "image": None}]), "a.jpg"),
     ({"texts": [{"user": "<image>What?", "assistant": "Red."}], "images": ["a.jpg"]}, "a.jpg"),
 ]
 
@@ -112,6 +113,12 @@ def test_tools_and_other_media_are_refused_unless_they_are_kept_as_they_are(name
     assert TalkReader().read({**record, name: "[]"}).turns == turns("What?", "Red.")
 
 
+def test_texts_may_speak_of_images_by_their_names_and_parts_be_white_space() -> None:
+    assert TalkReader().read({"texts": [{"user": "Of a.jpg?", "assistant": "a.jpg"}]}).turns == turns("Of a.jpg?", "a.jpg")
+    talk = TalkReader().read(messages([{"type": "image", "image": "a.jpg"}, text("\n"), text("What?")], "a.jpg"))
+    assert talk.turns == turns("<image>\nWhat?", "a.jpg")
+
+
 def test_images_without_a_mark_come_first_where_that_is_said() -> None:
     record = messages("What?", images=["a.jpg", "b.jpg"], system="Be kind.")
     assert "0 <image> marks, 2 images: expected as many; --image-marks first puts them" in reason(record)
@@ -166,7 +173,8 @@ def test_of_two_conversations_one_has_to_be_named() -> None:
         (messages(float("nan")), "wrong_type: content is a float"),
         (messages([]), "empty_text: content is empty"),
         (messages([text("")]), "empty_text: content is empty"),
-        (messages([text(None)]), "missing_field: a turn has no text"),
+        (messages([text(None)]), "wrong_type: text is a NoneType"),
+        (messages([{**text("What?"), "image": "a.jpg"}]), "unused_image: image holds an image that is not used: 'a.jpg'"),
         (messages("What?", None), "missing_field: a turn has no value or content; its fields are: role, content"),
         ({"messages": [{"role": "assistant", "content": "Red.", "tool_calls": [{}]}]}, "unsupported_tools"),
         ({"messages": [{"role": "tool", "content": "5"}]}, "bad_conversation: a turn is from 'tool', expected one of system"),

@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 import torch
 from commands import captions, image_bytes, read_rejects, read_samples, shared, tree, wds_tools, write_jsonl, write_pairs
+from conversions import write_tars
 from datasets import load_from_disk
 from factory import image_sample, make_dataset, text_sample
+from s3 import S3Server
 
 from loaders import LoaderConfig, Source, build_loader
 from wds_tools.check.verify import VerifyConfig, verify
@@ -29,6 +31,7 @@ from wds_tools.export.hf import ExportConfig, export_hf
 from wds_tools.format.manifest import Manifest
 from wds_tools.format.schema import Sample
 from wds_tools.images import PREPROCESSING_VERSION, ImageLimits, prepare
+from wds_tools.storage import open_store
 from wds_tools.vq.base import ImageTokenizer
 from wds_tools.vq.registry import load_tokenizer
 from wds_tools.vq.tiny import TinyConfig, TinyVQ, save_tiny
@@ -355,6 +358,21 @@ def test_encode_takes_files_of_pairs_as_convert_pairs_does(tmp_path: Path) -> No
     assert "keep_images" in failed.stderr
     failed = wds_tools("encode", "--input", path, "--sft-mode", "multi768", "--output", tmp_path / "out", status=2)
     assert "is read as pairs" in failed.stderr
+
+
+def test_encode_reads_tars_where_they_lie_and_writes_codes_alone(tmp_path: Path, s3: S3Server) -> None:
+    samples = [{"jpg": image_bytes(number, 60, 40), "txt": b"caption %d" % number} for number in range(3)]
+    pattern = write_tars(tmp_path / "tars", samples, 1)
+    store = open_store(f"s3://{s3.bucket}/encode-tars")
+    for path in (tmp_path / "tars").iterdir():
+        store.put(path.name, path.read_bytes())
+    for name, source in (("disk", pattern), ("s3", f"{store.url}/0000*.tar")):
+        wds_tools("encode", "--input", source, "--device", "cpu", "--output", tmp_path / name)
+    shards = [{name: data for name, data in tree(tmp_path / name).items() if name.endswith(".tar")} for name in ("disk", "s3")]
+    assert shards[0] == shards[1]
+    found = read_samples(tmp_path / "s3")
+    assert captions(found) == ["caption 0", "caption 1", "caption 2"]
+    assert {(*sample.codes, sample.image) for sample in found} == {("vqcode_512", None)}
 
 
 def test_conversations_are_encoded_straight_through_to_the_same_samples(tmp_path: Path) -> None:

@@ -50,6 +50,7 @@ _OTHER_MARK = re.compile(r"<img>|<\|(image|vision)\w*\|>|<image[ _]?\d+>")
 _IMAGE_VALUES = ("image", "image_url", "path", "url")
 _SPEAKERS = ("from", "role")
 _TEXTS = ("value", "content")
+_SAID = (*_SPEAKERS, *_TEXTS, "user", "assistant")
 PROMPTS = ("system", "system_prompt")
 """Fields with a prompt of the system."""
 _NOTHING: tuple[Any, ...] = (None, "", [], {}, "[]", "{}")
@@ -91,9 +92,7 @@ class TalkReader:
         found = [name for name in there if value_of(record, name) not in _NOTHING] or there[:1]
         if not found:
             known = ", ".join(list(record)[:8])[:200] or "none"
-            raise Reject(
-                "missing_field", f"no {' or '.join(names)}; the fields are: {known}; --conversations FIELD names another"
-            )
+            raise Reject("missing_field", f"no {' or '.join(names)}; the fields are: {known}; see --conversations")
         if len(found) > 1:
             options = " or ".join(f"--conversations {name}" for name in found)
             raise Reject("ambiguous_fields", f"{' and '.join(found)} hold conversations: say {options}")
@@ -101,9 +100,7 @@ class TalkReader:
             if _MEDIA_FIELD.fullmatch(name) and name not in self.left_out and value not in _NOTHING:
                 raise Reject("unsupported_media", f"the record has a field {name}; only images can be converted")
         if record.get("tools") not in _NOTHING and "tools" not in self.left_out:
-            raise Reject(
-                "unsupported_tools", "the record has tools, which have no place in a conversation: --keep tools keeps them"
-            )
+            raise Reject("unsupported_tools", "the record has tools, for which turns have no place: --keep tools keeps them")
         name = found[0]
         roles = {"conversations": name}
         prompts = [prompt for prompt in PROMPTS if not _is_blank(record.get(prompt))]
@@ -148,12 +145,14 @@ class TalkReader:
     def _check_unused(self, record: Mapping[str, Any], roles: Mapping[str, str], turns: list[dict[str, Any]]) -> None:
         """Raise Reject for an image that would be left behind: no conversation about one becomes text alone."""
         contents = [turn[name] for turn in turns for name in _TEXTS if isinstance(turn.get(name), list)]
-        images = [part for content in contents for part in content if isinstance(part, dict) and part.get("text") is None]
+        parts = [part for content in contents for part in content if isinstance(part, dict)]
+        images: list[Any] = [part for part in parts if part.get("text") is None]
         images += images_in(roles["image"], value_of(record, roles["image"])) if "image" in roles else []
         used = {posixpath.basename(path) for _, path in _files("", images) if path}
         known = {*roles.values(), *PROMPTS, *self.left_out}
         fields = [item for item in record.items() if item[0] not in known]
-        fields += [item for turn in turns for item in turn.items() if item[0] not in (*_TEXTS, *_SPEAKERS)]
+        fields += [item for turn in turns for item in turn.items() if item[0] not in _SAID]
+        fields += [item for part in parts if part.get("text") is not None for item in part.items() if item[0] != "text"]
         for field, value in fields:
             found = [(field, "")] if not images and _IMAGE_FIELD.fullmatch(field) and _given(value) else []
             for name, file in (*_files(field, value), *found):
@@ -233,16 +232,18 @@ def _text(turn: Mapping[str, Any], names: Sequence[str], places: list[Any]) -> s
     if name is None:
         raise Reject("missing_field", f"a turn has no {' or '.join(names)}; its fields are: {', '.join(turn)[:200] or 'none'}")
     value = turn[name]
-    if isinstance(value, list):
-        text = "".join(_part(part, places) for part in value)
-    elif type(value) is str or (type(value) in (int, float) and math.isfinite(value)):
-        text = str(value)
-        places += [None] * text.count(MARK)
-    else:
-        raise Reject("wrong_type", f"{name} is a {type(value).__name__}, expected a string, a number or a list of parts")
+    text = "".join(_part(part, places) for part in value) if isinstance(value, list) else _marked(name, value, places)
     if not text or text.isspace():
         raise Reject("empty_text", f"{name} is empty")
     check_text(text, name)
+    return text
+
+
+def _marked(name: str, value: Any, places: list[Any]) -> str:
+    if type(value) is not str and not (type(value) in (int, float) and math.isfinite(value)):
+        raise Reject("wrong_type", f"{name} is a {type(value).__name__}, expected a string, a number or a list of parts")
+    text = str(value)
+    places += [None] * text.count(MARK)
     return text
 
 
@@ -252,7 +253,7 @@ def _part(part: Any, places: list[Any]) -> str:
         raise Reject("wrong_type", f"a part of a turn is a {type(part).__name__}, expected an object with a type")
     kind = part.get("type") or next((name for name in ("text", *_IMAGE_PARTS) if part.get(name) is not None), None)
     if kind in ("text", "input_text", "output_text"):
-        return _text(part, ("text",), places) if part.get("text") != "" else ""
+        return _marked("text", part.get("text"), places)
     if kind not in _IMAGE_PARTS:
         reason = "unsupported_media" if isinstance(kind, str) and _MEDIA.fullmatch(kind) else "bad_conversation"
         raise Reject(reason, f"a part of a turn has the type {str(kind)[:80]!r}, expected text or {' or '.join(_IMAGE_PARTS)}")
