@@ -1,7 +1,8 @@
 """Gzip files as a stream of bytes that never ends early without saying so, and loses nothing before damage.
 
 What a call of the decompressor had made when it met damage is lost. Files are fed by 64 KiB, so when one is damaged it is read
-once more, and that piece by bytes. (Of a file that was cut off, isal holds back what the last 8 bytes become.) As `gzip` does, zeros behind the last member are no damage.
+once more, and that piece by bytes. (Of a file that was cut off, isal holds back what its last few bytes become.) As `gzip` does,
+zeros behind the last member are no damage.
 Cost: that of isal, at several hundred MB/s; memory is one piece and at most 1 MiB of what comes out, also of a gzip bomb.
 """
 
