@@ -15,6 +15,7 @@ from isal import igzip_lib
 
 from wds_tools.errors import Reject
 
+_IsalError: type[Exception] = igzip_lib.IsalError  # type: ignore[assignment]  # its stub says it is an instance
 _PIECE_BYTES = 64 << 10
 _OUTPUT_BYTES = 1 << 20
 MAGIC = b"\x1f\x8b"
@@ -39,7 +40,7 @@ def decompress_gzip(open_file: Callable[[], BinaryIO]) -> Iterator[tuple[bytes, 
                 done_bytes += len(data)
                 yield data, read_bytes
             return
-        except igzip_lib.IsalError:
+        except _IsalError:
             pass
     with open_file() as stream:
         size = 0
@@ -48,7 +49,7 @@ def decompress_gzip(open_file: Callable[[], BinaryIO]) -> Iterator[tuple[bytes, 
                 size += len(data)
                 if size > done_bytes:
                     yield data[max(done_bytes - (size - len(data)), 0) :], fine_bytes
-        except igzip_lib.IsalError as error:
+        except _IsalError as error:
             reason = str(error).partition(" ")[2].partition(" ")[2]
             raise Reject("corrupt_gz", f"{reason} (behind {size} bytes of text)") from error
 
