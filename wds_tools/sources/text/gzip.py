@@ -1,7 +1,8 @@
 """Gzip files as a stream of bytes that never ends early without saying so, and loses nothing before damage.
 
 What a call of the decompressor had made when it met damage is lost. Files are fed by 64 KiB, so when one is damaged it is read
-once more, and that piece by bytes. (Of a file that was cut off, isal holds back what the last 8 bytes become.) As `gzip` does, zeros behind the last member are no damage.
+once more, and that piece by bytes. (Of a file that was cut off, isal holds back what its last few bytes become.) As `gzip` does,
+zeros behind the last member are no damage.
 Cost: that of isal, at several hundred MB/s; memory is one piece and at most 1 MiB of what comes out, also of a gzip bomb.
 """
 
@@ -14,6 +15,7 @@ from isal import igzip_lib
 
 from wds_tools.errors import Reject
 
+_IsalError: type[Exception] = igzip_lib.IsalError  # type: ignore[assignment]  # its stub says it is an instance
 _PIECE_BYTES = 64 << 10
 _OUTPUT_BYTES = 1 << 20
 MAGIC = b"\x1f\x8b"
@@ -38,7 +40,7 @@ def decompress_gzip(open_file: Callable[[], BinaryIO]) -> Iterator[tuple[bytes, 
                 done_bytes += len(data)
                 yield data, read_bytes
             return
-        except igzip_lib.IsalError:
+        except _IsalError:
             pass
     with open_file() as stream:
         size = 0
@@ -47,7 +49,7 @@ def decompress_gzip(open_file: Callable[[], BinaryIO]) -> Iterator[tuple[bytes, 
                 size += len(data)
                 if size > done_bytes:
                     yield data[max(done_bytes - (size - len(data)), 0) :], fine_bytes
-        except igzip_lib.IsalError as error:
+        except _IsalError as error:
             reason = str(error).partition(" ")[2].partition(" ")[2]
             raise Reject("corrupt_gz", f"{reason} (behind {size} bytes of text)") from error
 
