@@ -322,10 +322,14 @@ def test_rows_that_are_packed_say_their_template_and_no_other_goes_on_with_them(
     boi = Tokenizer.from_file(str(chameleon / "tokenizer.json")).token_to_id("<racm3:break>")
     assert (rows["template"], rows["template_version"]) == ("chameleon", 1)
     assert rows["code_ids"] == [[boi - 40, 40], [boi - 64, 24]]
-    assert verify(VerifyConfig(input=str(tmp_path / "rows"), quiet=True)).ok
-    with pytest.raises(UsageError, match="template"):
-        packed("rows", template="liquid", boi="<s>", eoi="<pad>", unconditional="<unk>")
-    packed("others", template="liquid", boi="<s>", eoi="<pad>", unconditional="<unk>")
+    assert not verify(VerifyConfig(input=str(tmp_path / "rows"), quiet=True)).problems
+    liquid = {"template": "liquid", "boi": "<s>", "eoi": "<pad>", "unconditional": "<unk>"}
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="a crash"):
+        patch.setattr(ExampleBuilder, "build", lambda *_: (_ for _ in ()).throw(RuntimeError("a crash")))
+        packed("others")
+    with pytest.raises(UsageError, match=r"begun with other inputs or settings: .*template"):
+        packed("others", **liquid, resume=True)
+    packed("others", **liquid, overwrite=True)
     with pytest.raises(UsageError, match="can't be mixed"):
         build_loader(LoaderConfig(sources=tuple(Source(str(tmp_path / name)) for name in ("rows", "others")), batch_size=1))
 
@@ -337,7 +341,7 @@ def test_rows_that_are_packed_say_their_template_and_no_other_goes_on_with_them(
     made = loader(template="chameleon")
     next(iter(made))
     loader(template="chameleon").load_state_dict(made.state_dict())
-    with pytest.raises(UsageError, match="template"):
+    with pytest.raises(UsageError, match="other rows: template was 'chameleon', is None"):
         loader(boi="<s>", eoi="<pad>", unconditional="<unk>").load_state_dict(made.state_dict())
 
 
