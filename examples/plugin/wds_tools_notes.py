@@ -78,7 +78,7 @@ class NotesConfig(ConvertOptions):
 
     def make_converter(self) -> Notes:
         """What makes samples of the records."""
-        return Notes(self.min_characters, self.keep)
+        return Notes(self.min_characters)
 
 
 @dataclass(frozen=True)
@@ -86,16 +86,18 @@ class Notes:
     """Records with a title and a body -> documents."""
 
     min_characters: int
-    keep: tuple[str, ...]
     num_ahead = 0  # nothing to wait for: one record after the other
+
+    def roles(self, fields: Mapping[str, Any]) -> Mapping[str, str]:
+        """Which field is what: said before anything is written."""
+        return {role: name for role, name in (("title", "title"), ("text", "body")) if name in fields}
 
     def convert(self, key: str, fields: Mapping[str, Any], _source: str) -> Sample:
         """The sample of a record; a Reject says why there is none."""
         body = str(fields.get("body") or "")
         if len(body) < self.min_characters:
             raise Reject("too_short", f"a body of {len(body)} characters, expected at least {self.min_characters}")
-        kept = {name: fields[name] for name in self.keep if name in fields}
-        return Sample(key=key, data_type="text_pretrain", text=f"{fields.get('title', '')}\n\n{body}", provenance=kept)
+        return Sample(key=key, data_type="text_pretrain", text=f"{fields.get('title', '')}\n\n{body}")
 
 
 class Colours:

@@ -172,7 +172,7 @@ def test_an_image_that_is_no_regular_file_is_a_reject_and_nobody_waits_for_it(tm
     names = ["fifo", "socket", "images", *(f"link{number}" for number in range(len(system)))]
     paths = [*names, *([] if is_fenced else system)]
     source = write_jsonl(root / "odd.jsonl", [{"image_path": path, "text": "x"} for path in ["images/0.jpg", *paths]])
-    manifest = pairs(source, tmp_path / "out", image_root=str(root) if is_fenced else None)
+    manifest = pairs(source, tmp_path / "out", image_root=(str(root),) if is_fenced else ())
     assert (manifest.samples, sum(manifest.rejects.values())) == (1, len(paths))
     assert set(manifest.rejects) <= {"missing_image", "empty_image", "not_an_image", "unreadable_image"}
     found = {reject["line"]: reject for reject in read_rejects(tmp_path / "out")}
@@ -189,8 +189,8 @@ def test_links_below_the_image_root_and_paths_as_the_root_is_named_are_followed(
     (tmp_path / "root").symlink_to("real")
     paths = ["a.jpg", "folder/hash", str(tmp_path / "root/a.jpg"), str(tmp_path / "real/a.jpg"), "folder/../../blobs/hash"]
     source = write_jsonl(tmp_path / "in/a.jsonl", [{"image_path": path, "text": "x"} for path in paths])
-    assert pairs(source, tmp_path / "out", image_root=str(tmp_path / "root")).rejects == {"outside_root": 1}
-    strict = pairs(source, tmp_path / "strict", image_root=str(tmp_path / "root"), strict_links=True)
+    assert pairs(source, tmp_path / "out", image_root=(str(tmp_path / "root"),)).rejects == {"outside_root": 1}
+    strict = pairs(source, tmp_path / "strict", image_root=(str(tmp_path / "root"),), strict_links=True)
     assert strict.rejects == {"outside_root": 5}
 
 

@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from wds_tools.convert.options import ConvertOptions, kept_fields
+from wds_tools.convert.options import ConvertOptions
 from wds_tools.errors import UsageError
 from wds_tools.format.codes import CODE_COLUMNS
 from wds_tools.format.schema import Sample
-from wds_tools.records.coded import SIDE_512, CodedRows
+from wds_tools.records.coded import SIDE_512, CodedRows, codes_in
 from wds_tools.sources.tables import Tables
 
 
@@ -52,7 +52,7 @@ class CodedConfig(ConvertOptions):
 
     def make_converter(self) -> Coded:
         """The codes, text and turns of a record."""
-        return Coded(CodedRows(self.codebook_size, self.stride), self.keep)
+        return Coded(CodedRows(self.codebook_size, self.stride))
 
     @property
     def _tokenizer_settings(self) -> dict[str, Any]:
@@ -80,10 +80,12 @@ class Coded:
     """Records of Liquid's seven fields -> samples with codes."""
 
     rows: CodedRows
-    keep: tuple[str, ...]
     num_ahead = 0
+
+    def roles(self, fields: Mapping[str, Any]) -> Mapping[str, str]:
+        """See Converter."""
+        return {name: name for name in ("text", *CODE_COLUMNS) if codes_in(fields, name) is not None}
 
     def convert(self, key: str, fields: Mapping[str, Any], _source: str) -> Sample:
         """See Converter."""
-        sample = self.rows.sample(key, fields)
-        return sample._replace(provenance=kept_fields(fields, self.keep))
+        return self.rows.sample(key, fields)

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from wds_tools.convert.images import NUM_AHEAD, ImageOptions, ImageReader
-from wds_tools.convert.options import kept_fields
 from wds_tools.errors import Reject
 from wds_tools.format.schema import Sample, SourceImage
 from wds_tools.images import Mode
@@ -53,8 +52,8 @@ class ConversationsConfig(ImageOptions):
 
     def make_converter(self) -> Conversations:
         """The turns and the images of a record."""
-        reader = TalkReader(self.conversations, self.image, self.image_marks, self.keep)
-        return Conversations(reader, ImageReader(self), self.keep)
+        reader = TalkReader(self.conversations, self.image, self.image_marks, tuple(self.spared))
+        return Conversations(reader, ImageReader(self))
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -74,7 +73,6 @@ class Conversations:
 
     reader: TalkReader
     images: ImageReader
-    keep: tuple[str, ...]
     num_ahead = NUM_AHEAD
 
     def roles(self, fields: Mapping[str, Any]) -> Mapping[str, str]:
@@ -103,5 +101,5 @@ class Conversations:
             image=images[0].data if images else None,
             image_extension=images[0].extension if images else None,
             more_images=tuple(images[1:]),
-            provenance={**provenance, **kept_fields(fields, self.keep)},
+            provenance=provenance,
         )

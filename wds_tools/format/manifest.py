@@ -27,6 +27,8 @@ INDEX_COMMAND = "index"
 PASSED_OVER = "members_passed_over"
 """Of the counts in `source`: members of tars that are no part of a sample (links, hidden files, those without a suffix)."""
 """As `source["command"]`: see Manifest.is_indexed."""
+FILTERED = ("filtered", "filtered_missing")
+"""Reasons of records that the user's own condition drops: counted among the rejects, without a line under rejects/."""
 _XXH128 = re.compile("[0-9a-f]{32}")
 _NO_HASH = "0" * 64
 _OWN_HASH = re.compile(rb'"manifest_hash":\s*"sha256:([0-9a-f]{64})"')
@@ -84,7 +86,7 @@ class Manifest:
     inputs: int
     """Records read: samples + rejects."""
     rejects: Mapping[str, int] = field(default_factory=dict)
-    """Records not taken, by reason; each has a line under rejects/."""
+    """Records not taken, by reason; each has a line under rejects/, but for those of FILTERED."""
     codes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Code column -> its provenance: tokenizer, codebook_size, stride, weights_hash, preprocessing_version, precision, ..."""
     source: Mapping[str, Any] = field(default_factory=dict)

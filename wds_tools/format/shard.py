@@ -33,7 +33,7 @@ from wds_tools.format.tar import BLOCK, END, Member, header, padding
 
 _PIXELS = {int, type(None)}
 _IMAGE_SUFFIX = re.compile(rf"(?:([1-9]\d{{0,5}})\.)?(?:{'|'.join(IMAGE_EXTENSIONS)})", re.ASCII)
-_RARE_FIELDS = {"conversations", "grids"}
+_RARE_FIELDS = {"conversations", "grids", "texts"}
 _NPY_1 = b"\x93NUMPY\x01\x00"
 _NPY_BEGIN = {_NPY_1: 10, b"\x93NUMPY\x02\x00": 12, b"\x93NUMPY\x03\x00": 12}
 _MAX_NPY_HEADER_BYTES = 4096
@@ -93,6 +93,8 @@ def encode_members(sample: Sample) -> list[tuple[str, bytes]]:
         record["conversations"] = sample.conversations
     if sample.grids is not None:
         record["grids"] = sample.grids
+    if sample.texts is not None:
+        record["texts"] = sample.texts
     if sample.provenance:
         record.update(sample.provenance)
     try:
@@ -147,6 +149,7 @@ def sample_from_members(key: str, members: Mapping[str, bytes | memoryview]) -> 
         conversations=record.get("conversations"),
         more_images=tuple(images[1:]),
         grids=record.get("grids"),
+        texts=record.get("texts"),
         provenance={name: value for name, value in record.items() if name not in JSON_FIELDS},
     )
 
@@ -158,7 +161,7 @@ def form_of(members: Mapping[str, bytes | memoryview]) -> tuple[Hashable, str] |
     their numbers of codes are equal.
 
     Returns:
-        The form and the text; None for what is rare or may be invalid: conversations, another npy version or a long npy header.
+        The form and the text; None for what is rare or may be invalid: turns, texts, another npy version, a long npy header.
     """
     try:
         record = orjson.loads(members["json"])

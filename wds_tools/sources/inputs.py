@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import posixpath
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -32,6 +33,15 @@ class Inputs(NamedTuple):
 
     files: list[InputFile]
     left_out: list[str]
+
+    def describe(self) -> str:
+        """One line: what is read."""
+        suffixes = Counter("." + posixpath.basename(file.url).partition(".")[2].lower() for file in self.files)
+        names = ", ".join(suffix for suffix, _ in suffixes.most_common(_NAMED_FILES))
+        left_out = f"; {len(self.left_out):,} files are left out" if self.left_out else ""
+        num_bytes = sum(file.size for file in self.files)
+        size = f"{num_bytes / 1e6:,.1f} MB" if num_bytes >= 1e6 else f"{num_bytes:,} bytes"
+        return f"{len(self.files):,} {'file' if len(self.files) == 1 else 'files'} ({names}), {size}{left_out}"
 
     @property
     def source(self) -> dict[str, Any]:
