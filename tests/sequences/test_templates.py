@@ -151,6 +151,7 @@ def chameleon_processor(folder: Path, tokens: int) -> Any:
     return ChameleonProcessor(images, AutoTokenizer.from_pretrained(str(folder)), image_seq_length=tokens)
 
 
+@pytest.mark.slow  # transformers takes seconds to import
 def test_chameleon_rows_are_what_its_processor_and_its_vocabulary_mapping_give(chameleon: Path) -> None:
     processor = chameleon_processor(chameleon, 16)
     theirs = processor.tokenizer
@@ -217,6 +218,7 @@ def emu3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tokenizer(tmp_path_factory.mktemp("emu3") / "t", special, named)
 
 
+@pytest.mark.slow  # transformers takes seconds to import
 def test_emu3_rows_are_what_its_processor_and_its_vocabulary_mapping_give(emu3: Path) -> None:
     from transformers import AutoTokenizer, Emu3Config, Emu3ImageProcessor, Emu3Model, Emu3Processor
 
