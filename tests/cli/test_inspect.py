@@ -30,7 +30,7 @@ def test_it_says_what_there_is_and_what_to_type_and_writes_nothing(tmp_path: Pat
     printed = inspect(capsys, path)
     assert tree(tmp_path) == before
     for line in (
-        "input     1 file (.jsonl), ",
+        "input     1 file (lines), ",
         "records   4 looked at, 1 not_an_object",
         "becomes   pairs: image = image_path; text = text_prompt (caption passed over)",
         "line 1: image_text, 40 x 32 jpeg, 'caption 0'",

@@ -158,13 +158,12 @@ ANSWER = {"from": "gpt", "value": "This."}
 @pytest.mark.parametrize(
     "fields",
     [
-        {"image_path": "a.jpg"},
         {"image_url": "a"},
         {"images_paths": ["a"]},
         {"img": {"url": "https://host/a"}},
         {"Image_File": "a"},
         {"picture": "iVBORw0KGgo="},
-        {"file_name": "folder/a.PNG"},
+        {"name": "folder/a.PNG"},
         {"source": {"where": ["https://host/a.webp?size=512"]}},
         {"note": "data:image/png;base64,iVBORw0KGgo="},
         {"image": "b.jpg", "second": "c.jpg", "conversations": turns("<image>What?", "This.")},
@@ -186,6 +185,14 @@ def test_an_image_that_would_be_left_behind_is_a_reject_and_never_a_text_alone(
     source = write(tmp_path / "in", [{"conversations": turns("What?", "This."), **fields}, record()])
     manifest = convert(source, tmp_path / "out")
     assert (manifest.samples, manifest.rejects) == (1, {"unused_image": 1})
+
+
+@pytest.mark.parametrize("name", ["image_path", "img_path", "file_name"])
+def test_an_image_of_another_known_name_is_found_and_without_a_mark_a_reject(name: str, tmp_path: Path) -> None:
+    talks = [{"conversations": turns(f"{mark}What?", "This."), name: "a.jpg"} for mark in ("<image>", "")]
+    manifest = convert(write(tmp_path / "in", talks), tmp_path / "out")
+    assert (manifest.samples, manifest.rejects) == (1, {"image_marks": 1})
+    assert len(read_samples(tmp_path / "out")[0].images) == 1
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def journey(tmp_path: Path) -> Path:
     subprocess.run([*pack, str(tmp_path / "in/000.tar"), "./000"], check=True)
     subprocess.run([*pack, str(tmp_path / "in/001.tar"), "--format=pax", "001", LONG.partition("/")[0]], check=True)
     paths = [*NAMES, "./000/1.jpg", "000/../001/2.jpg", "/000/0.jpg", "nowhere.jpg", "../000/0.jpg", "s3://b/000/0.jpg", "000"]
-    return write_jsonl(tmp_path / "in/anno.jsonl", [{"image_path": path, "text": path} for path in paths])
+    return write_jsonl(tmp_path / "in/anno.jsonl", [{"img_path": path, "prompt": path} for path in paths])
 
 
 def tar(*members: tuple[str, bytes], end: bytes = END) -> bytes:
@@ -105,6 +105,19 @@ def test_of_images_of_one_name_the_first_is_used_and_that_is_said(tmp_path: Path
         images = reader(*(tmp_path / root for root in roots))
         assert images.read("", "x.jpg")[0] == image_bytes(expected)
         assert "1 images of --image-root have the name of another, such as" in capfd.readouterr().err
+
+
+def test_links_and_names_of_other_encodings_are_passed_by_and_the_images_behind_them_are_found(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.jpg").write_bytes(image_bytes(1))
+    (tmp_path / "in/b.jpg").symlink_to("a.jpg")
+    (tmp_path / "in/caf\udce9.jpg").write_bytes(image_bytes(3))
+    (tmp_path / "in/z.jpg").write_bytes(image_bytes(2))
+    subprocess.run(["tar", "-C", str(tmp_path / "in"), "-cf", str(tmp_path / "a.tar"), "--sort=name", "."], check=True)
+    images = reader(tmp_path / "a.tar")
+    assert images.read("", "z.jpg")[0] == image_bytes(2)
+    with pytest.raises(Reject, match="missing_image"):
+        images.read("", "b.jpg")
 
 
 def test_two_names_of_one_hash_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import tyro
@@ -23,25 +23,27 @@ class Config(Printed):
     """Files, folders or patterns; paths or URLs."""
     converter: Annotated[Literal["pairs", "documents", "conversations", "coded"] | None, tyro.conf.arg(name="as")] = None
     """What it is to become. Default: what fits."""
-    image_root: str | None = None
-    """Folder that image paths are relative to, as `convert` has it."""
+    image_root: tuple[str, ...] = ()
+    """Folder that image paths are relative to, or tars with the images, as `convert` has it."""
 
 
 def run(config: Config) -> int:
     """Look, and say what there is."""
     found = inspect_input(config.input, converter=config.converter, image_root=config.image_root)
     if config.json:
-        print_json(asdict(found))
+        print_json(found)
         return 0
-    say(f"input     {found.input}")
-    if found.left_out is not None:
-        say(f"left out  {found.left_out['files']:,} files, such as {found.left_out['such_as']}")
-    say(f"records   {found.num_records:,} looked at" + (f", {itemize(found.rejects)}" if found.rejects else ""), "fields")
-    width = max(map(len, found.fields))
-    for name, facts in found.fields.items():
-        say(f"  {name:<{width}}  {itemize(facts['types'])}: {facts['example']}")
-    say(f"becomes   {found.converter}: {found.field_map}", *(f"  {line}" for line in found.samples))
-    if found.problem is not None:
-        say(f"stops at  {found.problem}")
-    say(f"command   {found.command}")
+    left_out, rejects, fields = found["left_out"], found["rejects"], found["fields"]
+    width = max(map(len, fields))
+    say(
+        f"input     {found['input']}",
+        *([f"left out  {left_out['files']:,} files, such as {left_out['such_as']}"] if left_out else []),
+        f"records   {found['num_records']:,} looked at" + (f", {itemize(rejects)}" if rejects else ""),
+        "fields",
+        *(f"  {name:<{width}}  {itemize(field['types'])}: {field['example']}" for name, field in fields.items()),
+        f"becomes   {found['converter']}: {found['field_map']}",
+        *(f"  {line}" for line in found["samples"]),
+        *([f"stops at  {found['problem']}"] if found["problem"] else []),
+        f"command   {found['command']}",
+    )
     return 0

@@ -10,7 +10,7 @@ from typing import Any
 import orjson
 
 from wds_tools.dataset.layout import REJECTS
-from wds_tools.format.manifest import FILTERED, PASSED_OVER, Manifest
+from wds_tools.format.manifest import ENLARGED, FILTERED, IMAGES, PASSED_OVER, Manifest
 from wds_tools.format.schema import ANY_MEMBERS
 from wds_tools.terminal import say
 
@@ -70,7 +70,11 @@ def print_dataset(url: str, manifest: Manifest, *, json: bool = False) -> None:
         facts["filtered"] = f"{sum(filtered.values()):,} dropped by --where{without}"
     if isinstance(left_out := manifest.source.get("left_out"), dict):
         facts["left out"] = f"{left_out.get('files')} files, not read as records, such as {left_out.get('such_as')}"
-    if isinstance(counts := manifest.source.get("counts"), dict) and PASSED_OVER in counts:
+    counts = manifest.source.get("counts")
+    if isinstance(counts, dict) and IMAGES in counts:
+        enlarged = f", {counts.get(ENLARGED)} smaller than their crop, so enlarged (convert with --min-side leaves such out)"
+        facts["images"] = f"{counts[IMAGES]}{enlarged if ENLARGED in counts else ''}"
+    if isinstance(counts, dict) and PASSED_OVER in counts:
         facts["passed over"] = f"{counts[PASSED_OVER]} members of tars that are of no sample: hidden, without suffix, links"
     for column, provenance in manifest.codes.items():
         size = provenance.get("codebook_size")

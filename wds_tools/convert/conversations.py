@@ -10,7 +10,7 @@ the turns, as first_answer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,7 +19,6 @@ from wds_tools.errors import Reject
 from wds_tools.format.schema import Sample, SourceImage
 from wds_tools.images import Mode
 from wds_tools.records.conversations import TalkReader
-from wds_tools.sources.text.elements import JsonRecords
 
 _SOURCE_ID, _FIRST_ANSWER = "source_id", "first_answer"
 
@@ -34,21 +33,15 @@ class ConversationsConfig(ImageOptions):
     conversations: str | None = None
     """Field with the turns. Default: conversations, messages, conversation or texts."""
     image: str | None = None
-    """Field with the images. Default: image or images, and those that stand in the turns."""
+    """Field with the images. Default: image, images, or another well-known name; and those that stand in the turns."""
     image_marks: Literal["written", "first"] = "written"
     """first: images of a record without an <image> mark are put before its first question; else such a record is a reject."""
     sft_mode: Mode = "cc512"
     """With --encode: how images are cropped: cc512 to a 512 px square, multi768 to the nearest of many shapes."""
     keep: tuple[str, ...] = ()
     """Fields of the record to keep as provenance. Its id is kept always, as source_id."""
-    task_records: int = 2000
-    """A worker, and a resumed run, takes this many records at a time; a shard holds no more."""
 
     command = "convert conversations"
-
-    def make_source(self) -> JsonRecords:
-        """JSON lists, or lines."""
-        return JsonRecords(self.task_records)
 
     def make_converter(self) -> Conversations:
         """The turns and the images of a record."""
@@ -60,6 +53,12 @@ class ConversationsConfig(ImageOptions):
         """See ConvertOptions."""
         said = {"conversations": self.conversations, "image": self.image, "image_marks": self.image_marks}
         return {**said, **super().settings}
+
+    @property
+    def named_fields(self) -> Mapping[str, Iterable[str]]:
+        """See ConvertOptions."""
+        named = {"--conversations": self.conversations, "--image": self.image}
+        return {**super().named_fields, **{option: (name,) for option, name in named.items() if name is not None}}
 
     @property
     def image_types(self) -> Sequence[str]:

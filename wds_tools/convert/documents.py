@@ -1,8 +1,8 @@
-"""DCLM documents (`*.jsonl.zst`, `*.json.zst`, `*.zstd`) -> text_pretrain samples.
+"""Records with a text -> text_pretrain samples.
 
-    files, grouped into tasks -> decompress -> lines -> records -> Sample(text) -> shards
+    records -> Sample(text) -> shards
 
-Memory does not grow with the input. Cost: see benchmarks/; about half the time is decompression and JSON parsing.
+Cost: see benchmarks/; about half the time is decompression and JSON parsing.
 """
 
 from __future__ import annotations
@@ -14,25 +14,18 @@ from typing import Any
 from wds_tools.convert.options import ConvertOptions
 from wds_tools.format.schema import Sample
 from wds_tools.records.field_map import FieldMap
-from wds_tools.sources.text.lines import CompressedLines
 
 
 @dataclass(frozen=True, kw_only=True)
 class DocumentsConfig(ConvertOptions):
-    """Convert DCLM-style documents to shards."""
+    """Convert documents to shards."""
 
     input: tuple[str, ...]
-    """Folders (searched for *.jsonl.zst, *.json.zst and *.zstd of both), files or brace patterns; local paths or URLs."""
+    """Files (lines of JSON, JSON lists, CSV, TSV, plain or compressed; Parquet), folders or patterns; paths or URLs."""
     text: tuple[str, ...] = ()
     """Fields with the text: the first that is there. Default: well-known names in a documented order."""
-    task_bytes: int = 16 << 20
-    """Small input files are taken together up to this many compressed bytes; a worker, and a resumed run, takes them whole."""
 
     command = "convert documents"
-
-    def make_source(self) -> CompressedLines:
-        """Lines of zstd files."""
-        return CompressedLines(self.task_bytes)
 
     def make_converter(self) -> Documents:
         """The text of a record."""

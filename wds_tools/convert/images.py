@@ -6,11 +6,10 @@ Pixels are first decoded by the encoder. An image that can't be read, or is not 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
-from wds_tools.convert.options import ConvertOptions
+from wds_tools.convert.options import ConvertOptions, ImageFacts
 from wds_tools.convert.tar_images import TarImages
 from wds_tools.errors import UsageError
 from wds_tools.format.schema import Sample
@@ -46,7 +45,7 @@ class ImageOptions(ConvertOptions):
     min_side: int = ImageLimits.min_side
     """Images with a shorter side than this, in pixels, are rejected."""
 
-    image_facts: ClassVar[Callable[[Sample], Mapping[str, Any]] | None] = staticmethod(image_facts)
+    image_facts: ClassVar[ImageFacts | None] = staticmethod(image_facts)
 
     def __post_init__(self) -> None:
         super().__post_init__()

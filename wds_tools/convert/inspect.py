@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Final
 
@@ -22,7 +21,9 @@ from wds_tools.convert.options import Converter, ConvertOptions
 from wds_tools.convert.pairs import PairsConfig
 from wds_tools.convert.survey import Read, place_of, survey_records
 from wds_tools.errors import Reject, UsageError
+from wds_tools.records.conversations import FIELDS as TURN_FIELDS
 from wds_tools.records.field_map import FieldMap
+from wds_tools.sources.composite import kind_of_task
 from wds_tools.sources.inputs import expand_inputs
 
 CONVERTERS: Final[Mapping[str, type[ConvertOptions]]] = {
@@ -32,44 +33,23 @@ CONVERTERS: Final[Mapping[str, type[ConvertOptions]]] = {
     "documents": DocumentsConfig,
 }
 NUM_SAMPLES: Final = 3
-_TURNS: Final = ("conversations", "messages", "conversation", "texts")
 _CODES: Final = ("vqcode_512", "vqcode_multi768", "vq_code", "npy")
 _MAX_CHARACTERS: Final = 60
 
 
-@dataclass(frozen=True, kw_only=True)
-class Inspection:
-    """What was recognised; JSON values."""
-
-    input: str
-    """Files: how many, of which kinds, how large."""
-    left_out: Mapping[str, Any] | None
-    """Files of the input folders that would not be read: how many, and such as."""
-    num_records: int
-    """Records that were looked at."""
-    rejects: Mapping[str, int]
-    """Those of them that can't be used, by reason."""
-    fields: Mapping[str, Mapping[str, Any]]
-    """Name of a field, or of one inside another -> types, with the number of records that have them, and an example."""
-    converter: str
-    """Name of the converter that fits."""
-    field_map: str
-    """Which field is what for it."""
-    problem: str | None
-    """Why the run would stop before it writes."""
-    samples: Sequence[str]
-    """The first records, as what they would become."""
-    command: str
-    """What to type."""
-
-
-def inspect_input(patterns: Sequence[str], *, converter: str | None = None, image_root: str | None = None) -> Inspection:
+def inspect_input(patterns: Sequence[str], *, converter: str | None = None, image_root: tuple[str, ...] = ()) -> dict[str, Any]:
     """Look at an input.
 
     Args:
         patterns: files, folders or patterns, as --input has them.
         converter: one of CONVERTERS; None: the one that fits.
         image_root: see ImageOptions.
+
+    Returns:
+        JSON values: `input`, what is read; `left_out` as in a manifest; `num_records` that were looked at, and `rejects`, those
+        that can't be used, by reason; `fields`, name -> `types` (-> records) and an `example`; `converter`, which fits, and
+        its `field_map`; `problem`, why a run would stop before it writes, or None; `samples`, a line for each of the first
+        records; `command`, what to type.
 
     Raises:
         UsageError, NotFound: the input can't be read.
@@ -78,39 +58,37 @@ def inspect_input(patterns: Sequence[str], *, converter: str | None = None, imag
     source = options.make_source()
     inputs = expand_inputs(patterns, source.choose)
     tasks, _ = source.plan(inputs.files)
+    said = inputs.describe(map(kind_of_task, tasks))
     survey = survey_records(source.read, tasks, lambda fields: {"converter": converter or _fitting(fields)}, {})
     if not survey.fields:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in survey.rejects.items())
-        raise UsageError(f"{inputs.describe()}: no record in it can be read ({reasons or 'there is none'})")
+        raise UsageError(f"{said}: no record in it can be read ({reasons or 'there is none'})")
     name = survey.roles["converter"].most_common(1)[0][0]
     options = _options(name, patterns, image_root)
     making = options.make_converter()
     mapped = survey_records(source.read, tasks, making.roles, {})
-    root = ["--image-root", image_root] if image_root is not None else []
-    return Inspection(
-        input=inputs.describe(),
-        left_out=inputs.source.get("left_out"),
-        num_records=survey.num_records,
-        rejects=dict(mapped.rejects),
-        fields={
-            field: {"types": dict(types), "example": _shown(survey.examples.get(field))} for field, types in survey.fields.items()
-        },
-        converter=name,
-        field_map=mapped.field_map(),
-        problem=mapped.problem,
-        samples=_first_samples(source.read, tasks, options, making),
-        command=shlex.join(["wds-tools", "convert", name, "--input", *patterns, *root, "--output", "OUTPUT"]),
-    )
+    root = ["--image-root", *image_root] if image_root else []
+    fields = {
+        field: {"types": dict(types), "example": _shown(survey.examples.get(field))} for field, types in survey.fields.items()
+    }
+    return {
+        **{"input": said, "left_out": inputs.source.get("left_out")},
+        **{"num_records": survey.num_records, "rejects": dict(mapped.rejects), "fields": fields},
+        **{"converter": name, "field_map": mapped.field_map(), "problem": mapped.problem},
+        "samples": _first_samples(source.read, tasks, options, making),
+        "command": shlex.join(["wds-tools", "convert", name, "--input", *patterns, *root, "--output", "OUTPUT"]),
+    }
 
 
-def _options(name: str, patterns: Sequence[str], image_root: str | None) -> Any:
-    root = {"image_root": image_root} if image_root is not None and hasattr(CONVERTERS[name], "image_root") else {}
-    return CONVERTERS[name](input=tuple(patterns), output=os.devnull, quiet=True, **root)
+def _options(name: str, patterns: Sequence[str], image_root: tuple[str, ...]) -> Any:
+    kind: Any = CONVERTERS[name]
+    root = {"image_root": image_root} if image_root and kind.image_facts is not None else {}
+    return kind(input=tuple(patterns), output=os.devnull, quiet=True, **root)
 
 
 def _fitting(fields: Mapping[str, Any]) -> str:
     """The converter for a record."""
-    if any(isinstance(turns := fields.get(name), list) and turns and isinstance(turns[0], dict) for name in _TURNS):
+    if any(isinstance(turns := fields.get(name), list) and turns and isinstance(turns[0], dict) for name in TURN_FIELDS):
         return "conversations"
     if any(fields.get(name) not in (None, "no") for name in _CODES):
         return "coded"

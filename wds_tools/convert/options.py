@@ -6,7 +6,7 @@ the options of `wds-tools convert NAME`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Protocol
 
@@ -15,6 +15,7 @@ from wds_tools.format.schema import MAX_KEY_BYTES, Sample, check_key
 from wds_tools.jobs import JobOptions
 from wds_tools.records.field_map import Pairs, parse_pairs
 from wds_tools.records.where import FACTS, RECORD, Where
+from wds_tools.sources.composite import Containers
 from wds_tools.sources.record import Source
 
 _MAX_PREFIX = MAX_KEY_BYTES - len("-TTTTTTTTT-NNNNNNNN")
@@ -24,8 +25,10 @@ _TASK_SIZES = ("task_lines", "task_records", "task_bytes")
 class Converter(Protocol):
     """Turns records into samples. A value that is pickled to workers."""
 
-    num_ahead: int
-    """Records that are converted at the same time, in threads, for what waits for files; 0: one after the other."""
+    @property
+    def num_ahead(self) -> int:
+        """Records that are converted at the same time, in threads, for what waits for files; 0: one after the other."""
+        ...
 
     def roles(self, fields: Mapping[str, Any], /) -> Mapping[str, str]:
         """What is read of a record: role, such as "text" or "image" -> name of the field that has it.
@@ -50,6 +53,12 @@ class Converter(Protocol):
         ...
 
 
+class ImageFacts(Protocol):
+    """What is known of a sample's image: FACTS by name, pickled to workers as a function is."""
+
+    def __call__(self, sample: Sample, /) -> Mapping[str, Any]: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class ConvertOptions(JobOptions):
     """How any conversion finds its files, and what its samples are called."""
@@ -57,7 +66,13 @@ class ConvertOptions(JobOptions):
     input: tuple[str, ...]
     """Files, folders or brace patterns; paths or URLs."""
     source: str | None = None
-    """Source of an installed package that reads the input. Default: what this command reads."""
+    """Source of an installed package that reads the input. Default: each file is read as what its content says it is."""
+    task_lines: int = 2000
+    """Of plain lines (.jsonl), a worker, and a resumed run, takes this many at a time; a shard holds no more."""
+    task_records: int = 10_000
+    """Of a JSON list so many records; of all else whole files or row groups, until they hold so many, if they say how many ..."""
+    task_bytes: int = 256 << 20
+    """... or this many bytes of input, whichever comes first; one that is larger alone."""
     keep: tuple[str, ...] = ()
     """Fields of the record to keep as provenance: FIELD, or NAME=FIELD to call it otherwise; a.b for one inside another."""
     drop: tuple[str, ...] = ()
@@ -71,7 +86,7 @@ class ConvertOptions(JobOptions):
 
     command = ""
     """Name of the command, written into the manifest."""
-    image_facts: ClassVar[Callable[[Sample], Mapping[str, Any]] | None] = None
+    image_facts: ClassVar[ImageFacts | None] = None
     """What --where and --keep may ask of a sample's image: FACTS by name. None: there are no images."""
 
     def __post_init__(self) -> None:
@@ -117,7 +132,7 @@ class ConvertOptions(JobOptions):
 
     def make_source(self) -> Source:
         """What reads the input, unless `source` names another."""
-        raise NotImplementedError
+        return Containers(self.task_lines, self.task_records, self.task_bytes, self.quiet)
 
     def make_converter(self) -> Converter:
         """What makes samples of the records."""

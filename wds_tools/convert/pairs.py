@@ -17,7 +17,6 @@ from wds_tools.format.schema import Sample
 from wds_tools.images import PAIR_TYPES, Mode, crop_for
 from wds_tools.records.field_map import FieldMap, parse_pairs
 from wds_tools.records.fields import value_of
-from wds_tools.sources.text.lines import Lines
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,14 +34,8 @@ class PairsConfig(ImageOptions):
     """Fields with the caption: the first that is there. Default: those of --texts, else well-known names, in order."""
     texts: tuple[str, ...] = ()
     """Several captions, NAME=FIELD each, all of which are kept, under these names; null where a record has none."""
-    task_lines: int = 2000
-    """A worker, and a resumed run, takes this many lines at a time; a shard holds no more."""
 
     command = "convert pairs"
-
-    def make_source(self) -> Lines:
-        """Lines of jsonl files."""
-        return Lines(self.task_lines, self.quiet)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -105,7 +98,7 @@ class Pairs:
         if isinstance(value, list) and len(value) == 1:
             value = value[0]
         image, info = self.images.read(source, value)
-        crop_for(self.mode, info.width, info.height)
+        crop = crop_for(self.mode, info.width, info.height)
         is_path = isinstance(value, str) and not value.startswith("data:")
         return Sample(
             key=key,
@@ -115,4 +108,5 @@ class Pairs:
             image_extension=info.extension,
             texts=self.field_map.texts_of(fields),
             provenance={} if is_path else {"image_width": info.width, "image_height": info.height},
+            num_enlarged=int(crop.enlarges(info.width, info.height)),
         )

@@ -7,11 +7,11 @@ A field that is missing is not kept; one that is null is kept as null.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from wds_tools.convert.options import Converter, ConvertOptions
+from wds_tools.convert.options import Converter, ConvertOptions, ImageFacts
 from wds_tools.format.schema import Sample
 from wds_tools.records.field_map import Pairs
 from wds_tools.records.fields import value_of
@@ -25,7 +25,7 @@ class Selection:
     converter: Converter
     where: Where | None
     keep: Pairs
-    image_facts: Callable[[Sample], Mapping[str, Any]] | None
+    image_facts: ImageFacts | None
     """None: nobody asks for them."""
 
     @classmethod
@@ -45,19 +45,9 @@ class Selection:
             self.where.check(fields, facts)
         if not self.keep:
             return sample
-        kept = {name: _kept(fields, facts, field) for name, field in self.keep}
-        return sample._replace(
-            provenance={**sample.provenance, **{name: value for name, value in kept.items() if value is not _kept}}
-        )
-
-
-def _kept(fields: Mapping[str, Any], facts: Mapping[str, Any], field: str) -> Any:
-    """The value of a field, or this function itself where there is none."""
-    if field in FACTS:
-        return facts.get(field)
-    field = field.removeprefix(RECORD)
-    value = fields.get(field, _kept)
-    if value is not _kept or "." not in field:
-        return value
-    value = value_of(fields, field)
-    return _kept if value is None else value
+        kept = dict(sample.provenance)
+        for name, field in self.keep:
+            values, path = (facts, field) if field in FACTS else (fields, field.removeprefix(RECORD))
+            if path in values or value_of(values, path) is not None:
+                kept[name] = value_of(values, path)
+        return sample._replace(provenance=kept)

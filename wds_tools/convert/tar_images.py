@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest
 
 from wds_tools.errors import FormatError, Reject, UsageError
-from wds_tools.format.tar import MemberPlace, first_name, member_places
+from wds_tools.format.tar import MAX_MEMBER_BYTES, MemberPlace, first_name, member_places
 from wds_tools.run.progress import Advance, Progress
 from wds_tools.storage import LocalStore, open_store, split_url
 from wds_tools.terminal import say
@@ -93,6 +93,8 @@ class TarImages:
         fault = None
         try:
             for member in _places_in(url, size):
+                if member.num_bytes > MAX_MEMBER_BYTES:
+                    continue
                 hashes.append(_hash(_plain(member.name)))
                 places.append((number, member.start, member.offset - member.start, member.num_bytes))
         except FormatError as error:

@@ -24,9 +24,11 @@ from wds_tools.format.typed_json import Count, read_json, shape
 
 FORMAT = "wds-tools"
 INDEX_COMMAND = "index"
+"""As `source["command"]`: see Manifest.is_indexed."""
 PASSED_OVER = "members_passed_over"
 """Of the counts in `source`: members of tars that are no part of a sample (links, hidden files, those without a suffix)."""
-"""As `source["command"]`: see Manifest.is_indexed."""
+IMAGES, ENLARGED = "images", "enlarged_images"
+"""Of the counts in `source`: images of the samples, and those of them that are smaller than what they are scaled to."""
 FILTERED = ("filtered", "filtered_missing")
 """Reasons of records that the user's own condition drops: counted among the rejects, without a line under rejects/."""
 _XXH128 = re.compile("[0-9a-f]{32}")

@@ -66,6 +66,8 @@ class Sample(NamedTuple):
     """Several captions by name, the same names in every sample of a dataset; None for one that this sample has not."""
     provenance: Mapping[str, Any] = _NOTHING
     """Further JSON fields, such as a document's url."""
+    num_enlarged: int = 0
+    """Images that are smaller than what they are scaled to: to be counted where the sample is made, and stored nowhere."""
 
     @property
     def num_codes(self) -> int:
@@ -88,6 +90,11 @@ class Sample(NamedTuple):
         if self.image is None or self.image_extension is None:
             return ()
         return SourceImage(self.image, self.image_extension), *self.more_images
+
+    @property
+    def num_images(self) -> int:
+        """Images, be it source images or their codes."""
+        return len(self.images) or max((1 if self.grids is None else len(self.grids[column]) for column in self.codes), default=0)
 
     def grids_of(self, column: str) -> list[Codes]:
         """The (h, w) grids of a code column, one an image, as views."""

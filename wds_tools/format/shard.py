@@ -45,6 +45,7 @@ _NPY_HEADER = re.compile(
 )
 """Keys in any order; (descr, fortran_order, shape). Matched, never evaluated: a header may be anything."""
 _NPY_DTYPES = ("|u1", "<u2", "<u4", "<u8")
+_SIGNED_DTYPES = ("|i1", "<i2", "<i4", "<i8")
 
 
 class StoredSample(NamedTuple):
@@ -306,8 +307,13 @@ def npy_bytes(grid_hw: NDArray[Any]) -> bytes:
     return _npy_header(grid_hw.dtype.str, grid_hw.shape) + grid_hw.tobytes()
 
 
-def parse_npy(data: bytes | memoryview, name: str) -> NDArray[Any]:
+def parse_npy(data: bytes | memoryview, name: str, *, signed: bool = False) -> NDArray[Any]:
     """The array of an npy file, as a read-only view of `data`; C order, numbers only, never pickled objects.
+
+    Args:
+        data: the file.
+        name: what a message calls it.
+        signed: take signed integers too, for files of others.
 
     Raises:
         FormatError: not an npy file of little-endian unsigned integers in C order, or its size does not match its header.
@@ -320,7 +326,7 @@ def parse_npy(data: bytes | memoryview, name: str) -> NDArray[Any]:
     if offset - begin > _MAX_NPY_HEADER_BYTES:
         raise FormatError(f"{name}: an npy header of {offset - begin} bytes; at most {_MAX_NPY_HEADER_BYTES} are accepted")
     try:
-        dtype, shape, expected = _parse_npy_header(bytes(view[begin:offset]))
+        dtype, shape, expected = _parse_npy_header(bytes(view[begin:offset]), signed)
     except FormatError as error:
         raise FormatError(f"{name}: {error}") from None
     num_bytes = len(view) - offset
@@ -337,15 +343,14 @@ def _npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
 
 
 @lru_cache(maxsize=1024)
-def _parse_npy_header(head: bytes) -> tuple[np.dtype[Any], tuple[int, ...], int]:
+def _parse_npy_header(head: bytes, signed: bool) -> tuple[np.dtype[Any], tuple[int, ...], int]:
     """The dtype and the shape that it states, and the bytes that these take."""
     match = _NPY_HEADER.fullmatch(head)
     if match is None:
         raise FormatError(f"unreadable npy header {head[:80]!r}")
     descr, fortran_order, shape = (group.decode("latin-1") for group in match.groups())
-    if descr not in _NPY_DTYPES or fortran_order != "False":
-        raise FormatError(
-            f"expected little-endian unsigned integers in C order, got {descr[:40]!r}, fortran_order={fortran_order}"
-        )
+    if descr not in (_NPY_DTYPES + _SIGNED_DTYPES if signed else _NPY_DTYPES) or fortran_order != "False":
+        kind = "integers" if signed else "unsigned integers"
+        raise FormatError(f"expected little-endian {kind} in C order, got {descr[:40]!r}, fortran_order={fortran_order}")
     dtype, sizes = np.dtype(descr), tuple(int(size) for size in shape.split(",") if size.strip())
     return dtype, sizes, math.prod(sizes) * dtype.itemsize

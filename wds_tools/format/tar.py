@@ -317,7 +317,7 @@ class MemberPlace(NamedTuple):
 
 
 def member_places(read: Callable[[int, int], bytes | memoryview], size: int, name: str = "tar") -> Iterator[MemberPlace]:
-    """The regular files of an archive, by its headers alone.
+    """The regular files of an archive, by its headers alone; names that are not UTF-8 have \\xNN in them.
 
     Args:
         read: (start, end) -> these bytes of the archive.
@@ -327,7 +327,7 @@ def member_places(read: Callable[[int, int], bytes | memoryview], size: int, nam
     Raises:
         FormatError: as TarReader, when all members before the fault are out.
     """
-    reader = TarReader(name)
+    reader = TarReader(name, lenient=True)
     offset = 0
     if size < BLOCK:
         reader.feed(read(0, size))
@@ -359,7 +359,7 @@ def first_name(blocks: bytes | memoryview, name: str, offset: int) -> str:
     Raises:
         FormatError: they are not that.
     """
-    reader = TarReader(name)
+    reader = TarReader(name, lenient=True)
     reader._base = offset
     reader.feed(blocks[:-BLOCK])
     block = bytes(blocks[-BLOCK:])

@@ -9,7 +9,7 @@ reject that names the options, and the survey stops a run for it before anything
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -34,7 +34,8 @@ _FILE_NAMES: Final = {"file_name", "path", "filename", "filepath", "file_path"}
 _IMAGE_FILE: Final = re.compile(r"\.(jpe?g|png|webp|gif|bmp|tiff?|avif|heic)([?#]\S*)?$", re.I)
 _MAGIC: Final = re.compile(rb"\xff\xd8\xff|\x89PNG|GIF8|RIFF....WEBP|II\*\0|MM\0\*|....ftyp(avif|heic|mif1)", re.DOTALL)
 _DATA_URI: Final = "data:image/"
-_PLAIN: Final = (int, float, bool, type(None))
+_PLAIN: Final = frozenset((int, float, bool, type(None)))
+_IMAGE_NAMES: Final = frozenset(IMAGE_NAMES)
 _MAX_DEPTH: Final = 4
 _MAX_LISTED: Final = 8
 Pairs = tuple[tuple[str, str], ...]
@@ -70,10 +71,10 @@ def parse_pairs(option: str, values: Sequence[str], *, needs_name: bool = False)
 def is_image(value: Any, name: str) -> bool:
     """Whether the value of a field of this name is an image, several, or the path of one."""
     if isinstance(value, str):
-        is_named = name in IMAGE_NAMES and bool(value)
+        is_named = name in _IMAGE_NAMES and bool(value)
         return value.startswith(_DATA_URI) or (is_named and (name not in _FILE_NAMES or bool(_IMAGE_FILE.search(value))))
     if isinstance(value, bytes):
-        return bool(value) and (name in IMAGE_NAMES or bool(_MAGIC.match(value)))
+        return bool(value) and (name in _IMAGE_NAMES or bool(_MAGIC.match(value)))
     if isinstance(value, dict):
         is_struct = 0 < len(value) <= 2 and value.keys() <= {"bytes", "path"}
         return is_struct and (is_image(value.get("bytes"), name) or is_image(value.get("path"), "path"))
@@ -132,9 +133,11 @@ class FieldMap:
 
     def check_unused(self, fields: Mapping[str, Any], used: str | None) -> None:
         """Raise Reject ("unused_image") for an image in a field that is neither used nor spared, unless it is the same one."""
+        if not (names := _images(fields)):
+            return
         value = None if used is None else value_of(fields, used)
         is_inside = value is not None and (not isinstance(value, str) or value.startswith(_DATA_URI))
-        for name in _images(fields):
+        for name in names:
             if name == used or not self.spared.isdisjoint((name, name.removeprefix("json."))):
                 continue
             other = value_of(fields, name)
@@ -146,15 +149,18 @@ class FieldMap:
             raise Reject("unused_image", f"{name} holds an image beside that of {used}: {how}")
 
 
-def _images(fields: Mapping[str, Any], prefix: str = "", depth: int = _MAX_DEPTH) -> Iterator[str]:
+def _images(fields: Mapping[str, Any], depth: int = _MAX_DEPTH) -> list[str]:
     """Names of the fields that hold images, also of those inside objects."""
+    names: list[str] = []
     for name, value in fields.items():
-        if isinstance(value, _PLAIN):
-            continue
+        kind = type(value)
+        if kind in _PLAIN or (kind is str and name not in _IMAGE_NAMES and not value.startswith(_DATA_URI)):
+            continue  # as nearly all do: without a call
         if is_image(value, name):
-            yield prefix + name
-        elif isinstance(value, dict) and depth:
-            yield from _images(value, f"{prefix}{name}.", depth - 1)
+            names.append(name)
+        elif kind is dict and depth:
+            names += [f"{name}.{inner}" for inner in _images(value, depth - 1)]
+    return names
 
 
 def _is_same(value: Any, other: Any) -> bool:

@@ -17,7 +17,7 @@ import fnmatch
 import operator
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from wds_tools.errors import Reject, UsageError
@@ -36,39 +36,21 @@ _Evaluate = Callable[[Fields, Fields], Any]
 _Compare = Callable[[Any, Any], Any]
 
 _COMPARISONS: dict[type[ast.cmpop], _Compare] = {
-    ast.Eq: operator.eq,
-    ast.NotEq: operator.ne,
-    ast.Lt: operator.lt,
-    ast.LtE: operator.le,
-    ast.Gt: operator.gt,
-    ast.GtE: operator.ge,
-    ast.In: lambda part, whole: part in whole,
-    ast.NotIn: lambda part, whole: part not in whole,
+    **{ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le},
+    **{ast.Gt: operator.gt, ast.GtE: operator.ge},
+    **{ast.In: lambda part, whole: part in whole, ast.NotIn: lambda part, whole: part not in whole},
 }
-_ARITHMETIC: dict[type[ast.operator] | type[ast.unaryop], Callable[..., Any]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-    ast.FloorDiv: operator.floordiv,
-    ast.Mod: operator.mod,
-    ast.USub: operator.neg,
-    ast.UAdd: operator.pos,
+_ARITHMETIC: dict[type[ast.AST], Callable[..., Any]] = {
+    **{ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv},
+    **{ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.USub: operator.neg, ast.UAdd: operator.pos},
 }
-_FUNCTIONS: dict[str, tuple[Callable[..., Any], range]] = {
-    "min": (min, range(1, 20)),
-    "max": (max, range(1, 20)),
-    "abs": (abs, range(1, 2)),
-    "len": (len, range(1, 2)),
-    "float": (float, range(1, 2)),
-    "lower": (str.lower, range(1, 2)),
-    "upper": (str.upper, range(1, 2)),
-    "startswith": (str.startswith, range(2, 3)),
-    "endswith": (str.endswith, range(2, 3)),
-    "contains": (operator.contains, range(2, 3)),
-    "matches": (lambda text, glob: glob.match(text) is not None, range(2, 3)),
+_FUNCTIONS: dict[str, tuple[Callable[..., Any], int]] = {
+    **{"min": (min, 0), "max": (max, 0), "abs": (abs, 1), "len": (len, 1), "float": (float, 1)},
+    **{"lower": (str.lower, 1), "upper": (str.upper, 1), "contains": (operator.contains, 2)},
+    **{"startswith": (str.startswith, 2), "endswith": (str.endswith, 2)},
+    "matches": (lambda text, glob: glob.match(text) is not None, 2),
 }
-"""Name -> function, numbers of arguments. The second of `matches` is a glob in quotes."""
+"""Name -> function, number of values that it takes (0: any). The second of `matches` is a pattern in quotes."""
 _WRONG = "expected fields, numbers and texts with < <= > >= == !=, in, and, or, not, + - * / // %, [lists], and the functions"
 
 
@@ -135,32 +117,34 @@ class _Compiler:
         """A function (fields, facts) -> value of a node. Raises UsageError for a node that is not allowed."""
         if not depth:
             raise UsageError(f"more than {_MAX_DEPTH} levels deep")
-        parts = [self.compile(child, depth - 1) for child in _operands(node)]
         match node:
-            case ast.Constant(value=value):
-                return _constant(value)
+            case ast.Constant(value=None):
+                raise UsageError("a field that is missing or null is false by itself: write `not FIELD` for None")
+            case ast.Constant(value=int() | float() | str() as value):
+                return lambda _fields, _facts: value
             case ast.Name() | ast.Attribute() | ast.Subscript():
                 return self._name(".".join(_path(node)))
+        operands = node.args if isinstance(node, ast.Call) else ast.iter_child_nodes(node)
+        parts = [self.compile(child, depth - 1) for child in operands if isinstance(child, ast.expr)]
+        match node:
             case ast.BoolOp(op=op):
                 return _either(parts, isinstance(op, ast.Or))
             case ast.UnaryOp(op=ast.Not()):
                 return lambda fields, facts: not parts[0](fields, facts)
-            case ast.Compare(ops=ops):
-                return _comparison([_COMPARISONS[type(op)] for op in ops if type(op) in _COMPARISONS or _refuse(op)], parts)
+            case ast.Compare(ops=ops) if all(type(op) in _COMPARISONS for op in ops):
+                return _comparison([_COMPARISONS[type(op)] for op in ops], parts)
             case ast.BinOp(op=op) | ast.UnaryOp(op=op) if type(op) in _ARITHMETIC:
-                return _call(_numbers(_ARITHMETIC[type(op)]), type(op).__name__.lower(), parts)
+                return _call(_ARITHMETIC[type(op)], type(op).__name__.lower(), parts, of_numbers=True)
             case ast.List() | ast.Tuple():
                 return lambda fields, facts: [part(fields, facts) for part in parts]
             case ast.Call(func=ast.Name(id=name), args=args, keywords=[]) if name in _FUNCTIONS:
-                function, counts = _FUNCTIONS[name]
-                if len(args) not in counts:
-                    raise UsageError(
-                        f"{name} takes {counts[0]}{' or more' if len(counts) > 1 else ''} arguments, got {len(args)}"
-                    )
+                function, num_values = _FUNCTIONS[name]
+                if len(args) != (num_values or max(len(args), 1)):
+                    raise UsageError(f"{name} takes {num_values or 'some'} values, got {len(args)}")
                 if name == "matches":
                     parts[1] = _glob(args[1])
                 return _call(function, name, parts)
-        return _refuse(node)
+        raise _refused(node)
 
     def _name(self, name: str) -> _Evaluate:
         if name in FACTS:
@@ -173,20 +157,6 @@ class _Compiler:
         return lambda fields, _facts: fields.get(name)
 
 
-def _operands(node: ast.expr) -> Sequence[ast.expr]:
-    """The nodes whose values a node needs."""
-    match node:
-        case ast.BoolOp(values=operands) | ast.List(elts=operands) | ast.Tuple(elts=operands) | ast.Call(args=operands):
-            return operands
-        case ast.UnaryOp(operand=operand):
-            return [operand]
-        case ast.BinOp(left=left, right=right):
-            return [left, right]
-        case ast.Compare(left=left, comparators=comparators):
-            return [left, *comparators]
-    return []
-
-
 def _path(node: ast.expr) -> list[str]:
     match node:
         case ast.Name(id=name):
@@ -195,20 +165,11 @@ def _path(node: ast.expr) -> list[str]:
             return [*_path(value), name]
         case ast.Subscript(value=value, slice=ast.Constant(value=int(number))):
             return [*_path(value), str(number)]
-    return _refuse(node)
+    raise _refused(node)
 
 
-def _refuse(node: ast.AST) -> Any:
-    what = ast.unparse(node) if isinstance(node, ast.expr) else type(node).__name__
-    raise UsageError(f"{what[:80]!r} has no place in it: {_WRONG} {', '.join(_FUNCTIONS)}")
-
-
-def _constant(value: Any) -> _Evaluate:
-    if value is None:
-        raise UsageError("a field that is missing or null is false by itself: write `not FIELD` for None")
-    if type(value) not in (bool, int, float, str):
-        raise UsageError(f"{value!r:.40} is neither a number nor a text")
-    return lambda _fields, _facts: value
+def _refused(node: ast.expr) -> UsageError:
+    return UsageError(f"{ast.unparse(node)[:80]!r} has no place in it: {_WRONG} {', '.join(_FUNCTIONS)}")
 
 
 def _glob(node: ast.expr) -> _Evaluate:
@@ -230,48 +191,37 @@ def _either(parts: list[_Evaluate], is_or: bool) -> _Evaluate:
 
 
 def _comparison(comparisons: list[_Compare], parts: list[_Evaluate]) -> _Evaluate:
-    def compare(left: Any, right: Any, holds: _Compare) -> Any:
-        try:
-            return left is not None and right is not None and holds(left, right)
-        except TypeError as error:
-            raise Reject("wrong_type", f"--where compares {left!r:.60} with {right!r:.60}") from error
+    def compare(fields: Fields, facts: Fields) -> bool:
+        left = parts[0](fields, facts)
+        for holds, part in zip(comparisons, parts[1:], strict=True):
+            right = part(fields, facts)
+            try:
+                if left is None or right is None or not holds(left, right):
+                    return False
+            except TypeError as error:
+                raise Reject("wrong_type", f"--where compares {left!r:.60} with {right!r:.60}") from error
+            left = right
+        return True
 
-    if len(comparisons) == 1:
-        (holds,), (first, second) = comparisons, parts
-        return lambda fields, facts: compare(first(fields, facts), second(fields, facts), holds)
-
-    def chain(fields: Fields, facts: Fields) -> bool:
-        values = [part(fields, facts) for part in parts]
-        return all(map(compare, values, values[1:], comparisons))
-
-    return chain
+    return compare
 
 
-def _call(function: Callable[..., Any], name: str, parts: list[_Evaluate]) -> _Evaluate:
+def _call(function: Callable[..., Any], name: str, parts: list[_Evaluate], *, of_numbers: bool = False) -> _Evaluate:
+    """Arithmetic is of numbers alone: texts and lists could grow without bound."""
+
     def call(fields: Fields, facts: Fields) -> Any:
         values = [part(fields, facts) for part in parts]
         if None in values:
             return None
         try:
-            return function(*values)
+            if of_numbers and not all(isinstance(value, int | float) for value in values):
+                raise TypeError
+            result = function(*values)
         except (ArithmeticError, ValueError):  # a division by zero, a text that is no number
             return None
         except TypeError as error:
             shown = ", ".join(f"{value!r:.60}" for value in values)
             raise Reject("wrong_type", f"--where can't work out {name} of {shown}") from error
+        return None if isinstance(result, int) and result.bit_length() > _MAX_BITS else result
 
     return call
-
-
-def _numbers(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Arithmetic on numbers alone: texts and lists could grow without bound."""
-
-    def calculate(*values: Any) -> Any:
-        if not all(isinstance(value, int | float) for value in values):
-            raise TypeError
-        result = function(*values)
-        if isinstance(result, int) and result.bit_length() > _MAX_BITS:
-            raise OverflowError
-        return result
-
-    return calculate

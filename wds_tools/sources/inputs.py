@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import os
 import posixpath
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from braceexpand import braceexpand
@@ -34,10 +33,9 @@ class Inputs(NamedTuple):
     files: list[InputFile]
     left_out: list[str]
 
-    def describe(self) -> str:
-        """One line: what is read."""
-        suffixes = Counter("." + posixpath.basename(file.url).partition(".")[2].lower() for file in self.files)
-        names = ", ".join(suffix for suffix, _ in suffixes.most_common(_NAMED_FILES))
+    def describe(self, kinds: Iterable[str]) -> str:
+        """One line: what is read, files of these kinds."""
+        names = ", ".join(dict.fromkeys(kinds)) or "empty"
         left_out = f"; {len(self.left_out):,} files are left out" if self.left_out else ""
         num_bytes = sum(file.size for file in self.files)
         size = f"{num_bytes / 1e6:,.1f} MB" if num_bytes >= 1e6 else f"{num_bytes:,} bytes"
