@@ -326,9 +326,10 @@ def test_rows_that_are_packed_say_their_template_and_no_other_goes_on_with_them(
     assert rows["code_ids"] == [[boi - 40, 40], [boi - 64, 24]]
     assert not verify(VerifyConfig(input=str(tmp_path / "rows"), quiet=True)).problems
     liquid = {"template": "liquid", "boi": "<s>", "eoi": "<pad>", "unconditional": "<unk>"}
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="a crash"):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ExampleBuilder, "build", lambda *_: (_ for _ in ()).throw(RuntimeError("a crash")))
-        packed("others")
+        with pytest.raises(RuntimeError, match="a crash"):
+            packed("others")
     with pytest.raises(UsageError, match=r"begun with other inputs or settings: .*template"):
         packed("others", **liquid, resume=True)
     packed("others", **liquid, overwrite=True)
