@@ -117,10 +117,10 @@ def check_packing(packing: Any, spec: Mapping[str, Any]) -> None:
     saved = packing.get("spec") if isinstance(packing, Mapping) else None
     if not isinstance(saved, Mapping):
         raise UsageError(f"not the state of packed rows: its packing is {str(packing)[:80]}")
-    names = [name for name, value in spec.items() if saved.get(name) != value]
+    names = [name for name in [*saved, *spec] if saved.get(name) != spec.get(name)]
     if names:
         raise UsageError(
-            f"the state was saved with other rows: {names[0]} was {saved.get(names[0])!r}, is {spec[names[0]]!r}: "
+            f"the state was saved with other rows: {names[0]} was {saved.get(names[0])!r}, is {spec.get(names[0])!r}: "
             "keep the settings of the run, or start a new one"
         )
 

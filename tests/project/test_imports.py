@@ -35,7 +35,7 @@ ALLOWED = {
     "wds_tools.dataset": FORMAT | STORAGE | {"wds_tools.run"},
     "wds_tools.run": BASE,
     "wds_tools.jobs": JOBS,
-    "wds_tools.sequences": FORMAT,
+    "wds_tools.sequences": FORMAT | {"wds_tools.plugins"},
     "wds_tools.records": FORMAT | STORAGE | {"wds_tools.images"},
     "wds_tools.sources": DATASET | {"wds_tools.records"},
     "wds_tools.convert": JOBS | {"wds_tools.images", "wds_tools.plugins"},

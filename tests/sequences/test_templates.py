@@ -151,6 +151,7 @@ def chameleon_processor(folder: Path, tokens: int) -> Any:
     return ChameleonProcessor(images, AutoTokenizer.from_pretrained(str(folder)), image_seq_length=tokens)
 
 
+@pytest.mark.slow  # transformers takes seconds to import
 def test_chameleon_rows_are_what_its_processor_and_its_vocabulary_mapping_give(chameleon: Path) -> None:
     processor = chameleon_processor(chameleon, 16)
     theirs = processor.tokenizer
@@ -217,6 +218,7 @@ def emu3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tokenizer(tmp_path_factory.mktemp("emu3") / "t", special, named)
 
 
+@pytest.mark.slow  # transformers takes seconds to import
 def test_emu3_rows_are_what_its_processor_and_its_vocabulary_mapping_give(emu3: Path) -> None:
     from transformers import AutoTokenizer, Emu3Config, Emu3ImageProcessor, Emu3Model, Emu3Processor
 
@@ -322,10 +324,15 @@ def test_rows_that_are_packed_say_their_template_and_no_other_goes_on_with_them(
     boi = Tokenizer.from_file(str(chameleon / "tokenizer.json")).token_to_id("<racm3:break>")
     assert (rows["template"], rows["template_version"]) == ("chameleon", 1)
     assert rows["code_ids"] == [[boi - 40, 40], [boi - 64, 24]]
-    assert verify(VerifyConfig(input=str(tmp_path / "rows"), quiet=True)).ok
-    with pytest.raises(UsageError, match="template"):
-        packed("rows", template="liquid", boi="<s>", eoi="<pad>", unconditional="<unk>")
-    packed("others", template="liquid", boi="<s>", eoi="<pad>", unconditional="<unk>")
+    assert not verify(VerifyConfig(input=str(tmp_path / "rows"), quiet=True)).problems
+    liquid = {"template": "liquid", "boi": "<s>", "eoi": "<pad>", "unconditional": "<unk>"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ExampleBuilder, "build", lambda *_: (_ for _ in ()).throw(RuntimeError("a crash")))
+        with pytest.raises(RuntimeError, match="a crash"):
+            packed("others")
+    with pytest.raises(UsageError, match=r"begun with other inputs or settings: .*template"):
+        packed("others", **liquid, resume=True)
+    packed("others", **liquid, overwrite=True)
     with pytest.raises(UsageError, match="can't be mixed"):
         build_loader(LoaderConfig(sources=tuple(Source(str(tmp_path / name)) for name in ("rows", "others")), batch_size=1))
 
@@ -337,7 +344,7 @@ def test_rows_that_are_packed_say_their_template_and_no_other_goes_on_with_them(
     made = loader(template="chameleon")
     next(iter(made))
     loader(template="chameleon").load_state_dict(made.state_dict())
-    with pytest.raises(UsageError, match="template"):
+    with pytest.raises(UsageError, match="other rows: template was 'chameleon', is None"):
         loader(boi="<s>", eoi="<pad>", unconditional="<unk>").load_state_dict(made.state_dict())
 
 

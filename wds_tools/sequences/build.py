@@ -91,8 +91,8 @@ class ExampleBuilder:
         content = {"tokenizer": self.tokenizer.backend.to_str().encode(), "prompts": repr(template["prompts"]).encode()}
         settings = {name: template.get(name, value) for name, value in asdict(self.config).items() if name != "template"}
         hashes = {name: xxhash.xxh3_128_hexdigest(data) for name, data in content.items()}
-        settings |= hashes | self.vocabulary.template.spec
-        return {"version": ROWS_VERSION, **settings, "codebook_size": self.vocabulary.codebook_size}
+        settings |= hashes | {"codebook_size": self.vocabulary.codebook_size}
+        return {"version": ROWS_VERSION, **self.vocabulary.template.spec, **settings}
 
     def check(self, sample: Sample) -> None:
         """Raise Reject if no example can be made of a valid sample, whatever chance says."""

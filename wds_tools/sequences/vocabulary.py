@@ -103,7 +103,8 @@ class Vocabulary:
         else:
             ids = self.code_ids[codes]
         row_end = self.template.row_end
-        return self.template.in_order(ids, ids_of(self.tokenizer.id_of(row_end) if row_end else None))
+        ordered = self.template.in_order(ids, ids_of(self.tokenizer.id_of(row_end) if row_end else None))
+        return np.asarray(ordered, np.int32).reshape(-1)  # a package's may be of another type
 
     def prompt_ids(self, text: str, *, size: Size | None = None, wording: int = 0, shape: Shape | None = None) -> list[int]:
         """What to generate an image from: exactly the ids that stand before its codes in a row, liquid's `<boi>` the last.
