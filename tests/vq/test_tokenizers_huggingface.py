@@ -200,14 +200,22 @@ def test_weights_in_several_files_load_from_the_links_of_a_cache_and_never_from_
 def test_emu3_takes_pixels_as_its_preprocessor_scales_them(made: Callable[[str], tuple[Path, Made]], tmp_path: Path) -> None:
     folder, (_, codes) = made("emu3")
     shutil.copytree(folder, tmp_path / "emu3")
-    settings = {"image_mean": [0.4] * 3, "image_std": [0.3] * 3, "rescale_factor": 1 / 255}
-    (tmp_path / "emu3/preprocessor_config.json").write_text(json.dumps(settings))
-    found = load_tokenizer("emu3", weights=str(tmp_path / "emu3"), device="cpu").encode(pixels())
-    with torch.no_grad():
-        expected = codes(((pixels().float() / 255 - 0.4) / 0.3).permute(0, 3, 1, 2))
-    assert (found == expected).float().mean() > 0.98  # the scale is applied in another order
-    (tmp_path / "emu3/preprocessor_config.json").write_text(json.dumps({"image_mean": [0.4, 0.5, 0.6], "image_std": [0.3]}))
-    with pytest.raises(TokenizerError, match="expected one number for all channels"):
+    file = tmp_path / "emu3/preprocessor_config.json"
+    plain = load_tokenizer("emu3", weights=str(folder), device="cpu")
+    for mean, std in (([0.4] * 3, [0.3] * 3), ([0.4, 0.5, 0.6], [0.3, 0.25, 0.35]), ([0.4, 0.5, 0.6], [0.3])):
+        file.write_text(json.dumps({"image_mean": mean, "image_std": std, "rescale_factor": 1 / 255}))
+        tokenizer = load_tokenizer("emu3", weights=str(tmp_path / "emu3"), device="cpu")
+        found = tokenizer.encode(pixels())
+        with torch.no_grad():
+            scaled = (pixels().double() / 255 - torch.tensor(mean)) / torch.tensor(std)
+            expected = codes(scaled.float().permute(0, 3, 1, 2))
+        assert (found == expected).float().mean() > 0.98  # the scale is applied in another order
+        back = plain.decode(found).double() / 255 * 2 - 1  # clipped to where the network's own range ends
+        scaled_back = ((back * torch.tensor(std) + torch.tensor(mean)) * 255).clamp(0, 255)
+        differs = (tokenizer.decode(found) - scaled_back).abs() > 1
+        assert differs[plain.decode(found).remainder(255) != 0].float().mean() < 0.01
+    file.write_text(json.dumps({"image_mean": [0.4, 0.5], "image_std": [0.3]}))
+    with pytest.raises(TokenizerError, match="expected a number, or one for each of 3 channels"):
         load_tokenizer("emu3", weights=str(tmp_path / "emu3"), device="cpu")
 
 
@@ -265,7 +273,7 @@ def spoil(folder: Path, what: str) -> None:
     [
         ("no config", r"config\.json is missing"),
         ("no weights", "no weights: expected"),
-        ("damaged", "damaged or holds more than tensors"),
+        ("damaged", "is damaged, and was not loaded"),
         ("lacks one", r"lack quant_conv\.weight: they do not fit"),
         ("has one more", "have the unexpected extra"),
         ("another shape", r"quantize\.embedding\.weight is torch.float32 \(512, 8\), but config\.json asks for"),
