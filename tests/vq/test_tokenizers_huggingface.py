@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import diffusers
@@ -21,7 +23,7 @@ from torch import Tensor
 from loaders import LoaderConfig, Source, build_loader
 from wds_tools.check.verify import VerifyConfig, verify
 from wds_tools.encode.encode import EncodeConfig, encode
-from wds_tools.errors import TokenizerError, UsageError
+from wds_tools.errors import MissingPackage, TokenizerError, UsageError
 from wds_tools.format.schema import Sample
 from wds_tools.vq import load_tokenizer
 
@@ -64,11 +66,46 @@ def vqvae(kind: str, **settings: Any) -> Made:
     return model, codes
 
 
+def apertus() -> Made:
+    shape = {"embed_dim": 8, "latent_channels": 8, "base_channels": 32, "channel_multiplier": [1, 1, 2], "num_res_blocks": 1}
+    config = transformers.Apertus1p5VisionTokenizerConfig(**shape, codebook_size=512, attn_resolutions=[64])
+    model = transformers.Apertus1p5VisionTokenizerModel(config)
+    return model, lambda pixels_BCHW: model.encode(pixels_BCHW).image_tokens
+
+
+CLIP = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
+
+
+def glm_image() -> Made:
+    text = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 64}
+    vision = {"depth": 2, "hidden_size": 32, "num_heads": 2, "intermediate_size": 64, "image_size": 32, "patch_size": 4}
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+    config = transformers.GlmImageConfig(
+        text_config={**text, "num_key_value_heads": 2, "vision_vocab_size": 520, "pad_token_id": 0, "rope_parameters": rope},
+        vision_config=vision,
+        vq_config={"embed_dim": 16, "num_embeddings": 512, "latent_channels": 32},
+    )
+    model = transformers.GlmImageForConditionalGeneration(config)
+    processor = transformers.GlmImageImageProcessor(
+        patch_size=4, merge_size=1, temporal_patch_size=1, do_resize=False, do_rescale=False, **CLIP
+    )
+
+    def codes(pixels_BCHW: Tensor) -> Tensor:
+        B, _, H, W = pixels_BCHW.shape
+        given = processor(list((pixels_BCHW + 1) / 2), return_tensors="pt")
+        features = model.get_image_features(given["pixel_values"], given["image_grid_thw"]).pooler_output
+        return model.get_image_tokens(features, given["image_grid_thw"]).view(B, H // 4, W // 4)
+
+    return model, codes
+
+
 MODELS: dict[str, Callable[[], Made]] = {
     "vqmodel": vq_model,
     "chameleon": lambda: vqvae("Chameleon"),
     "emu3": lambda: vqvae("Emu3", hidden_size=64, temporal_downsample_factor=2, attn_resolutions=[2]),
     "janus": lambda: vqvae("Janus", num_patches=8),
+    "emu35": apertus,
+    "glm-image": glm_image,
 }
 
 
@@ -93,6 +130,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path
             spread(model)
             folder = tmp_path_factory.mktemp(name)
             model.save_pretrained(folder)
+            if name == "glm-image":
+                (folder / "preprocessor_config.json").write_text(json.dumps(CLIP))
             known[name] = folder, (model, codes)
         return known[name]
 
@@ -150,10 +189,42 @@ def test_pictures_are_those_of_the_class_itself(name: str, made: Callable[[str],
     assert (tokenizer.decode(codes).float() - expected).abs().max() < 0.51
 
 
-def test_the_chameleon_of_transformers_has_no_way_back(made: Callable[[str], tuple[Path, Made]]) -> None:
-    tokenizer = load_tokenizer("chameleon", weights=str(made("chameleon")[0]), device="cpu")
-    with pytest.raises(UsageError, match=r"no image decoder: load vqgan\.yaml"):
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    [("chameleon", r"load vqgan\.yaml"), ("emu35", r"load config\.yaml"), ("glm-image", "its diffusion model")],
+)
+def test_a_class_without_a_decoder_says_where_pictures_come_from(
+    name: str, instead: str, made: Callable[[str], tuple[Path, Made]]
+) -> None:
+    tokenizer = load_tokenizer(name, weights=str(made(name)[0]), device="cpu")
+    with pytest.raises(UsageError, match=f"no image decoder: {instead}"):
         tokenizer.decode(tokenizer.encode(pixels()))
+
+
+def test_the_whole_folder_of_glm_image_has_its_model_and_its_preprocessor_inside(
+    made: Callable[[str], tuple[Path, Made]], tmp_path: Path
+) -> None:
+    folder = made("glm-image")[0]
+    expected = load_tokenizer("glm-image", weights=str(folder), device="cpu").encode(pixels())
+    shutil.copytree(folder, tmp_path / "vision_language_encoder")
+    (tmp_path / "processor").mkdir()
+    (tmp_path / "vision_language_encoder/preprocessor_config.json").rename(tmp_path / "processor/preprocessor_config.json")
+    for weights in (tmp_path, tmp_path / "vision_language_encoder"):
+        assert torch.equal(load_tokenizer("glm-image", weights=str(weights), device="cpu").encode(pixels()), expected)
+    shutil.rmtree(tmp_path / "processor")
+    with pytest.raises(TokenizerError, match=r"no preprocessor_config\.json, here or in `processor`"):
+        load_tokenizer("glm-image", weights=str(tmp_path), device="cpu")
+
+
+def test_a_class_that_the_installed_transformers_lacks_is_named_with_the_pip_line(
+    made: Callable[[str], tuple[Path, Made]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = made("emu35")[0]
+    monkeypatch.setitem(sys.modules, "transformers", ModuleType("transformers"))  # as one of before these classes
+    with pytest.raises(
+        MissingPackage, match=r"needs Apertus1p5VisionTokenizerModel of a newer transformers: pip install -U 'wds-to"
+    ):
+        load_tokenizer("emu35", weights=str(folder), device="cpu")
 
 
 def in_a_language_model(folder: Path, out: Path, *, parts: int = 2) -> Path:
@@ -167,11 +238,11 @@ def in_a_language_model(folder: Path, out: Path, *, parts: int = 2) -> Path:
         save_file({name: state[name] for name in names if files[name] == file}, out / file)
     (out / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
     config = json.loads((folder / "config.json").read_text())
-    (out / "config.json").write_text(json.dumps({"model_type": "any", "hidden_size": 8, "vq_config": config}))
+    (out / "config.json").write_text(json.dumps({"model_type": "any", "vision_config": config, "vq_config": config}))
     return out
 
 
-@pytest.mark.parametrize("name", ["chameleon", "emu3", "janus"])
+@pytest.mark.parametrize("name", ["chameleon", "emu3", "janus", "emu35"])
 def test_a_tokenizer_is_found_inside_a_language_model(
     name: str, made: Callable[[str], tuple[Path, Made]], tmp_path: Path
 ) -> None:
