@@ -25,7 +25,7 @@ from wds_tools.errors import DataError, FormatError, Reject, StorageError, Usage
 from wds_tools.format.codes import CODE_COLUMNS
 from wds_tools.format.schema import DATA_TYPES, Sample
 from wds_tools.records.coded import SIDE_512, CodedRows, codes_in, talk_of
-from wds_tools.records.conversations import image_paths
+from wds_tools.records.conversations import TalkReader
 from wds_tools.records.fields import CAPTION, required_text
 from wds_tools.records.images import ImageSource
 from wds_tools.sequences.config import SequenceConfig
@@ -214,8 +214,9 @@ class JsonlDataset(Dataset[Item]):
             raise Reject("unknown_data_type", f"data_type is {kind!r}, expected one of {', '.join(DATA_TYPES)}")
         paths: list[str] = []
         if kind == "visual_sft":
-            sample = self._rows.conversation(key, record, record if "conversations" in record else talk_of(record))
-            paths = [] if columns else image_paths(record, sample.conversations or [])
+            talk = record if "conversations" in record else talk_of(record)
+            sample = self._rows.conversation(key, record, talk)
+            paths = [] if columns else [required_text({"image": image}, ("image",)) for image in TalkReader().read(talk).images]
         else:
             sample = Sample(key, kind, required_text(record, CAPTION))
             if kind == "text_pretrain":

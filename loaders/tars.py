@@ -10,6 +10,7 @@ Memory: a shard and the next one.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -89,6 +90,7 @@ class _Tars:
         order = shuffled(len(self.names), self._seed, self.epoch) if self._shuffle else np.arange(len(self.names))
         own = order[self._world.rank * num_workers + worker :: self._world.world_size * num_workers].tolist()
         with ThreadPoolExecutor(1, thread_name_prefix="wds-tar") as pool:
+            has_warned = False
             following = pool.submit(self._read, self.names[own[0]]) if own else None
             for number, shard in enumerate(own):
                 assert following is not None
@@ -97,6 +99,10 @@ class _Tars:
                     following = pool.submit(self._read, self.names[own[number + 1]])
                 url = join(self._store.url, self.names[shard])
                 found = scan_tar(tar, url)
+                if found.num_passed_over and not has_warned:
+                    what = f"{found.num_passed_over} members that are no part of a sample: hidden, without a suffix, or links"
+                    warnings.warn(f"{url}: passed over {what}; there may be more in other tars", stacklevel=2)
+                    has_warned = True
                 for key, payloads in zip(found.keys, found.payloads(tar), strict=True):
                     sample: dict[str, Any] = {"__key__": key, "__url__": url}
                     sample.update((suffix, bytes(payload)) for suffix, payload in payloads.items())

@@ -179,6 +179,23 @@ def test_tars_without_samples_are_indexed_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_members_that_are_no_part_of_a_sample_are_passed_over_and_counted(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for name in ("LICENSE", "._0.jpg", "0.jpg", "._0.txt", "0.txt", "set/.DS_Store", "1.jpg", "1.txt"):
+            member = tarfile.TarInfo(name)
+            member.size = len(name)
+            archive.addfile(member, io.BytesIO(name.encode()))
+        for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE):
+            other = tarfile.TarInfo("2.jpg")
+            other.type = kind
+            archive.addfile(other)
+    manifest = index_tars(open_store(str(tmp_path)))
+    assert (manifest.samples, manifest.members) == (2, ("jpg", "txt"))
+    assert manifest.source["counts"] == {"members_passed_over": 8}
+    assert problems(tmp_path) == ()
+    assert sorted(bytes(sample["txt"]) for sample in ShardDataset(str(tmp_path))) == [b"0.txt", b"1.txt"]
+
+
 def test_an_index_that_is_lost_comes_back(tars: Path) -> None:
     index(tars)
     before = tree(tars)

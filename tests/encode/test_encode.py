@@ -344,10 +344,39 @@ def test_pairs_are_encoded_straight_through_to_the_same_samples(tmp_path: Path) 
     assert tree(tmp_path / "again") == tree(tmp_path / "straight")
 
 
-def test_settings_of_a_tokenizer_without_encode_are_refused(tmp_path: Path) -> None:
+def test_encode_takes_files_of_pairs_as_convert_pairs_does(tmp_path: Path) -> None:
+    path = write_pairs(tmp_path / "pairs", 3, width=60)
+    how = ["--device", "cpu", "--keep-images", "--shard-samples", "2", "--max-pixels", "100000"]
+    wds_tools("convert", "pairs", "--input", path, "--encode", "tiny", *how, "--output", tmp_path / "straight")
+    wds_tools("encode", "--input", path, *how, "--output", tmp_path / "encoded")
+    assert tree(tmp_path / "encoded") == tree(tmp_path / "straight")
+    others = [word for word in how if word != "--keep-images"]
+    failed = wds_tools("encode", "--input", path, *others, "--output", tmp_path / "encoded", "--resume", status=2)
+    assert "keep_images" in failed.stderr
+    failed = wds_tools("encode", "--input", path, "--sft-mode", "multi768", "--output", tmp_path / "out", status=2)
+    assert "is read as pairs" in failed.stderr
+
+
+def test_conversations_are_encoded_straight_through_to_the_same_samples(tmp_path: Path) -> None:
+    for number, name in enumerate("ab"):
+        (tmp_path / f"{name}.jpg").write_bytes(image_bytes(number, 60, 40))
+    turns = [{"role": "user", "content": "<image>What?"}, {"role": "assistant", "content": "Red."}]
+    path = write_jsonl(tmp_path / "talks.jsonl", [{"messages": turns, "images": [name]} for name in ("a.jpg", "b.jpg")])
+    args = ["convert", "conversations", "--input", path, "--output"]
+    wds_tools(*args, tmp_path / "raw")
+    fill(tmp_path / "raw", tmp_path / "twostep", sft_mode="multi768")
+    wds_tools(*args, tmp_path / "straight", "--encode", "tiny", "--device", "cpu", "--sft-mode", "multi768")
+    for one, two in zip(read_samples(tmp_path / "straight"), read_samples(tmp_path / "twostep"), strict=True):
+        assert np.array_equal(one.codes["vqcode_multi768"], two.codes["vqcode_multi768"])
+        assert one._replace(codes={}) == two._replace(codes={})
+    assert verify(VerifyConfig(input=str(tmp_path / "straight"), quiet=True)).problems == ()
+
+
+@pytest.mark.parametrize("name", ["pairs", "conversations"])
+def test_settings_of_a_tokenizer_without_encode_are_refused(tmp_path: Path, name: str) -> None:
     path = write_pairs(tmp_path / "pairs", 1)
-    for extra in (["--precision", "bf16"], ["--keep-images"]):
-        said = wds_tools("convert", "pairs", "--input", path, "--output", tmp_path / "out", *extra, status=2)
+    for extra in (["--precision", "bf16"], ["--keep-images"], *([["--sft-mode", "multi768"]] if name == "conversations" else [])):
+        said = wds_tools("convert", name, "--input", path, "--output", tmp_path / "out", *extra, status=2)
         words = " ".join(said.stderr.replace("│", " ").split())
         assert f"{extra[0]} says how to encode, and has no effect without --encode" in words
 

@@ -30,6 +30,7 @@ from wds_tools.format.shard import (
     encode_members,
     form_of,
     group_samples,
+    is_stray,
     npy_bytes,
     parse_npy,
     sample_from_members,
@@ -547,6 +548,7 @@ def test_a_name_is_cut_at_the_first_dot_behind_the_last_slash_as_webdataset_does
 def test_a_name_without_key_or_suffix_is_refused(name: str) -> None:
     with pytest.raises(FormatError, match=r"^here: .* is not KEY\.SUFFIX"):
         split_name(name, "here")
+    assert is_stray(name)
 
 
 @pytest.mark.parametrize("suffix", ["__key__", "__url__", "__source__", "__local_path__", "____"])
@@ -566,8 +568,8 @@ OUTCOMES: dict[str, int | str] = {
     "duplicate_adjacent.tar": "'000000.txt' at byte 43520 stands twice in one sample",
     "duplicate_names.tar": "'000000.jpg' at byte 55296 comes after other samples",
     "interleaved_keys.tar": "'000000.txt' at byte 144384 comes after other samples",
-    "dot_slash_and_hidden.tar": "'./._000000.jpg' is not KEY.SUFFIX",
-    "native_libarchive_test_read_format_tar_mac_metadata_1.tar": "is not KEY.SUFFIX",
+    "dot_slash_and_hidden.tar": 6,
+    "native_libarchive_test_read_format_tar_mac_metadata_1.tar": 0,
 }
 
 
@@ -582,7 +584,7 @@ def test_members_of_real_odd_archives_are_grouped_or_refused(name: str) -> None:
         return
     found = list(group_samples(members))
     assert len(found) == expected
-    assert sum(len(stored.members) for stored in found) == len(members)
+    assert sum(len(stored.members) for stored in found) == sum(not is_stray(member.name) for member in members)
 
 
 @pytest.mark.parametrize("order", ["aba", "abcab"])

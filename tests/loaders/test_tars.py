@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import io
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -100,3 +101,18 @@ def test_a_folder_without_tars_and_a_rank_outside_the_world_are_refused(tmp_path
     write_tars(tmp_path / "tars", shards=1)
     with pytest.raises(UsageError, match="rank=1"):
         TarDataset(str(tmp_path / "tars"), rank=1, world_size=1)
+
+
+def test_members_that_are_no_part_of_a_sample_are_passed_over_with_a_warning(tmp_path: Path) -> None:
+    (tmp_path / "tars").mkdir()
+    for name in ("a.tar", "b.tar"):
+        with tarfile.open(tmp_path / "tars" / name, "w") as archive:
+            for member in ("LICENSE", "._0.txt", "0.txt", ".DS_Store", "1.txt"):
+                archive.addfile(tarfile.TarInfo(member))
+            link = tarfile.TarInfo("1.jpg")
+            link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+            archive.addfile(link)
+    with pytest.warns(UserWarning, match=r"a\.tar: passed over 4 members") as warned:
+        samples = list(TarDataset(str(tmp_path / "tars"), shuffle=False))
+    assert len(warned) == 1
+    assert [(sample["__key__"], sorted(sample)[2:]) for sample in samples] == 2 * [("0", ["txt"]), ("1", ["txt"])]

@@ -1,34 +1,77 @@
-"""`wds-tools convert NAME`, for any converter: ours, one a module beside this one, and those of installed packages."""
+"""`wds-tools convert NAME`, for any converter: ours, one a module beside this one, and those of installed packages.
+
+Those that take images can encode them on the way: the options that say so are here, once for all of them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from types import SimpleNamespace
 from typing import Any
 
 from wds_tools.cli.summary import Printed, print_dataset
 from wds_tools.convert import ConvertOptions, run_conversion
-from wds_tools.errors import WdsToolsError
+from wds_tools.encode.options import TokenizerOptions
+from wds_tools.errors import UsageError, WdsToolsError
+from wds_tools.jobs.records import Encoder
 from wds_tools.plugins import CONVERTERS, load_plugin
 
 
+@dataclass(frozen=True, kw_only=True)
+class Encoding(TokenizerOptions):
+    """Codes instead of images in one go."""
+
+    encode: str | None = None
+    """An image tokenizer: fill the codes straight away, as `wds-tools encode --tokenizer` does."""
+    keep_images: bool = False
+    """With --encode: keep the source images beside the codes."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        encoding = {"keep_images", "sft_mode", *(field.name for field in fields(TokenizerOptions))}
+        for field in fields(self) if self.encode is None else ():
+            if field.name in encoding and getattr(self, field.name) != field.default:
+                raise UsageError(f"--{field.name.replace('_', '-')} says how to encode, and has no effect without --encode")
+
+
 def convert_command(options: type[ConvertOptions]) -> tuple[type[Any], Callable[[Any], int]]:
-    """`Config` and `run` of a command.
+    """`Config` and `run` of a command, which can encode if it takes images.
 
     Args:
         options: of the converter.
     """
+    bases = (Printed, options, Encoding) if options.image_facts is not None else (Printed, options)
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(Printed, options):  # type: ignore[misc, valid-type]
+    class Config(*bases):  # type: ignore[misc]
         __doc__ = options.__doc__
 
+        def __post_init__(self) -> None:
+            for base in bases[1:]:
+                base.__post_init__(self)
+
     def run(config: Any) -> int:
-        print_dataset(config.output, run_conversion(config), json=config.json)
+        print_dataset(config.output, run_conversion(config, _encoder(config)), json=config.json)
         return 0
 
     return Config, run
+
+
+def _encoder(config: Any) -> Encoder | None:
+    if getattr(config, "encode", None) is None:
+        return None
+    from wds_tools.encode.image_encoder import MODES, ImageEncoder  # with torch, which converting alone does without
+
+    return ImageEncoder(
+        config.encode,
+        TokenizerOptions(**{field.name: getattr(config, field.name) for field in fields(TokenizerOptions)}),  # travels to workers
+        workers=config.workers,
+        cpus=config.remote_cpus,
+        keep_images=config.keep_images,
+        limits=config.limits,
+        sft_mode=getattr(config, "sft_mode", MODES["visual_sft"]),
+    )
 
 
 def plugin_command(name: str) -> Any:

@@ -1,19 +1,42 @@
 """`wds-tools encode`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
+from wds_tools.cli import convert_pairs
 from wds_tools.cli.summary import Printed, print_dataset
+from wds_tools.dataset.layout import MANIFEST, PLAN
 from wds_tools.encode.encode import EncodeConfig, encode
+from wds_tools.errors import NotFound, UsageError
+from wds_tools.sources.inputs import expand_inputs
+from wds_tools.storage import open_store
 
 EXAMPLE = "wds-tools encode --input pairs-raw --output pairs --tokenizer chameleon --weights vqgan/ --device cuda"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Printed, EncodeConfig):
-    """Fill the codes of a dataset's images with an image tokenizer."""
+    """Fill the codes of a dataset's images with an image tokenizer. Image-caption pairs in any files are taken as well, and
+    read where they lie: that is `wds-tools convert pairs --encode`, which has more options."""
 
 
 def run(config: Config) -> int:
     """Encode, and say what came of it."""
+    if _is_to_convert(config.input):
+        if config.sft_mode != Config.sft_mode:
+            raise UsageError(f"--sft-mode {config.sft_mode}: {config.input} is read as pairs; see convert conversations --encode")
+        names = {field.name for field in fields(convert_pairs.Config)} & {field.name for field in fields(config)}
+        same = {name: getattr(config, name) for name in names if name != "input"}
+        return convert_pairs.run(convert_pairs.Config(input=(config.input,), encode=config.tokenizer, **same))
     print_dataset(config.output, encode(config), json=config.json)
     return 0
+
+
+def _is_to_convert(url: str) -> bool:
+    """Whether files are named, and no dataset of ours, be it complete or not."""
+    store = open_store(url)
+    if store.exists(MANIFEST) or store.exists(PLAN):
+        return False
+    try:
+        return bool(expand_inputs([url], lambda _url, sizes: list(sizes)).files)
+    except (NotFound, UsageError):
+        return False

@@ -10,6 +10,7 @@ import tyro
 from wds_tools.cli.summary import Printed, describe_samples, print_dataset
 from wds_tools.dataset.layout import MANIFEST
 from wds_tools.errors import UsageError
+from wds_tools.format.manifest import PASSED_OVER
 from wds_tools.jobs.index_tars import index_tars, rebuild_indices
 from wds_tools.storage import open_store
 from wds_tools.terminal import say
@@ -49,4 +50,6 @@ def run(config: Config) -> int:
         f"{manifest.samples / elapsed_s:,.0f} samples/s"
     )
     say(f"schema: {describe_samples(manifest)}")
+    if num_passed_over := manifest.source.get("counts", {}).get(PASSED_OVER):
+        say(f"passed over: {num_passed_over:,} members that are no part of a sample: hidden ones, without a suffix, or links")
     return 0

@@ -1,48 +1,64 @@
-"""LLaVA-style conversations (JSON lists, or one object a line) -> visual_sft samples that carry their source images.
+"""Conversations, in any convention that `records.conversations` reads -> visual_sft samples that carry their source images.
 
-    records, cut into ranges -> record -> turns and image paths -> fetch the images -> look at their headers -> Sample -> shards
+    record -> turns, and an image for each mark in them -> fetch the images -> look at their headers -> Sample -> shards
 
 Roles become system, human and gpt, a system prompt the first turn. A conversation is taken whole or not at all: its turns
 alternate and end with an answer, and the `<image>` marks of its questions are as many as its images. Nothing is guessed and no
-text is changed.
+text is changed. What gpt says before anybody asked is no answer to train on, and LLaVA's trainers leave it out: it is kept beside
+the turns, as first_answer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from wds_tools.convert.images import NUM_AHEAD, ImageOptions, ImageReader
-from wds_tools.convert.options import kept_fields
 from wds_tools.errors import Reject
 from wds_tools.format.schema import Sample, SourceImage
-from wds_tools.records.conversations import image_paths, turns_of
-from wds_tools.sources.text.elements import JsonRecords
+from wds_tools.images import Mode
+from wds_tools.records.conversations import TalkReader
 
-_SOURCE_ID = "source_id"
+_SOURCE_ID, _FIRST_ANSWER = "source_id", "first_answer"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConversationsConfig(ImageOptions):
-    """Convert conversations about images to shards; the images go in byte for byte, codes come with `wds-tools encode`."""
+    """Convert conversations about images to shards. The images go in byte for byte, and codes come with `wds-tools encode`; or
+    codes instead of images in one go, with --encode."""
 
     input: tuple[str, ...]
-    """.json or .jsonl files, folders of them, or brace patterns; records with conversations, and paths in image."""
+    """.json or .jsonl files, folders of them, or brace patterns; records with conversations, and images in them or beside."""
+    conversations: str | None = None
+    """Field with the turns. Default: conversations, messages, conversation or texts."""
+    image: str | None = None
+    """Field with the images. Default: image, images, or another well-known name; and those that stand in the turns."""
+    image_marks: Literal["written", "first"] = "written"
+    """first: images of a record without an <image> mark are put before its first question; else such a record is a reject."""
+    sft_mode: Mode = "cc512"
+    """With --encode: how images are cropped: cc512 to a 512 px square, multi768 to the nearest of many shapes."""
     keep: tuple[str, ...] = ()
     """Fields of the record to keep as provenance. Its id is kept always, as source_id."""
-    task_records: int = 2000
-    """A worker, and a resumed run, takes this many records at a time; a shard holds no more."""
 
     command = "convert conversations"
 
-    def make_source(self) -> JsonRecords:
-        """JSON lists, or lines."""
-        return JsonRecords(self.task_records)
-
     def make_converter(self) -> Conversations:
         """The turns and the images of a record."""
-        return Conversations(ImageReader(self), self.keep)
+        reader = TalkReader(self.conversations, self.image, self.image_marks, tuple(self.spared))
+        return Conversations(reader, ImageReader(self))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """See ConvertOptions."""
+        said = {"conversations": self.conversations, "image": self.image, "image_marks": self.image_marks}
+        return {**said, **super().settings}
+
+    @property
+    def named_fields(self) -> Mapping[str, Iterable[str]]:
+        """See ConvertOptions."""
+        named = {"--conversations": self.conversations, "--image": self.image}
+        return {**super().named_fields, **{option: (name,) for option, name in named.items() if name is not None}}
 
     @property
     def image_types(self) -> Sequence[str]:
@@ -52,31 +68,37 @@ class ConversationsConfig(ImageOptions):
 
 @dataclass(frozen=True)
 class Conversations:
-    """Records with turns, and perhaps image paths -> conversations."""
+    """Records with turns, and perhaps images -> conversations."""
 
+    reader: TalkReader
     images: ImageReader
-    keep: tuple[str, ...]
     num_ahead = NUM_AHEAD
+
+    def roles(self, fields: Mapping[str, Any]) -> Mapping[str, str]:
+        """See Converter."""
+        return self.reader.roles(fields)
 
     def convert(self, key: str, fields: Mapping[str, Any], source: str) -> Sample:
         """See Converter."""
-        turns = turns_of(fields)
-        paths = image_paths(fields, turns, self.keep)
+        talk = self.reader.read(fields)
         images = []
-        for number, path in enumerate(paths, 1):
+        for number, value in enumerate(talk.images, 1):
             try:
-                data, info = self.images.read(source, path)
+                data, info = self.images.read(source, value)
             except Reject as cause:
-                raise Reject(cause.reason, f"image {number} of {len(paths)}: {cause.detail}") from cause
+                raise Reject(cause.reason, f"image {number} of {len(talk.images)}: {cause.detail}") from cause
             images.append(SourceImage(data, info.extension))
         source_id = fields.get("id")
+        provenance = {_SOURCE_ID: None if source_id is None else str(source_id)[:300]}
+        if talk.first_answer is not None:
+            provenance[_FIRST_ANSWER] = talk.first_answer
         return Sample(
             key=key,
             data_type="visual_sft",
             text="",
-            conversations=turns,
+            conversations=talk.turns,
             image=images[0].data if images else None,
             image_extension=images[0].extension if images else None,
             more_images=tuple(images[1:]),
-            provenance={_SOURCE_ID: None if source_id is None else str(source_id)[:300], **kept_fields(fields, self.keep)},
+            provenance=provenance,
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from importlib.metadata import version
 from itertools import groupby
@@ -25,8 +25,8 @@ from wds_tools.encode.options import TokenizerOptions
 from wds_tools.encode.resize import check_torch_resize, prepare_with_torch
 from wds_tools.errors import FormatError, Reject, TokenizerError, UsageError
 from wds_tools.format.codes import code_column, code_dtype, join_grids
-from wds_tools.format.schema import Sample
-from wds_tools.images import PAIR_TYPES, PREPROCESSING_VERSION, ImageLimits, Mode, prepare
+from wds_tools.format.schema import Sample, SourceImage
+from wds_tools.images import PAIR_TYPES, PREPROCESSING_VERSION, ImageLimits, Mode, crop_for, prepare, probe
 from wds_tools.run.local import stops_held
 from wds_tools.run.ray_cluster import check_device
 from wds_tools.vq.base import ImageTokenizer
@@ -121,7 +121,7 @@ class ImageEncoder:
         """Where the codes of such a sample go."""
         return code_column(PAIR_TYPES[self._modes[data_type]], self.options.code_set)
 
-    def provenance(self, column_types: Iterable[str]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    def provenance(self, column_types: Collection[str]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
         """What decides on the codes, for the plan; and the provenance of each code column, for the manifest.
 
         Args:
@@ -151,7 +151,10 @@ class ImageEncoder:
             settings["batch_size"] = self.options.batch_size
         libraries = {name: version(name) for name in ("torch", "pillow", "numpy")}
         columns = sorted({self.column_of(data_type) for data_type in column_types})
-        return settings, {column: {**settings, "libraries": libraries} for column in columns}
+        how: dict[str, Any] = {"keep_images": True} if self._keep_images else {}
+        if "visual_sft" in column_types and self._modes["visual_sft"] != MODES["visual_sft"]:
+            how["sft_mode"] = self._modes["visual_sft"]
+        return {**settings, **how}, {column: {**settings, "libraries": libraries} for column in columns}
 
     def fill(self, samples: Iterable[tuple[Place, Sample | Reject]]) -> Iterator[tuple[Place, Sample | Reject]]:
         """Fill the codes of samples, beside those that they have. What has no image passes through, and so do rejects.
@@ -191,6 +194,10 @@ class ImageEncoder:
             for image in sample.images:
                 yield ticket, partial(_PREPARE[self.options.resize], image.data, self._modes[sample.data_type], self._limits)
 
+    def _is_enlarged(self, mode: Mode, image: SourceImage) -> bool:
+        info = probe(image.data, self._limits)
+        return crop_for(mode, info.width, info.height).enlarges(info.width, info.height)
+
     def _filled(self, sample: Sample, grids: Sequence[NDArray[np.int64]]) -> Sample:
         tokenizer, column = self.device.tokenizer, self.column_of(sample.data_type)
         for number, grid_hw in enumerate(grids):
@@ -203,7 +210,8 @@ class ImageEncoder:
         dtype = code_dtype(tokenizer.codebook_size)
         codes, shapes = join_grids([grid_hw.astype(dtype) for grid_hw in grids], dtype)
         filled = sample if self._keep_images else sample._replace(image=None, image_extension=None, more_images=())
-        filled = filled._replace(codes={**sample.codes, column: codes})
+        num_enlarged = sum(map(partial(self._is_enlarged, self._modes[sample.data_type]), sample.images))
+        filled = filled._replace(codes={**sample.codes, column: codes}, num_enlarged=num_enlarged)
         if sample.data_type == "visual_sft":
             return filled._replace(grids={**(sample.grids or {}), column: shapes})
         height, width = (side * tokenizer.stride for side in codes.shape)

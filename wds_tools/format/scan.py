@@ -25,7 +25,7 @@ from wds_tools.format.checksum import crc32
 from wds_tools.format.index import ShardIndex, make_index
 from wds_tools.format.schema import is_reserved
 from wds_tools.format.shard import group_samples
-from wds_tools.format.tar import BLOCK, MAX_MEMBER_BYTES, changes_member, pax_records, read_members
+from wds_tools.format.tar import BLOCK, MAX_MEMBER_BYTES, TarReader, changes_member, pax_records
 
 _Array = NDArray[Any]
 _MAGIC = np.frombuffer(b"ustar", np.uint8)
@@ -62,6 +62,8 @@ class Scan:
     """(K,) ... where its payload begins in the tar, ..."""
     length: _Array
     """(K,) ... and the bytes that it has."""
+    num_passed_over: int = 0
+    """Further members, of no sample: links, devices, and those of group_samples."""
 
     def payloads(self, tar: memoryview) -> Iterator[dict[str, memoryview]]:
         """For each sample its members, suffix -> payload, in file order."""
@@ -112,14 +114,18 @@ def _scan_any(archive: bytes | memoryview, name: str) -> Scan:
     suffixes: dict[str, int] = {}
     samples: list[tuple[int, int]] = []
     members: list[tuple[int, int, int, int]] = []
-    for stored in group_samples(read_members(archive, name), name):
+    reader = TarReader(name)
+    found = reader.feed(archive)
+    reader.close()
+    for stored in group_samples(found, name):
         for suffix, member in stored.members.items():
             members.append((len(keys), suffixes.setdefault(suffix, len(suffixes)), member.offset, len(member.payload)))
         keys.append(stored.key)
         samples.append((stored.start, stored.end - stored.start))
     start, size = np.array(samples, np.int64).reshape(-1, 2).T
     sample, column, offset, length = np.array(members, np.int64).reshape(-1, 4).T
-    return Scan(keys, start, size, tuple(suffixes), sample, column, offset, length)
+    num_passed_over = reader.num_passed_over + len(found) - len(members)
+    return Scan(keys, start, size, tuple(suffixes), sample, column, offset, length, num_passed_over)
 
 
 def _scan_plain(archive: bytes | memoryview) -> Scan | None:

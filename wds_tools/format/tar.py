@@ -4,8 +4,9 @@ Writing: `header(name, size)` + payload + `padding(size)` per member, `END` afte
 zero, so equal input gives equal bytes.
 Reading: `TarReader.feed(bytes)` returns the members completed so far, however the bytes were cut; `close()` refuses an archive
 that simply stops. (CPython's tarfile reports no error for a tar that was cut at a header; here the end marker is required.)
-Understood beside plain ustar: GNU long names, base-256 sizes, pax `path` and `size`. Directories are passed over. What would
-lose data unseen (links, sparse and other special members, data after the end) is a FormatError with the byte offset.
+Understood beside plain ustar: GNU long names, base-256 sizes, pax `path` and `size`. Directories are passed over; links, devices
+and labels too, as webdataset does, and counted. What would lose data unseen (sparse members, data after the end) is a
+FormatError with the byte offset.
 Cost: one pass; only bytes of a member that was cut are copied, a few times at most. Memory is what was fed plus one incomplete
 member, bounded by `max_member_bytes`.
 Layout: POSIX.1-2017, pax, "ustar Interchange Format".
@@ -13,7 +14,7 @@ Layout: POSIX.1-2017, pax, "ustar Interchange Format".
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from wds_tools.errors import FormatError
@@ -24,22 +25,18 @@ MAX_SIZE = 8**11 - 1
 MAX_MEMBER_BYTES = (4 << 30) - 2
 """Of a member that is read: what an index can state (2**32 - 1 means absent)."""
 _MAX_EXTENSION_BYTES = 1 << 20
+_RECORD = 21 * BLOCK
+"""More than the zeros that tar writes behind the end."""
 
 _MODE_UID_GID = b"0000644\x00" + b"0000000\x00" * 2
 _MTIME = b"\x00" + b"00000000000\x00"
 _TYPE_TO_DEVICES = b"0" + bytes(100) + b"ustar\x0000" + bytes(64) + b"0000000\x00" * 2
 _CONSTANT_SUM = sum(_MODE_UID_GID + _MTIME + _TYPE_TO_DEVICES) + 8 * 0x20
 _PADS = tuple(bytes(-n % BLOCK) for n in range(BLOCK))
-_KINDS = {
-    b"1": "a hard link",
-    b"2": "a symbolic link",
-    b"3": "a character device",
-    b"4": "a block device",
-    b"6": "a FIFO",
-    b"S": "a sparse file",
-    b"M": "a continued volume",
-    b"V": "a volume label",
-}
+_KINDS = {b"S": "a sparse file", b"M": "a continued volume"}
+_NO_PAYLOAD = b"123456"
+"""Links, devices, folders and FIFOs: whatever size they state, no bytes follow."""
+_NO_FILES = _NO_PAYLOAD + b"V"
 
 
 class Member(NamedTuple):
@@ -51,11 +48,13 @@ class Member(NamedTuple):
     """Offset of its first header block (a long-name or pax block, if it has one), in bytes from the archive's start."""
     offset: int
     """Offset of its payload."""
+    num_dropped: int = 0
+    """Bytes of a payload that is larger than wanted: they are passed over, and `payload` is empty."""
 
     @property
     def end(self) -> int:
         """Offset after its padding: where the next header starts."""
-        size = len(self.payload)
+        size = len(self.payload) + self.num_dropped
         return self.offset + size + -size % BLOCK
 
 
@@ -104,11 +103,14 @@ class TarReader:
     Args:
         name: what error messages call the archive.
         max_member_bytes: a member larger than this is refused: a header may claim anything.
+        lenient: give such a member without its payload instead, and names that are not UTF-8 with \\xNN in them.
     """
 
-    def __init__(self, name: str = "tar", *, max_member_bytes: int = MAX_MEMBER_BYTES) -> None:
+    def __init__(self, name: str = "tar", *, max_member_bytes: int = MAX_MEMBER_BYTES, lenient: bool = False) -> None:
         self._name = name
         self._max_member_bytes = max_member_bytes
+        self._lenient = lenient
+        self._to_drop = 0  # bytes that come next, of a member that is too large
         self._pieces: list[bytes | memoryview] = []
         self._held = 0
         self._needed = BLOCK
@@ -117,13 +119,29 @@ class TarReader:
         self._long_name: str | None = None
         self._pax_size: int | None = None
         self._ended = False
+        self._fault: FormatError | None = None
+        self.num_passed_over = 0
+        """Links, devices and labels so far."""
+
+    @property
+    def at_end(self) -> bool:
+        """True once the end marker has begun: what was fed are whole members."""
+        return self._ended
 
     def feed(self, data: bytes | memoryview) -> list[Member]:
         """Take the next bytes; return the members they complete (payloads are views of what was fed).
 
         Raises:
-            FormatError: the archive is broken at a named byte, or holds a member that can't be represented.
+            FormatError: the archive is broken at a named byte, or holds a member that can't be represented. Members before
+                that byte are returned first; the next call raises.
         """
+        if self._fault is not None:
+            raise self._fault
+        if self._to_drop:
+            num_bytes = min(self._to_drop, len(data))
+            self._to_drop -= num_bytes
+            self._base += num_bytes
+            data = memoryview(data)[num_bytes:]
         if not data:
             return []
         self._pieces.append(data)
@@ -132,7 +150,12 @@ class TarReader:
             return []
         buffer = memoryview(self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces))
         members: list[Member] = []
-        offset = self._consume(buffer, members)
+        try:
+            offset = self._consume(buffer, members)
+        except FormatError as fault:
+            if not members:
+                raise
+            self._fault, offset = fault, len(buffer)
         rest = buffer[offset:]
         self._base += offset
         self._pieces = [rest] if len(rest) else []
@@ -145,11 +168,13 @@ class TarReader:
         Raises:
             FormatError: the archive was cut: it lacks its end marker or part of a member.
         """
+        if self._fault is not None:
+            raise self._fault
         rest = b"".join(self._pieces)
         offset = self._base + len(rest)
         if self._ended:
             self._after_end(rest, self._base)
-        elif not rest.strip(b"\0"):
+        elif not (rest.strip(b"\0") or self._to_drop):
             raise FormatError(
                 f"{self._name}: ends at byte {offset} without the end-of-archive blocks: it was cut off or never finished"
             )
@@ -170,14 +195,21 @@ class TarReader:
                 continue
             kind, length = self._parse_kind_and_size(block, self._base + offset)
             self._needed = BLOCK + length + -length % BLOCK
+            num_dropped = 0
+            if length > self._max_member_bytes and kind not in b"xgLK":
+                num_dropped, length, self._to_drop, self._needed = length, 0, self._needed - BLOCK, BLOCK
             if size - offset < self._needed:
                 return offset
             payload = buffer[offset + BLOCK : offset + BLOCK + length]
             member = self._member(block, kind, payload, self._base + offset)
             if member is not None:
-                members.append(member)
+                members.append(member._replace(num_dropped=num_dropped) if num_dropped else member)
             offset += self._needed
             self._needed = BLOCK
+            if self._to_drop:
+                num_bytes = min(self._to_drop, size - offset)
+                self._to_drop -= num_bytes
+                offset += num_bytes
         return offset
 
     def _after_end(self, block: bytes, offset: int) -> None:
@@ -196,16 +228,16 @@ class TarReader:
             what = _looks_like(block, offset)
             raise FormatError(f"{self._name}: no tar header at byte {offset} (its checksum is wrong): {what}")
         kind = block[156:157]
-        if kind not in b"0\x0075xgLK":
+        if kind not in b"0\x007xgLK" + _NO_FILES:
             what = _KINDS.get(kind, f"of the unknown type {kind!r}")
             raise FormatError(f"{self._name}: the member at byte {offset} is {what}; a shard holds regular files only")
         size = self._pax_size if self._pax_size is not None and kind in b"0\x007" else _number(block[124:136])
         if size is None or size < 0:
             raise FormatError(f"{self._name}: the header at byte {offset} has an unreadable size {block[124:136]!r}")
-        if kind == b"5":
+        if kind in _NO_PAYLOAD:
             size = 0
         limit = _MAX_EXTENSION_BYTES if kind in b"xgLK" else self._max_member_bytes
-        if size > limit:
+        if size > limit and (kind in b"xgLK" or not self._lenient):
             raise FormatError(f"{self._name}: the member at byte {offset} claims {size} bytes; at most {limit} are accepted")
         return kind, size
 
@@ -223,7 +255,8 @@ class TarReader:
         start = offset if self._start < 0 else self._start
         name = self._long_name
         self._start, self._long_name, self._pax_size = -1, None, None
-        if kind == b"5":
+        if kind in _NO_FILES:
+            self.num_passed_over += kind != b"5"
             return None
         if name is None:
             name_bytes = block[:100].split(b"\0", 1)[0]
@@ -254,6 +287,8 @@ class TarReader:
         try:
             return name.decode()
         except UnicodeDecodeError as error:
+            if self._lenient:
+                return name.decode(errors="backslashreplace")
             raise FormatError(f"{self._name}: the member name {name!r} at byte {offset} is not UTF-8") from error
 
 
@@ -269,6 +304,51 @@ def read_members(archive: bytes | memoryview, name: str = "tar") -> list[Member]
     return members
 
 
+class MemberPlace(NamedTuple):
+    """Where one regular file of a tar lies."""
+
+    name: str
+    start: int
+    """Offset of its first header block, as Member.start."""
+    offset: int
+    """Offset of its payload."""
+    num_bytes: int
+    """Of its payload."""
+
+
+def member_places(read: Callable[[int, int], bytes | memoryview], size: int, name: str = "tar") -> Iterator[MemberPlace]:
+    """The regular files of an archive, by its headers alone; names that are not UTF-8 have \\xNN in them.
+
+    Args:
+        read: (start, end) -> these bytes of the archive.
+        size: of the archive, in bytes.
+        name: what error messages call it.
+
+    Raises:
+        FormatError: as TarReader, when all members before the fault are out.
+    """
+    reader = TarReader(name, lenient=True)
+    offset = 0
+    if size < BLOCK:
+        reader.feed(read(0, size))
+        reader.close()
+    while offset + BLOCK <= size:
+        block = bytes(read(offset, offset + BLOCK))
+        if not block.strip(b"\0"):
+            reader._after_end(bytes(read(offset, min(offset + _RECORD, size))), offset)
+            return
+        kind, num_bytes = reader._parse_kind_and_size(block, offset)
+        end = offset + BLOCK + num_bytes
+        if end > size:
+            break
+        payload = memoryview(read(offset + BLOCK, end) if kind in b"xgLK" else b"")
+        member = reader._member(block, kind, payload, offset)
+        if member is not None:
+            yield MemberPlace(member.name, member.start, member.offset, num_bytes)
+        offset = end + -num_bytes % BLOCK
+    raise FormatError(f"{name}: ends at byte {size}, where a member or the end-of-archive blocks are missing: it was cut off")
+
+
 def first_name(blocks: bytes | memoryview, name: str, offset: int) -> str:
     """The name of a regular file, from its header blocks alone: long-name and pax blocks, if it has any, and its header.
 
@@ -279,7 +359,7 @@ def first_name(blocks: bytes | memoryview, name: str, offset: int) -> str:
     Raises:
         FormatError: they are not that.
     """
-    reader = TarReader(name)
+    reader = TarReader(name, lenient=True)
     reader._base = offset
     reader.feed(blocks[:-BLOCK])
     block = bytes(blocks[-BLOCK:])

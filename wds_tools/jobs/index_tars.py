@@ -23,7 +23,7 @@ from wds_tools.dataset.lease import Lease
 from wds_tools.dataset.reader import ShardBytes, check_unchanged, read_manifest
 from wds_tools.errors import FormatError, NotFound, OutOfSpace, StorageError, UsageError, WorkerDied
 from wds_tools.format.index import parse_index, serialize_index
-from wds_tools.format.manifest import INDEX_COMMAND, Manifest, ShardInfo, is_plain_name, serialize_manifest
+from wds_tools.format.manifest import INDEX_COMMAND, PASSED_OVER, Manifest, ShardInfo, is_plain_name, serialize_manifest
 from wds_tools.format.scan import Scan, scan_tar
 from wds_tools.format.schema import ANY_MEMBERS, SCHEMA_VERSION, check_key, validate
 from wds_tools.format.shard import form_of, sample_from_members
@@ -112,12 +112,13 @@ def index_tars(store: Store, *, workers: int = 1, quiet: bool = True) -> Manifes
     nothing = Contents().totals()
     tars = [ShardInfo(name=name, samples=0, bytes=size, xxh128="", members=(), **nothing) for name, size in _tars(store).items()]
     with _lease_of(store) as lease:
-        shards = _run(_IndexShard(store, None), tars, workers, quiet)
+        shards, num_passed_over = _run(_IndexShard(store, None), tars, workers, quiet)
+        counts = {"counts": {PASSED_OVER: num_passed_over}} if num_passed_over else {}
         is_ours = all(shard.data_types or not shard.samples for shard in shards)
         manifest = Manifest(
             shards=tuple(shard if is_ours else _without_contents(store, shard) for shard in shards),
             inputs=sum(shard.samples for shard in shards),
-            source={"command": INDEX_COMMAND, "python": sys.version.split()[0]},
+            source={"command": INDEX_COMMAND, "python": sys.version.split()[0], **counts},
             schema_version=SCHEMA_VERSION if is_ours else ANY_MEMBERS,
         )
         lease.check()
@@ -127,14 +128,14 @@ def index_tars(store: Store, *, workers: int = 1, quiet: bool = True) -> Manifes
 
 @dataclass(frozen=True)
 class _IndexShard:
-    """Writes the index of a shard, in whatever process it runs; the result is what a manifest says of the shard."""
+    """Writes the index of a shard, in whatever process it runs; gives what a manifest says of it, and members passed over."""
 
     store: Store
     schema_version: int | None
     """As its manifest says; None: there is no manifest, and of the shard no more is known than its name and likely size."""
     shards: ShardBytes = field(default_factory=ShardBytes)
 
-    def __call__(self, shard: ShardInfo, report: Report) -> ShardInfo:
+    def __call__(self, shard: ShardInfo, report: Report) -> tuple[ShardInfo, int]:
         where = join(self.store.url, shard.name)
         tar, xxh128 = self.shards.read(self.store, shard.name, shard.bytes)
         if self.schema_version is not None:
@@ -151,7 +152,7 @@ class _IndexShard:
         _put(self.store, index_name(shard.name), serialize_index(index))
         report(Advance(units=shard.bytes, samples=len(index)))
         measured = {"samples": len(index), "bytes": len(tar), "xxh128": xxh128, "members": index.members, **contents.totals()}
-        return shard if self.schema_version is not None else replace(shard, **measured)
+        return shard if self.schema_version is not None else replace(shard, **measured), scan.num_passed_over
 
 
 def _contents(scan: Scan, tar: memoryview) -> Contents:
@@ -205,17 +206,17 @@ def _tars(store: Store) -> dict[str, int]:
     return sizes
 
 
-def _run(index_shard: _IndexShard, shards: Sequence[ShardInfo], workers: int, quiet: bool) -> list[ShardInfo]:
-    """Index shards; returns what came of them, in the same order."""
+def _run(index_shard: _IndexShard, shards: Sequence[ShardInfo], workers: int, quiet: bool) -> tuple[list[ShardInfo], int]:
+    """Index shards; returns what came of them, in the same order, and the members that were passed over."""
     with Progress("index", sum(shard.bytes for shard in shards), quiet=quiet) as progress:
         try:
-            indexed = {shard.name: shard for shard in run_tasks(index_shard, shards, workers=workers, on_report=progress)}
+            indexed = {done[0].name: done for done in run_tasks(index_shard, shards, workers=workers, on_report=progress)}
         except WorkerDied as error:
             raise WorkerDied(
                 "a worker process ended without a word: it was killed, or memory ran out. Each holds a whole shard: "
                 "run again, with fewer --workers if memory was short"
             ) from error
-    return [indexed[shard.name] for shard in shards]
+    return [indexed[shard.name][0] for shard in shards], sum(num_passed_over for _, num_passed_over in indexed.values())
 
 
 @contextlib.contextmanager

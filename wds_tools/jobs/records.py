@@ -10,13 +10,14 @@ Memory: `num_ahead` records with what they fetch.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from wds_tools.dataset.writer import TaskWriter
 from wds_tools.errors import FormatError, Reject
+from wds_tools.format.manifest import ENLARGED, IMAGES, PASSED_OVER
 from wds_tools.format.schema import Sample
 from wds_tools.run.local import Report
 from wds_tools.run.progress import Advance
@@ -40,7 +41,7 @@ class Encoder(Protocol):
         """What encodes in this process; knows how long it waited."""
         ...
 
-    def provenance(self, column_types: Iterable[str]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    def provenance(self, column_types: Collection[str]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
         """What decides on the codes, and the provenance of each code column."""
         ...
 
@@ -70,10 +71,13 @@ class ConvertRecords:
             if isinstance(sample, Sample):
                 try:
                     writer.add(sample)
+                    self._count_images(sample, writer)
                 except FormatError as error:  # such as a kept field that is nested too deep to be written
                     sample = Reject("unwritable_record", str(error))
             if isinstance(sample, Reject):
                 writer.reject(sample, source=record.source, line=record.line, element=record.element, key=record.key)
+            if record.num_passed_over:
+                writer.count(PASSED_OVER, record.num_passed_over)
             num_records += 1
             units += record.num_units
             if num_records % _REPORT_EVERY == 0:
@@ -81,6 +85,12 @@ class ConvertRecords:
                 units = 0
         report(self._advance(units))
         return num_records
+
+    @staticmethod
+    def _count_images(sample: Sample, writer: TaskWriter) -> None:
+        for what, number in ((IMAGES, sample.num_images), (ENLARGED, sample.num_enlarged)):
+            if number:
+                writer.count(what, number)
 
     def _advance(self, units: int) -> Advance:
         """What is new, with the seconds and images of the encoder."""

@@ -1,17 +1,45 @@
-"""A LLaVA-style record -> its turns, and the paths of its images. Pure."""
+"""The record of a conversation, in any of the conventions of this field -> its turns, and its images in their order. Pure.
+
+    field   conversations | messages | conversation: turns of from and value, or of role and content; texts: {user, assistant}
+    role    see ROLES, in any case        -> system | human | gpt
+    text    a string, a number, or a list of parts {type: text | image | image_url ...}        -> a string with <image> marks
+    images  in their parts, or the next of the record's own for each mark
+
+Invariant: nothing is guessed, and no text is changed: what does not fit is a reject, above all an image that would be left out.
+"""
 
 from __future__ import annotations
 
+import math
 import posixpath
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, Literal, NamedTuple
+
+import orjson
 
 from wds_tools.errors import Reject
-from wds_tools.records.fields import required_text
+from wds_tools.records.field_map import IMAGE_NAMES, is_image
+from wds_tools.records.fields import check_text, value_of
+from wds_tools.records.images import ImageFile
 
 MARK = "<image>"
-_ROLES = {"system": "system", "human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
+FIELDS = ("conversations", "messages", "conversation", "texts")
+"""Names of the field with the turns."""
+IMAGE_FIELDS = ("image", "images", *(name for name in IMAGE_NAMES if name not in ("image", "images")))
+"""Names of the field with the images, in this order; before them one that holds an image itself, not its path."""
+ROLES = {
+    "system": ("system", "developer"),
+    "human": ("human", "user", "prompter"),
+    "gpt": ("gpt", "assistant", "chatgpt", "gpt4", "bing", "bard", "model", "bot", "ai"),
+}
+"""Role of a turn -> what others call it, in upper or lower case."""
+_ROLE_OF = {name: role for role, names in ROLES.items() for name in names}
+_MEDIA = re.compile(r"(input_)?(video|audio|file)s?(_url)?")
+_MEDIA_FIELD = re.compile(r"(video|audio)s?(_path|_url)?|mp4|webm|mkv|mov|avi|mp3|wav|flac|ogg|m4a")
+_IMAGE_PARTS = ("image", "image_url", "input_image")
 _IMAGE_FIELD = re.compile(
     r"(image|img|picture|photo|pixel|jpe?g|png|webp)s?(_?(path|url|uri|src|file|file_?name|bytes|data|values|base64))?s?", re.I
 )
@@ -19,79 +47,262 @@ _IMAGE_FILE = re.compile(r"^data:image/|\.(jpe?g|png|webp|gif|bmp|tiff?|avif|hei
 """A path or URL of an image, or one in a URL."""
 _OTHER_MARK = re.compile(r"<img>|<\|(image|vision)\w*\|>|<image[ _]?\d+>")
 """Marks of images in other conventions than LLaVA's."""
+_IMAGE_VALUES = ("image", "image_url", "path", "url")
+_SPEAKERS = ("from", "role")
+_TEXTS = ("value", "content")
+PROMPTS = ("system", "system_prompt")
+"""Fields with a prompt of the system."""
+_NOTHING: tuple[Any, ...] = (None, "", [], {}, "[]", "{}")
+Turn = dict[str, str]
 
 
-def turns_of(record: Mapping[str, Any]) -> list[dict[str, str]]:
-    """The turns of a record: perhaps a system prompt, then human and gpt in turn, ending with gpt.
+class Talk(NamedTuple):
+    """A conversation."""
 
-    Raises:
-        Reject: "missing_field", "wrong_type" or "empty_text"; "bad_conversation": another role or another sequence of them.
-    """
-    found = record.get("conversations")
-    if found is None:
-        raise Reject("missing_field", f"no conversations; the fields are: {', '.join(list(record)[:8])[:200] or 'none'}")
+    turns: list[Turn]
+    """Perhaps a system prompt, then human and gpt in turn, ending with gpt."""
+    images: list[Any]
+    """A path, bytes, or what else an ImageReader takes, for each mark in the turns."""
+    first_answer: str | None = None
+    """What gpt said before anybody asked. LLaVA's trainers leave such a turn out, and so do the turns here."""
+
+
+@dataclass(frozen=True)
+class TalkReader:
+    """Finds the conversations in records."""
+
+    field: str | None = None
+    """The field with the turns. Default: the one of FIELDS that there is."""
+    image: str | None = None
+    """The field with the images. Default: IMAGE_FIELDS."""
+    marks: Literal["written", "first"] = "written"
+    """first: images of a record without any mark come before its first question."""
+    left_out: tuple[str, ...] = ()
+    """Fields that may hold images or tools which are not used."""
+
+    def roles(self, record: Mapping[str, Any]) -> dict[str, str]:
+        """What is used of a record: "conversations", and perhaps "system" and "image" -> the field.
+
+        Raises:
+            Reject: "missing_field", "ambiguous_fields", "unused_image", "unsupported_media" or "unsupported_tools".
+        """
+        names = [name for name in FIELDS if name not in self.left_out] if self.field is None else [self.field]
+        there = [name for name in names if value_of(record, name) is not None]
+        found = [name for name in there if value_of(record, name) not in _NOTHING] or there[:1]
+        if not found:
+            known = ", ".join(list(record)[:8])[:200] or "none"
+            raise Reject(
+                "missing_field", f"no {' or '.join(names)}; the fields are: {known}; --conversations FIELD names another"
+            )
+        if len(found) > 1:
+            options = " or ".join(f"--conversations {name}" for name in found)
+            raise Reject("ambiguous_fields", f"{' and '.join(found)} hold conversations: say {options}")
+        for name, value in record.items():
+            if _MEDIA_FIELD.fullmatch(name) and name not in self.left_out and value not in _NOTHING:
+                raise Reject("unsupported_media", f"the record has a field {name}; only images can be converted")
+        if record.get("tools") not in _NOTHING and "tools" not in self.left_out:
+            raise Reject(
+                "unsupported_tools", "the record has tools, which have no place in a conversation: --keep tools keeps them"
+            )
+        name = found[0]
+        roles = {"conversations": name}
+        prompts = [prompt for prompt in PROMPTS if not _is_blank(record.get(prompt))]
+        for role, field in (("system", next(iter(prompts), None)), ("image", self._image_field(record))):
+            roles |= {} if field is None else {role: field}
+        self._check_unused(record, roles, _objects(name, value_of(record, name)))
+        return roles
+
+    def read(self, record: Mapping[str, Any]) -> Talk:
+        """The conversation of a record.
+
+        Raises:
+            Reject: as `roles`; "wrong_type" or "empty_text"; "bad_conversation": another role or another sequence of them;
+                "image_marks": other than one mark an image, or a mark in an answer; "unused_image": another convention's mark.
+        """
+        roles = self.roles(record)
+        name = roles["conversations"]
+        places: list[Any] = []
+        turns = _turns(record, _objects(name, value_of(record, name)), places)
+        at = int(bool(turns) and turns[0]["from"] == "system")
+        first_answer = turns.pop(at)["value"] if len(turns) > at and turns[at]["from"] == "gpt" else None
+        _check_roles(turns)
+        for turn in turns:
+            if mark := _OTHER_MARK.search(turn["value"]):
+                raise Reject("unused_image", f"a turn holds {mark[0]}; expected {MARK}, and the path in image")
+        if any(MARK in text for text in (first_answer or "", *(turn["value"] for turn in turns if turn["from"] == "gpt"))):
+            raise Reject("image_marks", f"an answer holds {MARK}, which stands for an image that is given")
+        own = images_in(roles["image"], value_of(record, roles["image"])) if "image" in roles else []
+        if own and not places and (self.marks == "first" or name == "texts"):
+            turns[at]["value"] = MARK * len(own) + turns[at]["value"]
+            return Talk(turns, own, first_answer)
+        return Talk(turns, own if places == own else _filled(places, own), first_answer)
+
+    def _image_field(self, record: Mapping[str, Any]) -> str | None:
+        if self.image is not None:
+            return self.image if images_in(self.image, value_of(record, self.image)) else None
+        there = [name for name in IMAGE_FIELDS if record.get(name) is not None and name not in self.left_out]
+        names = [name for name in there if name in IMAGE_FIELDS[:2] or is_image(record[name], name)]
+        names = [name for name in names if images_in(name, record[name])]
+        return min(names, key=lambda name: isinstance(images_in(name, record[name])[0], str), default=None)
+
+    def _check_unused(self, record: Mapping[str, Any], roles: Mapping[str, str], turns: list[dict[str, Any]]) -> None:
+        """Raise Reject for an image that would be left behind: no conversation about one becomes text alone."""
+        contents = [turn[name] for turn in turns for name in _TEXTS if isinstance(turn.get(name), list)]
+        images = [part for content in contents for part in content if isinstance(part, dict) and part.get("text") is None]
+        images += images_in(roles["image"], value_of(record, roles["image"])) if "image" in roles else []
+        used = {posixpath.basename(path) for _, path in _files("", images) if path}
+        known = {*roles.values(), *PROMPTS, *self.left_out}
+        fields = [item for item in record.items() if item[0] not in known]
+        fields += [item for turn in turns for item in turn.items() if item[0] not in (*_TEXTS, *_SPEAKERS)]
+        for field, value in fields:
+            found = [(field, "")] if not images and _IMAGE_FIELD.fullmatch(field) and _given(value) else []
+            for name, file in (*_files(field, value), *found):
+                steps = name.removeprefix("json.").split(".")
+                if posixpath.basename(file) not in used and known.isdisjoint(accumulate(steps, "{}.{}".format)):
+                    shown = f": {file[:80]!r}" if file else ""
+                    how = f"--image {name} uses it, --keep {name} or --drop {name} leaves it"
+                    raise Reject("unused_image", f"{name} holds an image that is not used{shown}; {how}")
+
+
+def turns_of(record: Mapping[str, Any]) -> list[Turn]:
+    """The turns of a record whose images are codes. Raises Reject: as TalkReader.read, but for images; gpt may not begin."""
+    name = TalkReader().roles(record)["conversations"]
+    turns = _turns(record, _objects(name, value_of(record, name)), [])
+    _check_roles(turns)
+    return turns
+
+
+def images_in(name: str, value: Any) -> list[Any]:
+    """The images in a field: one or a list; none where it is null, "", [] or a struct of nulls. Raises Reject: "empty_text"."""
+    given = _given(value)
+    if given and isinstance(value, list) and "" in value:
+        raise Reject("empty_text", f"{name} is empty in one of its {len(value)} places")
+    return given
+
+
+def _given(value: Any) -> list[Any]:
+    entries = map(_unwrapped, value if isinstance(value, list) else [value])
+    return [entry for entry in entries if entry not in _NOTHING]
+
+
+def _objects(name: str, found: Any) -> list[dict[str, Any]]:
+    """The turns as a field has them: a list of objects, its JSON, or an object of lists as older Parquet files have."""
+    if isinstance(found, str):
+        try:
+            found = orjson.loads(found)
+        except orjson.JSONDecodeError:
+            raise Reject("wrong_type", f"{name} is {found[:40]!r}, expected a list of turns, or its JSON") from None
+    columns = list(found.values()) if isinstance(found, dict) else []
+    if columns and all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns):
+        found = [dict(zip(found, turn, strict=True)) for turn in zip(*columns, strict=True)]
     if not isinstance(found, list) or not all(isinstance(turn, dict) for turn in found):
-        raise Reject("wrong_type", f"conversations is a {type(found).__name__}, expected a list of objects with from and value")
-    prompts = [required_text(record, (name,)) for name in ("system", "system_prompt") if record.get(name)]
-    turns = [{"from": "system", "value": prompt} for prompt in dict.fromkeys(prompts)]
+        what = "from and value, or role and content"
+        raise Reject("wrong_type", f"{name} is a {type(found).__name__}, expected a list of objects with {what}")
+    return found
+
+
+def _turns(record: Mapping[str, Any], found: list[dict[str, Any]], places: list[Any]) -> list[Turn]:
+    """The turns, with the prompts of the record before them, and without empty ones of the system.
+
+    Args:
+        record: of the conversation.
+        found: its turns.
+        places: gets the image of each mark; None for the next of the record's own.
+    """
+    prompts = [_text({name: record[name]}, (name,), places) for name in PROMPTS if not _is_blank(record.get(name))]
+    turns = [("system", prompt) for prompt in prompts]
     for turn in found:
-        role = _ROLES.get(required_text(turn, ("from",)))
+        if turn.get("tool_calls") not in _NOTHING:
+            raise Reject("unsupported_tools", "a turn has tool_calls, which have no place in a conversation")
+        if "user" in turn and "assistant" in turn:
+            turns += [("human", _text(turn, ("user",), places)), ("gpt", _text(turn, ("assistant",), places))]
+            continue
+        said = next((turn[name] for name in _SPEAKERS if turn.get(name) is not None), None)
+        role = _ROLE_OF.get(said.strip().lower()) if isinstance(said, str) else None
         if role is None:
-            raise Reject("bad_conversation", f"a turn is from {turn['from'][:80]!r}, expected one of {', '.join(_ROLES)}")
-        turns.append({"from": role, "value": required_text(turn, ("value",))})
+            raise Reject("bad_conversation", f"a turn is from {str(said)[:80]!r}, expected one of {', '.join(_ROLE_OF)}")
+        if role != "system" or not all(_is_blank(turn.get(name)) for name in _TEXTS):
+            turns.append((role, _text(turn, _TEXTS, places)))
+    said_again = {at for at in range(1, len(turns)) if turns[at][0] == "system" and turns[at] == turns[at - 1]}
+    return [{"from": role, "value": text} for at, (role, text) in enumerate(turns) if at not in said_again]
+
+
+def _text(turn: Mapping[str, Any], names: Sequence[str], places: list[Any]) -> str:
+    """The text of the first of these fields that is there, with a mark for each image in it; `places` gets the images."""
+    name = next((name for name in names if turn.get(name) is not None), None)
+    if name is None:
+        raise Reject("missing_field", f"a turn has no {' or '.join(names)}; its fields are: {', '.join(turn)[:200] or 'none'}")
+    value = turn[name]
+    if isinstance(value, list):
+        text = "".join(_part(part, places) for part in value)
+    elif type(value) is str or (type(value) in (int, float) and math.isfinite(value)):
+        text = str(value)
+        places += [None] * text.count(MARK)
+    else:
+        raise Reject("wrong_type", f"{name} is a {type(value).__name__}, expected a string, a number or a list of parts")
+    if not text or text.isspace():
+        raise Reject("empty_text", f"{name} is empty")
+    check_text(text, name)
+    return text
+
+
+def _part(part: Any, places: list[Any]) -> str:
+    """The text, or the mark, of one part of a turn."""
+    if not isinstance(part, dict):
+        raise Reject("wrong_type", f"a part of a turn is a {type(part).__name__}, expected an object with a type")
+    kind = part.get("type") or next((name for name in ("text", *_IMAGE_PARTS) if part.get(name) is not None), None)
+    if kind in ("text", "input_text", "output_text"):
+        return _text(part, ("text",), places) if part.get("text") != "" else ""
+    if kind not in _IMAGE_PARTS:
+        reason = "unsupported_media" if isinstance(kind, str) and _MEDIA.fullmatch(kind) else "bad_conversation"
+        raise Reject(reason, f"a part of a turn has the type {str(kind)[:80]!r}, expected text or {' or '.join(_IMAGE_PARTS)}")
+    image = part if part.get("bytes") else next((part[name] for name in _IMAGE_VALUES if part.get(name) not in _NOTHING), None)
+    if image is None and type(part.get("index")) is int and part["index"] != places.count(None):
+        raise Reject("image_marks", f"a part is image {part['index']}, where number {places.count(None)} is the next")
+    places.append(_unwrapped(image))
+    return MARK
+
+
+def _unwrapped(image: Any) -> Any:
+    """An image without OpenAI's {"url": ...} around it, and nothing for a struct of nulls."""
+    if isinstance(image, dict):
+        return image["url"] if "url" in image else image if any(image.values()) else None
+    return image
+
+
+def _filled(places: list[Any], own: list[Any]) -> list[Any]:
+    """The image of each mark: its own, or the next of the record's."""
+    if (marks := places.count(None)) != len(own):
+        how = "" if places else "; --image-marks first puts them before the first question"
+        raise Reject("image_marks", f"{marks} {MARK} marks, {len(own)} images: expected as many{how}")
+    following = iter(own)
+    return [next(following) if place is None else place for place in places]
+
+
+def _check_roles(turns: list[Turn]) -> None:
     roles = [turn["from"] for turn in turns]
     talk = roles[1:] if roles[:1] == ["system"] else roles
     if not talk or talk != ["human", "gpt"] * (len(talk) // 2):
         shown = ", ".join(roles[:8]) or "none"
         raise Reject("bad_conversation", f"the turns are from: {shown}; expected human and gpt in turn, ending with gpt")
-    return turns
 
 
-def image_paths(record: Mapping[str, Any], turns: list[dict[str, str]], keep: Sequence[str] = ()) -> list[str]:
-    """The image paths of a record, one for each mark in its turns; null, "" or [] where there is none.
-
-    Raises:
-        Reject: "wrong_type", "empty_text"; "unsupported_media": a video; "image_marks": other than one mark an image, or a mark
-            in an answer; "unused_image": one in another field, unless it is to `keep`, or the mark of another convention.
-    """
-    for name in ("video", "videos", "audio", "audios"):
-        if record.get(name):
-            raise Reject("unsupported_media", f"the record has a field {name}; only images can be converted")
-    paths: list[str] = []
-    for name in ("image", "images"):
-        value = record.get(name)
-        entries = value if isinstance(value, list) else [value]
-        if any(entry != "" for entry in entries):
-            paths += [required_text({name: entry}, (name,)) for entry in entries if entry is not None]
-    _check_unused(record, turns, paths, keep)
-    if any(MARK in turn["value"] for turn in turns if turn["from"] == "gpt"):
-        raise Reject("image_marks", f"an answer holds {MARK}, which stands for an image that is given")
-    marks = sum(turn["value"].count(MARK) for turn in turns)
-    if marks != len(paths):
-        raise Reject("image_marks", f"{marks} {MARK} marks, {len(paths)} images: expected as many")
-    return paths
+def _is_blank(value: Any) -> bool:
+    return value in _NOTHING or (isinstance(value, str) and value.isspace())
 
 
-def _check_unused(record: Mapping[str, Any], turns: list[dict[str, str]], paths: Sequence[str], keep: Sequence[str]) -> None:
-    """Raise Reject for an image that would be left behind: no conversation about one becomes text alone."""
-    used = {posixpath.basename(path) for path in paths}
-    known = {"image", "images", "conversations", *keep}
-    fields = [item for item in record.items() if item[0] not in known]
-    fields += [item for turn in record["conversations"] for item in turn.items() if item[0] != "value"]
-    for name, value in fields:
-        files = [text for text in _strings(value) if _IMAGE_FILE.search(text) and posixpath.basename(text) not in used]
-        if files or (value and not paths and _IMAGE_FIELD.fullmatch(name)):
-            shown = f": {files[0][:80]!r}" if files else ""
-            raise Reject("unused_image", f"{name} holds an image{shown}; those of image and images are used, --keep leaves it")
-    for turn in turns:
-        if mark := _OTHER_MARK.search(turn["value"]):
-            raise Reject("unused_image", f"a turn holds {mark[0]}; expected {MARK}, and the path in image")
-
-
-def _strings(value: Any, depth: int = 4) -> Iterator[str]:
-    """The texts in a value, and in its lists and objects."""
+def _files(name: str, value: Any, depth: int = 4) -> Iterator[tuple[str, str]]:
+    """(field, name of an image) in a value, and in its lists and objects; "" of an image that has no name."""
     if isinstance(value, str):
-        yield value
-    elif isinstance(value, list | dict) and depth:
-        for inner in value if isinstance(value, list) else value.values():
-            yield from _strings(inner, depth - 1)
+        if _IMAGE_FILE.search(value):
+            yield name, value
+    elif isinstance(value, bytes | ImageFile) or (isinstance(value, dict) and value.keys() <= {"bytes", "path"}):
+        if is_image(value, name):
+            path = value.url if isinstance(value, ImageFile) else "" if isinstance(value, bytes) else value.get("path")
+            yield name, path if isinstance(path, str) else ""
+    elif isinstance(value, list) and depth:
+        for inner in value:
+            yield from _files(name, inner, depth - 1)
+    elif isinstance(value, dict) and depth:
+        for field, inner in value.items():
+            yield from _files(f"{name}.{field}", inner, depth - 1)

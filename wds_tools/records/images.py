@@ -1,14 +1,16 @@
-"""Image paths in a file of records -> the images' bytes.
+"""What a record has for an image -> the image's bytes: a path, a data URI, the bytes themselves, or Hugging Face's struct.
 
 One file that can't be read is a reject, wherever it lies on this machine; a storage that does not answer is an error.
 """
 
 from __future__ import annotations
 
+import binascii
 import errno
 import os
 import posixpath
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 from wds_tools.errors import NotFound, Reject, StorageError, UsageError
 from wds_tools.storage import LocalStore, Store, open_store, split_url
@@ -23,6 +25,68 @@ class ImageFile(NamedTuple):
 
     url: str
     """Path or URL."""
+
+
+def read_image(value: Any, max_bytes: int, read_file: Callable[[str, int], bytes]) -> bytes:
+    """The bytes of an image, one more than max_bytes at most where they are read from a file.
+
+    Args:
+        value: a path, a data URI, bytes, an ImageFile, or {"bytes", "path"}, of which the bytes count if there are any.
+        max_bytes: of the image.
+        read_file: (path, max_bytes) -> bytes, for paths.
+
+    Raises:
+        Reject: "wrong_type", "empty_text"; "too_many_bytes", "corrupt_image", "unsupported_format" (data URIs); see ImageSource.
+    """
+    if isinstance(value, bytes):
+        return value
+    if isinstance(value, ImageFile):
+        root, name = split_url(value.url)
+        return _read_file(open_store(root), name, value.url, max_bytes)
+    if isinstance(value, Mapping):
+        for inner in (value.get("bytes"), value.get("path")):
+            if inner is not None and not isinstance(inner, Mapping):
+                return read_image(inner, max_bytes, read_file)
+        names = ", ".join(map(str, list(value)[:8]))[:200]
+        raise Reject("wrong_type", f"an image is an object of {names or 'nothing'}, expected bytes or path in it")
+    if not isinstance(value, str):
+        raise Reject("wrong_type", f"an image is a {type(value).__name__}, expected a path, a data URI, bytes or {{bytes, path}}")
+    if not value or value.isspace():
+        raise Reject("empty_text", "the path of an image is empty")
+    return _data_of_uri(value, max_bytes) if value[:5].lower() == "data:" else read_file(value, max_bytes)
+
+
+def _read_file(store: Store, name: str, path: str, max_bytes: int) -> bytes:
+    """The bytes of a file, which a record calls `path`. Raises as ImageSource.read."""
+    on_disk = isinstance(store, LocalStore)
+    try:
+        with store.open(name) as stream:
+            return stream.read(max_bytes + 1)
+    except NotFound as error:
+        what = "no such file" if error.__cause__ or not on_disk else "a folder, a device or a pipe, not a file"
+        raise Reject("missing_image", f"{path[:300]}: {what}") from error
+    except UsageError as error:
+        raise Reject("outside_root", f"{path[:300]}: not a path inside {store.url}") from error
+    except StorageError as error:
+        cause = error.__cause__
+        if not on_disk or not isinstance(cause, OSError) or cause.errno in (*_SHORTAGES, *_MOUNT_IS_GONE):
+            raise
+        reason = "missing_image" if cause.errno in _NO_SUCH_NAME else "unreadable_image"
+        raise Reject(reason, f"{path[:300]}: {cause.strerror}") from error
+
+
+def _data_of_uri(uri: str, max_bytes: int) -> bytes:
+    """The bytes in data:image/png;base64,... . Raises Reject."""
+    head, comma, text = uri[:300].partition(",")
+    if not comma or not head.lower().endswith(";base64"):
+        raise Reject("unsupported_format", f"the data URI {uri[:60]!r} is not in base64")
+    num_characters = len(uri) - len(uri[:300]) + len(text)
+    if num_characters // 4 * 3 > max_bytes + 2:
+        raise Reject("too_many_bytes", f"a data URI of {num_characters:,} characters, at most {max_bytes:,} bytes are allowed")
+    try:
+        return binascii.a2b_base64(uri[len(head) + 1 :], strict_mode=True)
+    except ValueError as error:
+        raise Reject("corrupt_image", f"the data URI {uri[:60]!r} is broken: {error}") from error
 
 
 class ImageSource:
@@ -51,23 +115,12 @@ class ImageSource:
             Reject: "missing_image", "outside_root" or "unreadable_image".
             StorageError: the storage does not answer; not the record's fault.
         """
-        on_disk = isinstance(self._store, LocalStore)
         try:
-            with self._store.open(self._name(image_path)) as stream:
-                return stream.read(max_bytes + 1)
-        except NotFound as error:
-            what = "no such file" if error.__cause__ or not on_disk else "a folder, a device or a pipe, not a file"
-            raise Reject("missing_image", f"{image_path[:300]}: {what}") from error
-        except UsageError as error:
-            raise Reject("outside_root", f"{image_path[:300]}: not a path inside {self._folder}") from error
+            return _read_file(self._store, self._name(image_path), image_path, max_bytes)
         except StorageError as error:
             if self._leads_out(image_path):
                 raise Reject("outside_root", f"{image_path[:300]}: a symlink that leads out of {self._folder}") from error
-            cause = error.__cause__
-            if not on_disk or not isinstance(cause, OSError) or cause.errno in (*_SHORTAGES, *_MOUNT_IS_GONE):
-                raise
-            reason = "missing_image" if cause.errno in _NO_SUCH_NAME else "unreadable_image"
-            raise Reject(reason, f"{image_path[:300]}: {cause.strerror}") from error
+            raise
 
     def _name(self, image_path: str) -> str:
         path = image_path
