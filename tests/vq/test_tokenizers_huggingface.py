@@ -365,7 +365,9 @@ def test_what_does_not_fit_is_refused_in_one_line_and_runs_nothing(
     assert capsys.readouterr().out == ""
 
 
-def test_codes_of_a_large_codebook_are_stored_in_32_bits(tmp_path: Path) -> None:
+def test_codes_of_a_large_codebook_are_stored_in_32_bits_and_bf16_is_warned_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     torch.manual_seed(0)
     model, _ = vq_model(num_vq_embeddings=70_000, block_out_channels=(32,) * 5)
     spread(model)
@@ -377,8 +379,12 @@ def test_codes_of_a_large_codebook_are_stored_in_32_bits(tmp_path: Path) -> None
     ]
     make_dataset(tmp_path / "in", samples)
     out = tmp_path / "out"
-    settings = {"tokenizer": "vqmodel", "weights": str(tmp_path / "w"), "device": "cpu", "quiet": True}
+    settings: dict[str, Any] = {"tokenizer": "vqmodel", "weights": str(tmp_path / "w"), "device": "cpu", "quiet": True}
     encode(EncodeConfig(input=str(tmp_path / "in"), output=str(out), **settings))
+    assert "bf16" not in capsys.readouterr().err
+    encode(EncodeConfig(input=str(tmp_path / "in"), output=str(tmp_path / "rough"), precision="bf16", **settings))
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "bf16" in line]
+    assert line.startswith("wds-tools: with the 70,000 codes of vqmodel, --precision bf16 changes many")
     assert verify(VerifyConfig(input=str(out), quiet=True)).problems == ()
     filled = read_samples(out)
     assert {sample.codes["vqcode_512"].dtype for sample in filled} == {np.dtype("<u4")}
