@@ -198,7 +198,7 @@ def load(weights, device, precision):
 
 
 def test_a_tokenizer_without_a_codebook_encodes_a_dataset(tmp_path: Path) -> None:
-    site = write_plugin(tmp_path / "site", "somebodys_lfq", LFQ, "lfq = somebodys_lfq:load")
+    site = write_plugin(tmp_path, "somebodys_lfq", LFQ, "lfq = somebodys_lfq:load")
     sample = Sample(key="a", data_type="image_text", text="a", image=image_bytes(1, 64, 64), image_extension="jpg")
     make_dataset(tmp_path / "in", [sample])
     with installed(site, "somebodys_lfq"):
@@ -214,7 +214,7 @@ def test_a_tokenizer_without_a_codebook_encodes_a_dataset(tmp_path: Path) -> Non
 
 
 def test_a_stride_need_not_be_a_power_of_two(tmp_path: Path) -> None:
-    site = write_plugin(tmp_path / "site", "somebodys_patches", STRIDE_14, "fourteen = somebodys_patches:load")
+    site = write_plugin(tmp_path, "somebodys_patches", STRIDE_14, "fourteen = somebodys_patches:load")
     with installed(site, "somebodys_patches"):
         tokenizer = load_tokenizer("fourteen", device="cpu")
     pixels = torch.randint(0, 256, (2, 56, 84, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

@@ -38,7 +38,7 @@ class EncodeConfig(JobOptions, TokenizerOptions):
     input: str
     """The dataset to encode: a directory or URL."""
     tokenizer: str | None = None
-    """tiny (bundled, for trials; also if none is named), chameleon, or one of the others in docs/tokenizers.md, with --weights."""
+    """tiny (bundled, for trials; also if none is named), or, with --weights, chameleon or another of docs/tokenizers.md."""
     keep_images: bool = False
     """Keep the source images beside the codes."""
     sft_mode: Mode = "cc512"
