@@ -286,7 +286,7 @@ def test_other_numbers_of_levels_give_other_strides(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"double_z": True}, "double_z is True"),
-        ({"attn_resolutions": [32]}, r"attn_resolutions is \[32\]"),
+        ({"attn_resolutions": [32]}, r"lack decoder\.up\.4\.attn\.0\.k\.bias, .* and 47 more"),
         ({"ch_mult": [2, 2, 4, 4, 8]}, "expected it to start with 1"),
         ({"ch_mult": []}, "ch_mult is"),
         ({"ch_mult": 4}, "expected a list"),
@@ -333,8 +333,8 @@ def test_missing_and_unexpected_tensors_are_named(small_state: dict[str, Tensor]
     folder = write_folder(tmp_path / "vqgan", config_tree(SMALL), less)
     with pytest.raises(TokenizerError, match=r"lack post_quant_conv\.bias: they do not fit"):
         load_tokenizer("chameleon", weights=str(folder), device="cpu")
-    write_folder(folder, config_tree(SMALL), {**small_state, "model_ema.decay": torch.zeros(1)})
-    with pytest.raises(TokenizerError, match=r"unexpected model_ema\.decay"):
+    write_folder(folder, config_tree(SMALL), {**small_state, "extra.decay": torch.zeros(1)})
+    with pytest.raises(TokenizerError, match=r"unexpected extra\.decay"):
         load_tokenizer("chameleon", weights=str(folder), device="cpu")
     write_folder(folder, config_tree(SMALL), {**small_state, "quant_conv.bias": "zero"})
     with pytest.raises(TokenizerError, match=r"quant_conv\.bias is str"):
@@ -388,10 +388,10 @@ def test_a_damaged_checkpoint_is_refused(damage: str, small_folder: Path, tmp_pa
         load_tokenizer("chameleon", weights=str(folder), device="cpu")
 
 
-def test_a_checkpoint_without_a_state_dict_is_refused(tmp_path: Path) -> None:
+def test_a_checkpoint_without_tensors_is_refused(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "vqgan", config_tree(SMALL), {})
     torch.save([torch.zeros(2)], folder / "vqgan.ckpt")
-    with pytest.raises(TokenizerError, match="no `state_dict`"):
+    with pytest.raises(TokenizerError, match="0 codebooks"):
         load_tokenizer("chameleon", weights=str(folder), device="cpu")
 
 
@@ -556,7 +556,7 @@ def test_weights_that_are_no_numbers_are_refused_and_named_and_so_are_pictures(t
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        ("vqgan", {}, "unknown tokenizer 'vqgan': expected one of chameleon, emu3, janus, tiny, vqmodel"),
+        ("vqgan", {}, "unknown tokenizer 'vqgan': expected one of chameleon, emu3, emu35, glm-image, janus, llamagen, tiny"),
         ("tiny", {"device": "tpu"}, "unknown device 'tpu'"),
         ("tiny", {"precision": "fp8"}, "unknown precision 'fp8': expected one of fp32, tf32, bf16, fp16"),
         ("chameleon", {}, r"a folder with vqgan\.yaml and vqgan\.ckpt"),

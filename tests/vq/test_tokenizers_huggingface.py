@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import diffusers
@@ -21,7 +23,7 @@ from torch import Tensor
 from loaders import LoaderConfig, Source, build_loader
 from wds_tools.check.verify import VerifyConfig, verify
 from wds_tools.encode.encode import EncodeConfig, encode
-from wds_tools.errors import TokenizerError, UsageError
+from wds_tools.errors import MissingPackage, TokenizerError, UsageError
 from wds_tools.format.schema import Sample
 from wds_tools.vq import load_tokenizer
 
@@ -64,11 +66,46 @@ def vqvae(kind: str, **settings: Any) -> Made:
     return model, codes
 
 
+def apertus() -> Made:
+    shape = {"embed_dim": 8, "latent_channels": 8, "base_channels": 32, "channel_multiplier": [1, 1, 2], "num_res_blocks": 1}
+    config = transformers.Apertus1p5VisionTokenizerConfig(**shape, codebook_size=512, attn_resolutions=[64])
+    model = transformers.Apertus1p5VisionTokenizerModel(config)
+    return model, lambda pixels_BCHW: model.encode(pixels_BCHW).image_tokens
+
+
+CLIP = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
+
+
+def glm_image() -> Made:
+    text = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 64}
+    vision = {"depth": 2, "hidden_size": 32, "num_heads": 2, "intermediate_size": 64, "image_size": 32, "patch_size": 4}
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+    config = transformers.GlmImageConfig(
+        text_config={**text, "num_key_value_heads": 2, "vision_vocab_size": 520, "pad_token_id": 0, "rope_parameters": rope},
+        vision_config=vision,
+        vq_config={"embed_dim": 16, "num_embeddings": 512, "latent_channels": 32},
+    )
+    model = transformers.GlmImageForConditionalGeneration(config)
+    processor = transformers.GlmImageImageProcessor(
+        patch_size=4, merge_size=1, temporal_patch_size=1, do_resize=False, do_rescale=False, **CLIP
+    )
+
+    def codes(pixels_BCHW: Tensor) -> Tensor:
+        B, _, H, W = pixels_BCHW.shape
+        given = processor(list((pixels_BCHW + 1) / 2), return_tensors="pt")
+        features = model.get_image_features(given["pixel_values"], given["image_grid_thw"]).pooler_output
+        return model.get_image_tokens(features, given["image_grid_thw"]).view(B, H // 4, W // 4)
+
+    return model, codes
+
+
 MODELS: dict[str, Callable[[], Made]] = {
     "vqmodel": vq_model,
     "chameleon": lambda: vqvae("Chameleon"),
     "emu3": lambda: vqvae("Emu3", hidden_size=64, temporal_downsample_factor=2, attn_resolutions=[2]),
     "janus": lambda: vqvae("Janus", num_patches=8),
+    "emu35": apertus,
+    "glm-image": glm_image,
 }
 
 
@@ -93,6 +130,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path
             spread(model)
             folder = tmp_path_factory.mktemp(name)
             model.save_pretrained(folder)
+            if name == "glm-image":
+                (folder / "preprocessor_config.json").write_text(json.dumps(CLIP))
             known[name] = folder, (model, codes)
         return known[name]
 
@@ -150,10 +189,42 @@ def test_pictures_are_those_of_the_class_itself(name: str, made: Callable[[str],
     assert (tokenizer.decode(codes).float() - expected).abs().max() < 0.51
 
 
-def test_the_chameleon_of_transformers_has_no_way_back(made: Callable[[str], tuple[Path, Made]]) -> None:
-    tokenizer = load_tokenizer("chameleon", weights=str(made("chameleon")[0]), device="cpu")
-    with pytest.raises(UsageError, match=r"no image decoder: load vqgan\.yaml"):
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    [("chameleon", r"load vqgan\.yaml"), ("emu35", r"load config\.yaml"), ("glm-image", "its diffusion model")],
+)
+def test_a_class_without_a_decoder_says_where_pictures_come_from(
+    name: str, instead: str, made: Callable[[str], tuple[Path, Made]]
+) -> None:
+    tokenizer = load_tokenizer(name, weights=str(made(name)[0]), device="cpu")
+    with pytest.raises(UsageError, match=f"no image decoder: {instead}"):
         tokenizer.decode(tokenizer.encode(pixels()))
+
+
+def test_the_whole_folder_of_glm_image_has_its_model_and_its_preprocessor_inside(
+    made: Callable[[str], tuple[Path, Made]], tmp_path: Path
+) -> None:
+    folder = made("glm-image")[0]
+    expected = load_tokenizer("glm-image", weights=str(folder), device="cpu").encode(pixels())
+    shutil.copytree(folder, tmp_path / "vision_language_encoder")
+    (tmp_path / "processor").mkdir()
+    (tmp_path / "vision_language_encoder/preprocessor_config.json").rename(tmp_path / "processor/preprocessor_config.json")
+    for weights in (tmp_path, tmp_path / "vision_language_encoder"):
+        assert torch.equal(load_tokenizer("glm-image", weights=str(weights), device="cpu").encode(pixels()), expected)
+    shutil.rmtree(tmp_path / "processor")
+    with pytest.raises(TokenizerError, match=r"no preprocessor_config\.json, here or in `processor`"):
+        load_tokenizer("glm-image", weights=str(tmp_path), device="cpu")
+
+
+def test_a_class_that_the_installed_transformers_lacks_is_named_with_the_pip_line(
+    made: Callable[[str], tuple[Path, Made]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = made("emu35")[0]
+    monkeypatch.setitem(sys.modules, "transformers", ModuleType("transformers"))  # as one of before these classes
+    with pytest.raises(
+        MissingPackage, match=r"needs Apertus1p5VisionTokenizerModel of a newer transformers: pip install -U 'wds-to"
+    ):
+        load_tokenizer("emu35", weights=str(folder), device="cpu")
 
 
 def in_a_language_model(folder: Path, out: Path, *, parts: int = 2) -> Path:
@@ -167,11 +238,11 @@ def in_a_language_model(folder: Path, out: Path, *, parts: int = 2) -> Path:
         save_file({name: state[name] for name in names if files[name] == file}, out / file)
     (out / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
     config = json.loads((folder / "config.json").read_text())
-    (out / "config.json").write_text(json.dumps({"model_type": "any", "hidden_size": 8, "vq_config": config}))
+    (out / "config.json").write_text(json.dumps({"model_type": "any", "vision_config": config, "vq_config": config}))
     return out
 
 
-@pytest.mark.parametrize("name", ["chameleon", "emu3", "janus"])
+@pytest.mark.parametrize("name", ["chameleon", "emu3", "janus", "emu35"])
 def test_a_tokenizer_is_found_inside_a_language_model(
     name: str, made: Callable[[str], tuple[Path, Made]], tmp_path: Path
 ) -> None:
@@ -200,14 +271,22 @@ def test_weights_in_several_files_load_from_the_links_of_a_cache_and_never_from_
 def test_emu3_takes_pixels_as_its_preprocessor_scales_them(made: Callable[[str], tuple[Path, Made]], tmp_path: Path) -> None:
     folder, (_, codes) = made("emu3")
     shutil.copytree(folder, tmp_path / "emu3")
-    settings = {"image_mean": [0.4] * 3, "image_std": [0.3] * 3, "rescale_factor": 1 / 255}
-    (tmp_path / "emu3/preprocessor_config.json").write_text(json.dumps(settings))
-    found = load_tokenizer("emu3", weights=str(tmp_path / "emu3"), device="cpu").encode(pixels())
-    with torch.no_grad():
-        expected = codes(((pixels().float() / 255 - 0.4) / 0.3).permute(0, 3, 1, 2))
-    assert (found == expected).float().mean() > 0.98  # the scale is applied in another order
-    (tmp_path / "emu3/preprocessor_config.json").write_text(json.dumps({"image_mean": [0.4, 0.5, 0.6], "image_std": [0.3]}))
-    with pytest.raises(TokenizerError, match="expected one number for all channels"):
+    file = tmp_path / "emu3/preprocessor_config.json"
+    plain = load_tokenizer("emu3", weights=str(folder), device="cpu")
+    for mean, std in (([0.4] * 3, [0.3] * 3), ([0.4, 0.5, 0.6], [0.3, 0.25, 0.35]), ([0.4, 0.5, 0.6], [0.3])):
+        file.write_text(json.dumps({"image_mean": mean, "image_std": std, "rescale_factor": 1 / 255}))
+        tokenizer = load_tokenizer("emu3", weights=str(tmp_path / "emu3"), device="cpu")
+        found = tokenizer.encode(pixels())
+        with torch.no_grad():
+            scaled = (pixels().double() / 255 - torch.tensor(mean)) / torch.tensor(std)
+            expected = codes(scaled.float().permute(0, 3, 1, 2))
+        assert (found == expected).float().mean() > 0.98  # the scale is applied in another order
+        back = plain.decode(found).double() / 255 * 2 - 1  # clipped to where the network's own range ends
+        scaled_back = ((back * torch.tensor(std) + torch.tensor(mean)) * 255).clamp(0, 255)
+        differs = (tokenizer.decode(found) - scaled_back).abs() > 1
+        assert differs[plain.decode(found).remainder(255) != 0].float().mean() < 0.01
+    file.write_text(json.dumps({"image_mean": [0.4, 0.5], "image_std": [0.3]}))
+    with pytest.raises(TokenizerError, match="expected a number, or one for each of 3 channels"):
         load_tokenizer("emu3", weights=str(tmp_path / "emu3"), device="cpu")
 
 
@@ -265,7 +344,7 @@ def spoil(folder: Path, what: str) -> None:
     [
         ("no config", r"config\.json is missing"),
         ("no weights", "no weights: expected"),
-        ("damaged", "damaged or holds more than tensors"),
+        ("damaged", "is damaged, and was not loaded"),
         ("lacks one", r"lack quant_conv\.weight: they do not fit"),
         ("has one more", "have the unexpected extra"),
         ("another shape", r"quantize\.embedding\.weight is torch.float32 \(512, 8\), but config\.json asks for"),
@@ -286,7 +365,9 @@ def test_what_does_not_fit_is_refused_in_one_line_and_runs_nothing(
     assert capsys.readouterr().out == ""
 
 
-def test_codes_of_a_large_codebook_are_stored_in_32_bits(tmp_path: Path) -> None:
+def test_codes_of_a_large_codebook_are_stored_in_32_bits_and_bf16_is_warned_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     torch.manual_seed(0)
     model, _ = vq_model(num_vq_embeddings=70_000, block_out_channels=(32,) * 5)
     spread(model)
@@ -298,8 +379,12 @@ def test_codes_of_a_large_codebook_are_stored_in_32_bits(tmp_path: Path) -> None
     ]
     make_dataset(tmp_path / "in", samples)
     out = tmp_path / "out"
-    settings = {"tokenizer": "vqmodel", "weights": str(tmp_path / "w"), "device": "cpu", "quiet": True}
+    settings: dict[str, Any] = {"tokenizer": "vqmodel", "weights": str(tmp_path / "w"), "device": "cpu", "quiet": True}
     encode(EncodeConfig(input=str(tmp_path / "in"), output=str(out), **settings))
+    assert "bf16" not in capsys.readouterr().err
+    encode(EncodeConfig(input=str(tmp_path / "in"), output=str(tmp_path / "rough"), precision="bf16", **settings))
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "bf16" in line]
+    assert line.startswith("wds-tools: with the 70,000 codes of vqmodel, --precision bf16 changes many")
     assert verify(VerifyConfig(input=str(out), quiet=True)).problems == ()
     filled = read_samples(out)
     assert {sample.codes["vqcode_512"].dtype for sample in filled} == {np.dtype("<u4")}

@@ -28,6 +28,7 @@ from wds_tools.jobs import Job, JobOptions, run_job
 from wds_tools.jobs.records import ConvertRecords
 from wds_tools.sources.record import Record, group_to_limits
 from wds_tools.storage import open_store
+from wds_tools.terminal import say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +37,8 @@ class EncodeConfig(JobOptions, TokenizerOptions):
 
     input: str
     """The dataset to encode: a directory or URL."""
-    tokenizer: str = "tiny"
-    """tiny (bundled, for trials), chameleon, or one of the others in docs/tokenizers.md; these need --weights."""
+    tokenizer: str | None = None
+    """tiny (bundled, for trials; also if none is named), or, with --weights, chameleon or another of docs/tokenizers.md."""
     keep_images: bool = False
     """Keep the source images beside the codes."""
     sft_mode: Mode = "cc512"
@@ -66,8 +67,10 @@ def encode(config: EncodeConfig) -> Manifest:
     if not types:
         raise UsageError(f"{config.input} has no images to encode: it holds {', '.join(manifest.data_types) or 'nothing'}")
     limits = ImageLimits(max_pixels=config.max_pixels, min_side=1, max_bytes=sys.maxsize)  # else as converted
+    if config.tokenizer is None:
+        say("wds-tools: no --tokenizer is named: `tiny` encodes, which is for trials; see docs/tokenizers.md", error=True)
     image_encoder = ImageEncoder(
-        config.tokenizer,
+        config.tokenizer or "tiny",
         config,
         workers=config.workers,
         cpus=config.remote_cpus,

@@ -29,11 +29,13 @@ from wds_tools.format.schema import Sample, SourceImage
 from wds_tools.images import PAIR_TYPES, PREPROCESSING_VERSION, ImageLimits, Mode, crop_for, prepare, probe
 from wds_tools.run.local import stops_held
 from wds_tools.run.ray_cluster import check_device
+from wds_tools.terminal import say
 from wds_tools.vq.base import ImageTokenizer
 from wds_tools.vq.quantize import ENCODER_VERSION, NAN_HELP
 from wds_tools.vq.registry import find_device, load_tokenizer
 
 Place = TypeVar("Place")
+_LARGE_CODEBOOK = 1 << 16
 _PREPARE = {"pillow": prepare, "torch": prepare_with_torch}
 MODES: Mapping[str, Mode] = {**{data_type: mode for mode, data_type in PAIR_TYPES.items()}, "visual_sft": "cc512"}
 """Data type of samples with images -> how these are cropped, by default."""
@@ -134,6 +136,12 @@ class ImageEncoder:
                 for name in self.options.devices:
                     find_device(name)
             tokenizer = self._load("cpu", "fp32" if self.options.precision == "tf32" else self.options.precision)
+        if tokenizer.codebook_size > _LARGE_CODEBOOK and self.options.precision == "bf16":
+            say(
+                f"wds-tools: with the {tokenizer.codebook_size:,} codes of {tokenizer.name}, --precision bf16 changes many (of "
+                "131,072, about 10 %, say the authors of such a tokenizer): fp32 or tf32 changes none or few",
+                error=True,
+            )
         settings = {
             "tokenizer": tokenizer.name,
             "codebook_size": tokenizer.codebook_size,

@@ -1,10 +1,10 @@
-"""Chameleon's VQGAN: a folder with `vqgan.yaml` and `vqgan.ckpt`, run as a `diffusers.VQModel`.
+"""VQGANs in taming-transformers' files, run as a `diffusers.VQModel`: Chameleon's `vqgan.yaml` and `vqgan.ckpt`, and Emu3.5's.
 
 Flow: yaml -> `VqganConfig` -> an empty VQModel -> its tensor names translated to those of the checkpoint -> weights
 copied over -> a `CodebookTokenizer`. Names in the checkpoint are those of taming-transformers (Esser et al. 2021,
-arXiv:2012.09841), under `state_dict`. Invariants: only tensors are ever unpickled (`weights_only=True`); a checkpoint
-loads completely or not at all (`loss.*` aside); whatever does not fit is one TokenizerError. Cost: about 540 GFLOP to
-encode 512 x 512 pixels, 0.3 GB of weights, float32.
+arXiv:2012.09841). Emu3.5's takes the entry with the largest inner product. Invariants: only tensors are ever unpickled
+(`weights_only=True`); a checkpoint loads completely or not at all (what only training needs aside); whatever does not fit is one
+TokenizerError. Cost: about 540 GFLOP to encode 512 x 512 pixels, 0.3 GB of weights, float32 (Chameleon).
 
 diffusers and yaml are imported when a model is loaded.
 """
@@ -18,15 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from wds_tools.errors import MissingPackage, TokenizerError
 from wds_tools.vq import huggingface
-from wds_tools.vq.pickles import first_line, load_pickle
-from wds_tools.vq.quantize import CodebookTokenizer, Precision
+from wds_tools.vq.checkpoints import first_line, read_weights
+from wds_tools.vq.quantize import CodebookTokenizer, Nearest, Precision
 
 CONFIG_NAME = "vqgan.yaml"
 WEIGHTS_NAME = "vqgan.ckpt"
+_SUFFIXES = (".ckpt", ".safetensors", ".pt", ".pth", ".bin")
 _NORM_GROUPS = 32
 _LIMITS = {"n_embed": 1 << 20, "num_res_blocks": 16}  # far beyond any real one; a typo is not worth an hour
 
@@ -50,19 +50,18 @@ class VqganConfig:
     in_channels: int = 3
     out_ch: int = 3
     double_z: bool = False
+    resolution: int = 256
+    """Of the images that it was trained on: that of level i is `resolution >> i`."""
     attn_resolutions: tuple[int, ...] = ()
+    """Levels of these resolutions have attention after each block."""
 
     def __post_init__(self) -> None:
-        for name in ("n_embed", "embed_dim", "z_channels", "ch", "num_res_blocks", "in_channels", "out_ch"):
+        for name in ("n_embed", "embed_dim", "z_channels", "ch", "num_res_blocks", "in_channels", "out_ch", "resolution"):
             value = getattr(self, name)
             if type(value) is not int or not 1 <= value <= _LIMITS.get(name, 65536):
                 raise TokenizerError(f"{name} is {value!r}: expected a whole number from 1 to {_LIMITS.get(name, 65536)}")
         if self.double_z is not False:
             raise TokenizerError(f"double_z is {self.double_z!r}: expected false; a VQ model has no mean and variance")
-        if self.attn_resolutions:
-            raise TokenizerError(
-                f"attn_resolutions is {list(self.attn_resolutions)}: expected []; attention is supported in the middle block only"
-            )
         if self.in_channels != 3 or self.out_ch != 3:
             raise TokenizerError(f"in_channels is {self.in_channels} and out_ch is {self.out_ch}: expected 3 (RGB)")
         if not 1 <= len(self.ch_mult) <= 8 or any(type(mult) is not int or not 1 <= mult <= 64 for mult in self.ch_mult):
@@ -92,21 +91,31 @@ def load_chameleon(folder: Path, *, device: torch.device | str = "cpu", precisio
         TokenizerError: a file is missing, can't be read safely, or the weights do not fit the configuration.
         MissingPackage: diffusers or yaml is not installed.
     """
-    config_path, weights_path = folder / CONFIG_NAME, folder / WEIGHTS_NAME
-    if not config_path.exists() and (folder / huggingface.CONFIG_NAME).exists():
+    if not (folder / CONFIG_NAME).exists() and (folder / huggingface.CONFIG_NAME).exists():
         return huggingface.load_chameleon_vqvae(folder, device=device, precision=precision)
+    return _load_vqgan("chameleon", folder / CONFIG_NAME, folder / WEIGHTS_NAME, device, precision)
+
+
+def load_emu35(folder: Path, *, device: torch.device | str = "cpu", precision: Precision = "fp32") -> CodebookTokenizer:
+    """Load Emu3.5's tokenizer: a folder with its `config.yaml` and `model.ckpt`, or of transformers. See load_chameleon."""
+    if (folder / huggingface.CONFIG_NAME).exists():
+        return huggingface.load_apertus(folder, device=device, precision=precision)
+    return _load_vqgan("emu35", folder / "config.yaml", folder / "model.ckpt", device, precision, by="product")
+
+
+def _load_vqgan(
+    name: str, config_path: Path, ckpt: Path, device: torch.device | str, precision: Precision, by: Nearest = "distance"
+) -> CodebookTokenizer:
+    weights_path = next((path for path in map(ckpt.with_suffix, _SUFFIXES) if path.is_file()), ckpt)
     for path in (config_path, weights_path):
         if not path.is_file():
-            raise TokenizerError(f"{path} is missing: the folder needs {CONFIG_NAME} and {WEIGHTS_NAME}")
-    try:
-        config = read_config(config_path)
-        model, name_of = _empty_model(config), partial(checkpoint_name, levels=len(config.ch_mult))
-        state, what = _read_state(weights_path), f"the weights in {WEIGHTS_NAME}"
-        huggingface.fill_model(model, state, weights=what, config=CONFIG_NAME, name_of=name_of)
-    except TokenizerError as error:
-        raise TokenizerError(f"{folder}: {error}") from error.__cause__
+            raise TokenizerError(f"{path} is missing: the folder needs {config_path.name} and {ckpt.name}")
+    config = read_config(config_path)
+    model, name_of = vq_model(config), partial(checkpoint_name, levels=len(config.ch_mult))
+    what = f"{config_path.parent}: the weights in {weights_path.name}"
+    huggingface.fill_model(model, read_weights([weights_path]), weights=what, config=config_path.name, name_of=name_of)
     network, files = huggingface.Convolutional(model), (config_path, weights_path)
-    return huggingface.make_tokenizer("chameleon", model, network, config.stride, files, device, precision)
+    return huggingface.make_tokenizer(name, model, network, config.stride, files, device, precision, by=by)
 
 
 def read_config(path: Path) -> VqganConfig:
@@ -115,50 +124,39 @@ def read_config(path: Path) -> VqganConfig:
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise TokenizerError(f"{path.name} is not yaml: {first_line(error)}") from error
+        raise TokenizerError(f"{path} is not yaml: {first_line(error)}") from error
     params = tree
     for key in ("model", "params"):
         params = params[key] if isinstance(params, dict) and key in params else params
     ddconfig = params.get("ddconfig") if isinstance(params, dict) else None
     if not isinstance(params, dict) or not isinstance(ddconfig, dict):
-        raise TokenizerError(f"{path.name} has no ddconfig under model.params: expected taming-transformers' layout")
+        raise TokenizerError(f"{path} has no ddconfig under model.params: expected taming-transformers' layout")
     values: dict[str, Any] = {key: params[key] for key in ("n_embed", "embed_dim") if key in params}
-    for key in ("z_channels", "ch", "num_res_blocks", "in_channels", "out_ch", "double_z"):
+    for key in ("z_channels", "ch", "num_res_blocks", "in_channels", "out_ch", "double_z", "resolution"):
         if key in ddconfig:
             values[key] = ddconfig[key]
     for key in ("ch_mult", "attn_resolutions"):
         found = ddconfig.get(key, [])
         if not isinstance(found, list):
-            raise TokenizerError(f"{path.name}: {key} is {found!r}: expected a list")
+            raise TokenizerError(f"{path}: {key} is {found!r}: expected a list")
         values[key] = tuple(found)
     missing = [name for name in ("n_embed", "embed_dim", "z_channels", "ch", "num_res_blocks") if name not in values]
     if missing:
-        raise TokenizerError(f"{path.name} does not say {', '.join(missing)}")
+        raise TokenizerError(f"{path} does not say {', '.join(missing)}")
     try:
         return VqganConfig(**values)
     except TokenizerError as error:
-        raise TokenizerError(f"{path.name}: {error}") from None
+        raise TokenizerError(f"{path}: {error}") from None
 
 
-def _read_state(path: Path) -> dict[str, Tensor]:
-    """Read the tensors under `state_dict`, without `loss.*`; nothing else in the file is ever built."""
-    checkpoint = load_pickle(path)
-    state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
-        raise TokenizerError(f"{path.name} has no `state_dict` of named tensors")
-    wrong = [key for key, value in state.items() if not isinstance(value, Tensor)]
-    if wrong:
-        raise TokenizerError(f"{path.name}: {wrong[0]} is {type(state[wrong[0]]).__name__}: expected a tensor")
-    return {key: value for key, value in state.items() if not key.startswith("loss.")}
-
-
-def _empty_model(config: VqganConfig) -> Any:
-    """A VQModel without weights."""
-    vq_model, levels = huggingface.vq_model_class(), len(config.ch_mult)
+def vq_model(config: VqganConfig) -> Any:
+    """A VQModel without weights. Raises MissingPackage."""
+    model_class = huggingface.vq_model_class()
+    attention = ["Attn" * (config.resolution >> level in config.attn_resolutions) for level in range(len(config.ch_mult))]
     with torch.device("meta"):  # shapes only
-        return vq_model(
-            down_block_types=("DownEncoderBlock2D",) * levels,
-            up_block_types=("UpDecoderBlock2D",) * levels,
+        return model_class(
+            down_block_types=[f"{attn}DownEncoderBlock2D" for attn in attention],
+            up_block_types=[f"{attn}UpDecoderBlock2D" for attn in reversed(attention)],
             block_out_channels=tuple(config.ch * mult for mult in config.ch_mult),
             layers_per_block=config.num_res_blocks,
             latent_channels=config.z_channels,
@@ -177,9 +175,11 @@ _RENAMES = (
     (r"\.conv_shortcut\.", ".nin_shortcut."),
     (r"\.mid_block\.resnets\.0\.", ".mid.block_1."),
     (r"\.mid_block\.resnets\.1\.", ".mid.block_2."),
-    (r"\.mid_block\.attentions\.0\.group_norm\.", ".mid.attn_1.norm."),
-    (r"\.mid_block\.attentions\.0\.to_([qkv])\.", r".mid.attn_1.\1."),
-    (r"\.mid_block\.attentions\.0\.to_out\.0\.", ".mid.attn_1.proj_out."),
+    (r"\.mid_block\.attentions\.0\.", ".mid.attn_1."),
+    (r"\.(down|up)_blocks\.(\d+)\.attentions\.", r".\1.\2.attn."),
+    (r"\.group_norm\.", ".norm."),
+    (r"\.to_([qkv])\.", r".\1."),
+    (r"\.to_out\.0\.", ".proj_out."),
 )
 
 

@@ -2,10 +2,10 @@
 
     config.json -> an empty network of its class -> its tensors, found by the name of the codebook -> a `CodebookTokenizer`
 
-diffusers' VQModel, and the tokenizers of Chameleon, Emu3 and Janus in transformers: alone, or inside the folder of the language
-model, of whose weights only theirs are read. Invariants: nothing is downloaded, no code of the folder runs, weights are
-safetensors or loaded with `weights_only`, and they fit the network in full. Codes are those of the classes' own `encode`.
-Cost: the network's weights, in float32.
+diffusers' VQModel, and the tokenizers of Chameleon, Emu3, Janus, Apertus 1.5 (that of Emu3.5) and GLM-Image in transformers:
+alone, or inside the folder of the language model, of whose weights only theirs are read. Invariants: nothing is downloaded, no
+code of the folder runs, weights are safetensors or loaded with `weights_only`, and they fit the network in full. Codes are those
+of the classes' own `encode`. Cost: the network's weights, in float32.
 
 diffusers and transformers are imported when a model is loaded.
 """
@@ -13,33 +13,34 @@ diffusers and transformers are imported when a model is loaded.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from wds_tools.errors import MissingPackage, TokenizerError, UsageError, in_one_line
 from wds_tools.format.typed_json import read_json, shape
+from wds_tools.vq.checkpoints import CODEBOOK, read_weights
 from wds_tools.vq.norm import use_right_norms
-from wds_tools.vq.pickles import load_pickle
-from wds_tools.vq.quantize import CodebookTokenizer, Precision, hash_files
+from wds_tools.vq.quantize import CodebookTokenizer, Nearest, Network, Precision, hash_files
 
 CONFIG_NAME = "config.json"
 _PREPROCESSOR_NAME = "preprocessor_config.json"
-_CODEBOOK = "quantize.embedding.weight"
 _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 """What attention layers were called in diffusers' files before 2023."""
 
 
 @dataclass
 class Convolutional:
-    """VQModel, ChameleonVQVAE and JanusVQVAE: an encoder, a 1 x 1 convolution, and the way back."""
+    """VQModel, and most of transformers': an encoder, a 1 x 1 convolution, and the way back."""
 
     model: Any
+    instead: str = ""
+    """Where pictures come from, if the class has no decoder."""
 
     def latents(self, pixels_BCHW: Tensor) -> Tensor:
         """Encoder and quant_conv."""
@@ -51,7 +52,7 @@ class Convolutional:
         """post_quant_conv and decoder."""
         decoder = getattr(self.model, "decoder", None)
         if decoder is None:
-            raise UsageError("transformers' Chameleon has no image decoder: load vqgan.yaml and vqgan.ckpt to see pictures")
+            raise UsageError(f"{type(self.model).__name__} of transformers has no image decoder: {self.instead}")
         inner_BChw = self.model.post_quant_conv(latents_BDhw.contiguous(memory_format=torch.channels_last))
         is_spatial = getattr(self.model.config, "norm_type", None) == "spatial"
         pixels_BCHW: Tensor = decoder(inner_BChw, latents_BDhw) if is_spatial else decoder(inner_BChw)
@@ -66,18 +67,69 @@ class _Janus(Convolutional):
         return super().image(nn.functional.normalize(latents_BDhw, dim=1))
 
 
+class Normalized(Convolutional):
+    """Latents and entries are compared as directions; with the codebook scaled to length 1 as well."""
+
+    def latents(self, pixels_BCHW: Tensor) -> Tensor:
+        """As the others, scaled."""
+        return nn.functional.normalize(super().latents(pixels_BCHW).float(), dim=1)
+
+
+@dataclass
+class _GlmImage:
+    """GLM-Image: a vision transformer, and a codebook on its features; pictures are made by a diffusion model."""
+
+    model: Any
+
+    def latents(self, pixels_BCHW: Tensor) -> Tensor:
+        """Features of patches in raster order, then quant_conv, scaled to length 1."""
+        visual, quantizer = self.model["visual"], self.model["vqmodel"]
+        size = visual.patch_size
+        B, C, H, W = pixels_BCHW.shape
+        h, w = H // size, W // size
+        patches_BhwCyx = pixels_BCHW.reshape(B, C, h, size, w, size).permute(0, 2, 4, 1, 3, 5)
+        grid_B3 = torch.tensor([[1, h, w]] * B, device=pixels_BCHW.device)
+        features_ND = visual(patches_BhwCyx.reshape(B * h * w, -1), grid_thw=grid_B3).last_hidden_state
+        latents_BDhw = quantizer.quant_conv(features_ND.view(B, h, w, -1).permute(0, 3, 1, 2).contiguous())
+        return nn.functional.normalize(latents_BDhw.float(), dim=1)
+
+    def image(self, latents_BDhw: Tensor) -> Tensor:  # noqa: ARG002  Network's
+        """There is none."""
+        raise UsageError("GLM-Image's tokenizer has no image decoder: its diffusion model makes pictures of codes and a prompt")
+
+
+@dataclass
+class _Scaled:
+    """A network whose pixels are not in [-1, 1]."""
+
+    network: Any
+    scale_C11: Tensor  # noqa: N815 (a tensor's axes)
+    shift_C11: Tensor  # noqa: N815
+
+    @property
+    def model(self) -> Any:
+        """Where its weights are."""
+        return self.network.model
+
+    def latents(self, pixels_BCHW: Tensor) -> Tensor:
+        """Those of its pixels."""
+        latents_BDhw: Tensor = self.network.latents(pixels_BCHW * self.scale_C11 + self.shift_C11)
+        return latents_BDhw
+
+    def image(self, latents_BDhw: Tensor) -> Tensor:
+        """Its pixels, scaled back."""
+        pixels_BCHW: Tensor = (self.network.image(latents_BDhw) - self.shift_C11) / self.scale_C11
+        return pixels_BCHW
+
+
 @dataclass
 class _Emu3:
     """Emu3VQVAE, which is made for video: an image is a few equal frames that become one."""
 
     model: Any
-    scale: float = 1.0
-    shift: float = 0.0
 
     def latents(self, pixels_BCHW: Tensor) -> Tensor:
         """Encoder and quant_conv, in three dimensions."""
-        if (self.scale, self.shift) != (1.0, 0.0):
-            pixels_BCHW = pixels_BCHW * self.scale + self.shift
         frames = self.model.config.temporal_downsample_factor
         hidden_BTCHW = self.model.encoder(pixels_BCHW.contiguous()[:, None].repeat(1, frames, 1, 1, 1))
         latents_BDThw: Tensor = self.model.quant_conv(hidden_BTCHW.transpose(1, 2))
@@ -90,8 +142,7 @@ class _Emu3:
         frames_BCHW: Tensor = self.model.decoder(inner_BTDhw, latents_BDThw.transpose(1, 2))
         B, _, h, w = latents_BDhw.shape
         stride = self.model.spatial_scale_factor
-        pixels_BCHW = frames_BCHW.reshape(B, -1, self.model.config.out_channels, h * stride, w * stride)[:, 0]
-        return (pixels_BCHW - self.shift) / self.scale
+        return frames_BCHW.reshape(B, -1, self.model.config.out_channels, h * stride, w * stride)[:, 0]
 
 
 def load_vq_model(folder: Path, *, device: torch.device | str = "cpu", precision: Precision = "fp32") -> CodebookTokenizer:
@@ -116,37 +167,66 @@ def vq_model_class() -> Any:
 
 def load_chameleon_vqvae(folder: Path, *, device: torch.device | str, precision: Precision) -> CodebookTokenizer:
     """Load transformers' ChameleonVQVAE, alone or of a Chameleon model. Raises as load_vq_model."""
-    model, stride = _transformers_model(folder, "chameleon_vqgan", "ChameleonVQVAE")
-    return _load("chameleon", folder, model, Convolutional(model), stride, device, precision)
+    model = _transformers_model(folder, "chameleon_vqgan", "ChameleonVQVAE")
+    network = Convolutional(model, "load vqgan.yaml and vqgan.ckpt to see pictures")
+    return _load("chameleon", folder, model, network, _stride(model), device, precision)
 
 
 def load_janus(folder: Path, *, device: torch.device | str = "cpu", precision: Precision = "fp32") -> CodebookTokenizer:
     """Load transformers' JanusVQVAE, alone or of a Janus model. Raises as load_vq_model."""
-    model, stride = _transformers_model(folder, "janus_vqgan", "JanusVQVAE")
-    return _load("janus", folder, model, _Janus(model), stride, device, precision)
+    model = _transformers_model(folder, "janus_vqgan", "JanusVQVAE")
+    return _load("janus", folder, model, _Janus(model), _stride(model), device, precision)
 
 
 def load_emu3(folder: Path, *, device: torch.device | str = "cpu", precision: Precision = "fp32") -> CodebookTokenizer:
     """Load transformers' Emu3VQVAE, alone or of an Emu3 model. Raises as load_vq_model."""
-    model, stride = _transformers_model(folder, "emu3_vqgan", "Emu3VQVAE")
-    return _load("emu3", folder, model, _Emu3(model, *_pixel_scale(folder)), stride, device, precision, channels_last=False)
+    model = _transformers_model(folder, "emu3_vqgan", "Emu3VQVAE")
+    network = _scaled(_Emu3(model), folder / _PREPROCESSOR_NAME, device)
+    return _load("emu3", folder, model, network, _stride(model), device, precision, channels_last=False)
 
 
-def _transformers_model(folder: Path, model_type: str, class_name: str) -> tuple[Any, int]:
-    """An empty model of a class of transformers, and its stride."""
+def load_apertus(folder: Path, *, device: torch.device | str, precision: Precision) -> CodebookTokenizer:
+    """Load transformers' copy of Emu3.5's tokenizer, alone or of an Apertus 1.5 model. Raises as load_vq_model."""
+    model = _transformers_model(folder, "apertus1p5_vision_tokenizer", "Apertus1p5VisionTokenizerModel", "vision_config")
+    network = Convolutional(model, "load config.yaml and model.ckpt of Emu3.5's tokenizer to see pictures")
+    network = _scaled(network, folder / _PREPROCESSOR_NAME, device)
+    return _load("emu35", folder, model, network, _stride(model), device, precision, by="product")
+
+
+def load_glm_image(folder: Path, *, device: torch.device | str = "cpu", precision: Precision = "fp32") -> CodebookTokenizer:
+    """Load the tokenizer of GLM-Image: its whole folder, or that of the language model. Raises as load_vq_model."""
+    inside = folder / "vision_language_encoder"
+    preprocessors = [path / _PREPROCESSOR_NAME for path in (folder, folder / "processor", folder.parent / "processor")]
+    preprocessor = next((path for path in preprocessors if path.is_file()), None)
+    if preprocessor is None:
+        raise TokenizerError(f"{folder}: no {_PREPROCESSOR_NAME}, here or in `processor`: it says how pixels are scaled")
+    folder = inside if inside.is_dir() else folder
+    visual = _transformers_model(folder, "glm_image_vision", "GlmImageVisionModel", "vision_config")
+    model = nn.ModuleDict({"visual": visual, "vqmodel": _transformers_model(folder, "glm_image_vqmodel", "GlmImageVQVAE")})
+    network, stride = _scaled(_GlmImage(model), preprocessor, device), visual.patch_size
+    settings = {"channels_last": False, "codebook": f"vqmodel.{CODEBOOK}", "is_unit": True}
+    return _load("glm-image", folder, model, network, stride, device, precision, **settings)
+
+
+def _transformers_model(folder: Path, model_type: str, class_name: str, key: str = "vq_config") -> Any:
+    """An empty model of a class of transformers."""
     config = _read_json(folder / CONFIG_NAME)
     if config.get("model_type") != model_type:
-        config = shape(dict[str, Any], config.get("vq_config") or {}, f"{folder}: {CONFIG_NAME}: vq_config", TokenizerError)
+        config = shape(dict[str, Any], config.get(key) or {}, f"{folder}: {CONFIG_NAME}: {key}", TokenizerError)
     if config.get("model_type", model_type) != model_type or not config:
-        raise TokenizerError(f"{folder}: {CONFIG_NAME} has no {model_type}, neither as its model nor as vq_config")
+        raise TokenizerError(f"{folder}: {CONFIG_NAME} has no {model_type}, neither as its model nor as {key}")
     try:
         import transformers
 
-        config_class, model_class = getattr(transformers, f"{class_name}Config"), getattr(transformers, class_name)
+        config_class = getattr(transformers, f"{class_name.removesuffix('Model')}Config")
+        model_class = getattr(transformers, class_name)
     except (ImportError, AttributeError) as error:
-        raise MissingPackage(f"this tokenizer needs {class_name} of transformers: pip install 'wds-tools[train]'") from error
-    model = _build(folder, lambda: model_class(config_class(**config)))
-    return model, 1 << (len(model.config.channel_multiplier) - 1)
+        raise MissingPackage(f"needs {class_name} of a newer transformers: pip install -U 'wds-tools[train]'") from error
+    return _build(folder, lambda: model_class(config_class(**config)))
+
+
+def _stride(model: Any) -> int:
+    return 1 << (len(model.config.channel_multiplier) - 1)
 
 
 def _build(folder: Path, make: Any) -> Any:
@@ -166,13 +246,16 @@ def _load(
     device: torch.device | str,
     precision: Precision,
     *,
-    channels_last: bool = True,
+    codebook: str = CODEBOOK,
+    **settings: Any,
 ) -> CodebookTokenizer:
     """Fill a model from the files of a folder, and make a tokenizer of it."""
     files = _weight_files(folder)
-    fill_model(model, _read_tensors(files), weights=f"{folder}: the weights", config=CONFIG_NAME)
+    parts = tuple(f"{part}." for part, _ in model.named_children()) if codebook != CODEBOOK else ("",)
+    state = {_new_name(name): tensor for name, tensor in read_weights(files, codebook, parts).items()}
+    fill_model(model, state, weights=f"{folder}: the weights", config=CONFIG_NAME)
     files = [folder / CONFIG_NAME, *files]
-    return make_tokenizer(name, model, network, stride, files, device, precision, channels_last=channels_last)
+    return make_tokenizer(name, model, network, stride, files, device, precision, codebook=codebook, **settings)
 
 
 def make_tokenizer(
@@ -185,19 +268,30 @@ def make_tokenizer(
     precision: Precision,
     *,
     channels_last: bool = True,
+    codebook: str = CODEBOOK,
+    is_unit: bool = False,
+    by: Nearest = "distance",
 ) -> CodebookTokenizer:
-    """A tokenizer of a model that has its weights, hashed over these files. See CodebookTokenizer."""
+    """A tokenizer of a model that has its weights, hashed over these files. See CodebookTokenizer.
+
+    Args:
+        channels_last: for networks of 2-D convolutions.
+        codebook: what the model calls it.
+        is_unit: its entries are scaled to length 1.
+    """
     if channels_last:
         use_right_norms(model)
         model.to(memory_format=torch.channels_last)
     model.requires_grad_(False).eval().to(device)
+    codebook_KD = model.get_parameter(codebook).detach()
     return CodebookTokenizer(
         name=name,
         stride=stride,
         weights_hash=hash_files(*files),
         network=network,
-        codebook_KD=model.quantize.embedding.weight.detach(),
+        codebook_KD=nn.functional.normalize(codebook_KD, dim=1) if is_unit else codebook_KD,
         precision=precision,
+        by=by,
     )
 
 
@@ -239,70 +333,39 @@ def fill_model(
 
 def _weight_files(folder: Path) -> list[Path]:
     """The files that hold the weights: all parts of them, in order."""
-    for stem in ("model", "diffusion_pytorch_model"):
-        if (index := folder / f"{stem}.safetensors.index.json").is_file():
+    for stem, suffix in product(("model", "diffusion_pytorch_model", "pytorch_model"), (".safetensors", ".bin")):
+        if (index := folder / f"{stem}{suffix}.index.json").is_file():
             weight_map = shape(dict[str, str], _read_json(index).get("weight_map", {}), f"{index}: weight_map", TokenizerError)
             names = sorted(set(weight_map.values()))
             there = {path.name for path in folder.iterdir() if path.is_file()}
             if outside := [name for name in names if name not in there]:
                 raise TokenizerError(f"{index} names {outside[0][:80]!r}, which is not there")
             return [folder / name for name in names]
-        for name in (f"{stem}.safetensors", f"{stem}.bin"):
-            if (folder / name).is_file():
-                return [folder / name]
+        if (folder / f"{stem}{suffix}").is_file():
+            return [folder / f"{stem}{suffix}"]
     raise TokenizerError(f"{folder}: no weights: expected model.safetensors or diffusion_pytorch_model.safetensors")
-
-
-def _read_tensors(files: list[Path]) -> dict[str, Tensor]:
-    """The tensors of the tokenizer under its own names; what else is in the files stays there."""
-    places: dict[str, Any] = {}
-    for path in files:
-        try:
-            places.update(_tensors_of(path))
-        except TokenizerError as error:
-            raise TokenizerError(f"{path.parent}: {error}") from error.__cause__
-        except Exception as error:
-            why = in_one_line(error)
-            raise TokenizerError(f"{path} is damaged or holds more than tensors, and was not loaded ({why})") from error
-    codebooks = [name for name in places if name.endswith(_CODEBOOK)]
-    if len(codebooks) != 1:
-        raise TokenizerError(f"{files[0].parent}: {len(codebooks)} codebooks ({_CODEBOOK}) in the weights, expected one")
-    prefix = codebooks[0].removesuffix(_CODEBOOK)
-    return {_new_name(name.removeprefix(prefix)): read() for name, read in places.items() if name.startswith(prefix)}
-
-
-def _tensors_of(path: Path) -> Iterator[tuple[str, Any]]:
-    """(name, a function that reads the tensor) of a file."""
-    if path.suffix == ".bin":
-        state = load_pickle(path)
-        for name, tensor in state.items():
-            if not isinstance(tensor, Tensor):
-                raise TokenizerError(f"{name} is a {type(tensor).__name__}, expected a tensor")
-            yield name, lambda tensor=tensor: tensor
-        return
-    file: Any = safe_open(path, framework="pt")
-    for name in file.keys():  # noqa: SIM118 (not a dict)
-        yield name, lambda name=name: file.get_tensor(name)
 
 
 def _new_name(name: str) -> str:
     return re.sub(r"(?<=\.attentions\.0\.)(query|key|value|proj_attn)(?=\.)", lambda match: _OLD_NAMES[match[1]], name)
 
 
-def _pixel_scale(folder: Path) -> tuple[float, float]:
-    """(scale, shift) from pixels in [-1, 1] to those that the folder's preprocessor gives to the network."""
-    path = folder / _PREPROCESSOR_NAME
+def _scaled(network: Network, path: Path, device: torch.device | str) -> Network:
+    """The network, given pixels as this preprocessor scales them from those in [-1, 1]; itself if there is none."""
     if not path.is_file():
-        return 1.0, 0.0
+        return network
     settings = _read_json(path)
     kept = {name: settings[name] for name in ("image_mean", "image_std") if name in settings}
     means = shape(dict[str, list[float]], kept, f"{path}: not a preprocessor", TokenizerError)
     mean, std = means.get("image_mean", [0.5]), means.get("image_std", [0.5])
     rescale = shape(float, settings.get("rescale_factor", 1 / 255), f"{path}: rescale_factor", TokenizerError)
-    if len(set(mean)) != 1 or len(set(std)) != 1 or not std[0]:
-        raise TokenizerError(f"{path}: image_mean={mean!r}, image_std={std!r}: expected one number for all channels")
-    scale, shift = 127.5 * rescale / std[0], (127.5 * rescale - mean[0]) / std[0]
-    return (1.0, 0.0) if abs(scale - 1) + abs(shift) < 1e-6 else (scale, shift)
+    if not {len(mean), len(std)} <= {1, 3} or 0 in std:
+        raise TokenizerError(f"{path}: image_mean={mean!r}, image_std={std!r}: expected a number, or one for each of 3 channels")
+    mean_C11, std_C11 = (torch.tensor(values, dtype=torch.float64).view(-1, 1, 1) for values in (mean, std))
+    scale_C11, shift_C11 = 127.5 * rescale / std_C11, (127.5 * rescale - mean_C11) / std_C11
+    if bool(((scale_C11 - 1).abs() + shift_C11.abs() < 1e-6).all()):
+        return network
+    return _Scaled(network, scale_C11.to(device, torch.float32), shift_C11.to(device, torch.float32))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

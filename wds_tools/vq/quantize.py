@@ -28,6 +28,7 @@ from wds_tools.errors import DataError, TokenizerError, UsageError
 from wds_tools.vq.lanes import side_by_side
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+Nearest = Literal["distance", "product"]
 
 ENCODER_VERSION = "2"
 """Changes whenever equal pixels and weights give other codes in fp32. 1: sums depended on the number of threads."""
@@ -42,13 +43,14 @@ _SIGNED = (torch.int8, torch.int16, torch.int32, torch.int64)
 _INTEGERS = (*_SIGNED, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 
 
-def nearest(latents_ND: Tensor, codebook_KD: Tensor, chunk: int | None = None) -> Tensor:
-    """Find the codebook entry nearest to each latent, by squared Euclidean distance in float32.
+def nearest(latents_ND: Tensor, codebook_KD: Tensor, chunk: int | None = None, *, by: Nearest = "distance") -> Tensor:
+    """Find the codebook entry nearest to each latent, in float32.
 
     Args:
         latents_ND: floating point, on the codebook's device.
         codebook_KD: floating point.
         chunk: latents compared at a time, >= 1; bounds the memory to chunk x K x 4 bytes.
+        by: the smallest squared Euclidean distance, or the largest inner product.
 
     Returns:
         codes_N: int64 in [0, K); the lowest index among equally near entries; -1 where the latent is NaN or infinite.
@@ -67,7 +69,7 @@ def nearest(latents_ND: Tensor, codebook_KD: Tensor, chunk: int | None = None) -
     lowest_N = torch.empty(len(latents_ND), device=device)
     with torch.no_grad(), torch.autocast(device.type, enabled=False), running_in(device, "fp32"):
         codebook_DK = codebook_KD.float().T
-        norms_K = codebook_DK.square().sum(dim=0)
+        norms_K = codebook_DK.square().sum(dim=0) if by == "distance" else codebook_DK.new_zeros(len(codebook_KD))
         for start in range(0, len(latents_ND), chunk):
             part_ND = latents_ND[start : start + chunk].float()
             # |x - c|^2 without the |x|^2 that all entries share
@@ -110,6 +112,8 @@ class CodebookTokenizer:
     """float32."""
     precision: Precision = "fp32"
     """Of the network: bf16 and fp16 are autocast. `nearest` is float32 in all of them."""
+    by: Nearest = "distance"
+    """What is nearest; see `nearest`."""
 
     codebook_size: int = field(init=False)
     """Number of codebook entries."""
@@ -188,7 +192,7 @@ class CodebookTokenizer:
         with running_in(self.device, self.precision):
             latents_BDhw = self._latents(floats_BHWC.permute(0, 3, 1, 2))[:B]
         latents_ND = latents_BDhw.permute(0, 2, 3, 1).flatten(0, 2)
-        return nearest(latents_ND, self.codebook_KD).view(B, H // self.stride, W // self.stride)
+        return nearest(latents_ND, self.codebook_KD, by=self.by).view(B, H // self.stride, W // self.stride)
 
     @torch.inference_mode()
     def _pixels(self, codes_hw: Tensor) -> tuple[Tensor, Tensor]:

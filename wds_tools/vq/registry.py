@@ -22,8 +22,9 @@ import torch
 from wds_tools.errors import TokenizerError, UsageError, WdsToolsError, in_one_line
 from wds_tools.plugins import TOKENIZERS, load_plugin, plugins
 from wds_tools.vq.base import ImageTokenizer
-from wds_tools.vq.chameleon import load_chameleon
-from wds_tools.vq.huggingface import load_emu3, load_janus, load_vq_model
+from wds_tools.vq.chameleon import load_chameleon, load_emu35
+from wds_tools.vq.huggingface import load_emu3, load_glm_image, load_janus, load_vq_model
+from wds_tools.vq.llamagen import load_llamagen
 from wds_tools.vq.quantize import CodebookTokenizer, Precision
 from wds_tools.vq.tiny import BUNDLED, load_tiny
 
@@ -43,7 +44,7 @@ def load_tokenizer(
 
     Args:
         name: one of `tokenizer_names()`.
-        weights: path of the weights: a safetensors file for tiny (the bundled one if None), a folder for the others.
+        weights: path of the weights: a file for tiny (the bundled one if None) and llamagen, a folder for the others.
         device: "auto" (CUDA where there is one), "cpu", "cuda" or "cuda:N".
         precision: "fp32" (no TF32), "tf32" (GPUs only), "bf16" or "fp16" for the network; the codebook search is float32.
         compile: run the network through torch.compile.
@@ -108,10 +109,10 @@ def _tiny(weights: Path | None, device: torch.device, precision: Precision) -> I
     return load_tiny(BUNDLED if weights is None else weights, device=device, precision=precision)
 
 
-def _from_folder(name: str, load: Callable[..., ImageTokenizer], files: str) -> Loader:
+def _from_path(name: str, load: Callable[..., ImageTokenizer], what: str) -> Loader:
     def loader(weights: Path | None, device: torch.device, precision: Precision) -> ImageTokenizer:
         if weights is None:
-            raise UsageError(f"tokenizer {name} needs weights: a folder with {files}")
+            raise UsageError(f"tokenizer {name} needs weights: {what}")
         return load(weights, device=device, precision=precision)
 
     return loader
@@ -119,9 +120,12 @@ def _from_folder(name: str, load: Callable[..., ImageTokenizer], files: str) -> 
 
 LOADERS: dict[str, Loader] = {
     "tiny": _tiny,
-    "chameleon": _from_folder("chameleon", load_chameleon, "vqgan.yaml and vqgan.ckpt, or of transformers"),
-    "emu3": _from_folder("emu3", load_emu3, "transformers' Emu3VQVAE"),
-    "janus": _from_folder("janus", load_janus, "transformers' JanusVQVAE"),
-    "vqmodel": _from_folder("vqmodel", load_vq_model, "a diffusers VQModel"),
+    "chameleon": _from_path("chameleon", load_chameleon, "a folder with vqgan.yaml and vqgan.ckpt, or of transformers"),
+    "emu3": _from_path("emu3", load_emu3, "a folder with transformers' Emu3VQVAE"),
+    "emu35": _from_path("emu35", load_emu35, "a folder with Emu3.5's config.yaml and model.ckpt, or transformers' Apertus 1.5"),
+    "glm-image": _from_path("glm-image", load_glm_image, "a folder of GLM-Image"),
+    "janus": _from_path("janus", load_janus, "a folder with transformers' JanusVQVAE"),
+    "llamagen": _from_path("llamagen", load_llamagen, "LlamaGen's vq_ds16_c2i.pt, or another of its tokenizers"),
+    "vqmodel": _from_path("vqmodel", load_vq_model, "a folder with a diffusers VQModel"),
 }
 """Name -> loader; the one place to add a tokenizer of ours."""
