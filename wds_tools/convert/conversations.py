@@ -10,7 +10,7 @@ the turns, as first_answer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,7 +18,6 @@ from wds_tools.convert.images import NUM_AHEAD, ImageOptions, ImageReader
 from wds_tools.convert.options import kept_fields
 from wds_tools.errors import Reject
 from wds_tools.format.schema import Sample, SourceImage
-from wds_tools.images import Mode
 from wds_tools.records.conversations import TalkReader
 from wds_tools.sources.text.elements import JsonRecords
 
@@ -38,8 +37,8 @@ class ConversationsConfig(ImageOptions):
     """Field with the images. Default: image or images, and those that stand in the turns."""
     image_marks: Literal["written", "first"] = "written"
     """first: images of a record without an <image> mark are put before its first question; else such a record is a reject."""
-    sft_mode: Mode = "cc512"
-    """With --encode: how images are cropped: cc512 to a 512 px square, multi768 to the nearest of many shapes."""
+    sft_mode: str = "cc512"
+    """With --encode: size of the images, as `convert pairs --mode` has it: ccN, multiN or fitN."""
     keep: tuple[str, ...] = ()
     """Fields of the record to keep as provenance. Its id is kept always, as source_id."""
     task_records: int = 2000
@@ -63,9 +62,9 @@ class ConversationsConfig(ImageOptions):
         return {**said, **super().settings}
 
     @property
-    def image_types(self) -> Sequence[str]:
+    def modes(self) -> Mapping[str, str]:
         """See ConvertOptions."""
-        return ("visual_sft",)
+        return {"visual_sft": self.sft_mode}
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,14 @@ Format, size and aspect ratio are looked at here; what only an encoder finds in 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from wds_tools.convert.images import NUM_AHEAD, ImageOptions, ImageReader
 from wds_tools.convert.options import kept_fields
 from wds_tools.format.schema import Sample
-from wds_tools.images import PAIR_TYPES, Mode, crop_for
+from wds_tools.images import Mode, parse_mode
 from wds_tools.records.fields import CAPTION, required_text
 from wds_tools.sources.text.lines import Lines
 
@@ -26,12 +26,17 @@ class PairsConfig(ImageOptions):
 
     input: tuple[str, ...]
     """.jsonl files, folders of them or brace patterns; one object a line with image_path and text_prompt (or text)."""
-    mode: Mode = "cc512"
-    """cc512: 512 px centre crop, for images up to 2:1. multi768: nearest of many shapes of about 768 x 768 pixels, up to 4:1."""
+    mode: str = "cc512"
+    """ccN: centre square of N px, for images up to 2:1. multiN: nearest of many shapes of about N x N px, up to 4:1. fitN: their own
+    shape, at most N x N px. N: 64 to 4096; `encode` may take another, as the images are kept whole."""
     task_lines: int = 2000
     """A worker, and a resumed run, takes this many lines at a time; a shard holds no more."""
 
     command = "convert pairs"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        parse_mode(self.mode)
 
     def make_source(self) -> Lines:
         """Lines of jsonl files."""
@@ -39,7 +44,7 @@ class PairsConfig(ImageOptions):
 
     def make_converter(self) -> Pairs:
         """The caption and the image of a record."""
-        return Pairs(self.mode, ImageReader(self), self.keep)
+        return Pairs(parse_mode(self.mode), ImageReader(self), self.keep)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -47,9 +52,9 @@ class PairsConfig(ImageOptions):
         return {"mode": self.mode, **super().settings}
 
     @property
-    def image_types(self) -> Sequence[str]:
+    def modes(self) -> Mapping[str, str]:
         """See ConvertOptions."""
-        return (PAIR_TYPES[self.mode],)
+        return {parse_mode(self.mode).data_type: self.mode}
 
 
 @dataclass(frozen=True)
@@ -65,10 +70,10 @@ class Pairs:
         """See Converter."""
         text = required_text(fields, CAPTION)
         image, info = self.images.read(source, required_text(fields, ("image_path",)))
-        crop_for(self.mode, info.width, info.height)
+        self.mode.crop_for(info.width, info.height)
         return Sample(
             key=key,
-            data_type=PAIR_TYPES[self.mode],
+            data_type=self.mode.data_type,
             text=text,
             image=image,
             image_extension=info.extension,

@@ -34,7 +34,7 @@ def run_conversion(options: ConvertOptions, encoder: Encoder | None = None) -> M
     if options.source is not None:
         settings["source"] = options.source
     if encoder is not None:
-        settings["encode"], codes = encoder.provenance(options.image_types)
+        settings["encode"], codes = encoder.provenance(options.modes)
         options = replace(options, workers=encoder.workers)
     converter = options.make_converter()
     job = Job(
