@@ -18,11 +18,11 @@ from wds_tools.format.codes import (
     CodeGrid,
     check_column,
     check_range,
+    chosen_codes,
     code_dtype,
     codes_named,
     join_grids,
     named_column,
-    chosen_codes,
     split_grids,
 )
 

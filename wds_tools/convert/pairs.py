@@ -27,8 +27,8 @@ class PairsConfig(ImageOptions):
     input: tuple[str, ...]
     """.jsonl files, folders of them or brace patterns; one object a line with image_path and text_prompt (or text)."""
     mode: str = "cc512"
-    """ccN: centre square of N px, for images up to 2:1. multiN: nearest of many shapes of about N x N px, up to 4:1. fitN: their own
-    shape, at most N x N px. N: 64 to 4096; `encode` may take another, as the images are kept whole."""
+    """ccN: centre square of N px, for images up to 2:1. multiN: nearest of many shapes of about N x N px, up to 4:1. fitN: their
+    own shape, of N x N px at most, up to 4:1. The images stay whole, so `encode` may take another N of 64 to 4096, or mode."""
     task_lines: int = 2000
     """A worker, and a resumed run, takes this many lines at a time; a shard holds no more."""
 

@@ -22,8 +22,8 @@ from wds_tools.encode.image_encoder import MODES, ImageEncoder
 from wds_tools.encode.options import TokenizerOptions
 from wds_tools.errors import UsageError
 from wds_tools.format.manifest import Manifest, shard_info_from_json
-from wds_tools.format.schema import IMAGE_EXTENSIONS, Sample
-from wds_tools.images import PAIR_TYPES, ImageLimits, parse_mode
+from wds_tools.format.schema import IMAGE_EXTENSIONS, PAIR_TYPES, Sample
+from wds_tools.images import ImageLimits, parse_mode
 from wds_tools.jobs import Job, JobOptions, run_job
 from wds_tools.jobs.records import ConvertRecords
 from wds_tools.sources.record import Record, group_to_limit
@@ -121,7 +121,7 @@ def encode(config: EncodeConfig) -> Manifest:
 def _pair_modes(word: str | None, source: Mapping[str, Any]) -> dict[str, str]:
     """Data type -> mode: that of the word for all pairs; None: that which the dataset was converted for."""
     if word is not None:
-        return dict.fromkeys(PAIR_TYPES.values(), word)
+        return dict.fromkeys(PAIR_TYPES, word)
     while isinstance(before := source.get("input"), Mapping):  # of an encoded one
         source = before.get("source") or {}
     plan = source.get("plan")

@@ -25,8 +25,8 @@ from wds_tools.encode.options import TokenizerOptions
 from wds_tools.encode.resize import check_torch_resize, prepare_with_torch
 from wds_tools.errors import FormatError, Reject, TokenizerError, UsageError
 from wds_tools.format.codes import code_dtype, join_grids, named_column
-from wds_tools.format.schema import Sample
-from wds_tools.images import PAIR_TYPES, PREPROCESSING_VERSION, ImageLimits, Mode, parse_mode, prepare
+from wds_tools.format.schema import PAIR_TYPES, Sample
+from wds_tools.images import PREPROCESSING_VERSION, ImageLimits, Mode, parse_mode, prepare
 from wds_tools.run.local import stops_held
 from wds_tools.run.ray_cluster import check_device
 from wds_tools.vq.base import ImageTokenizer
@@ -58,8 +58,8 @@ class ImageEncoder:
         cpus: that a task has on another machine, where the work is done; None if it is done here.
         keep_images: keep the source images beside the codes.
         limits: what an image may be.
-        modes: data type -> mode of its images, where it is another than that of MODES. A pair that has no codes yet becomes one of
-            its mode's data type.
+        modes: data type -> mode of its images, where it is another than that of MODES. A pair without codes becomes one of the
+            data type of its mode.
 
     Raises:
         UsageError: an option has no effect here; a mode is none.
@@ -206,7 +206,7 @@ class ImageEncoder:
         for number, (place, sample) in enumerate(samples):
             ticket = _Ticket(number, place, sample)
             if isinstance(sample, Reject) or sample.data_type not in self._modes or not sample.images:
-                if isinstance(sample, Sample) and sample.data_type in PAIR_TYPES.values():
+                if isinstance(sample, Sample) and sample.data_type in PAIR_TYPES:
                     raise FormatError(f"{sample.key} is {sample.data_type} but has no image")
                 yield ticket, None
                 continue

@@ -162,8 +162,8 @@ def chosen_codes(codes: Mapping[str, _Value], choice: str | None) -> dict[str, _
 
     Args:
         codes: the values.
-        choice: a code set, "" or "emu3"; or columns, "vqcode_256" or "vqcode_512,vqcode_fit720-emu3"; None: the set that the first
-            column belongs to.
+        choice: a code set, "" or "emu3"; or columns, "vqcode_256" or "vqcode_512,vqcode_fit720-emu3"; None: the set of the first
+            column.
     """
     if choice is not None and is_code_column(choice):
         wanted = choice.split(",")

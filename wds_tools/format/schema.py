@@ -48,8 +48,8 @@ class Sample(NamedTuple):
     text: str
     """The caption or the document; empty for a conversation."""
     width: int | None = None
-    """Width in pixels of the cropped image, for multi-ratio samples that are encoded, else None. Of several code columns, of the one
-    that was filled first."""
+    """Width in pixels of the cropped image, for multi-ratio samples that are encoded, else None. With several code columns it is
+    that of the first."""
     height: int | None = None
     codes: Mapping[str, Codes] = _NOTHING
     """Code column -> (h, w) grid of codebook indices; see `grids` for several images."""

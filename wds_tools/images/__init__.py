@@ -2,13 +2,12 @@
 
 from wds_tools.images.crop import Crop, check_ratio
 from wds_tools.images.decode import FORMATS, REASONS, ImageInfo, ImageLimits, decode_rgb, probe
-from wds_tools.images.mode import PAIR_TYPES, Mode, mode_of_column, parse_mode
+from wds_tools.images.mode import Mode, mode_of_column, parse_mode
 from wds_tools.images.prepare import PREPROCESSING_VERSION, crop_for, prepare
 from wds_tools.images.ratio import shapes
 
 __all__ = [
     "FORMATS",
-    "PAIR_TYPES",
     "PREPROCESSING_VERSION",
     "REASONS",
     "Crop",

@@ -1,6 +1,6 @@
 """The crop: an image's size and a target in, the size to scale it to and the box to keep of that out. No pixels here.
 
-Integers only. Invariant: `box` is of the target's size and inside `resize`, centred with offsets rounded down. For a square target
+Integers only. Invariant: `box` has the target's size and lies inside `resize`, centred with offsets rounded down. For a square
 the shorter side of `resize` is exactly its side, the longer one floor(long * side / short). That is what int(long / (short /
 512)) gives for every side up to 65,535 (tried one by one), without the route over floats: 512 / short, rounded first,
 yields 511 for one side in seven (49, 98, 103, ...), and the crop then ends in a black line.

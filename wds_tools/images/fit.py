@@ -1,9 +1,9 @@
 """The size of an image that keeps its shape: at most N x N pixels of area, sides multiples of the stride. No pixels here.
 
-Sides are rounded to the nearest multiple; where that is more area than N x N, scaled down and rounded down instead, and where it is
-less than the least, scaled up and rounded up: the rule of the processors of Emu3 and Qwen2-VL. They squeeze the image into that
-size; here it is covered and the rest cut off, so that shapes stay as they are: less than a stride of a side. No side has fewer
-than 4 strides, and the area goes before `min_pixels`. Integers only, so that every machine gives the same. Cost: 2 us.
+Sides are rounded to the nearest multiple; where that is more area than N x N, scaled down and rounded down instead, and where it
+is less than the least, scaled up and rounded up: the rule of the processors of Emu3 and Qwen2-VL. They squeeze the image into it;
+here it is covered and the rest cut off, so that nothing is distorted. No side has fewer than 4 strides, and the most area
+goes before the least. Every machine gives the same. Cost: 2 us.
 """
 
 from math import isqrt

@@ -27,7 +27,7 @@ from wds_tools.images.ratio import nearest_shape, patch_of, shapes
 Family: TypeAlias = Literal["cc", "multi", "fit"]
 LEAST_SIDE, MOST_SIDE = 64, 4096
 DEFAULT_STRIDE: Final = 16
-PAIR_TYPES: Final[Mapping[Family, str]] = {"cc": "image_text", "multi": "image_text_multi", "fit": "image_text_multi"}
+_DATA_TYPES: Final[Mapping[Family, str]] = {"cc": "image_text", "multi": "image_text_multi", "fit": "image_text_multi"}
 # An image may be 5 % longer than the 4:1 of the longest shapes: a 1600 x 399 picture is a 4:1 one without its last row. It then
 # loses less than images inside the table of 768 do, where half a step is up to 8.7 %. What one of the two takes, the other does.
 MAX_RATIO: Final[Mapping[Family, float]] = {"cc": 2.0, "multi": 4.2, "fit": 4.2}
@@ -53,7 +53,7 @@ class Mode:
     @property
     def data_type(self) -> str:
         """Of a pair whose image is brought to its size so."""
-        return PAIR_TYPES[self.family]
+        return _DATA_TYPES[self.family]
 
     @property
     def column(self) -> str:
@@ -109,7 +109,7 @@ def parse_mode(word: str) -> Mode:
     match = _WORD.fullmatch(word)
     if match is None or not LEAST_SIDE <= int(match[2]) <= MOST_SIDE:
         raise UsageError(
-            f"mode {word[:40]!r}: expected cc, multi or fit and {LEAST_SIDE} to {MOST_SIDE} pixels, such as cc512, multi768 or fit720"
+            f"mode {word[:40]!r}: expected cc, multi or fit with {LEAST_SIDE} to {MOST_SIDE} pixels, as cc512, multi768 or fit720"
         )
     return Mode(cast(Family, match[1]), int(match[2]))
 

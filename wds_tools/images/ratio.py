@@ -1,6 +1,6 @@
 """The multi-ratio crop: an image's size in, the nearest of the shapes of about N x N pixels out. No pixels here.
 
-The table: sides are multiples of a patch, at most as many patches as the square of N // patch has, longer side at most four times the
+The table: sides are multiples of a patch, at most (N // patch)^2 of them, longer side at most four times the
 shorter. For each width the tallest height that fits; then sizes that another one contains are dropped (29 x 19 patches fits into
 30 x 19). With every size its transpose is left. For 768 these are 25 sizes from 384 x 1536 over 768 x 768 to 1536 x 384, all of
 560 to 576 patches of 32 x 32 pixels.
