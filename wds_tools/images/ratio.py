@@ -37,11 +37,9 @@ def shapes(side: int, patch: int = PATCH) -> Shapes:
     Returns:
         (width, height) in pixels, from the tallest to the widest.
     """
-    most = (side // patch) ** 2
-    fits = [(w, most // w) for w in range(1, most + 1)]
-    fits = [(w, h) for w, h in fits if max(w, h) <= MAX_ASPECT * min(w, h)]
-    largest = [a for a in fits if not any(a != b and a[0] <= b[0] and a[1] <= b[1] for b in fits)]
-    return tuple((w * patch, h * patch) for w, h in largest)
+    n = side // patch
+    fits = [(w, h) for w in range(1, 2 * n + 1) if max(w, h := n * n // w) <= MAX_ASPECT * min(w, h)]
+    return tuple((w * patch, h * patch) for (w, h), (_, next_h) in pairwise([*fits, (0, 0)]) if h != next_h)
 
 
 def nearest_shape(width: int, height: int, table: Shapes) -> tuple[int, int]:
