@@ -94,7 +94,7 @@ class JsonlDataset(Dataset[Item]):
         root, self._name = split_url(path)
         self._store = open_store(root)
         self._images = ImageSource(path, image_root)
-        self._mode, self._size = mode, size
+        self._mode = mode if size is None else size
         self._transform = transform
         self._rows = CodedRows(_ANY_CODE, stride)
         self._on_error, self._max_bad = on_error, max_bad
@@ -234,14 +234,13 @@ class JsonlDataset(Dataset[Item]):
         """What a record is that does not say it; None: who knows."""
         if "conversations" in record:
             return "visual_sft"
-        is_square = self._mode is None or self._mode.startswith("cc")
-        return PAIR_TYPES[not is_square] if has_image else None
+        is_multi = isinstance(self._mode, str) and not self._mode.startswith("cc")
+        return PAIR_TYPES[is_multi] if has_image else None
 
     def _pixels(self, image_path: str) -> Any:
-        from wds_tools.images import ImageLimits, Mode, prepare
+        from wds_tools.images import ImageLimits, prepare
 
-        mode = self._mode if self._size is None else Mode("cc", self._size)
-        pixels_HWC = prepare(self._images.read(image_path, ImageLimits.max_bytes), mode)
+        pixels_HWC = prepare(self._images.read(image_path, ImageLimits.max_bytes), self._mode)
         pixels_CHW = torch.from_numpy(pixels_HWC).permute(2, 0, 1).contiguous()
         return pixels_CHW if self._transform is None else self._transform(pixels_CHW)
 

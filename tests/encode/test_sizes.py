@@ -128,7 +128,7 @@ def test_conversations_take_the_same_words(tmp_path: Path) -> None:
         ({"mode": "cc100"}, "mode cc100: 100 px is not a multiple of 16, the stride of tokenizer tiny: take cc96 or cc112"),
         ({"mode": "512"}, "mode '512': expected cc, multi or fit with 64 to 4096 pixels"),
         ({"mode": "cc64", "min_pixels": 100}, "--min-pixels 100 is for a mode such as fit720, and has no effect on others"),
-        ({"min_pixels": 10_000}, "--min-pixels 10000: fit96 makes 9216 pixels at most"),
+        ({"min_pixels": 10_000}, "--min-pixels 10000: expected 0 to 9216 with fit96"),
     ],
 )
 def test_what_a_tokenizer_can_not_take_is_one_line(several: Path, tmp_path: Path, settings: Any, message: str) -> None:

@@ -126,7 +126,7 @@ def test_a_tokenizer_that_does_not_divide_is_one_line_with_the_nearest_sizes() -
         parse_mode("cc500").at("t", 16)
     with pytest.raises(UsageError, match="mode fit64: fit takes 128 px at least with stride 32, of tokenizer t"):
         parse_mode("fit64").at("t", 32)
-    with pytest.raises(UsageError, match="--min-pixels 20000: fit128 makes 16384 pixels at most"):
+    with pytest.raises(UsageError, match="--min-pixels 20000: expected 0 to 16384 with fit128"):
         parse_mode("fit128").at("t", 16, 20_000)
 
 

@@ -76,8 +76,8 @@ class Mode:
             raise UsageError(
                 f"mode {self}: {self.family} takes {least} px at least with stride {stride}, of tokenizer {tokenizer}"
             )
-        if min_pixels > self.side**2:
-            raise UsageError(f"--min-pixels {min_pixels}: {self} makes {self.side**2} pixels at most")
+        if not 0 <= min_pixels <= self.side**2:
+            raise UsageError(f"--min-pixels {min_pixels}: expected 0 to {self.side**2} with {self}")
         return replace(self, stride=stride, min_pixels=min_pixels)
 
     def crop_for(self, width: int, height: int) -> Crop:

@@ -19,12 +19,13 @@ from wds_tools.images.mode import Mode, parse_mode
 PREPROCESSING_VERSION: Final = "1"
 
 
-def prepare(data: bytes, mode: Mode | str | None, limits: ImageLimits = DEFAULT_LIMITS) -> NDArray[np.uint8]:
+def prepare(data: bytes, mode: Mode | str | int | None, limits: ImageLimits = DEFAULT_LIMITS) -> NDArray[np.uint8]:
     """Decode an image and bring it to the size that its codes are made from.
 
     Args:
         data: the encoded image, of a format of `FORMATS`.
-        mode: a Mode or its word, such as "cc512"; None: the whole image as it is.
+        mode: a Mode, or its word, such as "cc512"; a number: a centre square of so many pixels a side, from 1 on, as cc is; None:
+            the whole image as it is.
         limits: what the image may be.
 
     Returns:
@@ -41,8 +42,9 @@ def prepare(data: bytes, mode: Mode | str | None, limits: ImageLimits = DEFAULT_
     return np.array(image if mode is None else _resize_and_crop(image, crop_for(mode, *image.size)))
 
 
-def crop_for(mode: Mode | str, width: int, height: int) -> Crop:
-    """How a mode, or that of a word, brings an image of this size, as displayed, to its final one. Raises as `Mode.crop_for`."""
+def crop_for(mode: Mode | str | int, width: int, height: int) -> Crop:
+    """How a mode, as `prepare` takes it, brings an image of this size to its final one. Raises as `Mode.crop_for`."""
+    mode = Mode("cc", mode) if isinstance(mode, int) else mode
     return (parse_mode(mode) if isinstance(mode, str) else mode).crop_for(width, height)
 
 
