@@ -15,6 +15,7 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
+from benchmarks.containers import BARS, measure
 from benchmarks.size import bytes_per_sample
 from benchmarks.workload import write_documents
 
@@ -56,6 +57,7 @@ def main(out: Path) -> None:
     speed = conversion_speed(out / "speed")
     size = bytes_per_sample(out / "size")
     memory = conversion_memory(out / "memory")
+    containers = measure(out / "containers")
     print(f"machine: {platform.processor() or platform.machine()}, Python {platform.python_version()}, ", end="")
     print(", ".join(f"{name} {version(name)}" for name in ("webdataset", "orjson", "zstandard", "datasets")))
     print(f"\nDCLM conversion, one core, median of {ROUNDS} rounds")
@@ -69,9 +71,15 @@ def main(out: Path) -> None:
     print(f"  webdataset TarWriter           {size['webdataset']:>9,.0f}")
     print(f"  wds-tools, index included      {size['ours']:>9,.0f}   (bar: 4,200)")
     print(f"\nMemory: converting {memory['json_MB']:,.0f} MB of DCLM peaks at {memory['peak_MB']:,.0f} MB (bar: 400)")
-    for folder in ("speed", "size", "memory"):
+    print(f"\nContainers into shards, one core, MB of input a second, median of {ROUNDS} rounds")
+    for kind, found in containers.items():
+        print(f"  {kind:<8} plain {found['plain']:>7,.0f}   wds-tools {found['ours']:>7,.0f}   ", end="")
+        print(f"{found['ours'] / found['plain']:.2f} of it (bar: {BARS[kind]})")
+    for folder in ("speed", "size", "memory", "containers"):
         shutil.rmtree(out / folder)
-    (out / "results.json").write_text(json.dumps({"speed": speed, "size": size, "memory": memory}, indent=2) + "\n")
+    (out / "results.json").write_text(
+        json.dumps({"speed": speed, "size": size, "memory": memory, "containers": containers}, indent=2) + "\n"
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""A stand-in for the Hugging Face Hub on loopback: as much of its HTTP as creating, listing and committing to a repository takes.
+"""A stand-in for the Hugging Face Hub on loopback: as much of its HTTP as
+creating, listing, reading and committing to a repository takes.
 
 It is not the Hub: no Git, no accounts but one token, no Xet storage. What a push leaves here is what its requests said.
 """
@@ -8,12 +9,14 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from urllib.parse import parse_qs, unquote
 
 TOKEN = "hf_test_token"  # noqa: S105
 
@@ -32,6 +35,8 @@ class Hub:
     commits: list[list[str]] = field(default_factory=list)
     """Paths that each commit touched."""
     created: list[dict[str, Any]] = field(default_factory=list)
+    reads: list[tuple[str, int]] = field(default_factory=list)
+    """Name and bytes of each read of a file, or of a part of one."""
     refuse_after: int | None = None
     """Answer 403 to every upload once so many have come."""
 
@@ -91,10 +96,31 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if not self._may():
             return
-        if "/tree/" not in self.path:
+        path, _, query = unquote(self.path).partition("?")
+        if "/tree/" in path:
+            folder = "/".join(path.partition("/tree/")[2].split("/")[1:])
+            self._answer(_tree(self.state.files, folder, is_deep="recursive=true" in query.lower()))
+        elif "/resolve/" in path:
+            self._send_file("/".join(path.partition("/resolve/")[2].split("/")[1:]))
+        elif re.fullmatch(r"/api/datasets/me/set(/revision/\w+)?", path):
+            self._answer({"id": "me/set", "sha": "0" * 40, "siblings": []})
+        else:
             self._answer({"error": f"unknown {self.path}"}, 404)
+
+    def _send_file(self, name: str) -> None:
+        if (data := self.state.files.get(name)) is None:
+            self._answer({"error": "Entry not found"}, 404)
             return
-        self._answer([_entry(name, data) for name, data in sorted(self.state.files.items())])
+        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
+        first, last = (int(asked[1]), int(asked[2] or len(data))) if asked else (0, len(data))
+        part = data[first : last + 1]
+        self.state.reads.append((name, len(part)))
+        self.send_response(206 if asked else 200)
+        self.send_header("Content-Length", str(len(part)))
+        if asked:
+            self.send_header("Content-Range", f"bytes {first}-{first + len(part) - 1}/{len(data)}")
+        self.end_headers()
+        self.wfile.write(part)
 
     def do_PUT(self) -> None:
         data = self._body()
@@ -113,6 +139,10 @@ class _Handler(BaseHTTPRequestHandler):
         body = self._body()
         if self.path.endswith("/commit/main"):
             self._commit([json.loads(line) for line in body.splitlines()])
+            return
+        if "/paths-info/" in self.path:
+            paths = parse_qs(body.decode()).get("paths") or json.loads(body)["paths"]
+            self._answer([_entry(name, self.state.files[name]) for name in paths if name in self.state.files])
             return
         record = json.loads(body)
         if self.path == "/api/repos/create":
@@ -156,6 +186,17 @@ class _Handler(BaseHTTPRequestHandler):
             touched.append(value["path"])
         self.state.commits.append(touched)
         self._answer({"success": True, "commitUrl": f"{self.state.endpoint}/datasets/me/set/commit/0", "commitOid": "0" * 40})
+
+
+def _tree(files: dict[str, bytes], folder: str, *, is_deep: bool) -> list[dict[str, Any]]:
+    """What lies in a folder: files, and, unless all below it is asked for, folders."""
+    prefix = f"{folder}/" if folder else ""
+    inside = {name: data for name, data in sorted(files.items()) if name.startswith(prefix)}
+    if is_deep:
+        return [_entry(name, data) for name, data in inside.items()]
+    folders = sorted({name[len(prefix) :].partition("/")[0] for name in inside if "/" in name[len(prefix) :]})
+    entries = [_entry(name, data) for name, data in inside.items() if "/" not in name[len(prefix) :]]
+    return [{"type": "directory", "path": prefix + name, "oid": "0" * 40} for name in folders] + entries
 
 
 def _entry(name: str, data: bytes) -> dict[str, Any]:

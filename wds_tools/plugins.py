@@ -1,4 +1,4 @@
-"""What other installed packages add by entry points: sources, converters, tokenizers. Each is imported when it is asked for."""
+"""What other installed packages add by entry points: sources, converters, ... Each is imported when it is asked for."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 
 from wds_tools.errors import UsageError, WdsToolsError, in_one_line
 
-SOURCES, CONVERTERS, TOKENIZERS = "wds_tools.sources", "wds_tools.converters", "wds_tools.tokenizers"
+SOURCES, CONVERTERS = "wds_tools.sources", "wds_tools.converters"
+TOKENIZERS, TEMPLATES = "wds_tools.tokenizers", "wds_tools.templates"
 """Groups of entry points."""
 
 

@@ -1,7 +1,8 @@
-"""What a package adds to wds-tools: CSV files as a source, notes as a converter, mean colours as an image tokenizer.
+"""What a package adds to wds-tools: a source (CSV files), a converter (notes), an image tokenizer (mean colours), a template.
 
 wds-tools convert notes --input notes.csv --output notes
 wds-tools convert pairs --source csv --input pairs.csv --output pairs --encode colours
+wds-tools pack --input pairs --tokenizer Lumina-mGPT/ --template lumina-mgpt --seq-len 4096 --output rows
 """
 
 from __future__ import annotations
@@ -9,13 +10,15 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wds_tools import Sample
 from wds_tools.convert import ConvertOptions
 from wds_tools.errors import NotFound, Reject
+from wds_tools.sequences.prompts import Prompts
+from wds_tools.sequences.templates import Chameleon
 from wds_tools.sources import InputFile, Record, file_records
 from wds_tools.storage import open_store, split_url
 
@@ -75,7 +78,7 @@ class NotesConfig(ConvertOptions):
 
     def make_converter(self) -> Notes:
         """What makes samples of the records."""
-        return Notes(self.min_characters, self.keep)
+        return Notes(self.min_characters)
 
 
 @dataclass(frozen=True)
@@ -83,16 +86,18 @@ class Notes:
     """Records with a title and a body -> documents."""
 
     min_characters: int
-    keep: tuple[str, ...]
     num_ahead = 0  # nothing to wait for: one record after the other
+
+    def roles(self, fields: Mapping[str, Any]) -> Mapping[str, str]:
+        """Which field is what: said before anything is written."""
+        return {role: name for role, name in (("title", "title"), ("text", "body")) if name in fields}
 
     def convert(self, key: str, fields: Mapping[str, Any], _source: str) -> Sample:
         """The sample of a record; a Reject says why there is none."""
         body = str(fields.get("body") or "")
         if len(body) < self.min_characters:
             raise Reject("too_short", f"a body of {len(body)} characters, expected at least {self.min_characters}")
-        kept = {name: fields[name] for name in self.keep if name in fields}
-        return Sample(key=key, data_type="text_pretrain", text=f"{fields.get('title', '')}\n\n{body}", provenance=kept)
+        return Sample(key=key, data_type="text_pretrain", text=f"{fields.get('title', '')}\n\n{body}")
 
 
 class Colours:
@@ -119,3 +124,24 @@ class Colours:
 def load_colours(weights: Path | None, device: torch.device, precision: str) -> Colours:  # noqa: ARG001  there are none
     """What `--tokenizer colours` and `--encode colours` load."""
     return Colours(device)
+
+
+_GRIDS = tuple(f"<reserved{8800 + number:05d}>" for number in range(97))
+"""Lumina-mGPT's words for 0, 32, 64, ... pixels."""
+_PROMPTS = replace(Chameleon().prompts, size="")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LuminaMGPT(Chameleon):
+    """Chameleon whose images state height and width, as Lumina-mGPT's code has it, and whose rows of codes have an end."""
+
+    eos: str | None = "<reserved08706>"
+    row_end: str = "<reserved08799>"
+    others: tuple[str, ...] = ("<reserved08706>", *_GRIDS)
+    states_shape: bool = True
+    prompts: Prompts = _PROMPTS
+
+    def before_codes(self, shape: Sequence[int] | None) -> str:
+        """Two codes are 32 pixels."""
+        height, width = shape or (0, 0)
+        return self.boi + _GRIDS[height // 2] + _GRIDS[width // 2]

@@ -107,8 +107,8 @@ class Columns(NamedTuple):
 
     lists: dict[str, list[Any]]
     """Name -> a value of each sample. With our schema `__key__`, `data_type`, `text`, and, of sources that have any,
-    `conversations` and `image` (encoded bytes, a list of them if it is a conversation); without it `__key__` and the members'
-    bytes by suffix. None where a sample has none."""
+    `conversations`, `texts` (captions by name) and `image` (encoded bytes, of a conversation a list); without it
+    `__key__` and the members' bytes by suffix. None where a sample has none."""
     codes: Codes | None
     """The codes; None if no sample has any."""
     tokens: TokenTensors | None = None
@@ -149,6 +149,8 @@ def read_columns(loaded: Sequence[LoadedSamples], sample_indices: Sequence[int],
     }
     if any(reader.has_conversations for reader in readers):
         lists["conversations"] = [record.get("conversations") for record in records]
+    if any("texts" in record for record in records):
+        lists["texts"] = [record.get("texts") for record in records]
     if any(reader.has_images for reader in readers):
         lists["image"] = list(map(_image, loaded, sample_indices, data, records))
     return Columns(lists, codes)

@@ -254,6 +254,7 @@ def test_the_summary_of_a_conversion_is_true(tmp_path: Path) -> None:
         "samples      2 of 4 inputs (2 image_text)",
         f"rejects      2 (1 aspect_ratio, 1 bad_json), listed in {out}/rejects/",
         f"shards       1, {size / 1e6:,.1f} MB, {size / 2:,.0f} bytes a sample",
+        "images       2, 2 smaller than their crop, so enlarged (convert with --min-side leaves such out)",
         f"fingerprint  {manifest.fingerprint()}",
     ]
     encoded = wds_tools("encode", "--input", out, "--output", tmp_path / "codes", "--device", "cpu").stdout

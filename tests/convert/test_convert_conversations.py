@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from loaders import ShardDataset
 from wds_tools.check.verify import VerifyConfig, verify
-from wds_tools.convert import run_conversion
+from wds_tools.convert import run_conversion, survey
 from wds_tools.convert.conversations import ConversationsConfig
 from wds_tools.errors import FormatError, UsageError
 from wds_tools.format.manifest import Manifest
@@ -63,7 +63,7 @@ REAL = {
 @pytest.mark.parametrize("name", REAL)
 def test_every_real_shape_is_taken_in_full_with_text_and_images_unchanged(name: str, tmp_path: Path) -> None:
     source, root = shared("sft") / name, shared("sft") / REAL[name]
-    manifest = convert(source, tmp_path / "out", image_root=str(root), task_records=40)
+    manifest = convert(source, tmp_path / "out", image_root=(str(root),), task_records=40)
     expected = json.loads(source.read_text())
     samples = read_samples(tmp_path / "out")
     assert (manifest.rejects, len(samples)) == ({}, len(expected))
@@ -145,7 +145,7 @@ def test_a_set_whose_images_are_missing_is_refused(tmp_path: Path) -> None:
 )
 def test_what_cannot_be_used_is_a_reject_with_its_reason(broken: Record, reason: str, tmp_path: Path) -> None:
     source = write(tmp_path / "in", [record(), broken, record("b.jpg")])
-    manifest = convert(source, tmp_path / "out", image_root=str(tmp_path / "in"))
+    manifest = convert(source, tmp_path / "out", image_root=(str(tmp_path / "in"),))
     assert (manifest.samples, manifest.rejects) == (2, {reason: 1})
     (reject,) = read_rejects(tmp_path / "out")
     assert (reject["element"], reject["reason"]) == (1, reason)
@@ -158,13 +158,12 @@ ANSWER = {"from": "gpt", "value": "This."}
 @pytest.mark.parametrize(
     "fields",
     [
-        {"image_path": "a.jpg"},
         {"image_url": "a"},
         {"images_paths": ["a"]},
         {"img": {"url": "https://host/a"}},
         {"Image_File": "a"},
         {"picture": "iVBORw0KGgo="},
-        {"file_name": "folder/a.PNG"},
+        {"name": "folder/a.PNG"},
         {"source": {"where": ["https://host/a.webp?size=512"]}},
         {"note": "data:image/png;base64,iVBORw0KGgo="},
         {"image": "b.jpg", "second": "c.jpg", "conversations": turns("<image>What?", "This.")},
@@ -179,10 +178,21 @@ ANSWER = {"from": "gpt", "value": "This."}
     ],
     ids=str,
 )
-def test_an_image_that_would_be_left_behind_is_a_reject_and_never_a_text_alone(fields: Record, tmp_path: Path) -> None:
+def test_an_image_that_would_be_left_behind_is_a_reject_and_never_a_text_alone(
+    fields: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(survey, "NUM_RECORDS", 0)  # as if it came later in the input
     source = write(tmp_path / "in", [{"conversations": turns("What?", "This."), **fields}, record()])
     manifest = convert(source, tmp_path / "out")
     assert (manifest.samples, manifest.rejects) == (1, {"unused_image": 1})
+
+
+@pytest.mark.parametrize("name", ["image_path", "img_path", "file_name"])
+def test_an_image_of_another_known_name_is_found_and_without_a_mark_a_reject(name: str, tmp_path: Path) -> None:
+    talks = [{"conversations": turns(f"{mark}What?", "This."), name: "a.jpg"} for mark in ("<image>", "")]
+    manifest = convert(write(tmp_path / "in", talks), tmp_path / "out")
+    assert (manifest.samples, manifest.rejects) == (1, {"image_marks": 1})
+    assert len(read_samples(tmp_path / "out")[0].images) == 1
 
 
 @pytest.mark.parametrize(
@@ -205,7 +215,10 @@ def test_a_conversation_without_an_image_may_say_so_in_any_way(fields: Record, t
     assert read_samples(tmp_path / "out")[0].images == ()
 
 
-def test_another_name_for_the_image_that_is_used_and_a_field_that_is_kept_leave_nothing_behind(tmp_path: Path) -> None:
+def test_another_name_for_the_image_that_is_used_and_a_field_that_is_kept_leave_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(survey, "NUM_RECORDS", 0)
     talks = [record(image_url="https://host/x/a.jpg", id="coco/a.jpg"), record(original="https://host/0017.jpg")]
     source = write(tmp_path / "in", talks)
     assert convert(source, tmp_path / "out").rejects == {"unused_image": 1}

@@ -70,7 +70,9 @@ def test_an_empty_or_wrong_text_prompt_is_not_replaced_by_text(tmp_path: Path) -
     assert [reject["reason"] for reject in read_rejects(tmp_path / "out")] == ["empty_text", "wrong_type"]
 
 
-@pytest.mark.parametrize(("kind", "extension"), [("PNG", "png"), ("WEBP", "webp"), ("BMP", "bmp"), ("TIFF", "tif")])
+@pytest.mark.parametrize(
+    ("kind", "extension"), [("PNG", "png"), ("WEBP", "webp"), ("BMP", "bmp"), ("TIFF", "tif"), ("AVIF", "avif")]
+)
 def test_the_member_is_named_by_content_whatever_the_file_is_called(tmp_path: Path, kind: str, extension: str) -> None:
     path = write_pairs(tmp_path / "in", 1)
     (tmp_path / "in/images/0.jpg").write_bytes(image_bytes(0, kind=kind))
@@ -174,7 +176,7 @@ def test_nothing_outside_of_the_image_root_is_read(
     (root / "folder_link").symlink_to(tmp_path)
     monkeypatch.chdir(tmp_path)
     image_path = path.replace("/SECRET", str(tmp_path / "secret.jpg"))
-    settings = {"image_root": "root" if is_relative else str(root), "strict_links": "link" in path}
+    settings = {"image_root": ("root" if is_relative else str(root),), "strict_links": "link" in path}
     reject = one_line(tmp_path, {"image_path": image_path, "text": "x"}, **settings)
     assert reject["reason"] == "outside_root"
 
@@ -184,9 +186,9 @@ def test_inside_the_image_root_links_and_absolute_paths_are_fine(tmp_path: Path,
     (tmp_path / "root/link.jpg").symlink_to("images/0.jpg")
     paths = ["images/0.jpg", "link.jpg", str(tmp_path / "root/images/0.jpg"), "images/../link.jpg"]
     path = write_jsonl(tmp_path / "in/a.jsonl", [{"image_path": image, "text": "x"} for image in paths])
-    assert convert(tmp_path / "absolute", path, image_root=str(tmp_path / "root")).samples == 4
+    assert convert(tmp_path / "absolute", path, image_root=(str(tmp_path / "root"),)).samples == 4
     monkeypatch.chdir(tmp_path)
-    assert convert(tmp_path / "relative", path, image_root="root").samples == 4
+    assert convert(tmp_path / "relative", path, image_root=("root",)).samples == 4
 
 
 def test_a_path_that_begins_like_a_relative_root_is_still_below_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,7 +197,7 @@ def test_a_path_that_begins_like_a_relative_root_is_still_below_it(tmp_path: Pat
     (tmp_path / "images/images/a.jpg").write_bytes(image_bytes(2))
     path = write_jsonl(tmp_path / "in/a.jsonl", [{"image_path": "images/a.jpg", "text": "x"}])
     monkeypatch.chdir(tmp_path)
-    convert(tmp_path / "out", path, image_root="images")
+    convert(tmp_path / "out", path, image_root=("images",))
     assert read_samples(tmp_path / "out")[0].image == image_bytes(2)
 
 
@@ -208,7 +210,7 @@ def test_a_url_is_no_local_path_without_an_image_root_either(tmp_path: Path) -> 
 def test_a_path_where_no_file_can_be_is_a_missing_image(tmp_path: Path, path: str, is_fenced: bool) -> None:
     (tmp_path / "in/images").mkdir(parents=True)
     (tmp_path / "in/loop").symlink_to("loop")
-    reject = one_line(tmp_path, {"image_path": path, "text": "x"}, image_root=str(tmp_path / "in") if is_fenced else None)
+    reject = one_line(tmp_path, {"image_path": path, "text": "x"}, image_root=(str(tmp_path / "in"),) if is_fenced else ())
     assert reject["reason"] in ("missing_image", "outside_root")
     assert reject["reason"] == "missing_image" or path == "."
     assert len(reject["detail"]) < 500

@@ -152,7 +152,7 @@ def test_of_two_conversations_one_has_to_be_named() -> None:
     [
         (messages([{"type": "image"}], images=["a.jpg"], image="b.jpg"), "unused_image: images holds an image"),
         (messages("What?", photo=STRUCT), "unused_image: photo holds an image"),
-        (messages("What?", scan={"of": [b"\xff\xd8\xff"]}), "unused_image: scan holds an image"),
+        (messages("What?", scan={"of": [b"\xff\xd8\xff"]}), "unused_image: scan.of holds an image"),
         (messages("What?", scan=ImageFile("/x/a.jpg")), "unused_image: scan holds an image"),
         (messages([text("What?"), {"type": "image", "index": 1}], images=["a", "b"]), "image_marks: a part is image 1"),
         (messages([text("What?")], [text("Red."), {"type": "image", "image": "a.jpg"}]), "image_marks: an answer holds"),

@@ -31,6 +31,7 @@ from wds_tools.images import (
     ImageInfo,
     ImageLimits,
     check_ratio,
+    decode,
     decode_rgb,
     parse_mode,
     prepare,
@@ -38,6 +39,7 @@ from wds_tools.images import (
     shapes,
 )
 from wds_tools.images.crop import cover
+from wds_tools.images.decode import HAS_AVIF
 
 TARGETS = shapes(768)
 cc512, multi768 = (parse_mode(word).crop_for for word in ("cc512", "multi768"))
@@ -245,6 +247,8 @@ def test_probe_does_not_decode_the_pixels_of_a_png() -> None:
 
 def test_the_content_decides_on_the_format_and_names_the_member() -> None:
     extensions = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif"}
+    if HAS_AVIF:
+        extensions["AVIF"] = "avif"
     assert tuple(extensions) == FORMATS
     for kind, extension in extensions.items():
         assert probe(encoded(picture(), kind)) == ImageInfo(kind, extension, 48, 32)
@@ -374,6 +378,32 @@ def test_the_first_frame_of_an_animation_is_taken(kind: str) -> None:
     assert decode_rgb(data).getcolors() == [(360, (255, 0, 0))]
 
 
+@pytest.mark.skipif(not HAS_AVIF, reason="this Pillow does not read AVIF")
+def test_avif_is_read_upright_on_white_its_first_frame_and_damage_is_named() -> None:
+    exif = Image.Exif()
+    exif[274] = 6
+    turned = encoded(picture().transpose(Image.Transpose.ROTATE_90), "AVIF", exif=exif, quality=95)
+    assert (probe(turned).width, probe(turned).height, probe(turned).orientation) == (48, 32, 6)
+    difference = np.abs(np.asarray(decode_rgb(turned), int) - np.asarray(picture(), int))
+    assert difference[4:12, 4:20].max() <= 12  # in a corner, away from its colour's edges
+    clear = decode_rgb(encoded(with_alpha("RGBA"), "AVIF", quality=100))
+    assert clear.getpixel((30, 8)) == (255, 255, 255)
+    frames = [Image.new("RGB", (20, 18), colour) for colour in ((255, 0, 0), (0, 255, 0))]
+    moving = decode_rgb(encoded(frames[0], "AVIF", save_all=True, append_images=frames[1:]))
+    assert moving.getpixel((9, 9))[0] > 240  # type: ignore[index]
+    data = encoded(picture(), "AVIF")
+    for end in (20, 60, len(data) // 2, len(data) - 1):
+        assert reason_of(data[:end]) in ("truncated_image", "corrupt_image")
+    assert reason_of(data, probe, max_pixels=48 * 32 - 1) == "too_many_pixels"
+
+
+def test_avif_is_refused_by_name_where_pillow_does_not_read_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "HAS_AVIF", False)
+    monkeypatch.setattr(decode, "FORMATS", FORMATS[:6])
+    with pytest.raises(Reject, match=r"unsupported_format: AVIF, which Pillow reads from 11\.3 on; readable are JPEG, PNG"):
+        probe(b"\0\0\0\x1cftypavif\0\0\0\0avifmif1miaf")
+
+
 # --- rejects and limits ---
 
 
@@ -388,7 +418,8 @@ def test_the_first_frame_of_an_animation_is_taken(kind: str) -> None:
         ("Größe".encode(), "not_an_image", "text"),
         (b"%PDF-1.7\n", "not_an_image", "PDF"),
         (random.Random(1).randbytes(5000), "not_an_image", "unknown data"),
-        (b"\0\0\0\x1cftypavif\0\0\0\0", "unsupported_format", "AVIF"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "unsupported_format", "HEIC; readable are JPEG, PNG"),
+        (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic", "unsupported_format", "HEIF"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "unsupported_format", "PostScript"),
         (b"P6\n20 20\n255\n" + bytes(1200), "unsupported_format", "netpbm"),
         (b"\x89PNG\r\n", "truncated_image", "beginning of a PNG"),

@@ -61,7 +61,7 @@ def test_a_path_bytes_a_struct_and_a_data_uri_give_the_same_image(records: str, 
 def test_a_file_that_the_source_found_is_read_whatever_the_image_root_is(records: str, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     found = ImageFile(str(tmp_path / "a.png"))
-    assert read(records, found, image_root=str(tmp_path / "other")) == PNG
+    assert read(records, found, image_root=(str(tmp_path / "other"),)) == PNG
     assert reject(records, ImageFile(str(tmp_path / "gone.png"))).reason == "missing_image"
     assert reject(records, ImageFile(str(tmp_path / "a\\b.png"))).reason == "outside_root"
 

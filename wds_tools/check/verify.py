@@ -23,7 +23,7 @@ from wds_tools.dataset.reader import ShardBytes, read_manifest
 from wds_tools.errors import DataError, FormatError, StorageError, UsageError
 from wds_tools.format.codes import check_range
 from wds_tools.format.index import check_fresh, parse_index, serialize_index
-from wds_tools.format.manifest import Manifest, ShardInfo, hash_rejects
+from wds_tools.format.manifest import FILTERED, Manifest, ShardInfo, hash_rejects
 from wds_tools.format.scan import Scan, scan_tar
 from wds_tools.format.schema import ANY_MEMBERS, Sample, validate
 from wds_tools.format.shard import sample_from_members
@@ -245,7 +245,8 @@ def _check_files(store: Store, manifest: Manifest) -> Iterator[str]:
                 yield str(error)
         elif entry.name not in known and not entry.name.startswith(_ENERGON_FOLDER):
             yield f"{entry.name}: not in the manifest: left by something else, or by a run that was interrupted"
-    if rejects != Counter(manifest.rejects):
-        yield f"{REJECTS} lists {dict(rejects)}, the manifest counts {dict(manifest.rejects)}"
+    listed = {reason: count for reason, count in manifest.rejects.items() if reason not in FILTERED}
+    if rejects != Counter(listed):
+        yield f"{REJECTS} lists {dict(rejects)}, the manifest counts {listed}"
     if manifest.rejects_hash not in (None, digest := hash_rejects(digests)):
         yield f"{REJECTS}: its files hash to {digest}, the manifest says {manifest.rejects_hash}: they were changed or damaged"

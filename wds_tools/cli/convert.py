@@ -41,7 +41,7 @@ def convert_command(options: type[ConvertOptions]) -> tuple[type[Any], Callable[
     Args:
         options: of the converter.
     """
-    bases = (Printed, options, Encoding) if options.takes_images else (Printed, options)
+    bases = (Printed, options, Encoding) if options.image_facts is not None else (Printed, options)
 
     @dataclass(frozen=True, kw_only=True)
     class Config(*bases):  # type: ignore[misc]

@@ -28,6 +28,7 @@ from wds_tools.storage.base import check_writable
 from wds_tools.terminal import say
 
 COMMANDS = {
+    ("inspect",): ("inspect", "what an input is, and what would become of it; writes nothing"),
     ("convert", "pairs"): ("convert_pairs", "image-caption pairs (jsonl) to shards"),
     ("convert", "documents"): ("convert_documents", "DCLM documents (.jsonl.zst) to shards"),
     ("convert", "conversations"): ("convert_conversations", "conversations about images (LLaVA's json) to shards"),

@@ -10,7 +10,7 @@ from typing import Any
 import orjson
 
 from wds_tools.dataset.layout import REJECTS
-from wds_tools.format.manifest import PASSED_OVER, Manifest
+from wds_tools.format.manifest import ENLARGED, FILTERED, IMAGES, PASSED_OVER, Manifest
 from wds_tools.format.schema import ANY_MEMBERS
 from wds_tools.terminal import say
 
@@ -55,16 +55,26 @@ def print_dataset(url: str, manifest: Manifest, *, json: bool = False) -> None:
     if json:
         print_json(dataset_record(url, manifest))
         return
-    rejected = sum(manifest.rejects.values())
+    filtered = {reason: count for reason, count in manifest.rejects.items() if reason in FILTERED}
+    listed = {reason: count for reason, count in manifest.rejects.items() if reason not in FILTERED}
+    rejected = sum(listed.values())
     facts = {
         "dataset": url,
         "samples": f"{manifest.samples:,} of {manifest.inputs:,} inputs ({describe_samples(manifest)})",
-        "rejects": f"{rejected:,} ({itemize(manifest.rejects)}), listed in {url.rstrip('/')}/{REJECTS}" if rejected else "none",
+        "rejects": f"{rejected:,} ({itemize(listed)}), listed in {url.rstrip('/')}/{REJECTS}" if rejected else "none",
         "shards": f"{len(manifest.shards):,}, {manifest.bytes / 1e6:,.1f} MB, {_per_sample(manifest)}",
     }
+    if filtered:
+        lacking = filtered.get("filtered_missing", 0)
+        without = f", {lacking:,} of them without a field that it names" if lacking else ""
+        facts["filtered"] = f"{sum(filtered.values()):,} dropped by --where{without}"
     if isinstance(left_out := manifest.source.get("left_out"), dict):
         facts["left out"] = f"{left_out.get('files')} files, not read as records, such as {left_out.get('such_as')}"
-    if isinstance(counts := manifest.source.get("counts"), dict) and PASSED_OVER in counts:
+    counts = manifest.source.get("counts")
+    if isinstance(counts, dict) and IMAGES in counts:
+        enlarged = f", {counts.get(ENLARGED)} smaller than their crop, so enlarged (convert with --min-side leaves such out)"
+        facts["images"] = f"{counts[IMAGES]}{enlarged if ENLARGED in counts else ''}"
+    if isinstance(counts, dict) and PASSED_OVER in counts:
         facts["passed over"] = f"{counts[PASSED_OVER]} members of tars that are of no sample: hidden, without suffix, links"
     for column, provenance in manifest.codes.items():
         size = provenance.get("codebook_size")

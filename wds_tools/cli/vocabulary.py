@@ -9,6 +9,7 @@ import tyro
 from wds_tools.cli.summary import Printed, print_json
 from wds_tools.errors import UsageError
 from wds_tools.sequences.config import SequenceConfig
+from wds_tools.sequences.templates import find_template
 from wds_tools.sequences.tokenizer import TextTokenizer
 from wds_tools.sequences.vocabulary import add_tokens
 from wds_tools.storage.place import check_apart
@@ -25,10 +26,12 @@ class Config(Printed):
     """Folder of a Hugging Face tokenizer, or a tokenizer.json."""
     output: str | None = None
     """A new folder, for a copy to which the missing tokens are added."""
-    tokens: tuple[str, ...] = (SequenceConfig.boi, SequenceConfig.eoi, SequenceConfig.unconditional)
-    """The special tokens to look for."""
+    template: str = SequenceConfig.template
+    """Whose tokens: liquid, chameleon, emu3, or a template of a package."""
+    tokens: tuple[str, ...] | None = None
+    """The special tokens to look for; by default those of the template."""
     codebook_size: int | None = None
-    """Entries of the image codebook, which stand behind the text vocabulary."""
+    """Entries of the image codebook, which stand behind the text vocabulary, or in it if the template has names for them."""
     multiple: int = 128
     """Round the size up to a multiple of this: such matrices are faster on a GPU."""
 
@@ -39,11 +42,17 @@ class Config(Printed):
 
 def run(config: Config) -> int:
     """Look, add what is missing if asked, and say what there is. Exit status 1 if tokens are missing."""
+    template = find_template(config.template)
+    names = list(template.tokens if config.tokens is None else config.tokens)
+    codes = template.code_tokens(config.codebook_size or 0)
     tokenizer = TextTokenizer(config.input)
     if config.output is not None:
         check_apart(config.input, config.output)
-        tokenizer = add_tokens(config.input, config.output, config.tokens)
-    ids = {name: tokenizer.id_of(name) for name in config.tokens}
+        tokenizer = add_tokens(config.input, config.output, names + codes)
+    ids = {name: tokenizer.id_of(name) for name in names}
+    num_missing = sum(tokenizer.id_of(name) is None for name in codes)
+    status = 1 if None in ids.values() or num_missing else 0
+    size = tokenizer.num_tokens + (0 if codes else config.codebook_size or 0)
     if config.json:
         print_json(
             {
@@ -51,10 +60,11 @@ def run(config: Config) -> int:
                 "bos_token": tokenizer.named("bos_token"),
                 "eos_token": tokenizer.named("eos_token"),
                 "text_vocabulary": tokenizer.num_tokens,
-                "vocab_size": tokenizer.num_tokens + (config.codebook_size or 0),
+                "vocab_size": size,
+                "missing_codes": num_missing,
             }
         )
-        return 1 if None in ids.values() else 0
+        return status
     for role in ("bos_token", "eos_token"):
         name = tokenizer.named(role)
         say(f"{role:<18}{f'{name} {tokenizer.id_of(name)}' if name else 'not named: give bos=, eos= to say which'}")
@@ -62,8 +72,8 @@ def run(config: Config) -> int:
         say(f"{name:<18}{'missing: --output DIR makes a copy that has it' if number is None else number}")
     say(f"{'text vocabulary':<18}{tokenizer.num_tokens:,}")
     if config.codebook_size is not None:
-        size = tokenizer.num_tokens + config.codebook_size
-        say(f"{'image codes':<18}{tokenizer.num_tokens:,} ... {size - 1:,}")
+        inside = f"{len(codes):,} tokens of the text vocabulary, {num_missing or 'none'} missing"
+        say(f"{'image codes':<18}{inside if codes else f'{tokenizer.num_tokens:,} ... {size - 1:,}'}")
         rounded = -(-size // config.multiple) * config.multiple
         say(f"{'vocab_size':<18}{size:,} at least, {rounded:,} as a multiple of {config.multiple}")
-    return 1 if None in ids.values() else 0
+    return status

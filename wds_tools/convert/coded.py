@@ -1,28 +1,40 @@
-"""Table rows of Liquid's Hugging Face data, and of our own exports, back into shards: nothing is encoded again.
+"""Rows that hold codes already, back into shards: nothing is encoded again.
 
-    files, or ranges of lines -> table rows -> Sample(text, codes, conversations) -> shards
+    row of Liquid's seven columns, or of our exports       -> Sample(text, codes, conversations) as it says itself
+    row with codes in any other field, or in an npy file   -> Sample(text, codes)
 
-`sources.coded` says what a table row holds. Which tokenizer made the codes, the rows don't say: it is an argument. Rows
-with other numbers of codes than their grid has, or with codes beyond the codebook, are rejects. Memory: see tables.
+Which tokenizer made the codes, the rows don't say: it is an argument. Rows with other numbers of codes than their grid has, or
+with codes beyond the codebook, are rejects (`records.coded`, `records.arrays`). Images beside codes are not read: the codes are
+what the row has of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from wds_tools.convert.options import ConvertOptions, kept_fields
-from wds_tools.errors import UsageError
+from wds_tools.convert.options import ConvertOptions
+from wds_tools.errors import Reject, UsageError
 from wds_tools.format.codes import CODE_COLUMNS
 from wds_tools.format.schema import Sample
-from wds_tools.records.coded import SIDE_512, CodedRows
-from wds_tools.sources.tables import Tables
+from wds_tools.records.arrays import PICKLED
+from wds_tools.records.coded import ABSENT, IMAGE_TYPES, SIDE_512, CodedRows
+from wds_tools.records.field_map import FieldMap
+from wds_tools.records.fields import value_of
+from wds_tools.records.images import ImageSource
+
+CODE_NAMES = ("vq_code", "vq_codes", "codes", "npy")
+"""Fields in which codes are looked for, beside Liquid's columns."""
+_SUFFIXES = (".npy", *PICKLED)
+"""Of files with codes: the field has the path. Pickles are refused when they are looked at."""
+_MAX_FILE_BYTES = 64 << 20
+_NUM_AHEAD = 16
 
 
 @dataclass(frozen=True, kw_only=True)
 class CodedConfig(ConvertOptions):
-    """Convert Hugging Face datasets that hold codes, Liquid's or those of `export hf`, to shards."""
+    """Convert datasets that hold codes to shards: Liquid's, those of `export hf`, or others with a field or npy file of codes."""
 
     input: tuple[str, ...]
     """Folders written by save_to_disk, .parquet or .jsonl files of the same seven fields, or folders of any; paths or URLs."""
@@ -34,8 +46,16 @@ class CodedConfig(ConvertOptions):
     """Pixels of an image on a side for each code."""
     weights_hash: str | None = None
     """Hash of its weights, as the manifest of a set that was encoded here has it: only then can the two be exported together."""
-    task_lines: int = 10_000
-    """Of a jsonl, a worker, and a resumed run, takes this many lines at a time; of a Hugging Face folder one file."""
+    codes: str | None = None
+    """Field with the codes of an image. Default: Liquid's columns, else vq_code, vq_codes, codes or npy."""
+    text: tuple[str, ...] = ()
+    """Fields with the text: the first that is there. Default: well-known names in a documented order."""
+    code_root: str | None = None
+    """Folder that paths of npy files in that field are relative to, and may not leave. Default: the folder of the records."""
+    grid: tuple[int, int] | None = None
+    """Rows and columns of codes, where neither the array, the fields width and height, nor 512 pixels say it."""
+    crop: int | None = None
+    """With --grid: which of the grids in an array is taken, from 0, where there are several, such as those of ten crops."""
 
     command = "convert coded"
 
@@ -45,14 +65,16 @@ class CodedConfig(ConvertOptions):
             raise UsageError(f"--codebook-size {self.codebook_size}: expected 1 to 2**32")
         if self.stride < 1 or SIDE_512 % self.stride:
             raise UsageError(f"--stride {self.stride}: expected a divisor of {SIDE_512}")
-
-    def make_source(self) -> Tables:
-        """Arrow, Parquet and jsonl files."""
-        return Tables(self.task_lines, self.quiet)
+        if self.grid is not None and min(self.grid) < 1:
+            raise UsageError(f"--grid {self.grid[0]} {self.grid[1]}: at least 1")
+        if self.crop is not None and (self.grid is None or self.crop < 0):
+            raise UsageError(f"--crop {self.crop}: counts the grids of --grid, from 0")
 
     def make_converter(self) -> Coded:
         """The codes, text and turns of a record."""
-        return Coded(CodedRows(self.codebook_size, self.stride), self.keep)
+        rows = CodedRows(self.codebook_size, self.stride, self.grid, self.crop)
+        num_ahead = 0 if self.code_root is None else _NUM_AHEAD  # files are waited for
+        return Coded(rows, self.codes, FieldMap(text=self.text), self.code_root, self.strict_links, num_ahead)
 
     @property
     def _tokenizer_settings(self) -> dict[str, Any]:
@@ -66,7 +88,14 @@ class CodedConfig(ConvertOptions):
     @property
     def settings(self) -> dict[str, Any]:
         """See ConvertOptions."""
-        return {**self._tokenizer_settings, **super().settings}
+        names = ("codes", "text", "code_root", "grid", "crop")
+        said = {name: value for name in names if (value := getattr(self, name)) not in (None, ())}
+        return {**self._tokenizer_settings, **said, **super().settings}
+
+    @property
+    def named_fields(self) -> Mapping[str, Iterable[str]]:
+        """See ConvertOptions."""
+        return {**super().named_fields, "--codes": (self.codes,) if self.codes else (), "--text": self.text}
 
     @property
     def code_columns(self) -> Mapping[str, Mapping[str, Any]]:
@@ -77,13 +106,47 @@ class CodedConfig(ConvertOptions):
 
 @dataclass(frozen=True)
 class Coded:
-    """Records of Liquid's seven fields -> samples with codes."""
+    """Records that hold codes -> samples."""
 
     rows: CodedRows
-    keep: tuple[str, ...]
-    num_ahead = 0
+    field: str | None
+    field_map: FieldMap
+    root: str | None
+    strict_links: bool
+    num_ahead: int
 
-    def convert(self, key: str, fields: Mapping[str, Any], _source: str) -> Sample:
+    def roles(self, fields: Mapping[str, Any]) -> Mapping[str, str]:
         """See Converter."""
-        sample = self.rows.sample(key, fields)
-        return sample._replace(provenance=kept_fields(fields, self.keep))
+        names = (*CODE_COLUMNS, *CODE_NAMES, *(suffix[1:] for suffix in PICKLED)) if self.field is None else (self.field,)
+        found = [name for name in names if value_of(fields, name) not in (None, ABSENT)]
+        if len(found) > 1 and not set(found) <= {*CODE_COLUMNS}:
+            options = " or ".join(f"--codes {name}" for name in found)
+            raise Reject("ambiguous_fields", f"{', '.join(found)} hold codes: say {options}")
+        roles = {"codes": found[0]} if found else {}
+        text = self.field_map.text_field(fields)
+        return roles if text is None else {**roles, "text": text}
+
+    def convert(self, key: str, fields: Mapping[str, Any], source: str) -> Sample:
+        """See Converter."""
+        name, kind = self.roles(fields).get("codes"), fields.get("data_type")
+        if name is None and kind is None:
+            known = ", ".join(list(fields)[:8])[:200] or "none"
+            raise Reject("missing_codes", f"no {' or '.join((*CODE_COLUMNS, *CODE_NAMES))}; the fields are: {known}; see --codes")
+        if name is None or name in CODE_COLUMNS:
+            text = {"text": self.field_map.required_text(fields)} if self.field_map.text or "text" not in fields else {}
+            return self.rows.sample(key, {"data_type": IMAGE_TYPES[0], **fields, **text})
+        if kind == "visual_sft":
+            return self.rows.sample(key, {**fields, CODE_COLUMNS[0]: value_of(fields, name)})
+        if kind not in (None, *IMAGE_TYPES):
+            raise Reject("unknown_data_type", f"data_type is {kind!r}, and {name} has codes: expected {IMAGE_TYPES[0]}")
+        value = self._loaded(value_of(fields, name), source)
+        return self.rows.image(key, fields, name, value, self.field_map.required_text(fields))
+
+    def _loaded(self, value: Any, source: str) -> Any:
+        """The content of the file that a value names, or the value."""
+        if not isinstance(value, str) or not value.lower().endswith(_SUFFIXES):
+            return value
+        data = ImageSource(source, self.root, self.strict_links).read(value, _MAX_FILE_BYTES)
+        if len(data) > _MAX_FILE_BYTES:
+            raise Reject("too_many_bytes", f"{value[:300]}: more than {_MAX_FILE_BYTES:,} bytes")
+        return data

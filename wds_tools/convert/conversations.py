@@ -10,16 +10,14 @@ the turns, as first_answer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from wds_tools.convert.images import NUM_AHEAD, ImageOptions, ImageReader
-from wds_tools.convert.options import kept_fields
 from wds_tools.errors import Reject
 from wds_tools.format.schema import Sample, SourceImage
 from wds_tools.records.conversations import TalkReader
-from wds_tools.sources.text.elements import JsonRecords
 
 _SOURCE_ID, _FIRST_ANSWER = "source_id", "first_answer"
 
@@ -34,32 +32,32 @@ class ConversationsConfig(ImageOptions):
     conversations: str | None = None
     """Field with the turns. Default: conversations, messages, conversation or texts."""
     image: str | None = None
-    """Field with the images. Default: image or images, and those that stand in the turns."""
+    """Field with the images. Default: image, images, or another well-known name; and those that stand in the turns."""
     image_marks: Literal["written", "first"] = "written"
     """first: images of a record without an <image> mark are put before its first question; else such a record is a reject."""
     sft_mode: str = "cc512"
     """With --encode: size of the images, as `convert pairs --mode` has it: ccN, multiN or fitN."""
     keep: tuple[str, ...] = ()
     """Fields of the record to keep as provenance. Its id is kept always, as source_id."""
-    task_records: int = 2000
-    """A worker, and a resumed run, takes this many records at a time; a shard holds no more."""
 
     command = "convert conversations"
 
-    def make_source(self) -> JsonRecords:
-        """JSON lists, or lines."""
-        return JsonRecords(self.task_records)
-
     def make_converter(self) -> Conversations:
         """The turns and the images of a record."""
-        reader = TalkReader(self.conversations, self.image, self.image_marks, self.keep)
-        return Conversations(reader, ImageReader(self), self.keep)
+        reader = TalkReader(self.conversations, self.image, self.image_marks, tuple(self.spared))
+        return Conversations(reader, ImageReader(self))
 
     @property
     def settings(self) -> dict[str, Any]:
         """See ConvertOptions."""
         said = {"conversations": self.conversations, "image": self.image, "image_marks": self.image_marks}
         return {**said, **super().settings}
+
+    @property
+    def named_fields(self) -> Mapping[str, Iterable[str]]:
+        """See ConvertOptions."""
+        named = {"--conversations": self.conversations, "--image": self.image}
+        return {**super().named_fields, **{option: (name,) for option, name in named.items() if name is not None}}
 
     @property
     def modes(self) -> Mapping[str, str]:
@@ -73,7 +71,6 @@ class Conversations:
 
     reader: TalkReader
     images: ImageReader
-    keep: tuple[str, ...]
     num_ahead = NUM_AHEAD
 
     def roles(self, fields: Mapping[str, Any]) -> Mapping[str, str]:
@@ -102,5 +99,5 @@ class Conversations:
             image=images[0].data if images else None,
             image_extension=images[0].extension if images else None,
             more_images=tuple(images[1:]),
-            provenance={**provenance, **kept_fields(fields, self.keep)},
+            provenance=provenance,
         )

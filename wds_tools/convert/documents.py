@@ -1,50 +1,61 @@
-"""DCLM documents (`*.jsonl.zst`, `*.json.zst`, `*.zstd`) -> text_pretrain samples.
+"""Records with a text -> text_pretrain samples.
 
-    files, grouped into tasks -> decompress -> lines -> records -> Sample(text) -> shards
+    records -> Sample(text) -> shards
 
-Memory does not grow with the input. Cost: see benchmarks/; about half the time is decompression and JSON parsing.
+Cost: see benchmarks/; about half the time is decompression and JSON parsing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from wds_tools.convert.options import ConvertOptions, kept_fields
+from wds_tools.convert.options import ConvertOptions
 from wds_tools.format.schema import Sample
-from wds_tools.records.fields import required_text
-from wds_tools.sources.text.lines import CompressedLines
+from wds_tools.records.field_map import FieldMap
 
 
 @dataclass(frozen=True, kw_only=True)
 class DocumentsConfig(ConvertOptions):
-    """Convert DCLM-style documents to shards."""
+    """Convert documents to shards."""
 
     input: tuple[str, ...]
-    """Folders (searched for *.jsonl.zst, *.json.zst and *.zstd of both), files or brace patterns; local paths or URLs."""
-    task_bytes: int = 16 << 20
-    """Small input files are taken together up to this many compressed bytes; a worker, and a resumed run, takes them whole."""
+    """Files (lines of JSON, JSON lists, CSV, TSV, plain or compressed; Parquet), folders or patterns; paths or URLs."""
+    text: tuple[str, ...] = ()
+    """Fields with the text: the first that is there. Default: well-known names in a documented order."""
 
     command = "convert documents"
 
-    def make_source(self) -> CompressedLines:
-        """Lines of zstd files."""
-        return CompressedLines(self.task_bytes)
-
     def make_converter(self) -> Documents:
         """The text of a record."""
-        return Documents(self.keep)
+        return Documents(FieldMap(text=self.text, spared=self.spared))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """See ConvertOptions."""
+        return {**super().settings, **({"text": self.text} if self.text else {})}
+
+    @property
+    def named_fields(self) -> Mapping[str, Iterable[str]]:
+        """See ConvertOptions."""
+        return {**super().named_fields, "--text": self.text}
 
 
 @dataclass(frozen=True)
 class Documents:
     """Records with text -> documents."""
 
-    keep: tuple[str, ...] = ()
+    field_map: FieldMap
     num_ahead = 0
+
+    def roles(self, fields: Mapping[str, Any]) -> Mapping[str, str]:
+        """See Converter."""
+        self.field_map.check_unused(fields, None)
+        field = self.field_map.text_field(fields)
+        return {} if field is None else {"text": field}
 
     def convert(self, key: str, fields: Mapping[str, Any], _source: str) -> Sample:
         """See Converter."""
-        text = required_text(fields, ("text",))
-        return Sample(key=key, data_type="text_pretrain", text=text, provenance=kept_fields(fields, self.keep))
+        self.field_map.check_unused(fields, None)
+        return Sample(key=key, data_type="text_pretrain", text=self.field_map.required_text(fields))

@@ -5,23 +5,39 @@ Pixels are first decoded by the encoder. An image that can't be read, or is not 
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
-from wds_tools.convert.options import ConvertOptions
+from wds_tools.convert.options import ConvertOptions, ImageFacts
+from wds_tools.convert.tar_images import TarImages
+from wds_tools.errors import UsageError
+from wds_tools.format.schema import Sample
 from wds_tools.images import ImageInfo, ImageLimits, probe
 from wds_tools.records.images import ImageSource, read_image
+from wds_tools.sources.inputs import by_suffix, expand_inputs
 
 NUM_AHEAD = 16
 """Records whose images are fetched at the same time."""
+_PACKED = (".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip")
+
+
+def image_facts(sample: Sample) -> dict[str, Any]:
+    """What --where and --keep may ask of a sample's first image, by name: see records.where.FACTS. {} if it has none."""
+    if sample.image is None:
+        return {}
+    info = probe(sample.image)
+    size = {"image_width": info.width, "image_height": info.height}
+    return {**size, "image_bytes": len(sample.image), "image_format": info.format.lower()}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageOptions(ConvertOptions):
     """Where the images of records are, and what they may be."""
 
-    image_root: str | None = None
-    """Folder that image paths are relative to, and may not leave. Default: the folder of the records, which they may leave."""
+    image_root: tuple[str, ...] = ()
+    """Folder that image paths are relative to, and may not leave; or .tar files (and patterns) whose members they name. Default:
+    the folder of the records, which they may leave."""
     max_pixels: int = ImageLimits.max_pixels
     """Images with more pixels are rejected: decompression bombs."""
     max_image_bytes: int = ImageLimits.max_bytes
@@ -29,7 +45,23 @@ class ImageOptions(ConvertOptions):
     min_side: int = ImageLimits.min_side
     """Images with a shorter side than this, in pixels, are rejected."""
 
-    takes_images = True
+    image_facts: ClassVar[ImageFacts | None] = staticmethod(image_facts)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if packed := [root for root in self.image_root if root.lower().endswith(_PACKED)]:
+            unpack = "`gunzip --keep FILE.tgz`, which makes FILE.tar"
+            raise UsageError(f"--image-root {packed[0]} can't be read from the middle: unpack it first, as with {unpack}")
+        if len(self.image_root) > 1 and not self.are_tars:
+            raise UsageError(f"--image-root {' '.join(self.image_root[:3])}: expected one folder, or .tar files and nothing else")
+
+    @property
+    def are_tars(self) -> bool:
+        """Whether the image root is tars, not a folder."""
+        return bool(self.image_root) and all(
+            root.lower().endswith(".tar") and not os.path.isdir(root)  # noqa: PTH112  a path or a URL
+            for root in self.image_root
+        )
 
     @property
     def limits(self) -> ImageLimits:
@@ -39,7 +71,7 @@ class ImageOptions(ConvertOptions):
     @property
     def settings(self) -> dict[str, Any]:
         """See ConvertOptions."""
-        root = {"image_root": self.image_root, "strict_links": self.strict_links}
+        root = {"image_root": list(self.image_root), "strict_links": self.strict_links}
         return {**root, "keep": self.keep, **asdict(self.limits)}
 
 
@@ -51,7 +83,11 @@ class ImageReader:
     """
 
     def __init__(self, options: ImageOptions) -> None:
-        self._root, self._strict_links, self.limits = options.image_root, options.strict_links, options.limits
+        self._root, self._strict_links, self.limits = next(iter(options.image_root), None), options.strict_links, options.limits
+        self._tars: TarImages | None = None
+        if options.are_tars:
+            tars = expand_inputs(options.image_root, by_suffix(".tar"), strict_links=options.strict_links).files
+            self._tars = TarImages(tars, quiet=options.quiet)
         self._source: tuple[str, ImageSource] | None = None
 
     def read(self, records_url: str, value: Any) -> tuple[bytes, ImageInfo]:
@@ -68,6 +104,8 @@ class ImageReader:
         return data, probe(data, self.limits)
 
     def _read_file(self, records_url: str, path: str, max_bytes: int) -> bytes:
+        if self._tars is not None:
+            return self._tars.read(path, max_bytes)
         source = self._source
         if source is None or source[0] != records_url:
             source = self._source = records_url, ImageSource(records_url, self._root, self._strict_links)

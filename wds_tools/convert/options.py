@@ -6,13 +6,16 @@ the options of `wds-tools convert NAME`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from wds_tools.errors import FormatError, UsageError
-from wds_tools.format.schema import MAX_KEY_BYTES, Sample, check_key, taken_names
+from wds_tools.format.schema import MAX_KEY_BYTES, Sample, check_key
 from wds_tools.jobs import JobOptions
+from wds_tools.records.field_map import Pairs, parse_pairs
+from wds_tools.records.where import FACTS, RECORD, Where
+from wds_tools.sources.composite import Containers
 from wds_tools.sources.record import Source
 
 _MAX_PREFIX = MAX_KEY_BYTES - len("-TTTTTTTTT-NNNNNNNN")
@@ -22,8 +25,19 @@ _TASK_SIZES = ("task_lines", "task_records", "task_bytes")
 class Converter(Protocol):
     """Turns records into samples. A value that is pickled to workers."""
 
-    num_ahead: int
-    """Records that are converted at the same time, in threads, for what waits for files; 0: one after the other."""
+    @property
+    def num_ahead(self) -> int:
+        """Records that are converted at the same time, in threads, for what waits for files; 0: one after the other."""
+        ...
+
+    def roles(self, fields: Mapping[str, Any], /) -> Mapping[str, str]:
+        """What is read of a record: role, such as "text" or "image" -> name of the field that has it.
+
+        Raises:
+            Reject: as `convert`, where the fields alone show it: "unused_image" (two images, or one that is not used) and
+                "ambiguous_fields" in the first records stop the run, so their detail names the options to choose from.
+        """
+        ...
 
     def convert(self, key: str, fields: Mapping[str, Any], source: str, /) -> Sample:
         """The sample of a record.
@@ -39,6 +53,12 @@ class Converter(Protocol):
         ...
 
 
+class ImageFacts(Protocol):
+    """What is known of a sample's image: FACTS by name, pickled to workers as a function is."""
+
+    def __call__(self, sample: Sample, /) -> Mapping[str, Any]: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class ConvertOptions(JobOptions):
     """How any conversion finds its files, and what its samples are called."""
@@ -46,9 +66,19 @@ class ConvertOptions(JobOptions):
     input: tuple[str, ...]
     """Files, folders or brace patterns; paths or URLs."""
     source: str | None = None
-    """Source of an installed package that reads the input. Default: what this command reads."""
+    """Source of an installed package that reads the input. Default: each file is read as what its content says it is."""
+    task_lines: int = 2000
+    """Of plain lines (.jsonl), a worker, and a resumed run, takes this many at a time; a shard holds no more."""
+    task_records: int = 10_000
+    """Of a JSON list so many records; of all else whole files or row groups, until they hold so many, if they say how many ..."""
+    task_bytes: int = 256 << 20
+    """... or this many bytes of input, whichever comes first; one that is larger alone."""
     keep: tuple[str, ...] = ()
-    """Fields of the record to keep as provenance, such as url."""
+    """Fields of the record to keep as provenance: FIELD, or NAME=FIELD to call it otherwise; a.b for one inside another."""
+    drop: tuple[str, ...] = ()
+    """Fields with an image that is left out on purpose."""
+    where: str | None = None
+    """Take only records for which this is true, such as 'similarity >= 0.28 and not nsfw'. See docs/fields.md."""
     strict_links: bool = False
     """Of folders (--input, --image-root), follow no symlink that leads out: for what was unpacked from archives of strangers."""
     key_prefix: str = ""
@@ -56,8 +86,8 @@ class ConvertOptions(JobOptions):
 
     command = ""
     """Name of the command, written into the manifest."""
-    takes_images = False
-    """Whether these are ImageOptions: asked where Pillow need not be imported."""
+    image_facts: ClassVar[ImageFacts | None] = None
+    """What --where and --keep may ask of a sample's image: FACTS by name. None: there are no images."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -68,8 +98,10 @@ class ConvertOptions(JobOptions):
                 raise UsageError(f"--key-prefix: {error}") from error
         if len(self.key_prefix) > _MAX_PREFIX:
             raise UsageError(f"--key-prefix {self.key_prefix}: {len(self.key_prefix)} characters, at most {_MAX_PREFIX}")
-        if taken := taken_names(self.keep):
-            raise UsageError(f"--keep {', '.join(sorted(taken))}: these names are the schema's own, or not safe for readers")
+        condition = self.condition
+        facts = {*FACTS} & {field for _, field in self.kept} | (condition.facts if condition else set())
+        if self.image_facts is None and facts:
+            raise UsageError(f"{', '.join(sorted(facts))}: {self.command} reads no images; a field of the record is record.NAME")
         for field in fields(self):
             if field.name in _TASK_SIZES:
                 option, size = f"--{field.name.replace('_', '-')}", getattr(self, field.name)
@@ -78,9 +110,29 @@ class ConvertOptions(JobOptions):
                 if self.source is not None and size != field.default:
                     raise UsageError(f"{option} has no effect with --source {self.source}, which cuts the input itself")
 
+    @property
+    def kept(self) -> Pairs:
+        """(name, field) of `keep`."""
+        return parse_pairs("--keep", self.keep)
+
+    @property
+    def condition(self) -> Where | None:
+        """That of `where`."""
+        return None if self.where is None else Where(self.where)
+
+    @property
+    def spared(self) -> frozenset[str]:
+        """Fields that are kept or dropped: an image in one of them is no fault."""
+        return frozenset((*(field.removeprefix(RECORD) for _, field in self.kept), *self.drop))
+
+    @property
+    def named_fields(self) -> Mapping[str, Iterable[str]]:
+        """Option -> fields that it names, one of which has to be in the first records."""
+        return {"--where": () if (condition := self.condition) is None else sorted(condition.names)}
+
     def make_source(self) -> Source:
         """What reads the input, unless `source` names another."""
-        raise NotImplementedError
+        return Containers(self.task_lines, self.task_records, self.task_bytes, self.quiet)
 
     def make_converter(self) -> Converter:
         """What makes samples of the records."""
@@ -100,8 +152,3 @@ class ConvertOptions(JobOptions):
     def code_columns(self) -> Mapping[str, Mapping[str, Any]]:
         """Column -> provenance of the codes that the records bring."""
         return {}
-
-
-def kept_fields(record: Mapping[str, Any], keep: Sequence[str]) -> dict[str, Any]:
-    """The fields of a record that are kept."""
-    return {name: record[name] for name in keep if name in record}

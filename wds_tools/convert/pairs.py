@@ -1,22 +1,22 @@
-"""Image-caption pairs (jsonl) -> image_text or image_text_multi samples that carry the source image.
+"""Image-caption pairs -> image_text or image_text_multi samples that carry the source image.
 
-    lines, cut into ranges -> record -> fetch the image's bytes -> look at its header -> Sample(text, image) -> shards
+    record -> which field is what -> fetch the image's bytes -> look at its header -> Sample(text, texts, image) -> shards
 
 Format, size and aspect ratio are looked at here; what only an encoder finds in the pixels is a reject there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from wds_tools.convert.images import NUM_AHEAD, ImageOptions, ImageReader
-from wds_tools.convert.options import kept_fields
+from wds_tools.errors import Reject
 from wds_tools.format.schema import Sample
 from wds_tools.images import Mode, parse_mode
-from wds_tools.records.fields import CAPTION, required_text
-from wds_tools.sources.text.lines import Lines
+from wds_tools.records.field_map import FieldMap, parse_pairs
+from wds_tools.records.fields import value_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,53 +29,85 @@ class PairsConfig(ImageOptions):
     mode: str = "cc512"
     """ccN: centre square of N px, for images up to 2:1. multiN: nearest of many shapes of about N x N px, up to 4:1. fitN: their
     own shape, of N x N px at most, up to 4:1. The images stay whole, so `encode` may take another N of 64 to 4096, or mode."""
-    task_lines: int = 2000
-    """A worker, and a resumed run, takes this many lines at a time; a shard holds no more."""
+    image: str | None = None
+    """Field with the image: a path, bytes, or what else is read. Default: well-known names in a documented order."""
+    text: tuple[str, ...] = ()
+    """Fields with the caption: the first that is there. Default: those of --texts, else well-known names, in order."""
+    texts: tuple[str, ...] = ()
+    """Several captions, NAME=FIELD each, all of which are kept, under these names; null where a record has none."""
 
     command = "convert pairs"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        parse_mode(self.mode)
+        self.field_map, parse_mode(self.mode)
 
-    def make_source(self) -> Lines:
-        """Lines of jsonl files."""
-        return Lines(self.task_lines, self.quiet)
+    @property
+    def field_map(self) -> FieldMap:
+        """Which field is what."""
+        texts = parse_pairs("--texts", self.texts, needs_name=True)
+        return FieldMap(image=self.image, text=self.text, texts=texts, spared=self.spared)
 
     def make_converter(self) -> Pairs:
         """The caption and the image of a record."""
-        return Pairs(parse_mode(self.mode), ImageReader(self), self.keep)
+        return Pairs(parse_mode(self.mode), ImageReader(self), self.field_map)
 
     @property
     def settings(self) -> dict[str, Any]:
         """See ConvertOptions."""
-        return {"mode": self.mode, **super().settings}
+        fields = {name: value for name in ("image", "text", "texts") if (value := getattr(self, name))}
+        return {"mode": self.mode, **super().settings, **fields}
 
     @property
     def modes(self) -> Mapping[str, str]:
         """See ConvertOptions."""
         return {parse_mode(self.mode).data_type: self.mode}
 
+    @property
+    def named_fields(self) -> Mapping[str, Iterable[str]]:
+        """See ConvertOptions."""
+        texts = [field for _, field in self.field_map.texts]
+        image = () if self.image is None else (self.image,)
+        return {**super().named_fields, "--image": image, "--text": self.text, "--texts": texts}
+
 
 @dataclass(frozen=True)
 class Pairs:
-    """Records with a caption and an image path -> pairs."""
+    """Records with a caption, or several, and an image -> pairs."""
 
     mode: Mode
     images: ImageReader
-    keep: tuple[str, ...]
+    field_map: FieldMap
     num_ahead = NUM_AHEAD
+
+    def roles(self, fields: Mapping[str, Any]) -> Mapping[str, str]:
+        """See Converter."""
+        image, text = self.field_map.image_field(fields), self.field_map.text_field(fields)
+        self.field_map.check_unused(fields, image)
+        texts = {f"texts.{name}": field for name, field in self.field_map.texts if value_of(fields, field) is not None}
+        found = {"image": image, "text": text, **texts}
+        return {role: field for role, field in found.items() if field is not None}
 
     def convert(self, key: str, fields: Mapping[str, Any], source: str) -> Sample:
         """See Converter."""
-        text = required_text(fields, CAPTION)
-        image, info = self.images.read(source, required_text(fields, ("image_path",)))
-        self.mode.crop_for(info.width, info.height)
+        image_field = self.field_map.image_field(fields)
+        self.field_map.check_unused(fields, image_field)
+        text = self.field_map.required_text(fields)
+        if image_field is None:
+            raise Reject("missing_field", f"no image; the fields are: {', '.join(list(fields)[:8])[:200] or 'none'}")
+        value = value_of(fields, image_field)
+        if isinstance(value, list) and len(value) == 1:
+            value = value[0]
+        image, info = self.images.read(source, value)
+        crop = self.mode.crop_for(info.width, info.height)
+        is_path = isinstance(value, str) and not value.startswith("data:")
         return Sample(
             key=key,
             data_type=self.mode.data_type,
             text=text,
             image=image,
             image_extension=info.extension,
-            provenance=kept_fields(fields, self.keep),
+            texts=self.field_map.texts_of(fields),
+            provenance={} if is_path else {"image_width": info.width, "image_height": info.height},
+            num_enlarged=int(crop.enlarges(info.width, info.height)),
         )

@@ -1,16 +1,23 @@
-"""A conversion: files -> records -> samples -> shards, by the source and the converter that its options name."""
+"""A conversion: files -> records -> samples -> shards, by the source and the converter that its options name.
+
+Before anything is written, the first records are looked at, and two lines say what is read and which field is what.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 from wds_tools.convert.options import ConvertOptions
+from wds_tools.convert.select import Selection
+from wds_tools.convert.survey import survey_records
 from wds_tools.format.manifest import Manifest
 from wds_tools.jobs import Job, run_job
 from wds_tools.jobs.records import ConvertRecords, Encoder
 from wds_tools.plugins import SOURCES, load_plugin
+from wds_tools.sources.composite import kind_of_task
 from wds_tools.sources.inputs import expand_inputs
 from wds_tools.sources.record import Source
+from wds_tools.terminal import say
 
 
 def run_conversion(options: ConvertOptions, encoder: Encoder | None = None) -> Manifest:
@@ -24,7 +31,7 @@ def run_conversion(options: ConvertOptions, encoder: Encoder | None = None) -> M
         The manifest of the finished dataset.
 
     Raises:
-        UsageError, NotFound: the input can't be read by this source; or see run_job.
+        UsageError, NotFound: the input can't be read by this source; or see Survey.check and run_job.
         MissingPackage: the source needs a package that is not installed.
     """
     source: Source = options.make_source() if options.source is None else load_plugin(SOURCES, options.source)()
@@ -36,12 +43,18 @@ def run_conversion(options: ConvertOptions, encoder: Encoder | None = None) -> M
     if encoder is not None:
         settings["encode"], codes = encoder.provenance(options.modes)
         options = replace(options, workers=encoder.workers)
+    settings |= {name: value for name in ("drop", "where") if (value := getattr(options, name))}
     converter = options.make_converter()
+    survey = survey_records(source.read, tasks, converter.roles, options.named_fields)
+    survey.check()
+    if not options.quiet:
+        say(f"wds-tools: {inputs.describe(map(kind_of_task, tasks))}", f"wds-tools: {survey.field_map()}", error=True)
+    selection = Selection.of(options, converter)
     job = Job(
         command=options.command,
         settings=settings,
         tasks=tasks,
-        work=ConvertRecords(source.read, converter.convert, converter.num_ahead, encoder),
+        work=ConvertRecords(source.read, selection.convert, converter.num_ahead, encoder),
         total=total,
         codes=codes,
         device="cpu" if encoder is None else encoder.runs_on,

@@ -23,7 +23,7 @@ from wds_tools.dataset.files import Written, written
 from wds_tools.dataset.layout import index_name, marker_name, rejects_name, shard_name
 from wds_tools.errors import FormatError, Reject, UsageError
 from wds_tools.format.index import ShardIndex, serialize_index
-from wds_tools.format.manifest import ShardInfo
+from wds_tools.format.manifest import FILTERED, ShardInfo
 from wds_tools.format.schema import Sample
 from wds_tools.format.shard import ShardBuilder
 from wds_tools.format.typed_json import Count
@@ -134,11 +134,16 @@ class TaskWriter:
     def reject(
         self, cause: Reject, *, source: str, line: int | None = None, element: int | None = None, key: str | None = None
     ) -> None:
-        """Record an input that becomes no sample: its source; line, element of a JSON list, or key; reason and detail."""
-        record = {"source": source, "line": line, "element": element, "key": key, "reason": cause.reason, "detail": cause.detail}
-        self._reject_lines.append(orjson.dumps({name: value for name, value in record.items() if value is not None}))
+        """Record an input that becomes no sample: its source; line, element of a JSON list, or key; reason and detail.
+
+        A reason of FILTERED is counted, and no more.
+        """
         self._rejects[cause.reason] += 1
         self.num_rejects += 1
+        if cause.reason in FILTERED:
+            return
+        record = {"source": source, "line": line, "element": element, "key": key, "reason": cause.reason, "detail": cause.detail}
+        self._reject_lines.append(orjson.dumps({name: value for name, value in record.items() if value is not None}))
 
     def finish(self, inputs: int) -> TaskResult:
         """Publish what is left and mark the task as done.

@@ -26,7 +26,7 @@ from wds_tools.format.schema import IMAGE_EXTENSIONS, PAIR_TYPES, Sample
 from wds_tools.images import ImageLimits, parse_mode
 from wds_tools.jobs import Job, JobOptions, run_job
 from wds_tools.jobs.records import ConvertRecords
-from wds_tools.sources.record import Record, group_to_limit
+from wds_tools.sources.record import Record, group_to_limits
 from wds_tools.storage import open_store
 
 
@@ -99,7 +99,7 @@ def encode(config: EncodeConfig) -> Manifest:
         # About one output shard's samples a task: without their images, shards are small.
         tasks=[
             [asdict(shard) for shard in group]
-            for group in group_to_limit(manifest.shards, lambda shard: shard.samples, config.shard_samples)
+            for group in group_to_limits(manifest.shards, lambda shard: (shard.samples,), (config.shard_samples,))
         ],
         work=encode_shards(config.input, image_encoder),
         total=manifest.samples,

@@ -25,8 +25,8 @@ from wds_tools.encode.options import TokenizerOptions
 from wds_tools.encode.resize import check_torch_resize, prepare_with_torch
 from wds_tools.errors import FormatError, Reject, TokenizerError, UsageError
 from wds_tools.format.codes import code_dtype, join_grids, named_column
-from wds_tools.format.schema import PAIR_TYPES, Sample
-from wds_tools.images import PREPROCESSING_VERSION, ImageLimits, Mode, parse_mode, prepare
+from wds_tools.format.schema import PAIR_TYPES, Sample, SourceImage
+from wds_tools.images import PREPROCESSING_VERSION, ImageLimits, Mode, parse_mode, prepare, probe
 from wds_tools.run.local import stops_held
 from wds_tools.run.ray_cluster import check_device
 from wds_tools.vq.base import ImageTokenizer
@@ -214,6 +214,10 @@ class ImageEncoder:
             for image in sample.images:
                 yield ticket, partial(_PREPARE[self.options.resize], image.data, mode, self._limits)
 
+    def _is_enlarged(self, mode: Mode, image: SourceImage) -> bool:
+        info = probe(image.data, self._limits)
+        return mode.crop_for(info.width, info.height).enlarges(info.width, info.height)
+
     def _filled(self, sample: Sample, grids: Sequence[NDArray[np.int64]]) -> Sample:
         tokenizer, column = self.device.tokenizer, self.column_of(sample.data_type)
         for number, grid_hw in enumerate(grids):
@@ -226,11 +230,12 @@ class ImageEncoder:
         dtype = code_dtype(tokenizer.codebook_size)
         codes, shapes = join_grids([grid_hw.astype(dtype) for grid_hw in grids], dtype)
         filled = sample if self._keep_images else sample._replace(image=None, image_extension=None, more_images=())
-        filled = filled._replace(codes={**sample.codes, column: codes})
+        mode = self._mode(sample.data_type, tokenizer)
+        num_enlarged = sum(map(partial(self._is_enlarged, mode), sample.images))
+        filled = filled._replace(codes={**sample.codes, column: codes}, num_enlarged=num_enlarged)
         if sample.data_type == "visual_sft":
             return filled._replace(grids={**(sample.grids or {}), column: shapes})
         if sample.codes:  # what it is, and its size, go with those
             return filled
-        mode = self._modes[sample.data_type]
         height, width = (None, None) if mode.family == "cc" else (side * tokenizer.stride for side in codes.shape)
         return filled._replace(data_type=mode.data_type, width=width, height=height)

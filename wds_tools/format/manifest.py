@@ -24,9 +24,13 @@ from wds_tools.format.typed_json import Count, read_json, shape
 
 FORMAT = "wds-tools"
 INDEX_COMMAND = "index"
+"""As `source["command"]`: see Manifest.is_indexed."""
 PASSED_OVER = "members_passed_over"
 """Of the counts in `source`: members of tars that are no part of a sample (links, hidden files, those without a suffix)."""
-"""As `source["command"]`: see Manifest.is_indexed."""
+IMAGES, ENLARGED = "images", "enlarged_images"
+"""Of the counts in `source`: images of the samples, and those of them that are smaller than what they are scaled to."""
+FILTERED = ("filtered", "filtered_missing")
+"""Reasons of records that the user's own condition drops: counted among the rejects, without a line under rejects/."""
 _XXH128 = re.compile("[0-9a-f]{32}")
 _NO_HASH = "0" * 64
 _OWN_HASH = re.compile(rb'"manifest_hash":\s*"sha256:([0-9a-f]{64})"')
@@ -64,6 +68,10 @@ class TokenRows:
     """Ids of the text tokenizer."""
     version: Count = 1
     """Version of the way from a sample to its tokens."""
+    template: str = "liquid"
+    template_version: Count = 1
+    code_ids: tuple[tuple[Count, Count], ...] = ()
+    """Of a template whose codes are tokens of the tokenizer: runs of their ids in the order of the codes, (first id, length)."""
 
 
 def hash_rejects(digests: Mapping[str, str]) -> str:
@@ -80,7 +88,7 @@ class Manifest:
     inputs: int
     """Records read: samples + rejects."""
     rejects: Mapping[str, int] = field(default_factory=dict)
-    """Records not taken, by reason; each has a line under rejects/."""
+    """Records not taken, by reason; each has a line under rejects/, but for those of FILTERED."""
     codes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Code column -> its provenance: tokenizer, codebook_size, stride, weights_hash, preprocessing_version, precision, ..."""
     source: Mapping[str, Any] = field(default_factory=dict)

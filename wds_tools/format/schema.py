@@ -18,8 +18,8 @@ ANY_MEMBERS = 0
 """The schema version of indexed third-party tars: WebDataset samples of any members, which only the loaders can use."""
 DATA_TYPES = ("image_text", "image_text_multi", "text_pretrain", "visual_sft")
 PAIR_TYPES = DATA_TYPES[:2]
-IMAGE_EXTENSIONS = ("jpg", "png", "webp", "gif", "bmp", "tif")
-JSON_FIELDS = ("data_type", "text", "length", "width", "height", "conversations", "grids")
+IMAGE_EXTENSIONS = ("jpg", "png", "webp", "gif", "bmp", "tif", "avif")
+JSON_FIELDS = ("data_type", "text", "length", "width", "height", "conversations", "grids", "texts")
 TOKEN_MEMBERS = ("tokens.npy", "loss.npy", "segments.npy")
 """Members of a row of tokens: ids, which are trained, lengths of segments; see `sequences.rows`."""
 RESERVED_FIELDS = frozenset((*JSON_FIELDS, "cls", "id", "index", "inx"))
@@ -64,8 +64,12 @@ class Sample(NamedTuple):
     grids: Mapping[str, list[list[int]]] | None = None
     """For visual_sft with codes: column -> [h, w] of each image. Unless that is one image, the column's codes are one row
     (1, sum of h x w) of all grids end to end. None: each column is one grid."""
+    texts: Mapping[str, str | None] | None = None
+    """Several captions by name, the same names in every sample of a dataset; None for one that this sample has not."""
     provenance: Mapping[str, Any] = _NOTHING
     """Further JSON fields, such as a document's url."""
+    num_enlarged: int = 0
+    """Images that are smaller than what they are scaled to: to be counted where the sample is made, and stored nowhere."""
 
     @property
     def num_codes(self) -> int:
@@ -88,6 +92,11 @@ class Sample(NamedTuple):
         if self.image is None or self.image_extension is None:
             return ()
         return SourceImage(self.image, self.image_extension), *self.more_images
+
+    @property
+    def num_images(self) -> int:
+        """Images, be it source images or their codes."""
+        return len(self.images) or max((1 if self.grids is None else len(self.grids[column]) for column in self.codes), default=0)
 
     def grids_of(self, column: str) -> list[Codes]:
         """The (h, w) grids of a code column, one an image, as views."""
@@ -164,6 +173,8 @@ def validate(sample: Sample) -> None:
         raise FormatError(f"{sample.key}: conversations are not a list of turns with a string 'from' and a string 'value'")
     if sample.data_type == "text_pretrain" and (sample.codes or sample.image is not None):
         raise FormatError(f"{sample.key}: text_pretrain has neither image nor codes")
+    if sample.texts is not None and not _are_texts(sample.texts):
+        raise FormatError(f"{sample.key}: texts are not an object of strings, or null, by name")
     if sample.provenance and (taken := taken_names(sample.provenance)):
         raise FormatError(f"{sample.key}: provenance may not use the reserved names {', '.join(sorted(taken))}")
 
@@ -184,6 +195,10 @@ def _check_codes(sample: Sample) -> None:
             HW.check_shapes(column, codes, grids[column])
     except FormatError as error:
         raise FormatError(f"{sample.key}: {error}") from None
+
+
+def _are_texts(texts: Any) -> bool:
+    return isinstance(texts, Mapping) and all(isinstance(text, str | None) for text in texts.values())
 
 
 def _are_turns(turns: Any) -> bool:

@@ -33,7 +33,7 @@ from wds_tools.format.tar import BLOCK, END, Member, header, padding
 
 _PIXELS = {int, type(None)}
 _IMAGE_SUFFIX = re.compile(rf"(?:([1-9]\d{{0,5}})\.)?(?:{'|'.join(IMAGE_EXTENSIONS)})", re.ASCII)
-_RARE_FIELDS = {"conversations", "grids"}
+_RARE_FIELDS = {"conversations", "grids", "texts"}
 _NPY_1 = b"\x93NUMPY\x01\x00"
 _NPY_BEGIN = {_NPY_1: 10, b"\x93NUMPY\x02\x00": 12, b"\x93NUMPY\x03\x00": 12}
 _MAX_NPY_HEADER_BYTES = 4096
@@ -45,6 +45,7 @@ _NPY_HEADER = re.compile(
 )
 """Keys in any order; (descr, fortran_order, shape). Matched, never evaluated: a header may be anything."""
 _NPY_DTYPES = ("|u1", "<u2", "<u4", "<u8")
+_SIGNED_DTYPES = ("|i1", "<i2", "<i4", "<i8")
 
 
 class StoredSample(NamedTuple):
@@ -93,6 +94,8 @@ def encode_members(sample: Sample) -> list[tuple[str, bytes]]:
         record["conversations"] = sample.conversations
     if sample.grids is not None:
         record["grids"] = sample.grids
+    if sample.texts is not None:
+        record["texts"] = sample.texts
     if sample.provenance:
         record.update(sample.provenance)
     try:
@@ -147,6 +150,7 @@ def sample_from_members(key: str, members: Mapping[str, bytes | memoryview]) -> 
         conversations=record.get("conversations"),
         more_images=tuple(images[1:]),
         grids=record.get("grids"),
+        texts=record.get("texts"),
         provenance={name: value for name, value in record.items() if name not in JSON_FIELDS},
     )
 
@@ -158,7 +162,7 @@ def form_of(members: Mapping[str, bytes | memoryview]) -> tuple[Hashable, str] |
     their numbers of codes are equal.
 
     Returns:
-        The form and the text; None for what is rare or may be invalid: conversations, another npy version or a long npy header.
+        The form and the text; None for what is rare or may be invalid: turns, texts, another npy version, a long npy header.
     """
     try:
         record = orjson.loads(members["json"])
@@ -303,8 +307,13 @@ def npy_bytes(grid_hw: NDArray[Any]) -> bytes:
     return _npy_header(grid_hw.dtype.str, grid_hw.shape) + grid_hw.tobytes()
 
 
-def parse_npy(data: bytes | memoryview, name: str) -> NDArray[Any]:
+def parse_npy(data: bytes | memoryview, name: str, *, signed: bool = False) -> NDArray[Any]:
     """The array of an npy file, as a read-only view of `data`; C order, numbers only, never pickled objects.
+
+    Args:
+        data: the file.
+        name: what a message calls it.
+        signed: take signed integers too, for files of others.
 
     Raises:
         FormatError: not an npy file of little-endian unsigned integers in C order, or its size does not match its header.
@@ -317,7 +326,7 @@ def parse_npy(data: bytes | memoryview, name: str) -> NDArray[Any]:
     if offset - begin > _MAX_NPY_HEADER_BYTES:
         raise FormatError(f"{name}: an npy header of {offset - begin} bytes; at most {_MAX_NPY_HEADER_BYTES} are accepted")
     try:
-        dtype, shape, expected = _parse_npy_header(bytes(view[begin:offset]))
+        dtype, shape, expected = _parse_npy_header(bytes(view[begin:offset]), signed)
     except FormatError as error:
         raise FormatError(f"{name}: {error}") from None
     num_bytes = len(view) - offset
@@ -334,15 +343,14 @@ def _npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
 
 
 @lru_cache(maxsize=1024)
-def _parse_npy_header(head: bytes) -> tuple[np.dtype[Any], tuple[int, ...], int]:
+def _parse_npy_header(head: bytes, signed: bool) -> tuple[np.dtype[Any], tuple[int, ...], int]:
     """The dtype and the shape that it states, and the bytes that these take."""
     match = _NPY_HEADER.fullmatch(head)
     if match is None:
         raise FormatError(f"unreadable npy header {head[:80]!r}")
     descr, fortran_order, shape = (group.decode("latin-1") for group in match.groups())
-    if descr not in _NPY_DTYPES or fortran_order != "False":
-        raise FormatError(
-            f"expected little-endian unsigned integers in C order, got {descr[:40]!r}, fortran_order={fortran_order}"
-        )
+    if descr not in (_NPY_DTYPES + _SIGNED_DTYPES if signed else _NPY_DTYPES) or fortran_order != "False":
+        kind = "integers" if signed else "unsigned integers"
+        raise FormatError(f"expected little-endian {kind} in C order, got {descr[:40]!r}, fortran_order={fortran_order}")
     dtype, sizes = np.dtype(descr), tuple(int(size) for size in shape.split(",") if size.strip())
     return dtype, sizes, math.prod(sizes) * dtype.itemsize

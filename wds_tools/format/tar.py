@@ -14,7 +14,7 @@ Layout: POSIX.1-2017, pax, "ustar Interchange Format".
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from wds_tools.errors import FormatError
@@ -25,6 +25,8 @@ MAX_SIZE = 8**11 - 1
 MAX_MEMBER_BYTES = (4 << 30) - 2
 """Of a member that is read: what an index can state (2**32 - 1 means absent)."""
 _MAX_EXTENSION_BYTES = 1 << 20
+_RECORD = 21 * BLOCK
+"""More than the zeros that tar writes behind the end."""
 
 _MODE_UID_GID = b"0000644\x00" + b"0000000\x00" * 2
 _MTIME = b"\x00" + b"00000000000\x00"
@@ -302,6 +304,51 @@ def read_members(archive: bytes | memoryview, name: str = "tar") -> list[Member]
     return members
 
 
+class MemberPlace(NamedTuple):
+    """Where one regular file of a tar lies."""
+
+    name: str
+    start: int
+    """Offset of its first header block, as Member.start."""
+    offset: int
+    """Offset of its payload."""
+    num_bytes: int
+    """Of its payload."""
+
+
+def member_places(read: Callable[[int, int], bytes | memoryview], size: int, name: str = "tar") -> Iterator[MemberPlace]:
+    """The regular files of an archive, by its headers alone; names that are not UTF-8 have \\xNN in them.
+
+    Args:
+        read: (start, end) -> these bytes of the archive.
+        size: of the archive, in bytes.
+        name: what error messages call it.
+
+    Raises:
+        FormatError: as TarReader, when all members before the fault are out.
+    """
+    reader = TarReader(name, lenient=True)
+    offset = 0
+    if size < BLOCK:
+        reader.feed(read(0, size))
+        reader.close()
+    while offset + BLOCK <= size:
+        block = bytes(read(offset, offset + BLOCK))
+        if not block.strip(b"\0"):
+            reader._after_end(bytes(read(offset, min(offset + _RECORD, size))), offset)
+            return
+        kind, num_bytes = reader._parse_kind_and_size(block, offset)
+        end = offset + BLOCK + num_bytes
+        if end > size:
+            break
+        payload = memoryview(read(offset + BLOCK, end) if kind in b"xgLK" else b"")
+        member = reader._member(block, kind, payload, offset)
+        if member is not None:
+            yield MemberPlace(member.name, member.start, member.offset, num_bytes)
+        offset = end + -num_bytes % BLOCK
+    raise FormatError(f"{name}: ends at byte {size}, where a member or the end-of-archive blocks are missing: it was cut off")
+
+
 def first_name(blocks: bytes | memoryview, name: str, offset: int) -> str:
     """The name of a regular file, from its header blocks alone: long-name and pax blocks, if it has any, and its header.
 
@@ -312,7 +359,7 @@ def first_name(blocks: bytes | memoryview, name: str, offset: int) -> str:
     Raises:
         FormatError: they are not that.
     """
-    reader = TarReader(name)
+    reader = TarReader(name, lenient=True)
     reader._base = offset
     reader.feed(blocks[:-BLOCK])
     block = bytes(blocks[-BLOCK:])

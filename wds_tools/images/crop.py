@@ -28,6 +28,10 @@ class Crop(NamedTuple):
         left, top, right, bottom = self.box
         return right - left, bottom - top
 
+    def enlarges(self, width: int, height: int) -> bool:
+        """Whether it scales an image of this size, in pixels, up."""
+        return self.resize[0] > width or self.resize[1] > height
+
 
 def cover(width: int, height: int, target_width: int, target_height: int) -> Crop:
     """Scale an image until it just covers a target, and cut the target out of its centre.

@@ -24,11 +24,11 @@ _OTHER_IMAGES: Final = (
     *((0, bytes((0, 0, kind, 0, 0, 0, 0, 0)), "TGA") for kind in (2, 3, 10, 11)),  # as a cursor begins, but one of no image
     (0, b"\x00\x00\x01\x00", "an ICO icon"),
     (0, b"\x00\x00\x02\x00", "a CUR cursor"),
-    (4, b"ftypavif", "AVIF"),
-    (4, b"ftypavis", "AVIF"),
     (4, b"ftypheic", "HEIC"),
     (4, b"ftypheix", "HEIC"),
+    (4, b"ftyphevc", "HEIC"),
     (4, b"ftypmif1", "HEIF"),
+    (4, b"ftypmsf1", "HEIF"),
     (4, b"jP  \r\n", "JPEG 2000"),
     (0, b"\xff\x4f\xff\x51", "JPEG 2000"),
     (0, b"\xff\x0a", "JPEG XL"),
@@ -58,6 +58,8 @@ def format_of(data: bytes) -> str | None:
     """Pillow's name of the allowed format whose magic number the bytes begin with, or None."""
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "WEBP"
+    if data[4:8] == b"ftyp" and b"avi" in data[8 : min(int.from_bytes(data[:4]), 64)]:  # avif or avis among its brands
+        return "AVIF"
     return next((name for magic, name in _OURS if data.startswith(magic)), None)
 
 

@@ -1,7 +1,7 @@
 """Encoded image bytes in, an upright opaque RGB image out, or a Reject that says why not.
 
 Invariant: for ANY bytes the outcome is an image or a Reject with a reason of REASONS: no other exception, no warning,
-nothing global changed. The format is found by content, never by a name, and only the six of FORMATS are tried, so that
+nothing global changed. The format is found by content, never by a name, and only those of FORMATS are tried, so that
 no other Pillow plugin (EPS starts ghostscript) is ever reached. Sizes are checked after the header is read and before a
 pixel is. Colour profiles are not applied, as in the reference.
 
@@ -24,7 +24,7 @@ from wds_tools.images.quiet import quietly
 
 try:
     # The last two are named since Image.open would otherwise import every plugin there is to find TIFF and WebP.
-    from PIL import Image, ImageFile, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin  # noqa: F401
+    from PIL import Image, ImageFile, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin, features  # noqa: F401
 
     from wds_tools.images.jpeg import load_jpeg
 except ImportError as error:
@@ -44,8 +44,13 @@ REASONS: Final = (
     "too_many_bytes",  # more than limits.max_bytes, or text chunks that inflate beyond Pillow's limit
 )
 
-FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # MPO is a JPEG with more behind it, and read as one
-_EXTENSIONS: Final = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif"}
+HAS_AVIF: Final = "avif" in features.modules and features.check("avif")
+"""Whether this Pillow reads AVIF: from 11.3 on, where it was built with libavif."""
+if HAS_AVIF:
+    from PIL import AvifImagePlugin  # noqa: F401
+# MPO is a JPEG with more behind it, and read as one
+FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", *(["AVIF"] if HAS_AVIF else []))
+_EXTENSIONS: Final = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif", "AVIF": "avif"}
 
 PILLOW_MAX_PIXELS: Final = 2 * (1024**3 // 4 // 3)  # 178,956,970: twice Image.MAX_IMAGE_PIXELS as Pillow ships it
 _ORIENTATION, _TILE_WIDTH, _TILE_HEIGHT, _PHOTOMETRIC, _BITS = 274, 322, 323, 262, 258  # EXIF and TIFF tags
@@ -92,7 +97,7 @@ class ImageInfo:
     format: str
     """One of FORMATS."""
     extension: str
-    """The member name's end in a shard: "jpg", "png", "webp", "gif", "bmp" or "tif"."""
+    """The member name's end in a shard: "jpg", "png", "webp", "gif", "bmp", "tif" or "avif"."""
     width: int
     """Pixels, as displayed: after the EXIF orientation."""
     height: int
@@ -256,6 +261,8 @@ def _gray16_to_la(image: Image.Image) -> Image.Image:
 def _rejection(data: bytes, error: Exception) -> Reject:
     """The Reject for what Pillow raised, from its message and, where that leaves it open, from the bytes."""
     kind = damage.format_of(data)
+    if kind == "AVIF" and not HAS_AVIF:
+        return Reject("unsupported_format", f"AVIF, which Pillow reads from 11.3 on; readable are {', '.join(FORMATS)}")
     if kind is None:
         if cut := damage.beginning_of(data):
             return Reject("truncated_image", f"{len(data)} bytes, the beginning of a {cut}")

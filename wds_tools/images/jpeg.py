@@ -14,7 +14,7 @@ scans of a progressive file have to be there, too. Cost: one search for markers,
 from __future__ import annotations
 
 import re
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from PIL import Image, ImageFile
 
@@ -87,7 +87,7 @@ def load_jpeg(image: ImageFile.ImageFile, data: bytes) -> None:
 class _Stream:
     """A decoder, and what it has left of the bytes that it was given."""
 
-    def __init__(self, decoder: Image.core.ImagingDecoder, at_once: bool) -> None:
+    def __init__(self, decoder: Any, at_once: bool) -> None:
         self.decoder = decoder
         self.is_done = False
         self._at_once = at_once

@@ -8,7 +8,7 @@ from wds_tools.dataset.layout import MANIFEST
 from wds_tools.dataset.output import Output, check_complete, clear_complete, count_rejects
 from wds_tools.dataset.reader import read_manifest
 from wds_tools.format.manifest import Manifest
-from wds_tools.jobs.options import JobOptions, RejectBudget
+from wds_tools.jobs.options import JobOptions, RejectBudget, check_kept
 from wds_tools.storage import open_store
 
 
@@ -44,5 +44,7 @@ def finalize(config: FinalizeConfig) -> Manifest:
         results = output.results()
         num_inputs = sum(result.inputs for result in results.values())
         budget = RejectBudget.parse(config.max_rejects)
-        budget.check(count_rejects(results.values()), num_inputs, final=True, where=store.url)
+        rejects = count_rejects(results.values())
+        budget.check(rejects, num_inputs, final=True, where=store.url)
+        check_kept(rejects, num_inputs)
         return output.finish(results)

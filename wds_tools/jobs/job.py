@@ -25,7 +25,7 @@ from wds_tools.dataset.writer import ShardLimits, TaskResult, TaskWriter
 from wds_tools.errors import UsageError
 from wds_tools.format.manifest import Manifest
 from wds_tools.format.schema import SCHEMA_VERSION
-from wds_tools.jobs.options import JobOptions, RejectBudget
+from wds_tools.jobs.options import JobOptions, RejectBudget, check_kept
 from wds_tools.run.local import Report, run_tasks
 from wds_tools.run.progress import Advance, Progress
 from wds_tools.run.ray_cluster import check_device, on_cluster, run_on_ray
@@ -159,6 +159,7 @@ def _run_tasks(job: Job[Task], options: JobOptions, output: Output) -> Manifest:
     budget.check(rejects, num_inputs, final=True, where=output.store.url)
     if options.part is not None:
         return output.manifest((results[number] for number in numbers), part=options.part)
+    check_kept(rejects, num_inputs)
     return output.finish(results)
 
 

@@ -13,11 +13,12 @@ from wds_tools.dataset.layout import REJECTS
 from wds_tools.dataset.lease import Part
 from wds_tools.dataset.writer import ShardLimits
 from wds_tools.errors import TooManyRejects, UsageError
+from wds_tools.format.manifest import FILTERED
 from wds_tools.storage import join
 from wds_tools.storage.place import check_apart
 
-FILTER_REASONS = frozenset({"aspect_ratio"})
-"""Rejects that the user's own settings ask for: counted and written down, but no fault, so not held against `max_rejects`."""
+FILTER_REASONS = frozenset({"aspect_ratio", *FILTERED})
+"""Rejects that the user's own settings ask for: counted, but no fault, so not held against `max_rejects`."""
 _EARLY_INPUTS = 1000
 
 
@@ -37,7 +38,8 @@ class JobOptions:
     overwrite: bool = False
     """Remove the dataset that is at the output first."""
     max_rejects: str = "10%"
-    """Most inputs that may be unusable: a count ("100") or a share ("2.5%"). Images outside the aspect ratio don't count."""
+    """Most inputs that may be unusable: a count ("100") or a share ("2.5%"). Images outside the aspect ratio don't count,
+    nor what --where drops."""
     shard_samples: int = ShardLimits.samples
     """A shard holds at most this many samples ..."""
     shard_bytes: int = ShardLimits.bytes
@@ -133,3 +135,10 @@ class RejectBudget:
                 f"{num_faults} of {inputs} inputs can't be used, allowed are {allowed} ({reasons}): see {join(where, REJECTS)}; "
                 "then repair the input, or go on with --resume and a larger --max-rejects"
             )
+
+
+def check_kept(rejects: Mapping[str, int], inputs: int) -> None:
+    """Raise TooManyRejects if --where has dropped every record of a dataset."""
+    if inputs and sum(rejects.get(reason, 0) for reason in FILTERED) == inputs:
+        missing = rejects.get("filtered_missing", 0)
+        raise TooManyRejects(f"--where keeps none of the {inputs:,} records; {missing:,} of them lack a field that it names")

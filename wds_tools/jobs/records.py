@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from wds_tools.dataset.writer import TaskWriter
 from wds_tools.errors import FormatError, Reject
-from wds_tools.format.manifest import PASSED_OVER
+from wds_tools.format.manifest import ENLARGED, IMAGES, PASSED_OVER
 from wds_tools.format.schema import Sample
 from wds_tools.run.local import Report
 from wds_tools.run.progress import Advance
@@ -71,6 +71,7 @@ class ConvertRecords:
             if isinstance(sample, Sample):
                 try:
                     writer.add(sample)
+                    self._count_images(sample, writer)
                 except FormatError as error:  # such as a kept field that is nested too deep to be written
                     sample = Reject("unwritable_record", str(error))
             if isinstance(sample, Reject):
@@ -84,6 +85,12 @@ class ConvertRecords:
                 units = 0
         report(self._advance(units))
         return num_records
+
+    @staticmethod
+    def _count_images(sample: Sample, writer: TaskWriter) -> None:
+        for what, number in ((IMAGES, sample.num_images), (ENLARGED, sample.num_enlarged)):
+            if number:
+                writer.count(what, number)
 
     def _advance(self, units: int) -> Advance:
         """What is new, with the seconds and images of the encoder."""

@@ -50,6 +50,8 @@ class PackConfig(JobOptions):
     """Of the choice of form, wording and guidance drop."""
     epoch: int = 0
     """Of the same: another epoch makes other examples of the same samples."""
+    template: str = SequenceConfig.template
+    """What stands around images, and where their ids are: liquid, chameleon, emu3, or one of a package (docs/training.md)."""
     t2i_ratio: float = SequenceConfig.t2i_ratio
     """Share of the image-text pairs that become text to image; the others become captions."""
     unconditional_ratio: float = SequenceConfig.unconditional_ratio
@@ -66,12 +68,12 @@ class PackConfig(JobOptions):
     """The token that begins a sequence; by default the tokenizer's own; "": none."""
     eos: str | None = None
     """The token that ends a sequence; by default the tokenizer's own."""
-    boi: str = SequenceConfig.boi
-    """The token before the codes of an image."""
-    eoi: str = SequenceConfig.eoi
-    """The token behind them."""
-    unconditional: str = SequenceConfig.unconditional
-    """The token that stands for a dropped text."""
+    boi: str | None = None
+    """The token that begins an image; by default the template's."""
+    eoi: str | None = None
+    """The token that ends it; by default the template's."""
+    unconditional: str | None = None
+    """The token that stands for a dropped text; by default the template's; "": none."""
     task_samples: int = 20_000
     """Samples of a task: what a worker, and a resumed run, takes whole."""
 
@@ -105,12 +107,10 @@ def pack(config: PackConfig) -> Manifest:
     size = codebook_size_of(manifests, config.input, config.codebook_size, [config.code_set] * len(manifests))
     made = {column: provenance for manifest in manifests for column, provenance in manifest.codes.items()}
     builder = ExampleBuilder(config.sequences, config.seed, size)
-    vocabulary = builder.vocabulary
     total = sum(manifest.samples for manifest in manifests)
     num_tasks = -(-total // config.task_samples)
     settings = builder.spec | {"seed": config.seed, "epoch": config.epoch, "codes": config.code_set}
-    rows = {"version": ROWS_VERSION, "length": config.seq_len, "vocabulary_size": vocabulary.size}
-    rows["text_size"] = vocabulary.text_size
+    rows = {"version": ROWS_VERSION, "length": config.seq_len, **builder.vocabulary.rows_spec}
     job = Job(
         command="pack",
         settings=settings,

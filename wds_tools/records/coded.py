@@ -1,7 +1,8 @@
-"""A row of Liquid's seven fields -> Sample(text, codes, conversations). Pure.
+"""A row that holds codes -> Sample(text, codes, conversations).
 
-All are strings, "no" for what is absent, codes a JSON list in a string (a list will do). Codes get their grid back: 512 / stride
-on a side, or height / stride by width / stride; those of a conversation the grids that its text, the JSON of `export.rows`, says.
+Of Liquid's seven fields all are strings, "no" for what is absent, codes a JSON list in a string (a list will do). Codes get their
+grid back: 512 / stride on a side, or height / stride by width / stride; those of a conversation the grids that its text, the JSON
+of `export.rows`, says. Codes of others are one image in a field of any name: see `records.arrays`. Pure.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from wds_tools.errors import FormatError, Reject
 from wds_tools.format.codes import CODE_COLUMNS, HW, Codes, code_dtype
 from wds_tools.format.schema import DATA_TYPES, Sample, validate
+from wds_tools.records.arrays import Shape, flat_and_shape
 from wds_tools.records.conversations import turns_of
 from wds_tools.records.fields import required_text
 
@@ -32,8 +34,11 @@ COLUMNS = {
 }
 """Name -> Arrow type, in order."""
 ABSENT = "no"
-_IMAGE_TYPES = ("image_text", "image_text_multi")
+IMAGE_TYPES = ("image_text", "image_text_multi")
 SIDE_512 = 512
+_MAX_DIGITS = 7
+_MAX_RATIO = 4
+"""Of the sides of an image: a longer array is rows of codes, not an image."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,54 @@ class CodedRows:
 
     codebook_size: int
     stride: int
+    grid: Shape | None = None
+    """Rows and columns of codes of any image of others. None: as the array, the fields width and height, or 512 pixels say."""
+    crop: int | None = None
+    """Which of several grids in an array of others is taken."""
+
+    def image(self, key: str, row: Mapping[str, Any], name: str, value: Any, text: str) -> Sample:
+        """The sample of codes that are not in Liquid's columns: in vqcode_512 if their grid is that of 512 pixels.
+
+        Args:
+            key: the sample's.
+            row: perhaps with width and height in pixels.
+            name: of the field with the codes.
+            value: of this field: a list, its JSON, or the bytes of an npy file.
+            text: of the sample.
+
+        Raises:
+            Reject: "bad_codes".
+        """
+        flat, shape = flat_and_shape(name, value)
+        height, width = self._shape_of(name, flat, shape, row)
+        is_512 = (height, width) == self._shape_512
+        column, data_type = CODE_COLUMNS[not is_512], IMAGE_TYPES[not is_512]
+        start = height * width * (self.crop or 0)
+        codes = {column: self.values(name, flat[start : start + height * width]).reshape(height, width)}
+        sample = Sample(key=key, data_type=data_type, text=text, codes=codes)
+        return sample if is_512 else sample._replace(width=width * self.stride, height=height * self.stride)
+
+    def _shape_of(self, name: str, flat: NDArray[Any], shape: Shape, row: Mapping[str, Any]) -> Shape:
+        shown = f"{name} has the shape ({', '.join(map(str, shape))})"
+        if self.grid is not None:
+            num_grids, rest = divmod(len(flat), math.prod(self.grid))
+            wanted = " x ".join(map(str, self.grid))
+            if rest or not num_grids:
+                raise Reject("bad_codes", f"{shown}, which is no whole number of grids of {wanted}")
+            if (num_grids > 1 and self.crop is None) or (self.crop or 0) >= num_grids:
+                raise Reject("bad_codes", f"{shown}: {num_grids} grids of {wanted}; --crop N takes one of them, from 0")
+            return self.grid
+        if len(shape) == 2 and max(shape) <= _MAX_RATIO * min(shape):
+            return shape
+        if len(shape) == 1:
+            stated = [str(row.get(side)) for side in ("height", "width")]
+            pixels = [int(side) for side in stated if side.isdecimal() and len(side) < _MAX_DIGITS]
+            sides = tuple(side // self.stride for side in pixels)
+            if len(sides) == 2 and math.prod(sides) == len(flat) and not any(side % self.stride for side in pixels):
+                return sides
+            if math.prod(self._shape_512) == len(flat):
+                return self._shape_512
+        raise Reject("bad_codes", f"{shown}, which does not say rows and columns: --grid H W does, of codes")
 
     def sample(self, key: str, row: Mapping[str, Any]) -> Sample:
         """The sample of a row.
@@ -67,7 +120,7 @@ class CodedRows:
                 )
             codes["vqcode_multi768"] = self._grid("vqcode_multi768", flat, (height // self.stride, width // self.stride))
             data_type = "image_text_multi" if data_type == "image_text" and len(codes) == 1 else data_type
-        if data_type in _IMAGE_TYPES and not codes:
+        if data_type in IMAGE_TYPES and not codes:
             raise Reject("missing_codes", f"{data_type} without vqcode_512 and vqcode_multi768")
         return Sample(key=key, data_type=data_type, text=text, codes=codes, width=width, height=height)
 
@@ -102,7 +155,7 @@ class CodedRows:
         return sample
 
     @property
-    def _shape_512(self) -> Sequence[int]:
+    def _shape_512(self) -> Shape:
         return SIDE_512 // self.stride, SIDE_512 // self.stride
 
     def _grid(self, column: str, flat: list[int], shape: Sequence[int]) -> Codes:
@@ -111,13 +164,13 @@ class CodedRows:
             raise Reject("bad_codes", f"{column} has {len(flat)} codes, expected {sides} at stride {self.stride}")
         return self.values(column, flat).reshape(shape)
 
-    def values(self, column: str, flat: list[int]) -> Codes:
+    def values(self, column: str, flat: Sequence[int] | NDArray[Any]) -> Codes:
         """Codes of the type that the codebook needs, (N,). Raises Reject: "bad_codes"."""
         try:
-            values: NDArray[Any] = np.array(flat) if flat else np.zeros(0, np.int64)
+            values: NDArray[Any] = np.array(flat) if len(flat) else np.zeros(0, np.int64)
         except ValueError:  # lists among the numbers
             values = np.array([""])
-        is_whole = values.dtype.kind == "i" and values.ndim == 1
+        is_whole = values.dtype.kind in "iu" and values.ndim == 1
         if not is_whole or values.min(initial=0) < 0 or values.max(initial=0) >= self.codebook_size:
             raise Reject("bad_codes", f"{column} is not a list of whole numbers from 0 to {self.codebook_size - 1}")
         return values.astype(code_dtype(self.codebook_size))

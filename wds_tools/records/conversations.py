@@ -15,17 +15,21 @@ import posixpath
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Literal, NamedTuple
 
 import orjson
 
 from wds_tools.errors import Reject
+from wds_tools.records.field_map import IMAGE_NAMES, is_image
+from wds_tools.records.fields import check_text, value_of
 from wds_tools.records.images import ImageFile
 
 MARK = "<image>"
 FIELDS = ("conversations", "messages", "conversation", "texts")
 """Names of the field with the turns."""
-IMAGE_FIELDS = ("image", "images")
+IMAGE_FIELDS = ("image", "images", *(name for name in IMAGE_NAMES if name not in ("image", "images")))
+"""Names of the field with the images, in this order; before them one that holds an image itself, not its path."""
 ROLES = {
     "system": ("system", "developer"),
     "human": ("human", "user", "prompter"),
@@ -34,6 +38,7 @@ ROLES = {
 """Role of a turn -> what others call it, in upper or lower case."""
 _ROLE_OF = {name: role for role, names in ROLES.items() for name in names}
 _MEDIA = re.compile(r"(input_)?(video|audio|file)s?(_url)?")
+_MEDIA_FIELD = re.compile(r"(video|audio)s?(_path|_url)?|mp4|webm|mkv|mov|avi|mp3|wav|flac|ogg|m4a")
 _IMAGE_PARTS = ("image", "image_url", "input_image")
 _IMAGE_FIELD = re.compile(
     r"(image|img|picture|photo|pixel|jpe?g|png|webp)s?(_?(path|url|uri|src|file|file_?name|bytes|data|values|base64))?s?", re.I
@@ -43,6 +48,7 @@ _IMAGE_FILE = re.compile(r"^data:image/|\.(jpe?g|png|webp|gif|bmp|tiff?|avif|hei
 _OTHER_MARK = re.compile(r"<img>|<\|(image|vision)\w*\|>|<image[ _]?\d+>")
 """Marks of images in other conventions than LLaVA's."""
 _IMAGE_VALUES = ("image", "image_url", "path", "url")
+_SPEAKERS = ("from", "role")
 _TEXTS = ("value", "content")
 PROMPTS = ("system", "system_prompt")
 """Fields with a prompt of the system."""
@@ -81,8 +87,8 @@ class TalkReader:
             Reject: "missing_field", "ambiguous_fields", "unused_image", "unsupported_media" or "unsupported_tools".
         """
         names = [name for name in FIELDS if name not in self.left_out] if self.field is None else [self.field]
-        there = [name for name in names if record.get(name) is not None]
-        found = [name for name in there if record[name] not in _NOTHING] or there[:1]
+        there = [name for name in names if value_of(record, name) is not None]
+        found = [name for name in there if value_of(record, name) not in _NOTHING] or there[:1]
         if not found:
             known = ", ".join(list(record)[:8])[:200] or "none"
             raise Reject(
@@ -92,7 +98,7 @@ class TalkReader:
             options = " or ".join(f"--conversations {name}" for name in found)
             raise Reject("ambiguous_fields", f"{' and '.join(found)} hold conversations: say {options}")
         for name, value in record.items():
-            if _MEDIA.fullmatch(name) and name not in ("file", "files", *self.left_out) and value not in _NOTHING:
+            if _MEDIA_FIELD.fullmatch(name) and name not in self.left_out and value not in _NOTHING:
                 raise Reject("unsupported_media", f"the record has a field {name}; only images can be converted")
         if record.get("tools") not in _NOTHING and "tools" not in self.left_out:
             raise Reject(
@@ -101,9 +107,9 @@ class TalkReader:
         name = found[0]
         roles = {"conversations": name}
         prompts = [prompt for prompt in PROMPTS if not _is_blank(record.get(prompt))]
-        for role, fields in (("system", prompts), ("image", self._image_names(record))):
-            roles |= {role: fields[0]} if fields else {}
-        self._check_unused(record, roles, _objects(name, record[name]))
+        for role, field in (("system", next(iter(prompts), None)), ("image", self._image_field(record))):
+            roles |= {} if field is None else {role: field}
+        self._check_unused(record, roles, _objects(name, value_of(record, name)))
         return roles
 
     def read(self, record: Mapping[str, Any]) -> Talk:
@@ -116,7 +122,7 @@ class TalkReader:
         roles = self.roles(record)
         name = roles["conversations"]
         places: list[Any] = []
-        turns = _turns(record, _objects(name, record[name]), places)
+        turns = _turns(record, _objects(name, value_of(record, name)), places)
         at = int(bool(turns) and turns[0]["from"] == "system")
         first_answer = turns.pop(at)["value"] if len(turns) > at and turns[at]["from"] == "gpt" else None
         _check_roles(turns)
@@ -125,37 +131,43 @@ class TalkReader:
                 raise Reject("unused_image", f"a turn holds {mark[0]}; expected {MARK}, and the path in image")
         if any(MARK in text for text in (first_answer or "", *(turn["value"] for turn in turns if turn["from"] == "gpt"))):
             raise Reject("image_marks", f"an answer holds {MARK}, which stands for an image that is given")
-        own = images_in(roles["image"], record[roles["image"]]) if "image" in roles else []
+        own = images_in(roles["image"], value_of(record, roles["image"])) if "image" in roles else []
         if own and not places and (self.marks == "first" or name == "texts"):
             turns[at]["value"] = MARK * len(own) + turns[at]["value"]
             return Talk(turns, own, first_answer)
         return Talk(turns, own if places == own else _filled(places, own), first_answer)
 
-    def _image_names(self, record: Mapping[str, Any]) -> list[str]:
-        names = IMAGE_FIELDS if self.image is None else (self.image,)
-        return [name for name in names if name not in self.left_out and images_in(name, record.get(name))]
+    def _image_field(self, record: Mapping[str, Any]) -> str | None:
+        if self.image is not None:
+            return self.image if images_in(self.image, value_of(record, self.image)) else None
+        there = [name for name in IMAGE_FIELDS if record.get(name) is not None and name not in self.left_out]
+        names = [name for name in there if name in IMAGE_FIELDS[:2] or is_image(record[name], name)]
+        names = [name for name in names if images_in(name, record[name])]
+        return min(names, key=lambda name: isinstance(images_in(name, record[name])[0], str), default=None)
 
     def _check_unused(self, record: Mapping[str, Any], roles: Mapping[str, str], turns: list[dict[str, Any]]) -> None:
         """Raise Reject for an image that would be left behind: no conversation about one becomes text alone."""
         contents = [turn[name] for turn in turns for name in _TEXTS if isinstance(turn.get(name), list)]
         images = [part for content in contents for part in content if isinstance(part, dict) and part.get("text") is None]
-        images += images_in(roles["image"], record[roles["image"]]) if "image" in roles else []
-        used = {posixpath.basename(path) for path in _files(images) if path}
+        images += images_in(roles["image"], value_of(record, roles["image"])) if "image" in roles else []
+        used = {posixpath.basename(path) for _, path in _files("", images) if path}
         known = {*roles.values(), *PROMPTS, *self.left_out}
         fields = [item for item in record.items() if item[0] not in known]
-        fields += [item for turn in turns for item in turn.items() if item[0] not in _TEXTS]
-        for name, value in fields:
-            files = [file for file in _files(value) if posixpath.basename(file) not in used]
-            if files or (not images and _IMAGE_FIELD.fullmatch(name) and _given(value)):
-                shown = f": {files[0][:80]!r}" if files and files[0] else ""
-                how = f"--image {name} uses it, --keep {name} or --drop {name} leaves it"
-                raise Reject("unused_image", f"{name} holds an image that is not used{shown}; {how}")
+        fields += [item for turn in turns for item in turn.items() if item[0] not in (*_TEXTS, *_SPEAKERS)]
+        for field, value in fields:
+            found = [(field, "")] if not images and _IMAGE_FIELD.fullmatch(field) and _given(value) else []
+            for name, file in (*_files(field, value), *found):
+                steps = name.removeprefix("json.").split(".")
+                if posixpath.basename(file) not in used and known.isdisjoint(accumulate(steps, "{}.{}".format)):
+                    shown = f": {file[:80]!r}" if file else ""
+                    how = f"--image {name} uses it, --keep {name} or --drop {name} leaves it"
+                    raise Reject("unused_image", f"{name} holds an image that is not used{shown}; {how}")
 
 
 def turns_of(record: Mapping[str, Any]) -> list[Turn]:
     """The turns of a record whose images are codes. Raises Reject: as TalkReader.read, but for images; gpt may not begin."""
     name = TalkReader().roles(record)["conversations"]
-    turns = _turns(record, _objects(name, record[name]), [])
+    turns = _turns(record, _objects(name, value_of(record, name)), [])
     _check_roles(turns)
     return turns
 
@@ -205,7 +217,7 @@ def _turns(record: Mapping[str, Any], found: list[dict[str, Any]], places: list[
         if "user" in turn and "assistant" in turn:
             turns += [("human", _text(turn, ("user",), places)), ("gpt", _text(turn, ("assistant",), places))]
             continue
-        said = next((turn[name] for name in ("from", "role") if turn.get(name) is not None), None)
+        said = next((turn[name] for name in _SPEAKERS if turn.get(name) is not None), None)
         role = _ROLE_OF.get(said.strip().lower()) if isinstance(said, str) else None
         if role is None:
             raise Reject("bad_conversation", f"a turn is from {str(said)[:80]!r}, expected one of {', '.join(_ROLE_OF)}")
@@ -230,6 +242,7 @@ def _text(turn: Mapping[str, Any], names: Sequence[str], places: list[Any]) -> s
         raise Reject("wrong_type", f"{name} is a {type(value).__name__}, expected a string, a number or a list of parts")
     if not text or text.isspace():
         raise Reject("empty_text", f"{name} is empty")
+    check_text(text, name)
     return text
 
 
@@ -278,15 +291,18 @@ def _is_blank(value: Any) -> bool:
     return value in _NOTHING or (isinstance(value, str) and value.isspace())
 
 
-def _files(value: Any, depth: int = 4) -> Iterator[str]:
-    """The names of images in a value, and in its lists and objects; "" of one that has none."""
+def _files(name: str, value: Any, depth: int = 4) -> Iterator[tuple[str, str]]:
+    """(field, name of an image) in a value, and in its lists and objects; "" of an image that has no name."""
     if isinstance(value, str):
         if _IMAGE_FILE.search(value):
-            yield value
-    elif isinstance(value, ImageFile):
-        yield value.url
-    elif isinstance(value, bytes | bytearray):
-        yield ""
-    elif isinstance(value, list | dict) and depth:
-        for inner in value if isinstance(value, list) else value.values():
-            yield from _files(inner, depth - 1)
+            yield name, value
+    elif isinstance(value, bytes | ImageFile) or (isinstance(value, dict) and value.keys() <= {"bytes", "path"}):
+        if is_image(value, name):
+            path = value.url if isinstance(value, ImageFile) else "" if isinstance(value, bytes) else value.get("path")
+            yield name, path if isinstance(path, str) else ""
+    elif isinstance(value, list) and depth:
+        for inner in value:
+            yield from _files(name, inner, depth - 1)
+    elif isinstance(value, dict) and depth:
+        for field, inner in value.items():
+            yield from _files(f"{name}.{field}", inner, depth - 1)

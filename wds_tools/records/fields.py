@@ -1,4 +1,4 @@
-"""The fields of a record -> its texts, or why not. Pure."""
+"""The fields of a record -> its values and texts, or why not. Pure."""
 
 from __future__ import annotations
 
@@ -8,23 +8,53 @@ from typing import Any
 from wds_tools.errors import Reject
 
 CAPTION = ("text_prompt", "text")
-"""Fields that a caption is looked for in."""
+"""Fields of a jsonl that a caption is looked for in."""
+_SHOWN_NAMES = 4
+_MAX_LISTED = 100
+"""Elements of a list that a name can reach."""
+
+
+def value_of(record: Mapping[str, Any], name: str) -> Any:
+    """The value of a field, or inside one: `Task2.Caption`, `captions.0`. None where there is none."""
+    value = record.get(name)
+    if value is not None or "." not in name:
+        return value
+    steps = name.split(".")
+    for length in range(len(steps) - 1, 0, -1):  # a name may have dots itself
+        inner = record.get(".".join(steps[:length]))
+        if isinstance(inner, list):
+            inner = {str(number): value for number, value in enumerate(inner[:_MAX_LISTED])}
+        if isinstance(inner, Mapping) and (value := value_of(inner, ".".join(steps[length:]))) is not None:
+            return value
+    return None
 
 
 def required_text(record: Mapping[str, Any], names: Sequence[str]) -> str:
     """The first of these fields that is there and not null: a string with more than white space.
 
     Raises:
-        Reject: "missing_field", "wrong_type" or "empty_text".
+        Reject: "missing_field", "wrong_type", "empty_text", or "invalid_utf8": half a character, which JSON can hold.
     """
     for name in names:
-        text = record.get(name)
+        text = value_of(record, name)
         if text is None:
             continue
         if type(text) is not str:
             raise Reject("wrong_type", f"{name} is a {type(text).__name__}, expected a string")
         if not text or text.isspace():
             raise Reject("empty_text", f"{name} is empty")
+        check_text(text, name)
         return text
     known = ", ".join(list(record)[:8]) or "none"
-    raise Reject("missing_field", f"no {' or '.join(names)}; the fields are: {known[:200]}")
+    others = " ..." if len(names) > _SHOWN_NAMES else ""
+    raise Reject("missing_field", f"no {' or '.join(names[:_SHOWN_NAMES])}{others}; the fields are: {known[:200]}")
+
+
+def check_text(text: str, name: str) -> None:
+    """Raise Reject for half a character (a lone surrogate, such as U+D83D) in a text: no file can hold it."""
+    try:
+        if not text.isascii():
+            text.encode()
+    except UnicodeEncodeError as error:
+        half = ord(text[error.start])
+        raise Reject("invalid_utf8", f"{name} has half a character, U+{half:04X}, as its character {error.start}") from error

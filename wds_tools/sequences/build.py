@@ -6,7 +6,8 @@
     document        BOS text [EOS]                                      all
     conversation    BOS turns, <boi> codes <eoi> for each <image>       answers, each with its EOS
 
-Codes are shifted behind the text vocabulary. Which form, which wording, and whether the text is dropped: choices.py.
+What <boi> and <eoi> are, what else stands around and between codes, and where their ids are: templates.py. Which form, which
+wording, and whether the text is dropped: choices.py.
 Texts and wordings that stand side by side are one string, tokenized in one call, as inference does it; they are apart where an
 image or a special token stands between them, and where the loss begins or ends, since a prompt ends there.
 Invariant: an image is whole. Where texts leave no room for it in a row, the longest are shortened to one length, before they are
@@ -26,12 +27,12 @@ import xxhash
 from numpy.typing import NDArray
 
 from wds_tools.errors import FormatError, Reject
-from wds_tools.format.codes import Codes, check_range
+from wds_tools.format.codes import check_range
 from wds_tools.format.schema import Sample
 from wds_tools.sequences.choices import choose
 from wds_tools.sequences.config import SequenceConfig
 from wds_tools.sequences.tokenizer import NO_IDS, Ids, Part, TextTokenizer, joined
-from wds_tools.sequences.vocabulary import find_vocabulary, ids_of
+from wds_tools.sequences.vocabulary import Shape, Size, find_vocabulary, ids_of
 
 ROWS_VERSION = 2
 """Which ids an example has. 1: texts and wordings were tokenized apart."""
@@ -80,21 +81,18 @@ class ExampleBuilder:
             role: (wording(before), wording(behind))
             for role, (before, behind) in (("system", prompts.system), ("human", prompts.human), ("gpt", prompts.gpt))
         }
-        vocabulary = self.vocabulary
-        self._bos, self._boi, self._eoi = (Part(ids_of(token)) for token in (vocabulary.bos, vocabulary.boi, vocabulary.eoi))
-        self._trained_bos, self._trained_eoi = (part._replace(trained=True) for part in (self._bos, self._eoi))
-        self._eos = Part(ids_of(vocabulary.eos), True)
-        self._around_image = lru_cache(4096)(self._count_around_image)
+        self._bos, self._eos = Part(ids_of(self.vocabulary.bos)), Part(ids_of(self.vocabulary.eos), True)
+        self._most_tokens = lru_cache(4096)(self._count_most_tokens)
 
     @property
     def spec(self) -> dict[str, Any]:
         """All that examples depend on beside seed, epoch and sample, as plain JSON values, wherever the files lie."""
-        content = {
-            "tokenizer": self.tokenizer.backend.to_str().encode(),
-            "prompts": repr(asdict(self.vocabulary.prompts)).encode(),
-        }
+        template = asdict(self.vocabulary.template)
+        content = {"tokenizer": self.tokenizer.backend.to_str().encode(), "prompts": repr(template["prompts"]).encode()}
+        settings = {name: template.get(name, value) for name, value in asdict(self.config).items() if name != "template"}
         hashes = {name: xxhash.xxh3_128_hexdigest(data) for name, data in content.items()}
-        return {"version": ROWS_VERSION, **asdict(self.config), **hashes, "codebook_size": self.vocabulary.codebook_size}
+        settings |= hashes | self.vocabulary.template.spec
+        return {"version": ROWS_VERSION, **settings, "codebook_size": self.vocabulary.codebook_size}
 
     def check(self, sample: Sample) -> None:
         """Raise Reject if no example can be made of a valid sample, whatever chance says."""
@@ -107,7 +105,8 @@ class ExampleBuilder:
         if sample.data_type in _PAIRS:
             if not sample.codes:
                 raise Reject("no_codes", f"{key} is {sample.data_type} without codes: run `wds-tools encode` first")
-            self._check_fits(key, sample.num_codes + self._around_image(_size_of(sample)))
+            (codes,) = sample.codes.values()
+            self._check_fits(key, self._most_tokens(_size_of(sample), codes.shape))
         elif sample.data_type == "visual_sft":
             self._check_turns(sample)
         elif sample.data_type == _DOCUMENT:
@@ -147,23 +146,29 @@ class ExampleBuilder:
     def _plan(self, sample: Sample, epoch: int) -> Iterable[Part]:
         """The parts of an example."""
         if sample.data_type == _DOCUMENT:
-            document = [self._trained_bos, Part(words=sample.text, is_own=True, trained=True)]
+            document = [self._bos._replace(trained=True), Part(words=sample.text, is_own=True, trained=True)]
             return [*document, self._eos] if self.config.document_eos else document
         if sample.data_type == "visual_sft":
             return [self._bos, *self._conversation(sample)]
-        (grid_hw,) = sample.codes.values()
-        codes = self._shifted(grid_hw)
+        (codes,) = sample.codes.values()
+        ids = self.vocabulary.ids_of_codes(codes)
         choice = choose(self._seed, epoch, sample.key)
         if choice.form >= self.config.t2i_ratio and sample.text:
-            instruction = self._describe[choice.wording % len(self._describe)]
-            caption = Part(words=sample.text, is_own=True, trained=True)
-            return [self._bos, *self._image(codes), *instruction, caption, self._eos]
+            return self._caption(sample.text, choice.wording, ids, codes.shape)
         text = "" if choice.drop < self.config.unconditional_ratio else sample.text
-        before = self.vocabulary.before_image(text, _size_of(sample), choice.wording)
-        return [*before, Part(codes, True), self._trained_eoi, self._eos]
+        return self._text_to_image(text, _size_of(sample), choice.wording, ids, codes.shape)
+
+    def _text_to_image(self, text: str, size: Size | None, wording: int, ids: Ids, shape: Shape) -> list[Part]:
+        before = self.vocabulary.before_image(text, size, wording, shape)
+        return [*before, *self.vocabulary.codes(ids, trained=True), self._eos]
+
+    def _caption(self, text: str, wording: int, ids: Ids, shape: Shape) -> list[Part]:
+        instruction = self._describe[wording % len(self._describe)]
+        caption = Part(words=text, is_own=True, trained=True)
+        return [self._bos, *self.vocabulary.image(ids, shape), *instruction, caption, self._eos]
 
     def _conversation(self, sample: Sample) -> Iterator[Part]:
-        images = [self._shifted(grid_hw) for grid_hw in _grids(sample)]
+        images = self._images(sample)
         turns = sample.conversations or []
         are_marked = any(IMAGE_MARK in turn["value"] for turn in turns)
         for turn in turns:
@@ -172,11 +177,11 @@ class ExampleBuilder:
             yield from before
             if not are_marked and turn["from"] == "human":
                 while images:
-                    yield from self._image(images.pop(0))
+                    yield from images.pop(0)
             first, *others = turn["value"].split(IMAGE_MARK)
             yield Part(words=first, is_own=True, trained=is_answer)
             for words in others:
-                yield from self._image(images.pop(0))
+                yield from images.pop(0)
                 yield Part(words=words, is_own=True, trained=is_answer)
             yield from behind
             if is_answer:
@@ -200,24 +205,21 @@ class ExampleBuilder:
             if sum(map(len, runs)) <= self.config.max_length:  # else joined, or cut within a character, they take more
                 return row, runs
 
-    def _image(self, codes: Ids) -> Iterator[Part]:
-        """An image that is not trained."""
-        yield self._boi
-        yield Part(codes)
-        yield self._eoi
+    def _images(self, sample: Sample) -> list[list[Part]]:
+        """The images of a conversation."""
+        grids = (grid for column in sample.codes for grid in sample.grids_of(column))
+        return [self.vocabulary.image(self.vocabulary.ids_of_codes(grid), grid.shape) for grid in grids]
 
-    def _shifted(self, grid_hw: NDArray[np.unsignedinteger]) -> Ids:
-        shifted = grid_hw.reshape(-1).astype(np.int32)
-        shifted += self.vocabulary.text_size
-        return shifted
+    def _count_most_tokens(self, size: Size | None, shape: Shape) -> int:
+        """The most tokens of a pair with codes of this shape, whose text may have shrunk to one."""
+        ids = self.vocabulary.ids_of_codes(np.zeros(shape, np.uint8))
+        plans = [self._text_to_image("", size, 0, ids, shape)]
+        plans += [self._text_to_image(".", size, number, ids, shape) for number in range(len(self.vocabulary.prompts.draw))]
+        plans += [self._caption(".", number, ids, shape) for number in range(len(self._describe))]
+        return max(map(self._length, map(joined, plans)))
 
-    def _count_around_image(self, size: tuple[int, int] | None) -> int:
-        """The most tokens that stand beside the codes of a pair, whose text may have shrunk to one."""
-        vocabulary = self.vocabulary
-        before = [[*vocabulary.before_image("", size, 0)]]
-        before += [vocabulary.before_image(".", size, number) for number in range(len(vocabulary.prompts.draw))]
-        before += [[self._bos, self._boi, *instruction, Part(words=".", trained=True)] for instruction in self._describe]
-        return max(sum(map(len, runs)) for runs in self.tokenizer.encode_runs(list(map(joined, before)))) + 2  # <eoi>, EOS
+    def _length(self, runs: Sequence[Part]) -> int:
+        return sum(map(len, self.tokenizer.encode_runs([runs])[0]))
 
     def _check_fits(self, key: str, num_tokens: int) -> None:
         if num_tokens > self.config.max_length:
@@ -232,26 +234,21 @@ class ExampleBuilder:
         if not any(turn["from"] == "gpt" for turn in turns):
             raise Reject("no_answer", f"{sample.key}: no turn is from gpt, so there is nothing to train")
         marks = sum(turn["value"].count(IMAGE_MARK) for turn in turns)
-        num_images = len(_grids(sample))
+        images = self._images(sample)
+        num_images = len(images)
         has_place = marks == num_images or (not marks and any(turn["from"] == "human" for turn in turns))
         if not has_place:
             raise Reject("image_count", f"{sample.key}: {marks} times {IMAGE_MARK} for {num_images} images with codes")
-        wordings = (self._turns[turn["from"]] for turn in turns)
-        ids = self.tokenizer.encode_runs([[part for around in turn for part in around] for turn in wordings])
-        around = 1 + 2 * num_images + 2 * len(turns) + marks  # BOS, <boi> <eoi>, EOS, and a token of every text
-        self._check_fits(sample.key, sample.num_codes + sum(len(run) for runs in ids for run in runs) + around)
+        wordings = [part for turn in turns for around in self._turns[turn["from"]] for part in around]
+        others = 1 + 2 * len(turns) + marks  # BOS, EOS, and a token of every text
+        self._check_fits(sample.key, self._length([*wordings, *(part for image in images for part in image)]) + others)
 
 
-def _size_of(sample: Sample) -> tuple[int, int] | None:
+def _size_of(sample: Sample) -> Size | None:
     """What an image of many shapes states before its prompt: (width, height)."""
     if sample.data_type != "image_text_multi" or sample.width is None or sample.height is None:
         return None
     return sample.width, sample.height
-
-
-def _grids(sample: Sample) -> list[Codes]:
-    """The grids of a conversation, one an image."""
-    return [grid_hw for column in sample.codes for grid_hw in sample.grids_of(column)]
 
 
 def _common_length(lengths: Sequence[int], room: int) -> int:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from wds_tools.errors import UsageError
 
+DEFAULT_TEMPLATE = "liquid"
+
 
 @dataclass(frozen=True, kw_only=True)
 class SequenceConfig:
@@ -15,6 +17,8 @@ class SequenceConfig:
     """Folder of a Hugging Face tokenizer (tokenizer.json and its tokenizer_config.json), or a tokenizer.json."""
     max_length: int
     """Tokens of a row. An image that does not fit a row is refused, never cut."""
+    template: str = DEFAULT_TEMPLATE
+    """What stands around images, and where their ids are: liquid, chameleon, emu3, or one of a package (docs/training.md)."""
     t2i_ratio: float = 0.5
     """Share of the image-text pairs that become text to image; the others become captions."""
     unconditional_ratio: float = 0.1
@@ -29,12 +33,12 @@ class SequenceConfig:
     """The token that begins a sequence; None: the one that tokenizer_config.json names; "": none."""
     eos: str | None = None
     """The token that ends a sequence; None: the one that tokenizer_config.json names."""
-    boi: str = "<boi>"
-    """The token before the codes of an image."""
-    eoi: str = "<eoi>"
-    """The token behind them."""
-    unconditional: str = "<unconditional>"
-    """The token that stands for a dropped text."""
+    boi: str | None = None
+    """The token that begins an image; None, as for the next two: the template's."""
+    eoi: str | None = None
+    """The token that ends it."""
+    unconditional: str | None = None
+    """The token that stands for a dropped text; "": none."""
 
     def __post_init__(self) -> None:
         if self.max_length < 2:
@@ -44,5 +48,6 @@ class SequenceConfig:
                 raise UsageError(f"{name}={getattr(self, name)} is not in 0 ... 1")
         if self.codebook_size is not None and not 1 <= self.codebook_size < 1 << 31:
             raise UsageError(f"codebook_size={self.codebook_size} is not in 1 ... 2**31 - 1")
-        if self.eos == "":
-            raise UsageError("eos='': every example but a document ends with EOS; name a token")
+        for name in ("eos", "boi", "eoi"):
+            if getattr(self, name) == "":
+                raise UsageError(f"{name}='': every image, and every example but a document, ends with a token; name one")

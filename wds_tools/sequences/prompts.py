@@ -5,7 +5,7 @@ They are joined to the texts beside them and tokenized together. They may contai
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,17 +52,19 @@ class Prompts:
     """Around those of "gpt"; EOS follows them at once, and belongs to them. Only these words and EOS are trained."""
 
 
-def read_prompts(path: str | None) -> Prompts:
-    """The project's wordings, with those of a JSON file in their place.
+def read_prompts(path: str | None, ours: Prompts | None = None) -> Prompts:
+    """A template's wordings, with those of a JSON file in their place.
 
     Args:
         path: a JSON object of some of the fields of Prompts.
+        ours: the template's.
 
     Raises:
         UsageError: the file can't be read, or has other fields or values.
     """
+    ours = ours or Prompts()
     if path is None:
-        return Prompts()
+        return ours
     try:
         data = Path(path).read_bytes()
     except OSError as error:
@@ -79,7 +81,7 @@ def read_prompts(path: str | None) -> Prompts:
         elif name not in ("draw", "describe") and len(value) != 2:
             raise UsageError(f"prompts: {name} in {path} has {len(value)} strings, expected two: before and behind the words")
     values: dict[str, Any] = {name: value if isinstance(value, str) else tuple(value) for name, value in record.items()}
-    return Prompts(**values)
+    return replace(ours, **values)
 
 
 def _check_size(value: Any, path: str) -> None:

@@ -118,10 +118,13 @@ class TextTokenizer:
         return found
 
     def reserve(self, names: Sequence[str]) -> None:
-        """Hold these tokens for special wherever they were added as plain ones, which a text could name. Before any wording."""
+        """Hold these tokens for special where they were added as plain ones or are entries of the vocabulary alone, which a text
+        could name and a wording could not. Those that do not exist are passed over. Before any wording."""
         added = self.backend.get_added_tokens_decoder()
-        self._special = {number: one.content for number, one in added.items() if one.special or one.content in names}
-        self.backend.add_special_tokens([name for number, name in self._special.items() if not added[number].special])
+        self._special = {number: one.content for number, one in added.items() if one.special}
+        wanted = {number: name for name in names if (number := self.id_of(name)) is not None and number not in self._special}
+        self.backend.add_special_tokens([*wanted.values()])
+        self._special |= wanted
 
     def named(self, role: str) -> str | None:
         """The token that the tokenizer's configuration gives a role, such as "bos_token"."""

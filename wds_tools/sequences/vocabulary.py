@@ -1,7 +1,7 @@
-"""The ids of a model that reads and writes text and image codes: special tokens by name, codes behind the text vocabulary.
+"""The ids of a model that reads and writes text and image codes: special tokens by name, codes where the template says.
 
-0 ... num_tokens - 1                      the text tokenizer's, special tokens among them
-num_tokens ... num_tokens + codebook - 1  image codes
+0 ... num_tokens - 1                      the text tokenizer's, special tokens among them, and the codes that it has names for
+num_tokens ... num_tokens + codebook - 1  image codes, where it has none
 """
 
 from __future__ import annotations
@@ -11,17 +11,27 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import orjson
 
 from wds_tools.errors import StorageError, UsageError
+from wds_tools.format.codes import Codes
 from wds_tools.sequences.config import SequenceConfig
-from wds_tools.sequences.prompts import Prompts, read_prompts
+from wds_tools.sequences.prompts import Prompts
+from wds_tools.sequences.templates import Template, configured
 from wds_tools.sequences.tokenizer import CONFIG, FILE, NO_IDS, Ids, Part, TextTokenizer, joined, load_backend, read_settings
 
 MOST_IDS = 1 << 31
 """Ids that an int32 tells apart."""
+_MOST_LISTED = 8
+"""Missing tokens that a message names."""
+
+Size = tuple[int, int]
+"""(width, height) in pixels."""
+Shape = tuple[int, ...]
+"""Of an array of codes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +39,7 @@ class Vocabulary:
     """Ids, and how many there are."""
 
     text_size: int
-    """Ids of the text tokenizer: the code c of an image is the id text_size + c."""
+    """Ids of the text tokenizer: the code c of an image is the id text_size + c, unless there are `code_ids`."""
     codebook_size: int
     """Image codes; 0: none are expected."""
     bos: int | None
@@ -38,39 +48,79 @@ class Vocabulary:
     """None where no image is expected and the tokenizer has none; so the next two."""
     eoi: int | None
     unconditional: int | None
-    names: SequenceConfig = field(repr=False)
-    """The tokens' names, among others."""
+    template: Template = field(repr=False)
+    """The tokens' names and the wordings, among others."""
     tokenizer: TextTokenizer = field(repr=False, compare=False)
-    prompts: Prompts = field(repr=False)
+    code_ids: Ids | None = field(default=None, repr=False, compare=False)
+    """(codebook_size,) of a template whose codes are tokens of the tokenizer: the id of each."""
+
+    @property
+    def prompts(self) -> Prompts:
+        """The wordings."""
+        return self.template.prompts
 
     @property
     def size(self) -> int:
         """Ids in all: the least vocab_size of a model."""
-        return self.text_size + self.codebook_size
+        return self.text_size + (self.codebook_size if self.code_ids is None else 0)
+
+    @property
+    def rows_spec(self) -> dict[str, Any]:
+        """What a manifest of rows says of it. `code_ids`: where the ids of codes are not those from text_size on, runs of them
+        in the order of the codes: the first id, and how many follow one another."""
+        spec = {"vocabulary_size": self.size, "text_size": self.text_size, **self.template.spec}
+        if self.code_ids is None:
+            return spec
+        starts = np.flatnonzero(np.diff(self.code_ids, prepend=-2) != 1)
+        lengths = np.diff(starts, append=len(self.code_ids))
+        return spec | {"code_ids": np.stack([self.code_ids[starts], lengths], 1).tolist()}
 
     def padded(self, multiple: int) -> int:
         """The size, rounded up to a multiple: matrices of such sizes are faster on a GPU."""
         return -(-self.size // multiple) * multiple
 
-    def before_image(self, text: str, size: tuple[int, int] | None, wording: int) -> list[Part]:
+    def before_image(self, text: str, size: Size | None, wording: int, shape: Shape | None) -> list[Part]:
         """What stands before the codes of a text-to-image example; see `prompt_ids`."""
         stated = self.prompts.size.format(width=size[0], height=size[1]) if size else ""
-        draw = self.prompts.draw[wording % len(self.prompts.draw)] if text else self.names.unconditional
-        ours = self.tokenizer.wording(stated + draw + self.names.boi)
+        draw = self.prompts.draw[wording % len(self.prompts.draw)] if text else self.template.unconditional
+        ours = self.tokenizer.wording(stated + draw + self.template.before_codes(shape))
         return [Part(ids_of(self.bos)), Part(words=text, is_own=True), *ours]
 
-    def prompt_ids(self, text: str, *, size: tuple[int, int] | None = None, wording: int = 0) -> list[int]:
-        """What to generate an image from: exactly the ids that stand before its codes in a row, `<boi>` the last.
+    def codes(self, ids: Ids, *, trained: bool) -> list[Part]:
+        """The ids of an image's codes, and what stands behind them."""
+        behind = self.tokenizer.wording(self.template.behind_codes())
+        return [Part(ids, trained), *(part._replace(trained=trained) for part in behind)]
+
+    def image(self, ids: Ids, shape: Shape) -> list[Part]:
+        """A whole image that is not trained: ids of its codes, and their shape."""
+        return [*self.tokenizer.wording(self.template.before_codes(shape)), *self.codes(ids, trained=False)]
+
+    def ids_of_codes(self, codes: Codes) -> Ids:
+        """The ids between what stands before and behind an image's codes, in order."""
+        if self.code_ids is None:
+            ids = codes.astype(np.int32)
+            ids += self.text_size
+        else:
+            ids = self.code_ids[codes]
+        row_end = self.template.row_end
+        return self.template.in_order(ids, ids_of(self.tokenizer.id_of(row_end) if row_end else None))
+
+    def prompt_ids(self, text: str, *, size: Size | None = None, wording: int = 0, shape: Shape | None = None) -> list[int]:
+        """What to generate an image from: exactly the ids that stand before its codes in a row, liquid's `<boi>` the last.
 
         Args:
             text: what to draw; "": without a text, for classifier-free guidance.
             size: (width, height) in pixels, for models trained on images of many shapes (image_text_multi); else None.
             wording: which of the draw prompts, modulo their number; rows have one as often as another.
+            shape: (rows, columns) of codes, for templates that state them (emu3).
 
         Raises:
+            UsageError: the template states the shape, and it is not given.
             TokenizerError: the text is no Unicode.
         """
-        (runs,) = self.tokenizer.encode_runs([joined(self.before_image(text, size, wording))])
+        if shape is None and self.template.states_shape:
+            raise UsageError("the prompts of this template state how many codes an image has: give shape=(rows, columns)")
+        (runs,) = self.tokenizer.encode_runs([joined(self.before_image(text, size, wording, shape))])
         return [number for run in runs for number in run.tolist()]
 
 
@@ -85,36 +135,40 @@ def find_vocabulary(tokenizer: TextTokenizer, config: SequenceConfig, codebook_s
     Raises:
         UsageError: tokens are missing (lists all of them), the prompts can't be read, or there are more ids than an int32 holds.
     """
-    bos, eos = (getattr(config, role) for role in ("bos", "eos"))
+    template = configured(config)
+    bos, eos = template.bos, template.eos
     bos, eos = tokenizer.named("bos_token") if bos is None else bos, tokenizer.named("eos_token") if eos is None else eos
     unnamed = [role for role, name in (("bos", bos), ("eos", eos)) if name is None]
-    image = [config.boi, config.eoi, config.unconditional]
+    codes = template.code_tokens(codebook_size)
+    image = [*template.tokens, *codes]
     wanted = [name for name in (bos, eos, *(image if codebook_size else [])) if name]
     missing = [name for name in wanted if tokenizer.id_of(name) is None]
     if unnamed or missing:
-        says = [f"it has no {name}" for name in missing]
-        says += (
-            [f"`wds-tools vocabulary {tokenizer.path} --output DIR` adds what images need"] if set(missing) & set(image) else []
-        )
+        says = [f"it has no {name}" for name in missing[:_MOST_LISTED]]
+        says += [f"nor {len(missing) - _MOST_LISTED:,} others"] if len(missing) > _MOST_LISTED else []
+        if set(missing) & set(image):
+            options = f" --template {config.template}" if template.spec else ""
+            options += f" --codebook-size {codebook_size}" if codes else ""
+            says += [f"`wds-tools vocabulary {tokenizer.path}{options} --output DIR` adds what images need"]
         says += [f"its tokenizer_config.json names no {role}_token: give {role}='...'" for role in unnamed]
         says += ["bos='' for none"] if "bos" in unnamed else []
         raise UsageError(f"tokenizer {tokenizer.path}: {'; '.join(says)}")
-    if (ids := tokenizer.num_tokens + codebook_size) > MOST_IDS:
+    if (ids := tokenizer.num_tokens + (0 if codes else codebook_size)) > MOST_IDS:
         raise UsageError(
             f"{tokenizer.num_tokens:,} text tokens and {codebook_size:,} codes are {ids:,} ids: at most {MOST_IDS:,} fit an int32"
         )
-    tokenizer.reserve([name for name in (bos, eos, *image) if name])
+    tokenizer.reserve([name for name in (bos, eos, *template.tokens, *codes) if name])
     return Vocabulary(
         text_size=tokenizer.num_tokens,
         codebook_size=codebook_size,
         bos=tokenizer.id_of(bos) if bos else None,
         eos=_known(tokenizer, eos),
-        boi=tokenizer.id_of(config.boi),
-        eoi=tokenizer.id_of(config.eoi),
-        unconditional=tokenizer.id_of(config.unconditional),
-        names=config,
+        boi=tokenizer.id_of(template.boi),
+        eoi=tokenizer.id_of(template.eoi),
+        unconditional=tokenizer.id_of(template.unconditional),
+        template=template,
         tokenizer=tokenizer,
-        prompts=read_prompts(config.prompts),
+        code_ids=np.array([tokenizer.id_of(name) for name in codes], np.int32) if codes else None,
     )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import posixpath
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from braceexpand import braceexpand
@@ -32,6 +32,14 @@ class Inputs(NamedTuple):
 
     files: list[InputFile]
     left_out: list[str]
+
+    def describe(self, kinds: Iterable[str]) -> str:
+        """One line: what is read, files of these kinds."""
+        names = ", ".join(dict.fromkeys(kinds)) or "empty"
+        left_out = f"; {len(self.left_out):,} files are left out" if self.left_out else ""
+        num_bytes = sum(file.size for file in self.files)
+        size = f"{num_bytes / 1e6:,.1f} MB" if num_bytes >= 1e6 else f"{num_bytes:,} bytes"
+        return f"{len(self.files):,} {'file' if len(self.files) == 1 else 'files'} ({names}), {size}{left_out}"
 
     @property
     def source(self) -> dict[str, Any]:

@@ -95,15 +95,15 @@ def file_records(
         yield Record(number, cause, url, line=line + 1, num_units=0)
 
 
-def group_to_limit(items: Sequence[Item], size: Callable[[Item], int], limit: int) -> Iterator[list[Item]]:
-    """Cut items into runs whose sizes add up to `limit` at most; a larger item is a run of its own."""
+def group_to_limits(items: Iterable[Item], sizes: Callable[[Item], Sequence[int]], limits: Sequence[int]) -> Iterator[list[Item]]:
+    """Cut items into runs whose sizes add up to each of `limits` at most; a larger item is a run of its own."""
     group: list[Item] = []
-    held = 0
+    held = [0] * len(limits)
     for item in items:
-        if group and held + size(item) > limit:
+        held = [total + size for total, size in zip(held, sizes(item), strict=True)]
+        if group and any(total > limit for total, limit in zip(held, limits, strict=True)):
             yield group
-            group, held = [], 0
+            group, held = [], [*sizes(item)]
         group.append(item)
-        held += size(item)
     if group:
         yield group

@@ -2,7 +2,6 @@
 
     a folder of save_to_disk   the Arrow files that its state.json names
     Parquet                    the files below a folder, or those that are named: what `export hf --format parquet` writes
-    jsonl                      the same; its lines are read by `lines`
 
 An Arrow file that was cut off gives its rows up to there, a Parquet file its rows up to the damage (none, if its footer is gone),
 and either one reject. Memory: one Arrow batch, or one Parquet row group.
@@ -13,27 +12,38 @@ from __future__ import annotations
 import io
 import posixpath
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from wds_tools.dataset.layout import REJECTS
-from wds_tools.errors import FormatError, NotFound, Reject, StorageError, UsageError
+from wds_tools.errors import NotFound, Reject, StorageError, UsageError
 from wds_tools.format.typed_json import read_json, shape
 from wds_tools.sources.arrow import load_pyarrow
-from wds_tools.sources.record import InputFile, Record, file_records
-from wds_tools.sources.text.lines import LineRange, plan_lines, read_lines
-from wds_tools.sources.text.objects import fields_of
+from wds_tools.sources.containers import Unit
+from wds_tools.sources.record import InputFile, Record
 from wds_tools.storage import Store, join, open_store, split_url
 
-ARROW, JSONL, PARQUET = ".arrow", ".jsonl", ".parquet"
-_READING = "reading Hugging Face datasets"
+ARROW, PARQUET = ".arrow", ".parquet"
+_READING = "reading Parquet and Arrow files"
 _STATE, _SPLITS = "state.json", "dataset_dict.json"
 _NOT_SAVED = "is not what save_to_disk writes"
-_BATCH_ROWS = 1000
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 _PARQUET_MAGIC = b"PAR1"
-_LEAST_PARQUET_BYTES = 200
-"""Any Parquet file with these columns is larger; what is smaller is looked into."""
+_ARROW_MAGIC = b"ARROW1"
+_UNIT_ROWS, _UNIT_BYTES = 2500, 64 << 20
+_PARALLEL_FOOTERS = 16
+_TAIL_BYTES = 64 << 10
+_MAX_FOOTER_BYTES = 64 << 20
+_BATCH_ROWS, _BATCH_BYTES = 1000, 16 << 20
+_BUFFER_BYTES, _BUFFERS_BYTES = 8 << 20, 64 << 20
+"""Of a column, and of all that are read, at most (if there are less than 1,000)."""
+_STREAM_BYTES = 1 << 20
+_BOMB_BYTES, _BOMB_RATIO = 1 << 30, 200
+"""A row group that becomes so many bytes, and so many times the file's, is refused."""
+
+_Row = tuple[dict[str, Any] | Reject, int]
+"""Fields, and bytes of the file that are done with it."""
 
 
 @dataclass(frozen=True)
@@ -46,16 +56,12 @@ class _File:
     filename: str
 
 
-NumberedFields = tuple[int, dict[str, Any], int]
-"""Number in its file from 1, fields, and bytes read, of a table row."""
-
-
-def data_files(url: str, sizes: Mapping[str, int]) -> Sequence[str]:
-    """The files of a folder that are inputs: jsonl and Parquet files, and the Arrow files that its state.json names. See Choice.
+def saved_files(url: str, sizes: Mapping[str, int]) -> dict[str, list[str]]:
+    """The Arrow files of each save_to_disk folder below a folder, by the names of their state.json, in the order of their rows.
 
     Raises:
         UsageError: a folder has several splits, or a dataset whose rows are reordered by an indices file.
-        NotFound: there are none, or one that is named is missing.
+        NotFound: one that is named is missing.
         FormatError: a state.json is none.
     """
     for name in sizes:
@@ -64,74 +70,50 @@ def data_files(url: str, sizes: Mapping[str, int]) -> Sequence[str]:
             folder = join(url, posixpath.dirname(name)).rstrip("/")
             example = f"{folder}/{(*splits, 'SPLIT')[0]}"
             raise UsageError(f"{folder} holds the splits {', '.join(splits)}: name those that you want, as {example}")
-    names = [name for name in sizes if name.endswith((JSONL, PARQUET)) and REJECTS not in name]
-    for name in sizes:
-        if posixpath.basename(name) == _STATE:
-            names += _data_files(url, name)
-    if not names:
-        what = (
-            "an unfinished save_to_disk: there is no state.json"
-            if any(name.endswith(ARROW) for name in sizes)
-            else "no .jsonl and no .parquet"
-        )
-        raise NotFound(f"{url}: no folder of save_to_disk and {what}")
-    for name in names:
-        if name not in sizes:
-            raise NotFound(f"{join(url, name)} is missing, though its {_STATE} names it: copy the folder again")
-    return names
+    saved = {name: _data_files(url, name) for name in sizes if posixpath.basename(name) == _STATE}
+    for names in saved.values():
+        for name in names:
+            if name not in sizes:
+                raise NotFound(f"{join(url, name)} is missing, though its {_STATE} names it: copy the folder again")
+    return saved
 
 
 @dataclass(frozen=True)
 class Tables:
-    """Source of what Hugging Face datasets leaves on a disk; a task is a file, or a range of lines of a jsonl."""
+    """Container of Parquet and Arrow files; a unit is some row groups of a Parquet file, or an Arrow file.
 
-    task_lines: int
-    quiet: bool
-    choose = staticmethod(data_files)
-
-    def plan(self, files: Sequence[InputFile]) -> tuple[Sequence[Any], int]:
-        """Files, then ranges of lines; and bytes over all of them. Raises as check_files, load_pyarrow and plan_lines."""
-        check_files(files)
-        tables = [file for file in files if not file.url.endswith(JSONL)]
-        if tables:
-            load_pyarrow(_READING)
-        lines = [file for file in files if file.url.endswith(JSONL)]
-        ranges = plan_lines(lines, self.task_lines, quiet=self.quiet)
-        total = sum(file.size for file in tables) + sum(span.end - span.start for span in ranges)
-        return [*map(tuple, tables), *ranges], total
-
-    def read(self, task: LineRange | tuple[str, int]) -> Iterator[Record[Mapping[str, Any]]]:
-        """The records of a file, or of a range."""
-        if isinstance(task, LineRange):
-            lines = read_lines(task)
-            return file_records(task.url, ((line.number, fields_of(line), len(line.data or b"") + 1) for line in lines))
-        return file_records(task[0], table_rows(InputFile(*task)))
-
-
-def table_rows(file: InputFile) -> Iterator[NumberedFields]:
-    """The rows of an Arrow or Parquet file.
-
-    Raises:
-        Reject: behind the last row that can be read: "truncated_arrow", "corrupt_arrow" or "corrupt_parquet".
+    A record's line is the number of its row in the file, from 1.
     """
-    yield from (_parquet_rows if file.url.endswith(PARQUET) else _arrow_rows)(*file)
 
+    columns: tuple[str, ...] | None = None
+    """Names of the columns that are wanted; None: all. Those that a file lacks are no fields of its records."""
 
-def check_files(files: Sequence[InputFile]) -> None:
-    """Refuse what is not a table.
+    def units(self, files: Sequence[InputFile]) -> Iterator[Unit]:
+        """See Container. Reads the ends of the files, some at a time; one that is damaged there is a unit, and then a reject.
 
-    Raises:
-        UsageError: one that was named is none of these.
-        FormatError: a Parquet file is the note that stands in the last one's place while an export runs.
-    """
-    for url, size in files:
-        if not url.endswith((JSONL, ARROW, PARQUET)):
-            raise UsageError(f"{url}: expected a folder of save_to_disk, or {JSONL}, {ARROW} or {PARQUET} files")
-        if url.endswith(PARQUET) and size < _LEAST_PARQUET_BYTES:
-            root, name = split_url(url)
-            if bytes(open_store(root).read(name))[:4] != _PARQUET_MAGIC:
-                raise FormatError(
-                    f"{url} is no Parquet file but {size} bytes of something else: an unfinished export: finish it first"
+        Raises:
+            MissingPackage: pyarrow is not installed.
+        """
+        load_pyarrow(_READING)
+        with ThreadPoolExecutor(_PARALLEL_FOOTERS, "footer") as pool:
+            for units in pool.map(_units_of, files):
+                yield from units
+
+    def read(self, unit: Unit) -> Iterator[Record[Mapping[str, Any]]]:
+        """See Container."""
+        pa = load_pyarrow(_READING)
+        root, name = split_url(unit.url)
+        with closing(_Seekable(open_store(root), name)) as file:
+            is_parquet = file.head == _PARQUET_MAGIC
+            rows = _parquet_rows(pa, file, unit, self.columns) if is_parquet else _arrow_rows(pa, file, self.columns)
+            number, line = -1, unit.place[2] if unit.place else 0
+            try:
+                for number, (fields, num_bytes) in enumerate(rows):
+                    line += 1
+                    yield Record(number, fields, unit.url, line=line, num_units=num_bytes)
+            except Reject as cause:
+                yield Record(
+                    number + 1, Reject(cause.reason, f"{cause.detail} (behind row {line})"), unit.url, line=line + 1, num_units=0
                 )
 
 
@@ -144,53 +126,173 @@ def _data_files(url: str, state_name: str) -> list[str]:
     return [posixpath.join(posixpath.dirname(state_name), file.filename) for file in files]
 
 
-def _arrow_rows(url: str, size: int) -> Iterator[NumberedFields]:
+def _units_of(file: InputFile) -> list[Unit]:
+    """Row groups of a Parquet file, until they have _UNIT_ROWS or _UNIT_BYTES; or the file."""
     pa = load_pyarrow(_READING)
-    root, name = split_url(url)
-    store = open_store(root)
-    number = 0
-    with store.open(name) as stream:
+    root, name = split_url(file.url)
+    units: list[Unit] = []
+    with closing(_Seekable(open_store(root), name, file.size)) as stream:
+        if not stream.ends_with(_PARQUET_MAGIC):
+            return [Unit(file.url, file.size)]
         try:
-            for batch in pa.ipc.open_stream(stream):
-                num_bytes = batch.nbytes
-                for start in range(0, len(batch), _BATCH_ROWS):
-                    for row in batch.slice(start, _BATCH_ROWS).to_pylist():
-                        number += 1
-                        yield number, row, num_bytes
-                        num_bytes = 0
-        except (pa.ArrowException, OSError) as error:
-            if isinstance(error, StorageError):
-                raise
-            raise Reject("corrupt_arrow", f"{error} (behind row {number})") from error
-    if bytes(store.read_range(name, max(size - len(_END_OF_STREAM), 0), size)) != _END_OF_STREAM:
-        raise Reject(
-            "truncated_arrow", f"the file ends at byte {size} without the end marker (behind row {number}): it was cut off"
-        )
+            groups = _group_rows(_parquet_file(pa, stream).metadata)
+        except Reject:
+            return [Unit(file.url, file.size)]
+    total = max(sum(groups), 1)
+    first = first_row = rows = 0
+    for group, num_rows in enumerate(groups, 1):
+        rows += num_rows
+        num_bytes = file.size * (first_row + rows) // total - file.size * first_row // total
+        if rows and (group == len(groups) or rows >= _UNIT_ROWS or num_bytes >= _UNIT_BYTES):
+            units.append(Unit(file.url, num_bytes, rows, (first, group, first_row)))
+            first, first_row, rows = group, first_row + rows, 0
+    return units
 
 
-def _parquet_rows(url: str, size: int) -> Iterator[NumberedFields]:
-    pa = load_pyarrow(_READING)
-    root, name = split_url(url)
-    number = 0
+def _parquet_file(pa: Any, stream: _Seekable, **options: Any) -> Any:
+    """Opened; only its footer is read."""
+    with _rejecting(pa, "corrupt_parquet"):
+        if (footer_bytes := stream.footer_bytes) > _MAX_FOOTER_BYTES:
+            raise Reject("corrupt_parquet", f"its footer claims {footer_bytes} bytes, at most {_MAX_FOOTER_BYTES} are accepted")
+        table = pa.parquet.ParquetFile(stream, pre_buffer=False, page_checksum_verification=True, **options)
+        names = table.schema_arrow.names
+        if len(set(names)) < len(names):
+            raise Reject("corrupt_parquet", "two of its columns have one name")
+        return table
+
+
+def _group_rows(metadata: Any) -> list[int]:
+    """Rows of each row group."""
+    rows = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
+    if min(rows, default=0) < 0 or sum(rows) != metadata.num_rows:
+        raise Reject("corrupt_parquet", f"its footer says {metadata.num_rows} rows, and {sum(rows)} over its row groups")
+    return rows
+
+
+def _parquet_rows(pa: Any, stream: _Seekable, unit: Unit, columns: Sequence[str] | None) -> Iterator[_Row]:
+    metadata = _parquet_file(pa, stream).metadata
+    rows = _group_rows(metadata)
+    first, last, _ = unit.place or (0, len(rows), 0)
+    num_bytes = 0
+    for group in range(first, last):  # never its columns: pyarrow 26 aborts the process if what it finds there is damaged
+        group_bytes = metadata.row_group(group).total_byte_size
+        if group_bytes > max(_BOMB_BYTES, _BOMB_RATIO * stream.size):
+            raise Reject("decompression_bomb", f"row group {group} of {stream.size} bytes becomes {group_bytes}")
+        num_bytes += group_bytes
+    num_rows = max(sum(rows[first:last]), 1)
+    buffer_bytes = min(_BUFFER_BYTES, max(_BUFFERS_BYTES // max(metadata.num_columns, 1), 1 << 16))
+    table = _parquet_file(pa, stream, metadata=metadata, buffer_size=buffer_bytes)
+    size = _rows_at_a_time(num_rows, num_bytes)
+    done = 0
+    with _rejecting(pa, "corrupt_parquet"):
+        names = None if columns is None else list(columns)
+        for group in range(first, last):  # one by one, since a batch that ends in a damaged one would be lost
+            for batch in table.iter_batches(size, row_groups=[group], columns=names, use_threads=False):
+                for fields in _fields(pa, batch):
+                    done += 1
+                    yield fields, unit.num_bytes * done // num_rows - unit.num_bytes * (done - 1) // num_rows
+    if done != sum(rows[first:last]):
+        raise Reject("corrupt_parquet", f"{done} rows where its footer says {sum(rows[first:last])}")
+
+
+def _arrow_rows(pa: Any, stream: _Seekable, columns: Sequence[str] | None) -> Iterator[_Row]:
+    with _rejecting(pa, "corrupt_arrow"):
+        if is_file := stream.head == _ARROW_MAGIC[:4]:
+            file = pa.ipc.open_file(stream)
+            batches = map(file.get_batch, range(file.num_record_batches))
+        else:
+            batches = pa.ipc.open_stream(io.BufferedReader(stream, _STREAM_BYTES))
+        at = 0
+        for batch in batches:
+            batch.validate(full=True)  # nothing else looks at offsets before they are followed
+            if columns is not None:
+                batch = batch.select([name for name in batch.schema.names if name in columns])
+            size = _rows_at_a_time(len(batch), batch.nbytes)
+            for start in range(0, len(batch), size):
+                for fields in _fields(pa, batch.slice(start, size)):
+                    yield fields, max(stream.tell() - at, 0)
+                    at = max(stream.tell(), at)
+    if not (is_file or stream.ends_with(_END_OF_STREAM)):
+        raise Reject("truncated_arrow", f"the file ends at byte {stream.size} without the end marker: it was cut off")
+
+
+def _rows_at_a_time(num_rows: int, num_bytes: int) -> int:
+    """Rows that become Python objects at a time."""
+    return min(max(_BATCH_BYTES * num_rows // max(num_bytes, 1), 1), _BATCH_ROWS)
+
+
+def _fields(pa: Any, batch: Any) -> list[dict[str, Any] | Reject]:
+    """Rows as JSON values and bytes."""
+    schema = pa.schema([column.with_type(_json_type(pa, column.type)) for column in batch.schema])
+    if schema != batch.schema:
+        batch = batch.cast(schema)
     try:
-        table = pa.parquet.ParquetFile(_Seekable(open_store(root), name, size))
-        each = size // max(table.metadata.num_rows, 1)
-        for batch in table.iter_batches(batch_size=_BATCH_ROWS):
-            for row in batch.to_pylist():
-                number += 1
-                yield number, row, each
-    except (pa.ArrowException, OSError) as error:
-        if isinstance(error, StorageError):
-            raise
-        raise Reject("corrupt_parquet", f"{error} (behind row {number})") from error
+        rows: list[dict[str, Any] | Reject] = batch.to_pylist(maps_as_pydicts="lossy")
+    except UnicodeDecodeError as error:
+        if len(batch) == 1:
+            return [Reject("invalid_utf8", f"byte {error.start} of a text is {error.object[error.start]:#04x}: {error.reason}")]
+        return [row for number in range(len(batch)) for row in _fields(pa, batch.slice(number, 1))]
+    return rows
+
+
+def _json_type(pa: Any, kind: Any) -> Any:
+    """The type whose values are the JSON values of this one: times as text, decimals as numbers."""
+    types = pa.types
+    if types.is_duration(kind):
+        return pa.int64()
+    if types.is_temporal(kind):
+        return pa.string()
+    if types.is_decimal(kind):
+        return pa.float64()
+    if types.is_float16(kind):
+        return pa.float32()
+    if types.is_dictionary(kind):
+        return _json_type(pa, kind.value_type)
+    if isinstance(kind, pa.BaseExtensionType):
+        return _json_type(pa, kind.storage_type)
+    if types.is_struct(kind):
+        return pa.struct([field.with_type(_json_type(pa, field.type)) for field in kind])
+    if types.is_fixed_size_list(kind):
+        return pa.list_(_json_type(pa, kind.value_type), kind.list_size)
+    if types.is_large_list(kind):
+        return pa.large_list(_json_type(pa, kind.value_type))
+    return pa.list_(_json_type(pa, kind.value_type)) if types.is_list(kind) else kind
+
+
+@contextmanager
+def _rejecting(pa: Any, reason: str) -> Iterator[None]:
+    """What pyarrow says of a file becomes a reject; what the storage says stays."""
+    try:
+        yield
+    except (StorageError, Reject):
+        raise
+    except (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
+        raise Reject(reason, " ".join(str(error).split())[:300]) from error
 
 
 class _Seekable(io.RawIOBase):
-    """A file of a store as pyarrow wants it, read by range."""
+    """A file of a store as pyarrow wants it, read by range; its end is read at once, since a footer lies there."""
 
-    def __init__(self, store: Store, name: str, size: int) -> None:
-        self._store, self._name, self._size = store, name, size
+    def __init__(self, store: Store, name: str, size: int | None = None) -> None:
+        self._store, self._name = store, name
+        self.size = store.size(name) if size is None else size
+        self._tail_at = max(self.size - _TAIL_BYTES, 0)
+        self._tail = bytes(store.read_range(name, self._tail_at, self.size))
         self._at = 0
+
+    @property
+    def head(self) -> bytes:
+        """The first four bytes, and of Parquet the last too."""
+        return self._range(0, min(4, self.size))
+
+    @property
+    def footer_bytes(self) -> int:
+        """As a Parquet file states them."""
+        return int.from_bytes(self._tail[-8:-4], "little")
+
+    def ends_with(self, data: bytes) -> bool:
+        """Whether these are its last bytes."""
+        return self._tail.endswith(data)
 
     def readable(self) -> bool:
         return True
@@ -202,11 +304,21 @@ class _Seekable(io.RawIOBase):
         return self._at
 
     def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
-        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self.size}[whence]
         return self._at
 
     def read(self, size: int = -1, /) -> bytes:
-        end = self._size if size < 0 else min(self._at + size, self._size)
-        data = bytes(self._store.read_range(self._name, self._at, end)) if self._at < end else b""
+        end = self.size if size < 0 else min(self._at + size, self.size)
+        data = self._range(self._at, end) if self._at < end else b""
         self._at += len(data)
         return data
+
+    def readinto(self, buffer: Any, /) -> int:
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def _range(self, start: int, end: int) -> bytes:
+        if start >= self._tail_at:
+            return self._tail[start - self._tail_at : end - self._tail_at]
+        return bytes(self._store.read_range(self._name, start, end))

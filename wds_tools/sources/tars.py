@@ -128,15 +128,24 @@ class _Sample:
             self._members[suffix] = bytes(member.payload)
 
     def fields(self) -> dict[str, Any] | Reject:
-        """Suffix -> str, parsed JSON or bytes; and the fields of the JSON object, where no member has that name."""
+        """See sample_fields."""
         if self._fault is not None:
             return self._fault
-        try:
-            fields = {suffix: _value(suffix, payload) for suffix, payload in self._members.items()}
-        except Reject as cause:
-            return cause
-        record = fields.get("json")
-        return {**record, **fields} if record else fields
+        return sample_fields(self._members)
+
+
+def sample_fields(members: Mapping[str, Any]) -> dict[str, Any] | Reject:
+    """Text, parsed JSON and bytes of a sample's members; and the fields of `json`, where no member has that name.
+
+    Args:
+        members: lower-cased suffix -> bytes; other values stay as they are.
+    """
+    try:
+        fields = {suffix: _value(suffix, value) if isinstance(value, bytes) else value for suffix, value in members.items()}
+    except Reject as cause:
+        return cause
+    record = fields.get("json")
+    return {**record, **fields} if record else fields
 
 
 def _value(suffix: str, payload: bytes) -> Any:

@@ -42,7 +42,7 @@ _STATIC = {
     "page.css": "text/css",
     "icon.svg": "image/svg+xml",
 }
-_IMAGE_TYPES = {"jpg": "jpeg", "jpeg": "jpeg", "png": "png", "webp": "webp", "gif": "gif", "bmp": "bmp"}
+_IMAGE_TYPES = {"jpg": "jpeg", "jpeg": "jpeg", "png": "png", "webp": "webp", "gif": "gif", "bmp": "bmp", "avif": "avif"}
 """What browsers show; TIFF is made into PNG."""
 _PIECE_BYTES = 4 << 20
 _MAX_TIFF_PIXELS = 1 << 26

@@ -1,4 +1,4 @@
-"""Files of JSON records, one list or one object a line -> ranges of whole records -> the records, numbered.
+"""JSON lists -> ranges of whole elements -> the elements, numbered.
 
 A list is cut without parsing it: one pass over the bytes finds where its elements begin and end, so memory does not grow with
 the file, several workers can read one file, and every reject has the number that `jq '.[N]'` takes. An element that can't be
@@ -8,22 +8,17 @@ parsed is one reject, found later; a list without an end, or with something behi
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
-import orjson
-
-from wds_tools.errors import FormatError, UsageError
-from wds_tools.sources.inputs import by_suffix
-from wds_tools.sources.record import InputFile, Record
-from wds_tools.sources.text.lines import LineRange, plan_lines, read_lines
-from wds_tools.sources.text.objects import MAX_LINE_BYTES, Line, fields_of
+from wds_tools.errors import FormatError, Reject
+from wds_tools.sources.record import InputFile
+from wds_tools.sources.text.lines import LineRange
+from wds_tools.sources.text.objects import MAX_LINE_BYTES, Line
 from wds_tools.storage import open_store, split_url
 
 _READ_BYTES = 4 << 20
 _RANGE_BYTES = 64 << 20
-_BOM = b"\xef\xbb\xbf"
 _TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{},]|[^\s\[\]{},:"]+|"', re.DOTALL)
 """A string, a mark, any other value; a quote alone is where a string begins that has no end yet."""
 
@@ -33,71 +28,85 @@ class ElementRange(LineRange):
     """Consecutive elements of a JSON list in place of lines, counted from 0; `end` is before the comma behind the last."""
 
 
-@dataclass(frozen=True)
-class JsonRecords:
-    """Source of JSON lists, or one object a line; a task is a range of records."""
-
-    task_records: int
-    choose = staticmethod(by_suffix(".json", ".jsonl"))
-
-    def plan(self, files: Sequence[InputFile]) -> tuple[Sequence[LineRange], int]:
-        """The ranges, and records over all of them. Raises as plan_records."""
-        ranges = plan_records(files, self.task_records)
-        return ranges, sum(span.num_lines for span in ranges)
-
-    def read(self, task: LineRange) -> Iterator[Record[Mapping[str, Any]]]:
-        """The records of a range."""
-        is_list = isinstance(task, ElementRange)
-        for line in read_records(task):
-            line_number, element = (None, line.number) if is_list else (line.number, None)
-            yield Record(line.number - task.first_line, fields_of(line), task.url, line_number, element)
-
-
-def plan_records(files: Sequence[InputFile], per_range: int) -> list[LineRange]:
-    """Cut files into ranges of `per_range` records, fewer where they are very long. Reads each file once.
+def plan_list(file: InputFile, per_range: int) -> list[ElementRange]:
+    """Cut a list into ranges of `per_range` elements, fewer where they are very long. Reads the file once.
 
     Raises:
-        UsageError: a file is UTF-16, or a single object.
-        FormatError: a list breaks off.
+        FormatError: the list breaks off, or there is something behind it.
     """
-    ranges: list[LineRange] = []
-    for file in files:
-        root, name = split_url(file.url)
-        with open_store(root).open(name) as stream:
-            head = stream.read(_READ_BYTES)
-            if head.removeprefix(_BOM).lstrip()[:1] == b"[":
-                chunks = iter(lambda: stream.read(_READ_BYTES), b"")  # used up before the next file
-                try:
-                    ranges += _group(file.url, _elements(head, chunks), per_range)
-                except FormatError as error:
-                    raise FormatError(f"{file.url}: {error}") from None
-                continue
-        _check_lines(file.url, head)
-        ranges += plan_lines([file], per_range)
-    return ranges
+    root, name = split_url(file.url)
+    with open_store(root).open(name) as stream:
+        try:
+            return list(_group(file.url, _elements(iter(lambda: stream.read(_READ_BYTES), b"")), per_range))
+        except FormatError as error:
+            raise FormatError(f"{file.url}: {error}") from None
 
 
-def read_records(span: LineRange) -> Iterator[Line]:
-    """The records of a range, each as a line: of a list, `number` counts elements."""
-    if not isinstance(span, ElementRange):
-        yield from read_lines(span)
-        return
+def read_elements(span: ElementRange) -> Iterator[Line]:
+    """The elements of a range, each as a line whose number is the element's, from 0."""
     if span.end - span.start > MAX_LINE_BYTES + _RANGE_BYTES:  # one element, or what looks like one
         yield Line(span.first_line, None)
         return
     root, name = split_url(span.url)
     data = bytes(open_store(root).read_range(name, span.start, span.end))
-    for number, (start, end) in enumerate(_elements(b"[", [data, b"]"]), span.first_line):
+    for number, (start, end) in enumerate(_elements((b"[", data, b"]")), span.first_line):
         yield Line(number, data[start - 1 : end - 1] if end - start <= MAX_LINE_BYTES else None)
 
 
-def _elements(head: bytes, chunks: Iterable[bytes]) -> Iterator[tuple[int, int]]:
+def split_elements(chunks: Iterable[bytes]) -> Iterator[Line]:
+    """The elements of a list that comes in chunks, each as a line whose number is the element's, from 0.
+
+    Raises:
+        Reject: behind the last element, "bad_list": the list is not closed, or there is something behind it.
+    """
+    kept, kept_from, done = b"", 0, 0  # what is not cut out yet; its place in the text; where the last element ended
+
+    def keep() -> Iterator[bytes]:
+        nonlocal kept, kept_from
+        for chunk in _join(chunks):
+            rest = kept[max(done - kept_from, 0) :]
+            if len(rest) > MAX_LINE_BYTES:  # of one element
+                rest = b""
+            kept_from += len(kept) - len(rest)
+            kept = rest + chunk
+            yield chunk
+
+    try:
+        for number, (start, end) in enumerate(_elements(keep())):
+            is_kept = start >= kept_from and end - start <= MAX_LINE_BYTES
+            yield Line(number, kept[start - kept_from : end - kept_from] if is_kept else None)
+            done = end
+    except FormatError as error:
+        raise Reject("bad_list", str(error)) from error
+
+
+def _join(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """The same bytes in fewer chunks, also those before a Reject."""
+    pieces: list[bytes] = []
+    held = 0
+    try:
+        for chunk in chunks:
+            pieces.append(chunk)
+            held += len(chunk)
+            if held >= _READ_BYTES:
+                yield b"".join(pieces)
+                pieces.clear()
+                held = 0
+    except Reject:
+        if held:
+            yield b"".join(pieces)
+        raise
+    if held:
+        yield b"".join(pieces)
+
+
+def _elements(chunks: Iterable[bytes]) -> Iterator[tuple[int, int]]:
     """(start, end) of each element of a JSON list, in bytes of the file.
 
     Raises:
         FormatError: the list has no end, or it has one and something behind it.
     """
-    buffer, base = head, 0  # base: offset of the buffer
+    buffer, base = b"", 0  # base: offset of the buffer
     depth = count = begin = 0
     is_empty, is_closed = True, False
     chunks = iter(chunks)
@@ -150,21 +159,3 @@ def _group(url: str, elements: Iterable[tuple[int, int]], per_range: int) -> Ite
         count += 1
     if count:
         yield ElementRange(url, start, end, first, count)
-
-
-def _check_lines(url: str, head: bytes) -> None:
-    """Raise UsageError if a file that is no list can't be one object a line either."""
-    first = head.removeprefix(_BOM).lstrip().partition(b"\n")[0]
-    if url.lower().endswith(".jsonl") or not first.startswith(b"{"):
-        return
-    try:
-        record = orjson.loads(first)
-        lists = [name for name, value in record.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
-        is_record = "conversations" in record or not lists
-    except orjson.JSONDecodeError:
-        is_record, lists = len(first) == len(head) == _READ_BYTES, []
-    if not is_record:
-        inside = f"`jq '.{lists[0]}'`" if lists else "`jq`"
-        raise UsageError(
-            f"{url} is one object; expected a list of records, or one record a line: take the list out with {inside}"
-        )

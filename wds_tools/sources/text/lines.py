@@ -1,25 +1,20 @@
-"""Lines of files, plain or zstd, with their numbers, in constant memory; and the sources of one JSON object a line.
+"""Lines of files, with their numbers, in constant memory.
 
 Lines end at b"\\n" alone (U+2028 and friends are data). Blank lines are no records. `plan_lines` cuts big files into ranges that
-begin and end at a line, so that several workers can read one file and every reject still has its true line number. Compressed
-files are read whole; one that breaks off or is damaged gives the lines before the damage, and one reject that says where it ends.
+begin and end at a line, so that several workers can read one file and every reject still has its true line number.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import orjson
 
-from wds_tools.errors import Reject, UsageError
+from wds_tools.errors import UsageError
 from wds_tools.run.progress import Advance, Progress
-from wds_tools.sources.inputs import by_suffix
-from wds_tools.sources.record import InputFile, Record, file_records, group_to_limit
-from wds_tools.sources.text.objects import MAX_LINE_BYTES, Line, fields_of
-from wds_tools.sources.text.zstd import decompress
+from wds_tools.sources.record import InputFile
+from wds_tools.sources.text.objects import MAX_LINE_BYTES, Line
 from wds_tools.storage import open_store, split_url
 
 _READ_BYTES = 4 << 20
@@ -46,7 +41,7 @@ def plan_lines(files: Sequence[InputFile], lines_per_range: int, *, quiet: bool 
     A range holds at least one line, and blank lines count.
 
     Raises:
-        UsageError: a file is UTF-16, or a JSON array instead of one object a line; or there is nothing in a range.
+        UsageError: there is nothing in a range.
     """
     if lines_per_range < 1:
         raise UsageError(f"lines_per_range={lines_per_range}: a range holds at least one line")
@@ -70,70 +65,11 @@ def read_lines(span: LineRange) -> Iterator[Line]:
 
 def number_lines(chunks: Iterable[bytes], first: int = 1) -> Iterator[Line]:
     """Lines of a text that comes in chunks, numbered; blank ones are left out, a byte order mark is dropped."""
-    for number, data in enumerate(_split(chunks), first):
+    for number, data in enumerate(split_lines(chunks), first):
         if number == 1 and data is not None:
             data = data.removeprefix(b"\xef\xbb\xbf")
         if data is None or (data and not data.isspace()):
             yield Line(number, data)
-
-
-@dataclass(frozen=True)
-class Lines:
-    """Source of one JSON object a line; a task is a range of lines, and a record's number counts blank ones too."""
-
-    task_lines: int
-    quiet: bool
-    choose = staticmethod(by_suffix(".jsonl"))
-
-    def plan(self, files: Sequence[InputFile]) -> tuple[Sequence[LineRange], int]:
-        """The ranges, and lines over all of them. Raises as plan_lines."""
-        ranges = plan_lines(files, self.task_lines, quiet=self.quiet)
-        return ranges, sum(span.num_lines for span in ranges)
-
-    def read(self, task: LineRange) -> Iterator[Record[Mapping[str, Any]]]:
-        """The records of a range."""
-        for line in read_lines(task):
-            yield Record(line.number - task.first_line, fields_of(line), task.url, line=line.number)
-
-
-@dataclass(frozen=True)
-class CompressedLines:
-    """Source of one JSON object a line in zstd files; a task is whole files, up to `task_bytes` compressed bytes or one file."""
-
-    task_bytes: int
-    choose = staticmethod(by_suffix(".jsonl.zst", ".json.zst", ".jsonl.zstd", ".json.zstd"))
-
-    def plan(self, files: Sequence[InputFile]) -> tuple[Sequence[Sequence[tuple[str, int]]], int]:
-        """Groups of files, and compressed bytes over all of them."""
-        groups = group_to_limit(files, lambda file: file.size, self.task_bytes)
-        return [[(file.url, file.size) for file in group] for group in groups], sum(file.size for file in files)
-
-    def read(self, task: Sequence[tuple[str, int]]) -> Iterator[Record[Mapping[str, Any]]]:
-        """The records of the files."""
-        number = 0
-        for url, _ in task:
-            for record in file_records(url, _decompressed_lines(url), number):
-                yield record
-                number = record.number + 1
-
-
-def _decompressed_lines(url: str) -> Iterator[tuple[int, Mapping[str, Any] | Reject, int]]:
-    """(number, fields, compressed bytes read) of each line."""
-    new_bytes = 0
-
-    def chunks() -> Iterator[bytes]:
-        nonlocal new_bytes
-        seen_bytes = 0
-        for data, read_bytes in decompress(stream):
-            new_bytes += read_bytes - seen_bytes
-            seen_bytes = read_bytes
-            yield data
-
-    root, name = split_url(url)
-    with open_store(root).open(name) as stream:
-        for line in number_lines(chunks()):
-            num_bytes, new_bytes = new_bytes, 0
-            yield line.number, fields_of(line), num_bytes
 
 
 def _plan_file(url: str, lines_per_range: int) -> Iterator[LineRange]:
@@ -143,8 +79,6 @@ def _plan_file(url: str, lines_per_range: int) -> Iterator[LineRange]:
     last = b"\n"
     with open_store(root).open(name) as stream:
         while chunk := stream.read(_READ_BYTES):
-            if at == 0:
-                _check_encoding(chunk, url)
             ends = np.flatnonzero(np.frombuffer(chunk, np.uint8) == 10) + (at + 1)
             taken = 0
             while taken < len(ends):
@@ -164,20 +98,8 @@ def _plan_file(url: str, lines_per_range: int) -> Iterator[LineRange]:
         yield LineRange(url, start, at, first_line, line - first_line + (last != b"\n"))
 
 
-def _check_encoding(head: bytes, url: str) -> None:
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in head[:2]:
-        raise UsageError(f"{url} is UTF-16: convert it first, with `iconv -f UTF-16 -t UTF-8`")
-    first = head.removeprefix(b"\xef\xbb\xbf").lstrip().partition(b"\n")[0].rstrip()
-    if first.startswith(b"["):
-        try:
-            is_array_of_objects = any(type(item) is dict for item in orjson.loads(first))
-        except orjson.JSONDecodeError:  # it goes on in the next line, or behind `head`
-            is_array_of_objects = first == b"[" or b"{" in first
-        if is_array_of_objects:
-            raise UsageError(f"{url} is a JSON array; expected one object a line: convert it with `jq -c '.[]'`")
-
-
-def _split(chunks: Iterable[bytes]) -> Iterator[bytes | None]:
+def split_lines(chunks: Iterable[bytes]) -> Iterator[bytes | None]:
+    """The lines of a text that comes in chunks, without their ends; None for one that is longer than MAX_LINE_BYTES."""
     pieces: list[bytes] = []  # of the line that is not at its end yet
     held = 0  # its bytes so far, also those that are no longer kept since it is too long
     for chunk in chunks:

@@ -96,6 +96,11 @@ class FrameWalker:
         return size
 
 
+def is_zstd(head: bytes) -> bool:
+    """Whether a file begins with a frame, perhaps one that is to be skipped."""
+    return head.startswith(_MAGIC) or (head[:1] != b"" and head[0] & 0xF0 == 0x50 and head[1:4] == _SKIPPABLE_TAIL)
+
+
 def decompress(stream: BinaryIO) -> Iterator[tuple[bytes, int]]:
     """Decompress a .zst file of one or more frames.
 

@@ -1,0 +1,128 @@
+"""What an input is, and what would become of it: `wds-tools inspect`. Nothing is written.
+
+    input -> files -> first records -> their fields -> a converter -> its field map, first samples, and the command to type
+
+The converter is the first in the order of CONVERTERS that has something to read in most of the records. Cost: as the survey's,
+twice, and NUM_SAMPLES records are converted.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from typing import Any, Final
+
+from wds_tools.convert.coded import CodedConfig
+from wds_tools.convert.conversations import ConversationsConfig
+from wds_tools.convert.documents import DocumentsConfig
+from wds_tools.convert.options import Converter, ConvertOptions
+from wds_tools.convert.pairs import PairsConfig
+from wds_tools.convert.survey import Read, place_of, survey_records
+from wds_tools.errors import Reject, UsageError
+from wds_tools.records.conversations import FIELDS as TURN_FIELDS
+from wds_tools.records.field_map import FieldMap
+from wds_tools.sources.composite import kind_of_task
+from wds_tools.sources.inputs import expand_inputs
+
+CONVERTERS: Final[Mapping[str, type[ConvertOptions]]] = {
+    "conversations": ConversationsConfig,
+    "coded": CodedConfig,
+    "pairs": PairsConfig,
+    "documents": DocumentsConfig,
+}
+NUM_SAMPLES: Final = 3
+_CODES: Final = ("vqcode_512", "vqcode_multi768", "vq_code", "npy")
+_MAX_CHARACTERS: Final = 60
+
+
+def inspect_input(patterns: Sequence[str], *, converter: str | None = None, image_root: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Look at an input.
+
+    Args:
+        patterns: files, folders or patterns, as --input has them.
+        converter: one of CONVERTERS; None: the one that fits.
+        image_root: see ImageOptions.
+
+    Returns:
+        JSON values: `input`, what is read; `left_out` as in a manifest; `num_records` that were looked at, and `rejects`, those
+        that can't be used, by reason; `fields`, name -> `types` (-> records) and an `example`; `converter`, which fits, and
+        its `field_map`; `problem`, why a run would stop before it writes, or None; `samples`, a line for each of the first
+        records; `command`, what to type.
+
+    Raises:
+        UsageError, NotFound: the input can't be read.
+    """
+    options = _options(converter or "pairs", patterns, image_root)
+    source = options.make_source()
+    inputs = expand_inputs(patterns, source.choose)
+    tasks, _ = source.plan(inputs.files)
+    said = inputs.describe(map(kind_of_task, tasks))
+    survey = survey_records(source.read, tasks, lambda fields: {"converter": converter or _fitting(fields)}, {})
+    if not survey.fields:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in survey.rejects.items())
+        raise UsageError(f"{said}: no record in it can be read ({reasons or 'there is none'})")
+    name = survey.roles["converter"].most_common(1)[0][0]
+    options = _options(name, patterns, image_root)
+    making = options.make_converter()
+    mapped = survey_records(source.read, tasks, making.roles, {})
+    root = ["--image-root", *image_root] if image_root else []
+    fields = {
+        field: {"types": dict(types), "example": _shown(survey.examples.get(field))} for field, types in survey.fields.items()
+    }
+    return {
+        **{"input": said, "left_out": inputs.source.get("left_out")},
+        **{"num_records": survey.num_records, "rejects": dict(mapped.rejects), "fields": fields},
+        **{"converter": name, "field_map": mapped.field_map(), "problem": mapped.problem},
+        "samples": _first_samples(source.read, tasks, options, making),
+        "command": shlex.join(["wds-tools", "convert", name, "--input", *patterns, *root, "--output", "OUTPUT"]),
+    }
+
+
+def _options(name: str, patterns: Sequence[str], image_root: tuple[str, ...]) -> Any:
+    kind: Any = CONVERTERS[name]
+    root = {"image_root": image_root} if image_root and kind.image_facts is not None else {}
+    return kind(input=tuple(patterns), output=os.devnull, quiet=True, **root)
+
+
+def _fitting(fields: Mapping[str, Any]) -> str:
+    """The converter for a record."""
+    if any(isinstance(turns := fields.get(name), list) and turns and isinstance(turns[0], dict) for name in TURN_FIELDS):
+        return "conversations"
+    if any(fields.get(name) not in (None, "no") for name in _CODES):
+        return "coded"
+    return "documents" if FieldMap().image_field(fields) is None else "pairs"
+
+
+def _first_samples(read: Read, tasks: Sequence[Any], options: ConvertOptions, converter: Converter) -> list[str]:
+    """A line for each of the first records."""
+    lines: list[str] = []
+    for task in tasks:
+        for record in islice(read(task), NUM_SAMPLES - len(lines)):
+            try:
+                if isinstance(record.fields, Reject):
+                    raise record.fields
+                sample = converter.convert(f"{record.number:08d}", record.fields, record.source)
+            except Reject as cause:
+                lines.append(f"{place_of(record)}: a reject, {cause}")
+                continue
+            facts = {} if options.image_facts is None else options.image_facts(sample)
+            size = [f"{facts['image_width']} x {facts['image_height']} {facts['image_format']}"] if facts else []
+            more = [f"{len(sample.more_images)} more images"] if sample.more_images else []
+            codes = [f"{column} of {' x '.join(map(str, grid_HW.shape))}" for column, grid_HW in sample.codes.items()]
+            text = sample.text or " / ".join(turn["value"] for turn in sample.conversations or ())
+            lines.append(f"{place_of(record)}: {', '.join([sample.data_type, *size, *more, *codes, _shown(text)])}")
+        if len(lines) >= NUM_SAMPLES:
+            break
+    return lines
+
+
+def _shown(value: Any) -> str:
+    """A value, or the beginning of it."""
+    if isinstance(value, bytes):
+        return f"{len(value):,} bytes"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(value) + "}"
+    text = repr(value[:_MAX_CHARACTERS] if isinstance(value, str | list) else value)
+    return text if len(text) <= _MAX_CHARACTERS else f"{text[:_MAX_CHARACTERS]} ..."

@@ -1,0 +1,131 @@
+"""A folder of images, with a text beside each -> records.
+
+    a/b.jpg  a/b.txt  a/b.json  ->  {"jpg": ImageFile, "txt": str, "json": {...}, and the fields of the json}
+
+A sidecar has the name of its image, with another suffix (b.txt) or with one more (b.jpg.txt). Images below a folder that holds
+records (metadata.jsonl, metadata.csv, a Parquet file) belong to these, which name them: only the records are read then.
+An image without a sidecar is a record too, of nothing but the image; a text without an image is none. Images are not read here.
+Memory: the texts of some records.
+"""
+
+from __future__ import annotations
+
+import posixpath
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from wds_tools.errors import Reject
+from wds_tools.format.schema import IMAGE_EXTENSIONS
+from wds_tools.records.images import ImageFile
+from wds_tools.sources.containers import Unit
+from wds_tools.sources.record import InputFile, Record
+from wds_tools.sources.tars import sample_fields
+from wds_tools.storage import join, open_store, split_url
+
+IMAGE_SUFFIXES = frozenset((*IMAGE_EXTENSIONS, "jpeg", "tiff", "avif"))
+SIDECAR_SUFFIXES = frozenset(("txt", "caption", "json"))
+_MAX_SIDECAR_BYTES = 4 << 20
+_UNIT_RECORDS, _UNIT_BYTES = 500, 64 << 20
+_PARALLEL_READS = 16
+
+
+class Pictures(NamedTuple):
+    """What a folder of images is to its records."""
+
+    taken: list[str]
+    """Images and their sidecars: these are the records."""
+    named: list[str]
+    """Images that belong to files of records, and what lies beside them."""
+
+
+def choose_pictures(names: Iterable[str], holds_records: Callable[[str], bool]) -> Pictures:
+    """Find the images among the files of a folder, and what lies beside them.
+
+    Args:
+        names: of all files, relative to the folder.
+        holds_records: whether a file that is no sidecar is read for its records, by its name.
+    """
+    images = {name for name in names if _suffix(name) in IMAGE_SUFFIXES and not posixpath.basename(name).startswith(".")}
+    stems = images | {posixpath.splitext(name)[0] for name in images}
+    sidecars = {name for name in names if _suffix(name) in SIDECAR_SUFFIXES and posixpath.splitext(name)[0] in stems}
+    claimed = {posixpath.dirname(name) for name in names if name not in images | sidecars and holds_records(name)}
+    named = [name for name in images | sidecars if any(folder in claimed for folder in _folders(name))]
+    return Pictures(sorted((images | sidecars).difference(named)), sorted(named))
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Container of images with their sidecars; a unit is some samples, one after the other by name, with the files of each.
+
+    A record's key is the name of its image without the suffix.
+    """
+
+    def units(self, files: Sequence[InputFile]) -> Iterator[Unit]:
+        """See Container."""
+        images = {file.url: posixpath.splitext(file.url)[0] for file in files if _suffix(file.url) in IMAGE_SUFFIXES}
+        samples: dict[str, list[InputFile]] = {}
+        for file in files:
+            stem = posixpath.splitext(file.url)[0]
+            samples.setdefault(images.get(stem, stem), []).append(file)
+        unit: list[list[InputFile]] = []
+        num_bytes = 0
+        for stem in sorted(samples):
+            sample = sorted(samples[stem])
+            sample_bytes = sum(file.size for file in sample)
+            if unit and (len(unit) >= _UNIT_RECORDS or num_bytes + sample_bytes > _UNIT_BYTES):
+                yield _unit(unit, num_bytes)
+                unit, num_bytes = [], 0
+            unit.append(sample)
+            num_bytes += sample_bytes
+        if unit:
+            yield _unit(unit, num_bytes)
+
+    def read(self, unit: Unit) -> Iterator[Record[Mapping[str, Any]]]:
+        """See Container."""
+        with ThreadPoolExecutor(_PARALLEL_READS, "sidecar") as pool:
+            for first in range(0, len(unit.place), _PARALLEL_READS):
+                some = unit.place[first : first + _PARALLEL_READS]
+                for number, fields in enumerate(pool.map(lambda names: _fields(unit.url, names), some), first):
+                    names = unit.place[number]
+                    key = posixpath.splitext(min(names, key=len))[0]
+                    num_units = unit.num_bytes * (number + 1) // len(unit.place) - unit.num_bytes * number // len(unit.place)
+                    yield Record(number, fields, join(unit.url, names[0]), key=key, num_units=num_units)
+
+
+def _unit(samples: Sequence[Sequence[InputFile]], num_bytes: int) -> Unit:
+    """Of these samples; names are relative to the folder that all have in common."""
+    folder = posixpath.commonprefix([file.url for sample in samples for file in sample]).rpartition("/")[0]
+    names = tuple(tuple(file.url[len(folder) :].lstrip("/") for file in sample) for sample in samples)
+    return Unit(folder or ("/" if samples[0][0].url.startswith("/") else "."), num_bytes, len(samples), names)
+
+
+def _fields(folder: str, names: Sequence[str]) -> dict[str, Any] | Reject:
+    members: dict[str, Any] = {}
+    for name in names:
+        suffix, url = _suffix(name), join(folder, name)
+        if suffix in members:
+            return Reject("duplicate_member", f"two files with the suffix {suffix}: {name[:300]}")
+        members[suffix] = ImageFile(url) if suffix in IMAGE_SUFFIXES else _text(url)
+        if members[suffix] is None:
+            return Reject("sample_too_large", f"{name[:300]} has more than {_MAX_SIDECAR_BYTES} bytes")
+    return sample_fields(members)
+
+
+def _text(url: str) -> bytes | None:
+    root, name = split_url(url)
+    with open_store(root).open(name) as stream:
+        data = stream.read(_MAX_SIDECAR_BYTES + 1)
+    return data if len(data) <= _MAX_SIDECAR_BYTES else None
+
+
+def _suffix(name: str) -> str:
+    return posixpath.splitext(name)[1][1:].lower()
+
+
+def _folders(name: str) -> Iterator[str]:
+    """The folders that a file lies in, up to ""."""
+    while name:
+        name = posixpath.dirname(name)
+        yield name

@@ -1,0 +1,97 @@
+"""Text files that are read whole, from start to end: compressed lines and lists, and CSV and TSV of any kind.
+
+One that breaks off or is damaged gives the records before the damage, and one reject that says where it ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from wds_tools.errors import Reject, UsageError
+from wds_tools.sources.containers import Unit
+from wds_tools.sources.record import InputFile, Record, file_records
+from wds_tools.sources.text.delimited import read_rows
+from wds_tools.sources.text.elements import split_elements
+from wds_tools.sources.text.gzip import decompress_gzip
+from wds_tools.sources.text.lines import number_lines
+from wds_tools.sources.text.objects import fields_of
+from wds_tools.sources.text.zstd import decompress
+from wds_tools.storage import open_store, split_url
+
+_READ_BYTES = 1 << 20
+_SEPARATORS = {"csv": ",", "tsv": "\t"}
+
+
+@dataclass(frozen=True)
+class TextFiles:
+    """Container of text files of one kind; a unit is a file."""
+
+    kind: str
+    """What is in it: "lines", "list", "csv" or "tsv"."""
+    compression: str = ""
+    """"gz", "zst" or none."""
+
+    def units(self, files: Sequence[InputFile]) -> Iterator[Unit]:
+        """See Container."""
+        for file in files:
+            if self.kind in _SEPARATORS:
+                self._check_header(file)
+            yield Unit(file.url, file.size)
+
+    def read(self, unit: Unit) -> Iterator[Record[Mapping[str, Any]]]:
+        """See Container."""
+        chunks = _Chunks(unit.url, self.compression)
+        is_list = self.kind == "list"
+        numbered = ((number + is_list, fields, chunks.take_new_bytes()) for number, fields in self._numbered(chunks))
+        for record in file_records(unit.url, numbered):
+            yield record._replace(line=None, element=(record.line or 1) - 1) if is_list else record
+
+    def _numbered(self, chunks: Iterable[bytes]) -> Iterator[tuple[int, Mapping[str, Any] | Reject]]:
+        if self.kind in _SEPARATORS:
+            return read_rows(chunks, _SEPARATORS[self.kind])
+        lines = split_elements(chunks) if self.kind == "list" else number_lines(chunks)
+        return ((line.number, fields_of(line)) for line in lines)
+
+    def _check_header(self, file: InputFile) -> None:
+        try:
+            next(self._numbered(_Chunks(file.url, self.compression)), None)
+        except Reject as cause:
+            if cause.reason == "bad_header":
+                raise UsageError(f"{file.url}: {cause.detail}") from cause
+
+
+class _Chunks:
+    """The text of a file in pieces; knows how much of the file has been read for it."""
+
+    def __init__(self, url: str, compression: str) -> None:
+        self._url, self._compression = url, compression
+        self._read_bytes = self._taken_bytes = 0
+
+    def __iter__(self) -> Iterator[bytes]:
+        for data, read_bytes in self._pieces():
+            self._read_bytes = read_bytes
+            if data:
+                yield data
+
+    def take_new_bytes(self) -> int:
+        """Bytes of the file that have been read since this was asked last."""
+        new = self._read_bytes - self._taken_bytes
+        self._taken_bytes = self._read_bytes
+        return new
+
+    def _pieces(self) -> Iterator[tuple[bytes, int]]:
+        root, name = split_url(self._url)
+        store = open_store(root)
+        if self._compression == "gz":
+            yield from decompress_gzip(lambda: store.open(name))
+            return
+        with store.open(name) as stream:
+            if self._compression == "zst":
+                yield from decompress(stream)
+                return
+            read_bytes = 0
+            while data := stream.read(_READ_BYTES):
+                read_bytes += len(data)
+                yield data, read_bytes
