@@ -27,7 +27,7 @@ from wds_tools.format.schema import DATA_TYPES, PAIR_TYPES, Sample
 from wds_tools.records.coded import SIDE_512, CodedRows, codes_in, talk_of
 from wds_tools.records.conversations import TalkReader
 from wds_tools.records.fields import CAPTION, required_text
-from wds_tools.records.images import ImageSource
+from wds_tools.records.images import ImageSource, read_image
 from wds_tools.sequences.config import SequenceConfig
 from wds_tools.sources.text.objects import MAX_LINE_BYTES, Line, parse_record
 from wds_tools.storage import open_store, split_url
@@ -240,7 +240,7 @@ class JsonlDataset(Dataset[Item]):
     def _pixels(self, image_path: str) -> Any:
         from wds_tools.images import ImageLimits, prepare
 
-        pixels_HWC = prepare(self._images.read(image_path, ImageLimits.max_bytes), self._mode)
+        pixels_HWC = prepare(read_image(image_path, ImageLimits.max_bytes, self._images.read), self._mode)
         pixels_CHW = torch.from_numpy(pixels_HWC).permute(2, 0, 1).contiguous()
         return pixels_CHW if self._transform is None else self._transform(pixels_CHW)
 

@@ -149,12 +149,12 @@ def parquet_export(tmp_path: Path, count: int = 2500) -> Path:
 
 def test_parquet_is_read_from_an_object_store_and_by_name_with_the_same_bytes(tmp_path: Path, s3: S3Server) -> None:
     folder = parquet_export(tmp_path)
-    convert(folder, output=tmp_path / "one", workers=2)
-    convert(str(folder / "data/train-0000{0,1}-of-00002.parquet"), output=tmp_path / "named")
+    convert(folder, output=tmp_path / "one", workers=2, task_records=1250)
+    convert(str(folder / "data/train-0000{0,1}-of-00002.parquet"), output=tmp_path / "named", task_records=1250)
     store = open_store(f"s3://{s3.bucket}/convert-parquet")
     for path in folder.rglob("*.parquet"):
         store.put(path.relative_to(folder).as_posix(), path.read_bytes())
-    convert(store.url, output=tmp_path / "remote")
+    convert(store.url, output=tmp_path / "remote", task_records=1250)
 
     def shards(name: str) -> dict[str, bytes]:
         return {file: data for file, data in tree(tmp_path / name).items() if file.endswith(".tar")}
@@ -173,7 +173,7 @@ def test_an_unfinished_parquet_export_is_refused_and_a_damaged_file_is_a_reject(
     first.write_bytes(whole)
     last.write_bytes(b"This export is not finished: run the same command again with --overwrite.\n")
     for source in (folder, last):
-        with pytest.raises(FormatError, match=r"train-00001-of-00002\.parquet is no Parquet file .*an unfinished export"):
+        with pytest.raises(UsageError, match=r"train-00001-of-00002\.parquet is no Parquet file .*an unfinished export"):
             convert(source, output=tmp_path / "unfinished")
 
 

@@ -20,7 +20,7 @@ from wds_tools.errors import FormatError, UsageError
 from wds_tools.format.manifest import Manifest
 from wds_tools.sources.record import InputFile
 from wds_tools.sources.text import elements
-from wds_tools.sources.text.elements import plan_records, read_records
+from wds_tools.sources.text.elements import plan_list, read_elements, split_elements
 
 Record = dict[str, Any]
 
@@ -260,7 +260,7 @@ def test_a_list_and_its_records_line_by_line_give_the_same_samples(tmp_path: Pat
     source = write(tmp_path / "in", talks)
     lines = write_jsonl(tmp_path / "in" / "talks.jsonl", talks)
     convert(source, tmp_path / "list", task_records=3)
-    convert(lines, tmp_path / "lines", task_records=3, workers=2)
+    convert(lines, tmp_path / "lines", task_lines=3, workers=2)
     assert {name: data for name, data in tree(tmp_path / "list").items() if name.endswith("tar")} == {
         name: data for name, data in tree(tmp_path / "lines").items() if name.endswith("tar")
     }
@@ -307,8 +307,10 @@ def test_a_list_is_cut_where_its_elements_end_however_it_is_written_and_read(
     file.write_text(style(content))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(elements, "_READ_BYTES", max(read_bytes, 8))
-        spans = plan_records([InputFile(str(file), 0)], size)
-    found = [line for span in spans for line in read_records(span)]
+        spans = plan_list(InputFile(str(file), 0), size)
+    found = [line for span in spans for line in read_elements(span)]
+    data = file.read_bytes()
+    assert list(split_elements(data[at : at + read_bytes] for at in range(0, len(data), read_bytes))) == found
     assert [json.loads(line.data or b"") for line in found] == content
     assert [line.number for line in found] == list(range(len(content)))
     assert [span.num_lines for span in spans] == [min(size, len(content) - at) for at in range(0, len(content), size)]

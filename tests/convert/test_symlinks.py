@@ -28,11 +28,12 @@ def cache(tmp_path: Path) -> Path:
     write_documents(blobs / "cc", [{"text": "same"}])
     image = image_bytes(1)
     (blobs / "dd").write_bytes(header("t.jpg", len(image)) + image + padding(len(image)) + END)
-    links = {"a.jpg": "aa", "pairs.jsonl": "bb", "x.jsonl.zst": "cc", "y.jsonl.zst": "cc", "images.tar": "dd"}
-    for name, blob in links.items():
-        (snapshot / name).symlink_to(f"../../blobs/{blob}")
-    (snapshot / "data/b.jpg").symlink_to("../../../blobs/aa")
-    (snapshot / "data/loop").symlink_to("..")
+    links = {"a.jpg": "aa", "data/b.jpg": "aa", "images.tar": "dd", "pairs/a.jsonl": "bb", "text/x.jsonl.zst": "cc"}
+    for name, blob in {**links, "text/y.jsonl.zst": "cc"}.items():
+        (snapshot / name).parent.mkdir(exist_ok=True)
+        (snapshot / name).symlink_to(f"{'../' * name.count('/')}../../blobs/{blob}")
+    for folder in ("data", "text"):
+        (snapshot / folder / "loop").symlink_to("../" + folder)
     return snapshot
 
 
@@ -48,13 +49,13 @@ def named(folder: Path, *paths: Path | str) -> Path:
 
 def test_the_inputs_the_image_root_and_the_image_tars_that_a_user_names_may_be_links(cache: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(cache)
-    assert pairs(tmp_path / "out", tmp_path / "link/pairs.jsonl", tmp_path / "link").samples == 2
-    assert pairs(tmp_path / "again", tmp_path / "link", tmp_path / "link").samples == 2
+    assert pairs(tmp_path / "out", tmp_path / "link/pairs/a.jsonl", tmp_path / "link").samples == 2
+    assert pairs(tmp_path / "again", tmp_path / "link/pairs", tmp_path / "link").samples == 2
     assert pairs(tmp_path / "tars", named(tmp_path, "t.jpg"), tmp_path / "link/images.tar").samples == 1
 
 
 def test_a_loop_is_entered_once_and_two_links_to_one_blob_are_two_files(cache: Path, tmp_path: Path) -> None:
-    manifest = run_conversion(DocumentsConfig(input=(str(cache),), output=str(tmp_path / "out"), **QUIET))
+    manifest = run_conversion(DocumentsConfig(input=(str(cache / "text"),), output=str(tmp_path / "out"), **QUIET))
     assert captions(read_samples(tmp_path / "out")) == ["same", "same"]
     assert [Path(file["url"]).name for file in manifest.source["inputs"]] == ["x.jsonl.zst", "y.jsonl.zst"]
 
@@ -72,7 +73,7 @@ def test_an_absolute_path_is_taken_if_as_text_it_lies_below_the_image_root(cache
 
 
 def test_paths_that_climb_out_as_text_are_refused_though_links_would_lead_back(cache: Path, tmp_path: Path) -> None:
-    source = named(tmp_path, "../rev/a.jpg", "data/../../rev/a.jpg", "data/loop/a.jpg", "data/loop/data/b.jpg")
+    source = named(tmp_path, "../rev/a.jpg", "data/../../rev/a.jpg", "data/loop/b.jpg", "data/../a.jpg")
     manifest = pairs(tmp_path / "out", source, cache)
     assert (manifest.samples, manifest.rejects) == (2, {"outside_root": 2})
 
@@ -85,9 +86,9 @@ def test_without_an_image_root_paths_go_anywhere(cache: Path, tmp_path: Path) ->
 def test_strict_links_follows_none_that_leaves_the_image_root_or_the_folder_of_inputs(cache: Path, tmp_path: Path) -> None:
     (cache / "real.jpg").write_bytes(image_bytes(2))
     (cache / "data/inside.jpg").symlink_to("../real.jpg")
-    source = named(tmp_path, "real.jpg", "data/inside.jpg", "a.jpg", "data/b.jpg", "data/loop/real.jpg")
+    source = named(tmp_path, "real.jpg", "data/inside.jpg", "a.jpg", "data/b.jpg", "data/loop/inside.jpg")
     manifest = pairs(tmp_path / "out", source, cache, strict_links=True)
     assert (manifest.samples, manifest.rejects) == (3, {"outside_root": 2})
-    write_documents(cache / "z.jsonl.zst", [{"text": "real"}])
-    run_conversion(DocumentsConfig(input=(str(cache),), output=str(tmp_path / "text"), strict_links=True, **QUIET))
+    write_documents(cache / "text/z.jsonl.zst", [{"text": "real"}])
+    run_conversion(DocumentsConfig(input=(str(cache / "text"),), output=str(tmp_path / "text"), strict_links=True, **QUIET))
     assert captions(read_samples(tmp_path / "text")) == ["real"]

@@ -43,7 +43,7 @@ from wds_tools.format.typed_json import MAX_DEPTH, read_json, shape
 from wds_tools.jobs.finalize import FinalizeConfig, finalize
 from wds_tools.sequences.prompts import read_prompts
 from wds_tools.sequences.tokenizer import _special_names
-from wds_tools.sources.tables import data_files
+from wds_tools.sources.tables import saved_files
 from wds_tools.storage import open_store
 from wds_tools.terminal import say
 from wds_tools.view.rejects import Rejects
@@ -291,7 +291,7 @@ def test_exports(tmp_path: Path) -> None:
     def read_as(name: str) -> Read:
         def read(data: bytes) -> None:
             (tmp_path / name).write_bytes(data)
-            list(data_files(str(tmp_path), {path.name: path.stat().st_size for path in tmp_path.iterdir()}))
+            list(saved_files(str(tmp_path), {path.name: path.stat().st_size for path in tmp_path.iterdir()}))
 
         return read
 

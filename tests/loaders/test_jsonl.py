@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 from collections.abc import Callable
@@ -45,6 +46,11 @@ def dataset(folder: Path, *records: object, **settings: Any) -> JsonlDataset:
 
 def pixels(path: Path, mode: Any = "cc512") -> torch.Tensor:
     return torch.from_numpy(prepare(path.read_bytes(), mode)).permute(2, 0, 1)
+
+
+def test_an_image_may_be_a_data_uri(folder: Path) -> None:
+    uri = "data:image/jpeg;base64," + base64.b64encode((folder / "a.jpg").read_bytes()).decode()
+    assert torch.equal(dataset(folder, {"image_path": uri, "text": "t"})[0]["pixels_CHW"], pixels(folder / "a.jpg"))
 
 
 @pytest.mark.parametrize("root", [None, ".", "/"])

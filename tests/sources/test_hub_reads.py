@@ -39,7 +39,7 @@ def test_tars_tables_and_folders_are_read_from_the_hub_and_only_what_is_wanted(t
             member = tarfile.TarInfo(name)
             member.size = 3
             archive.addfile(member, io.BytesIO(b"abc"))
-    table = pa.table({"text": ["x", "y"], "image": [bytes(1 << 20), bytes(1 << 20)]})
+    table = pa.table({"text": ["x", "y"], "about": ["a" * (1 << 20), "b" * (1 << 20)]})
     pq.write_table(table, tmp_path / "b.parquet", compression="none", use_dictionary=False)
     with serve_hub() as hub:
         hub.files["a.tar"] = tar.getvalue()

@@ -13,7 +13,8 @@ from typing import Any
 
 from wds_tools.convert.options import ConvertOptions
 from wds_tools.format.schema import Sample
-from wds_tools.records.field_map import FieldMap
+from wds_tools.records.field_map import TEXT_NAMES, FieldMap
+from wds_tools.records.where import RECORD
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,14 @@ class DocumentsConfig(ConvertOptions):
     def make_converter(self) -> Documents:
         """The text of a record."""
         return Documents(FieldMap(text=self.text, spared=self.spared))
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """See ConvertOptions."""
+        condition = self.condition
+        names = [*(self.text or TEXT_NAMES), *(field.removeprefix(RECORD) for _, field in self.kept), *self.drop]
+        names += condition.names if condition else ()
+        return tuple(sorted({*names, *(name.partition(".")[0] for name in names)}))
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -130,6 +130,11 @@ class ConvertOptions(JobOptions):
         """Option -> fields that it names, one of which has to be in the first records."""
         return {"--where": () if (condition := self.condition) is None else sorted(condition.names)}
 
+    @property
+    def columns(self) -> tuple[str, ...] | None:
+        """Columns of tables that are read, beside those that may hold images; None: all."""
+        return None
+
     def make_source(self) -> Source:
         """What reads the input, unless `source` names another."""
         return Containers(self.task_lines, self.task_records, self.task_bytes, self.quiet)

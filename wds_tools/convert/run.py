@@ -14,7 +14,7 @@ from wds_tools.format.manifest import Manifest
 from wds_tools.jobs import Job, run_job
 from wds_tools.jobs.records import ConvertRecords, Encoder
 from wds_tools.plugins import SOURCES, load_plugin
-from wds_tools.sources.composite import kind_of_task
+from wds_tools.sources.composite import Containers, kind_of_task
 from wds_tools.sources.inputs import expand_inputs
 from wds_tools.sources.record import Source
 from wds_tools.terminal import say
@@ -49,6 +49,8 @@ def run_conversion(options: ConvertOptions, encoder: Encoder | None = None) -> M
     survey.check()
     if not options.quiet:
         say(f"wds-tools: {inputs.describe(map(kind_of_task, tasks))}", f"wds-tools: {survey.field_map()}", error=True)
+    if isinstance(source, Containers) and options.columns is not None:  # from here on: the survey has seen all
+        source = replace(source, columns=options.columns)
     selection = Selection.of(options, converter)
     job = Job(
         command=options.command,

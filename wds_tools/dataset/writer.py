@@ -143,7 +143,11 @@ class TaskWriter:
         if cause.reason in FILTERED:
             return
         record = {"source": source, "line": line, "element": element, "key": key, "reason": cause.reason, "detail": cause.detail}
-        self._reject_lines.append(orjson.dumps({name: value for name, value in record.items() if value is not None}))
+        known = {name: value for name, value in record.items() if value is not None}
+        for name, text in known.items():
+            if isinstance(text, str):  # of the record, perhaps, which may hold half a character
+                known[name] = text.encode(errors="backslashreplace").decode()
+        self._reject_lines.append(orjson.dumps(known))
 
     def finish(self, inputs: int) -> TaskResult:
         """Publish what is left and mark the task as done.

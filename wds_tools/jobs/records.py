@@ -71,7 +71,8 @@ class ConvertRecords:
             if isinstance(sample, Sample):
                 try:
                     writer.add(sample)
-                    self._count_images(sample, writer)
+                    if sample.image is not None or sample.codes:
+                        self._count_images(sample, writer)
                 except FormatError as error:  # such as a kept field that is nested too deep to be written
                     sample = Reject("unwritable_record", str(error))
             if isinstance(sample, Reject):

@@ -9,27 +9,40 @@ whichever comes first, or one unit that is larger. Work units are bytes. What a 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from wds_tools.dataset.layout import IS_REJECTS_FILE
+from wds_tools.dataset.layout import MANIFEST, PLAN, REMOVABLE
 from wds_tools.errors import NotFound, UsageError
 from wds_tools.sources.containers import Container, Unit
-from wds_tools.sources.detect import SUFFIXES, Kind, detect, suffix_of
+from wds_tools.sources.detect import SUFFIXES, Kind, detect, is_candidate
+from wds_tools.sources.folders import Folders, choose_pictures
 from wds_tools.sources.record import InputFile, Record, group_to_limits
 from wds_tools.sources.tables import ARROW, Tables, saved_files
+from wds_tools.sources.tars import Tars
 from wds_tools.sources.text.compressed import TextFiles
 from wds_tools.sources.text.elements import ElementRange, plan_list, read_elements
 from wds_tools.sources.text.lines import LineRange, plan_lines, read_lines
 from wds_tools.sources.text.objects import fields_of
 from wds_tools.storage import join
 
+_WRITTEN = re.compile(rf"(?<![^/])({REMOVABLE.pattern})$")
 
-def container_of(kind: Kind) -> Container:
-    """What reads files of a kind, but for plain lines and lists, which are cut into ranges."""
-    return Tables() if kind.name in ("parquet", "arrow") else TextFiles(kind.name, kind.compression)
+
+def container_of(kind: Kind, columns: tuple[str, ...] | None = None) -> Container:
+    """What reads files of a kind, of tables these columns; but for plain lines and lists, which are cut into ranges."""
+    match kind.name:
+        case "parquet" | "arrow":
+            return Tables(columns)
+        case "tar":
+            return Tars()
+        case "image":
+            return Folders()
+        case name:
+            return TextFiles(name, kind.compression)
 
 
 @dataclass(frozen=True)
@@ -49,15 +62,25 @@ class Containers:
     task_records: int
     task_bytes: int
     quiet: bool
+    columns: tuple[str, ...] | None = None
+    """Of tables, the columns that are read; see Tables."""
 
     def choose(self, url: str, sizes: Mapping[str, int]) -> Sequence[str]:
         """See Source: all files of all containers, in the order of their names."""
-        saved = saved_files(url, sizes)
-        chosen = sorted(name for name in sizes if _is_candidate(name))
-        kinds = detect([InputFile(join(url, name), sizes[name]) for name in chosen])
-        chosen = [name for name, kind in zip(chosen, kinds, strict=True) if not kind.is_other]
-        for state in sorted(saved):  # in the order of their rows
-            chosen += saved[state]
+        names = sorted(_without_datasets(url, sizes))
+        saved = saved_files(url, {name: sizes[name] for name in names})
+        beside = set(choose_pictures(names, lambda _: False).taken)
+        candidates = [name for name in names if name not in beside and is_candidate(name) and not name.lower().endswith(ARROW)]
+
+        def kinds_of(names: Sequence[str]) -> Iterator[tuple[str, Kind]]:
+            return zip(names, detect([InputFile(join(url, name), sizes[name]) for name in names]), strict=True)
+
+        data = {name for name, kind in kinds_of(candidates) if not kind.is_other}
+        pictures = choose_pictures(names, data.__contains__)
+        data.update(pictures.taken)
+        claimed = [name for name in pictures.named if is_candidate(name)]  # a list may have the name of an image too
+        data.update(name for name, kind in kinds_of(claimed) if kind.name == "list")
+        chosen = [*sorted(data), *(name for state in sorted(saved) for name in saved[state])]  # these in the order of their rows
         if not chosen:
             others = f"; there are {len(sizes)} other files, such as {min(sizes)}" if sizes else ""
             if any(name.endswith(ARROW) for name in sizes):
@@ -69,13 +92,15 @@ class Containers:
         """See Source. Tasks, and bytes over all of them.
 
         Raises:
-            UsageError: a file is nothing that can be read.
+            UsageError: a file is nothing that can be read, or nothing that is known.
             FormatError: a JSON list breaks off.
         """
-        kinds = detect(files)
-        for file, kind in zip(files, kinds, strict=True):
-            if kind.problem:
-                raise UsageError(f"{file.url} is {kind.problem}")
+        pictures = set(choose_pictures([file.url for file in files], lambda _: False).taken)
+        kinds = detect(files, {url: Kind("image") for url in pictures})
+        problems = [f"{file.url} is {kind.problem}" for file, kind in zip(files, kinds, strict=True) if kind.problem]
+        if problems:
+            more = f" (and {len(problems) - 1:,} more files can't be read)" if len(problems) > 1 else ""
+            raise UsageError(problems[0] + more)
         tasks: list[LineRange | Units] = []
         for kind, pairs in groupby(zip(kinds, files, strict=True), lambda pair: pair[0]):
             tasks += self._plan_run(kind, [file for _, file in pairs])
@@ -84,7 +109,7 @@ class Containers:
     def read(self, task: LineRange | Units) -> Iterator[Record[Mapping[str, Any]]]:
         """See Source."""
         if isinstance(task, Units):
-            container = container_of(Kind(task.kind, task.compression))
+            container = container_of(Kind(task.kind, task.compression), self.columns)
             first = 0
             for unit in task.units:
                 number = first
@@ -120,7 +145,16 @@ def kind_of_task(task: Any) -> str:
     return "list" if isinstance(task, ElementRange) else "lines" if isinstance(task, LineRange) else type(task).__name__
 
 
-def _is_candidate(name: str) -> bool:
-    kind, compression = suffix_of(name)
-    hidden = any(part.startswith(".") for part in name.split("/"))
-    return bool(kind or compression) and kind != "arrow" and not hidden and not IS_REJECTS_FILE.search(name)
+def _without_datasets(url: str, sizes: Mapping[str, int]) -> Iterator[str]:
+    """The files of a folder but for hidden ones, and those of datasets that this project wrote below it.
+
+    Raises:
+        UsageError: the folder itself is such a dataset.
+    """
+    written = {name[: match.start()] for name in sizes if (match := _WRITTEN.search(name))}
+    roots = {root for root in written if f"{root}{MANIFEST}" in sizes or f"{root}{PLAN}" in sizes}
+    if "" in roots:
+        raise UsageError(f"{url} is a dataset of wds-tools: it goes into `wds-tools encode`, `pack` or `export hf`")
+    for name in sizes:
+        if not any(part.startswith(".") for part in name.split("/")) and not any(name.startswith(root) for root in roots):
+            yield name

@@ -7,11 +7,12 @@ what to do, before anything is read or written. Cost: one read of 8 KiB a file, 
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, NamedTuple
 
+from wds_tools.dataset.layout import IS_REJECTS_FILE
 from wds_tools.errors import Reject
 from wds_tools.sources.record import InputFile
 from wds_tools.sources.text import zstd
@@ -74,10 +75,16 @@ class Kind(NamedTuple):
     """It can't be read and is nothing that is meant to be, such as one JSON object; in a folder it is left out, and named."""
 
 
-def detect(files: Sequence[InputFile]) -> list[Kind]:
-    """The kinds of files, in their order."""
+def detect(files: Sequence[InputFile], known: Mapping[str, Kind] | None = None) -> list[Kind]:
+    """The kinds of files, in their order; those of the URLs in `known` are not looked at."""
+    known = known or {}
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
-        return list(pool.map(_detect, files))
+        return list(pool.map(lambda file: known.get(file.url) or _detect(file), files))
+
+
+def is_candidate(name: str) -> bool:
+    """Whether a file of a folder may hold records, by its name."""
+    return any(suffix_of(name)) and not IS_REJECTS_FILE.search(name)
 
 
 def suffix_of(name: str) -> tuple[str, str]:
@@ -149,7 +156,7 @@ def _text(text: bytes, named: str, is_whole: bool, is_json: bool) -> Kind:
     if named in TEXT_KINDS:
         return Kind(named)
     if named:
-        return Kind(problem=f"no {named} file but text: cut off, or the note of an export that is not finished")
+        return Kind(problem=f"no {named.capitalize()} file but text: cut off, or an unfinished export: finish it first")
     return Kind(problem="text, but no JSON: expected one object a line, a list of objects, or .csv or .tsv", is_other=True)
 
 

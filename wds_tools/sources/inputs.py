@@ -7,19 +7,28 @@ from __future__ import annotations
 
 import os
 import posixpath
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from braceexpand import braceexpand
 
 from wds_tools.dataset.layout import IS_REJECTS_FILE
 from wds_tools.errors import NotFound, StorageError, UsageError
+from wds_tools.sources.detect import is_candidate
+from wds_tools.sources.folders import choose_pictures
 from wds_tools.sources.record import InputFile
 from wds_tools.storage import join, open_store, split_url
 from wds_tools.storage.base import split_scheme
 from wds_tools.terminal import say
 
 _NAMED_FILES = 8
+_STARS = re.compile(r"[*?]")
+_REMARKS = {
+    "left_out": "files of the input folders are not read as records",
+    "named_twice": "inputs are named twice, and read once",
+}
+_COMPANIONS = (".parquet", "_stats.json")
 _NO_DATA = ("state.json", "dataset_info.json")
 """Of save_to_disk, beside the data."""
 
@@ -28,10 +37,11 @@ Choice = Callable[[str, Mapping[str, int]], Sequence[str]]
 
 
 class Inputs(NamedTuple):
-    """The files of a conversion, and the URLs of what lies in its folders and is left out."""
+    """The files of a conversion, the URLs of what lies in its folders and is left out, and of what was named twice."""
 
     files: list[InputFile]
     left_out: list[str]
+    named_twice: list[str]
 
     def describe(self, kinds: Iterable[str]) -> str:
         """One line: what is read, files of these kinds."""
@@ -45,12 +55,13 @@ class Inputs(NamedTuple):
     def source(self) -> dict[str, Any]:
         """For the manifest."""
         record: dict[str, Any] = {"inputs": [{"url": file.url, "bytes": file.size} for file in self.files]}
-        if self.left_out:
-            one_of_each: dict[str, str] = {}
-            for url in self.left_out:
-                one_of_each.setdefault(posixpath.splitext(url)[1].lower(), url)
-            names = ", ".join(list(one_of_each.values())[:_NAMED_FILES]).encode(errors="replace").decode()
-            record["left_out"] = {"files": len(self.left_out), "such_as": names}
+        for name, urls in {"left_out": self.left_out, "named_twice": self.named_twice}.items():
+            if urls:
+                one_of_each: dict[str, str] = {}
+                for url in urls:
+                    one_of_each.setdefault(posixpath.splitext(url)[1].lower(), url)
+                names = ", ".join(list(one_of_each.values())[:_NAMED_FILES]).encode(errors="replace").decode()
+                record[name] = {"files": len(urls), "such_as": names}
         return record
 
 
@@ -71,7 +82,8 @@ def expand_inputs(patterns: Sequence[str], choose: Choice, *, strict_links: bool
     """The files that are meant; says on standard error what is left out.
 
     Args:
-        patterns: files, folders (of which `choose` takes what it wants) and brace patterns, as part-{000..127}.jsonl.
+        patterns: files, folders (of which `choose` takes what it wants) and patterns: part-{000..127}.jsonl, *, ? and ** as
+            shells have them, on disk and in object stores. A file that is meant twice is taken once.
         choose: such as `by_suffix(".jsonl")`.
         strict_links: follow no symlink that leads out of a folder.
 
@@ -79,17 +91,72 @@ def expand_inputs(patterns: Sequence[str], choose: Choice, *, strict_links: bool
         UsageError: no inputs, or a broken pattern.
         NotFound: something does not exist, or a folder has no such file.
     """
-    inputs = Inputs([], [])
+    inputs = Inputs([], [], [])
     for pattern in patterns:
-        for url in _expand_braces(pattern):
-            _add_files(inputs, url, choose, strict_links)
+        for braced in _expand_braces(pattern):
+            for url in _expand_stars(braced, strict_links):
+                _add_files(inputs, url, choose, strict_links)
     if not inputs.files:
         raise UsageError("no input: pass --input with files or folders")
-    if inputs.left_out:
-        left_out = inputs.source["left_out"]
-        what = f"{left_out['files']:,} files of the input folders are not read as records, such as {left_out['such_as']}"
-        say(f"wds-tools: {what}", error=True)
+    inputs = _sift(inputs)
+    for name, what in _REMARKS.items():
+        if files := inputs.source.get(name):
+            say(f"wds-tools: {files['files']:,} {what}, such as {files['such_as']}", error=True)
     return inputs
+
+
+def _sift(inputs: Inputs) -> Inputs:
+    """Each file once, without what lies beside those that are read: img2dataset's X.parquet and X_stats.json beside X.tar, and
+    images below files of records."""
+    files: dict[str, InputFile] = {}
+    twice = [file.url for file in inputs.files if files.setdefault(_identity(file.url), file) is not file]
+    tars = {key[:-4] for key in files if key.lower().endswith(".tar")}
+    beside = {key for key in files for suffix in _COMPANIONS if key.endswith(suffix) and key.removesuffix(suffix) in tars}
+    names = {key.lstrip("/"): key for key in files if key not in beside}
+    beside.update(names[name] for name in choose_pictures(names, is_candidate).named)
+    taken = [file for key, file in files.items() if key not in beside]
+    left_out = {*inputs.left_out, *(files[key].url for key in beside)}.difference(file.url for file in taken)
+    return Inputs(taken, sorted(left_out), twice)
+
+
+def _identity(url: str) -> str:
+    """A file as it is named, however its path is written."""
+    return url if split_scheme(url)[0] else os.path.abspath(url)  # noqa: PTH100  no link is followed
+
+
+def _expand_stars(pattern: str, strict_links: bool) -> list[str]:
+    """The files and folders that *, ? and ** stand for, none whose names begin with a dot; a pattern without these as it is."""
+    star = _STARS.search(pattern)
+    if star is None or split_scheme(pattern)[0] in ("http", "https") or os.path.lexists(pattern):
+        return [pattern]
+    cut = pattern.rfind("/", 0, star.start()) + 1
+    root, regex = pattern[:cut], _regex(pattern[cut:])
+    found: dict[str, None] = {}
+    for name, _ in open_store(root or ".", strict_links=strict_links).list():
+        match = next((path for path in (*reversed(list(_parents(name))), name) if regex.fullmatch(path)), None)
+        if match is not None:
+            found[match] = None
+    if not found:
+        raise NotFound(f"{pattern}: no such file, and nothing that this pattern stands for")
+    return [root + name for name in found]
+
+
+def _parents(name: str) -> Iterator[str]:
+    while name := posixpath.dirname(name):
+        yield name
+
+
+def _regex(pattern: str) -> re.Pattern[str]:
+    parts = pattern.split("/")
+    text = ""
+    for number, part in enumerate(parts, 1):
+        is_last = number == len(parts)
+        if part == "**":
+            text += r"(?:[^/.][^/]*/)*" + (r"[^/.][^/]*" if is_last else "")
+            continue
+        literal = "".join({"*": "[^/]*", "?": "[^/]"}.get(character, re.escape(character)) for character in part)
+        text += (r"(?!\.)" if part[:1] in "*?" else "") + literal + ("" if is_last else "/")
+    return re.compile(text)
 
 
 def _expand_braces(pattern: str) -> list[str]:

@@ -1,7 +1,4 @@
-"""Hugging Face datasets as they lie on disk -> their files -> rows.
-
-    a folder of save_to_disk   the Arrow files that its state.json names
-    Parquet                    the files below a folder, or those that are named: what `export hf --format parquet` writes
+"""Tables -> rows: Parquet by row groups, Arrow files and streams, and the folders of save_to_disk.
 
 An Arrow file that was cut off gives its rows up to there, a Parquet file its rows up to the damage (none, if its footer is gone),
 and either one reject. Memory: one Arrow batch, or one Parquet row group.
@@ -19,12 +16,13 @@ from typing import Any
 
 from wds_tools.errors import NotFound, Reject, StorageError, UsageError
 from wds_tools.format.typed_json import read_json, shape
+from wds_tools.records.field_map import IMAGE_NAMES
 from wds_tools.sources.arrow import load_pyarrow
 from wds_tools.sources.containers import Unit
 from wds_tools.sources.record import InputFile, Record
 from wds_tools.storage import Store, join, open_store, split_url
 
-ARROW, PARQUET = ".arrow", ".parquet"
+ARROW = ".arrow"
 _READING = "reading Parquet and Arrow files"
 _STATE, _SPLITS = "state.json", "dataset_dict.json"
 _NOT_SAVED = "is not what save_to_disk writes"
@@ -86,7 +84,10 @@ class Tables:
     """
 
     columns: tuple[str, ...] | None = None
-    """Names of the columns that are wanted; None: all. Those that a file lacks are no fields of its records."""
+    """Names of the columns that are wanted; None: all. Those that a file lacks are no fields of its records.
+
+    Columns that may hold an image (of bytes, or with a well-known name) are read too: no image is passed over in silence.
+    """
 
     def units(self, files: Sequence[InputFile]) -> Iterator[Unit]:
         """See Container. Reads the ends of the files, some at a time; one that is damaged there is a unit, and then a reject.
@@ -185,7 +186,7 @@ def _parquet_rows(pa: Any, stream: _Seekable, unit: Unit, columns: Sequence[str]
     size = _rows_at_a_time(num_rows, num_bytes)
     done = 0
     with _rejecting(pa, "corrupt_parquet"):
-        names = None if columns is None else list(columns)
+        names = _wanted(pa, table.schema_arrow, columns)
         for group in range(first, last):  # one by one, since a batch that ends in a damaged one would be lost
             for batch in table.iter_batches(size, row_groups=[group], columns=names, use_threads=False):
                 for fields in _fields(pa, batch):
@@ -205,8 +206,7 @@ def _arrow_rows(pa: Any, stream: _Seekable, columns: Sequence[str] | None) -> It
         at = 0
         for batch in batches:
             batch.validate(full=True)  # nothing else looks at offsets before they are followed
-            if columns is not None:
-                batch = batch.select([name for name in batch.schema.names if name in columns])
+            batch = batch.select(_wanted(pa, batch.schema, columns))
             size = _rows_at_a_time(len(batch), batch.nbytes)
             for start in range(0, len(batch), size):
                 for fields in _fields(pa, batch.slice(start, size)):
@@ -214,6 +214,23 @@ def _arrow_rows(pa: Any, stream: _Seekable, columns: Sequence[str] | None) -> It
                     at = max(stream.tell(), at)
     if not (is_file or stream.ends_with(_END_OF_STREAM)):
         raise Reject("truncated_arrow", f"the file ends at byte {stream.size} without the end marker: it was cut off")
+
+
+def _wanted(pa: Any, schema: Any, columns: Sequence[str] | None) -> list[str]:
+    """The columns that are read."""
+    return [
+        column.name
+        for column in schema
+        if columns is None or column.name in columns or column.name in IMAGE_NAMES or _may_hold_bytes(pa, column.type)
+    ]
+
+
+def _may_hold_bytes(pa: Any, kind: Any) -> bool:
+    types = pa.types
+    if types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind) or types.is_fixed_size_binary(kind):
+        return True
+    inner = [field.type for field in kind] if types.is_struct(kind) else [kind.value_type] if hasattr(kind, "value_type") else []
+    return any(_may_hold_bytes(pa, each) for each in inner)
 
 
 def _rows_at_a_time(num_rows: int, num_bytes: int) -> int:

@@ -9,7 +9,6 @@ Memory: one sample, which has MAX_SAMPLE_BYTES at most, and one chunk.
 
 from __future__ import annotations
 
-import io
 import posixpath
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,8 @@ from wds_tools.format.shard import cut_name
 from wds_tools.format.tar import BLOCK, Member, TarReader
 from wds_tools.sources.containers import Unit
 from wds_tools.sources.record import InputFile, Record
+from wds_tools.sources.text.gzip import MAGIC as GZIP_MAGIC
+from wds_tools.sources.text.gzip import decompress_gzip
 from wds_tools.sources.text.objects import Line, parse_record
 from wds_tools.sources.text.zstd import decompress
 from wds_tools.storage import open_store, split_url
@@ -43,17 +44,15 @@ class Tars:
         reader = TarReader(posixpath.basename(unit.url), max_member_bytes=MAX_SAMPLE_BYTES, lenient=True)
         records = _Records(unit.url, reader)
         damage: Reject | None = None
-        root, name = split_url(unit.url)
-        with open_store(root).open(name) as stream:
-            try:
-                for data, records.read_bytes in _decompressed(stream):
-                    for member in reader.feed(data):
-                        yield from records.add(member)
-                reader.feed(b"")  # damage behind the last member is said now
-            except FormatError as error:
-                damage = Reject("corrupt_tar", str(error))
-            except Reject as cause:
-                damage = cause
+        try:
+            for data, records.read_bytes in _decompressed(unit.url):
+                for member in reader.feed(data):
+                    yield from records.add(member)
+            reader.feed(b"")  # damage behind the last member is said now
+        except FormatError as error:
+            damage = Reject("corrupt_tar", str(error))
+        except Reject as cause:
+            damage = cause
         if damage is None:
             try:
                 reader.close()
@@ -163,13 +162,18 @@ def _value(suffix: str, payload: bytes) -> Any:
         raise Reject("invalid_utf8", f"{suffix}: byte {error.start} is {payload[error.start]:#04x}: {error.reason}") from error
 
 
-def _decompressed(stream: io.BufferedReader) -> Iterator[tuple[bytes, int]]:
+def _decompressed(url: str) -> Iterator[tuple[bytes, int]]:
     """(bytes, bytes of the file read so far)."""
-    head = stream.peek(4)[:4]
-    if head == b"\x28\xb5\x2f\xfd":
-        yield from decompress(stream)
-        return
-    read_bytes = 0
-    while data := stream.read(_READ_BYTES):
-        read_bytes += len(data)
-        yield data, read_bytes
+    root, name = split_url(url)
+    store = open_store(root)
+    with store.open(name) as stream:
+        head = stream.peek(4)[:4]
+        if head.startswith(GZIP_MAGIC):
+            yield from decompress_gzip(lambda: store.open(name))
+        elif head == b"\x28\xb5\x2f\xfd":
+            yield from decompress(stream)
+        else:
+            read_bytes = 0
+            while data := stream.read(_READ_BYTES):
+                read_bytes += len(data)
+                yield data, read_bytes

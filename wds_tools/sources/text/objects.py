@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from typing import Any, NamedTuple
 
 import orjson
@@ -9,6 +11,7 @@ import orjson
 from wds_tools.errors import Reject
 
 MAX_LINE_BYTES = 64 << 20
+_PYTHONIC = re.compile(rb"NaN|Infinity|\\u[dD][89a-fA-F]")
 
 
 class Line(NamedTuple):
@@ -35,10 +38,20 @@ def parse_record(line: Line) -> dict[str, Any]:
             raise Reject(
                 "invalid_utf8", f"byte {wrong.start} of the line is {line.data[wrong.start]:#04x}: {wrong.reason}"
             ) from wrong
-        raise Reject("bad_json", str(error)) from error
+        record = _lenient(line.data, error)
     if type(record) is not dict:
         raise Reject("not_an_object", f"a JSON {type(record).__name__}, expected an object with fields")
     return record
+
+
+def _lenient(data: bytes, error: orjson.JSONDecodeError) -> Any:
+    """JSON as Python's own module writes it: with NaN, Infinity and halves of surrogate pairs. Raises Reject: bad_json."""
+    if _PYTHONIC.search(data):
+        try:
+            return json.loads(data)
+        except (ValueError, RecursionError):
+            pass  # what orjson said of it is as good
+    raise Reject("bad_json", str(error)) from error
 
 
 def fields_of(line: Line) -> dict[str, Any] | Reject:
