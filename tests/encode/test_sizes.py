@@ -196,8 +196,13 @@ def test_sizes_are_compared_column_by_column(several: Path, tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_liquids_seven_columns_have_no_place_for_other_sizes(several: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="has codes vqcode_64, vqcode_fit96, vqcode_multi128, and Liquid's seven columns have a"):
-        export_hf(ExportConfig(input=(str(several),), output=str(tmp_path / "none"), quiet=True))
+    columns = "vqcode_512 and vqcode_multi768 only, and none for vqcode_64: --code-set vqcode_512 takes one"
+    for choice, message in (
+        ("", "no codes without a name .* but vqcode_fit96, vqcode_64, vqcode_multi128"),
+        ("vqcode_64", columns),
+    ):
+        with pytest.raises(UsageError, match=message):
+            export_hf(ExportConfig(input=(str(several),), output=str(tmp_path / "none"), code_set=choice, quiet=True))
     assert not (tmp_path / "none").exists()
     fill(several, tmp_path / "more", mode="cc512")
     fill(tmp_path / "more", tmp_path / "most", mode="multi768")

@@ -233,13 +233,14 @@ def _check_sources(sources: Sequence[_Source], config: ExportConfig) -> None:
                 raise UsageError(f"{store.url}/{row.name} holds images without codes: run `wds-tools encode` first")
         columns = [member.removesuffix(".npy") for member in manifest.members if is_code_column(member)]
         chosen = codes_named(dict.fromkeys(columns), code_set)
-        if columns and not chosen:
+        others = sorted(chosen.keys() - {*CODE_COLUMNS})
+        if columns and (not chosen or (not code_set and len(others) == len(chosen))):
             wanted = f"codes named {code_set!r}" if code_set else f"codes without a name ({' or '.join(CODE_COLUMNS)})"
             raise UsageError(f"{store.url} has no {wanted}, but {', '.join(columns)}: choose with --code-set")
-        if others := chosen.keys() - {*CODE_COLUMNS}:
+        if others:
             raise UsageError(
-                f"{store.url} has codes {', '.join(sorted(others))}, and Liquid's seven columns have a place for "
-                f"{' and '.join(CODE_COLUMNS)} only: --code-set COLUMN takes one of {', '.join(columns)}, or train on the shards"
+                f"{store.url}: Liquid's seven columns have a place for {' and '.join(CODE_COLUMNS)} only, and none for "
+                f"{', '.join(others)}: --code-set vqcode_512 takes one column of several; train on the shards for others"
             )
         for column, provenance in codes_named(manifest.codes, code_set).items():
             for field in _ONE_TOKENIZER:
