@@ -29,7 +29,7 @@ class Source:
     name: str | None = None
     """Value of `__source__` in batches; by default the URL."""
     code_set: str | None = None
-    """Name of the code set to read, where its samples have several; by default the first they have."""
+    """Code set to read, where its samples have several, or columns: "vqcode_256"; by default the first they have."""
 
     def __post_init__(self) -> None:
         weight, repeat, max_samples, fraction = self.weight, self.repeat, self.max_samples, self.fraction

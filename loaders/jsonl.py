@@ -23,7 +23,7 @@ from loaders.reading.fetches import end_with_trainer
 from loaders.tokens.rows import RowMaker, sample_of
 from wds_tools.errors import DataError, FormatError, Reject, StorageError, UsageError
 from wds_tools.format.codes import CODE_COLUMNS
-from wds_tools.format.schema import DATA_TYPES, Sample
+from wds_tools.format.schema import DATA_TYPES, PAIR_TYPES, Sample
 from wds_tools.records.coded import SIDE_512, CodedRows, codes_in, talk_of
 from wds_tools.records.conversations import TalkReader
 from wds_tools.records.fields import CAPTION, required_text
@@ -55,7 +55,7 @@ class JsonlDataset(Dataset[Item]):
         path: the file: a path or URL.
         image_root: folder or URL that image paths are relative to, and may not leave; they may be absolute. By default the file's
             own folder, which they may leave.
-        mode: how images are cropped: see docs/format.md; None: not at all, whatever their shape. Needs Pillow.
+        mode: size of images, as `convert pairs --mode` has it; None: as they are, whatever their shape. Needs Pillow.
         size: pixels of a side: a centre square of this size in place of `mode`'s; images beyond 2:1 are refused.
         transform: called with the pixels of each image; its result takes their place.
         stride: pixels of a side for each code of Liquid's columns.
@@ -75,7 +75,7 @@ class JsonlDataset(Dataset[Item]):
         path: str,
         *,
         image_root: str | None = None,
-        mode: Literal["cc512", "multi768"] | None = "cc512",
+        mode: str | None = "cc512",
         size: int | None = None,
         transform: Callable[[torch.Tensor], Any] | None = None,
         stride: int = 16,
@@ -234,7 +234,8 @@ class JsonlDataset(Dataset[Item]):
         """What a record is that does not say it; None: who knows."""
         if "conversations" in record:
             return "visual_sft"
-        return ("image_text_multi" if self._mode == "multi768" else "image_text") if has_image else None
+        is_multi = isinstance(self._mode, str) and not self._mode.startswith("cc")
+        return PAIR_TYPES[is_multi] if has_image else None
 
     def _pixels(self, image_path: str) -> Any:
         from wds_tools.images import ImageLimits, prepare

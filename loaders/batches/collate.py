@@ -21,6 +21,7 @@ from wds_tools.errors import FormatError
 from wds_tools.format.checksum import crc32
 from wds_tools.format.codes import HW, Shape, split_grids
 from wds_tools.format.index import ABSENT
+from wds_tools.format.schema import PAIR_TYPES, pair_fields
 from wds_tools.format.shard import image_number, parse_npy
 from wds_tools.format.tar import BLOCK, TarReader
 from wds_tools.sequences.rows import TokenBatch
@@ -199,7 +200,14 @@ def read_records(
     grids = [None] * len(loaded)
     if any(reader.has_conversations for reader in {samples.reader for samples in loaded}):
         grids = list(map(_grids, loaded, sample_indices, records))
-    return read_keys(headers), records, _codes(codes, grids)
+    stacked = _codes(codes, grids)
+    if stacked is not None and any(samples.reader.made for samples in loaded):
+        shapes = [stacked.shapes] * len(records) if isinstance(stacked.shapes, tuple) else stacked.shapes
+        for samples, sample_index, record, shape in zip(loaded, sample_indices, records, shapes, strict=True):
+            if samples.reader.made and isinstance(shape, tuple) and record["data_type"] in PAIR_TYPES:
+                column = _code_column(samples, sample_index)
+                record.update(pair_fields(column, shape, samples.reader.made.get(column, {}).get("stride")))
+    return read_keys(headers), records, stacked
 
 
 def _image(samples: LoadedSamples, sample_index: int, data: memoryview, record: dict[str, Any]) -> bytes | list[bytes] | None:
@@ -218,8 +226,13 @@ def _grids(samples: LoadedSamples, sample_index: int, record: dict[str, Any]) ->
     """The shape of each image's codes in a conversation, as its json says; None if the codes are one grid."""
     if record.get("grids") is None:
         return None
+    return record["grids"][_code_column(samples, sample_index)] or []
+
+
+def _code_column(samples: LoadedSamples, sample_index: int) -> str:
+    """The column that the codes of a sample are read from."""
     members = (suffix for suffix, _, _ in _payloads(samples, sample_index) if suffix in samples.reader.code_members)
-    return record["grids"][next(members, "no codes").removesuffix(".npy")] or []
+    return next(members, "no codes").removesuffix(".npy")
 
 
 def _payloads(samples: LoadedSamples, sample_index: int) -> Iterator[tuple[str, int, int]]:

@@ -14,10 +14,10 @@ from __future__ import annotations
 import faulthandler
 import resource
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from mmap import mmap
 from threading import Lock
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,7 +25,7 @@ from loaders.order.samples import OpenSource
 from loaders.reading.cache import BlockCache
 from wds_tools.dataset.samples import IndexReader
 from wds_tools.errors import FormatError, UsageError
-from wds_tools.format.codes import one_set
+from wds_tools.format.codes import chosen_codes, is_code_column
 from wds_tools.format.index import ABSENT, ShardIndex
 from wds_tools.format.schema import IMAGE_EXTENSIONS, TOKEN_MEMBERS
 from wds_tools.storage import LocalStore, join
@@ -127,6 +127,9 @@ class SourceReader:
         self.code_members = _code_members(opened)
         self.wanted = _wanted(opened, self.code_members)
         """Members whose spans every sample gets: the first that it has of each of these."""
+        others = [name for name in opened.manifest.members if is_code_column(name) and name not in self.code_members]
+        self.made: Mapping[str, Mapping[str, Any]] = opened.manifest.codes if others and self.code_members else {}
+        """Provenance of the code columns, if samples may have others beside those that are read."""
         self._store = opened.store
         self._local = opened.store if isinstance(opened.store, LocalStore) else None
         self.is_mapped = self._local is not None
@@ -237,7 +240,7 @@ def _code_members(opened: OpenSource) -> Sequence[str]:
     code_set = opened.source.code_set
     if code_set is None:
         return list(members.values())
-    if not (chosen := one_set(members, code_set)):
+    if not (chosen := chosen_codes(members, code_set)):
         known = ", ".join(members.values()) or "none at all"
         raise UsageError(f"source {opened.source.url} has no codes named {code_set!r}, but {known}")
     return list(chosen.values())

@@ -90,11 +90,14 @@ def test_what_can_not_be_compared_is_refused(sets: Path, tmp_path: Path) -> None
     make_dataset(tmp_path / "order", [image_sample(2), image_sample(1)], codes=facts)
     with pytest.raises(UsageError, match="can't be compared: tokenizer is 'tiny' and 'other'"):
         compare(sets / "fp32", tmp_path / "other")
-    with pytest.raises(UsageError, match="has no codes vqcode_512-x or vqcode_multi768-x"):
+    with pytest.raises(
+        UsageError,
+        match=r"no codes '' of .* and 'x' of .* are of images of one size: .* has vqcode_512; choose",
+    ):
         compare(sets / "fp32", sets / "bf16", code_set_b="x")
     with pytest.raises(UsageError, match="both are the same codes"):
         compare(sets / "fp32", sets / "fp32")
-    with pytest.raises(FormatError, match=r"grids of \(4, 4\) and vqcode_512 of \(2, 2\) codes"):
+    with pytest.raises(FormatError, match=r"vqcode_512 has grids of \(4, 4\) and of \(2, 2\) codes"):
         compare(tmp_path / "other", tmp_path / "shape", pictures=0)
     with pytest.raises(FormatError, match="keys have to ascend"):
         compare(tmp_path / "other", tmp_path / "order", pictures=0)
@@ -135,7 +138,7 @@ def test_conversations_that_were_cropped_in_two_ways_are_refused(tmp_path: Path)
     make_dataset(tmp_path / "in", [talk(0, (90, 60))])
     for mode in ("cc512", "multi768"):
         encode(EncodeConfig(input=str(tmp_path / "in"), output=str(tmp_path / mode), sft_mode=mode, device="cpu", quiet=True))  # type: ignore[arg-type]
-    with pytest.raises(FormatError, match=r"0000: vqcode_512 has grids of \(32, 32\) and vqcode_multi768 of .*--sft-mode"):
+    with pytest.raises(UsageError, match=r"images of one size: .*cc512 has vqcode_512, .*multi768 has vqcode_multi768; choose"):
         compare(tmp_path / "cc512", tmp_path / "multi768")
 
 

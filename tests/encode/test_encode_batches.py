@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,6 +24,7 @@ from wds_tools.encode.device import Device, Outcome, Pixels
 from wds_tools.errors import Reject, TokenizerError
 from wds_tools.run.progress import Advance
 from wds_tools.vq.base import ImageTokenizer
+from wds_tools.vq.registry import load_tokenizer
 
 SIZES = ((32, 32), (32, 64), (64, 32), (16, 16))
 
@@ -232,3 +234,20 @@ def test_a_device_knows_how_long_it_waited(monkeypatch: pytest.MonkeyPatch) -> N
     assert device.new_use() == Advance(images=4, device_s=8, waited_s=2)
     now[0] += 5
     assert device.new_use() == Advance(device_s=5, waited_s=5)
+
+
+def test_on_a_cpu_images_of_all_sizes_share_batches_and_have_the_codes_they_have_alone() -> None:
+    tokenizer = load_tokenizer("tiny", device="cpu")
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 256, (*SIZES[number % 4], 3), np.uint8) for number in range(24)]
+    device = Device(tokenizer)
+    batches = []
+    encode = device.encode
+    device.encode = lambda outcomes, images: (batches.append(len(images)), encode(outcomes, images))[1]  # type: ignore[method-assign]
+    jobs = ((number, partial(lambda image: image, image)) for number, image in enumerate(images))
+    found = list(encode_in_batches(jobs, device, batch_size=4, threads=2))
+    assert [number for number, _ in found] == list(range(24))
+    assert batches == [24], "they are small"
+    for (_, codes_hw), image in zip(found, images, strict=True):
+        assert np.array_equal(codes_hw, tokenizer.encode(torch.from_numpy(image[None]))[0].numpy())  # type: ignore[arg-type]
+    assert device.new_use().images == 24

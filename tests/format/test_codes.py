@@ -18,11 +18,11 @@ from wds_tools.format.codes import (
     CodeGrid,
     check_column,
     check_range,
+    chosen_codes,
     code_dtype,
     codes_named,
     join_grids,
     named_column,
-    one_set,
     split_grids,
 )
 
@@ -70,9 +70,9 @@ def test_the_columns_of_a_code_set_are_found_by_its_name_alone(code_set: str) ->
     for column in columns:
         check_column(column)
     expected = {column: value for column, value in columns.items() if value[1] == code_set}
-    assert one_set(columns, code_set) == expected
+    assert chosen_codes(columns, code_set) == expected
     assert codes_named(columns, code_set) == {plain: (plain, code_set) for plain in CODE_COLUMNS}
-    assert one_set(dict(reversed(columns.items())), None) == one_set(columns, "x" * 15)
+    assert chosen_codes(dict(reversed(columns.items())), None) == chosen_codes(columns, "x" * 15)
 
 
 def test_no_other_module_says_how_many_axes_codes_have_or_how_a_code_set_is_named() -> None:

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from wds_tools.errors import FormatError
-from wds_tools.format.codes import code_column, code_dtype, join_grids
+from wds_tools.format.codes import CODE_COLUMNS, code_dtype, join_grids
 from wds_tools.format.index import serialize_index
 from wds_tools.format.schema import DATA_TYPES, IMAGE_EXTENSIONS, Sample, SourceImage, validate
 from wds_tools.format.shard import (
@@ -86,7 +86,7 @@ def samples(draw: st.DrawFn) -> Sample:
     fields: dict[str, Any] = {}
     if data_type != "text_pretrain":
         if draw(st.booleans()):
-            fields["codes"] = {code_column(data_type): draw(GRIDS)}
+            fields["codes"] = {draw(st.sampled_from((*CODE_COLUMNS, "vqcode_256", "vqcode_fit720-emu3"))): draw(GRIDS)}
         if draw(st.booleans()):
             fields |= {"image": draw(st.binary(max_size=2000)), "image_extension": draw(st.sampled_from(IMAGE_EXTENSIONS))}
         if draw(st.booleans()):

@@ -28,19 +28,21 @@ from wds_tools.errors import Reject, UsageError
 from wds_tools.images import (
     FORMATS,
     REASONS,
-    TARGETS,
     ImageInfo,
     ImageLimits,
-    cc512,
     check_ratio,
     decode,
     decode_rgb,
-    multi768,
+    parse_mode,
     prepare,
     probe,
+    shapes,
 )
+from wds_tools.images.crop import cover
 from wds_tools.images.decode import HAS_AVIF
 
+TARGETS = shapes(768)
+cc512, multi768 = (parse_mode(word).crop_for for word in ("cc512", "multi768"))
 REPOSITORY = Path(__file__).parents[2]
 PAIRS = SHARED / "pairs" / "open"
 MALFORMED = SHARED / "malformed" / "images"
@@ -553,7 +555,7 @@ sides = st.integers(1, 70_000)
 
 @given(sides, sides)
 def test_the_square_crop_is_inside_the_resized_image_whose_shorter_side_is_exactly_512(width: int, height: int) -> None:
-    crop = cc512(width, height)
+    crop = cover(width, height, 512, 512)
     left, top, right, bottom = crop.box
     assert min(crop.resize) == 512
     assert (right - left, bottom - top) == crop.size == (512, 512)
@@ -566,7 +568,7 @@ def test_the_square_crop_is_inside_the_resized_image_whose_shorter_side_is_exact
 @given(sides, sides)
 def test_the_resized_size_is_the_references_formula_without_floats(width: int, height: int) -> None:
     factor = min(width, height) / 512
-    assert cc512(width, height).resize == (int(width / factor), int(height / factor))
+    assert cover(width, height, 512, 512).resize == (int(width / factor), int(height / factor))
 
 
 def test_no_side_up_to_20000_is_scaled_to_511() -> None:
@@ -584,8 +586,8 @@ def test_exactly_two_to_one_passes_and_one_pixel_more_does_not() -> None:
 
 
 def test_prepare_refuses_a_mode_it_does_not_know() -> None:
-    with pytest.raises(UsageError, match="cc513"):
-        prepare(encoded(picture()), "cc513")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="cc5130"):
+        prepare(encoded(picture()), "cc5130")  # type: ignore[arg-type]
 
 
 def test_a_side_below_one_is_the_callers_mistake() -> None:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,18 +20,16 @@ from numpy.typing import NDArray
 
 from wds_tools.dataset.reader import read_manifest, read_shard
 from wds_tools.errors import FormatError, UsageError
-from wds_tools.format.codes import CODE_COLUMNS, Codes, code_column, codes_named, named_column
+from wds_tools.format.codes import Codes, codes_named
 from wds_tools.format.manifest import Manifest
 from wds_tools.format.schema import Sample
-from wds_tools.images import PAIR_TYPES, ImageLimits, Mode, prepare
+from wds_tools.images import ImageLimits, mode_of_column, prepare
 from wds_tools.run.progress import Advance, Progress
 from wds_tools.storage import Store, open_store
 from wds_tools.vq.base import ImageTokenizer
 from wds_tools.vq.registry import load_tokenizer
 
 _SAME = ("tokenizer", "codebook_size", "weights_hash", "preprocessing_version")
-_MODES: dict[str, Mode] = {code_column(data_type): mode for mode, data_type in PAIR_TYPES.items()}
-"""How the images of a column were cropped."""
 _LIMITS = ImageLimits(min_side=1, max_bytes=sys.maxsize)
 """Images that have codes are good."""
 _REPORT_EVERY = 64
@@ -45,7 +44,7 @@ class CompareConfig:
     b: str
     """The second; it may be the same, if the code sets differ."""
     code_set_a: str = ""
-    """Code set of the first, where it has several."""
+    """Code set of the first, where it has several, or column: vqcode_256."""
     code_set_b: str = ""
     """Code set of the second."""
     pictures: int = 100
@@ -100,43 +99,47 @@ def compare_codes(config: CompareConfig) -> Comparison:
         FormatError: keys do not ascend, or the grids of one image differ in size.
     """
     a, b = ((store := open_store(url), read_manifest(store)) for url in (config.a, config.b))
-    provenance = _check(config, a[1], b[1])
+    columns = _check(config, a[1], b[1])
     tokenizer = None
     if config.pictures:
-        tokenizer = load_tokenizer(provenance["tokenizer"], weights=config.weights, device=config.device)
-        if tokenizer.weights_hash != provenance["weights_hash"]:
+        first, *_ = columns.values()
+        tokenizer = load_tokenizer(first["tokenizer"], weights=config.weights, device=config.device)
+        if any(made["weights_hash"] != tokenizer.weights_hash for made in columns.values()):
             raise UsageError(f"--weights {config.weights} are not those that the codes were made with ({tokenizer.weights_hash})")
     every = max(1, min(a[1].samples, b[1].samples) // max(config.pictures, 1))
     result = Comparison()
     num_looked_at = 0
     with Progress("compare-codes", min(a[1].samples, b[1].samples), quiet=config.quiet) as progress:
-        for sample_a, sample_b in _joined(_coded(*a, config.code_set_a), _coded(*b, config.code_set_b), result):
+        for sample_a, sample_b in _joined(_coded(*a, config.code_set_a, columns), _coded(*b, config.code_set_b, columns), result):
             _count(result, sample_a, sample_b)
             is_due = num_looked_at < config.pictures and num_looked_at * every < result.samples
             if tokenizer is not None and is_due and sample_a.grids:
                 num_looked_at += 1
-                _look(result, tokenizer, sample_a, sample_b)
+                _look(result, tokenizer, columns[sample_a.column], sample_a, sample_b)
             if result.samples % _REPORT_EVERY == 0:
                 progress(Advance(units=_REPORT_EVERY, samples=_REPORT_EVERY))
     result.finish()
     return result
 
 
-def _check(config: CompareConfig, a: Manifest, b: Manifest) -> dict[str, Any]:
-    """The provenance that both have in common."""
-    known = [
-        (url, codes_named(manifest.codes, name))
-        for url, manifest, name in ((config.a, a, config.code_set_a), (config.b, b, config.code_set_b))
-    ]
-    for (url, codes), name in zip(known, (config.code_set_a, config.code_set_b), strict=True):
-        if not codes:
-            raise UsageError(f"{url} has no codes {' or '.join(named_column(column, name) for column in CODE_COLUMNS)}")
-    facts = [next(iter(codes.values())) for _, codes in known]
-    for name in _SAME:
-        if facts[0].get(name) != facts[1].get(name):
-            values = f"{facts[0].get(name)!r} and {facts[1].get(name)!r}"
-            raise UsageError(f"the codes of {config.a} and {config.b} can't be compared: {name} is {values}")
-    return dict(facts[0])
+def _check(config: CompareConfig, a: Manifest, b: Manifest) -> dict[str, Mapping[str, Any]]:
+    """The columns that both have, under their plain names, and their provenance in A; they are of one tokenizer."""
+    sides = ((config.a, a, config.code_set_a), (config.b, b, config.code_set_b))
+    known = [codes_named(manifest.codes, choice) for _, manifest, choice in sides]
+    columns = {column: made for column, made in known[0].items() if column in known[1]}
+    if not columns:
+        held = (f"{url} has {', '.join(manifest.codes) or 'none'}" for url, manifest, _ in sides)
+        raise UsageError(
+            f"no codes {config.code_set_a!r} of {config.a} and {config.code_set_b!r} of {config.b} are of images of one size: "
+            f"{', '.join(held)}; choose with --code-set-a and --code-set-b"
+        )
+    for column, name in product(columns, _SAME):
+        values = [made[column].get(name) for made in known]
+        if values[0] != values[1]:
+            raise UsageError(
+                f"the codes of {config.a} and {config.b} can't be compared: {name} is {values[0]!r} and {values[1]!r}"
+            )
+    return columns
 
 
 class _Coded(NamedTuple):
@@ -144,31 +147,37 @@ class _Coded(NamedTuple):
 
     sample: Sample
     column: str
-    """One of CODE_COLUMNS, whatever the code set."""
+    """Its plain name, whatever the code set."""
     grids: list[Codes]
     """The grid of each image: a conversation has any number."""
 
+    @property
+    def place(self) -> tuple[str, str]:
+        """Where it stands in the order of its dataset."""
+        return self.sample.key, self.column
 
-def _coded(store: Store, manifest: Manifest, name: str) -> Iterator[_Coded]:
-    """The samples of a dataset that have codes."""
+
+def _coded(store: Store, manifest: Manifest, choice: str, columns: Collection[str]) -> Iterator[_Coded]:
+    """The samples of a dataset that have codes of these columns, in the order of their keys and columns."""
     last = ""
     for shard in manifest.shards:
         for sample in read_shard(store, shard):
             if sample.key <= last:
                 raise FormatError(f"{store.url}/{shard.name}: {sample.key} follows {last}: keys have to ascend to be compared")
             last = sample.key
-            for column in codes_named(sample.codes, name):
-                yield _Coded(sample, column, sample.grids_of(named_column(column, name)))
+            stored = codes_named({column: column for column in sample.codes}, choice)
+            for column in sorted(stored.keys() & columns):
+                yield _Coded(sample, column, sample.grids_of(stored[column]))
 
 
 def _joined(a: Iterator[_Coded], b: Iterator[_Coded], result: Comparison) -> Iterator[tuple[_Coded, _Coded]]:
-    """Pairs of samples with the same key."""
+    """Pairs of samples with the same key and column."""
     sample_a, sample_b = next(a, None), next(b, None)
     while sample_a is not None and sample_b is not None:
-        if sample_a.sample.key < sample_b.sample.key:
+        if sample_a.place < sample_b.place:
             result.only_a += 1
             sample_a = next(a, None)
-        elif sample_a.sample.key > sample_b.sample.key:
+        elif sample_a.place > sample_b.place:
             result.only_b += 1
             sample_b = next(b, None)
         else:
@@ -181,12 +190,9 @@ def _joined(a: Iterator[_Coded], b: Iterator[_Coded], result: Comparison) -> Ite
 
 def _count(result: Comparison, a: _Coded, b: _Coded) -> None:
     shapes_a, shapes_b = ([grid_hw.shape for grid_hw in coded.grids] for coded in (a, b))
-    if a.column != b.column or shapes_a != shapes_b:
+    if shapes_a != shapes_b:
         texts = [f"{', '.join(map(str, shapes)) or 'no image'}" for shapes in (shapes_a, shapes_b)]
-        raise FormatError(
-            f"{a.sample.key}: {a.column} has grids of {texts[0]} and {b.column} of {texts[1]} codes: "
-            "not of the same images, or cropped in another way (--sft-mode)"
-        )
+        raise FormatError(f"{a.sample.key}: {a.column} has grids of {texts[0]} and of {texts[1]} codes: not of the same images")
     sizes = [grid_hw.size for grid_hw in a.grids]
     equal = sum(int((grid_a == grid_b).sum()) for grid_a, grid_b in zip(a.grids, b.grids, strict=True))
     result.codes += sum(sizes)
@@ -194,7 +200,7 @@ def _count(result: Comparison, a: _Coded, b: _Coded) -> None:
     result.equal_samples += equal == sum(sizes)
 
 
-def _look(result: Comparison, tokenizer: ImageTokenizer, a: _Coded, b: _Coded) -> None:
+def _look(result: Comparison, tokenizer: ImageTokenizer, made: Mapping[str, Any], a: _Coded, b: _Coded) -> None:
     """Decode the images of both, and compare the pictures with each other and with the photographs."""
     photographs = a.sample.images or b.sample.images
     for number, grids in enumerate(zip(a.grids, b.grids, strict=True)):
@@ -203,7 +209,8 @@ def _look(result: Comparison, tokenizer: ImageTokenizer, a: _Coded, b: _Coded) -
         result.pictures += 1
         pairs = {"between": (pictures["a"], pictures["b"])}
         if photographs:
-            photograph = prepare(photographs[number].data, _MODES[a.column], _LIMITS)
+            mode = mode_of_column(a.column).at(tokenizer.name, tokenizer.stride, made.get("min_pixels", 0))
+            photograph = prepare(photographs[number].data, mode, _LIMITS)
             pairs |= {"a": (pictures["a"], photograph), "b": (pictures["b"], photograph)}
         for name, (first, second) in pairs.items():
             error = float(np.square(first.astype(np.float32) - second).mean())

@@ -61,7 +61,7 @@ def convert_command(options: type[ConvertOptions]) -> tuple[type[Any], Callable[
 def _encoder(config: Any) -> Encoder | None:
     if getattr(config, "encode", None) is None:
         return None
-    from wds_tools.encode.image_encoder import MODES, ImageEncoder  # with torch, which converting alone does without
+    from wds_tools.encode.image_encoder import ImageEncoder  # with torch, which converting alone does without
 
     return ImageEncoder(
         config.encode,
@@ -70,7 +70,7 @@ def _encoder(config: Any) -> Encoder | None:
         cpus=config.remote_cpus,
         keep_images=config.keep_images,
         limits=config.limits,
-        sft_mode=getattr(config, "sft_mode", MODES["visual_sft"]),
+        modes=config.modes,
     )
 
 

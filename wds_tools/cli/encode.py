@@ -25,7 +25,7 @@ def run(config: Config) -> int:
         if config.sft_mode != Config.sft_mode:
             raise UsageError(f"--sft-mode {config.sft_mode}: {config.input} is read as pairs; see convert conversations --encode")
         names = {field.name for field in fields(convert_pairs.Config)} & {field.name for field in fields(config)}
-        same = {name: getattr(config, name) for name in names if name != "input"}
+        same = {name: value for name in names - {"input"} if (value := getattr(config, name)) is not None}
         return convert_pairs.run(convert_pairs.Config(input=(config.input,), encode=config.tokenizer, **same))
     print_dataset(config.output, encode(config), json=config.json)
     return 0

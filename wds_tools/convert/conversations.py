@@ -10,14 +10,13 @@ the turns, as first_answer.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from wds_tools.convert.images import NUM_AHEAD, ImageOptions, ImageReader
 from wds_tools.errors import Reject
 from wds_tools.format.schema import Sample, SourceImage
-from wds_tools.images import Mode
 from wds_tools.records.conversations import TalkReader
 
 _SOURCE_ID, _FIRST_ANSWER = "source_id", "first_answer"
@@ -36,8 +35,8 @@ class ConversationsConfig(ImageOptions):
     """Field with the images. Default: image, images, or another well-known name; and those that stand in the turns."""
     image_marks: Literal["written", "first"] = "written"
     """first: images of a record without an <image> mark are put before its first question; else such a record is a reject."""
-    sft_mode: Mode = "cc512"
-    """With --encode: how images are cropped: cc512 to a 512 px square, multi768 to the nearest of many shapes."""
+    sft_mode: str = "cc512"
+    """With --encode: size of the images, as `convert pairs --mode` has it: ccN, multiN or fitN."""
     keep: tuple[str, ...] = ()
     """Fields of the record to keep as provenance. Its id is kept always, as source_id."""
 
@@ -61,9 +60,9 @@ class ConversationsConfig(ImageOptions):
         return {**super().named_fields, **{option: (name,) for option, name in named.items() if name is not None}}
 
     @property
-    def image_types(self) -> Sequence[str]:
+    def modes(self) -> Mapping[str, str]:
         """See ConvertOptions."""
-        return ("visual_sft",)
+        return {"visual_sft": self.sft_mode}
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ the options of `wds-tools convert NAME`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Protocol, cast
 
@@ -150,9 +150,9 @@ class ConvertOptions(JobOptions):
         return {"keep": self.keep}
 
     @property
-    def image_types(self) -> Sequence[str]:
-        """Data types of samples with images, which an encoder can fill."""
-        return ()
+    def modes(self) -> Mapping[str, str]:
+        """Of samples with images, which an encoder can fill: data type -> mode, such as "cc512"."""
+        return {}
 
     @property
     def code_columns(self) -> Mapping[str, Mapping[str, Any]]:

@@ -7,14 +7,14 @@ Format, size and aspect ratio are looked at here; what only an encoder finds in 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from wds_tools.convert.images import NUM_AHEAD, ImageOptions, ImageReader
 from wds_tools.errors import Reject
 from wds_tools.format.schema import Sample
-from wds_tools.images import PAIR_TYPES, Mode, crop_for
+from wds_tools.images import Mode, parse_mode
 from wds_tools.records.field_map import FieldMap, parse_pairs
 from wds_tools.records.fields import value_of
 
@@ -26,8 +26,9 @@ class PairsConfig(ImageOptions):
 
     input: tuple[str, ...]
     """.jsonl files, folders of them or brace patterns; one object a line with image_path and text_prompt (or text)."""
-    mode: Mode = "cc512"
-    """cc512: 512 px centre crop, for images up to 2:1. multi768: nearest of many shapes of about 768 x 768 pixels, up to 4:1."""
+    mode: str = "cc512"
+    """ccN: centre square of N px, for images up to 2:1. multiN: nearest of many shapes of about N x N px, up to 4:1. fitN: their
+    own shape, of N x N px at most, up to 4:1. The images stay whole, so `encode` may take another N of 64 to 4096, or mode."""
     image: str | None = None
     """Field with the image: a path, bytes, or what else is read. Default: well-known names in a documented order."""
     text: tuple[str, ...] = ()
@@ -39,7 +40,7 @@ class PairsConfig(ImageOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.field_map  # noqa: B018  checks it
+        self.field_map, parse_mode(self.mode)
 
     @property
     def field_map(self) -> FieldMap:
@@ -49,7 +50,7 @@ class PairsConfig(ImageOptions):
 
     def make_converter(self) -> Pairs:
         """The caption and the image of a record."""
-        return Pairs(self.mode, ImageReader(self), self.field_map)
+        return Pairs(parse_mode(self.mode), ImageReader(self), self.field_map)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -58,9 +59,9 @@ class PairsConfig(ImageOptions):
         return {"mode": self.mode, **super().settings, **fields}
 
     @property
-    def image_types(self) -> Sequence[str]:
+    def modes(self) -> Mapping[str, str]:
         """See ConvertOptions."""
-        return (PAIR_TYPES[self.mode],)
+        return {parse_mode(self.mode).data_type: self.mode}
 
     @property
     def named_fields(self) -> Mapping[str, Iterable[str]]:
@@ -98,11 +99,11 @@ class Pairs:
         if isinstance(value, list) and len(value) == 1:
             value = value[0]
         image, info = self.images.read(source, value)
-        crop = crop_for(self.mode, info.width, info.height)
+        crop = self.mode.crop_for(info.width, info.height)
         is_path = isinstance(value, str) and not value.startswith("data:")
         return Sample(
             key=key,
-            data_type=PAIR_TYPES[self.mode],
+            data_type=self.mode.data_type,
             text=text,
             image=image,
             image_extension=info.extension,

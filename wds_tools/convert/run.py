@@ -40,7 +40,7 @@ def run_conversion(options: ConvertOptions, encoder: Encoder | None = None) -> M
     if options.source is not None:
         settings["source"] = options.source
     if encoder is not None:
-        settings["encode"], codes = encoder.provenance(options.image_types)
+        settings["encode"], codes = encoder.provenance(options.modes)
         options = replace(options, workers=encoder.workers)
     settings |= {name: value for name in ("drop", "where") if (value := getattr(options, name))}
     converter = options.make_converter()

@@ -1,7 +1,8 @@
 """Images in, codes out in the order in which they came, while everything else goes on at the same time.
 
-    jobs -> prepare (threads: decode, scale, crop) -> batches of one size -> the device (a thread) -> deliver (a thread)
+    jobs -> prepare (threads: decode, scale, crop) -> batches -> the device (a thread) -> deliver (a thread)
 
+A batch has images of one size, but for our tokenizers on a CPU, which take them one by one (`Device.takes_any_size`).
 Pillow and torch release the GIL. Which images make a batch depends on their order and sizes alone, and in fp32 codes do not
 depend on it: a batch is full at a number of pixels, and no image waits for more than `_WAIT_BATCHES` batches' worth of
 images behind it, which bounds the memory however sizes are mixed. An image that can't be used sinks nobody else.
@@ -82,7 +83,7 @@ def encode_in_batches(
 
 
 class _Batcher:
-    """Gathers images of one size until they make a batch. Runs in one thread, which is the device's."""
+    """Gathers images of one size, or of any where the device takes these, until they make a batch. In the device's thread."""
 
     def __init__(self, device: Device, batch_size: int) -> None:
         self._device = device
@@ -90,7 +91,7 @@ class _Batcher:
         self._most_behind = _WAIT_BATCHES * batch_size
         self._num_taken = 0
         self._groups: dict[tuple[int, ...], tuple[int, list[_Ticket[Any]], list[Pixels]]] = {}
-        """By size: when it was begun, and what it has. The first began first."""
+        """By size, or all under one where the device takes any: when it was begun, and what it has. The first began first."""
 
     def take(self, ticket: _Ticket[Any]) -> None:
         """Wait for the pixels of the next ticket, and encode what has become a batch with them."""
@@ -116,11 +117,11 @@ class _Batcher:
             self._run(size)
 
     def _add(self, ticket: _Ticket[Any], pixels_HWC: Pixels) -> None:
-        size = pixels_HWC.shape
+        size = () if self._device.takes_any_size else pixels_HWC.shape
         _, tickets, images = self._groups.setdefault(size, (self._num_taken, [], []))
         tickets.append(ticket)
         images.append(pixels_HWC)
-        if (len(images) + 1) * size[0] * size[1] > self._batch_pixels:
+        if sum(image[..., 0].size for image in (*images, pixels_HWC)) > self._batch_pixels:
             self._run(size)
 
     def _run(self, size: tuple[int, ...]) -> None:

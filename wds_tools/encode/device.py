@@ -26,7 +26,7 @@ from wds_tools.errors import Reject, TokenizerError, WdsToolsError, in_one_line
 from wds_tools.run.progress import Advance
 from wds_tools.terminal import say
 from wds_tools.vq.base import ImageTokenizer
-from wds_tools.vq.quantize import NO_CODE
+from wds_tools.vq.quantize import NO_CODE, CodebookTokenizer
 
 Pixels = NDArray[np.uint8]
 Outcome = NDArray[np.int64] | Reject | None
@@ -49,6 +49,8 @@ class Device:
 
     def __init__(self, tokenizer: ImageTokenizer) -> None:
         self.tokenizer = tokenizer
+        self.takes_any_size = tokenizer.device.type == "cpu" and isinstance(tokenizer, CodebookTokenizer)
+        """Whether a batch may have images of several sizes: on a CPU ours go through the network one by one, side by side."""
         self._deliver = ThreadPoolExecutor(1, "deliver")
         is_cuda = tokenizer.device.type == "cuda"
         self._copies: Any = torch.cuda.Stream(tokenizer.device) if is_cuda else None  # type: ignore[no-untyped-call]
@@ -79,10 +81,13 @@ class Device:
             return now - self._begun, self._waited_s + (0.0 if self._num_there else now - self._free_since)
 
     def encode(self, outcomes: Sequence[Future[Outcome]], images: Sequence[Pixels]) -> None:
-        """Encode images of one size. Their outcomes are set once the codes are there, perhaps after this has returned.
+        """Encode images, of one size unless it takes any. Their outcomes are set once the codes are there, perhaps after this.
 
         An outcome raises TokenizerError if a single image does not fit the device's memory.
         """
+        if isinstance(self.tokenizer, CodebookTokenizer) and self.takes_any_size:
+            self._encode_each(self.tokenizer, outcomes, images)
+            return
         at_once = max(1, self._most_pixels // (images[0].shape[0] * images[0].shape[1]))
         for first in range(0, len(images), at_once):
             self._encode(outcomes[first : first + at_once], images[first : first + at_once])
@@ -116,6 +121,19 @@ class Device:
         else:
             where = f"the memory of {self.tokenizer.device}"
             _fail(outcomes, TokenizerError(f"{self.tokenizer.name}: a single image of {W} x {H} pixels does not fit {where}"))
+
+    def _encode_each(self, tokenizer: CodebookTokenizer, outcomes: Sequence[Future[Outcome]], images: Sequence[Pixels]) -> None:
+        self._come()
+        try:
+            codes = tokenizer.encode_each(list(map(torch.from_numpy, images)))
+            for outcome, image, codes_hw in zip(outcomes, images, codes, strict=True):
+                self._check(codes_hw[None], [image])
+                outcome.set_result(codes_hw.numpy().copy())
+                self._num_images += 1
+        except BaseException as error:  # noqa: BLE001  raised where the outcomes are asked for
+            _fail(outcomes, self._named(error, images))
+        finally:
+            self._go()
 
     def _launch(self, images: Sequence[Pixels]) -> tuple[Tensor, Callable[[], None]]:
         """Begin with a batch: where its codes will be, and what to call to wait for them."""

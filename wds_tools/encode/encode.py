@@ -22,8 +22,8 @@ from wds_tools.encode.image_encoder import MODES, ImageEncoder
 from wds_tools.encode.options import TokenizerOptions
 from wds_tools.errors import UsageError
 from wds_tools.format.manifest import Manifest, shard_info_from_json
-from wds_tools.format.schema import IMAGE_EXTENSIONS, Sample
-from wds_tools.images import ImageLimits, Mode
+from wds_tools.format.schema import IMAGE_EXTENSIONS, PAIR_TYPES, Sample
+from wds_tools.images import ImageLimits, parse_mode
 from wds_tools.jobs import Job, JobOptions, run_job
 from wds_tools.jobs.records import ConvertRecords
 from wds_tools.sources.record import Record, group_to_limits
@@ -41,8 +41,10 @@ class EncodeConfig(JobOptions, TokenizerOptions):
     """tiny (bundled, for trials; also if none is named), or, with --weights, chameleon or another of docs/tokenizers.md."""
     keep_images: bool = False
     """Keep the source images beside the codes."""
-    sft_mode: Mode = "cc512"
-    """How images of conversations are cropped: cc512 to a 512 px square, multi768 to the nearest of many shapes."""
+    mode: str | None = None
+    """Size of the images of pairs: see `convert pairs --mode`. Default: that which they were converted for."""
+    sft_mode: str = "cc512"
+    """The same of conversations: ccN, multiN or fitN."""
     max_pixels: int = ImageLimits.max_pixels
     """Images with more pixels are rejected: decompression bombs."""
 
@@ -76,11 +78,13 @@ def encode(config: EncodeConfig) -> Manifest:
         cpus=config.remote_cpus,
         keep_images=config.keep_images,
         limits=limits,
-        sft_mode=config.sft_mode,
+        modes={**_pair_modes(config.mode, manifest.source), "visual_sft": config.sft_mode},
     )
     has_codes = sorted({image_encoder.column_of(data_type) for data_type in types}.intersection(manifest.codes))
     if has_codes:
-        raise UsageError(f"{config.input} is encoded already ({', '.join(has_codes)}); --code-set NAME adds another set")
+        raise UsageError(
+            f"{config.input} is encoded already ({', '.join(has_codes)}); --code-set NAME adds another set, --mode another size"
+        )
     if manifest.codes and not set(IMAGE_EXTENSIONS).intersection(manifest.members):
         raise UsageError(f"{config.input} has codes, but its images were not kept: encode its source again, with --keep-images")
     settings, codes = image_encoder.provenance(types)
@@ -89,6 +93,7 @@ def encode(config: EncodeConfig) -> Manifest:
         settings={
             "input": manifest.fingerprint(),
             "keep_images": config.keep_images,
+            **({} if config.mode is None else {"mode": config.mode}),
             "sft_mode": config.sft_mode,
             "max_pixels": config.max_pixels,
             "codes": config.code_set,
@@ -114,6 +119,18 @@ def encode(config: EncodeConfig) -> Manifest:
         },
     )
     return run_job(job, replace(config, workers=image_encoder.workers))
+
+
+def _pair_modes(word: str | None, source: Mapping[str, Any]) -> dict[str, str]:
+    """Data type -> mode: that of the word for all pairs; None: that which the dataset was converted for."""
+    if word is not None:
+        return dict.fromkeys(PAIR_TYPES, word)
+    while isinstance(before := source.get("input"), Mapping):  # of an encoded one
+        source = before.get("source") or {}
+    plan = source.get("plan")
+    settings = plan.get("settings") if isinstance(plan, Mapping) else None
+    word = settings.get("mode") if isinstance(settings, Mapping) else None
+    return {parse_mode(word).data_type: word} if isinstance(word, str) else {}
 
 
 def encode_shards(url: str, image_encoder: ImageEncoder) -> ConvertRecords:

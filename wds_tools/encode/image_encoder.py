@@ -24,9 +24,9 @@ from wds_tools.encode.memory import keep_freed_memory
 from wds_tools.encode.options import TokenizerOptions
 from wds_tools.encode.resize import check_torch_resize, prepare_with_torch
 from wds_tools.errors import FormatError, Reject, TokenizerError, UsageError
-from wds_tools.format.codes import code_column, code_dtype, join_grids
-from wds_tools.format.schema import Sample, SourceImage
-from wds_tools.images import PAIR_TYPES, PREPROCESSING_VERSION, ImageLimits, Mode, crop_for, prepare, probe
+from wds_tools.format.codes import code_dtype, join_grids, named_column
+from wds_tools.format.schema import PAIR_TYPES, Sample, SourceImage
+from wds_tools.images import PREPROCESSING_VERSION, ImageLimits, Mode, parse_mode, prepare, probe
 from wds_tools.run.local import stops_held
 from wds_tools.run.ray_cluster import check_device
 from wds_tools.terminal import say
@@ -37,8 +37,8 @@ from wds_tools.vq.registry import find_device, load_tokenizer
 Place = TypeVar("Place")
 _LARGE_CODEBOOK = 1 << 16
 _PREPARE = {"pillow": prepare, "torch": prepare_with_torch}
-MODES: Mapping[str, Mode] = {**{data_type: mode for mode, data_type in PAIR_TYPES.items()}, "visual_sft": "cc512"}
-"""Data type of samples with images -> how these are cropped, by default."""
+MODES = {"image_text": "cc512", "image_text_multi": "multi768", "visual_sft": "cc512"}
+"""Data type of samples with images -> mode of these, by default."""
 
 
 class _Ticket(NamedTuple):
@@ -60,7 +60,11 @@ class ImageEncoder:
         cpus: that a task has on another machine, where the work is done; None if it is done here.
         keep_images: keep the source images beside the codes.
         limits: what an image may be.
-        sft_mode: how images of conversations are cropped.
+        modes: data type -> mode of its images, where it is another than that of MODES. A pair without codes becomes one of the
+            data type of its mode.
+
+    Raises:
+        UsageError: an option has no effect here; a mode is none.
     """
 
     def __init__(
@@ -72,7 +76,7 @@ class ImageEncoder:
         cpus: int | None = None,
         keep_images: bool,
         limits: ImageLimits,
-        sft_mode: Mode = "cc512",
+        modes: Mapping[str, str] = MODES,
     ) -> None:
         if cpus is not None:
             check_device(options.device)  # before a device of this machine is looked for
@@ -90,7 +94,7 @@ class ImageEncoder:
         self._cpus = cpus
         self._keep_images = keep_images
         self._limits = limits
-        self._modes: Mapping[str, Mode] = {**MODES, "visual_sft": sft_mode}
+        self._modes = {data_type: parse_mode(word) for data_type, word in {**MODES, **modes}.items()}
         self._devices: Any = None
         if len(options.devices) > 1:
             with stops_held():
@@ -121,13 +125,21 @@ class ImageEncoder:
 
     def column_of(self, data_type: str) -> str:
         """Where the codes of such a sample go."""
-        return code_column(PAIR_TYPES[self._modes[data_type]], self.options.code_set)
+        return named_column(self._modes[data_type].column, self.options.code_set)
+
+    def _mode(self, data_type: str, tokenizer: ImageTokenizer) -> Mode:
+        """How the images of such a sample are brought to the tokenizer's size. Raises UsageError: they can't be."""
+        mode = self._modes[data_type]
+        return mode.at(tokenizer.name, tokenizer.stride, self.options.min_pixels if mode.family == "fit" else 0)
 
     def provenance(self, column_types: Collection[str]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
         """What decides on the codes, for the plan; and the provenance of each code column, for the manifest.
 
         Args:
             column_types: data types that will have codes.
+
+        Raises:
+            UsageError: the tokenizer can't take their sizes.
         """
         if self.workers == 1 and self._cpus is None:
             tokenizer = self.device.tokenizer
@@ -142,6 +154,7 @@ class ImageEncoder:
                 "131,072, about 10 %, say the authors of such a tokenizer): fp32 or tf32 changes none or few",
                 error=True,
             )
+        modes = [self._mode(data_type, tokenizer) for data_type in column_types]
         settings = {
             "tokenizer": tokenizer.name,
             "codebook_size": tokenizer.codebook_size,
@@ -157,11 +170,17 @@ class ImageEncoder:
             settings["resize"] = self.options.resize
         if self.options.precision != "fp32" or self.options.compile:  # then a code may depend on what shares its batch
             settings["batch_size"] = self.options.batch_size
+        if self.options.min_pixels:
+            if not any(mode.min_pixels for mode in modes):
+                raise UsageError(
+                    f"--min-pixels {self.options.min_pixels} is for a mode such as fit720, and has no effect on others"
+                )
+            settings["min_pixels"] = self.options.min_pixels
         libraries = {name: version(name) for name in ("torch", "pillow", "numpy")}
         columns = sorted({self.column_of(data_type) for data_type in column_types})
         how: dict[str, Any] = {"keep_images": True} if self._keep_images else {}
-        if "visual_sft" in column_types and self._modes["visual_sft"] != MODES["visual_sft"]:
-            how["sft_mode"] = self._modes["visual_sft"]
+        if "visual_sft" in column_types and (word := str(self._modes["visual_sft"])) != MODES["visual_sft"]:
+            how["sft_mode"] = word
         return {**settings, **how}, {column: {**settings, "libraries": libraries} for column in columns}
 
     def fill(self, samples: Iterable[tuple[Place, Sample | Reject]]) -> Iterator[tuple[Place, Sample | Reject]]:
@@ -195,16 +214,17 @@ class ImageEncoder:
         for number, (place, sample) in enumerate(samples):
             ticket = _Ticket(number, place, sample)
             if isinstance(sample, Reject) or sample.data_type not in self._modes or not sample.images:
-                if isinstance(sample, Sample) and sample.data_type in PAIR_TYPES.values():
+                if isinstance(sample, Sample) and sample.data_type in PAIR_TYPES:
                     raise FormatError(f"{sample.key} is {sample.data_type} but has no image")
                 yield ticket, None
                 continue
+            mode = self._mode(sample.data_type, self.device.tokenizer)
             for image in sample.images:
-                yield ticket, partial(_PREPARE[self.options.resize], image.data, self._modes[sample.data_type], self._limits)
+                yield ticket, partial(_PREPARE[self.options.resize], image.data, mode, self._limits)
 
     def _is_enlarged(self, mode: Mode, image: SourceImage) -> bool:
         info = probe(image.data, self._limits)
-        return crop_for(mode, info.width, info.height).enlarges(info.width, info.height)
+        return mode.crop_for(info.width, info.height).enlarges(info.width, info.height)
 
     def _filled(self, sample: Sample, grids: Sequence[NDArray[np.int64]]) -> Sample:
         tokenizer, column = self.device.tokenizer, self.column_of(sample.data_type)
@@ -218,10 +238,12 @@ class ImageEncoder:
         dtype = code_dtype(tokenizer.codebook_size)
         codes, shapes = join_grids([grid_hw.astype(dtype) for grid_hw in grids], dtype)
         filled = sample if self._keep_images else sample._replace(image=None, image_extension=None, more_images=())
-        num_enlarged = sum(map(partial(self._is_enlarged, self._modes[sample.data_type]), sample.images))
+        mode = self._mode(sample.data_type, tokenizer)
+        num_enlarged = sum(map(partial(self._is_enlarged, mode), sample.images))
         filled = filled._replace(codes={**sample.codes, column: codes}, num_enlarged=num_enlarged)
         if sample.data_type == "visual_sft":
             return filled._replace(grids={**(sample.grids or {}), column: shapes})
-        height, width = (side * tokenizer.stride for side in codes.shape)
-        is_multi = sample.data_type == "image_text_multi"
-        return filled._replace(width=width if is_multi else None, height=height if is_multi else None)
+        if sample.codes:  # what it is, and its size, go with those
+            return filled
+        height, width = (None, None) if mode.family == "cc" else (side * tokenizer.stride for side in codes.shape)
+        return filled._replace(data_type=mode.data_type, width=width, height=height)

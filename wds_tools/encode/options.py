@@ -29,8 +29,11 @@ class TokenizerOptions:
     resize: Literal["pillow", "torch"] = "pillow"
     """What scales images. torch takes half of the processor time to prepare them, and changes some codes."""
 
+    min_pixels: int = 0
+    """With a mode such as fit720: images with fewer pixels are enlarged to so many."""
+
     code_set: str = ""
-    """Name of the code set, where a dataset gets several: its columns are then vqcode_512-NAME and vqcode_multi768-NAME."""
+    """Name of the code set, where a dataset gets several: its columns are then vqcode_512-NAME and so on."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:

@@ -40,7 +40,7 @@ from wds_tools.export.card import NAME as CARD
 from wds_tools.export.push import push
 from wds_tools.export.rows import FEATURES, ROW_BYTES, Format, serialize_table_row, write_part
 from wds_tools.export.shuffle import Shuffle
-from wds_tools.format.codes import CODE_COLUMNS, codes_named
+from wds_tools.format.codes import CODE_COLUMNS, chosen_codes, codes_named, is_code_column
 from wds_tools.format.manifest import Manifest, ShardInfo
 from wds_tools.format.schema import IMAGE_EXTENSIONS
 from wds_tools.format.typed_json import read_json
@@ -81,7 +81,7 @@ class ExportConfig:
     num_shards: int = 256
     """Files to write; as many as there are samples, if those are fewer."""
     code_set: str = ""
-    """Code set to export, where datasets have several (see `wds-tools encode --code-set`)."""
+    """Code set to export, where datasets have several (see `wds-tools encode --code-set`), or the column."""
     seed: int = 42
     """Of the shuffle: 0 to 2**64 - 1. The order depends on it and on the inputs, not on format or num_shards."""
     reader: Literal["any", "liquid"] = "any"
@@ -227,14 +227,21 @@ def _check_sources(sources: Sequence[_Source], config: ExportConfig) -> None:
         for row in manifest.shards:
             if not any(_takes(config, data_type) for data_type in row.data_types):
                 continue
-            has_codes = any(member.startswith("vqcode_") for member in row.members)
+            has_codes = any(map(is_code_column, row.members))
             has_images = any(member in IMAGE_EXTENSIONS for member in row.members)
             if not has_codes and (has_images or not {"image_text", "image_text_multi"}.isdisjoint(row.data_types)):
                 raise UsageError(f"{store.url}/{row.name} holds images without codes: run `wds-tools encode` first")
-        columns = [member.removesuffix(".npy") for member in manifest.members if member.startswith("vqcode_")]
-        if columns and not codes_named(dict.fromkeys(columns), code_set):
+        columns = [member.removesuffix(".npy") for member in manifest.members if is_code_column(member)]
+        chosen = codes_named(dict.fromkeys(columns), code_set)
+        others = sorted(chosen.keys() - {*CODE_COLUMNS})
+        if columns and (not chosen or (not code_set and len(others) == len(chosen))):
             wanted = f"codes named {code_set!r}" if code_set else f"codes without a name ({' or '.join(CODE_COLUMNS)})"
             raise UsageError(f"{store.url} has no {wanted}, but {', '.join(columns)}: choose with --code-set")
+        if others:
+            raise UsageError(
+                f"{store.url}: Liquid's seven columns have a place for {' and '.join(CODE_COLUMNS)} only, and none for "
+                f"{', '.join(others)}: --code-set vqcode_512 takes one column of several; train on the shards for others"
+            )
         for column, provenance in codes_named(manifest.codes, code_set).items():
             for field in _ONE_TOKENIZER:
                 url, value = seen.setdefault((column, field), (store.url, provenance.get(field)))
@@ -350,8 +357,9 @@ def _scatter(sources: Sequence[_Source], config: ExportConfig, shuffle: Shuffle,
             for sample in _counted(read_shard(store, row), progress):
                 if not _takes(config, sample.data_type):
                     continue
-                grids = None if sample.grids is None else codes_named(sample.grids, code_set)
-                shuffle.add(serialize_table_row(sample._replace(codes=codes_named(sample.codes, code_set), grids=grids)))
+                chosen = sample.with_codes(list(chosen_codes(sample.codes, code_set)), manifest.codes)
+                grids = None if chosen.grids is None else codes_named(chosen.grids, code_set)
+                shuffle.add(serialize_table_row(chosen._replace(codes=codes_named(chosen.codes, code_set), grids=grids)))
 
 
 def _write_parts(

@@ -3,8 +3,8 @@
     (h, w) of each image ── join_grids ──▶ (1, sum of h x w) and [h, w] of each ── split_grids ──▶ (h, w) of each image
 
 Codes are raw codebook indices in row-major order, uint16 or uint32 as the codebook needs, never shifted into a text tokenizer's
-ids. The columns of a dataset are CODE_COLUMNS, or those of a named code set: "vqcode_512-emu3". Invariant: no other module knows
-the axes of a layout, or which types codes have; a layout is an entry of LAYOUTS. No torch, no I/O.
+ids. A column is named by the mode of its images, and by its code set where it has one: "vqcode_512-emu3". Invariant: no other
+module knows the axes of a layout, or which types codes have; a layout is an entry of LAYOUTS. No torch, no I/O.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from numpy.typing import NDArray
 from wds_tools.errors import FormatError
 
 CODE_COLUMNS = ("vqcode_512", "vqcode_multi768")
+"""Those of Liquid's rows. Others are named by their mode too: "vqcode_256", "vqcode_fit720"; a dataset's are in its manifest."""
+_COLUMN = "vqcode_"
 MAX_COLUMN_BYTES = 31
 """With a key, two dots and "npy" 100 bytes: what fits the name of a ustar header."""
 NAME_ALPHABET = frozenset("0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ_-")
@@ -120,55 +122,57 @@ def check_range(name: str, codes: Codes, codebook_size: int) -> None:
         raise FormatError(f"{name} holds the code {highest}; the codebook has {codebook_size} entries")
 
 
-def code_column(data_type: str, code_set: str = "") -> str:
-    """The column that the codes of this kind of image sample go to.
-
-    Args:
-        data_type: one of DATA_TYPES.
-        code_set: name of the code set, where a dataset has several.
-
-    Raises:
-        FormatError: the data type has no image, or the name can't be one.
-    """
-    match data_type:
-        case "image_text" | "visual_sft":
-            return named_column("vqcode_512", code_set)
-        case "image_text_multi":
-            return named_column("vqcode_multi768", code_set)
-        case _:
-            raise FormatError(f"data_type={data_type!r} has no codes: expected image_text, image_text_multi or visual_sft")
+def is_code_column(name: str) -> bool:
+    """Whether a member (without ".npy") or field of this name holds codes."""
+    return name.startswith(_COLUMN)
 
 
 def check_column(column: str) -> None:
     """Raise FormatError unless this can be the name of a code column."""
-    if not column.startswith("vqcode_") or len(column) > MAX_COLUMN_BYTES or not NAME_ALPHABET.issuperset(column):
+    if not is_code_column(column) or len(column) > MAX_COLUMN_BYTES or not NAME_ALPHABET.issuperset(column):
         raise FormatError(
             f"code column {column[:80]!r}: expected 'vqcode_' and letters, digits, '_' or '-', at most {MAX_COLUMN_BYTES} in all"
         )
 
 
 def named_column(column: str, code_set: str) -> str:
-    """One of CODE_COLUMNS in a code set: "vqcode_512" in "emu3" is "vqcode_512-emu3", and in "" itself.
+    """A column in a code set: "vqcode_512" in "emu3" is "vqcode_512-emu3", and in "" itself.
 
     Raises:
         FormatError: the name is too long, or has other characters than letters, digits, '_' and '-'.
     """
     if not code_set:
         return column
-    longest = MAX_COLUMN_BYTES - max(map(len, CODE_COLUMNS)) - 1
-    if len(code_set) > longest or not NAME_ALPHABET.issuperset(code_set):
-        raise FormatError(f"{code_set!r} can't name a code set: expected at most {longest} letters, digits, '_' or '-'")
+    longest = MAX_COLUMN_BYTES - max(map(len, (column, *CODE_COLUMNS))) - 1
+    if len(code_set) > longest or not NAME_ALPHABET.issuperset(code_set) or is_code_column(code_set):
+        raise FormatError(
+            f"{code_set!r} can't name a code set beside {column}: expected at most {longest} letters, digits, '_' or '-', and "
+            f"another beginning than {_COLUMN}"
+        )
     return f"{column}-{code_set}"
 
 
-def codes_named(codes: Mapping[str, _Value], code_set: str) -> dict[str, _Value]:
-    """Of values by column those of this code set, under the columns' plain names."""
-    wanted = {named_column(column, code_set): column for column in CODE_COLUMNS}
-    return {wanted[column]: value for column, value in codes.items() if column in wanted}
+def codes_named(codes: Mapping[str, _Value], choice: str) -> dict[str, _Value]:
+    """`chosen_codes`, under the columns' plain names."""
+    return {column.partition("-")[0]: value for column, value in chosen_codes(codes, choice).items()}
 
 
-def one_set(codes: Mapping[str, _Value], code_set: str | None) -> dict[str, _Value]:
-    """Of values by column those of this code set; None: of the set that the first column belongs to."""
-    if code_set is None:
-        code_set = next(iter(codes), "").partition("-")[2]
-    return {column: value for column, value in codes.items() if column.partition("-")[2] == code_set}
+def chosen_codes(codes: Mapping[str, _Value], choice: str | None) -> dict[str, _Value]:
+    """Of values by column those that were chosen.
+
+    Args:
+        codes: the values.
+        choice: a code set, "" or "emu3"; or columns, "vqcode_256" or "vqcode_512,vqcode_fit720-emu3"; None: the set of the first
+            column.
+    """
+    if choice is not None and is_code_column(choice):
+        wanted = choice.split(",")
+        return {column: value for column, value in codes.items() if column in wanted}
+    if choice is None:
+        choice = next(iter(codes), "").partition("-")[2]
+    return {column: value for column, value in codes.items() if column.partition("-")[2] == choice}
+
+
+def is_square(column: str) -> bool:
+    """Whether images of this column are squares of one size, as its name says: "vqcode_512-emu3"."""
+    return column.partition("-")[0].removeprefix(_COLUMN).isdecimal()

@@ -6,23 +6,24 @@ is a few tar members (see `format.shard`); here it is a value. What its codes ar
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from wds_tools.errors import FormatError
-from wds_tools.format.codes import CODE_COLUMNS, HW, NAME_ALPHABET, Codes, check_column, split_grids
+from wds_tools.format.codes import HW, NAME_ALPHABET, Codes, check_column, is_code_column, is_square, split_grids
 
 SCHEMA_VERSION = 1
 ANY_MEMBERS = 0
 """The schema version of indexed third-party tars: WebDataset samples of any members, which only the loaders can use."""
 DATA_TYPES = ("image_text", "image_text_multi", "text_pretrain", "visual_sft")
+PAIR_TYPES = DATA_TYPES[:2]
 IMAGE_EXTENSIONS = ("jpg", "png", "webp", "gif", "bmp", "tif", "avif")
 JSON_FIELDS = ("data_type", "text", "length", "width", "height", "conversations", "grids", "texts")
 TOKEN_MEMBERS = ("tokens.npy", "loss.npy", "segments.npy")
 """Members of a row of tokens: ids, which are trained, lengths of segments; see `sequences.rows`."""
-RESERVED_FIELDS = frozenset((*JSON_FIELDS, *CODE_COLUMNS, "cls", "id", "index", "inx"))
-"""Names that provenance may not use: the schema's own, and those that Hugging Face casts to integers."""
+RESERVED_FIELDS = frozenset((*JSON_FIELDS, "cls", "id", "index", "inx"))
+"""Names that provenance may not use: the schema's own, and those that Hugging Face casts to integers; nor code columns."""
 CHARACTERS_PER_CODE = 4
 """`length` counts a code as this many characters, as Liquid does."""
 MAX_KEY_BYTES = 64
@@ -47,7 +48,8 @@ class Sample(NamedTuple):
     text: str
     """The caption or the document; empty for a conversation."""
     width: int | None = None
-    """Width in pixels of the cropped image, for multi-ratio samples that are encoded; else None."""
+    """Width in pixels of the cropped image, for multi-ratio samples that are encoded, else None. With several code columns it is
+    that of the first."""
     height: int | None = None
     codes: Mapping[str, Codes] = _NOTHING
     """Code column -> (h, w) grid of codebook indices; see `grids` for several images."""
@@ -101,6 +103,30 @@ class Sample(NamedTuple):
         codes = self.codes[column]
         return [codes] if self.grids is None else split_grids(codes, self.grids[column])
 
+    def with_codes(self, columns: Sequence[str], provenance: Mapping[str, Mapping[str, Any]]) -> Sample:
+        """With these code columns only. A pair that had others too gets what goes with the first of these: see `pair_fields`.
+
+        Args:
+            columns: of those that it has.
+            provenance: of the columns, as the manifest has it.
+        """
+        grids = None if self.grids is None else {column: self.grids[column] for column in columns}
+        sample = self._replace(codes={column: self.codes[column] for column in columns}, grids=grids)
+        if self.data_type not in PAIR_TYPES or len(columns) in (0, len(self.codes)):
+            return sample
+        stride = provenance.get(columns[0], {}).get("stride")
+        return sample._replace(**pair_fields(columns[0], sample.codes[columns[0]].shape, stride))
+
+
+def pair_fields(column: str, shape: Sequence[int], stride: Any) -> dict[str, Any]:
+    """The data type, width and height of a pair that has these codes, of an (h, w), for its only ones.
+
+    Width and height are None where the stride is unknown, and for a square.
+    """
+    is_known = not is_square(column) and isinstance(stride, int)
+    height, width = (side * stride for side in shape) if is_known else (None, None)
+    return {"data_type": PAIR_TYPES[not is_square(column)], "width": width, "height": height}
+
 
 def is_reserved(suffix: str) -> bool:
     """Whether loaders, or webdataset, could take a member of this suffix for what they say of a sample themselves: `__key__`."""
@@ -109,7 +135,7 @@ def is_reserved(suffix: str) -> bool:
 
 def taken_names(names: Iterable[str]) -> list[str]:
     """Those of these names that provenance may not use."""
-    return [name for name in names if name in RESERVED_FIELDS or is_reserved(str(name))]
+    return [name for name in names if name in RESERVED_FIELDS or is_reserved(str(name)) or is_code_column(str(name))]
 
 
 def check_key(key: str) -> None:

@@ -1,25 +1,25 @@
 """From image files as they come to the pixels that are tokenized. Needs Pillow: pip install 'wds-tools[convert]'."""
 
-from wds_tools.images.crop import Crop, cc512, check_ratio
+from wds_tools.images.crop import Crop, check_ratio
 from wds_tools.images.decode import FORMATS, REASONS, ImageInfo, ImageLimits, decode_rgb, probe
-from wds_tools.images.prepare import PAIR_TYPES, PREPROCESSING_VERSION, Mode, crop_for, prepare
-from wds_tools.images.ratio import TARGETS, multi768
+from wds_tools.images.mode import Mode, mode_of_column, parse_mode
+from wds_tools.images.prepare import PREPROCESSING_VERSION, crop_for, prepare
+from wds_tools.images.ratio import shapes
 
 __all__ = [
     "FORMATS",
-    "PAIR_TYPES",
     "PREPROCESSING_VERSION",
     "REASONS",
-    "TARGETS",
     "Crop",
     "ImageInfo",
     "ImageLimits",
     "Mode",
-    "cc512",
     "check_ratio",
     "crop_for",
     "decode_rgb",
-    "multi768",
+    "mode_of_column",
+    "parse_mode",
     "prepare",
     "probe",
+    "shapes",
 ]

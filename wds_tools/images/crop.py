@@ -1,7 +1,7 @@
-"""The square crop: an image's size in, the size to scale it to and the box to keep of that out. No pixels here.
+"""The crop: an image's size and a target in, the size to scale it to and the box to keep of that out. No pixels here.
 
-Integers only. Invariant: the shorter side of `resize` is exactly `side`, the longer one is floor(long * side / short),
-and `box` is a `side` x `side` square inside it, centred with offsets rounded down. That is what int(long / (short /
+Integers only. Invariant: `box` has the target's size and lies inside `resize`, centred with offsets rounded down. For a square
+the shorter side of `resize` is exactly its side, the longer one floor(long * side / short). That is what int(long / (short /
 512)) gives for every side up to 65,535 (tried one by one), without the route over floats: 512 / short, rounded first,
 yields 511 for one side in seven (49, 98, 103, ...), and the crop then ends in a black line.
 """
@@ -55,22 +55,6 @@ def cover(width: int, height: int, target_width: int, target_height: int) -> Cro
     left = (resize[0] - target_width) // 2
     top = (resize[1] - target_height) // 2
     return Crop(resize, (left, top, left + target_width, top + target_height))
-
-
-def cc512(width: int, height: int, side: int = 512) -> Crop:
-    """The centre square: shorter side scaled to `side`, longer side cut on both ends alike.
-
-    Args:
-        width, height: the image as displayed, in pixels, at least 1.
-        side: of the square, in pixels.
-
-    Returns:
-        The Crop; its size is always (side, side). Small images are scaled up.
-
-    Raises:
-        UsageError: a side below 1.
-    """
-    return cover(width, height, side, side)
 
 
 def check_ratio(width: int, height: int, limit: float = 2.0) -> None:

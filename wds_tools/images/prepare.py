@@ -6,31 +6,26 @@ and changes whenever pixels do. Cost: a 640 x 480 JPEG about 9 ms on one core, a
 GIL is released in either part, so threads scale.
 """
 
-from collections.abc import Mapping
-from typing import Final, Literal, TypeAlias, get_args
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from wds_tools.errors import UsageError
-from wds_tools.images.crop import Crop, cc512, check_ratio
+from wds_tools.images.crop import Crop
 from wds_tools.images.decode import DEFAULT_LIMITS, ImageLimits, decode_rgb
-from wds_tools.images.ratio import multi768
+from wds_tools.images.mode import Mode, parse_mode
 
 PREPROCESSING_VERSION: Final = "1"
-Mode: TypeAlias = Literal["cc512", "multi768"]
-PAIR_TYPES: Final[Mapping[Mode, str]] = {"cc512": "image_text", "multi768": "image_text_multi"}
-"""Mode -> data type of a pair whose image is brought to its size so; its code column is that of any image of this mode."""
 
 
-def prepare(data: bytes, mode: Mode | int | None, limits: ImageLimits = DEFAULT_LIMITS) -> NDArray[np.uint8]:
+def prepare(data: bytes, mode: Mode | str | int | None, limits: ImageLimits = DEFAULT_LIMITS) -> NDArray[np.uint8]:
     """Decode an image and bring it to the size that its codes are made from.
 
     Args:
         data: the encoded image, of a format of `FORMATS`.
-        mode: "cc512" (512 x 512, images beyond 2:1 rejected) or "multi768" (nearest of TARGETS, beyond 4:1 rejected); a
-            number: as cc512, with so many pixels a side; None: the whole image as it is.
+        mode: a Mode, or its word, such as "cc512"; a number: a centre square of so many pixels a side, from 1 on, as cc is; None:
+            the whole image as it is.
         limits: what the image may be.
 
     Returns:
@@ -47,19 +42,10 @@ def prepare(data: bytes, mode: Mode | int | None, limits: ImageLimits = DEFAULT_
     return np.array(image if mode is None else _resize_and_crop(image, crop_for(mode, *image.size)))
 
 
-def crop_for(mode: Mode | int, width: int, height: int) -> Crop:
-    """How a mode brings an image of this size, as displayed, to its final one.
-
-    Raises:
-        Reject: reason "aspect_ratio": the mode does not take images of this shape.
-        UsageError: an unknown mode.
-    """
-    if not isinstance(mode, int) and mode not in get_args(Mode):
-        raise UsageError(f"mode={mode!r} is unknown: use one of {', '.join(get_args(Mode))}")
-    if mode == "multi768":
-        return multi768(width, height)
-    check_ratio(width, height)
-    return cc512(width, height, mode) if isinstance(mode, int) else cc512(width, height)
+def crop_for(mode: Mode | str | int, width: int, height: int) -> Crop:
+    """How a mode, as `prepare` takes it, brings an image of this size to its final one. Raises as `Mode.crop_for`."""
+    mode = Mode("cc", mode) if isinstance(mode, int) else mode
+    return (parse_mode(mode) if isinstance(mode, str) else mode).crop_for(width, height)
 
 
 def _resize_and_crop(image: Image.Image, crop: Crop) -> Image.Image:

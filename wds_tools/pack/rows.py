@@ -9,7 +9,7 @@ Cost: the tokenizer's (docs/benchmarks.md).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -20,7 +20,7 @@ import numpy as np
 
 from wds_tools.dataset.reader import read_manifest, read_stored
 from wds_tools.errors import FormatError, Reject, UsageError
-from wds_tools.format.codes import one_set
+from wds_tools.format.codes import chosen_codes
 from wds_tools.format.manifest import Manifest, shard_info_from_json
 from wds_tools.format.schema import ANY_MEMBERS, Sample
 from wds_tools.format.shard import sample_from_members
@@ -101,10 +101,11 @@ def pack(config: PackConfig) -> Manifest:
     """
     manifests = [read_manifest(open_store(url), instead_of_rows=_PACKED_ALREADY) for url in config.input]
     for url, manifest in zip(config.input, manifests, strict=True):
-        if manifest.codes and not one_set(manifest.codes, config.code_set):
+        if manifest.codes and not chosen_codes(manifest.codes, config.code_set):
             known = ", ".join(manifest.codes)
             raise UsageError(f"{url} has no codes named {config.code_set!r}, but {known}: choose with --code-set")
     size = codebook_size_of(manifests, config.input, config.codebook_size, [config.code_set] * len(manifests))
+    made = {column: provenance for manifest in manifests for column, provenance in manifest.codes.items()}
     builder = ExampleBuilder(config.sequences, config.seed, size)
     total = sum(manifest.samples for manifest in manifests)
     num_tasks = -(-total // config.task_samples)
@@ -124,7 +125,7 @@ def pack(config: PackConfig) -> Manifest:
             ],
         },
         schema_version=ANY_MEMBERS,
-        work=_PackSamples(config.sequences, config.seed, config.epoch, size, config.code_set),
+        work=_PackSamples(config.sequences, config.seed, config.epoch, size, config.code_set, made),
     )
     return run_job(job, config)
 
@@ -153,10 +154,12 @@ class _PackSamples:
     epoch: int
     codebook_size: int
     code_set: str | None
+    made: Mapping[str, Mapping[str, Any]]
+    """Provenance of the code columns; those that are chosen have one tokenizer."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Without the builder: a worker loads its own tokenizer."""
-        return _PackSamples, (self.config, self.seed, self.epoch, self.codebook_size, self.code_set)
+        return _PackSamples, (self.config, self.seed, self.epoch, self.codebook_size, self.code_set, self.made)
 
     @cached_property
     def builder(self) -> ExampleBuilder:
@@ -186,9 +189,8 @@ class _PackSamples:
         return writer.num_samples + writer.num_rejects
 
     def _chosen(self, sample: Sample) -> Sample:
-        """The sample with one code set."""
-        grids = None if sample.grids is None else one_set(sample.grids, self.code_set)
-        return sample._replace(codes=one_set(sample.codes, self.code_set), grids=grids)
+        """The sample with the first of the columns that were chosen, as the loaders read it."""
+        return sample.with_codes(list(chosen_codes(sample.codes, self.code_set))[:1], self.made)
 
     def _is_good(self, sample: Sample, shard: str, writer: TaskWriter) -> bool:
         try:

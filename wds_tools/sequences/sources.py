@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from wds_tools.errors import UsageError
-from wds_tools.format.codes import one_set
+from wds_tools.format.codes import chosen_codes
 from wds_tools.format.manifest import Manifest
 
 
@@ -26,7 +26,7 @@ def codebook_size_of(manifests: Sequence[Manifest], urls: Sequence[str], given: 
             continue
         told = [
             (one.get("tokenizer"), one.get("weights_hash"), one.get("codebook_size"))
-            for one in one_set(manifest.codes, name).values()
+            for one in chosen_codes(manifest.codes, name).values()
         ]
         if given is None and (not told or any(type(size) is not int for *_, size in told)):
             raise UsageError(f"{url} has codes, but its manifest does not say of which codebook: give codebook_size")

@@ -14,7 +14,7 @@ Legend: B images, H x W pixels, h x w codes, N latents of D numbers, K codebook 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -151,6 +151,17 @@ class CodebookTokenizer:
         at_once = self._images_at_once(B)
         self._for_each(work, range(0, B, at_once))
         return codes_Bhw
+
+    def encode_each(self, images: Sequence[Tensor]) -> list[Tensor]:
+        """Turn uint8 pixels_HWC of any sizes into int64 codes_hw: on a CPU those that `encode` gives for each."""
+        codes: dict[int, Tensor] = {}
+
+        def work(i: int) -> None:
+            check_pixels(images[i][None], self.stride)
+            codes[i] = self._codes(images[i][None])[0]
+
+        self._for_each(work, range(len(images)))
+        return [codes[i] for i in range(len(images))]
 
     def decode(self, codes_Bhw: Tensor) -> Tensor:
         """Turn codes_Bhw into uint8 pixels_BHWC; see `ImageTokenizer.decode`."""
