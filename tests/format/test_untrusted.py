@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import orjson
 import pytest
+import torch
 from factory import image_sample, make_dataset, text_sample
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -47,7 +48,7 @@ from wds_tools.sources.tables import saved_files
 from wds_tools.storage import open_store
 from wds_tools.terminal import say
 from wds_tools.view.rejects import Rejects
-from wds_tools.vq.huggingface import _pixel_scale, _weight_files
+from wds_tools.vq.huggingface import _scaled, _weight_files
 
 Read = Callable[[bytes], object]
 
@@ -322,7 +323,11 @@ def test_tokenizer_folders_and_prompts(tmp_path: Path) -> None:
     prompts = {"draw": ["\nPaint."], "size": "{width} x {height}", "human": ["User: ", "\n"]}
     check(prompts, read_as("prompts.json", lambda path: read_prompts(str(path / "prompts.json"))))
     check({"bos_token": "<s>", "eos_token": {"content": "</s>"}}, read_as("tokenizer_config.json", _special_names))
-    check({"image_mean": [0.5] * 3, "image_std": [0.5] * 3}, read_as("preprocessor_config.json", _pixel_scale))
+
+    def scaled(folder: Path) -> object:
+        return _scaled(torch.nn.Identity(), folder / "preprocessor_config.json", "cpu")
+
+    check({"image_mean": [0.5] * 3, "image_std": [0.5] * 3}, read_as("preprocessor_config.json", scaled))
     check({"weight_map": {"a": "a.safetensors"}}, read_as("model.safetensors.index.json", _weight_files))
 
 
