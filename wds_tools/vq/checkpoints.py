@@ -113,7 +113,9 @@ def load_pickle(path: Path) -> Any:
     found: list[str] = []
     with suppress(Exception):  # files of before 2020 can't be asked
         found = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
-    stand_ins = [(dict if name.endswith(".AttributeDict") else _Nothing, name) for name in found if _TRAINERS.fullmatch(name)]
+    stand_ins: list[Any] = [
+        (dict if name.endswith(".AttributeDict") else _Nothing, name) for name in found if _TRAINERS.fullmatch(name)
+    ]
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(stand_ins):
             warnings.simplefilter("ignore")  # torch wonders in public about pickles that are none of its own
