@@ -188,8 +188,8 @@ def load_emu3(folder: Path, *, device: torch.device | str = "cpu", precision: Pr
 def load_apertus(folder: Path, *, device: torch.device | str, precision: Precision) -> CodebookTokenizer:
     """Load transformers' copy of Emu3.5's tokenizer, alone or of an Apertus 1.5 model. Raises as load_vq_model."""
     model = _transformers_model(folder, "apertus1p5_vision_tokenizer", "Apertus1p5VisionTokenizerModel", "vision_config")
-    convolutions = Convolutional(model, "load config.yaml and model.ckpt of Emu3.5's tokenizer to see pictures")
-    network = _scaled(convolutions, folder / _PREPROCESSOR_NAME, device)
+    encoder = Convolutional(model, "load config.yaml and model.ckpt of Emu3.5's tokenizer to see pictures")
+    network = _scaled(encoder, folder / _PREPROCESSOR_NAME, device)
     return _load("emu35", folder, model, network, _stride(model), device, precision, by="product")
 
 
