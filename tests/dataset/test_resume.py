@@ -324,7 +324,7 @@ def test_whatever_stops_a_run_one_line_says_so_and_nothing_is_left_but_what_is_f
 
 
 def test_ctrl_c_while_the_workers_start_says_one_line_too(texts: Path, tmp_path: Path) -> None:
-    process = start(*convert_documents(texts), "--output", str(tmp_path / "out"), "--workers", "4")
+    process = start(*convert_documents(texts), "--output", str(tmp_path / "out"), "--workers", "4", "--quiet")
     wait_until(lambda: workers_of(process) or process.poll() is not None, "workers start")
     os.killpg(process.pid, signal.SIGINT)
     _, said = process.communicate(timeout=30)

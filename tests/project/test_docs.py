@@ -181,8 +181,8 @@ def test_commands_that_are_only_shown_are_those_that_there_are(page: str, tmp_pa
 def test_the_readme_begins_with_a_newcomers_path_from_pictures_to_a_batch() -> None:
     section = (ROOT / "README.md").read_text().partition("to a training batch\n")[2].partition("\n## ")[0]
     path = _BLOCK.findall(section)
-    assert path == blocks("README.md")[:3]
-    assert [language for language, _ in path] == ["python", "bash", "python"]
+    assert path == blocks("README.md")[:2]
+    assert [language for language, _ in path] == ["bash", "python"]
 
 
 @pytest.mark.parametrize("page", PAGES)

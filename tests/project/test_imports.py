@@ -37,7 +37,7 @@ ALLOWED = {
     "wds_tools.jobs": JOBS,
     "wds_tools.sequences": FORMAT | {"wds_tools.plugins"},
     "wds_tools.records": FORMAT | STORAGE | {"wds_tools.images"},
-    "wds_tools.sources": DATASET | {"wds_tools.records"},
+    "wds_tools.sources": DATASET | {"wds_tools.records", "wds_tools.images"},
     "wds_tools.convert": JOBS | {"wds_tools.images", "wds_tools.plugins"},
     "wds_tools.encode": JOBS | {"wds_tools.images", "wds_tools.vq"},
     "wds_tools.pack": JOBS | {"wds_tools.sequences"},

@@ -52,7 +52,7 @@ REFUSED = [
     ("a.txt", b"once upon a time\n", "text, but no JSON"),
     ("a.parquet", b"an unfinished export", "no Parquet file but text"),
     ("a.tar", b"", "empty"),
-    ("a.parquet.gz", gzip.compress(b"PAR1" + bytes(99)), "a compressed parquet file"),
+    ("a.parquet.gz", gzip.compress(b"PAR1" + bytes(99), mtime=0), "a compressed parquet file"),
     ("a.json", b'{\n  "a": 1\n}\n', "one object; expected a list"),
 ]
 
@@ -73,14 +73,14 @@ def test_zips_are_refused_and_images_are_images(tmp_path: Path) -> None:
     ("name", "data", "expected"),
     [
         ("a", OBJECT, Kind("lines")),
-        ("a.gz", gzip.compress(OBJECT), Kind("lines", "gz")),
+        ("a.gz", gzip.compress(OBJECT, mtime=0), Kind("lines", "gz")),
         ("a.jsonl", zstandard.compress(OBJECT), Kind("lines", "zst")),
         ("a.jsonl.zst", b"\0\1\2\3damaged", Kind("lines", "zst")),
         ("a.jsonl.gz", b"", Kind("lines", "gz")),
         ("a.json", b'[{"a": 1}]', Kind("list")),
         ("a.json.zst", zstandard.compress(b'[{"a": 1}]'), Kind("list", "zst")),
         ("a.csv", b"a,b\n1,2\n", Kind("csv")),
-        ("a.tsv.gz", gzip.compress(b"a\tb\n"), Kind("tsv", "gz")),
+        ("a.tsv.gz", gzip.compress(b"a\tb\n", mtime=0), Kind("tsv", "gz")),
         ("a.csv", OBJECT, Kind("lines")),
         ("a.jsonl", b"broken\n" + OBJECT, Kind("lines")),
         ("a.json", json.dumps({"messages": [{"role": "user"}]}).encode(), Kind("lines")),
@@ -100,11 +100,11 @@ def test_of_a_folder_what_is_no_data_is_left_out_and_named_and_what_was_meant_as
 ) -> None:
     folder = tmp_path / "in"
     write_jsonl(folder / "a.jsonl", [{"text": "a"}])
-    (folder / "b.json.gz").write_bytes(gzip.compress(b'{"text": "b"}\n'))
+    (folder / "b.json.gz").write_bytes(gzip.compress(b'{"text": "b"}\n', mtime=0))
     for name, data in {
         "info.json": b'{\n "x": 1}',
         ".hidden.jsonl": OBJECT,
-        "x.gz": gzip.compress(b"read me"),
+        "x.gz": gzip.compress(b"read me", mtime=0),
         "c.md": b"c",
     }.items():
         (folder / name).write_bytes(data)
@@ -148,7 +148,11 @@ def test_what_img2dataset_writes_beside_tars_is_left_out_and_named(
 def test_patterns_and_kinds_are_found_in_object_stores(s3: S3Server, tmp_path: Path) -> None:
     store = open_store(f"s3://{s3.bucket}/detect")
     documents = write_documents(tmp_path / "a.zst", [{"text": "c"}]).read_bytes()
-    for name, data in {"x/a.jsonl": OBJECT, "x/y/b.json.gz": gzip.compress(b'[{"text": "b"}]'), "x/c.zst": documents}.items():
+    for name, data in {
+        "x/a.jsonl": OBJECT,
+        "x/y/b.json.gz": gzip.compress(b'[{"text": "b"}]', mtime=0),
+        "x/c.zst": documents,
+    }.items():
         store.put(name, data)
     inputs = expand_inputs([f"{store.url}/**/*.json*", f"{store.url}/x/c*"], SOURCE.choose)
     tasks, _ = SOURCE.plan(inputs.files)

@@ -204,6 +204,9 @@ def test_a_header_that_is_none_is_one_line_before_anything_is_written(
     path = write(tmp_path / f"a.csv{packing}", PACKERS[packing](text.encode()))
     with pytest.raises(UsageError, match=message):
         SOURCE.plan([InputFile(str(path), path.stat().st_size)])
+    with pytest.raises(Reject) as caught:
+        list(rows(text.encode()))
+    assert caught.value.reason == "bad_header"
 
 
 # ---- bombs ----

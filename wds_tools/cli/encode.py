@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from wds_tools.cli import convert_pairs
 from wds_tools.cli.summary import Printed, print_dataset
 from wds_tools.dataset.layout import MANIFEST, PLAN
-from wds_tools.encode.encode import EncodeConfig, encode
+from wds_tools.encode.encode import EncodeConfig, encode, named_tokenizer
 from wds_tools.errors import NotFound, UsageError
 from wds_tools.sources.inputs import expand_inputs
 from wds_tools.storage import open_store
@@ -26,7 +26,7 @@ def run(config: Config) -> int:
             raise UsageError(f"--sft-mode {config.sft_mode}: {config.input} is read as pairs; see convert conversations --encode")
         names = {field.name for field in fields(convert_pairs.Config)} & {field.name for field in fields(config)}
         same = {name: value for name in names - {"input"} if (value := getattr(config, name)) is not None}
-        return convert_pairs.run(convert_pairs.Config(input=(config.input,), encode=config.tokenizer, **same))
+        return convert_pairs.run(convert_pairs.Config(input=(config.input,), encode=named_tokenizer(config.tokenizer), **same))
     print_dataset(config.output, encode(config), json=config.json)
     return 0
 

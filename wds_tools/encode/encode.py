@@ -69,10 +69,8 @@ def encode(config: EncodeConfig) -> Manifest:
     if not types:
         raise UsageError(f"{config.input} has no images to encode: it holds {', '.join(manifest.data_types) or 'nothing'}")
     limits = ImageLimits(max_pixels=config.max_pixels, min_side=1, max_bytes=sys.maxsize)  # else as converted
-    if config.tokenizer is None:
-        say("wds-tools: no --tokenizer is named: `tiny` encodes, which is for trials; see docs/tokenizers.md", error=True)
     image_encoder = ImageEncoder(
-        config.tokenizer or "tiny",
+        named_tokenizer(config.tokenizer),
         config,
         workers=config.workers,
         cpus=config.remote_cpus,
@@ -131,6 +129,14 @@ def _pair_modes(word: str | None, source: Mapping[str, Any]) -> dict[str, str]:
     settings = plan.get("settings") if isinstance(plan, Mapping) else None
     word = settings.get("mode") if isinstance(settings, Mapping) else None
     return {parse_mode(word).data_type: word} if isinstance(word, str) else {}
+
+
+def named_tokenizer(name: str | None) -> str:
+    """The tokenizer of this name; of none, "tiny", and a line says so."""
+    if name is not None:
+        return name
+    say("wds-tools: no --tokenizer is named: `tiny` encodes, which is for trials; see docs/tokenizers.md", error=True)
+    return "tiny"
 
 
 def encode_shards(url: str, image_encoder: ImageEncoder) -> ConvertRecords:

@@ -59,10 +59,10 @@ def load_jpeg(image: ImageFile.ImageFile, data: bytes) -> None:
         image.load()
         return
     image.load_prepare()
-    codec, extents, offset, args = image.tile[0]
+    codec, box, offset, args = image.tile[0]
     stream = _Stream(Image._getdecoder(image.mode, codec, args, image.decoderconfig), scans.at_once)
     try:
-        stream.decoder.setimage(image.im, extents)
+        stream.decoder.setimage(image.im, box)
         end = len(data) if scans.end is None else scans.end
         scan = data[offset:end].rstrip(b"\0")
         num_zeros = end - offset - len(scan)

@@ -157,7 +157,7 @@ def _value(suffix: str, payload: bytes) -> Any:
     if kind not in _TEXT_SUFFIXES:
         return payload
     try:
-        return payload.decode()
+        return payload.decode().removesuffix("\n").removesuffix("\r")  # an editor's; it is no part of a caption
     except UnicodeDecodeError as error:
         raise Reject("invalid_utf8", f"{suffix}: byte {error.start} is {payload[error.start]:#04x}: {error.reason}") from error
 
