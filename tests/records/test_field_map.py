@@ -166,3 +166,28 @@ def test_a_dotted_name_finds_what_is_there_or_none(fields: dict[str, Any], name:
             for inner, content in value.items():
                 if content is not None and f"{key}.{inner}" not in fields:
                     assert value_of(fields, f"{key}.{inner}") is not None
+
+
+JPEG = b"\xff\xd8\xff\xe0" + bytes(20)
+BMP = b"BM\x46\0\0\0\0\0\0\0\x36\0\0\0"
+HIDDEN: tuple[dict[str, Any], ...] = (
+    {"pages": [{"image": {"bytes": JPEG, "path": "a"}, "n": 1}]},
+    {"items": [{"n": 1}, {"image": "a.jpg"}]},
+    {"images": [[JPEG]]},
+    {"image": [["a.jpg"]]},
+    {"content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AA"}}]},
+    {"images": [None] * 8 + ["a.jpg"]},
+    {"a": {"b": {"c": {"d": {"e": {"f": JPEG}}}}}},
+    {"picture": BMP},
+    {"Image": "a.jpg"},
+    {"x": "DATA:image/png;base64,AA"},
+)
+
+
+@pytest.mark.parametrize("fields", HIDDEN, ids=lambda fields: str(fields)[:40])
+def test_an_image_is_found_wherever_it_hides_and_dropping_its_field_leaves_it_out(fields: dict[str, Any]) -> None:
+    record = {"text": "t", "ids": [*range(100)], **fields}
+    with pytest.raises(Reject) as caught:
+        FieldMap().check_unused(record, None)
+    assert caught.value.reason == "unused_image"
+    FieldMap(spared=frozenset(fields)).check_unused(record, None)

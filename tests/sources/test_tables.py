@@ -224,3 +224,17 @@ def test_tables_are_read_from_object_storage(tmp_path: Path, s3: S3Server, write
     url = f"s3://{s3.bucket}/source-tables"
     open_store(url).put(write.__name__, path.read_bytes())
     assert rows(read(f"{url}/{write.__name__}")) == TABLE.to_pylist()
+
+
+def test_a_map_is_an_object_or_its_pairs_where_that_would_lose_any(tmp_path: Path) -> None:
+    maps = {
+        "plain": pa.array([[("a", 1)], None], pa.map_(pa.string(), pa.int64())),
+        "twice": pa.array([[("a", 1), ("a", 2)], []], pa.map_(pa.string(), pa.int64())),
+        "numbers": pa.array([[(1, "v")], []], pa.map_(pa.int32(), pa.string())),
+    }
+    pa.parquet.write_table(pa.table(maps), tmp_path / "a.parquet")
+    (unit,) = Tables().units([InputFile(str(tmp_path / "a.parquet"), (tmp_path / "a.parquet").stat().st_size)])
+    assert [record.fields for record in Tables().read(unit)] == [
+        {"plain": {"a": 1}, "twice": [["a", 1], ["a", 2]], "numbers": [[1, "v"]]},
+        {"plain": None, "twice": {}, "numbers": {}},
+    ]

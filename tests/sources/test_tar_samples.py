@@ -226,3 +226,19 @@ def test_tars_are_read_from_object_storage(tmp_path: Path, s3: S3Server) -> None
     url = f"s3://{s3.bucket}/source-tars"
     open_store(url).put("a.tar", tar(FILES))
     assert [record.fields for record in read(f"{url}/a.tar")] == [record.fields for record in read_bytes(tar(FILES), tmp_path)]
+
+
+@pytest.mark.parametrize("kind", [tarfile.LNKTYPE, tarfile.SYMTYPE])
+@pytest.mark.parametrize("order", [("0.json", "0.jpg", "1.json"), ("0.jpg", "0.json", "1.json"), ("1.json", "0.jpg", "0.json")])
+def test_a_sample_of_which_a_member_is_a_link_is_a_reject_and_others_are_not(
+    kind: bytes, order: tuple[str, ...], tmp_path: Path
+) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for name in order:
+            member = tarfile.TarInfo(name)
+            if name == "0.jpg":
+                member.type, member.linkname = kind, "elsewhere.jpg"
+            else:
+                member.size = len(b'{"text": "t"}')
+            archive.addfile(member, io.BytesIO(b'{"text": "t"}'))
+    assert sorted(reasons(read(tmp_path / "a.tar"))) == ["1", "link_member"]

@@ -129,7 +129,7 @@ class ConvertOptions(JobOptions):
     def named_fields(self) -> Mapping[str, Iterable[str]]:
         """Option -> fields that it names, which have to be in the first records; those of --keep are asked for only."""
         kept = [field.removeprefix(RECORD) for _, field in self.kept if field not in FACTS]
-        return {"--where": () if (condition := self.condition) is None else condition.names, "--keep": kept}
+        return {"--drop": self.drop, "--where": () if (condition := self.condition) is None else condition.names, "--keep": kept}
 
     @property
     def columns(self) -> tuple[str, ...] | None:

@@ -94,7 +94,10 @@ class Pairs:
         self.field_map.check_unused(fields, image_field)
         text = self.field_map.required_text(fields)
         if image_field is None:
-            raise Reject("missing_field", f"no image; the fields are: {', '.join(list(fields)[:8])[:200] or 'none'}")
+            raise Reject(
+                "missing_field",
+                f"no image; the fields are: {', '.join(list(fields)[:8])[:200] or 'none'}; --image FIELD names it",
+            )
         value = value_of(fields, image_field)
         if isinstance(value, list) and len(value) == 1:
             value = value[0]

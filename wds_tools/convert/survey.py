@@ -104,9 +104,17 @@ class Survey:
             shown = [name if len(names) == 1 else f"{name} ({count:,})" for name, count in names.most_common(_MAX_SHOWN)]
             passed = [name for name in self.passed_over if name not in names] if role == "text" else []
             parts.append(f"{role} = {', '.join(shown)}" + (f" ({', '.join(passed)} passed over)" if passed else ""))
+            if role in ("image", "text") and (without := self.num_usable - names.total()):
+                parts[-1] += f", {without:,} of the first {self.num_usable:,} records without"
         if absent := sorted(name for option, name in self.wanted if option == "--keep"):
             parts.append(f"no {', '.join(absent)} to keep in the first records")
-        return "; ".join(parts) or "no field is known to be of use"
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.rejects.items())
+        return "; ".join(parts) or f"none of the first {self.num_records:,} records can be used ({reasons or 'no known field'})"
+
+    @property
+    def num_usable(self) -> int:
+        """Records whose roles are clear."""
+        return self.num_records - self.rejects.total()
 
 
 def survey_records(read: Read, tasks: Sequence[Any], roles: Roles, named: Mapping[str, Iterable[str]]) -> Survey:

@@ -14,6 +14,7 @@ Layout: POSIX.1-2017, pax, "ustar Interchange Format".
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -36,6 +37,7 @@ _PADS = tuple(bytes(-n % BLOCK) for n in range(BLOCK))
 _KINDS = {b"S": "a sparse file", b"M": "a continued volume"}
 _NO_PAYLOAD = b"123456"
 """Links, devices, folders and FIFOs: whatever size they state, no bytes follow."""
+_MAX_LINKS = 100_000
 _NO_FILES = _NO_PAYLOAD + b"V"
 
 
@@ -122,6 +124,8 @@ class TarReader:
         self._fault: FormatError | None = None
         self.num_passed_over = 0
         """Links, devices and labels so far."""
+        self.links: deque[str] = deque(maxlen=_MAX_LINKS)
+        """Names of the links among them, until somebody takes them."""
 
     @property
     def at_end(self) -> bool:
@@ -257,6 +261,8 @@ class TarReader:
         self._start, self._long_name, self._pax_size = -1, None, None
         if kind in _NO_FILES:
             self.num_passed_over += kind != b"5"
+            if kind in b"12":
+                self.links.append(name or block[:100].split(b"\0", 1)[0].decode(errors="replace"))
             return None
         if name is None:
             name_bytes = block[:100].split(b"\0", 1)[0]

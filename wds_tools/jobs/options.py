@@ -138,7 +138,11 @@ class RejectBudget:
 
 
 def check_kept(rejects: Mapping[str, int], inputs: int) -> None:
-    """Raise TooManyRejects if --where has dropped every record of a dataset."""
-    if inputs and sum(rejects.get(reason, 0) for reason in FILTERED) == inputs:
+    """Raise TooManyRejects if no sample is left of a dataset, and --where has dropped records of it."""
+    num_filtered = sum(rejects.get(reason, 0) for reason in FILTERED)
+    if num_filtered and sum(rejects.values()) == inputs:
         missing = rejects.get("filtered_missing", 0)
-        raise TooManyRejects(f"--where keeps none of the {inputs:,} records; {missing:,} of them lack a field that it names")
+        raise TooManyRejects(
+            f"--where keeps none of the {inputs:,} records: it drops {num_filtered:,}, of which {missing:,} lack a field that it "
+            f"names, and {inputs - num_filtered:,} can't be used"
+        )

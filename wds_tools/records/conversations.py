@@ -21,7 +21,7 @@ from typing import Any, Literal, NamedTuple
 import orjson
 
 from wds_tools.errors import Reject
-from wds_tools.records.field_map import IMAGE_NAMES, is_image
+from wds_tools.records.field_map import IMAGE_NAMES, images_within, is_image
 from wds_tools.records.fields import check_text, value_of
 from wds_tools.records.images import ImageFile
 
@@ -41,16 +41,21 @@ _MEDIA = re.compile(r"(input_)?(video|audio|file)s?(_url)?")
 _MEDIA_FIELD = re.compile(r"(video|audio)s?(_path|_url)?|mp4|webm|mkv|mov|avi|mp3|wav|flac|ogg|m4a")
 _IMAGE_PARTS = ("image", "image_url", "input_image")
 _IMAGE_FIELD = re.compile(
-    r"(image|img|picture|photo|pixel|jpe?g|png|webp)s?(_?(path|url|uri|src|file|file_?name|bytes|data|values|base64))?s?", re.I
+    r"(image|img|picture|photo|pixel|jpe?g|png|webp)s?"
+    r"(_?(path|url|uri|src|file|file_?name|bytes|data|values|base64|b64))?s?",
+    re.I,
 )
 _IMAGE_FILE = re.compile(r"^data:image/|\.(jpe?g|png|webp|gif|bmp|tiff?|avif|heic)([?#]\S*)?$", re.I)
 """A path or URL of an image, or one in a URL."""
-_OTHER_MARK = re.compile(r"<img>|<\|(image|vision)\w*\|>|<image[ _]?\d+>")
+_OTHER_MARK = re.compile(
+    r"(?!(?-i:<image>))(<img>|<\|(image|vision)\w*\|>|<image(here|[ _]?\d+|[ _]?placeholder)?>"
+    r"|\[img\]|!\[[^\]]*\]\(data:image/)",
+    re.I,
+)
 """Marks of images in other conventions than LLaVA's."""
 _IMAGE_VALUES = ("image", "image_url", "path", "url")
 _SPEAKERS = ("from", "role")
 _TEXTS = ("value", "content")
-_SAID = (*_SPEAKERS, *_TEXTS, "user", "assistant")
 PROMPTS = ("system", "system_prompt")
 """Fields with a prompt of the system."""
 _NOTHING: tuple[Any, ...] = (None, "", [], {}, "[]", "{}")
@@ -144,17 +149,25 @@ class TalkReader:
 
     def _check_unused(self, record: Mapping[str, Any], roles: Mapping[str, str], turns: list[dict[str, Any]]) -> None:
         """Raise Reject for an image that would be left behind: no conversation about one becomes text alone."""
-        contents = [turn[name] for turn in turns for name in _TEXTS if isinstance(turn.get(name), list)]
+        said = [next((name for name in _TEXTS if turn.get(name) is not None), "") for turn in turns]
+        contents = [turn[name] for turn, name in zip(turns, said, strict=True) if isinstance(turn.get(name), list)]
         parts = [part for content in contents for part in content if isinstance(part, dict)]
         images: list[Any] = [part for part in parts if part.get("text") is None]
         images += images_in(roles["image"], value_of(record, roles["image"])) if "image" in roles else []
         used = {posixpath.basename(path) for _, path in _files("", images) if path}
         known = {*roles.values(), *PROMPTS, *self.left_out}
         fields = [item for item in record.items() if item[0] not in known]
-        fields += [item for turn in turns for item in turn.items() if item[0] not in _SAID]
+        known_in_turns = (*_SPEAKERS, "user", "assistant")
+        fields += [
+            item
+            for turn, name in zip(turns, said, strict=True)
+            for item in turn.items()
+            if item[0] not in (name, *known_in_turns)
+        ]
         fields += [item for part in parts if part.get("text") is not None for item in part.items() if item[0] != "text"]
         for field, value in fields:
-            found = [(field, "")] if not images and _IMAGE_FIELD.fullmatch(field) and _given(value) else []
+            is_named = bool(_IMAGE_FIELD.fullmatch(field) and _given(value)) or bool(images_within({field: value}))
+            found = [(field, "")] if not images and is_named else []
             for name, file in (*_files(field, value), *found):
                 steps = name.removeprefix("json.").split(".")
                 if posixpath.basename(file) not in used and known.isdisjoint(accumulate(steps, "{}.{}".format)):
@@ -292,7 +305,7 @@ def _is_blank(value: Any) -> bool:
     return value in _NOTHING or (isinstance(value, str) and value.isspace())
 
 
-def _files(name: str, value: Any, depth: int = 4) -> Iterator[tuple[str, str]]:
+def _files(name: str, value: Any, depth: int = 40) -> Iterator[tuple[str, str]]:
     """(field, name of an image) in a value, and in its lists and objects; "" of an image that has no name."""
     if isinstance(value, str):
         if _IMAGE_FILE.search(value):

@@ -8,9 +8,11 @@ reject that names the options, and the survey stops a run for it before anything
 
 from __future__ import annotations
 
+import posixpath
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Final
 
 from wds_tools.errors import Reject, UsageError
@@ -32,12 +34,15 @@ IMAGE_NAMES: Final = (
 _FILE_NAMES: Final = {"file_name", "path", "filename", "filepath", "file_path"}
 """Of these, names of any file: an image if the value looks like one, and beside an image that is in the record its name."""
 _IMAGE_FILE: Final = re.compile(r"\.(jpe?g|png|webp|gif|bmp|tiff?|avif|heic)([?#]\S*)?$", re.I)
-_MAGIC: Final = re.compile(rb"\xff\xd8\xff|\x89PNG|GIF8|RIFF....WEBP|II\*\0|MM\0\*|....ftyp(avif|heic|mif1)", re.DOTALL)
+_MAGIC: Final = re.compile(
+    rb"\xff\xd8\xff|\xff\x0a|\x89PNG|GIF8|RIFF....WEBP|II[*+]\0|MM\0[*+]|BM....\0\0\0\0"
+    rb"|....(ftyp(avi[fs]|he[iv][csx]|mif1|msf1)|JXL |jP  )",
+    re.DOTALL,
+)
 _DATA_URI: Final = "data:image/"
 _PLAIN: Final = frozenset((int, float, bool, type(None)))
 _IMAGE_NAMES: Final = frozenset(IMAGE_NAMES)
-_MAX_DEPTH: Final = 4
-_MAX_LISTED: Final = 8
+_MAX_DEPTH: Final = 40
 Pairs = tuple[tuple[str, str], ...]
 
 
@@ -68,11 +73,11 @@ def parse_pairs(option: str, values: Sequence[str], *, needs_name: bool = False)
     return tuple(pairs)
 
 
-def is_image(value: Any, name: str) -> bool:
+def is_image(value: Any, name: str, depth: int = _MAX_DEPTH) -> bool:
     """Whether the value of a field of this name is an image, several, or the path of one."""
     if isinstance(value, str):
-        is_named = name in _IMAGE_NAMES and bool(value)
-        return value.startswith(_DATA_URI) or (is_named and (name not in _FILE_NAMES or bool(_IMAGE_FILE.search(value))))
+        is_named = name.lower() in _IMAGE_NAMES and bool(value)
+        return _is_data(value) or (is_named and (name.lower() not in _FILE_NAMES or bool(_IMAGE_FILE.search(value))))
     if isinstance(value, bytes):
         return bool(value) and (name in _IMAGE_NAMES or bool(_MAGIC.match(value)))
     if isinstance(value, dict):
@@ -80,7 +85,9 @@ def is_image(value: Any, name: str) -> bool:
         return is_struct and (is_image(value.get("bytes"), name) or is_image(value.get("path"), "path"))
     if isinstance(value, ImageFile):
         return True
-    return isinstance(value, list) and any(is_image(each, name) for each in value[:_MAX_LISTED] if not isinstance(each, list))
+    if not isinstance(value, list) or _PLAIN.issuperset(map(type, value)):
+        return False
+    return depth > 0 and any(is_image(each, name, depth - 1) for each in value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,21 +133,22 @@ class FieldMap:
             return None if value_of(fields, self.image) is None else self.image
         names = [name for name in IMAGE_NAMES if fields.get(name) is not None and name not in self.spared]
         images = [name for name in names if is_image(fields[name], name)]
+        names = [name for name in names if name not in _FILE_NAMES or not posixpath.splitext(str(fields[name]))[1]]
         images.sort(key=lambda name: name in _FILE_NAMES)  # which may be the name of another
-        if not images and (others := [name for name in _images(fields) if name not in self.spared]):
+        if not images and (others := [name for name, _ in images_within(fields) if name not in self.spared]):
             images = others
         return next(iter(images or names), None)
 
     def check_unused(self, fields: Mapping[str, Any], used: str | None) -> None:
         """Raise Reject ("unused_image") for an image in a field that is neither used nor spared, unless it is the same one."""
-        if not (names := _images(fields)):
+        if not (images := images_within(fields)):
             return
         value = None if used is None else value_of(fields, used)
-        is_inside = value is not None and (not isinstance(value, str) or value.startswith(_DATA_URI))
-        for name in names:
-            if name == used or not self.spared.isdisjoint((name, name.removeprefix("json."))):
+        is_inside = value is not None and (not isinstance(value, str) or _is_data(value))
+        for name, other in images:
+            steps = name.removeprefix("json.").split(".")
+            if name == used or not self.spared.isdisjoint((name, *accumulate(steps, "{}.{}".format))):
                 continue
-            other = value_of(fields, name)
             if _is_same(other, value) or (is_inside and name in _FILE_NAMES and isinstance(other, str)):
                 continue
             if used is None:
@@ -149,23 +157,30 @@ class FieldMap:
             raise Reject("unused_image", f"{name} holds an image beside that of {used}: {how}")
 
 
-def _images(fields: Mapping[str, Any], depth: int = _MAX_DEPTH) -> list[str]:
-    """Names of the fields that hold images, also of those inside objects."""
-    names: list[str] = []
-    for name, value in fields.items():
+def images_within(fields: Mapping[str, Any] | Sequence[Any], depth: int = _MAX_DEPTH) -> list[tuple[str, Any]]:
+    """(name, value) of the fields that hold images, also inside objects and lists; one that is nested deeper than anybody can
+    look counts as such."""
+    images: list[tuple[str, Any]] = []
+    for name, value in fields.items() if isinstance(fields, Mapping) else enumerate(fields):
         kind = type(value)
-        if kind in _PLAIN or (kind is str and name not in _IMAGE_NAMES and not value.startswith(_DATA_URI)):
+        name = str(name)
+        if kind in _PLAIN or (kind is str and name.lower() not in _IMAGE_NAMES and value[:1] not in "dD"):
             continue  # as nearly all do: without a call
         if is_image(value, name):
-            names.append(name)
-        elif kind is dict and depth:
-            names += [f"{name}.{inner}" for inner in _images(value, depth - 1)]
-    return names
+            images.append((name, value))
+        elif kind is dict or (kind is list and not _PLAIN.issuperset(map(type, value))):
+            inside = images_within(value, depth - 1) if depth else [("", value)]
+            images += [(f"{name}.{inner}".rstrip("."), image) for inner, image in inside]
+    return images
+
+
+def _is_data(text: str) -> bool:
+    return text[: len(_DATA_URI)].lower() == _DATA_URI
 
 
 def _is_same(value: Any, other: Any) -> bool:
     """Whether two values are one image: equal, or a path and the end of it, as where a record says where its image is from."""
-    if value == other:
+    if value is not None and value == other:
         return True
     path, end = sorted((_path(value), _path(other)), key=len, reverse=True)
     return bool(end) and path.endswith(f"/{end.removeprefix('./')}")
@@ -173,4 +188,4 @@ def _is_same(value: Any, other: Any) -> bool:
 
 def _path(value: Any) -> str:
     path = value.get("path") if isinstance(value, dict) else value.url if isinstance(value, ImageFile) else value
-    return path if isinstance(path, str) and not path.startswith(_DATA_URI) else ""
+    return path if isinstance(path, str) and not _is_data(path) else ""

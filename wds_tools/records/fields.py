@@ -10,8 +10,6 @@ from wds_tools.errors import Reject
 CAPTION = ("text_prompt", "text")
 """Fields of a jsonl that a caption is looked for in."""
 _SHOWN_NAMES = 4
-_MAX_LISTED = 100
-"""Elements of a list that a name can reach."""
 
 
 def value_of(record: Mapping[str, Any], name: str) -> Any:
@@ -23,7 +21,7 @@ def value_of(record: Mapping[str, Any], name: str) -> Any:
     for length in range(len(steps) - 1, 0, -1):  # a name may have dots itself
         inner = record.get(".".join(steps[:length]))
         if isinstance(inner, list):
-            inner = {str(number): value for number, value in enumerate(inner[:_MAX_LISTED])}
+            inner = {step: inner[int(step)]} if (step := steps[length]).isdecimal() and int(step) < len(inner) else None
         if isinstance(inner, Mapping) and (value := value_of(inner, ".".join(steps[length:]))) is not None:
             return value
     return None

@@ -16,7 +16,7 @@ from itertools import groupby
 from typing import Any
 
 from wds_tools.dataset.layout import MANIFEST, PLAN, REMOVABLE
-from wds_tools.errors import NotFound, UsageError
+from wds_tools.errors import NotFound, Reject, UsageError
 from wds_tools.sources.containers import Container, Unit
 from wds_tools.sources.detect import SUFFIXES, Kind, detect, is_candidate
 from wds_tools.sources.folders import Folders, choose_pictures
@@ -30,6 +30,9 @@ from wds_tools.sources.text.objects import fields_of
 from wds_tools.storage import join
 
 _WRITTEN = re.compile(rf"(?<![^/])({REMOVABLE.pattern})$")
+
+KEY = "__key__"
+"""Field with the key of a record whose container has keys, as webdataset calls it."""
 
 
 def container_of(kind: Kind, columns: tuple[str, ...] | None = None) -> Container:
@@ -115,7 +118,10 @@ class Containers:
                 number = first
                 for record in container.read(unit):
                     number = first + record.number
-                    yield record._replace(number=number)
+                    fields = record.fields
+                    if record.key is not None and not isinstance(fields, Reject):
+                        fields = {**fields, KEY: record.key}
+                    yield record._replace(number=number, fields=fields)
                     number += 1
                 first = number
         elif isinstance(task, ElementRange):

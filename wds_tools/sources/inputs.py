@@ -93,30 +93,38 @@ def expand_inputs(patterns: Sequence[str], choose: Choice, *, strict_links: bool
     """
     inputs = Inputs([], [], [])
     for pattern in patterns:
+        meant = Inputs([], [], [])
         for braced in _expand_braces(pattern):
             for url in _expand_stars(braced, strict_links):
-                _add_files(inputs, url, choose, strict_links)
+                _add_files(meant, url, choose, strict_links)
+        beside = set() if len(meant.files) == 1 else _beside(meant.files)
+        inputs.files.extend(file for file in meant.files if file not in beside)
+        inputs.left_out.extend((*meant.left_out, *(file.url for file in beside)))
     if not inputs.files:
         raise UsageError("no input: pass --input with files or folders")
-    inputs = _sift(inputs)
+    inputs = _once(inputs)
     for name, what in _REMARKS.items():
         if files := inputs.source.get(name):
             say(f"wds-tools: {files['files']:,} {what}, such as {files['such_as']}", error=True)
     return inputs
 
 
-def _sift(inputs: Inputs) -> Inputs:
-    """Each file once, without what lies beside those that are read: img2dataset's X.parquet and X_stats.json beside X.tar, and
-    images below files of records."""
+def _beside(files: Sequence[InputFile]) -> set[InputFile]:
+    """Of the files of a folder or pattern those that lie beside what is read: img2dataset's X.parquet and X_stats.json beside
+    X.tar, and images below files of records. What is named by itself is read."""
+    by_name = {_identity(file.url).lstrip("/"): file for file in files}
+    tars = {name[:-4] for name in by_name if name.lower().endswith(".tar")}
+    beside = {name for name in by_name for suffix in _COMPANIONS if name.endswith(suffix) and name.removesuffix(suffix) in tars}
+    beside.update(choose_pictures([name for name in by_name if name not in beside], is_candidate).named)
+    return {by_name[name] for name in beside}
+
+
+def _once(inputs: Inputs) -> Inputs:
+    """Each file once."""
     files: dict[str, InputFile] = {}
     twice = [file.url for file in inputs.files if files.setdefault(_identity(file.url), file) is not file]
-    tars = {key[:-4] for key in files if key.lower().endswith(".tar")}
-    beside = {key for key in files for suffix in _COMPANIONS if key.endswith(suffix) and key.removesuffix(suffix) in tars}
-    names = {key.lstrip("/"): key for key in files if key not in beside}
-    beside.update(names[name] for name in choose_pictures(names, is_candidate).named)
-    taken = [file for key, file in files.items() if key not in beside]
-    left_out = {*inputs.left_out, *(files[key].url for key in beside)}.difference(file.url for file in taken)
-    return Inputs(taken, sorted(left_out), twice)
+    left_out = set(inputs.left_out).difference(file.url for file in files.values())
+    return Inputs([*files.values()], sorted(left_out), twice)
 
 
 def _identity(url: str) -> str:

@@ -244,12 +244,24 @@ def _fields(pa: Any, batch: Any) -> list[dict[str, Any] | Reject]:
     if schema != batch.schema:
         batch = batch.cast(schema)
     try:
-        rows: list[dict[str, Any] | Reject] = batch.to_pylist(maps_as_pydicts="lossy")
+        rows: list[dict[str, Any] | Reject] = batch.to_pylist()
     except UnicodeDecodeError as error:
         if len(batch) == 1:
             return [Reject("invalid_utf8", f"byte {error.start} of a text is {error.object[error.start]:#04x}: {error.reason}")]
         return [row for number in range(len(batch)) for row in _fields(pa, batch.slice(number, 1))]
+    for name in [field.name for field in batch.schema if pa.types.is_map(field.type)]:
+        for row in rows:
+            assert not isinstance(row, Reject)
+            row[name] = _object(row[name])
     return rows
+
+
+def _object(entries: list[tuple[Any, Any]] | None) -> Any:
+    """A map as an object, or as its pairs where that would lose any."""
+    if entries is None:
+        return None
+    keys = {key for key, _ in entries if isinstance(key, str)}
+    return dict(entries) if len(keys) == len(entries) else [list(entry) for entry in entries]
 
 
 def _json_type(pa: Any, kind: Any) -> Any:

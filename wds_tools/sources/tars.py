@@ -69,6 +69,7 @@ class _Records:
         self._sample: _Sample | None = None
         self._number = 0
         self._num_stray = 0
+        self._linked: set[str] = set()
         self._told_bytes = self._told_strays = 0
         self.read_bytes = 0
         """Of the file, so far."""
@@ -94,7 +95,11 @@ class _Records:
             yield self._record(damage, self._sample.key if self._sample else None)
 
     def _flush(self) -> Iterator[Record[Mapping[str, Any]]]:
+        self._linked.update(cut_name(name)[0] for name in self._reader.links)
+        self._reader.links.clear()
         if self._sample is not None:
+            if self._sample.key in self._linked:  # it lacks what the link stands for
+                self._sample.fault = Reject("link_member", "a member of it is a link, whose file is not looked for in the tar")
             yield self._record(self._sample.fields(), self._sample.key)
             self._sample = None
 
@@ -113,23 +118,23 @@ class _Sample:
         self.key = key
         self._members: dict[str, bytes] = {}
         self._num_bytes = 0
-        self._fault: Reject | None = None
+        self.fault: Reject | None = None
 
     def add(self, suffix: str, member: Member) -> None:
         """Take a member; of a sample that is too large nothing is kept."""
         self._num_bytes += BLOCK + len(member.payload) + member.num_dropped
         if suffix in self._members:
-            self._fault = Reject("duplicate_member", f"two members with the suffix {suffix}: {member.name[:300]}")
+            self.fault = Reject("duplicate_member", f"two members with the suffix {suffix}: {member.name[:300]}")
         elif self._num_bytes > MAX_SAMPLE_BYTES:
-            self._fault = Reject("sample_too_large", f"more than {MAX_SAMPLE_BYTES} bytes with {member.name[:300]}")
+            self.fault = Reject("sample_too_large", f"more than {MAX_SAMPLE_BYTES} bytes with {member.name[:300]}")
             self._members.clear()
-        if self._fault is None:
+        if self.fault is None:
             self._members[suffix] = bytes(member.payload)
 
     def fields(self) -> dict[str, Any] | Reject:
         """See sample_fields."""
-        if self._fault is not None:
-            return self._fault
+        if self.fault is not None:
+            return self.fault
         return sample_fields(self._members)
 
 
