@@ -207,3 +207,10 @@ def test_whatever_a_record_holds_it_is_a_conversation_or_a_reject(record: Record
         return
     assert sum(turn["value"].count(MARK) for turn in talk.turns) == len(talk.images)
     assert [turn["from"] for turn in talk.turns if turn["from"] != "system"] == ["human", "gpt"] * (len(talk.turns) // 2)
+
+
+def test_an_image_in_the_field_of_a_turn_that_is_not_read_is_not_left_behind() -> None:
+    asked = {"from": "human", "value": "q", "content": [{"type": "image", "image": "a.jpg"}]}
+    with pytest.raises(Reject) as caught:
+        TalkReader().read({"conversations": [asked, {"from": "gpt", "value": "a"}]})
+    assert caught.value.reason == "unused_image"
