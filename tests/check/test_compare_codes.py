@@ -64,6 +64,7 @@ def test_shares_and_psnr_are_those_of_the_definition(sets: Path) -> None:
     assert result.psnr_between_db > result.psnr_a_db
 
 
+@pytest.mark.slow
 def test_two_names_of_one_dataset_can_be_compared(sets: Path) -> None:
     apart, together = (
         compare(sets / "fp32", sets / "bf16", pictures=0),

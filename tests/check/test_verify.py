@@ -273,6 +273,7 @@ def test_no_single_byte_of_a_set_can_change_unnoticed(original: Path, tmp_path: 
 # ---- index ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("harm", [lambda path: path.unlink(), lambda path: path.write_bytes(b"junk")])
 def test_index_brings_a_lost_index_back_byte_for_byte(folder: Path, original: Path, harm: Callable[[Path], object]) -> None:
     harm(folder / INDEX)
@@ -298,6 +299,7 @@ def test_the_factory_and_the_reader_agree(folder: Path) -> None:
 # --- Every bit -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_of_manifest_rejects_index_or_tar_is_found(tmp_path: Path) -> None:
     """Every bit of the rejects, and some of the others: of the manifest every bit is flipped in test_manifest.py."""
     folder = tmp_path / "set"

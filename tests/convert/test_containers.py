@@ -79,6 +79,7 @@ def test_every_record_is_a_sample_or_a_reject_and_workers_change_no_byte(inputs:
     assert tree(tmp_path / "two") == tree(tmp_path / "one")
 
 
+@pytest.mark.slow
 def test_a_killed_conversion_of_containers_resumes_to_the_same_bytes(inputs: Path, tmp_path: Path) -> None:
     options = ["--task-records", "10", "--task-bytes", "1", "--max-rejects", "1", "--quiet", "--output"]
     words = ["convert", "pairs", "--input", *names(inputs), *options]

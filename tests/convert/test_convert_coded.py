@@ -72,6 +72,7 @@ def same(found: list[Sample], expected: list[Row]) -> None:
 ROWS = [make(number) for number in range(0, 60, 3) for make in (pair, document, wide)]
 
 
+@pytest.mark.slow
 def test_a_folder_of_save_to_disk_becomes_shards_in_its_order(tmp_path: Path) -> None:
     manifest = convert(save(ROWS, tmp_path / "liquid", num_shards=4), output=tmp_path / "set")
     found = read_samples(tmp_path / "set")

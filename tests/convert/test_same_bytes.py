@@ -27,6 +27,7 @@ def undisturbed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
     return args, folder / "out", work_s
 
 
+@pytest.mark.slow
 def test_in_parts(undisturbed: tuple[Words, Path, float], tmp_path: Path) -> None:
     args, expected, _ = undisturbed
     for part in ("2/2", "1/2"):

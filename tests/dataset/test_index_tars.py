@@ -196,6 +196,7 @@ def test_members_that_are_no_part_of_a_sample_are_passed_over_and_counted(tmp_pa
     assert sorted(bytes(sample["txt"]) for sample in ShardDataset(str(tmp_path))) == [b"0.txt", b"1.txt"]
 
 
+@pytest.mark.slow
 def test_an_index_that_is_lost_comes_back(tars: Path) -> None:
     index(tars)
     before = tree(tars)

@@ -112,6 +112,7 @@ def test_what_writes_is_refused_while_another_run_does_and_changes_nothing(
     assert main(args) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["folder", "s3"])
 def test_of_exports_that_begin_together_one_goes_on_and_the_others_are_refused(
     place: str, pairs: Path, tmp_path: Path, request: pytest.FixtureRequest

@@ -349,6 +349,7 @@ def test_pairs_are_encoded_straight_through_to_the_same_samples(tmp_path: Path) 
     assert tree(tmp_path / "again") == tree(tmp_path / "straight")
 
 
+@pytest.mark.slow
 def test_encode_takes_files_of_pairs_as_convert_pairs_does(tmp_path: Path) -> None:
     path = write_pairs(tmp_path / "pairs", 3, width=60)
     how = ["--device", "cpu", "--keep-images", "--shard-samples", "2", "--max-pixels", "100000"]
@@ -362,6 +363,7 @@ def test_encode_takes_files_of_pairs_as_convert_pairs_does(tmp_path: Path) -> No
     assert "is read as pairs" in failed.stderr
 
 
+@pytest.mark.slow
 def test_encode_reads_tars_where_they_lie_and_writes_codes_alone(tmp_path: Path, s3: S3Server) -> None:
     samples = [{"jpg": image_bytes(number, 60, 40), "txt": b"caption %d" % number} for number in range(3)]
     pattern = write_tars(tmp_path / "tars", samples, 1)
@@ -377,6 +379,7 @@ def test_encode_reads_tars_where_they_lie_and_writes_codes_alone(tmp_path: Path,
     assert {(*sample.codes, sample.image) for sample in found} == {("vqcode_512", None)}
 
 
+@pytest.mark.slow
 def test_conversations_are_encoded_straight_through_to_the_same_samples(tmp_path: Path) -> None:
     for number, name in enumerate("ab"):
         (tmp_path / f"{name}.jpg").write_bytes(image_bytes(number, 60, 40))
@@ -392,6 +395,7 @@ def test_conversations_are_encoded_straight_through_to_the_same_samples(tmp_path
     assert verify(VerifyConfig(input=str(tmp_path / "straight"), quiet=True)).problems == ()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["pairs", "conversations"])
 def test_settings_of_a_tokenizer_without_encode_are_refused(tmp_path: Path, name: str) -> None:
     path = write_pairs(tmp_path / "pairs", 1)

@@ -113,6 +113,7 @@ def test_loaders_hand_them_over_as_int32(encoded: Path) -> None:
         assert [grid.tolist() for grid in grids] == expected[sample["__key__"]]
 
 
+@pytest.mark.slow
 def test_token_rows_hold_them_behind_the_text_on_the_fly_and_packed_ahead(encoded: Path, tmp_path: Path) -> None:
     tokenizer = write_tokenizer(tmp_path / "tokenizer")
     codes = {int(code) for sample in read_samples(encoded) for grid in sample.codes.values() for code in grid.ravel()}
@@ -146,6 +147,7 @@ def test_the_export_writes_them_in_full_and_they_come_back(encoded: Path, tmp_pa
     assert [text for text in found if text != "[]"] == sorted(json.dumps(grid.ravel().tolist()) for grid in grids)
 
 
+@pytest.mark.slow
 def test_statistics_count_every_entry(encoded: Path) -> None:
     found = json.loads(wds_tools("stats", encoded, "--json", "--quiet").stdout)["codes"]["vqcode_512"]
     codes = [int(c) for sample in read_samples(encoded) for c in sample.codes.get("vqcode_512", np.zeros(0)).ravel()]
@@ -164,6 +166,7 @@ def test_the_page_shows_them_and_the_picture_that_they_decode_to(encoded: Path) 
         assert fetch(server, "/codes/0/vqcode_512.png")[0] == 200
 
 
+@pytest.mark.slow
 def test_a_vocabulary_beyond_int32_is_refused(tmp_path: Path) -> None:
     facts = {"vqcode_512": {"tokenizer": "huge", "codebook_size": 1 << 31, "weights_hash": "x"}}
     make_dataset(tmp_path / "set", [image_sample(0)], codes=facts)

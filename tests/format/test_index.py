@@ -242,6 +242,7 @@ INDICES = [
 ]
 
 
+@pytest.mark.slow
 @given(
     st.sampled_from(INDICES),
     st.lists(st.tuples(st.integers(0, 2000), st.integers(0, 255)), min_size=1, max_size=6),

@@ -385,6 +385,7 @@ print(*(counts[name] for name in ("hits", "misses", "written", "evicted")))
 """
 
 
+@pytest.mark.slow
 def test_many_processes_hammer_one_small_cache_and_some_are_killed(folder: Path) -> None:
     limit, num_processes = 1_000_000, 5
     slack = (num_processes + 1) * 3 * 30_000  # what is being written

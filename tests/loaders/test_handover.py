@@ -80,6 +80,7 @@ def test_fewer_batches_are_prepared_ahead_where_they_would_not_fit(outcomes: dic
     assert "going on with prefetch_factor=1. docker run --shm-size" in warning
 
 
+@pytest.mark.slow
 def test_what_can_not_fit_is_refused_before_a_worker_starts(outcomes: dict[str, list[str]]) -> None:
     (told,) = outcomes["refused"]
     assert told.startswith("UsageError: /dev/shm has")

@@ -232,6 +232,7 @@ def kill_and_go_on(pid: int, batches: Iterator[dict[str, Any]], found: list[str]
     collect(batches, found)
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_between_epochs_is_said_too(url: str) -> None:
     with closing(loader(url)) as made:
         with new_children() as workers:

@@ -176,6 +176,7 @@ def test_webdatasets_loader_batches_in_the_pipeline_and_behind_it(url: str, all_
     assert sorted(name for names, _ in behind for name in names) == all_keys
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_set_epoch_chooses_the_order_of_each_epoch(url: str, all_keys: list[str], num_workers: int) -> None:
     dataset = ShardDataset(url)
@@ -289,6 +290,7 @@ def members(sample: dict[str, Any]) -> dict[str, bytes]:
 leaves_files_open = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 
 
+@pytest.mark.slow
 @leaves_files_open
 def test_tars_of_webdatasets_writer_give_what_webdataset_reads(tmp_path: Path) -> None:
     write_others(tmp_path)

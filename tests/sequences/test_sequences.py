@@ -240,6 +240,7 @@ def test_a_document_that_makes_no_token_is_refused(tokenizer: Path) -> None:
     assert built(tokenizer, text_sample(1, ""), bos="", document_eos=True).ids.tolist() == [2]
 
 
+@pytest.mark.slow
 def test_choices_depend_on_seed_epoch_and_key_alone_and_keep_their_shares(tokenizer: Path) -> None:
     samples = [image_sample(number, side=1) for number in range(4000)]
     made = builder(tokenizer, t2i_ratio=0.3, unconditional_ratio=0.2)

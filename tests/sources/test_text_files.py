@@ -212,6 +212,7 @@ def test_a_header_that_is_none_is_one_line_before_anything_is_written(
 # ---- bombs ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("suffix", "begin"), [("jsonl", b'{"text": "'), ("json", b'[{"text": "'), ("csv", b'text\n"')])
 def test_what_a_bomb_becomes_is_bounded_in_memory(
     suffix: str, begin: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -229,6 +230,7 @@ def test_what_a_bomb_becomes_is_bounded_in_memory(
     assert peak < 40 << 20
 
 
+@pytest.mark.slow
 def test_ten_megabytes_of_nested_json_are_a_reject(tmp_path: Path) -> None:
     deep = b"[" * 5_000_000 + b"]" * 5_000_000
     lines = [b'{"text": "a"}', b'{"text": "x", "deep": ' + deep + b"}", b'{"text": NaN, "deep": ' + deep + b"}", b'{"text": "b"}']

@@ -173,6 +173,7 @@ def test_nothing_in_the_data_runs_and_all_of_it_is_text(watched: Watched) -> Non
     assert HOSTILE in page.locator(".turn").first.inner_text()
 
 
+@pytest.mark.slow
 def test_the_policy_stops_what_would_get_through(browser: Browser, server: ViewServer) -> None:
     watched = Watched(browser, server)
     page = watched.open("/sample/3")
@@ -237,6 +238,7 @@ def test_light_and_dark_are_a_key_apart_and_stay(watched: Watched) -> None:
     assert page.locator("svg.plot").count() >= 4
 
 
+@pytest.mark.slow
 def test_help_is_a_key_away(watched: Watched) -> None:
     page = watched.open("/")
     keys_shown(page)

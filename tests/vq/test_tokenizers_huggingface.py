@@ -365,6 +365,7 @@ def test_what_does_not_fit_is_refused_in_one_line_and_runs_nothing(
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.slow
 def test_codes_of_a_large_codebook_are_stored_in_32_bits_and_bf16_is_warned_of(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
