@@ -166,7 +166,7 @@ def test_the_blocks_about_clusters_run_on_stand_ins_and_their_commands_are_those
 def test_commands_that_are_only_shown_are_those_that_there_are(page: str, tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     for line in "".join(content for kind, content in blocks(page) if kind == "text").splitlines():
-        program, *words = shlex.split(line)
+        program, *words = shlex.split(line, comments=True)
         if program == "wds-tools":
             command = [sys.executable, parse_only(tmp_path), *words]
             done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
