@@ -7,7 +7,6 @@ import io
 import json
 import re
 import shlex
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import zstandard
-from commands import ROOT, image_bytes, read_samples
+from commands import ROOT, image_bytes, read_samples, tar_bytes
 
 from wds_tools.cli.main import main
 
@@ -35,12 +34,7 @@ def layout(number: str, num_samples: int) -> Callable[[Callable[[Path], None]], 
 
 def tar_of(path: Path, members: dict[str, bytes | str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            payload = data.encode() if isinstance(data, str) else data
-            info.size = len(payload)
-            tar.addfile(info, io.BytesIO(payload))
+    path.write_bytes(tar_bytes((name, data.encode() if isinstance(data, str) else data) for name, data in members.items()))
 
 
 def lines(path: Path, *records: Any) -> None:

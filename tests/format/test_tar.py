@@ -11,7 +11,7 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
-from commands import SHARED
+from commands import SHARED, tar_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -42,16 +42,6 @@ ARCHIVES: dict[str, list[tuple[str, bytes]]] = {
 
 def write_tar(members: list[tuple[str, bytes]]) -> bytes:
     return b"".join(header(name, len(data)) + data + padding(len(data)) for name, data in members) + END
-
-
-def python_tar(members: list[tuple[str, bytes]], tar_format: int = tarfile.USTAR_FORMAT) -> bytes:
-    out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w", format=tar_format) as archive:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
-    return out.getvalue()
 
 
 def raw_tar(*members: tuple[bytes, dict[int, bytes], bytes]) -> bytes:
@@ -138,7 +128,7 @@ def test_written_tars_are_read_by_tarfile_and_by_gnu_tar(members: list[tuple[str
 @pytest.mark.parametrize("tar_format", FORMATS.values(), ids=FORMATS)
 @pytest.mark.parametrize("members", ARCHIVES.values(), ids=ARCHIVES)
 def test_tars_of_tarfile_are_read(members: list[tuple[str, bytes]], tar_format: int) -> None:
-    archive = python_tar(members, tar_format)
+    archive = tar_bytes(members, tar_format)
     found = read_members(archive)
     assert contents(found) == members
     check_places(archive, found)
@@ -148,7 +138,7 @@ def test_tars_of_tarfile_are_read(members: list[tuple[str, bytes]], tar_format: 
 @pytest.mark.parametrize("tar_format", ["gnu", "pax"])
 def test_names_beyond_ustar_are_read_from_gnu_and_pax_headers(tar_format: str) -> None:
     members = [("long" * 80 + ".json", b"1"), ("é" * 200 + ".npy", b"2"), ("short.json", b"3")]
-    archive = python_tar(members, FORMATS[tar_format])
+    archive = tar_bytes(members, FORMATS[tar_format])
     found = read_members(archive)
     assert contents(found) == members
     assert found[0].start == 0
@@ -230,7 +220,7 @@ def test_a_cut_at_any_byte_is_found() -> None:
 
 def test_a_cut_at_any_byte_of_pax_and_gnu_headers_is_found() -> None:
     for tar_format in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
-        archive = python_tar([("é" * 120 + ".json", b"x" * 10)], tar_format)
+        archive = tar_bytes([("é" * 120 + ".json", b"x" * 10)], tar_format)
         end = read_members(archive)[-1].end
         for length in range(end + BLOCK):
             with pytest.raises(FormatError, match=r"cut off|less than one tar header"):
@@ -349,7 +339,7 @@ def test_random_bytes_are_a_format_error(data: bytes) -> None:
 
 FUZZED = [
     *(
-        python_tar([("é" * 40 + "/" + "é" * 40 + ".json", b"x" * 600), ("b.npy", b"y" * 10)], tar_format)
+        tar_bytes([("é" * 40 + "/" + "é" * 40 + ".json", b"x" * 600), ("b.npy", b"y" * 10)], tar_format)
         for tar_format in FORMATS.values()
     ),
     *(archive for archive, _ in SPECIAL.values()),

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import webdataset
 import zstandard
-from commands import SHARED
+from commands import SHARED, tar_bytes
 from memory import grown_mb
 from s3 import S3Server
 
@@ -37,16 +37,6 @@ FILES: Files = [
 ]
 
 
-def tar(files: Files, tar_format: int = tarfile.USTAR_FORMAT) -> bytes:
-    out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w", format=tar_format) as archive:
-        for name, content in files:
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
-    return out.getvalue()
-
-
 def read(path: Path | str) -> list[Record[Any]]:
     root, name = split_url(str(path))
     (unit,) = Tars().units([InputFile(str(path), open_store(root).size(name))])
@@ -66,7 +56,7 @@ def reasons(records: Sequence[Record[Any]]) -> list[str]:
 
 
 def test_a_sample_has_its_members_by_suffix_and_the_fields_of_its_json(tmp_path: Path) -> None:
-    records = read_bytes(tar(FILES), tmp_path)
+    records = read_bytes(tar_bytes(FILES), tmp_path)
     assert [record.key for record in records] == [f"00000/{number:09d}" for number in range(4)]
     assert records[1].fields == {
         "jpg": b"\xff\xd8" + bytes(700),
@@ -87,7 +77,7 @@ def test_suffixes_are_those_of_webdataset_in_lower_case(tmp_path: Path) -> None:
         ("s.v1/a.meta.json", b'{"b": 1}'),
         ("s.v1/a.npy", b"5"),
     ]
-    (record,) = read_bytes(tar(files), tmp_path)
+    (record,) = read_bytes(tar_bytes(files), tmp_path)
     assert record.fields == {"jpg": b"1", "0.txt": "2", "cls": "7", "meta.json": {"b": 1}, "npy": b"5"}
     (theirs,) = webdataset.WebDataset(str(tmp_path / "a.tar"), shardshuffle=False)
     gc.collect()  # it leaves its file open
@@ -98,11 +88,11 @@ def test_suffixes_are_those_of_webdataset_in_lower_case(tmp_path: Path) -> None:
 @pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_long_names_are_read(tmp_path: Path, tar_format: int) -> None:
     stem = "k" * 60 + "/" + "é" * 20
-    assert reasons(read_bytes(tar([(f"{stem}.jpg", b"1"), (f"{stem}.txt", b"2")], tar_format), tmp_path)) == [stem]
+    assert reasons(read_bytes(tar_bytes([(f"{stem}.jpg", b"1"), (f"{stem}.txt", b"2")], tar_format), tmp_path)) == [stem]
 
 
 def test_a_name_that_is_not_utf8_costs_nothing(tmp_path: Path) -> None:
-    archive = tar([("AAAA.jpg", b"1"), ("AAAA.txt", b"2"), ("b.txt", b"3")], tarfile.GNU_FORMAT)
+    archive = tar_bytes([("AAAA.jpg", b"1"), ("AAAA.txt", b"2"), ("b.txt", b"3")], tarfile.GNU_FORMAT)
     out = io.BytesIO()
     with tarfile.open(fileobj=io.BytesIO(archive)) as old, tarfile.open(fileobj=out, mode="w", encoding="latin-1") as new:
         new.format = tarfile.GNU_FORMAT
@@ -122,8 +112,8 @@ COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
 
 @pytest.mark.parametrize("name", COMPRESSORS)
 def test_a_compressed_tar_is_read_as_it_is(tmp_path: Path, name: str) -> None:
-    expected = [record.fields for record in read_bytes(tar(FILES), tmp_path, "plain.tar")]
-    assert [record.fields for record in read_bytes(COMPRESSORS[name](tar(FILES)), tmp_path, name)] == expected
+    expected = [record.fields for record in read_bytes(tar_bytes(FILES), tmp_path, "plain.tar")]
+    assert [record.fields for record in read_bytes(COMPRESSORS[name](tar_bytes(FILES)), tmp_path, name)] == expected
 
 
 # ---- What is no part of a sample ----
@@ -144,9 +134,9 @@ def test_stray_members_are_passed_over_and_counted(tmp_path: Path) -> None:
 
 
 def test_a_tar_of_nothing_but_strays_is_a_reject_and_an_empty_one_is_not(tmp_path: Path) -> None:
-    (record,) = read_bytes(tar([("LICENSE", b""), (".a.jpg", b"")]), tmp_path)
+    (record,) = read_bytes(tar_bytes([("LICENSE", b""), (".a.jpg", b"")]), tmp_path)
     assert (reasons([record]), record.num_passed_over) == (["no_samples"], 2)
-    assert read_bytes(tar([]), tmp_path) == []
+    assert read_bytes(tar_bytes([]), tmp_path) == []
 
 
 # ---- Samples that can't be used ----
@@ -164,14 +154,14 @@ def test_a_bad_sample_is_a_reject_and_costs_no_other(tmp_path: Path, monkeypatch
         ("g.txt", b"fine"),
     ]
     expected = ["duplicate_member", "sample_too_large", "sample_too_large", "bad_json", "invalid_utf8", "not_an_object", "g"]
-    records = read_bytes(tar(files), tmp_path)
+    records = read_bytes(tar_bytes(files), tmp_path)
     assert reasons(records) == expected
     assert [record.key for record in records] == list("abcdefg")
 
 
-@pytest.mark.parametrize("size", range(0, len(tar(FILES[:6])), BLOCK // 2))
+@pytest.mark.parametrize("size", range(0, len(tar_bytes(FILES[:6])), BLOCK // 2))
 def test_of_a_tar_that_was_cut_the_rest_is_one_reject(tmp_path: Path, size: int) -> None:
-    whole = tar(FILES[:6])
+    whole = tar_bytes(FILES[:6])
     end = 13 * BLOCK
     found = reasons(read_bytes(whole[:size], tmp_path))
     if size >= end + BLOCK:
@@ -182,18 +172,18 @@ def test_of_a_tar_that_was_cut_the_rest_is_one_reject(tmp_path: Path, size: int)
 
 
 def test_of_a_damaged_tar_the_rest_is_one_reject(tmp_path: Path) -> None:
-    archive = bytearray(tar(FILES))
+    archive = bytearray(tar_bytes(FILES))
     archive[archive.index(b"00000/000000002.txt")] ^= 1
     records = read_bytes(bytes(archive), tmp_path)
     assert reasons(records) == ["00000/000000000", "00000/000000001", "corrupt_tar"]
     assert records[-1].key == "00000/000000002"
-    assert reasons(read_bytes(tar(FILES) + tar(FILES), tmp_path))[4:] == ["corrupt_tar"]
+    assert reasons(read_bytes(tar_bytes(FILES) + tar_bytes(FILES), tmp_path))[4:] == ["corrupt_tar"]
 
 
 @pytest.mark.parametrize("compress", [gzip.compress, zstandard.compress])
 def test_a_compressed_tar_that_was_cut_gives_what_lies_before(tmp_path: Path, compress: Callable[[bytes], bytes]) -> None:
     files = [(f"{number}.jpg", bytes(number % 251 for number in range(9000)) * 20) for number in range(9)]
-    found = reasons(read_bytes(compress(tar(files))[:-9], tmp_path))
+    found = reasons(read_bytes(compress(tar_bytes(files))[:-9], tmp_path))
     assert found[:-1] == [str(number) for number in range(len(found) - 1)]
     assert found[-1].startswith("truncated")
 
@@ -210,10 +200,10 @@ def test_a_member_that_claims_gigabytes_and_a_bomb_take_no_memory(tmp_path: Path
     member.size = 512 << 20
     packer = zstandard.ZstdCompressor().compressobj()
     with (tmp_path / "a.tar.zst").open("wb") as out:
-        out.write(packer.compress(tar([("0.txt", b"1")])[: 2 * BLOCK] + member.tobuf()))
+        out.write(packer.compress(tar_bytes([("0.txt", b"1")])[: 2 * BLOCK] + member.tobuf()))
         for _ in range(32):
             out.write(packer.compress(zeros))
-        out.write(packer.compress(tar([("b.txt", b"2")])) + packer.flush())
+        out.write(packer.compress(tar_bytes([("b.txt", b"2")])) + packer.flush())
     setup = "from wds_tools.sources.tars import Tars, Unit"
     grown = grown_mb(
         setup, f"print([getattr(r.fields, 'reason', r.key) for r in Tars().read(Unit({str(tmp_path / 'a.tar.zst')!r}, 1))])"
@@ -224,8 +214,10 @@ def test_a_member_that_claims_gigabytes_and_a_bomb_take_no_memory(tmp_path: Path
 
 def test_tars_are_read_from_object_storage(tmp_path: Path, s3: S3Server) -> None:
     url = f"s3://{s3.bucket}/source-tars"
-    open_store(url).put("a.tar", tar(FILES))
-    assert [record.fields for record in read(f"{url}/a.tar")] == [record.fields for record in read_bytes(tar(FILES), tmp_path)]
+    open_store(url).put("a.tar", tar_bytes(FILES))
+    assert [record.fields for record in read(f"{url}/a.tar")] == [
+        record.fields for record in read_bytes(tar_bytes(FILES), tmp_path)
+    ]
 
 
 @pytest.mark.parametrize("kind", [tarfile.LNKTYPE, tarfile.SYMTYPE])

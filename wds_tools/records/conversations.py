@@ -21,7 +21,7 @@ from typing import Any, Literal, NamedTuple
 import orjson
 
 from wds_tools.errors import Reject
-from wds_tools.records.field_map import IMAGE_NAMES, images_within, is_image
+from wds_tools.records.field_map import IMAGE_NAMES, images_within, is_image, names_image
 from wds_tools.records.fields import check_text, value_of
 from wds_tools.records.images import ImageFile
 
@@ -45,8 +45,6 @@ _IMAGE_FIELD = re.compile(
     r"(_?(path|url|uri|src|file|file_?name|bytes|data|values|base64|b64))?s?",
     re.I,
 )
-_IMAGE_FILE = re.compile(r"^data:image/|\.(jpe?g|png|webp|gif|bmp|tiff?|avif|heic)([?#]\S*)?$", re.I)
-"""A path or URL of an image, or one in a URL."""
 _OTHER_MARK = re.compile(
     r"(?!(?-i:<image>))(<img>|<\|(image|vision)\w*\|>|<image(here|[ _]?\d+|[ _]?placeholder)?>"
     r"|\[img\]|!\[[^\]]*\]\(data:image/)",
@@ -166,8 +164,8 @@ class TalkReader:
         ]
         fields += [item for part in parts if part.get("text") is not None for item in part.items() if item[0] != "text"]
         for field, value in fields:
-            is_named = bool(_IMAGE_FIELD.fullmatch(field) and _given(value)) or bool(images_within({field: value}))
-            found = [(field, "")] if not images and is_named else []
+            is_left = not images and ((_IMAGE_FIELD.fullmatch(field) and _given(value)) or images_within({field: value}))
+            found = [(field, "")] if is_left else []
             for name, file in (*_files(field, value), *found):
                 steps = name.removeprefix("json.").split(".")
                 if posixpath.basename(file) not in used and known.isdisjoint(accumulate(steps, "{}.{}".format)):
@@ -308,7 +306,7 @@ def _is_blank(value: Any) -> bool:
 def _files(name: str, value: Any, depth: int = 40) -> Iterator[tuple[str, str]]:
     """(field, name of an image) in a value, and in its lists and objects; "" of an image that has no name."""
     if isinstance(value, str):
-        if _IMAGE_FILE.search(value):
+        if names_image(value):
             yield name, value
     elif isinstance(value, bytes | ImageFile) or (isinstance(value, dict) and value.keys() <= {"bytes", "path"}):
         if is_image(value, name):

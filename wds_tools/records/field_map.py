@@ -174,6 +174,11 @@ def images_within(fields: Mapping[str, Any] | Sequence[Any], depth: int = _MAX_D
     return images
 
 
+def names_image(text: str) -> bool:
+    """Whether a text is the path or URL of an image, or one in a URL."""
+    return _is_data(text) or bool(_IMAGE_FILE.search(text))
+
+
 def _is_data(text: str) -> bool:
     return text[: len(_DATA_URI)].lower() == _DATA_URI
 

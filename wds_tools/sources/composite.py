@@ -124,14 +124,12 @@ class Containers:
                     yield record._replace(number=number, fields=fields)
                     number += 1
                 first = number
-        elif isinstance(task, ElementRange):
-            for line in read_elements(task):
-                number, num_bytes = line.number - task.first_line, len(line.data or b"") + 1
-                yield Record(number, fields_of(line), task.url, element=line.number, num_units=num_bytes)
-        else:
-            for line in read_lines(task):
-                number, num_bytes = line.number - task.first_line, len(line.data or b"") + 1
-                yield Record(number, fields_of(line), task.url, line=line.number, num_units=num_bytes)
+            return
+        is_list = isinstance(task, ElementRange)
+        for line in read_elements(task) if isinstance(task, ElementRange) else read_lines(task):
+            number, num_bytes = line.number - task.first_line, len(line.data or b"") + 1
+            line_number, element = (None, line.number) if is_list else (line.number, None)
+            yield Record(number, fields_of(line), task.url, line_number, element, num_units=num_bytes)
 
     def _plan_run(self, kind: Kind, files: Sequence[InputFile]) -> Sequence[LineRange | Units]:
         if kind == Kind("lines"):
