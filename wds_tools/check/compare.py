@@ -29,7 +29,7 @@ from wds_tools.storage import Store, open_store
 from wds_tools.vq.base import ImageTokenizer
 from wds_tools.vq.registry import load_tokenizer
 
-_SAME = ("tokenizer", "codebook_size", "weights_hash", "preprocessing_version")
+_SAME = ("tokenizer", "layout", "dtype", "codebook_size", "weights_hash", "preprocessing_version")
 _LIMITS = ImageLimits(min_side=1, max_bytes=sys.maxsize)
 """Images that have codes are good."""
 _REPORT_EVERY = 64
