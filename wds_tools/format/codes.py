@@ -137,7 +137,7 @@ class CodeGrid:
 
     def are_numbers(self, codes: NDArray[Any]) -> NDArray[np.bool_]:
         """Which are neither NaN nor infinite, of an array as it is stored."""
-        return (codes & 0x7F80) != 0x7F80 if self.dtype == "bfloat16" else np.isfinite(codes)
+        return np.asarray((codes & 0x7F80) != 0x7F80 if self.dtype == "bfloat16" else np.isfinite(codes))
 
     def by_codebook(self, name: str, codes: NDArray[Any]) -> Iterator[tuple[str, Codes, int | None]]:
         """The codes of each codebook: what to call it, (N,) codes as a view, and its size. Nothing of numbers without one."""
@@ -172,7 +172,7 @@ class CodeGrid:
         return list(map(tuple, shapes))
 
     def joined_shape(self, shapes: Sequence[Sequence[int]]) -> Shape:
-        """The shape of the array that holds the grids of several images: that of the only one, else one line of them end to end."""
+        """The shape of the array that holds several images' grids: that of the only one, else one line of them end to end."""
         return tuple(shapes[0]) if len(shapes) == 1 else (*(1,) * (len(self.layout) - 1), sum(map(math.prod, shapes)))
 
     def is_shape(self, value: Any) -> bool:

@@ -48,7 +48,7 @@ _NPY_HEADER = re.compile(
 IDS, OF_OTHERS, IN_COLUMNS = "unsigned integers", "integers", "unsigned integers or floats"
 _UNSIGNED = ("|u1", "<u2", "<u4", "<u8")
 _NPY_DTYPES = {IDS: _UNSIGNED, OF_OTHERS: (*_UNSIGNED, "|i1", "<i2", "<i4", "<i8"), IN_COLUMNS: (*_UNSIGNED, "<f2", "<f4")}
-"""What an npy file may hold, in words -> the types: ids of tokens, codes in files of others, what our code columns may declare."""
+"""What an npy file may hold, in words -> the types: ids of tokens, codes in files of others, what our code columns may have."""
 
 
 class StoredSample(NamedTuple):

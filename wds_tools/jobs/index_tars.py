@@ -22,8 +22,8 @@ from wds_tools.dataset.layout import MANIFEST, PLAN, TAR_SUFFIX, index_name
 from wds_tools.dataset.lease import Lease
 from wds_tools.dataset.reader import ShardBytes, check_unchanged, read_manifest
 from wds_tools.errors import FormatError, NotFound, OutOfSpace, StorageError, UsageError, WorkerDied
-from wds_tools.format.index import parse_index, serialize_index
 from wds_tools.format.codes import NO_LAYOUTS, CodeGrid
+from wds_tools.format.index import parse_index, serialize_index
 from wds_tools.format.manifest import INDEX_COMMAND, PASSED_OVER, Manifest, ShardInfo, is_plain_name, serialize_manifest
 from wds_tools.format.scan import Scan, scan_tar
 from wds_tools.format.schema import ANY_MEMBERS, SCHEMA_VERSION, check_key, validate
