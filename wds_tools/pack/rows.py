@@ -47,7 +47,7 @@ class PackConfig(JobOptions):
     seq_len: int
     """Tokens of a row."""
     seed: int = 42
-    """Of the choice of form, wording and guidance drop."""
+    """Of the choice of form, wording, guidance drop, text, and images of interleaved documents that are trained."""
     epoch: int = 0
     """Of the same: another epoch makes other examples of the same samples."""
     template: str = SequenceConfig.template
@@ -56,6 +56,8 @@ class PackConfig(JobOptions):
     """Share of the image-text pairs that become text to image; the others become captions."""
     unconditional_ratio: float = SequenceConfig.unconditional_ratio
     """Share of the text-to-image examples whose text gives way to <unconditional>."""
+    image_ratio: float = SequenceConfig.image_ratio
+    """Share of the images of interleaved documents that are trained, as their texts are."""
     document_eos: bool = SequenceConfig.document_eos
     """Put an EOS behind the last token of a document."""
     prompts: str | None = None
@@ -177,6 +179,8 @@ class _PackSamples:
                 writer.count("samples")
                 writer.count("tokens", len(example.ids))
                 writer.count("shortened", example.is_shortened)
+                if example.pieces:
+                    writer.count("split")
                 packer.add(number, example)
                 number += 1
                 while not packer.wants_more:
