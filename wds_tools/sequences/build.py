@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from wds_tools.errors import FormatError, Reject
 from wds_tools.format.codes import check_range
-from wds_tools.format.schema import Sample
+from wds_tools.format.schema import IMAGE_MARK, Sample
 from wds_tools.sequences.choices import choose
 from wds_tools.sequences.config import SequenceConfig
 from wds_tools.sequences.tokenizer import NO_IDS, Ids, Part, TextTokenizer, joined
@@ -36,7 +36,6 @@ from wds_tools.sequences.vocabulary import Shape, Size, find_vocabulary, ids_of
 
 ROWS_VERSION = 2
 """Which ids an example has. 1: texts and wordings were tokenized apart."""
-IMAGE_MARK = "<image>"
 _PAIRS = ("image_text", "image_text_multi")
 _DOCUMENT = "text_pretrain"
 
