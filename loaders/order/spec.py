@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 from wds_tools.errors import UsageError
 from wds_tools.format.typed_json import Count
+from wds_tools.sequences.choices import Weights
 
 ORDER_VERSION = 1
 """Version of the order's arithmetic. A state saved under another one is refused."""
@@ -29,6 +30,8 @@ class SourceSpec:
     """Number of its samples that are used; None for all."""
     code_set: str | None = None
     """Name of the code set that is read; None for the first one."""
+    texts: Weights = ()
+    """(name of a text, its weight); empty: the text that is stored as such."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

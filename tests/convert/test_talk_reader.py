@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wds_tools.errors import Reject
-from wds_tools.records.conversations import MARK, ROLES, Talk, TalkReader, turns_of
+from wds_tools.records.conversations import IMAGE_MARK, ROLES, Talk, TalkReader, turns_of
 from wds_tools.records.images import ImageFile
 
 Record = dict[str, Any]
@@ -190,7 +190,12 @@ def test_what_has_no_place_in_a_conversation_is_a_reject(record: Record, expecte
 
 
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.binary(max_size=3) | st.sampled_from([MARK, "a.jpg", "x", ""]),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.binary(max_size=3)
+    | st.sampled_from([IMAGE_MARK, "a.jpg", "x", ""]),
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(st.sampled_from(["from", "value", "role", "content", "type", "text", "image", "url", "user"]), inner)
@@ -205,7 +210,7 @@ def test_whatever_a_record_holds_it_is_a_conversation_or_a_reject(record: Record
         talk = TalkReader().read(record)
     except Reject:
         return
-    assert sum(turn["value"].count(MARK) for turn in talk.turns) == len(talk.images)
+    assert sum(turn["value"].count(IMAGE_MARK) for turn in talk.turns) == len(talk.images)
     assert [turn["from"] for turn in talk.turns if turn["from"] != "system"] == ["human", "gpt"] * (len(talk.turns) // 2)
 
 

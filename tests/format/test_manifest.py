@@ -129,7 +129,7 @@ def test_the_fingerprint_ignores_provenance(change: dict[str, Any]) -> None:
         {"shards": (row(0, name="other.tar"), MANIFEST.shards[1])},
         {"shards": (row(0, samples=6), MANIFEST.shards[1])},
         {"shards": (row(0, xxh128="f" * 32), MANIFEST.shards[1])},
-        {"schema_version": 2},
+        {"schema_version": 3},
     ],
     ids=["order", "number", "name", "samples", "hash", "schema"],
 )

@@ -58,7 +58,7 @@ class OutputSpec:
     codes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Provenance of the columns of codes, for the manifest."""
     schema_version: Annotated[int, range(SCHEMA_VERSION + 1)] = SCHEMA_VERSION
-    """Version of the samples' schema, or ANY_MEMBERS."""
+    """Version of the samples' schema, unless one of them needs a newer; or ANY_MEMBERS."""
     parts: Count = 0
     """Number of parts that the run which began was one of; 0: it did all."""
 
@@ -221,7 +221,7 @@ class Output:
             ),
             codes=codes,
             source={**self.spec.source, **source, **({"counts": dict(sorted(counts.items()))} if counts else {})},
-            schema_version=max([self.spec.schema_version, *(layout.schema_version for layout in code_layouts(codes).values())]),
+            schema_version=max(made.schema_version for made in (self.spec, *done, *code_layouts(codes).values())),
         )
 
     def _look(self) -> Manifest | bool:

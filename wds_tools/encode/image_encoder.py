@@ -36,7 +36,7 @@ from wds_tools.vq.registry import find_device, load_tokenizer
 Place = TypeVar("Place")
 _LARGE_CODEBOOK = 1 << 16
 _PREPARE = {"pillow": prepare, "torch": prepare_with_torch}
-MODES = {"image_text": "cc512", "image_text_multi": "multi768", "visual_sft": "cc512"}
+MODES = {"image_text": "cc512", "image_text_multi": "multi768", "visual_sft": "cc512", "interleaved": "cc512"}
 """Data type of samples with images -> mode of these, by default."""
 
 

@@ -21,11 +21,11 @@ from typing import Any, Literal, NamedTuple
 import orjson
 
 from wds_tools.errors import Reject
+from wds_tools.format.schema import IMAGE_MARK
 from wds_tools.records.field_map import IMAGE_NAMES, images_within, is_image, names_image
 from wds_tools.records.fields import check_text, value_of
 from wds_tools.records.images import ImageFile
 
-MARK = "<image>"
 FIELDS = ("conversations", "messages", "conversation", "texts")
 """Names of the field with the turns."""
 IMAGE_FIELDS = ("image", "images", *(name for name in IMAGE_NAMES if name not in ("image", "images")))
@@ -128,12 +128,12 @@ class TalkReader:
         _check_roles(turns)
         for turn in turns:
             if mark := _OTHER_MARK.search(turn["value"]):
-                raise Reject("unused_image", f"a turn holds {mark[0]}; expected {MARK}, and the path in image")
-        if any(MARK in text for text in (first_answer or "", *(turn["value"] for turn in turns if turn["from"] == "gpt"))):
-            raise Reject("image_marks", f"an answer holds {MARK}, which stands for an image that is given")
+                raise Reject("unused_image", f"a turn holds {mark[0]}; expected {IMAGE_MARK}, and the path in image")
+        if any(IMAGE_MARK in text for text in (first_answer or "", *(turn["value"] for turn in turns if turn["from"] == "gpt"))):
+            raise Reject("image_marks", f"an answer holds {IMAGE_MARK}, which stands for an image that is given")
         own = images_in(roles["image"], value_of(record, roles["image"])) if "image" in roles else []
         if own and not places and (self.marks == "first" or name == "texts"):
-            turns[at]["value"] = MARK * len(own) + turns[at]["value"]
+            turns[at]["value"] = IMAGE_MARK * len(own) + turns[at]["value"]
             return Talk(turns, own, first_answer)
         return Talk(turns, own if places == own else _filled(places, own), first_answer)
 
@@ -254,7 +254,7 @@ def _marked(name: str, value: Any, places: list[Any]) -> str:
     if type(value) is not str and not (type(value) in (int, float) and math.isfinite(value)):
         raise Reject("wrong_type", f"{name} is a {type(value).__name__}, expected a string, a number or a list of parts")
     text = str(value)
-    places += [None] * text.count(MARK)
+    places += [None] * text.count(IMAGE_MARK)
     return text
 
 
@@ -272,7 +272,7 @@ def _part(part: Any, places: list[Any]) -> str:
     if image is None and type(part.get("index")) is int and part["index"] != places.count(None):
         raise Reject("image_marks", f"a part is image {part['index']}, where number {places.count(None)} is the next")
     places.append(_unwrapped(image))
-    return MARK
+    return IMAGE_MARK
 
 
 def _unwrapped(image: Any) -> Any:
@@ -286,7 +286,7 @@ def _filled(places: list[Any], own: list[Any]) -> list[Any]:
     """The image of each mark: its own, or the next of the record's."""
     if (marks := places.count(None)) != len(own):
         how = "" if places else "; --image-marks first puts them before the first question"
-        raise Reject("image_marks", f"{marks} {MARK} marks, {len(own)} images: expected as many{how}")
+        raise Reject("image_marks", f"{marks} {IMAGE_MARK} marks, {len(own)} images: expected as many{how}")
     following = iter(own)
     return [next(following) if place is None else place for place in places]
 
