@@ -55,8 +55,8 @@ class Codes(NamedTuple):
     flat: torch.Tensor
     """(number of codes,) as stored: uint16 or uint32, so that what travels between processes is half of int32; or floats."""
     shapes: list[Shape | list[Shape] | None] | Shape
-    """(h, w), or the shape in another layout, of each sample, those of its images if it is a conversation or interleaved, None for
-    a sample without codes; one shape if it is that of all."""
+    """(h, w), or the shape in another layout, of each sample, those of its images if it is a conversation or interleaved, None
+    for a sample without codes; one shape if it is that of all."""
 
     def to_tensors(self) -> torch.Tensor | list[Any]:
         """(B, h, w) int32 if every sample has the same grid, else a list: (h, w), for a conversation a list of (h, w), one an
@@ -262,8 +262,7 @@ def _code_column(samples: LoadedSamples, sample_index: int) -> str:
 
 def _layout(samples: LoadedSamples, sample_index: int) -> CodeGrid:
     """What the codes of a sample are."""
-    layouts = samples.reader.opened.manifest.layouts
-    return samples.reader.layout or layouts.get(_code_column(samples, sample_index), HW)
+    return samples.reader.layout or samples.reader.opened.manifest.layout(_code_column(samples, sample_index))
 
 
 def _payloads(samples: LoadedSamples, sample_index: int) -> Iterator[tuple[str, int, int]]:
@@ -321,8 +320,10 @@ def _codes(members: Data, grids: Sequence[Any], layouts: Sequence[CodeGrid]) -> 
         raise FormatError(f"a batch can't hold {' and '.join(map(str, held))}: make a loader of each")
     flat = np.concatenate([array.reshape(-1) for array in arrays if array is not None])
     first = shapes[0]
-    is_alike = isinstance(first, tuple) and shapes.count(first) == len(shapes)
-    return Codes(_tensor(flat, next(iter(held.values()), HW)), first if is_alike else shapes)
+    return Codes(
+        _tensor(flat, next(iter(held.values()), HW)),
+        first if isinstance(first, tuple) and shapes.count(first) == len(shapes) else shapes,
+    )
 
 
 def stack_npy(members: Data, takes: str = IDS) -> NDArray[Any] | None:

@@ -125,7 +125,7 @@ class SourceReader:
         self.has_images = any(suffix in IMAGE_EXTENSIONS for suffix in opened.manifest.members)
         self.data_types = {data_type for info in opened.manifest.shards for data_type in info.data_types}
         self.code_members = _code_members(opened)
-        layouts = [opened.manifest.layouts.get(name.removesuffix(".npy"), HW) for name in self.code_members] or [HW]
+        layouts = [opened.manifest.layout(name.removesuffix(".npy")) for name in self.code_members] or [HW]
         self.layout = layouts[0] if layouts.count(layouts[0]) == len(layouts) else None
         """What its codes are; None: that depends on the column."""
         self.wanted = _wanted(opened, self.code_members)

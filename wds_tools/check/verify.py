@@ -21,7 +21,6 @@ from wds_tools.check.token_rows import check_row
 from wds_tools.dataset.layout import INDEX_SUFFIX, MANIFEST, REJECTS, TAR_SUFFIX, index_name
 from wds_tools.dataset.reader import ShardBytes, read_manifest
 from wds_tools.errors import DataError, FormatError, StorageError, UsageError
-from wds_tools.format.codes import HW
 from wds_tools.format.index import check_fresh, parse_index, serialize_index
 from wds_tools.format.manifest import FILTERED, Manifest, ShardInfo, hash_rejects
 from wds_tools.format.scan import Scan, scan_tar
@@ -180,7 +179,7 @@ class _CheckShard:
 
     def _check_codes(self, sample: Sample) -> None:
         for column, codes in sample.codes.items():
-            layout = self.manifest.layouts.get(column, HW)
+            layout = self.manifest.layout(column)
             if layout.sizes or layout.dtype:
                 layout.check_values(f"{sample.key}: {column}", codes)
             elif not self.manifest.is_indexed:

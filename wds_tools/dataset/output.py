@@ -212,6 +212,8 @@ class Output:
         members = {member for shard in shards for member in shard.members}
         codes = {column: provenance for column, provenance in self.spec.codes.items() if f"{column}.npy" in members}
         counts = _total(result.counts for result in done)
+        versions = [self.spec.schema_version, *(result.schema_version for result in done)]
+        versions += [layout.schema_version for layout in code_layouts(codes).values()]
         return Manifest(
             shards=shards,
             inputs=sum(result.inputs for result in done),
@@ -221,7 +223,7 @@ class Output:
             ),
             codes=codes,
             source={**self.spec.source, **source, **({"counts": dict(sorted(counts.items()))} if counts else {})},
-            schema_version=max(made.schema_version for made in (self.spec, *done, *code_layouts(codes).values())),
+            schema_version=max(versions),
         )
 
     def _look(self) -> Manifest | bool:

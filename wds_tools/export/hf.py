@@ -242,6 +242,9 @@ def _check_sources(sources: Sequence[_Source], config: ExportConfig) -> None:
                 f"{store.url}: Liquid's seven columns have a place for {' and '.join(CODE_COLUMNS)} only, and none for "
                 f"{', '.join(others)}: --code-set vqcode_512 takes one column of several; train on the shards for others"
             )
+        for column, layout in codes_named(manifest.layouts, code_set).items():
+            if layout.schema_version > 1:
+                raise UsageError(f"{store.url}: {column} has {layout}, and Liquid's columns have a place for (h, w) codes only")
         for column, provenance in codes_named(manifest.codes, code_set).items():
             for field in _ONE_TOKENIZER:
                 url, value = seen.setdefault((column, field), (store.url, provenance.get(field)))

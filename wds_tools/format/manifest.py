@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 import orjson
 
 from wds_tools.errors import FormatError
-from wds_tools.format.codes import CodeGrid
+from wds_tools.format.codes import HW, CodeGrid
 from wds_tools.format.schema import ANY_MEMBERS, SCHEMA_VERSION
 from wds_tools.format.typed_json import Count, read_json, shape
 
@@ -130,6 +130,10 @@ class Manifest:
     def layouts(self) -> dict[str, CodeGrid]:
         """Code column -> what its arrays are."""
         return code_layouts(self.codes)
+
+    def layout(self, column: str) -> CodeGrid:
+        """What the arrays of a code column are; (h, w) if nothing is said of it."""
+        return self.layouts.get(column, HW)
 
     @property
     def is_indexed(self) -> bool:

@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 from wds_tools.dataset.samples import PartialSample, SampleReader, is_small, is_text
 from wds_tools.errors import DataError, FormatError
 from wds_tools.format.checksum import crc32
-from wds_tools.format.codes import HW
+from wds_tools.format.codes import CodeGrid
+from wds_tools.format.manifest import Manifest
 from wds_tools.format.schema import ANY_MEMBERS, Sample, validate
 from wds_tools.format.shard import sample_from_members
 
@@ -54,14 +55,14 @@ class Query:
 def page(reader: SampleReader, first: int, count: int, needle: str = "") -> dict[str, Any]:
     """The cards of `count` samples from number `first` on; see `card`."""
     samples = reader.page(first, min(count, MAX_COUNT), is_small, max_member_bytes=MAX_MEMBER_BYTES)
-    cards = [card(partial, reader.manifest.schema_version, needle) for partial in samples]
+    cards = [card(partial, reader.manifest, needle) for partial in samples]
     return {"first": first, "total": len(reader), "samples": cards}
 
 
 def sample(reader: SampleReader, number: int) -> dict[str, Any]:
     """One sample in full, but for its source image."""
     partial = reader.sample(number, is_small, max_member_bytes=MAX_MEMBER_BYTES)
-    shown = card(partial, reader.manifest.schema_version)
+    shown = card(partial, reader.manifest)
     texts = {suffix: _decode(payload) for suffix, payload in partial.payloads.items() if is_text(suffix)}
     shown |= {
         "shard": partial.shard,
@@ -72,7 +73,7 @@ def sample(reader: SampleReader, number: int) -> dict[str, Any]:
         "raw": {suffix: text[:MAX_TEXT_CHARS] for suffix, text in texts.items()},
         "total": len(reader),
     }
-    parsed, _ = _parse(partial, reader.manifest.schema_version)
+    parsed, _ = _parse(partial, reader.manifest)
     if parsed is not None:
         shown |= {
             "text": parsed.text[:MAX_TEXT_CHARS],
@@ -82,7 +83,7 @@ def sample(reader: SampleReader, number: int) -> dict[str, Any]:
             "height": parsed.height,
             "length": parsed.length,
             "grids": [
-                {"column": column, "image": number, **_grid(codes)}
+                {"column": column, "image": number, **_grid(codes, reader.manifest.layout(column))}
                 for column in parsed.codes
                 for number, codes in enumerate(parsed.grids_of(column))
                 if codes.size <= MAX_GRID_CODES
@@ -91,7 +92,7 @@ def sample(reader: SampleReader, number: int) -> dict[str, Any]:
     return shown
 
 
-def card(partial: PartialSample, schema_version: int, needle: str = "") -> dict[str, Any]:
+def card(partial: PartialSample, manifest: Manifest, needle: str = "") -> dict[str, Any]:
     """A sample as it stands in a list: with the beginning of its text, or with what stands around `needle` in it."""
     shown: dict[str, Any] = {"number": partial.number, "key": "", "bytes": partial.size, "codes": partial.num_codes}
     shown |= {"chars": partial.text_chars, "images": partial.images, "columns": {}, "type": None, "text": "", "turns_count": 0}
@@ -99,7 +100,7 @@ def card(partial: PartialSample, schema_version: int, needle: str = "") -> dict[
         shown["key"] = partial.key
     except FormatError as error:
         return shown | {"problem": str(error)}
-    parsed, problem = _parse(partial, schema_version)
+    parsed, problem = _parse(partial, manifest)
     if parsed is None:
         text = "\n".join(_decode(payload) for suffix, payload in partial.payloads.items() if is_text(suffix))
         shown |= {"text": _excerpt(text, needle), "chars": len(text)}
@@ -116,14 +117,14 @@ def card(partial: PartialSample, schema_version: int, needle: str = "") -> dict[
 
 
 def codes_of(reader: SampleReader, number: int, column: str, image: int = 0) -> NDArray[Any]:
-    """The code grid of a sample, or of one image of a conversation.
+    """The codes of a sample, or of one of several images, as they are stored.
 
     Raises:
         UsageError: there is no such sample.
         DataError: it has no such grid, or one too large to be drawn.
     """
     partial = reader.sample(number, is_small, max_member_bytes=MAX_MEMBER_BYTES)
-    parsed, problem = _parse(partial, reader.manifest.schema_version)
+    parsed, problem = _parse(partial, reader.manifest)
     grids = parsed.grids_of(column) if parsed is not None and column in parsed.codes else []
     if image >= len(grids):
         raise DataError(problem or f"sample {number:,} has {len(grids)} grids in {column}")
@@ -131,6 +132,11 @@ def codes_of(reader: SampleReader, number: int, column: str, image: int = 0) -> 
     if codes.size > MAX_GRID_CODES:
         raise DataError(f"a grid of {' x '.join(map(str, codes.shape))} codes; at most {MAX_GRID_CODES:,} codes are drawn")
     return codes
+
+
+def cells_of(reader: SampleReader, number: int, column: str, image: int = 0) -> NDArray[Any]:
+    """The same in rows and columns, to be drawn: see `_cells`. Raises as `codes_of`; DataError: they are floats."""
+    return _cells(codes_of(reader, number, column, image), reader.manifest.layout(column))
 
 
 def search(reader: SampleReader, query: Query, after: int, limit: int, budget_s: float = SEARCH_S) -> dict[str, Any]:
@@ -214,15 +220,15 @@ def _matches(partial: PartialSample, query: Query, schema_version: int) -> bool:
         return False
 
 
-def _parse(partial: PartialSample, schema_version: int) -> tuple[Sample | None, str | None]:
+def _parse(partial: PartialSample, manifest: Manifest) -> tuple[Sample | None, str | None]:
     """The sample, or why it is none; neither for WebDataset samples of other kinds."""
-    if schema_version == ANY_MEMBERS:
+    if manifest.schema_version == ANY_MEMBERS:
         return None, None
     if too_large := [suffix for suffix in partial.lengths if is_small(suffix) and suffix not in partial.payloads]:
         return None, f"{too_large[0]} is larger than the {MAX_MEMBER_BYTES >> 20} MiB that are shown here"
     try:
         parsed = sample_from_members(partial.key, partial.payloads)
-        validate(parsed)
+        validate(parsed, manifest.layouts)
     except DataError as error:
         return None, str(error)
     return parsed, None
@@ -232,8 +238,20 @@ def _turns(parsed: Sample) -> list[dict[str, str]]:
     return [{"from": turn["from"], "value": turn["value"][:MAX_TEXT_CHARS]} for turn in parsed.conversations or ()]
 
 
-def _grid(codes: NDArray[Any]) -> dict[str, Any]:
-    return {**dict(zip(HW.axes, codes.shape, strict=True)), "distinct": len(np.unique(codes)), "codes": codes.ravel().tolist()}
+def _cells(codes: NDArray[Any], layout: CodeGrid) -> NDArray[Any]:
+    """Codes of any layout as rows and columns: the first axis as rows, all others side by side; of one axis one row."""
+    if layout.is_float:
+        raise DataError(f"{' x '.join(map(str, codes.shape))} numbers of {layout}: no codes, so they are not drawn")
+    return codes.reshape(1 if codes.ndim == 1 else codes.shape[0], -1)
+
+
+def _grid(codes: NDArray[Any], layout: CodeGrid) -> dict[str, Any]:
+    shown: dict[str, Any] = {"layout": str(layout), "shape": codes.shape, "distinct": len(np.unique(codes))}
+    try:
+        cells = _cells(codes, layout)
+    except DataError as error:
+        return {**shown, "height": 0, "width": 0, "codes": [], "problem": str(error)}
+    return {**shown, "height": cells.shape[0], "width": cells.shape[1], "codes": cells.ravel().tolist()}
 
 
 def _is_intact(reader: SampleReader, partial: PartialSample) -> bool | None:

@@ -116,7 +116,7 @@ class Pages:
         self.reader = SampleReader(store, manifest)
         self._store = store
         self._rejects = Rejects(store)
-        self._pictures = Pictures(manifest.codes, config.weights, config.device)
+        self._pictures = Pictures(manifest, config.weights, config.device)
         self._num_tokens = _token_counter(config.text_tokenizer)
         self._stats: Stats | None = None
         self._stats_lock = threading.Lock()
@@ -201,7 +201,7 @@ class Pages:
 
     def _usage(self, request: Request, number: str, column: str) -> Answer:
         """How often each code of a grid was used, in the part of the dataset that the report is of."""
-        codes = browse.codes_of(self.reader, int(number), column, request.number("image"))
+        codes = browse.cells_of(self.reader, int(number), column, request.number("image"))
         use = self._sampled().count.codes.get(column)
         counts = np.zeros(1, np.int64) if use is None else use.counts
         seen = np.where(codes < len(counts), counts[np.minimum(codes, len(counts) - 1)], 0)
@@ -214,7 +214,7 @@ class Pages:
         return _png(self._pictures.decoded(kept_as, codes, is_small=is_small, is_wanted=request.is_wanted))
 
     def _code_map(self, request: Request, number: str, column: str) -> Answer:
-        return _png(code_map(browse.codes_of(self.reader, int(number), column, request.number("image"))))
+        return _png(code_map(browse.cells_of(self.reader, int(number), column, request.number("image"))))
 
     def _image(self, request: Request, number: str) -> Answer:
         """The source image, piece by piece as it is sent."""

@@ -20,7 +20,7 @@ from wds_tools.check.stats.drift import BUCKETS
 from wds_tools.check.stats.histogram import Histogram
 from wds_tools.dataset.samples import PartialSample, SampleReader, is_image, is_small
 from wds_tools.errors import FormatError
-from wds_tools.format.codes import HW, CodeGrid
+from wds_tools.format.manifest import Manifest
 from wds_tools.format.schema import ANY_MEMBERS
 from wds_tools.format.shard import IN_COLUMNS, parse_npy
 from wds_tools.run.local import Report
@@ -136,7 +136,7 @@ def count_samples(reader: SampleReader, shard: int, first: int, last: int, progr
         images = [length for sample in piece for suffix, length in sample.lengths.items() if is_image(suffix)]
         counted.count.image_bytes.add(images)
         if has_schema:
-            _count_codes(counted, piece, _count_texts(counted, piece), reader.manifest.layouts)
+            _count_codes(counted, piece, _count_texts(counted, piece), reader.manifest)
         progress(Advance(units=len(piece), samples=len(piece)))
     return counted
 
@@ -168,7 +168,7 @@ def _count_texts(counted: ShardCount, piece: Sequence[PartialSample]) -> list[Ma
 
 
 def _count_codes(
-    counted: ShardCount, piece: Sequence[PartialSample], records: Sequence[Mapping[str, Any]], layouts: Mapping[str, CodeGrid]
+    counted: ShardCount, piece: Sequence[PartialSample], records: Sequence[Mapping[str, Any]], manifest: Manifest
 ) -> None:
     columns: dict[tuple[str, int | None], list[NDArray[Any]]] = {}
     for sample, record in zip(piece, records, strict=True):
@@ -178,7 +178,7 @@ def _count_codes(
                 continue
             codes = parse_npy(payload, f"{sample.shard}, byte {sample.start}: {suffix}", IN_COLUMNS)
             column = suffix.removesuffix(".npy")
-            layout = layouts.get(column, HW)
+            layout = manifest.layout(column)
             try:
                 shapes = layout.shapes_of(column, codes, (record.get("grids") or {}).get(column))
             except (FormatError, AttributeError) as error:
