@@ -132,6 +132,7 @@ def test_what_all_columns_were_once_declares_nothing_and_is_of_the_first_schema(
     assert CodeGrid(codebook_size=8192).schema_version == 1
     assert str(CodeGrid(codebook_size=8192)) == "8,192 codes"
     assert str(LAYOUTS[2]) == "4 + 131,072 codes (hwk)"
+    assert str(CodeGrid(layout="hwk", codebook_size=(16, 16, 32))) == "2 x 16 + 32 codes (hwk)"
     assert str(LAYOUTS[4]) == "bfloat16 (thwd)"
 
 

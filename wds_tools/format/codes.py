@@ -16,7 +16,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, groupby
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -64,10 +64,10 @@ class CodeGrid:
             raise UsageError(f"codebook_size={self.codebook_size!r}: expected one or more with codes, and none with floats")
 
     def __str__(self) -> str:
-        size = (
-            f"{' + '.join(f'{size:,}' for size in self.sizes)} codes" if self.sizes else self.dtype or "codes of unknown number"
-        )
-        return size if self.layout == HW.layout else f"{size} ({self.layout})"
+        runs = [(size, len(list(run))) for size, run in groupby(self.sizes)]
+        size = " + ".join(f"{number} x {size:,}" if number > 1 else f"{size:,}" for size, number in runs)
+        what = f"{size} codes" if size else self.dtype or "codes of unknown number"
+        return what if self.layout == HW.layout else f"{what} ({self.layout})"
 
     @property
     def axes(self) -> str:
@@ -145,6 +145,13 @@ class CodeGrid:
         for number, size in enumerate(sizes):
             called = f"{name} codebook {number}" if len(sizes) > 1 else name
             yield called, codes.reshape(-1, len(sizes))[:, number], size
+
+    def cells(self, codes: NDArray[Any]) -> Codes:
+        """The codes of one image as rows and columns, to be drawn: the first axis as rows, all others side by side; of one axis
+        one row. Raises FormatError: they are floats."""
+        if self.is_float:
+            raise FormatError(f"{' x '.join(map(str, codes.shape))} numbers of {self}: no codes, so they are not drawn")
+        return codes.reshape(1 if codes.ndim == 1 else codes.shape[0], -1)
 
     def check_shapes(self, column: str, codes: NDArray[Any], shapes: Any) -> None:
         """Raise FormatError unless an array holds the grids of several images of these shapes, which come from JSON."""

@@ -135,8 +135,8 @@ def codes_of(reader: SampleReader, number: int, column: str, image: int = 0) -> 
 
 
 def cells_of(reader: SampleReader, number: int, column: str, image: int = 0) -> NDArray[Any]:
-    """The same in rows and columns, to be drawn: see `_cells`. Raises as `codes_of`; DataError: they are floats."""
-    return _cells(codes_of(reader, number, column, image), reader.manifest.layout(column))
+    """The same in rows and columns, to be drawn: see CodeGrid.cells. Raises as `codes_of`; DataError: they are floats."""
+    return reader.manifest.layout(column).cells(codes_of(reader, number, column, image))
 
 
 def search(reader: SampleReader, query: Query, after: int, limit: int, budget_s: float = SEARCH_S) -> dict[str, Any]:
@@ -238,17 +238,10 @@ def _turns(parsed: Sample) -> list[dict[str, str]]:
     return [{"from": turn["from"], "value": turn["value"][:MAX_TEXT_CHARS]} for turn in parsed.conversations or ()]
 
 
-def _cells(codes: NDArray[Any], layout: CodeGrid) -> NDArray[Any]:
-    """Codes of any layout as rows and columns: the first axis as rows, all others side by side; of one axis one row."""
-    if layout.is_float:
-        raise DataError(f"{' x '.join(map(str, codes.shape))} numbers of {layout}: no codes, so they are not drawn")
-    return codes.reshape(1 if codes.ndim == 1 else codes.shape[0], -1)
-
-
 def _grid(codes: NDArray[Any], layout: CodeGrid) -> dict[str, Any]:
     shown: dict[str, Any] = {"layout": str(layout), "shape": codes.shape, "distinct": len(np.unique(codes))}
     try:
-        cells = _cells(codes, layout)
+        cells = layout.cells(codes)
     except DataError as error:
         return {**shown, "height": 0, "width": 0, "codes": [], "problem": str(error)}
     return {**shown, "height": cells.shape[0], "width": cells.shape[1], "codes": cells.ravel().tolist()}
