@@ -17,8 +17,8 @@ import orjson
 from numpy.typing import NDArray
 
 from wds_tools.errors import FormatError, Reject
-from wds_tools.format.codes import CODE_COLUMNS, HW, Codes, code_dtype
-from wds_tools.format.schema import DATA_TYPES, Sample, validate
+from wds_tools.format.codes import CODE_COLUMNS, HW, Codes, code_dtype, is_code_column
+from wds_tools.format.schema import DATA_TYPES, Sample, SourceImage, validate
 from wds_tools.records.arrays import Shape, flat_and_shape
 from wds_tools.records.conversations import turns_of
 from wds_tools.records.fields import required_text
@@ -33,6 +33,10 @@ COLUMNS = {
     "height": "string",
 }
 """Name -> Arrow type, in order."""
+TYPED_FIELDS = ("key", "data_type", "text", "length", "width", "height", "texts", "conversations", "provenance")
+"""Of rows of `export parquet`, beside columns of codes and images: see export.typed."""
+MADE = "wds-tools.codes"
+"""In the metadata of such a file: column -> provenance, as the manifests have it, in JSON."""
 ABSENT = "no"
 IMAGE_TYPES = ("image_text", "image_text_multi")
 SIDE_512 = 512
@@ -123,6 +127,29 @@ class CodedRows:
         if data_type in IMAGE_TYPES and not codes:
             raise Reject("missing_codes", f"{data_type} without vqcode_512 and vqcode_multi768")
         return Sample(key=key, data_type=data_type, text=text, codes=codes, width=width, height=height)
+
+    def typed(self, key: str, row: Mapping[str, Any]) -> Sample:
+        """The sample of a row of `export parquet`. Raises Reject: "bad_codes"."""
+        try:
+            held = {name: value for name, value in row.items() if is_code_column(name) and value is not None}
+            codes = {name: np.array(one["codes"], one["dtype"]).reshape(one["shape"]) for name, one in held.items()}
+            grids = {name: one["grids"] for name, one in held.items() if one["grids"] is not None}
+            images = [SourceImage(one["bytes"], one["path"].rpartition(".")[2]) for one in row.get("images") or ()]
+            sample = Sample(
+                key=key,
+                **{name: row[name] for name in ("data_type", "text", "width", "height", "conversations")},
+                codes=codes,
+                image=images[0].data if images else None,
+                image_extension=images[0].extension if images else None,
+                more_images=tuple(images[1:]),
+                grids=grids or None,
+                texts=None if row["texts"] is None else {one["name"]: one["text"] for one in row["texts"]},
+                provenance=orjson.loads(row["provenance"]),
+            )
+            validate(sample)
+        except (FormatError, KeyError, TypeError, ValueError, AttributeError) as error:
+            raise Reject("bad_codes", f"not a row of export parquet: {type(error).__name__}: {error}") from error
+        return sample
 
     def conversation(self, key: str, row: Mapping[str, Any], talk: dict[str, Any]) -> Sample:
         """The sample of a row whose turns, and perhaps grids, are in `talk`. Raises as `sample`."""
