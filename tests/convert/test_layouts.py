@@ -214,7 +214,7 @@ def two_lists(folder: Path) -> None:
 @layout("20b", 1)
 def sentences_and_their_images(folder: Path) -> None:
     picture(folder / "images/ab.jpg", 0)
-    about = {"image_name": "ab.jpg", "raw_url": "https://host/ab.jpg", "matched_text_index": 1, "matched_sim": 0.3}
+    about = {"image_name": "ab.jpg", "raw_url": "https://host/ab.jpg", "matched_text_index": 1}
     lines(
         folder / "mmc4.jsonl", {"text_list": ["A cat.", "It sleeps."], "image_info": [about], "similarity_matrix": [[0.1, 0.3]]}
     )
