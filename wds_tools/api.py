@@ -10,6 +10,7 @@ from wds_tools.check.verify import VerifyConfig, VerifyResult, verify
 from wds_tools.convert.coded import CodedConfig
 from wds_tools.convert.conversations import ConversationsConfig
 from wds_tools.convert.documents import DocumentsConfig
+from wds_tools.convert.interleaved import InterleavedConfig
 from wds_tools.convert.pairs import PairsConfig
 from wds_tools.convert.run import run_conversion
 from wds_tools.encode.encode import EncodeConfig, encode
@@ -25,6 +26,7 @@ __all__ = [
     "ExportConfig",
     "ExportSummary",
     "FinalizeConfig",
+    "InterleavedConfig",
     "PackConfig",
     "PairsConfig",
     "VerifyConfig",

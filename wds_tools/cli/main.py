@@ -32,6 +32,7 @@ COMMANDS = {
     ("convert", "pairs"): ("convert_pairs", "image-caption pairs (jsonl) to shards"),
     ("convert", "documents"): ("convert_documents", "DCLM documents (.jsonl.zst) to shards"),
     ("convert", "conversations"): ("convert_conversations", "conversations about images (LLaVA's json) to shards"),
+    ("convert", "interleaved"): ("convert_interleaved", "documents with images between their texts (OBELICS, MMC4) to shards"),
     ("convert", "coded"): ("convert_coded", "Hugging Face rows that hold codes, the reference's or exports, to shards"),
     ("encode",): ("encode", "fill the VQ codes of a dataset's images"),
     ("compare-codes",): ("compare_codes", "what another precision does to codes: two encodings side by side"),
