@@ -22,7 +22,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -172,7 +172,7 @@ class ExportSummary:
     """Rows by data type."""
     left_out: Mapping[str, int]
     """Samples by data type that the reader would take for something else."""
-    passed_over: Mapping[str, int]
+    passed_over: Mapping[str, int] = field(default_factory=dict)
     """Samples that have something for which there is no column: texts, image, provenance, or a column of other codes. Counted
     while they are read, so empty where a finished export was kept."""
     pushed: int | None = None
@@ -342,12 +342,12 @@ def _check_sources(sources: Sequence[_Source], config: ExportConfig) -> None:
                 f"{', '.join(others)}: --code-set vqcode_512 takes one column of several; {TYPED_INSTEAD}"
             )
         for column, provenance in codes_named(manifest.codes, code_set).items():
-            for field in _ONE_TOKENIZER:
-                url, value = seen.setdefault((column, field), (store.url, provenance.get(field)))
-                if value != provenance.get(field):
+            for fact in _ONE_TOKENIZER:
+                url, value = seen.setdefault((column, fact), (store.url, provenance.get(fact)))
+                if value != provenance.get(fact):
                     raise UsageError(
-                        f"the {column} of {url} and of {store.url} come from different tokenizers ({field} {value!r} and "
-                        f"{provenance.get(field)!r}), and rows don't say which: export them apart"
+                        f"the {column} of {url} and of {store.url} come from different tokenizers ({fact} {value!r} and "
+                        f"{provenance.get(fact)!r}), and rows don't say which: export them apart"
                     )
 
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from wds_tools.errors import FormatError, Reject
 from wds_tools.format.codes import CODE_COLUMNS, HW, Codes, code_dtype, is_code_column
-from wds_tools.format.schema import DATA_TYPES, Sample, SourceImage, validate
+from wds_tools.format.schema import DATA_TYPES, MARKED_TYPES, Sample, SourceImage, validate
 from wds_tools.records.arrays import Shape, flat_and_shape
 from wds_tools.records.conversations import turns_of
 from wds_tools.records.fields import required_text
@@ -111,6 +111,8 @@ class CodedRows:
             raise Reject("unknown_data_type", f"data_type is {data_type!r}, expected one of {', '.join(DATA_TYPES)}")
         if data_type == "visual_sft":
             return self.conversation(key, row, talk_of(row))
+        if data_type == "interleaved":
+            return self.page(key, row)
         text = required_text(dict(row), ("text",))
         codes: dict[str, Codes] = {}
         width = height = None
@@ -153,7 +155,15 @@ class CodedRows:
 
     def conversation(self, key: str, row: Mapping[str, Any], talk: dict[str, Any]) -> Sample:
         """The sample of a row whose turns, and perhaps grids, are in `talk`. Raises as `sample`."""
-        turns, grids = turns_of(talk), talk.get("grids")
+        sample = Sample(key=key, data_type="visual_sft", text="", conversations=turns_of(talk))
+        return self._with_codes(sample, row, talk.get("grids"))
+
+    def page(self, key: str, row: Mapping[str, Any]) -> Sample:
+        """The sample of an interleaved row, whose grids are in a field of this name. Raises as `sample`."""
+        sample = Sample(key=key, data_type="interleaved", text=required_text(dict(row), ("text",)))
+        return self._with_codes(sample, row, row.get("grids"))
+
+    def _with_codes(self, sample: Sample, row: Mapping[str, Any], grids: Any) -> Sample:
         codes: dict[str, Codes] = {}
         for column in CODE_COLUMNS:
             flat = codes_in(row, column)
@@ -167,14 +177,7 @@ class CodedRows:
                 codes[column] = self._grid(column, flat, shapes[0])
             else:
                 codes[column] = self.values(column, flat)[None]
-        sample = Sample(
-            key=key,
-            data_type="visual_sft",
-            text="",
-            codes=codes,
-            conversations=turns,
-            grids=grids,
-        )
+        sample = sample._replace(codes=codes, grids=grids)
         try:
             validate(sample)
         except FormatError as error:
@@ -224,7 +227,7 @@ def codes_in(row: Mapping[str, Any], column: str) -> list[int] | None:
         flat = orjson.loads(value) if isinstance(value, str) else value
     except orjson.JSONDecodeError as error:
         raise Reject("bad_codes", f"{column} is {value[:40]!r}, expected a JSON list: {error}") from error
-    if not isinstance(flat, list) or not (flat or row.get("data_type") == "visual_sft"):  # a conversation may have no image
+    if not isinstance(flat, list) or not (flat or row.get("data_type") in MARKED_TYPES):  # which may have no image
         raise Reject("bad_codes", f"{column} is {str(value)[:40]!r}, expected a list of codes")
     return flat
 

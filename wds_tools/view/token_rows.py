@@ -54,6 +54,19 @@ class TokenRows:
         ids = np.concatenate([np.arange(first, first + count) for first, count in spans])
         self._codes[ids] = np.arange(len(ids))
 
+    def card(self, partial: PartialSample) -> dict[str, Any]:
+        """What a list shows of a row, as browse.card. Raises FormatError."""
+        ids, loss, segments = self._arrays(partial)
+        grids = self.grids(partial)
+        text = f"{len(segments)} segments, {int(loss.sum()):,} of {len(ids):,} tokens are trained"
+        return {
+            "type": "token row",
+            "text": text,
+            "chars": len(text),
+            "codes": sum(codes.size for codes, _ in grids),
+            "columns": {COLUMN: grids[0][0].shape} if grids else {},
+        }
+
     def shown(self, partial: PartialSample) -> dict[str, Any]:
         """What a row holds, as JSON values: segments, each of tokens and runs; how many tokens are padding, and trained.
 
@@ -61,7 +74,8 @@ class TokenRows:
             FormatError: it is no row of this length and vocabulary.
         """
         ids, loss, segments = self._arrays(partial)
-        shown, image, num_runs = [], 0, 0
+        shown: list[dict[str, Any]] = []
+        image = num_runs = 0
         for begin, end in segments:
             runs: list[dict[str, Any]] = []
             for low, high, width in self._runs(ids, begin, end):
@@ -74,7 +88,7 @@ class TokenRows:
             shown.append({"tokens": end - begin, "runs": runs if num_runs <= MAX_RUNS else []})
         return {"segments": shown, "padding": len(ids) - sum(one["tokens"] for one in shown), "trained": int(loss.sum())}
 
-    def grids(self, partial: PartialSample) -> list[tuple[NDArray[np.int64], bool]]:
+    def grids(self, partial: PartialSample) -> list[tuple[NDArray[Any], bool]]:
         """The codes of each image in a row, (h, w), and whether their shape is a guess. Raises FormatError."""
         ids, _, segments = self._arrays(partial)
         found = []

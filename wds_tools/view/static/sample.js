@@ -85,7 +85,7 @@ function codePanes(sample, number, grid, signal, grids) {
   return [
     el("figure", { className: "pane" }, el("header", {}, "Decoded"), decoded),
     grid.image < sample.images.length ? original(number, grid.image, ratio, signal) : null,
-    el("figure", { className: "pane" }, el("header", {}, `Codes, ${grid.height} × ${grid.width}`, el("span", { className: "grow" }), codes.controls), cells, codes.readout),
+    el("figure", { className: "pane" }, el("header", {}, `Codes, ${grid.height} × ${grid.width}${grid.is_guess ? " (a guess)" : ""}`, el("span", { className: "grow" }), codes.controls), cells, codes.readout),
   ].filter(Boolean);
 }
 
@@ -121,11 +121,19 @@ function words(sample, number, signal) {
   const images = { at: 0 };
   const placed = (text) => text.split("<image>").flatMap((piece, at) => (at ? [small(sample, number, images.at++, signal), piece] : [piece]));
   if (sample.turns?.length) parts.push(el("section", {}, el("h2", {}, "Conversation"), el("div", { className: "turns" }, sample.turns.map((each) => turn(each, placed)))));
+  if (sample.segments) parts.push(...sample.segments.map((segment, at) => row(sample, number, segment, at, signal)));
   if (sample.text || !parts.length) {
     const text = sample.text || (sample.type ? "no text" : "");
     if (text) parts.unshift(el("section", {}, el("h2", {}, "Text"), el("p", { className: "prose", dir: "auto" }, sample.type === "interleaved" ? placed(text) : text)));
   }
   return parts;
+}
+
+// A segment of a row of tokens: what is trained is marked.
+function row(sample, number, { tokens, runs }, at, signal) {
+  const pieces = runs.map((run) => el("span", { className: run.trained ? "trained" : "", title: `${count(run.tokens)} tokens, ${run.trained ? "trained" : "not trained"}` },
+    run.image === undefined ? run.text ?? `${run.ids.join(" ")}${run.tokens > run.ids.length ? " …" : ""} ` : small(sample, number, run.image, signal)));
+  return el("section", {}, el("h2", {}, `Segment ${at + 1}: ${count(tokens)} tokens`), el("p", { className: "prose", dir: "auto" }, pieces));
 }
 
 function turn({ from, value }, placed) {
@@ -154,6 +162,8 @@ function about(sample) {
       sample.codes ? ["image tokens", count(sample.codes)] : null,
       distinct ? ["different codes", distinct] : null,
       sample.tokens !== undefined ? ["text tokens", count(sample.tokens)] : null,
+      sample.trained !== undefined ? ["trained tokens", count(sample.trained)] : null,
+      sample.padding !== undefined ? ["padding", count(sample.padding)] : null,
       sample.length !== undefined ? ["length", count(sample.length)] : null,
       size ? ["cropped to", size] : null,
       ["shard", sample.shard],
