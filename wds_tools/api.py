@@ -14,7 +14,7 @@ from wds_tools.convert.interleaved import InterleavedConfig
 from wds_tools.convert.pairs import PairsConfig
 from wds_tools.convert.run import run_conversion
 from wds_tools.encode.encode import EncodeConfig, encode
-from wds_tools.export.hf import ExportConfig, ExportSummary, export_hf
+from wds_tools.export.hf import ExportConfig, ExportSummary, ParquetConfig, export_hf, export_parquet
 from wds_tools.jobs.finalize import FinalizeConfig, finalize
 from wds_tools.pack.rows import PackConfig, pack
 
@@ -29,10 +29,12 @@ __all__ = [
     "InterleavedConfig",
     "PackConfig",
     "PairsConfig",
+    "ParquetConfig",
     "VerifyConfig",
     "VerifyResult",
     "encode",
     "export_hf",
+    "export_parquet",
     "finalize",
     "pack",
     "run_conversion",
