@@ -141,7 +141,8 @@ class TalkReader:
         if own and not places and (self.marks == "first" or name == "texts"):
             turns[at]["value"] = IMAGE_MARK * len(own) + turns[at]["value"]
             return Talk(turns, own, first_answer)
-        return Talk(turns, own if places == own else filled(places, own), first_answer)
+        hint = "" if places else "; --image-marks first puts them before the first question"
+        return Talk(turns, own if places == own else filled(places, own, hint), first_answer)
 
     def _edit_roles(self, record: Mapping[str, Any]) -> dict[str, str]:
         """What is used of an edit; {} if the record is none."""

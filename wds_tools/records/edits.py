@@ -21,7 +21,7 @@ EDITED = ("edited_image", "edited_img", "target_image", "target_img", "output_im
 
 
 def edit_turns(name: str, instructions: Any, num_sources: int, num_edited: int) -> list[dict[str, Any]]:
-    """The turns of an edit, with a mark for each source image and for each edited one. Raises Reject: "image_marks".
+    """The turns of an edit, with a mark for each image. Raises Reject: "image_marks" or "wrong_type".
 
     Args:
         name: of the field with the instructions.
@@ -34,10 +34,10 @@ def edit_turns(name: str, instructions: Any, num_sources: int, num_edited: int) 
         raise Reject("image_marks", f"{name} has {len(steps)} instructions for {num_edited} edited images: expected as many")
     turns = []
     for number, step in enumerate(steps):
-        asked: Any = step
-        while isinstance(asked, list) and asked:
-            asked = asked[0]
-        if not number and isinstance(asked, str) and IMAGE_MARK not in asked:
-            asked = IMAGE_MARK * num_sources + asked
-        turns += [{"from": "human", "value": asked}, {"from": "gpt", "value": IMAGE_MARK}]
+        while isinstance(step, list) and step:
+            step = step[0]
+        if not isinstance(step, str):
+            raise Reject("wrong_type", f"{name} holds a {type(step).__name__}, expected a text or a list of texts")
+        marks = "" if number or IMAGE_MARK in step else IMAGE_MARK * num_sources
+        turns += [{"from": "human", "value": marks + step}, {"from": "gpt", "value": IMAGE_MARK}]
     return turns

@@ -67,7 +67,7 @@ class PageReader:
             raise Reject("missing_field", f"no {', '.join(names[:6])} or the like; the fields are: {known}; see --text")
         value, fields = value_of(record, text), self._image_fields(record)
         own = [image for field in fields for image in given_in(value_of(record, field))]
-        named = {name for image in own if (name := _member_named(record, image)) is not None}
+        named = {name for image in own if (name := _member_named(record, image))}
         TalkReader(left_out=self.left_out).check_unused(record, [{"content": value}], own, {text, *fields, *named})
         return {"text": text, **({"image": ", ".join(fields)} if fields else {})}
 
@@ -97,7 +97,7 @@ class PageReader:
             raise Reject("empty_text", f"{name} is empty")
         check_text(text, name)
         found = filled(places, given_in(images))
-        return Page(text, [image if (name := _member_named(record, image)) is None else record[name] for image in found])
+        return Page(text, [record.get(_member_named(record, image), image) for image in found])
 
     def _image_fields(self, record: Mapping[str, Any]) -> list[str]:
         """The field with the images; or each that holds one, in their order."""
@@ -150,10 +150,10 @@ def _pieces(name: str, parts: list[Any], places: list[Any]) -> list[str]:
     return [piece for piece in pieces if piece]
 
 
-def _member_named(record: Mapping[str, Any], image: Any) -> str | None:
-    """The field of a tar's member that an image's path names, as KEY.SUFFIX or SUFFIX; None where there is none."""
+def _member_named(record: Mapping[str, Any], image: Any) -> str:
+    """The field of a tar's member that an image's path names, as KEY.SUFFIX or SUFFIX; "" where there is none."""
     path = image.get("image_name") if isinstance(image, dict) else image
     if not isinstance(path, str):
-        return None
+        return ""
     suffix = posixpath.basename(path).removeprefix(f"{posixpath.basename(str(record.get('__key__', '')))}.").lower()
-    return suffix if isinstance(record.get(suffix), bytes | ImageFile) else None
+    return suffix if isinstance(record.get(suffix), bytes | ImageFile) else ""

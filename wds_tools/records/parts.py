@@ -79,11 +79,10 @@ def _unwrapped(image: Any) -> Any:
     return image
 
 
-def filled(places: list[Any], own: list[Any]) -> list[Any]:
-    """The image of each mark: its own, or the next of the record's."""
+def filled(places: list[Any], own: list[Any], hint: str = "") -> list[Any]:
+    """The image of each mark: its own, or the next of the record's. Raises Reject, with the hint: "image_marks"."""
     if (marks := places.count(None)) != len(own):
-        how = "" if places else "; --image-marks first puts them before the first question"
-        raise Reject("image_marks", f"{marks} {IMAGE_MARK} marks, {len(own)} images: expected as many{how}")
+        raise Reject("image_marks", f"{marks} {IMAGE_MARK} marks, {len(own)} images: expected as many{hint}")
     following = iter(own)
     return [next(following) if place is None else place for place in places]
 
