@@ -335,7 +335,7 @@ def _check_sources(sources: Sequence[_Source], config: ExportConfig) -> None:
         others = sorted(chosen.keys() - {*CODE_COLUMNS})
         if columns and (not chosen or (not code_set and len(others) == len(chosen))):
             wanted = f"codes named {code_set!r}" if code_set else f"codes without a name ({' or '.join(CODE_COLUMNS)})"
-            raise UsageError(f"{store.url} has no {wanted}, but {', '.join(columns)}: choose with --code-set")
+            raise UsageError(f"{store.url} has no {wanted}, but {', '.join(columns)}: choose with --code-set; {TYPED_INSTEAD}")
         if others:
             raise UsageError(
                 f"{store.url}: Liquid's seven columns have a place for {' and '.join(CODE_COLUMNS)} only, and none for "

@@ -92,7 +92,8 @@ def sample(reader: SampleReader, number: int, rows: TokenRows | None = None) -> 
     if rows is not None and "problem" not in shown:
         grids = enumerate(rows.grids(partial)[:MAX_GRIDS])
         shown |= rows.shown(partial) | {
-            "grids": [{"column": COLUMN, "image": image, "is_guess": guess, **_grid(codes)} for image, (codes, guess) in grids]
+            "text": "",
+            "grids": [{"column": COLUMN, "image": image, "is_guess": guess, **_grid(codes)} for image, (codes, guess) in grids],
         }
     return shown
 

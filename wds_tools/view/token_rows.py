@@ -58,11 +58,10 @@ class TokenRows:
         """What a list shows of a row, as browse.card. Raises FormatError."""
         ids, loss, segments = self._arrays(partial)
         grids = self.grids(partial)
-        text = f"{len(segments)} segments, {int(loss.sum()):,} of {len(ids):,} tokens are trained"
         return {
             "type": "token row",
-            "text": text,
-            "chars": len(text),
+            "text": f"segments: {len(segments)}; trained tokens: {int(loss.sum()):,}",
+            "row_tokens": len(ids),
             "codes": sum(codes.size for codes, _ in grids),
             "columns": {COLUMN: grids[0][0].shape} if grids else {},
         }

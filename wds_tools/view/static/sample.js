@@ -158,7 +158,7 @@ function about(sample) {
   const distinct = (sample.grids ?? []).map((grid) => count(grid.distinct)).join(", ");
   return el("section", {}, el("h2", {}, "Sample"),
     facts([
-      ["characters", count(sample.chars)],
+      sample.row_tokens ? ["tokens", count(sample.row_tokens)] : ["characters", count(sample.chars)],
       sample.codes ? ["image tokens", count(sample.codes)] : null,
       distinct ? ["different codes", distinct] : null,
       sample.tokens !== undefined ? ["text tokens", count(sample.tokens)] : null,
