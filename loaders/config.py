@@ -34,7 +34,8 @@ class Source:
     """Code set to read, where its samples have several, or columns: "vqcode_256"; by default the first they have."""
     texts: Mapping[str, float] | None = None
     """Of samples with several texts, which becomes `text`: {"recap": 0.9, "alt": 0.1} takes one or the other by these weights,
-    drawn again in each epoch of the source; one that is null leaves its weight to the others. None: the text that is stored as such."""
+    drawn again in each epoch of the source; one that is null leaves its weight to the others. None: the text that is stored as
+    such."""
 
     def __post_init__(self) -> None:
         weight, repeat, max_samples, fraction = self.weight, self.repeat, self.max_samples, self.fraction

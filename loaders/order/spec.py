@@ -14,7 +14,6 @@ from typing import Annotated, Any
 
 from wds_tools.errors import UsageError
 from wds_tools.format.typed_json import Count
-from wds_tools.sequences.choices import Weights
 
 ORDER_VERSION = 1
 """Version of the order's arithmetic. A state saved under another one is refused."""
@@ -30,7 +29,7 @@ class SourceSpec:
     """Number of its samples that are used; None for all."""
     code_set: str | None = None
     """Name of the code set that is read; None for the first one."""
-    texts: Weights = ()
+    texts: tuple[tuple[str, float], ...] = ()
     """(name of a text, its weight); empty: the text that is stored as such."""
 
 

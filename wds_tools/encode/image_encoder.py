@@ -24,7 +24,7 @@ from wds_tools.encode.options import TokenizerOptions
 from wds_tools.encode.resize import check_torch_resize, prepare_with_torch
 from wds_tools.errors import FormatError, Reject, TokenizerError, UsageError
 from wds_tools.format.codes import join_grids, named_column
-from wds_tools.format.schema import PAIR_TYPES, Sample
+from wds_tools.format.schema import MARKED_TYPES, PAIR_TYPES, Sample
 from wds_tools.images import PREPROCESSING_VERSION, ImageLimits, Mode, parse_mode, prepare, probe
 from wds_tools.run.local import stops_held
 from wds_tools.run.ray_cluster import check_device
@@ -180,8 +180,9 @@ class ImageEncoder:
         libraries = {name: version(name) for name in ("torch", "pillow", "numpy")}
         columns = sorted({self.column_of(data_type) for data_type in column_types})
         how: dict[str, Any] = {"keep_images": True} if self._keep_images else {}
-        if "visual_sft" in column_types and (word := str(self._modes["visual_sft"])) != MODES["visual_sft"]:
-            how["sft_mode"] = word
+        for data_type in {*MARKED_TYPES}.intersection(column_types):  # which have one mode
+            if (word := str(self._modes[data_type])) != MODES[data_type]:
+                how["sft_mode"] = word
         return {**settings, **how}, {column: {**settings, "libraries": libraries} for column in columns}
 
     def fill(self, samples: Iterable[tuple[Place, Sample | Reject]]) -> Iterator[tuple[Place, Sample | Reject]]:
@@ -239,7 +240,7 @@ class ImageEncoder:
         filled = sample if self._keep_images else sample._replace(image=None, image_extension=None, more_images=())
         num_enlarged = sum(crop.enlarges(*size) for crop, size in zip(crops, sizes, strict=True))
         filled = filled._replace(codes={**sample.codes, column: codes}, num_enlarged=num_enlarged)
-        if sample.data_type == "visual_sft":
+        if sample.data_type in MARKED_TYPES:
             return filled._replace(grids={**(sample.grids or {}), column: shapes})
         if sample.codes:  # what it is, and its size, go with those
             return filled

@@ -137,6 +137,7 @@ def pack(config: PackConfig) -> Manifest:
         total=total,
         source={
             "rows": rows,
+            "codes": next(iter(chosen_codes(made, config.code_set).values()), {}),
             "tokenizers": version("tokenizers"),
             "inputs": [
                 {"url": url, "fingerprint": manifest.fingerprint(), "samples": manifest.samples}

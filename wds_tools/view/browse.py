@@ -24,10 +24,11 @@ from numpy.typing import NDArray
 from wds_tools.dataset.samples import PartialSample, SampleReader, is_small, is_text
 from wds_tools.errors import DataError, FormatError
 from wds_tools.format.checksum import crc32
-from wds_tools.format.codes import CodeGrid
+from wds_tools.format.codes import HW, CodeGrid
 from wds_tools.format.manifest import Manifest
 from wds_tools.format.schema import ANY_MEMBERS, Sample, validate
 from wds_tools.format.shard import sample_from_members
+from wds_tools.view.token_rows import COLUMN, TokenRows
 
 MAX_MEMBER_BYTES = 16 << 20
 """Of a text or a code grid that is fetched to be shown."""
@@ -52,17 +53,17 @@ class Query:
     data_type: str = ""
 
 
-def page(reader: SampleReader, first: int, count: int, needle: str = "") -> dict[str, Any]:
+def page(reader: SampleReader, first: int, count: int, needle: str = "", rows: TokenRows | None = None) -> dict[str, Any]:
     """The cards of `count` samples from number `first` on; see `card`."""
     samples = reader.page(first, min(count, MAX_COUNT), is_small, max_member_bytes=MAX_MEMBER_BYTES)
-    cards = [card(partial, reader.manifest, needle) for partial in samples]
+    cards = [card(partial, reader.manifest, needle, rows) for partial in samples]
     return {"first": first, "total": len(reader), "samples": cards}
 
 
-def sample(reader: SampleReader, number: int) -> dict[str, Any]:
-    """One sample in full, but for its source image."""
+def sample(reader: SampleReader, number: int, rows: TokenRows | None = None) -> dict[str, Any]:
+    """One sample in full, but for its source image; of `rows`, a row of tokens."""
     partial = reader.sample(number, is_small, max_member_bytes=MAX_MEMBER_BYTES)
-    shown = card(partial, reader.manifest)
+    shown = card(partial, reader.manifest, rows=rows)
     texts = {suffix: _decode(payload) for suffix, payload in partial.payloads.items() if is_text(suffix)}
     shown |= {
         "shard": partial.shard,
@@ -89,10 +90,18 @@ def sample(reader: SampleReader, number: int) -> dict[str, Any]:
                 if codes.size <= MAX_GRID_CODES
             ][:MAX_GRIDS],
         }
+    if rows is not None and "problem" not in shown:
+        grids = enumerate(rows.grids(partial)[:MAX_GRIDS])
+        shown |= rows.shown(partial) | {
+            "text": "",
+            "grids": [
+                {"column": COLUMN, "image": image, "is_guess": guess, **_grid(codes, HW)} for image, (codes, guess) in grids
+            ],
+        }
     return shown
 
 
-def card(partial: PartialSample, manifest: Manifest, needle: str = "") -> dict[str, Any]:
+def card(partial: PartialSample, manifest: Manifest, needle: str = "", rows: TokenRows | None = None) -> dict[str, Any]:
     """A sample as it stands in a list: with the beginning of its text, or with what stands around `needle` in it."""
     shown: dict[str, Any] = {"number": partial.number, "key": "", "bytes": partial.size, "codes": partial.num_codes}
     shown |= {"chars": partial.text_chars, "images": partial.images, "columns": {}, "type": None, "text": "", "turns_count": 0}
@@ -100,6 +109,11 @@ def card(partial: PartialSample, manifest: Manifest, needle: str = "") -> dict[s
         shown["key"] = partial.key
     except FormatError as error:
         return shown | {"problem": str(error)}
+    if rows is not None:
+        try:
+            return shown | rows.card(partial)
+        except FormatError as error:
+            return shown | {"problem": str(error)}
     parsed, problem = _parse(partial, manifest)
     if parsed is None:
         text = "\n".join(_decode(payload) for suffix, payload in partial.payloads.items() if is_text(suffix))
@@ -116,8 +130,8 @@ def card(partial: PartialSample, manifest: Manifest, needle: str = "") -> dict[s
     }
 
 
-def codes_of(reader: SampleReader, number: int, column: str, image: int = 0) -> NDArray[Any]:
-    """The codes of a sample, or of one of several images, as they are stored.
+def codes_of(reader: SampleReader, number: int, column: str, image: int = 0, rows: TokenRows | None = None) -> NDArray[Any]:
+    """The codes of a sample, or of one of several images, or of a row of tokens, as they are stored.
 
     Raises:
         UsageError: there is no such sample.
@@ -126,17 +140,14 @@ def codes_of(reader: SampleReader, number: int, column: str, image: int = 0) -> 
     partial = reader.sample(number, is_small, max_member_bytes=MAX_MEMBER_BYTES)
     parsed, problem = _parse(partial, reader.manifest)
     grids = parsed.grids_of(column) if parsed is not None and column in parsed.codes else []
+    if rows is not None and column == COLUMN:
+        grids = [codes for codes, _ in rows.grids(partial)]
     if image >= len(grids):
         raise DataError(problem or f"sample {number:,} has {len(grids)} grids in {column}")
     codes = grids[image]
     if codes.size > MAX_GRID_CODES:
         raise DataError(f"a grid of {' x '.join(map(str, codes.shape))} codes; at most {MAX_GRID_CODES:,} codes are drawn")
     return codes
-
-
-def cells_of(reader: SampleReader, number: int, column: str, image: int = 0) -> NDArray[Any]:
-    """The same in rows and columns, to be drawn: see CodeGrid.cells. Raises as `codes_of`; DataError: they are floats."""
-    return reader.manifest.layout(column).cells(codes_of(reader, number, column, image))
 
 
 def search(reader: SampleReader, query: Query, after: int, limit: int, budget_s: float = SEARCH_S) -> dict[str, Any]:
