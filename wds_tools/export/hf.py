@@ -35,7 +35,7 @@ from wds_tools.dataset.files import Written, describe_changed, find_changed, wri
 from wds_tools.dataset.lease import Lease, files_of
 from wds_tools.dataset.reader import read_manifest, read_shard
 from wds_tools.errors import FormatError, UsageError
-from wds_tools.export.card import LIQUID_COLUMNS, LIQUID_TYPES, TAG, serialize_card
+from wds_tools.export.card import LIQUID_TYPES, TAG, serialize_card
 from wds_tools.export.card import NAME as CARD
 from wds_tools.export.push import push
 from wds_tools.export.rows import (
@@ -50,12 +50,11 @@ from wds_tools.export.rows import (
     write_part,
 )
 from wds_tools.export.shuffle import Shuffle
-from wds_tools.export.typed import described, size_of, typed_columns, typed_schema
+from wds_tools.export.typed import size_of, typed_columns, typed_schema
 from wds_tools.format.codes import CODE_COLUMNS, chosen_codes, codes_named, is_code_column
 from wds_tools.format.manifest import Manifest, ShardInfo
 from wds_tools.format.schema import IMAGE_EXTENSIONS, Sample
 from wds_tools.format.typed_json import read_json
-from wds_tools.records.coded import COLUMNS
 from wds_tools.run.progress import Advance, Progress
 from wds_tools.sources.arrow import load_pyarrow
 from wds_tools.storage import LocalStore, Store, open_store
@@ -208,7 +207,7 @@ def export_hf(config: ExportConfig) -> ExportSummary:
     made_of += [] if config.reader == "any" else [{"for": config.reader}]
     passed_over: Counter[str] = Counter()
     records = partial(_shuffled, sources, config, sum(data_types.values()), passed_over)
-    form = _Form(liquid_schema(pa), liquid_columns, len, records, dict(zip(COLUMNS, LIQUID_COLUMNS, strict=True)), config.seed)
+    form = _Form(liquid_schema(pa), liquid_columns, len, records, config.seed)
     return _export(config, sources, form, made_of, data_types, left_out, passed_over)
 
 
@@ -220,7 +219,7 @@ def export_parquet(config: ParquetConfig) -> ExportSummary:
     made_of = ["wds-tools export parquet 1", *(manifest.fingerprint() for _, manifest in sources)]
     schema = typed_schema(pa, [manifest for _, manifest in sources])
     records = partial(_in_order, sources, config, sum(data_types.values()))
-    form = _Form(schema, typed_columns, size_of, records, described(schema), None)
+    form = _Form(schema, typed_columns, size_of, records, None)
     return _export(config, sources, form, made_of, data_types, {}, Counter())
 
 
@@ -239,8 +238,6 @@ class _Form:
     columns: Columns
     size: Callable[[Any], int]
     records: Callable[[], AbstractContextManager[Iterator[Any]]]
-    described: Mapping[str, tuple[str, str]]
-    """Column -> type and meaning, for the card."""
     seed: int | None
     """Of the shuffle; None: there is none."""
 
@@ -265,7 +262,7 @@ def _export(
         left_out=left_out,
         files=len(names),
         seed=form.seed,
-        columns=form.described,
+        columns={column.name: str(column.type) for column in form.schema},
         fingerprint=fingerprint,
         license_id=config.license,
     )
