@@ -20,11 +20,11 @@ import json
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain, islice
+from itertools import chain, islice, product
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 from urllib.parse import unquote, urlsplit
@@ -72,7 +72,7 @@ _OURS = re.compile(rf"data-\d{{5}}-of-\d{{5}}\.arrow|{STATE}|{INFO}|{FILES}|{CAR
 _NUM_BYTES = re.compile(rb'"num_bytes":(\d+)')
 _UNFINISHED = b"This export is not finished: run the same command again with --overwrite.\n"
 _REPORT_EVERY = 256
-_ONE_TOKENIZER = ("tokenizer", "codebook_size", "weights_hash")
+_ONE_TOKENIZER = ("tokenizer", "codebook_size", "weights_hash", "layout", "dtype")
 _MAX_FILES = 99_999
 
 _Source = tuple[Store, Manifest]
@@ -215,6 +215,7 @@ def export_parquet(config: ParquetConfig) -> ExportSummary:
     """Export everything, in order; returns what was written once it is complete. Raises as export_hf."""
     pa = load_pyarrow("exporting")
     sources = _open(config)
+    _check_one_tokenizer((store.url, manifest.codes) for store, manifest in sources)
     data_types = dict(sorted(sum((Counter(manifest.data_types) for _, manifest in sources), Counter[str]()).items()))
     made_of = ["wds-tools export parquet 1", *(manifest.fingerprint() for _, manifest in sources)]
     schema = typed_schema(pa, [manifest for _, manifest in sources])
@@ -316,7 +317,6 @@ def _in_order(sources: Sequence[_Source], config: ExportOptions, rows: int) -> I
 def _check_sources(sources: Sequence[_Source], config: ExportConfig) -> None:
     """Refuse at once what the manifests show to be impossible."""
     code_set = config.code_set
-    seen: dict[tuple[str, str], tuple[str, Any]] = {}
     for store, manifest in sources:
         for row in manifest.shards:
             if not any(_takes(config, data_type) for data_type in row.data_types):
@@ -338,14 +338,23 @@ def _check_sources(sources: Sequence[_Source], config: ExportConfig) -> None:
                 f"{store.url}: Liquid's seven columns have a place for {' and '.join(CODE_COLUMNS)} only, and none for "
                 f"{', '.join(others)}: --code-set vqcode_512 takes one column of several; {TYPED_INSTEAD}"
             )
-        for column, provenance in codes_named(manifest.codes, code_set).items():
-            for fact in _ONE_TOKENIZER:
-                url, value = seen.setdefault((column, fact), (store.url, provenance.get(fact)))
-                if value != provenance.get(fact):
-                    raise UsageError(
-                        f"the {column} of {url} and of {store.url} come from different tokenizers ({fact} {value!r} and "
-                        f"{provenance.get(fact)!r}), and rows don't say which: export them apart"
-                    )
+        for column, layout in codes_named(manifest.layouts, code_set).items():
+            if layout.schema_version > 1:
+                raise UsageError(f"{store.url}: {column} has {layout}, and Liquid's columns have a place for (h, w) codes only")
+    _check_one_tokenizer((store.url, codes_named(manifest.codes, code_set)) for store, manifest in sources)
+
+
+def _check_one_tokenizer(codes: Iterable[tuple[str, Mapping[str, Mapping[str, Any]]]]) -> None:
+    """Raise UsageError if columns of one name, with their provenance at a URL each, are of several tokenizers."""
+    seen: dict[tuple[str, str], tuple[str, Any]] = {}
+    for there, columns in codes:
+        for (column, made), fact in product(columns.items(), _ONE_TOKENIZER):
+            url, value = seen.setdefault((column, fact), (there, made.get(fact)))
+            if value != made.get(fact):
+                raise UsageError(
+                    f"the {column} of {url} and of {there} come from different tokenizers ({fact} {value!r} and "
+                    f"{made.get(fact)!r}), and rows don't say which: export them apart"
+                )
 
 
 def _is_complete(store: Store, config: ExportOptions, page: Callable[..., bytes], names: Sequence[str]) -> bool:

@@ -15,8 +15,8 @@ from typing import Any
 import orjson
 
 from wds_tools.errors import FormatError
-from wds_tools.format.codes import code_dtype, is_code_column
-from wds_tools.format.manifest import Manifest
+from wds_tools.format.codes import HW, is_code_column
+from wds_tools.format.manifest import Manifest, code_layouts
 from wds_tools.format.schema import IMAGE_EXTENSIONS, Sample
 from wds_tools.records.coded import MADE, TYPED_FIELDS
 
@@ -25,13 +25,15 @@ def typed_schema(pa: Any, manifests: Sequence[Manifest]) -> Any:
     """The Arrow schema of a table of these datasets."""
     members = dict.fromkeys(member for manifest in manifests for member in manifest.members)
     made = {column: provenance for manifest in manifests for column, provenance in manifest.codes.items()}
+    layouts = code_layouts(made)
     text, shape = pa.string(), pa.list_(pa.int32())
     types = dict.fromkeys(TYPED_FIELDS, text)
     types |= {"length": pa.int64(), "width": pa.int32(), "height": pa.int32()}
     types["texts"] = pa.list_(pa.struct({"name": text, "text": text}))
     types["conversations"] = pa.list_(pa.struct({"from": text, "value": text}))
     for column in (member.removesuffix(".npy") for member in members if is_code_column(member)):
-        numbers = pa.from_numpy_dtype(code_dtype(made.get(column, {}).get("codebook_size") or 1 << 32))
+        layout = layouts.get(column, HW)
+        numbers = pa.uint32() if not layout.sizes and layout.dtype is None else pa.from_numpy_dtype(layout.npy_dtype)
         types[column] = pa.struct({"codes": pa.list_(numbers), "shape": shape, "dtype": text, "grids": pa.list_(shape)})
     if not {*IMAGE_EXTENSIONS}.isdisjoint(members):
         types["images"] = pa.list_(pa.struct({"bytes": pa.binary(), "path": text}))

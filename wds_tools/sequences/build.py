@@ -101,9 +101,10 @@ class ExampleBuilder:
     def check(self, sample: Sample) -> None:
         """Raise Reject if no example can be made of a valid sample, whatever chance says."""
         key = sample.key
-        for column, codes in sample.codes.items():
+        for column in sample.codes:
             try:
-                check_range(f"{key}: {column}", codes, self.vocabulary.codebook_size)
+                for codes in sample.grids_of(column):
+                    check_range(f"{key}: {column}", self.vocabulary.template.to_ids(codes), self.vocabulary.codebook_size)
             except FormatError as error:
                 raise Reject("code_out_of_range", str(error)) from error
         if sample.data_type in PAIR_TYPES:
