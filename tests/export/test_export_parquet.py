@@ -130,7 +130,7 @@ def test_pandas_and_load_dataset_read_typed_columns(source: Path, tmp_path: Path
 def test_codes_of_one_name_and_two_tokenizers_are_not_put_into_one_column(source: Path, tmp_path: Path) -> None:
     make_dataset(tmp_path / "other", [image_sample(1)], codes={"vqcode_512": {**MADE, "tokenizer": "c"}})
     both = ParquetConfig(input=(str(source), str(tmp_path / "other")), output=str(tmp_path / "out"), quiet=True)
-    with pytest.raises(UsageError, match="vqcode_512 of .* come from different tokenizers"):
+    with pytest.raises(UsageError, match=r"vqcode_512 of .* come from different tokenizers"):
         export_parquet(both)
 
 

@@ -134,7 +134,7 @@ def _provenance(manifest: Manifest) -> Iterator[str]:
     yield f"- {manifest.samples:,} samples ({_counts(manifest.data_types)}) of `{command}`, {manifest.fingerprint()}{rejects}"
     for column, made in manifest.codes.items():
         weights = f", weights {made['weights_hash']}" if made.get("weights_hash") else ""
-        facts = f"{made.get('codebook_size', 0):,} codes, stride {made.get('stride')}, {made.get('precision')}{weights}"
+        facts = f"{manifest.layout(column)}, stride {made.get('stride')}, {made.get('precision')}{weights}"
         yield f"    - `{column}`: tokenizer {made.get('tokenizer')}, {facts}"
 
 
