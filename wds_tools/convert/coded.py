@@ -120,7 +120,11 @@ class CodedConfig(ConvertOptions):
         """See ConvertOptions. Raises UsageError: files of `export parquet` contradict one another, or the options."""
         provenance = {**self._tokenizer_settings, "precision": "unknown", "imported": True}
         columns: dict[str, Mapping[str, Any]] = {}
-        given = [name for name in self._tokenizer_settings if getattr(self, name) != getattr(CodedConfig, name)]
+        given = [
+            name
+            for name in ("tokenizer", "codebook_size", "stride", "weights_hash")
+            if getattr(self, name) != getattr(CodedConfig, name)
+        ]
         for folder in {posixpath.dirname(file.url): file for file in files if file.url.lower().endswith(PARQUET)}.values():
             for column, made in exported_codes(folder).items():
                 if given or columns.setdefault(column, made) != made:

@@ -20,20 +20,6 @@ from wds_tools.format.manifest import Manifest, code_layouts
 from wds_tools.format.schema import IMAGE_EXTENSIONS, Sample
 from wds_tools.records.coded import MADE, TYPED_FIELDS
 
-MEANING = {
-    "key": "of the sample in its dataset",
-    "data_type": "`image_text`, `image_text_multi`, `text_pretrain`, `visual_sft` (a conversation), `interleaved`",
-    "text": "the caption or the document; each `<image>` in it is the next image",
-    "length": "characters of text + 4 x number of codes",
-    "width": "pixels of the cropped image, where each has its own",
-    "height": "the same",
-    "texts": "several captions, by name",
-    "conversations": "the turns; each `<image>` is the next image",
-    "images": "the source images, in order",
-    "provenance": "further fields, as JSON",
-}
-_CODES_MEANING = "`codes` row by row, the `shape` of their array, and of several images the `grids` (rows, columns) in it"
-
 
 def typed_schema(pa: Any, manifests: Sequence[Manifest]) -> Any:
     """The Arrow schema of a table of these datasets."""
@@ -58,11 +44,6 @@ def typed_columns(pa: Any, schema: Any, samples: Sequence[Sample]) -> list[Any]:
     """Arrays of the columns of a schema."""
     rows = list(map(_row, samples))
     return [pa.array([row.get(field.name) for row in rows], type=field.type) for field in schema]
-
-
-def described(schema: Any) -> dict[str, tuple[str, str]]:
-    """Column -> its type and what it means, for the dataset card."""
-    return {field.name: (str(field.type), MEANING.get(field.name, _CODES_MEANING)) for field in schema}
 
 
 def size_of(sample: Sample) -> int:

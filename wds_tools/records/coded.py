@@ -16,7 +16,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from wds_tools.errors import FormatError, Reject
+from wds_tools.errors import FormatError, Reject, UsageError
 from wds_tools.format.codes import CODE_COLUMNS, HW, CodeGrid, Codes, code_dtype, is_code_column
 from wds_tools.format.schema import DATA_TYPES, MARKED_TYPES, Sample, SourceImage, validate
 from wds_tools.images import Mode
@@ -158,9 +158,9 @@ class CodedRows:
                 texts=None if row["texts"] is None else {one["name"]: one["text"] for one in row["texts"]},
                 provenance=orjson.loads(row["provenance"]),
             )
-            layouts = {name: CodeGrid(layout="hwkd"[: array.ndim], dtype=array.dtype.name) for name, array in codes.items()}
-            validate(sample, layouts)  # as far as a row says; the columns' own are compared when it is written
-        except (FormatError, KeyError, TypeError, ValueError, AttributeError) as error:
+            layouts = {name: CodeGrid(layout="hwkt"[: array.ndim], dtype=array.dtype.name) for name, array in codes.items()}
+            validate(sample, layouts)  # of any array: what the columns' are, is known where they are written
+        except (FormatError, UsageError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise Reject("bad_codes", f"not a row of export parquet: {type(error).__name__}: {error}") from error
         return sample
 
