@@ -10,7 +10,7 @@ what the row has of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +58,7 @@ class CodedConfig(ConvertOptions):
     """With --grid: which of the grids in an array is taken, from 0, where there are several, such as those of ten crops."""
 
     command = "convert coded"
+    field_options = ("codes", "text")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -91,11 +92,6 @@ class CodedConfig(ConvertOptions):
         names = ("codes", "text", "code_root", "grid", "crop")
         said = {name: value for name in names if (value := getattr(self, name)) not in (None, ())}
         return {**self._tokenizer_settings, **said, **super().settings}
-
-    @property
-    def named_fields(self) -> Mapping[str, Iterable[str]]:
-        """See ConvertOptions."""
-        return {**super().named_fields, "--codes": (self.codes,) if self.codes else (), "--text": self.text}
 
     @property
     def code_columns(self) -> Mapping[str, Mapping[str, Any]]:

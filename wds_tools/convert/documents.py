@@ -7,7 +7,7 @@ Cost: see benchmarks/; about half the time is decompression and JSON parsing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ class DocumentsConfig(ConvertOptions):
     """Fields with the text: the first that is there. Default: well-known names in a documented order."""
 
     command = "convert documents"
+    field_options = ("text",)
 
     def make_converter(self) -> Documents:
         """The text of a record."""
@@ -44,11 +45,6 @@ class DocumentsConfig(ConvertOptions):
     def settings(self) -> dict[str, Any]:
         """See ConvertOptions."""
         return {**super().settings, **({"text": self.text} if self.text else {})}
-
-    @property
-    def named_fields(self) -> Mapping[str, Iterable[str]]:
-        """See ConvertOptions."""
-        return {**super().named_fields, "--text": self.text}
 
 
 @dataclass(frozen=True)
