@@ -84,22 +84,17 @@ def _page(number: int) -> dict[str, Any]:
 def _interleaved(folder: Path) -> Words:
     _talks(folder)
     source = write_jsonl(folder / "pages.jsonl", map(_page, range(NUM_RECORDS)))
-    return ["interleaved", "--input", source, "--task-lines", "3", "--keep", "number=id"]
-
-
-def _interleaved_and_encoded(folder: Path) -> Words:
-    return [*_interleaved(folder), "--encode", "tiny", "--device", "cpu", "--sft-mode", "multi256"]
+    words: Words = ["interleaved", "--input", source, "--task-lines", "3", "--keep", "number=id"]
+    return [*words, "--encode", "tiny", "--device", "cpu", "--sft-mode", "multi64"]
 
 
 def _edits_in_parquet(folder: Path) -> Words:
     folder.mkdir()
-    rows = [
-        {
-            **{"source_img": {"bytes": image_bytes(i), "path": None}, "instruction": f"Edit {i}.", "mask_img": image_bytes(i + 90)},
-            "target_img": {"bytes": image_bytes(i + 50)[: 100 if i == 5 else None], "path": None},
-        }
-        for i in range(NUM_RECORDS)
-    ]
+    rows = []
+    for i in range(NUM_RECORDS):
+        source, edited = image_bytes(i), image_bytes(i + 50)[: 100 if i == 5 else None]
+        structs = {"source_img": {"bytes": source, "path": None}, "target_img": {"bytes": edited, "path": None}}
+        rows.append({**structs, "instruction": f"Edit {i}.", "mask_img": image_bytes(i + 90)})
     pq.write_table(pa.Table.from_pylist(rows), folder / "edits.parquet", row_group_size=3)
     return ["conversations", "--input", folder, "--task-records", "3", "--drop", "mask_img"]
 
@@ -160,8 +155,7 @@ CONVERSIONS: dict[str, Callable[[Path], Words]] = {
     "documents": _documents,
     "conversations": _conversations,
     "conversations that are encoded": _encoded,
-    "interleaved documents": _interleaved,
-    "interleaved documents that are encoded": _interleaved_and_encoded,
+    "interleaved documents that are encoded": _interleaved,
     "edits in Parquet": _edits_in_parquet,
     "rows of Liquid": _coded,
     "codes of others": _codes,

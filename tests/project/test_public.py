@@ -42,6 +42,7 @@ PUBLIC = {
         "ExportConfig",
         "ExportSummary",
         "FinalizeConfig",
+        "InterleavedConfig",
         "PackConfig",
         "PairsConfig",
         "VerifyConfig",
