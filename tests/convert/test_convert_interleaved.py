@@ -14,7 +14,7 @@ from commands import image_bytes, read_rejects, read_samples, write_jsonl
 
 from wds_tools.check.stats.describe import StatsConfig, stats
 from wds_tools.check.verify import VerifyConfig, verify
-from wds_tools.convert import ConvertOptions, run_conversion
+from wds_tools.convert import ConvertOptions, images, run_conversion
 from wds_tools.convert.conversations import ConversationsConfig
 from wds_tools.convert.interleaved import InterleavedConfig
 from wds_tools.encode.encode import EncodeConfig, encode
@@ -96,6 +96,16 @@ def test_webdataset_and_hugging_face_read_what_was_written(chain: tuple[str, Pat
             assert found["json"]["grids"] == {COLUMN: [list(grid.shape) for grid in sample.grids_of(COLUMN)]}
             assert (found["json"]["text"], found["json"].get("conversations")) == (sample.text, sample.conversations)
             assert np.array_equal(np.asarray(found[f"{COLUMN}.npy"]), sample.codes[COLUMN])
+
+
+def test_images_that_are_too_large_together_reject_their_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = image_bytes(0, kind="PNG")
+    (tmp_path / "0.png").write_bytes(image)
+    monkeypatch.setattr(images, "MAX_SAMPLE_BYTES", 3 * len(image))
+    pages = [{"text": "<image>" * count, "images": ["0.png"] * count} for count in (3, 4)]
+    read: Any = {"input": (str(write_jsonl(tmp_path / "in.jsonl", pages)),), "max_rejects": "90%", "quiet": True}
+    read["max_image_bytes"] = len(image)
+    assert run_conversion(InterleavedConfig(output=str(tmp_path / "out"), **read)).rejects == {"too_many_bytes": 1}
 
 
 def test_a_broken_image_rejects_its_document_and_a_field_that_is_not_there_stops_the_run(tmp_path: Path) -> None:
