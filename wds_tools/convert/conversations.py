@@ -55,8 +55,7 @@ class ConversationsConfig(ImageOptions):
     def settings(self) -> dict[str, Any]:
         """See ConvertOptions."""
         said = {"conversations": self.conversations, "image": self.image, "image_marks": self.image_marks}
-        edits = {name: value for name in ("edited", "instruction") if (value := getattr(self, name)) is not None}
-        return {**said, **super().settings, **edits}
+        return {**said, **super().settings}
 
     @property
     def modes(self) -> Mapping[str, str]:

@@ -41,11 +41,6 @@ class DocumentsConfig(ConvertOptions):
         names += condition.names if condition else ()
         return tuple(sorted({*names, *(name.partition(".")[0] for name in names)}))
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        """See ConvertOptions."""
-        return {**super().settings, **({"text": self.text} if self.text else {})}
-
 
 @dataclass(frozen=True)
 class Documents:

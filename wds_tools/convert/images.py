@@ -75,7 +75,7 @@ class ImageOptions(ConvertOptions):
     def settings(self) -> dict[str, Any]:
         """See ConvertOptions."""
         root = {"image_root": list(self.image_root), "strict_links": self.strict_links}
-        return {**root, "keep": self.keep, **asdict(self.limits)}
+        return {**root, "keep": self.keep, **asdict(self.limits), **self.said_fields}
 
 
 class ImageReader:
@@ -110,7 +110,7 @@ class ImageReader:
         """The fields of a Sample that hold these images, in their order.
 
         Raises:
-            Reject: as `read`, with the number of the image; "too_many_bytes": together, more than MAX_SAMPLE_BYTES, or than one may have.
+            Reject: as `read`, with the number of the image; "too_many_bytes": see MAX_SAMPLE_BYTES.
         """
         images: list[SourceImage] = []
         num_bytes, most = 0, max(MAX_SAMPLE_BYTES, self.limits.max_bytes)

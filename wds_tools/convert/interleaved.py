@@ -38,11 +38,6 @@ class InterleavedConfig(ImageOptions):
         return Interleaved(PageReader(self.text, self.image, tuple(self.spared)), ImageReader(self))
 
     @property
-    def settings(self) -> dict[str, Any]:
-        """See ConvertOptions."""
-        return {"text": self.text, "image": self.image, **super().settings}
-
-    @property
     def modes(self) -> Mapping[str, str]:
         """See ConvertOptions."""
         return {"interleaved": self.sft_mode}

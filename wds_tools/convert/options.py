@@ -131,8 +131,8 @@ class ConvertOptions(JobOptions):
     def named_fields(self) -> Mapping[str, Iterable[str]]:
         """Option -> fields that it names, which have to be in the first records; those of --keep are asked for only."""
         kept = [field.removeprefix(RECORD) for _, field in self.kept if field not in FACTS]
-        named = {f"--{name}": getattr(self, name) or () for name in ("drop", *self.field_options)}
-        named |= {"--keep": kept, "--where": condition.names if (condition := self.condition) else ()}
+        named: dict[str, Any] = {f"--{name}": value for name, value in self.said_fields.items()}
+        named |= {"--drop": self.drop, "--keep": kept, "--where": condition.names if (condition := self.condition) else ()}
         return {option: (value,) if isinstance(value, str) else value for option, value in named.items()}
 
     @property
@@ -151,7 +151,12 @@ class ConvertOptions(JobOptions):
     @property
     def settings(self) -> dict[str, Any]:
         """What decides on a byte of the output, beside the input and the options of any job; JSON values."""
-        return {"keep": self.keep}
+        return {"keep": self.keep, **self.said_fields}
+
+    @property
+    def said_fields(self) -> dict[str, Any]:
+        """The options of `field_options` that are given."""
+        return {name: value for name in self.field_options if (value := getattr(self, name))}
 
     @property
     def modes(self) -> Mapping[str, str]:

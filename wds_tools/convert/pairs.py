@@ -56,8 +56,7 @@ class PairsConfig(ImageOptions):
     @property
     def settings(self) -> dict[str, Any]:
         """See ConvertOptions."""
-        fields = {name: value for name in ("image", "text", "texts") if (value := getattr(self, name))}
-        return {"mode": self.mode, **super().settings, **fields}
+        return {"mode": self.mode, **super().settings, **({"texts": self.texts} if self.texts else {})}
 
     @property
     def modes(self) -> Mapping[str, str]:
