@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 from typing import Literal
 
 from wds_tools.errors import UsageError
+from wds_tools.sequences.choices import text_weights
 from wds_tools.sequences.config import SequenceConfig
 
 LastBatch = Literal["drop", "short", "wrap"]
@@ -30,6 +32,10 @@ class Source:
     """Value of `__source__` in batches; by default the URL."""
     code_set: str | None = None
     """Code set to read, where its samples have several, or columns: "vqcode_256"; by default the first they have."""
+    texts: Mapping[str, float] | None = None
+    """Of samples with several texts, which becomes `text`: {"recap": 0.9, "alt": 0.1} takes one or the other by these weights,
+    drawn again in each epoch of the source; one that is null leaves its weight to the others. None: the text that is stored as
+    such."""
 
     def __post_init__(self) -> None:
         weight, repeat, max_samples, fraction = self.weight, self.repeat, self.max_samples, self.fraction
@@ -47,6 +53,7 @@ class Source:
             raise UsageError(f"{where}: fraction={fraction} is not above 0 and up to 1")
         if fraction is not None and max_samples is not None:
             raise UsageError(f"{where}: give max_samples or fraction, not both")
+        text_weights(where, self.texts or {})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ Invariant: of a record nothing that it names is left out without an error, but f
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Literal
 
@@ -23,11 +23,13 @@ from loaders.reading.fetches import end_with_trainer
 from loaders.tokens.rows import RowMaker, sample_of
 from wds_tools.errors import DataError, FormatError, Reject, StorageError, UsageError
 from wds_tools.format.codes import CODE_COLUMNS
-from wds_tools.format.schema import DATA_TYPES, PAIR_TYPES, Sample
+from wds_tools.format.schema import DATA_TYPES, MARKED_TYPES, PAIR_TYPES, Sample
 from wds_tools.records.coded import SIDE_512, CodedRows, codes_in, talk_of
 from wds_tools.records.conversations import TalkReader
 from wds_tools.records.fields import CAPTION, required_text
 from wds_tools.records.images import ImageSource, read_image
+from wds_tools.records.interleaved import PageReader
+from wds_tools.sequences.choices import check_texts, choose_text, text_weights
 from wds_tools.sequences.config import SequenceConfig
 from wds_tools.sources.text.objects import MAX_LINE_BYTES, Line, parse_record
 from wds_tools.storage import open_store, split_url
@@ -48,8 +50,8 @@ class JsonlDataset(Dataset[Item]):
     conversation has `conversations` instead. If the record has codes, `codes`: int64, (n,) of a `vq_code`, (h, w) of Liquid's
     `vqcode_512` or `vqcode_multi768` (the first of the three that it has, and `width` and `height` with the last); images
     beside codes are not read. Else, for each image, `pixels_CHW`: uint8 (3, H, W), or what `transform` makes of it.
-    A conversation has lists of codes or pixels, one for each image. Without a `data_type`, records with an image or codes are
-    image_text (image_text_multi, with that mode), those with `conversations` visual_sft.
+    A conversation or an interleaved document has lists of codes or pixels, one for each image. Without a `data_type`, records
+    with an image or codes are image_text (image_text_multi, with that mode), those with `conversations` visual_sft.
 
     Args:
         path: the file: a path or URL.
@@ -63,7 +65,8 @@ class JsonlDataset(Dataset[Item]):
         max_bad: with substitute: more records than this, over all workers, are an error.
         sequences: how items become token rows, for `collate`; a record that makes none can't be used. Its codebook_size says how
             many codes there may be.
-        seed: of the choices that token rows leave to chance.
+        seed: of the choices that token rows leave to chance, and of `texts`.
+        texts: of pairs with a field `texts`, an object of texts by name: which becomes `text`, as Source(texts=...) has it.
 
     Raises:
         NotFound: no such file.
@@ -83,7 +86,9 @@ class JsonlDataset(Dataset[Item]):
         max_bad: int = 100,
         sequences: SequenceConfig | None = None,
         seed: int = 42,
+        texts: Mapping[str, float] | None = None,
     ) -> None:
+        self._seed, self._weights = seed, text_weights("JsonlDataset", texts or {})
         if on_error not in ("raise", "substitute"):
             raise UsageError(f"on_error={on_error!r} is not raise or substitute")
         if size is not None and (size < 1 or mode != "cc512"):
@@ -127,7 +132,7 @@ class JsonlDataset(Dataset[Item]):
             return self._substitute(range(len(self))[number], error)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose token rows `collate` makes. Call it before the workers start."""
+        """Choose the epoch of the token rows that `collate` makes, and of `texts`. Call it before the workers start."""
         self._epoch = epoch
 
     def collate(self, items: Sequence[Item]) -> dict[str, Any]:
@@ -186,6 +191,7 @@ class JsonlDataset(Dataset[Item]):
             data = bytes(self._store.read_range(self._name, start, end)) if end - start <= MAX_LINE_BYTES else None
             record = parse_record(Line(line, data))
             sample, paths = self._sample(str(line), record)
+            check_texts(sample.key, sample.data_type, sample.texts, self._weights)
             if self._maker is not None:
                 self._maker.builder.check(sample)
             pixels = [self._pixels(path) for path in paths]
@@ -194,16 +200,17 @@ class JsonlDataset(Dataset[Item]):
         except StorageError as error:
             error.add_note(f"It was read for {where}.")
             raise
-        is_talk = sample.conversations is not None
-        item: Item = {"__key__": sample.key, "data_type": sample.data_type, "text": sample.text}
-        item |= {"conversations": sample.conversations} if is_talk else {}
+        is_marked = sample.data_type in MARKED_TYPES
+        text = choose_text(self._seed, self._epoch, sample.key, sample.text, sample.texts, self._weights)
+        item: Item = {"__key__": sample.key, "data_type": sample.data_type, "text": text}
+        item |= {"conversations": sample.conversations} if sample.conversations is not None else {}
         if sample.width is not None:
             item |= {"width": sample.width, "height": sample.height}
         for column in list(sample.codes)[:1]:
             grids = [torch.from_numpy(grid.astype(np.int64)) for grid in sample.grids_of(column)]
-            item["codes"] = grids if is_talk else grids[0]
+            item["codes"] = grids if is_marked else grids[0]
         if pixels:
-            item["pixels_CHW"] = pixels if is_talk else pixels[0]
+            item["pixels_CHW"] = pixels if is_marked else pixels[0]
         return item
 
     def _sample(self, key: str, record: dict[str, Any]) -> tuple[Sample, list[str]]:
@@ -216,7 +223,11 @@ class JsonlDataset(Dataset[Item]):
         if kind == "visual_sft":
             talk = record if "conversations" in record else talk_of(record)
             sample = self._rows.conversation(key, record, talk)
-            paths = [] if columns else [required_text({"image": image}, ("image",)) for image in TalkReader().read(talk).images]
+            paths = [] if columns else _paths(TalkReader().read(talk).images)
+        elif kind == "interleaved":
+            page = None if columns else PageReader().read(record)
+            sample = self._rows.page(key, record) if page is None else Sample(key, kind, page.text)
+            paths = [] if page is None else _paths(page.images)
         else:
             sample = Sample(key, kind, required_text(record, CAPTION))
             if kind == "text_pretrain":
@@ -228,6 +239,10 @@ class JsonlDataset(Dataset[Item]):
                 sample = self._rows.sample(key, {**record, "data_type": kind, "text": sample.text})
         if columns[:1] == [_CODES]:
             sample = sample._replace(codes={_CODES: self._rows.values(_CODES, codes_in(record, _CODES) or [])}, grids=None)
+        if kind in PAIR_TYPES and (texts := record.get("texts")) is not None:
+            if not isinstance(texts, dict) or not all(isinstance(text, str | None) for text in texts.values()):
+                raise Reject("wrong_type", f"texts is {str(texts)[:40]!r}, expected an object of texts, or null, by name")
+            sample = sample._replace(texts=texts)
         return sample._replace(codes=dict(list(sample.codes.items())[:1])), paths
 
     def _kind(self, record: dict[str, Any], has_image: bool) -> str | None:
@@ -261,6 +276,11 @@ class JsonlDataset(Dataset[Item]):
         stops = np.concatenate([*ends, np.array([at])])
         kept = stops > starts
         return starts[kept], stops[kept], np.flatnonzero(kept) + 1
+
+
+def _paths(images: Sequence[Any]) -> list[str]:
+    """Those of images; what is none is a Reject."""
+    return [required_text({"image": image}, ("image",)) for image in images]
 
 
 def _reason(error: FormatError | None) -> str:

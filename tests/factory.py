@@ -69,6 +69,20 @@ def talk_sample(number: int, *shapes: tuple[int, int]) -> Sample:
     return Sample(key=f"talk-{number:08d}", data_type="visual_sft", text="", **fields)
 
 
+def page_sample(number: int, *shapes: tuple[int, int]) -> Sample:
+    """An interleaved document, with text before and behind each of its images, whose grids have these shapes."""
+    text = " <image> ".join(f"page {number}, part {part}." for part in range(len(shapes) + 1))
+    talk = talk_sample(number, *shapes)
+    return talk._replace(key=f"page-{number:08d}", data_type="interleaved", text=text, conversations=None)
+
+
+def answer_sample(number: int, *shapes: tuple[int, int]) -> Sample:
+    """A conversation whose answer is images: the first one changed, where there are several."""
+    asked, answered = "<image>" * (len(shapes) > 1), "<image>" * (len(shapes) - (len(shapes) > 1))
+    turns = [{"from": "human", "value": f"{asked}Draw {number}."}, {"from": "gpt", "value": f"Here:{answered}"}]
+    return talk_sample(number, *shapes)._replace(key=f"answer-{number:08d}", conversations=turns)
+
+
 def random_codes(seed: int, height: int, width: int) -> np.ndarray[Any, np.dtype[np.uint16]]:
     """A grid of codes below CODEBOOK_SIZE."""
     return np.random.default_rng(seed).integers(0, CODEBOOK_SIZE, (height, width)).astype("<u2")

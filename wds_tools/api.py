@@ -10,10 +10,11 @@ from wds_tools.check.verify import VerifyConfig, VerifyResult, verify
 from wds_tools.convert.coded import CodedConfig
 from wds_tools.convert.conversations import ConversationsConfig
 from wds_tools.convert.documents import DocumentsConfig
+from wds_tools.convert.interleaved import InterleavedConfig
 from wds_tools.convert.pairs import PairsConfig
 from wds_tools.convert.run import run_conversion
 from wds_tools.encode.encode import EncodeConfig, encode
-from wds_tools.export.hf import ExportConfig, ExportSummary, export_hf
+from wds_tools.export.hf import ExportConfig, ExportSummary, ParquetConfig, export_hf, export_parquet
 from wds_tools.jobs.finalize import FinalizeConfig, finalize
 from wds_tools.pack.rows import PackConfig, pack
 
@@ -25,12 +26,15 @@ __all__ = [
     "ExportConfig",
     "ExportSummary",
     "FinalizeConfig",
+    "InterleavedConfig",
     "PackConfig",
     "PairsConfig",
+    "ParquetConfig",
     "VerifyConfig",
     "VerifyResult",
     "encode",
     "export_hf",
+    "export_parquet",
     "finalize",
     "pack",
     "run_conversion",

@@ -8,7 +8,7 @@ whatever their shapes.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,14 +16,16 @@ import orjson
 import torch
 from numpy.typing import NDArray
 
+from loaders.order.plan import Ints
 from loaders.reading.source import LoadedSamples
 from wds_tools.errors import FormatError
 from wds_tools.format.checksum import crc32
 from wds_tools.format.codes import HW, Shape, split_grids
 from wds_tools.format.index import ABSENT
-from wds_tools.format.schema import PAIR_TYPES, pair_fields
+from wds_tools.format.schema import MARKED_TYPES, PAIR_TYPES, pair_fields
 from wds_tools.format.shard import image_number, parse_npy
 from wds_tools.format.tar import BLOCK, TarReader
+from wds_tools.sequences.choices import Weights, check_texts, choose_text
 from wds_tools.sequences.rows import TokenBatch
 
 Batch = dict[str, Any]
@@ -53,8 +55,8 @@ class Codes(NamedTuple):
     flat: torch.Tensor
     """(sum of h * w,) uint16 or uint32, as stored: what travels between processes is half of int32."""
     shapes: list[Shape | list[Shape] | None] | Shape
-    """(h, w) of each sample, those of its images if it is a conversation, None for a sample without codes; one (h, w) if it is
-    that of all."""
+    """(h, w) of each sample, those of its images if it is a conversation or interleaved, None for a sample without codes; one
+    (h, w) if it is that of all."""
 
     def to_tensors(self) -> torch.Tensor | list[Any]:
         """(B, h, w) int32 if every sample has the same grid, else a list: (h, w), for a conversation a list of (h, w), one an
@@ -115,6 +117,24 @@ class Columns(NamedTuple):
     """Token rows, instead of samples: see docs/training.md."""
 
 
+def chosen_texts(
+    weights: Sequence[Weights], seed: int, epochs: Ints, sources: Sequence[int], samples: Iterable[tuple[str, str, Any]]
+) -> list[str]:
+    """The text of each sample that Source(texts=...) chooses.
+
+    Args:
+        weights: of each source.
+        seed: of the run.
+        epochs: (B,) that the samples are in of their source.
+        sources: number of the source of each.
+        samples: (key, text, texts) of each.
+    """
+    return [
+        choose_text(seed, epoch, *sample, weights[source])
+        for epoch, source, sample in zip(epochs.tolist(), sources, samples, strict=True)
+    ]
+
+
 def check_crc(loaded: Sequence[LoadedSamples], sample_indices: Sequence[int], data: Data) -> None:
     """Raise FormatError for the first of these samples whose bytes are not those of the index."""
     for samples, sample_index, sample_data in zip(loaded, sample_indices, data, strict=True):
@@ -134,7 +154,7 @@ def read_columns(loaded: Sequence[LoadedSamples], sample_indices: Sequence[int],
         A value of each sample in every column, in the order given.
 
     Raises:
-        FormatError, or what a parser raises: one of them can't be read.
+        FormatError, or what a parser raises: one of them can't be read; Reject: it lacks a text that is chosen from.
     """
     if not loaded[0].reader.has_schema:
         members = list(map(_members, loaded, sample_indices, data))
@@ -147,7 +167,7 @@ def read_columns(loaded: Sequence[LoadedSamples], sample_indices: Sequence[int],
         "data_type": [record["data_type"] for record in records],
         "text": [record["text"] for record in records],
     }
-    if any(reader.has_conversations for reader in readers):
+    if any("visual_sft" in reader.data_types for reader in readers):
         lists["conversations"] = [record.get("conversations") for record in records]
     if any("texts" in record for record in records):
         lists["texts"] = [record.get("texts") for record in records]
@@ -198,7 +218,7 @@ def read_records(
     if len(records) != len(loaded):
         raise FormatError("a json member is not one object")
     grids = [None] * len(loaded)
-    if any(reader.has_conversations for reader in {samples.reader for samples in loaded}):
+    if any(not reader.data_types.isdisjoint(MARKED_TYPES) for reader in {samples.reader for samples in loaded}):
         grids = list(map(_grids, loaded, sample_indices, records))
     stacked = _codes(codes, grids)
     if stacked is not None and any(samples.reader.made for samples in loaded):
@@ -207,23 +227,27 @@ def read_records(
             if samples.reader.made and isinstance(shape, tuple) and record["data_type"] in PAIR_TYPES:
                 column = _code_column(samples, sample_index)
                 record.update(pair_fields(column, shape, samples.reader.made.get(column, {}).get("stride")))
-    return read_keys(headers), records, stacked
+    keys = read_keys(headers)
+    for samples, key, record in zip(loaded, keys, records, strict=True):
+        if weights := samples.reader.opened.texts:
+            check_texts(key, record["data_type"], record.get("texts"), weights)
+    return keys, records, stacked
 
 
 def _image(samples: LoadedSamples, sample_index: int, data: memoryview, record: dict[str, Any]) -> bytes | list[bytes] | None:
-    """The encoded image of a sample, if it has one; of a conversation the list of its images."""
+    """The encoded image of a sample, if it has one; of a conversation or an interleaved document the list of its images."""
     images = {}
     for suffix, begin, end in _payloads(samples, sample_index):
         number = image_number(suffix)
         if number is not None:
             images[number] = bytes(data[begin:end])
-    if record["data_type"] == "visual_sft":
+    if record["data_type"] in MARKED_TYPES:
         return [images[number] for number in sorted(images)] or None
     return images.get(0)
 
 
 def _grids(samples: LoadedSamples, sample_index: int, record: dict[str, Any]) -> Any:
-    """The shape of each image's codes in a conversation, as its json says; None if the codes are one grid."""
+    """The shape of each image's codes, where a sample has any number of images; None if the codes are one grid."""
     if record.get("grids") is None:
         return None
     return record["grids"][_code_column(samples, sample_index)] or []

@@ -26,6 +26,7 @@ from wds_tools.dataset.layout import MANIFEST
 from wds_tools.errors import NotFound, UsageError
 from wds_tools.format.manifest import Manifest, parse_manifest
 from wds_tools.format.schema import ANY_MEMBERS
+from wds_tools.sequences.choices import Weights, text_weights
 from wds_tools.storage import Store, open_store
 
 _BLOCK_BITS = 40
@@ -57,6 +58,11 @@ class OpenSource:
     def sizes(self) -> Ints:
         """(S,) bytes of each shard."""
         return np.array([shard.bytes for shard in self.manifest.shards], np.int64)
+
+    @cached_property
+    def texts(self) -> Weights:
+        """Which of several texts are used, and how often."""
+        return text_weights(self.name, self.source.texts or {})
 
     @property
     def has_schema(self) -> bool:
@@ -143,7 +149,9 @@ def order_spec(sources: Sequence[OpenSource], config: LoaderConfig, saved: Order
         ]
         length = min(ends) if config.stop_at == "first_exhausted" else max(ends)
     specs = tuple(
-        SourceSpec(repeat=opened.source.repeat, max_samples=opened.max_samples, code_set=opened.source.code_set)
+        SourceSpec(
+            repeat=opened.source.repeat, max_samples=opened.max_samples, code_set=opened.source.code_set, texts=opened.texts
+        )
         for opened in sources
     )
     return replace(spec, sources=specs, schedule=schedule, length=length)

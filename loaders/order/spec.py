@@ -29,6 +29,8 @@ class SourceSpec:
     """Number of its samples that are used; None for all."""
     code_set: str | None = None
     """Name of the code set that is read; None for the first one."""
+    texts: tuple[tuple[str, float], ...] = ()
+    """(name of a text, its weight); empty: the text that is stored as such."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -123,7 +123,7 @@ class SourceReader:
         self.opened = opened
         self.has_schema = opened.has_schema
         self.has_images = any(suffix in IMAGE_EXTENSIONS for suffix in opened.manifest.members)
-        self.has_conversations = any("visual_sft" in info.data_types for info in opened.manifest.shards)
+        self.data_types = {data_type for info in opened.manifest.shards for data_type in info.data_types}
         self.code_members = _code_members(opened)
         self.wanted = _wanted(opened, self.code_members)
         """Members whose spans every sample gets: the first that it has of each of these."""

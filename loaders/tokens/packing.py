@@ -152,7 +152,7 @@ class LanePacker:
         loaded = [samples for _, part in taken for samples in part]
         samples, substitutions, _ = self._decoder.decode(located, loaded, self._maker.read)
         self._substitutions += substitutions
-        examples = self._maker.examples(samples, self._order.source_epochs(0, positions))
+        examples = self._maker.examples(samples, self._order.source_epochs(0, positions), located.source.tolist())
         self._mean_tokens = 0.9 * self._mean_tokens + 0.1 * sum(len(example.ids) for example in examples) / len(examples)
         for position, example, source in zip(positions.tolist(), examples, located.source.tolist(), strict=True):
             self._lanes[position % self._num_lanes].take(position // self._num_lanes, example, source)

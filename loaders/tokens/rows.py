@@ -15,7 +15,16 @@ from typing import Any
 
 import numpy as np
 
-from loaders.batches.collate import NAME_BYTES, Columns, Data, TokenTensors, read_keys, read_records, stack_npy
+from loaders.batches.collate import (
+    NAME_BYTES,
+    Columns,
+    Data,
+    TokenTensors,
+    chosen_texts,
+    read_keys,
+    read_records,
+    stack_npy,
+)
 from loaders.order.plan import Ints
 from loaders.order.samples import OpenSource
 from loaders.reading.source import LoadedSamples
@@ -49,8 +58,9 @@ class RowMaker:
             )
         names = [opened.source.code_set for opened in sources]
         self._make = config, seed, codebook_size_of(manifests, urls, config.codebook_size, names)
+        self._seed, self._texts = seed, [opened.texts for opened in sources]
         self.counts: Counter[str] = Counter()
-        """Number of tokens, padding, rows, shortened (examples), since the process started."""
+        """Number of tokens, padding, rows, shortened (examples), split (interleaved documents), since the process started."""
         self.builder  # noqa: B018  # what is wrong with it is known before a worker starts
 
     def __getstate__(self) -> dict[str, Any]:
@@ -75,23 +85,28 @@ class RowMaker:
             self.builder.check(sample)
         return samples
 
-    def examples(self, samples: Sequence[Sample], epochs: Ints) -> list[Example]:
-        """The example of each sample, in the epoch of its source that is given for it."""
+    def examples(self, samples: Sequence[Sample], epochs: Ints, sources: Sequence[int]) -> list[Example]:
+        """The example of each sample, in the epoch of its source that is given for it; `sources` as for `chosen_texts`."""
+        if any(self._texts):
+            texts = chosen_texts(self._texts, self._seed, epochs, sources, [(one.key, one.text, one.texts) for one in samples])
+            samples = [sample._replace(text=text) for sample, text in zip(samples, texts, strict=True)]
         examples = self.builder.build(samples, epochs.tolist())
         self.counts["shortened"] += sum(example.is_shortened for example in examples)
+        self.counts["split"] += sum(map(bool, (example.pieces for example in examples)))
         return examples
 
-    def padded(self, samples: Sequence[Sample], epochs: Ints, names: Sequence[str]) -> Columns:
+    def padded(self, samples: Sequence[Sample], epochs: Ints, names: Sequence[str], numbers: Sequence[int] = ()) -> Columns:
         """A batch of at least a row for each sample; a long document goes on in the rows that follow.
 
         Args:
             samples: the samples.
             epochs: the epoch that each is in of its source.
             names: the name of the source of each.
+            numbers: the number of the source of each, if they are of this maker's.
         """
         rows: list[Example] = []
         sources: list[str] = []
-        for example, name in zip(self.examples(samples, epochs), names, strict=True):
+        for example, name in zip(self.examples(samples, epochs, numbers), names, strict=True):
             rows_of_example = cut(example, self.builder.config.max_length)
             rows += rows_of_example
             sources += [name] * len(rows_of_example)
@@ -111,7 +126,7 @@ def sample_of(key: str, record: Mapping[str, Any], grids: Sequence[Codes]) -> Sa
     Args:
         key: its key.
         record: its parsed json.
-        grids: its (h, w) grids of codes: none, one, or one an image of a conversation.
+        grids: its (h, w) grids of codes: none, one, or one an image of a conversation or an interleaved document.
     """
     fields: dict[str, Any] = {name: record[name] for name in ("data_type", "text", "width", "height")}
     if len(grids) == 1:
@@ -119,7 +134,7 @@ def sample_of(key: str, record: Mapping[str, Any], grids: Sequence[Codes]) -> Sa
     elif grids:
         codes, shapes = join_grids(grids, grids[0].dtype)
         fields |= {"codes": {"codes": codes}, "grids": {"codes": shapes}}
-    return Sample(key=key, conversations=record.get("conversations"), **fields)
+    return Sample(key=key, conversations=record.get("conversations"), texts=record.get("texts"), **fields)
 
 
 def read_token_rows(loaded: Sequence[LoadedSamples], sample_indices: Sequence[int], data: Data) -> Columns:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from loaders.batches.collate import Columns, read_columns
+from loaders.batches.collate import Columns, chosen_texts, read_columns
 from loaders.batches.decode import Decoder, Substitution
 from loaders.config import LoaderConfig
 from loaders.order.partition import BatchPartition
@@ -143,12 +143,18 @@ class StepDataset(torch.utils.data.Dataset["StepResult | WdsToolsError"]):
         self, located: Located, loaded: list[LoadedSamples], epoch: int, low: int
     ) -> tuple[Columns, list[Substitution], Located]:
         """Samples from position `low` on as columns; see Decoder.decode."""
-        if self._maker is None:
-            return self._decoder.decode(located, loaded, self._parse)
-        samples, substitutions, good = self._decoder.decode(located, loaded, self._maker.read)
+        sources = located.source.tolist()
         epochs = self._order.source_epochs(epoch, np.arange(low, low + len(loaded)))
-        names = [self._order.sources[number].name for number in located.source.tolist()]
-        return self._maker.padded(samples, epochs, names), substitutions, good
+        if self._maker is None:
+            columns, substitutions, good = self._decoder.decode(located, loaded, self._parse)
+            if "texts" in columns.lists:
+                weights = [opened.texts for opened in self._order.sources]
+                held = zip(*(columns.lists[name] for name in ("__key__", "text", "texts")), strict=True)
+                columns.lists["text"] = chosen_texts(weights, self._config.seed, epochs, sources, held)
+            return columns, substitutions, good
+        samples, substitutions, good = self._decoder.decode(located, loaded, self._maker.read)
+        names = [self._order.sources[number].name for number in sources]
+        return self._maker.padded(samples, epochs, names, sources), substitutions, good
 
     def _upcoming(self, request: StepRequest) -> Iterator[PositionRange]:
         """Positions of this worker's next steps, into the next epoch."""

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wds_tools.errors import Reject
-from wds_tools.records.conversations import MARK, ROLES, Talk, TalkReader, turns_of
+from wds_tools.records.conversations import IMAGE_MARK, ROLES, Talk, TalkReader, turns_of
 from wds_tools.records.images import ImageFile
 
 Record = dict[str, Any]
@@ -162,7 +162,11 @@ def test_of_two_conversations_one_has_to_be_named() -> None:
         (messages("What?", scan={"of": [b"\xff\xd8\xff"]}), "unused_image: scan.of holds an image"),
         (messages("What?", scan=ImageFile("/x/a.jpg")), "unused_image: scan holds an image"),
         (messages([text("What?"), {"type": "image", "index": 1}], images=["a", "b"]), "image_marks: a part is image 1"),
-        (messages([text("What?")], [text("Red."), {"type": "image", "image": "a.jpg"}]), "image_marks: an answer holds"),
+        (messages("Say it in HTML.", "Write <image>."), "image_marks: 1 <image> marks, 0 images"),
+        (
+            {"conversations": [{"from": "gpt", "value": "<image>"}, *turns("What?", "Red.")], "image": "a.jpg"},
+            "image_marks: gpt beg",
+        ),
         (messages([{"type": "image", "image": "a.jpg"}, text("?")], images=["b.jpg"]), "image_marks: 0 <image> marks, 1 images"),
         (messages([{"type": "video", "video": "a.mp4"}, text("What?")]), "unsupported_media"),
         (messages([{"type": "input_audio", "input_audio": {}}, text("What?")]), "unsupported_media"),
@@ -189,8 +193,90 @@ def test_what_has_no_place_in_a_conversation_is_a_reject(record: Record, expecte
     assert reason(record).startswith(expected)
 
 
+DRAWN = turns("<image>Redder.", "<image>")
+ANSWERED: list[tuple[Record, list[dict[str, str]], list[Any]]] = [
+    (messages("Draw.", "See: <image>!", images=["a.jpg"]), turns("Draw.", "See: <image>!"), ["a.jpg"]),
+    (messages([text("Draw.")], [{"type": "image", "image": STRUCT}]), turns("Draw.", "<image>"), [STRUCT]),
+    ({"conversations": DRAWN, "image": ["a.jpg", "b.jpg"]}, DRAWN, ["a.jpg", "b.jpg"]),
+    (
+        {"conversations": [*DRAWN, *turns("And <image>?", "<image>")], "images": [*"abcd"]},
+        [*DRAWN, *turns("And <image>?", "<image>")],
+        [*"abcd"],
+    ),
+    ({"source_image": "a.jpg", "instruction": "Redder.", "target_image": "b.jpg"}, DRAWN, ["a.jpg", "b.jpg"]),
+    (
+        {"original_image": STRUCT, "edit_prompt": "Redder.", "edited_image": b"\xff\xd8", "edited_prompt": "x"},
+        DRAWN,
+        [STRUCT, b"\xff\xd8"],
+    ),
+    (
+        {"src_img": "a.jpg", "edited_prompt_list": ["Redder.", "Make it redder."], "edited_img": "b.jpg"},
+        DRAWN,
+        ["a.jpg", "b.jpg"],
+    ),
+    (
+        {"input_images": ["a", "b"], "instruction": "Join.", "output_image": "c"},
+        turns("<image><image>Join.", "<image>"),
+        [*"abc"],
+    ),
+    (
+        {"input_images": ["a", "b"], "instruction": "<image>, <image>.", "output_image": "c"},
+        turns("<image>, <image>.", "<image>"),
+        [*"abc"],
+    ),
+    ({"input_images": None, "instruction": "Draw.", "output_image": "c"}, turns("Draw.", "<image>"), ["c"]),
+    ({"image_list": ["a", "b"], "instruction_list": [["Redder.", "Red!"]]}, DRAWN, ["a", "b"]),
+    (
+        {"image_list": ["a", "b", "c"], "instruction_list": ["Redder.", ["Larger."]]},
+        [*DRAWN, *turns("Larger.", "<image>")],
+        [*"abc"],
+    ),
+    ({"prompt": "Redder.", "image": "a.jpg", "output_image": "b.jpg"}, DRAWN, ["a.jpg", "b.jpg"]),
+]
+
+
+@pytest.mark.parametrize(("record", "expected", "images"), ANSWERED)
+def test_images_in_answers_keep_their_places_and_edits_are_such_conversations(
+    record: Record, expected: list[dict[str, str]], images: list[Any]
+) -> None:
+    assert TalkReader().read(record) == Talk(expected, images)
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        ({"source_img": "a.jpg", "mask_img": "m.jpg", "instruction": "Redder.", "target_img": "b.jpg"}, "unused_image: mask_img"),
+        ({"source_img": "a.jpg", "mask_img": STRUCT, "instruction": "Redder.", "target_img": "b.jpg"}, "unused_image: mask_img"),
+        (
+            {"image_list": ["a", "b", "c"], "instruction_list": ["Redder."]},
+            "image_marks: instruction_list has 1 instructions for 2",
+        ),
+        ({"image_list": ["a", "b"], "instruction_list": []}, "missing_field"),
+        ({"source_img": "a", "instruction": "", "target_img": "b"}, "missing_field"),
+        ({"source_img": "a", "instruction": [5], "target_img": "b"}, "wrong_type: instruction holds a int"),
+        ({"source_img": "a", "instruction": " ", "target_img": {"bytes": None, "path": None}}, "image_marks"),
+        ({"source_img": "a", "instruction": "<image> <image>", "target_img": "b"}, "image_marks: 3 <image> marks, 2 images"),
+        ({"source_img": "a", "instruction": "Redder <img>", "target_img": "b"}, "unused_image: a turn holds <img>"),
+        ({"conversations": turns("What?", "Red."), "edited_image": "b.jpg"}, "unused_image: edited_image"),
+    ],
+)
+def test_what_is_no_whole_edit_is_a_reject(record: Record, expected: str) -> None:
+    assert reason(record).startswith(expected)
+
+
+def test_options_name_the_fields_of_an_edit() -> None:
+    record = {"before": "a.jpg", "after": "b.jpg", "what": "Redder.", "conversations": turns("x", "y"), "mask": "m.jpg"}
+    reader = TalkReader(image="before", edited="after", instruction="what", left_out=("mask",))
+    assert reader.read(record) == Talk(DRAWN, ["a.jpg", "b.jpg"])
+
+
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.binary(max_size=3) | st.sampled_from([MARK, "a.jpg", "x", ""]),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.binary(max_size=3)
+    | st.sampled_from([IMAGE_MARK, "a.jpg", "x", ""]),
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(st.sampled_from(["from", "value", "role", "content", "type", "text", "image", "url", "user"]), inner)
@@ -205,7 +291,7 @@ def test_whatever_a_record_holds_it_is_a_conversation_or_a_reject(record: Record
         talk = TalkReader().read(record)
     except Reject:
         return
-    assert sum(turn["value"].count(MARK) for turn in talk.turns) == len(talk.images)
+    assert sum(turn["value"].count(IMAGE_MARK) for turn in talk.turns) == len(talk.images)
     assert [turn["from"] for turn in talk.turns if turn["from"] != "system"] == ["human", "gpt"] * (len(talk.turns) // 2)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from commands import last_line, start, tree, wait_until, wds_tools, write_documents
-from factory import image_sample, make_dataset, text_sample
+from factory import answer_sample, image_sample, make_dataset, page_sample, talk_sample, text_sample
 from s3 import S3Server
 
 from loaders import LoaderConfig, ShardDataset, Source, TarDataset, World, build_loader
@@ -26,7 +26,7 @@ from wds_tools.errors import FormatError, NotFound, StorageError, UsageError, Wo
 from wds_tools.format.checksum import content_hash
 from wds_tools.format.index import ABSENT, parse_index, serialize_index
 from wds_tools.format.manifest import Manifest
-from wds_tools.format.schema import ANY_MEMBERS, SCHEMA_VERSION
+from wds_tools.format.schema import ANY_MEMBERS, SCHEMA_VERSION, Sample
 from wds_tools.jobs import index_tars as index_module
 from wds_tools.jobs.index_tars import index_tars, rebuild_indices
 from wds_tools.storage import open_store
@@ -134,6 +134,18 @@ def test_tars_of_this_projects_schema_become_the_dataset_that_they_were(tmp_path
     assert manifest.fingerprint() == original.fingerprint()
     assert {**tree(folder), "manifest.json": b""} == {**before, "manifest.json": b""}
     assert problems(folder) == ()  # though nothing is known of what made the codes
+
+
+@pytest.mark.parametrize(("sample", "version"), [(talk_sample, 1), (page_sample, 2), (answer_sample, 2)])
+def test_schema_2_is_that_of_sets_with_a_sample_that_1_cannot_say(
+    sample: Callable[..., Sample], version: int, tmp_path: Path
+) -> None:
+    original = make_dataset(tmp_path, [sample(0, (4, 4), (2, 8)), text_sample(0), talk_sample(9)], shard_samples=1)
+    assert read_manifest(open_store(str(tmp_path))).schema_version == version
+    (tmp_path / "manifest.json").unlink()
+    found = index(tmp_path)
+    assert (found.schema_version, found.shards, found.fingerprint()) == (version, original.shards, original.fingerprint())
+    assert problems(tmp_path) == ()
 
 
 def test_one_sample_of_another_kind_makes_the_set_one_of_any_members(tars: Path) -> None:

@@ -129,7 +129,7 @@ def test_the_fingerprint_ignores_provenance(change: dict[str, Any]) -> None:
         {"shards": (row(0, name="other.tar"), MANIFEST.shards[1])},
         {"shards": (row(0, samples=6), MANIFEST.shards[1])},
         {"shards": (row(0, xxh128="f" * 32), MANIFEST.shards[1])},
-        {"schema_version": 2},
+        {"schema_version": 3},
     ],
     ids=["order", "number", "name", "samples", "hash", "schema"],
 )
@@ -219,7 +219,7 @@ def test_a_manifest_without_hashes_is_read_and_packed_as_it_was() -> None:
         (b"\xff", "not a manifest"),
         (b"[" * 100_000, "not a manifest"),
         (edited(lambda record: record.update(format="parquet")), "format is 'parquet', expected 'wds-tools'"),
-        (edited(lambda record: record.update(schema_version=2)), "schema_version is 2, expected 0 or 1"),
+        (edited(lambda record: record.update(schema_version=3)), "schema_version is 3, expected 0 or 1 or 2"),
         (edited(lambda record: record.update(schema_version=None)), "schema_version is None"),
         (serialize_manifest(MANIFEST)[:-3], "not a manifest"),
     ],

@@ -24,7 +24,7 @@ from hypothesis.extra import numpy as hnp
 from wds_tools.errors import FormatError
 from wds_tools.format.codes import CODE_COLUMNS, code_dtype, join_grids
 from wds_tools.format.index import serialize_index
-from wds_tools.format.schema import DATA_TYPES, IMAGE_EXTENSIONS, Sample, SourceImage, validate
+from wds_tools.format.schema import DATA_TYPES, IMAGE_EXTENSIONS, MARKED_TYPES, Sample, SourceImage, validate
 from wds_tools.format.shard import (
     ShardBuilder,
     encode_members,
@@ -91,9 +91,11 @@ def samples(draw: st.DrawFn) -> Sample:
             fields |= {"image": draw(st.binary(max_size=2000)), "image_extension": draw(st.sampled_from(IMAGE_EXTENSIONS))}
         if draw(st.booleans()):
             fields |= {"width": draw(st.integers(1, 1 << 16)), "height": draw(st.integers(1, 1 << 16))}
+    text = draw(TEXT)
     if data_type == "visual_sft":
         turn = st.fixed_dictionaries({"from": st.sampled_from(["human", "gpt"]), "value": TEXT})
         fields["conversations"] = draw(st.lists(turn, max_size=4))
+    if data_type in MARKED_TYPES:
         if "image" in fields:
             image = st.builds(SourceImage, st.binary(max_size=200), st.sampled_from(IMAGE_EXTENSIONS))
             fields["more_images"] = tuple(draw(st.lists(image, max_size=12)))
@@ -103,13 +105,14 @@ def samples(draw: st.DrawFn) -> Sample:
             )
             fields |= {"codes": {"vqcode_512": codes}, "grids": {"vqcode_512": shapes}}
     names = TEXT.map(lambda name: f"p_{name}")
-    return Sample(
+    sample = Sample(
         key=draw(KEYS),
         data_type=data_type,
-        text=draw(TEXT),
+        text=text,
         provenance=draw(st.dictionaries(names, VALUES, max_size=3)),
         **fields,
     )
+    return sample if data_type != "interleaved" else sample._replace(text=f"{text}<image>" * sample.num_images)
 
 
 # --- Round trips ---------------------------------------------------------------------------------------------------
@@ -270,6 +273,12 @@ TURNS = [{"from": "human", "value": "hi"}]
 TALK = {"data_type": "visual_sft", "conversations": TURNS}
 
 
+PAGE = {
+    **{"data_type": "interleaved", "text": "a <image> b <image>"},
+    **{"codes": {"vqcode_512": GRID_HW[None, 0]}, "grids": {"vqcode_512": [[1, 1], [1, 1]]}},
+}
+
+
 def grids(value: Any) -> dict[str, Any]:
     """A conversation with four codes and these grids."""
     return {**TALK, "codes": {"vqcode_512": GRID_HW}, "grids": value}
@@ -316,6 +325,10 @@ INVALID: dict[str, tuple[dict[str, Any], str]] = {
         {"image": b"x", "image_extension": "jpg", "more_images": (SourceImage(b"y", "png"),)},
         "more_images",
     ),
+    "fewer marks than images": ({**PAGE, "text": "a <image> b"}, "1 <image> marks, 2 images"),
+    "more marks than images": ({**PAGE, "text": "<image><image><image>"}, "3 <image> marks, 2 images"),
+    "marks without images": ({"data_type": "interleaved", "text": "a <image> b"}, "1 <image> marks, 0 images"),
+    "turns of a page": ({**PAGE, "conversations": TURNS}, "belong to visual_sft"),
     "further images without a first": ({**TALK, "more_images": (SourceImage(b"y", "png"),)}, "more_images"),
     "further image of unknown kind": (
         {**TALK, "image": b"x", "image_extension": "jpg", "more_images": (SourceImage(b"y", "svg"),)},
@@ -607,8 +620,8 @@ def test_encoded_members_are_what_the_tar_holds() -> None:
 
 RECORD = {"data_type": "image_text", "text": "a caption", "length": 9, "width": None, "height": None}
 FIELDS: dict[str, list[Any]] = {
-    "data_type": ["text_pretrain", "visual_sft", "x", None, ["image_text"]],
-    "text": ["", "another", None, 1],
+    "data_type": ["text_pretrain", "visual_sft", "interleaved", "x", None, ["image_text"]],
+    "text": ["", "another", "an <image>", None, 1],
     "width": [1, True, 1.0, 0, -1, [1]],
     "height": [512, "512"],
     "conversations": [None, [], [{"from": "human", "value": "?"}], ["?"]],

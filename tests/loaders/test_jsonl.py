@@ -109,6 +109,42 @@ def test_codes_under_liquids_names_keep_their_grids_and_conversations_their_turn
     assert [grid.shape for grid in talk["codes"]] == [(32, 32), (2, 6)]
 
 
+def test_an_interleaved_document_has_its_images_or_their_codes(folder: Path) -> None:
+    text = "A <image> and <image>."
+    record = {"data_type": "interleaved", "text": text, "images": [str(folder / "b.jpg"), str(folder / "a.jpg")]}
+    (item,) = dataset(folder, record)  # type: ignore[misc]  # a Dataset is no Iterable by its type
+    assert item["text"] == text
+    assert all(map(torch.equal, item["pixels_CHW"], [pixels(folder / "b.jpg"), pixels(folder / "a.jpg")]))
+    codes = {"vqcode_512": [1, 2, 3, 4, 5], "grids": {"vqcode_512": [[2, 2], [1, 1]]}}
+    (item,) = dataset(folder, {"data_type": "interleaved", "text": text, **codes})  # type: ignore[misc]
+    assert [grid.tolist() for grid in item["codes"]] == [[[1, 2], [3, 4]], [[5]]]
+    for wrong in ({**record, "text": "No mark."}, {"data_type": "interleaved", "text": "No mark.", **codes}):
+        with pytest.raises(FormatError, match="line 1"):
+            dataset(folder, wrong)[0]
+
+
+def test_one_of_several_texts_is_drawn_by_seed_epoch_and_line(folder: Path) -> None:
+    texts = {"alt": "a", "recap": "r", "none": None}
+    records = [{"text": "own", "vq_code": CODES, "texts": texts}] * 40
+    found = dataset(folder, *records, texts={"alt": 1, "recap": 1, "none": 5})
+
+    def drawn() -> list[str]:
+        return [found[number]["text"] for number in range(40)]
+
+    first = drawn()
+    assert {*first} == {"a", "r"}
+    assert drawn() == first
+    found.set_epoch(1)
+    assert drawn() != first
+    assert {item["text"] for item in dataset(folder, *records)} == {"own"}  # type: ignore[attr-defined]
+    for record, reason in (
+        ({"text": "t", "vq_code": CODES}, "unknown_text"),
+        ({**records[0], "texts": {"alt": 1}}, "wrong_type"),
+    ):
+        with pytest.raises(FormatError, match=reason):
+            dataset(folder, record, texts={"alt": 1})[0]
+
+
 def test_a_conversation_has_its_images(folder: Path) -> None:
     (item,) = dataset(folder, {"conversations": TURNS, "image": ["../a.jpg", "../b.jpg"]})
     assert item["data_type"] == "visual_sft"

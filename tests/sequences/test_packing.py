@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
@@ -23,11 +25,16 @@ def example(number: int, size: int, *, is_document: bool = False) -> Example:
     return Example(f"key-{number}", ids, ids % 3 > 0, is_document)
 
 
-def examples(sizes: list[tuple[int, bool]]) -> list[Example]:
+def examples(sizes: Sequence[tuple[int, bool]]) -> list[Example]:
     return [
         example(number, size if is_document else min(size, LENGTH), is_document=is_document)
         for number, (size, is_document) in enumerate(sizes)
     ]
+
+
+def in_pieces(number: int, sizes: list[int]) -> Example:
+    """An interleaved document."""
+    return example(number, sum(sizes))._replace(pieces=tuple(sizes) if len(sizes) > 1 else ())
 
 
 def packed(stream: list[Example]) -> list[Row]:
@@ -39,12 +46,19 @@ def packed(stream: list[Example]) -> list[Row]:
     return [*rows, *packer.rest()]
 
 
-STREAMS = st.lists(st.tuples(st.integers(1, 4 * LENGTH), st.booleans()), max_size=60).map(examples)
+ONE = st.tuples(st.integers(1, 4 * LENGTH), st.booleans())
+PIECES = st.lists(st.integers(1, LENGTH), min_size=1, max_size=5)
+STREAMS = st.lists(ONE | PIECES, max_size=60).map(
+    lambda drawn: [
+        in_pieces(number, one) if isinstance(one, list) else examples([(1, False)] * number + [one])[number]
+        for number, one in enumerate(drawn)
+    ]
+)
 
 
 @settings(max_examples=150, deadline=None)
 @given(STREAMS)
-def test_every_token_of_every_example_is_in_the_rows_once_in_order_and_only_documents_are_cut(stream: list[Example]) -> None:
+def test_every_token_is_in_the_rows_once_in_order_and_only_documents_are_cut_anywhere(stream: list[Example]) -> None:
     found: dict[str, list[np.ndarray]] = {}
     ended = []
     for row in packed(stream):
@@ -58,7 +72,7 @@ def test_every_token_of_every_example_is_in_the_rows_once_in_order_and_only_docu
         ended += row.ended
     for one in stream:
         assert np.concatenate(found[one.key]).tolist() == one.ids.tolist()
-        assert one.is_document or len(found[one.key]) == 1
+        assert one.is_document or tuple(map(len, found[one.key])) == (one.pieces or (len(one.ids),))
     assert sorted(ended) == list(range(len(stream)))
 
 
@@ -152,11 +166,11 @@ def test_a_batch_travels_between_processes_as_one_tensor_and_arrives_as_it_was()
 
 
 def test_padded_batches_pad_on_the_right_and_long_documents_go_on_in_further_rows() -> None:
-    stream = examples([(20, False), (150, True)])
+    stream = [*examples([(20, False), (150, True)]), in_pieces(2, [50, 64, 9])]
     pieces = [piece for one in stream for piece in cut(one, LENGTH)]
-    assert [len(piece.ids) for piece in pieces] == [20, 64, 64, 22]
+    assert [len(piece.ids) for piece in pieces] == [20, 64, 64, 22, 50, 64, 9]
     batch = padded_batch(pieces, PAD).arrays()
-    assert batch["attention_mask"].sum(1).tolist() == [20, 64, 64, 22]
+    assert batch["attention_mask"].sum(1).tolist() == [20, 64, 64, 22, 50, 64, 9]
     for piece, ids, labels in zip(pieces, batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True):
         size = len(piece.ids)
         assert ids == [*piece.ids.tolist(), *[PAD] * (LENGTH - size)]

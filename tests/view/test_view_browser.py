@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from commands import start, wait_until
-from factory import image_sample, make_dataset, text_sample
-from viewer import HOSTILE, samples, serving, small_codes, write_set
+from commands import image_bytes, start, wait_until
+from factory import answer_sample, image_sample, make_dataset, page_sample, text_sample
+from viewer import CODES, HOSTILE, fetch, samples, serving, small_codes, write_set
 
+from wds_tools.format.schema import SourceImage
 from wds_tools.view.server import ViewServer
 
 if TYPE_CHECKING:
@@ -270,6 +271,36 @@ def test_codes_stand_in_for_pictures_that_can_not_be_decoded(browser: Browser, t
         watched.open("/sample/0")
         page.wait_for_selector(".frame p:has-text('chameleon needs weights')")
         watched.context.close()
+
+
+@pytest.mark.slow
+def test_pictures_stand_in_their_places_in_documents_and_answers(browser: Browser, tmp_path: Path) -> None:
+    encoded = [small_codes(sample(0, (4, 4), (2, 6), (4, 4))) for sample in (page_sample, answer_sample)]
+    bare = answer_sample(1, (4, 4), (4, 4))._replace(codes={}, grids=None, image=image_bytes(1), image_extension="jpg")
+    bare = bare._replace(more_images=(SourceImage(image_bytes(2, kind="PNG"), "png"),))
+    make_dataset(tmp_path / "set", [*encoded, bare], codes=CODES)
+    with serving(tmp_path / "set", device="cpu") as server:
+        assert fetch(server, "/picture/0/vqcode_512.png")[0] == 200  # the tokenizer is loaded
+        watched = Watched(browser, server)
+        page = watched.open("/sample/0")
+        until(page, "document.querySelectorAll('.prose .image img').length === 3")
+        nodes = "text => [...text.childNodes].map(node => node.textContent || node.firstChild.alt)"
+        texts = [f"page 0, part {part}." for part in range(4)]
+        assert page.locator(".prose").evaluate(nodes) == [
+            *(f"{texts[0]} ", "image 1", f" {texts[1]} ", "image 2", f" {texts[2]} ", "image 3", f" {texts[3]}")
+        ]
+        watched.open("/sample/1")
+        until(page, "document.querySelectorAll('.turn .image img').length === 3")
+        assert [page.locator(f".turn{who} .image img").count() for who in (":not(.answer)", ".answer")] == [1, 2]
+        sizes = page.locator(".turn .image img").evaluate_all(
+            "all => all.map(image => [image.naturalHeight, image.naturalWidth])"
+        )
+        assert sizes == [[32, 32], [16, 48], [32, 32]]
+        watched.open("/sample/2")
+        until(page, "document.querySelectorAll('.turn .image img').length === 2")
+        assert page.locator(".turn.answer .image img").evaluate("image => image.naturalWidth") == 40
+        watched.context.close()
+        assert watched.problems == []
 
 
 @pytest.mark.slow

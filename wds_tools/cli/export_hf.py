@@ -9,7 +9,8 @@ import tyro
 
 from wds_tools.cli.summary import Printed, itemize, print_json
 from wds_tools.export.card import unknown_to_liquid
-from wds_tools.export.hf import ExportConfig, export_hf
+from wds_tools.export.hf import ExportConfig, ExportOptions, ExportSummary, export_hf
+from wds_tools.export.rows import TYPED_INSTEAD
 from wds_tools.terminal import say
 
 EXAMPLE = "wds-tools export hf --input s3://bucket/pairs s3://bucket/dclm --output liquid-data --num-shards 256"
@@ -32,13 +33,20 @@ def run(config: Config) -> int:
             "for it, export with --for liquid",
             error=True,
         )
-    if config.json:
-        print_json({"output": config.output, "format": config.format, **asdict(summary)})
-        return 0
-    left_out = [f"left out   {itemize(summary.left_out)}: for {config.reader}"] if summary.left_out else []
+    if summary.passed_over:
+        say(f"wds-tools: no column takes {itemize(summary.passed_over)} (samples that have it): {TYPED_INSTEAD}", error=True)
     how = "datasets.load_from_disk" if config.format == "arrow" else 'load_dataset("parquet", ...)'
+    print_export(config, summary, json=config.json, how=how)
+    return 0
+
+
+def print_export(config: ExportOptions, summary: ExportSummary, *, json: bool, how: str) -> None:
+    """Say what an export wrote, and what loads it."""
+    if json:
+        print_json({"output": config.output, "format": config.writes, **asdict(summary)})
+        return
+    left_out = [f"left out   {itemize(summary.left_out)}: for Liquid's own trainer"] if summary.left_out else []
     say(f"exported   {config.output}", f"rows       {summary.rows:,} ({itemize(summary.data_types)})", *left_out)
     say(f"files      {summary.files:,}, for {how}")
     if summary.pushed is not None:
         say(f"pushed     {summary.pushed:,} files to hf://datasets/{config.push_to_hub}")
-    return 0

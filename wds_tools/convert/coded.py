@@ -2,15 +2,17 @@
 
     row of Liquid's seven columns, or of our exports       -> Sample(text, codes, conversations) as it says itself
     row with codes in any other field, or in an npy file   -> Sample(text, codes)
+    row of `export parquet`                                -> the Sample that it was made of, images and all
 
-Which tokenizer made the codes, the rows don't say: it is an argument. Rows with other numbers of codes than their grid has, or
-with codes beyond the codebook, are rejects (`records.coded`, `records.arrays`). Images beside codes are not read: the codes are
-what the row has of them.
+Which tokenizer made the codes, files of `export parquet` say, others don't: it is an argument. Rows with other numbers of codes
+than their grid has, or with codes beyond the codebook, are rejects (`records.coded`, `records.arrays`). Images beside codes of
+others are not read: the codes are what the row has of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import posixpath
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +21,12 @@ from wds_tools.errors import Reject, UsageError
 from wds_tools.format.codes import CODE_COLUMNS
 from wds_tools.format.schema import Sample
 from wds_tools.records.arrays import PICKLED
-from wds_tools.records.coded import ABSENT, IMAGE_TYPES, SIDE_512, CodedRows
+from wds_tools.records.coded import ABSENT, IMAGE_TYPES, SIDE_512, TYPED_FIELDS, CodedRows
 from wds_tools.records.field_map import FieldMap
 from wds_tools.records.fields import value_of
 from wds_tools.records.images import ImageSource
+from wds_tools.sources.record import InputFile
+from wds_tools.sources.tables import PARQUET, exported_codes
 
 CODE_NAMES = ("vq_code", "vq_codes", "codes", "npy")
 """Fields in which codes are looked for, beside Liquid's columns."""
@@ -34,12 +38,13 @@ _NUM_AHEAD = 16
 
 @dataclass(frozen=True, kw_only=True)
 class CodedConfig(ConvertOptions):
-    """Convert datasets that hold codes to shards: Liquid's, those of `export hf`, or others with a field or npy file of codes."""
+    """Convert datasets that hold codes to shards: Liquid's, those of `export`, or others with a field or npy file of codes."""
 
     input: tuple[str, ...]
     """Folders written by save_to_disk, .parquet or .jsonl files of the same seven fields, or folders of any; paths or URLs."""
     tokenizer: str = "chameleon"
-    """Name of the tokenizer that made the codes. The rows don't say; it is written into the manifest."""
+    """Name of the tokenizer that made the codes, for the manifest. Rows don't say it, but for those of `export parquet`; so too
+    the next three."""
     codebook_size: int = 8192
     """Entries of its codebook; a row with a code beyond is rejected."""
     stride: int = 16
@@ -97,11 +102,17 @@ class CodedConfig(ConvertOptions):
         """See ConvertOptions."""
         return {**super().named_fields, "--codes": (self.codes,) if self.codes else (), "--text": self.text}
 
-    @property
-    def code_columns(self) -> Mapping[str, Mapping[str, Any]]:
-        """See ConvertOptions."""
+    def code_columns(self, files: Sequence[InputFile]) -> Mapping[str, Mapping[str, Any]]:
+        """See ConvertOptions. Raises UsageError: files of `export parquet` contradict one another, or the options."""
         provenance = {**self._tokenizer_settings, "precision": "unknown", "imported": True}
-        return dict.fromkeys(CODE_COLUMNS, provenance)
+        columns: dict[str, Mapping[str, Any]] = {}
+        given = [name for name in self._tokenizer_settings if getattr(self, name) != getattr(CodedConfig, name)]
+        for folder in {posixpath.dirname(file.url): file for file in files if file.url.lower().endswith(PARQUET)}.values():
+            for column, made in exported_codes(folder).items():
+                if given or columns.setdefault(column, made) != made:
+                    how = f"leave out --{given[0].replace('_', '-')}" if given else "convert what has other codes apart"
+                    raise UsageError(f"{folder.url} says itself how {column} was made: {how}")
+        return {**dict.fromkeys(CODE_COLUMNS, provenance), **columns}
 
 
 @dataclass(frozen=True)
@@ -128,6 +139,8 @@ class Coded:
 
     def convert(self, key: str, fields: Mapping[str, Any], source: str) -> Sample:
         """See Converter."""
+        if fields.keys() >= {*TYPED_FIELDS}:
+            return self.rows.typed(key, fields)
         name, kind = self.roles(fields).get("codes"), fields.get("data_type")
         if name is None and kind is None:
             known = ", ".join(list(fields)[:8])[:200] or "none"

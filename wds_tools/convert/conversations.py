@@ -3,9 +3,9 @@
     record -> turns, and an image for each mark in them -> fetch the images -> look at their headers -> Sample -> shards
 
 Roles become system, human and gpt, a system prompt the first turn. A conversation is taken whole or not at all: its turns
-alternate and end with an answer, and the `<image>` marks of its questions are as many as its images. Nothing is guessed and no
-text is changed. What gpt says before anybody asked is no answer to train on, and LLaVA's trainers leave it out: it is kept beside
-the turns, as first_answer.
+alternate and end with an answer, and the `<image>` marks of its turns are as many as its images. An edit is a conversation whose
+answer is an image. Nothing is guessed and no text is changed. What gpt says before anybody asked is no answer to train on, and
+LLaVA's trainers leave it out: it is kept beside the turns, as first_answer.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from wds_tools.convert.images import NUM_AHEAD, ImageOptions, ImageReader
-from wds_tools.errors import Reject
-from wds_tools.format.schema import Sample, SourceImage
+from wds_tools.format.schema import Sample
 from wds_tools.records.conversations import TalkReader
 
 _SOURCE_ID, _FIRST_ANSWER = "source_id", "first_answer"
@@ -33,6 +32,10 @@ class ConversationsConfig(ImageOptions):
     """Field with the turns. Default: conversations, messages, conversation or texts."""
     image: str | None = None
     """Field with the images. Default: image, images, or another well-known name; and those that stand in the turns."""
+    edited: str | None = None
+    """Of edits, which have no turns: field with the edited image. --image has the source. Default: well-known names."""
+    instruction: str | None = None
+    """Of edits, field with what was to be done. Default: well-known names."""
     image_marks: Literal["written", "first"] = "written"
     """first: images of a record without an <image> mark are put before its first question; else such a record is a reject."""
     sft_mode: str = "cc512"
@@ -44,19 +47,21 @@ class ConversationsConfig(ImageOptions):
 
     def make_converter(self) -> Conversations:
         """The turns and the images of a record."""
-        reader = TalkReader(self.conversations, self.image, self.image_marks, tuple(self.spared))
-        return Conversations(reader, ImageReader(self))
+        named = {"field": self.conversations, "image": self.image, "instruction": self.instruction, "edited": self.edited}
+        return Conversations(TalkReader(**named, marks=self.image_marks, left_out=tuple(self.spared)), ImageReader(self))
 
     @property
     def settings(self) -> dict[str, Any]:
         """See ConvertOptions."""
         said = {"conversations": self.conversations, "image": self.image, "image_marks": self.image_marks}
-        return {**said, **super().settings}
+        edits = {name: value for name in ("edited", "instruction") if (value := getattr(self, name)) is not None}
+        return {**said, **super().settings, **edits}
 
     @property
     def named_fields(self) -> Mapping[str, Iterable[str]]:
         """See ConvertOptions."""
         named = {"--conversations": self.conversations, "--image": self.image}
+        named |= {"--edited": self.edited, "--instruction": self.instruction}
         return {**super().named_fields, **{option: (name,) for option, name in named.items() if name is not None}}
 
     @property
@@ -80,13 +85,6 @@ class Conversations:
     def convert(self, key: str, fields: Mapping[str, Any], source: str) -> Sample:
         """See Converter."""
         talk = self.reader.read(fields)
-        images = []
-        for number, value in enumerate(talk.images, 1):
-            try:
-                data, info = self.images.read(source, value)
-            except Reject as cause:
-                raise Reject(cause.reason, f"image {number} of {len(talk.images)}: {cause.detail}") from cause
-            images.append(SourceImage(data, info.extension))
         source_id = fields.get("id")
         provenance = {_SOURCE_ID: None if source_id is None else str(source_id)[:300]}
         if talk.first_answer is not None:
@@ -96,8 +94,6 @@ class Conversations:
             data_type="visual_sft",
             text="",
             conversations=talk.turns,
-            image=images[0].data if images else None,
-            image_extension=images[0].extension if images else None,
-            more_images=tuple(images[1:]),
             provenance=provenance,
+            **self.images.read_all(source, talk.images),
         )

@@ -6,13 +6,14 @@ Pixels are first decoded by the encoder. An image that can't be read, or is not 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from wds_tools.convert.options import ConvertOptions
 from wds_tools.convert.tar_images import TarImages
-from wds_tools.errors import UsageError
-from wds_tools.format.schema import Sample
+from wds_tools.errors import Reject, UsageError
+from wds_tools.format.schema import Sample, SourceImage
 from wds_tools.images import ImageInfo, ImageLimits, probe
 from wds_tools.records.images import ImageSource, read_image
 from wds_tools.sources.inputs import by_suffix, expand_inputs
@@ -102,6 +103,18 @@ class ImageReader:
         """
         data = read_image(value, self.limits.max_bytes, lambda path, max_bytes: self._read_file(records_url, path, max_bytes))
         return data, probe(data, self.limits)
+
+    def read_all(self, records_url: str, values: Sequence[Any]) -> dict[str, Any]:
+        """The fields of a Sample that hold these images, in their order. Raises as `read`, with the number of the image."""
+        images = []
+        for number, value in enumerate(values, 1):
+            try:
+                data, info = self.read(records_url, value)
+            except Reject as cause:
+                raise Reject(cause.reason, f"image {number} of {len(values)}: {cause.detail}") from cause
+            images.append(SourceImage(data, info.extension))
+        first = {"image": images[0].data, "image_extension": images[0].extension} if images else {}
+        return {**first, "more_images": tuple(images[1:])}
 
     def _read_file(self, records_url: str, path: str, max_bytes: int) -> bytes:
         if self._tars is not None:

@@ -17,18 +17,23 @@ from typing import Any, Final
 from wds_tools.convert.coded import CODE_NAMES, CodedConfig
 from wds_tools.convert.conversations import ConversationsConfig
 from wds_tools.convert.documents import DocumentsConfig
+from wds_tools.convert.interleaved import InterleavedConfig
 from wds_tools.convert.options import Converter, ConvertOptions
 from wds_tools.convert.pairs import PairsConfig
 from wds_tools.convert.survey import Read, place_of, shown, survey_records
 from wds_tools.errors import Reject, UsageError
 from wds_tools.format.codes import CODE_COLUMNS
+from wds_tools.format.schema import IMAGE_MARK
 from wds_tools.records.conversations import FIELDS as TURN_FIELDS
+from wds_tools.records.edits import EDITED, INSTRUCTIONS
 from wds_tools.records.field_map import FieldMap
+from wds_tools.records.interleaved import TEXT_LISTS
 from wds_tools.sources.composite import kind_of_task
 from wds_tools.sources.inputs import expand_inputs
 
 CONVERTERS: Final[Mapping[str, type[ConvertOptions]]] = {
     "conversations": ConversationsConfig,
+    "interleaved": InterleavedConfig,
     "coded": CodedConfig,
     "pairs": PairsConfig,
     "documents": DocumentsConfig,
@@ -89,6 +94,10 @@ def _fitting(fields: Mapping[str, Any]) -> str:
     """The converter for a record."""
     if any(isinstance(turns := fields.get(name), list) and turns and isinstance(turns[0], dict) for name in TURN_FIELDS):
         return "conversations"
+    if any(fields.get(name) for name in EDITED) and any(fields.get(name) for name in INSTRUCTIONS):
+        return "conversations"
+    if any(isinstance(fields.get(name), list) for name in TEXT_LISTS) or IMAGE_MARK in str(fields.get("text")):
+        return "interleaved"
     if any(fields.get(name) not in (None, "no") for name in (*CODE_COLUMNS, *CODE_NAMES)):
         return "coded"
     return "documents" if FieldMap().image_field(fields) is None else "pairs"

@@ -6,7 +6,7 @@ the options of `wds-tools convert NAME`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Protocol, cast
 
@@ -16,7 +16,7 @@ from wds_tools.jobs import JobOptions
 from wds_tools.records.field_map import Pairs, parse_pairs
 from wds_tools.records.where import FACTS, RECORD, Where
 from wds_tools.sources.composite import Containers
-from wds_tools.sources.record import Source
+from wds_tools.sources.record import InputFile, Source
 
 _MAX_PREFIX = MAX_KEY_BYTES - len("-TTTTTTTTT-NNNNNNNN")
 _TASK_SIZES = ("task_lines", "task_records", "task_bytes")
@@ -154,7 +154,6 @@ class ConvertOptions(JobOptions):
         """Of samples with images, which an encoder can fill: data type -> mode, such as "cc512"."""
         return {}
 
-    @property
-    def code_columns(self) -> Mapping[str, Mapping[str, Any]]:
-        """Column -> provenance of the codes that the records bring."""
+    def code_columns(self, files: Sequence[InputFile]) -> Mapping[str, Mapping[str, Any]]:  # noqa: ARG002  of these
+        """Column -> provenance of the codes that the records of these files bring."""
         return {}

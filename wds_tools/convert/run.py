@@ -36,7 +36,7 @@ def run_conversion(options: ConvertOptions, encoder: Encoder | None = None) -> M
     source: Source = options.make_source() if options.source is None else load_plugin(SOURCES, options.source)()
     inputs = expand_inputs(options.input, source.choose, strict_links=options.strict_links)
     tasks, total = source.plan(inputs.files)
-    settings, codes = options.settings, options.code_columns
+    settings, codes = options.settings, options.code_columns(inputs.files)
     if options.source is not None:
         settings["source"] = options.source
     if encoder is not None:

@@ -50,7 +50,7 @@ class OutputSpec:
     codes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Provenance of the columns of codes, for the manifest."""
     schema_version: Annotated[int, range(SCHEMA_VERSION + 1)] = SCHEMA_VERSION
-    """Version of the samples' schema, or ANY_MEMBERS."""
+    """Version of the samples' schema, unless one of them needs a newer; or ANY_MEMBERS."""
     parts: Count = 0
     """Number of parts that the run which began was one of; 0: it did all."""
 
@@ -212,7 +212,7 @@ class Output:
             ),
             codes={column: provenance for column, provenance in self.spec.codes.items() if f"{column}.npy" in members},
             source={**self.spec.source, **source, **({"counts": dict(sorted(counts.items()))} if counts else {})},
-            schema_version=self.spec.schema_version,
+            schema_version=max([self.spec.schema_version, *(result.schema_version for result in done)]),
         )
 
     def _look(self) -> Manifest | bool:

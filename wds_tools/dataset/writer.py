@@ -24,7 +24,7 @@ from wds_tools.dataset.layout import index_name, marker_name, rejects_name, shar
 from wds_tools.errors import FormatError, Reject, UsageError
 from wds_tools.format.index import ShardIndex, serialize_index
 from wds_tools.format.manifest import FILTERED, ShardInfo
-from wds_tools.format.schema import Sample
+from wds_tools.format.schema import ANY_MEMBERS, Sample
 from wds_tools.format.shard import ShardBuilder
 from wds_tools.format.typed_json import Count
 from wds_tools.storage import Store, Writer
@@ -60,6 +60,8 @@ class TaskResult:
     """Of the file of rejects, hexadecimal; "" if there is none."""
     counts: Mapping[str, Count] = field(default_factory=dict)
     """What else the work counted: TaskWriter.count."""
+    schema_version: Count = ANY_MEMBERS
+    """The newest that a sample needs."""
 
 
 class TaskWriter:
@@ -90,6 +92,7 @@ class TaskWriter:
         self._counts: Counter[str] = Counter()
         self.num_samples = 0
         self.num_rejects = 0
+        self._schema_version = ANY_MEMBERS
 
     def __enter__(self) -> TaskWriter:
         return self
@@ -113,6 +116,7 @@ class TaskWriter:
         """
         builder = self._builder or ShardBuilder()
         self._append(builder, builder.add(sample))
+        self._schema_version = max(self._schema_version, sample.schema_version)
 
     def add_members(self, key: str, payloads: Sequence[tuple[str, bytes]]) -> None:
         """Append a sample of any members, (suffix, payload) each, to a dataset of ANY_MEMBERS. Raises StorageError as `add`."""
@@ -176,6 +180,7 @@ class TaskWriter:
             files=self._files,
             rejects_sha256=hashlib.sha256(rejects).hexdigest() if rejects else "",
             counts=dict(sorted(self._counts.items())),
+            schema_version=self._schema_version,
         )
         self._store.put(marker_name(self.task), orjson.dumps(result))
         return result

@@ -22,7 +22,7 @@ from wds_tools.encode.image_encoder import MODES, ImageEncoder
 from wds_tools.encode.options import TokenizerOptions
 from wds_tools.errors import UsageError
 from wds_tools.format.manifest import Manifest, shard_info_from_json
-from wds_tools.format.schema import IMAGE_EXTENSIONS, PAIR_TYPES, Sample
+from wds_tools.format.schema import IMAGE_EXTENSIONS, MARKED_TYPES, PAIR_TYPES, Sample
 from wds_tools.images import ImageLimits, parse_mode
 from wds_tools.jobs import Job, JobOptions, run_job
 from wds_tools.jobs.records import ConvertRecords
@@ -44,7 +44,7 @@ class EncodeConfig(JobOptions, TokenizerOptions):
     mode: str | None = None
     """Size of the images of pairs: see `convert pairs --mode`. Default: that which they were converted for."""
     sft_mode: str = "cc512"
-    """The same of conversations: ccN, multiN or fitN."""
+    """The same of conversations and interleaved documents: ccN, multiN or fitN."""
     max_pixels: int = ImageLimits.max_pixels
     """Images with more pixels are rejected: decompression bombs."""
 
@@ -76,7 +76,7 @@ def encode(config: EncodeConfig) -> Manifest:
         cpus=config.remote_cpus,
         keep_images=config.keep_images,
         limits=limits,
-        modes={**_pair_modes(config.mode, manifest.source), "visual_sft": config.sft_mode},
+        modes={**_pair_modes(config.mode, manifest.source), **dict.fromkeys(MARKED_TYPES, config.sft_mode)},
     )
     has_codes = sorted({image_encoder.column_of(data_type) for data_type in types}.intersection(manifest.codes))
     if has_codes:

@@ -25,7 +25,7 @@ from wds_tools.encode.options import TokenizerOptions
 from wds_tools.encode.resize import check_torch_resize, prepare_with_torch
 from wds_tools.errors import FormatError, Reject, TokenizerError, UsageError
 from wds_tools.format.codes import code_dtype, join_grids, named_column
-from wds_tools.format.schema import PAIR_TYPES, Sample, SourceImage
+from wds_tools.format.schema import MARKED_TYPES, PAIR_TYPES, Sample, SourceImage
 from wds_tools.images import PREPROCESSING_VERSION, ImageLimits, Mode, parse_mode, prepare, probe
 from wds_tools.run.local import stops_held
 from wds_tools.run.ray_cluster import check_device
@@ -37,7 +37,7 @@ from wds_tools.vq.registry import find_device, load_tokenizer
 Place = TypeVar("Place")
 _LARGE_CODEBOOK = 1 << 16
 _PREPARE = {"pillow": prepare, "torch": prepare_with_torch}
-MODES = {"image_text": "cc512", "image_text_multi": "multi768", "visual_sft": "cc512"}
+MODES = {"image_text": "cc512", "image_text_multi": "multi768", "visual_sft": "cc512", "interleaved": "cc512"}
 """Data type of samples with images -> mode of these, by default."""
 
 
@@ -179,8 +179,9 @@ class ImageEncoder:
         libraries = {name: version(name) for name in ("torch", "pillow", "numpy")}
         columns = sorted({self.column_of(data_type) for data_type in column_types})
         how: dict[str, Any] = {"keep_images": True} if self._keep_images else {}
-        if "visual_sft" in column_types and (word := str(self._modes["visual_sft"])) != MODES["visual_sft"]:
-            how["sft_mode"] = word
+        for data_type in {*MARKED_TYPES}.intersection(column_types):  # which have one mode
+            if (word := str(self._modes[data_type])) != MODES[data_type]:
+                how["sft_mode"] = word
         return {**settings, **how}, {column: {**settings, "libraries": libraries} for column in columns}
 
     def fill(self, samples: Iterable[tuple[Place, Sample | Reject]]) -> Iterator[tuple[Place, Sample | Reject]]:
@@ -241,7 +242,7 @@ class ImageEncoder:
         mode = self._mode(sample.data_type, tokenizer)
         num_enlarged = sum(map(partial(self._is_enlarged, mode), sample.images))
         filled = filled._replace(codes={**sample.codes, column: codes}, num_enlarged=num_enlarged)
-        if sample.data_type == "visual_sft":
+        if sample.data_type in MARKED_TYPES:
             return filled._replace(grids={**(sample.grids or {}), column: shapes})
         if sample.codes:  # what it is, and its size, go with those
             return filled

@@ -30,6 +30,8 @@ _MEANING = {
     "width": "pixels of the cropped image, as a string; `no` if there are none",
     "height": "the same",
 }
+LIQUID_COLUMNS = [(dtype, _MEANING[name]) for name, dtype in COLUMNS.items()]
+"""Type and meaning of each of Liquid's columns."""
 _SIZES = (("n<1K", 10**3), ("1K<n<10K", 10**4), ("10K<n<100K", 10**5), ("100K<n<1M", 10**6), ("1M<n<10M", 10**7))
 _LARGER = (("10M<n<100M", 10**8), ("100M<n<1B", 10**9), ("1B<n<10B", 10**10), ("10B<n<100B", 10**11), ("100B<n<1T", 10**12))
 
@@ -41,7 +43,8 @@ def serialize_card(
     data_types: Mapping[str, int],
     left_out: Mapping[str, int],
     files: int,
-    seed: int,
+    seed: int | None,
+    columns: Mapping[str, tuple[str, str]],
     fingerprint: str,
     license_id: str | None,
     num_bytes: int | None = None,
@@ -54,23 +57,25 @@ def serialize_card(
         data_types: rows by data type.
         left_out: samples that are not in it, by data type.
         files: how many.
-        seed: of the shuffle.
+        seed: of the shuffle; None: the rows are in the order of the datasets, and typed.
+        columns: name -> type and meaning.
         fingerprint: of the rows and their order.
         license_id: as the Hub names licences, such as cc-by-4.0.
         num_bytes: of the rows in Arrow's memory; None as long as it is not known.
     """
     rows = sum(data_types.values())
-    header = "\n".join(["---", *_yaml(_header(rows, num_bytes, file_format, license_id)), "---"])
+    order = "in the order of the datasets" if seed is None else f"shuffled with seed {seed}"
+    header = "\n".join(["---", *_yaml(_header(rows, num_bytes, file_format, license_id, is_typed=seed is None)), "---"])
     lines = [
         "# Image tokens and text",
         "",
-        f"{rows:,} rows in {files:,} files, shuffled with seed {seed}: {_counts(data_types)}.",
+        f"{rows:,} rows in {files:,} files, {order}: {_counts(data_types)}.",
         f"Fingerprint {fingerprint}.",
-        *_about_liquid(data_types, left_out),
+        *(() if seed is None else _about_liquid(data_types, left_out)),
         "",
         "| column | type | |",
         "|---|---|---|",
-        *(f"| `{name}` | {dtype} | {_MEANING[name]} |" for name, dtype in COLUMNS.items()),
+        *(f"| `{name}` | {dtype} | {meaning} |" for name, (dtype, meaning) in columns.items()),
         "",
         "## Where it comes from",
         "",
@@ -82,8 +87,9 @@ def serialize_card(
         *_how_to_load(file_format),
         "```",
         "",
-        "Made by wds-tools; `wds-tools convert coded` makes shards of it again: tell it the tokenizer, codebook size, stride and",
-        "weights hash that stand above.",
+        "Made by wds-tools; `wds-tools convert coded` makes shards of it again"
+        + ("." if seed is None else ": tell it the tokenizer, codebook size, stride and"),
+        *(() if seed is None else ("weights hash that stand above.",)),
     ]
     return "\n".join([header, "", *lines, ""]).encode()
 
@@ -101,11 +107,12 @@ def _about_liquid(data_types: Mapping[str, int], left_out: Mapping[str, int]) ->
         yield f"{knows}, so these samples were left out: {_counts(left_out)}."
 
 
-def _header(rows: int, num_bytes: int | None, file_format: Format, license_id: str | None) -> dict[str, Any]:
+def _header(rows: int, num_bytes: int | None, file_format: Format, license_id: str | None, *, is_typed: bool) -> dict[str, Any]:
     header: dict[str, Any] = {} if license_id is None else {"license": license_id}
     header["tags"] = [TAG, "image-tokens", "webdataset"]
     header["size_categories"] = [next((name for name, limit in (*_SIZES, *_LARGER) if rows < limit), "n>1T")]
-    header["dataset_info"] = {"features": [{"name": name, "dtype": dtype} for name, dtype in COLUMNS.items()]}
+    features = [] if is_typed else [{"name": name, "dtype": dtype} for name, dtype in COLUMNS.items()]
+    header["dataset_info"] = {"features": features} if features else {}
     if num_bytes is not None:
         header["dataset_info"]["splits"] = [{"name": "train", "num_bytes": num_bytes, "num_examples": rows}]
     if file_format == "parquet":

@@ -1,7 +1,7 @@
-"""Datasets -> one globally shuffled Hugging Face dataset, in constant memory.
+"""Datasets -> one globally shuffled Hugging Face dataset of Liquid's columns, or a typed one in order, in constant memory.
 
     Lease -> samples of all inputs -> rows (`rows`) -> external shuffle (`shuffle`) -> equal files -> state.json -> export.json
-          [-> the Hub (`push`)]
+                                   -> all columns (`typed`), in order ───────────────┘         [-> the Hub (`push`)]
 
 `arrow` is what `datasets.load_from_disk` loads, `parquet` what `load_dataset` and pandas do. The same inputs and seed give the
 same bytes, and every sample is in exactly once.
@@ -21,10 +21,10 @@ import re
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 from urllib.parse import unquote, urlsplit
@@ -35,15 +35,27 @@ from wds_tools.dataset.files import Written, describe_changed, find_changed, wri
 from wds_tools.dataset.lease import Lease, files_of
 from wds_tools.dataset.reader import read_manifest, read_shard
 from wds_tools.errors import FormatError, UsageError
-from wds_tools.export.card import LIQUID_TYPES, TAG, serialize_card
+from wds_tools.export.card import LIQUID_COLUMNS, LIQUID_TYPES, TAG, serialize_card
 from wds_tools.export.card import NAME as CARD
 from wds_tools.export.push import push
-from wds_tools.export.rows import FEATURES, ROW_BYTES, Format, serialize_table_row, write_part
+from wds_tools.export.rows import (
+    FEATURES,
+    ROW_BYTES,
+    TYPED_INSTEAD,
+    Columns,
+    Format,
+    liquid_columns,
+    liquid_schema,
+    serialize_table_row,
+    write_part,
+)
 from wds_tools.export.shuffle import Shuffle
+from wds_tools.export.typed import described, size_of, typed_columns, typed_schema
 from wds_tools.format.codes import CODE_COLUMNS, chosen_codes, codes_named, is_code_column
 from wds_tools.format.manifest import Manifest, ShardInfo
-from wds_tools.format.schema import IMAGE_EXTENSIONS
+from wds_tools.format.schema import IMAGE_EXTENSIONS, Sample
 from wds_tools.format.typed_json import read_json
+from wds_tools.records.coded import COLUMNS
 from wds_tools.run.progress import Advance, Progress
 from wds_tools.sources.arrow import load_pyarrow
 from wds_tools.storage import LocalStore, Store, open_store
@@ -69,28 +81,20 @@ _Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportConfig:
-    """Shuffle datasets together and write them as a Hugging Face dataset."""
+class ExportOptions:
+    """What any export is told."""
 
     input: tuple[str, ...]
     """One or more datasets: folders or URLs. One that is named twice is in twice."""
     output: str
     """Where the result goes: a directory or an object-store prefix, empty or absent."""
-    format: Format = "arrow"
-    """arrow: for datasets.load_from_disk. parquet: for load_dataset("parquet", ...), pandas and the hub."""
     num_shards: int = 256
     """Files to write; as many as there are samples, if those are fewer."""
-    code_set: str = ""
-    """Code set to export, where datasets have several (see `wds-tools encode --code-set`), or the column."""
-    seed: int = 42
-    """Of the shuffle: 0 to 2**64 - 1. The order depends on it and on the inputs, not on format or num_shards."""
-    reader: Literal["any", "liquid"] = "any"
-    """liquid: leave out and count what Liquid's own trainer takes for plain text: image_text_multi, visual_sft."""
     license: str | None = None
     """Of the rows, for the dataset card, as the Hub names it: cc-by-4.0, apache-2.0, other ..."""
     push_to_hub: str | None = None
-    """Upload the finished export to this dataset repository of the Hugging Face Hub (OWNER/NAME), made if need be. With --format
-    parquet and a local output. The token is that of Hugging Face's own tools: HF_TOKEN, or `hf auth login`."""
+    """Upload the finished export, of Parquet files in a folder here, to this dataset repository of the Hugging Face Hub
+    (OWNER/NAME), made if need be. The token is that of Hugging Face's own tools: HF_TOKEN, or `hf auth login`."""
     private: bool = False
     """With --push-to-hub: make the repository a private one."""
     resume: bool = False
@@ -106,12 +110,8 @@ class ExportConfig:
     def __post_init__(self) -> None:
         if not self.input:
             raise UsageError("--input: name at least one dataset")
-        if self.format not in _NAMES:
-            raise UsageError(f"--format {self.format!r}: expected {' or '.join(_NAMES)}")
         if not 1 <= self.num_shards <= _MAX_FILES:
             raise UsageError(f"--num-shards {self.num_shards}: expected 1 to {_MAX_FILES}")
-        if not 0 <= self.seed < 1 << 64:
-            raise UsageError(f"--seed {self.seed}: expected 0 to 2**64 - 1")
         if self.resume and self.overwrite:
             raise UsageError("--resume and --overwrite exclude each other: keep what is there, or remove it")
         if self.verify and not self.resume:
@@ -119,10 +119,46 @@ class ExportConfig:
         check_apart(self.input, self.output)
         if self.push_to_hub is None and self.private:
             raise UsageError("--private is for the repository of --push-to-hub")
-        if self.push_to_hub is not None and (self.format != "parquet" or not isinstance(open_store(self.output), LocalStore)):
+        if self.push_to_hub is not None and (self.writes != "parquet" or not isinstance(open_store(self.output), LocalStore)):
             raise UsageError("--push-to-hub uploads Parquet files from a folder here: --format parquet, and a local --output")
         if self.push_to_hub is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.push_to_hub):
             raise UsageError(f"--push-to-hub {self.push_to_hub!r}: expected OWNER/NAME")
+
+    @property
+    def writes(self) -> Format:
+        """What kind of files."""
+        return "parquet"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParquetConfig(ExportOptions):
+    """Write datasets as typed Parquet with everything that they hold, in their order; `convert coded` takes it back."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig(ExportOptions):
+    """Shuffle datasets together and write them as a Hugging Face dataset of Liquid's seven columns."""
+
+    format: Format = "arrow"
+    """arrow: for datasets.load_from_disk. parquet: for load_dataset("parquet", ...), pandas and the hub."""
+    code_set: str = ""
+    """Code set to export, where datasets have several (see `wds-tools encode --code-set`), or the column."""
+    seed: int = 42
+    """Of the shuffle: 0 to 2**64 - 1. The order depends on it and on the inputs, not on format or num_shards."""
+    reader: Literal["any", "liquid"] = "any"
+    """liquid: leave out and count what Liquid's own trainer takes for plain text: image_text_multi, visual_sft."""
+
+    def __post_init__(self) -> None:
+        if self.format not in _NAMES:
+            raise UsageError(f"--format {self.format!r}: expected {' or '.join(_NAMES)}")
+        if not 0 <= self.seed < 1 << 64:
+            raise UsageError(f"--seed {self.seed}: expected 0 to 2**64 - 1")
+        super().__post_init__()
+
+    @property
+    def writes(self) -> Format:
+        """What kind of files."""
+        return self.format
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +172,9 @@ class ExportSummary:
     """Rows by data type."""
     left_out: Mapping[str, int]
     """Samples by data type that the reader would take for something else."""
+    passed_over: Mapping[str, int] = field(default_factory=dict)
+    """Samples that have something for which there is no column: texts, image, provenance, or a column of other codes. Counted
+    while they are read, so empty where a finished export was kept."""
     pushed: int | None = None
     """Files sent to the Hub, if that was asked for; those that it had are not sent."""
 
@@ -147,7 +186,7 @@ _NAMES: Mapping[Format, str] = {
 
 
 def export_hf(config: ExportConfig) -> ExportSummary:
-    """Export; returns what was written once it is complete.
+    """Export to Liquid's seven columns, shuffled; returns what was written once it is complete.
 
     Raises:
         UsageError: the output is in the way, or another run is writing there; inputs are empty, not encoded, or hold what these
@@ -156,25 +195,77 @@ def export_hf(config: ExportConfig) -> ExportSummary:
         NotFound, FormatError, StorageError: an input can't be read.
         MissingPackage: pyarrow is not installed.
     """
-    load_pyarrow("exporting")
-    sources = [(store, read_manifest(store, instead_of_rows="export those datasets")) for store in map(open_store, config.input)]
+    pa = load_pyarrow("exporting")
+    sources = _open(config)
     _check_sources(sources, config)
     held = sum((Counter(manifest.data_types) for _, manifest in sources), Counter[str]())
     data_types = {name: held[name] for name in sorted(held) if _takes(config, name)}
     left_out = {name: held[name] for name in sorted(held) if name not in data_types}
-    rows = sum(data_types.values())
-    if not rows:
+    if not sum(data_types.values()):
         raise UsageError(f"{', '.join(config.input)}: of {dict(held)} samples, none can be exported for {config.reader}")
-    names = _part_names(config.format, min(config.num_shards, rows))
-    fingerprint = _fingerprint(sources, config)
+    made_of = ["wds-tools export 1", config.seed, *(manifest.fingerprint() for _, manifest in sources)]
+    made_of += [config.code_set] if config.code_set else []
+    made_of += [] if config.reader == "any" else [{"for": config.reader}]
+    passed_over: Counter[str] = Counter()
+    records = partial(_shuffled, sources, config, sum(data_types.values()), passed_over)
+    form = _Form(liquid_schema(pa), liquid_columns, len, records, dict(zip(COLUMNS, LIQUID_COLUMNS, strict=True)), config.seed)
+    return _export(config, sources, form, made_of, data_types, left_out, passed_over)
+
+
+def export_parquet(config: ParquetConfig) -> ExportSummary:
+    """Export everything, in order; returns what was written once it is complete. Raises as export_hf."""
+    pa = load_pyarrow("exporting")
+    sources = _open(config)
+    data_types = dict(sorted(sum((Counter(manifest.data_types) for _, manifest in sources), Counter[str]()).items()))
+    made_of = ["wds-tools export parquet 1", *(manifest.fingerprint() for _, manifest in sources)]
+    schema = typed_schema(pa, [manifest for _, manifest in sources])
+    records = partial(_in_order, sources, config, sum(data_types.values()))
+    form = _Form(schema, typed_columns, size_of, records, described(schema), None)
+    return _export(config, sources, form, made_of, data_types, {}, Counter())
+
+
+def _open(config: ExportOptions) -> list[_Source]:
+    sources = [(store, read_manifest(store, instead_of_rows="export those datasets")) for store in map(open_store, config.input)]
+    if not any(manifest.samples for _, manifest in sources):
+        raise UsageError(f"{', '.join(config.input)}: no samples, nothing to export")
+    return sources
+
+
+@dataclass(frozen=True)
+class _Form:
+    """What is written of datasets; see rows.write_part."""
+
+    schema: Any
+    columns: Columns
+    size: Callable[[Any], int]
+    records: Callable[[], AbstractContextManager[Iterator[Any]]]
+    described: Mapping[str, tuple[str, str]]
+    """Column -> type and meaning, for the card."""
+    seed: int | None
+    """Of the shuffle; None: there is none."""
+
+
+def _export(
+    config: ExportOptions,
+    sources: Sequence[_Source],
+    form: _Form,
+    made_of: Sequence[Any],
+    data_types: Mapping[str, int],
+    left_out: Mapping[str, int],
+    passed_over: Counter[str],
+) -> ExportSummary:
+    rows = sum(data_types.values())
+    names = _part_names(config.writes, min(config.num_shards, rows))
+    fingerprint = hashlib.sha256(orjson.dumps(made_of)).hexdigest()[:16]  # what Hugging Face's caches know the rows by
     page = partial(
         serialize_card,
         [manifest for _, manifest in sources],
-        config.format,
+        config.writes,
         data_types=data_types,
         left_out=left_out,
         files=len(names),
-        seed=config.seed,
+        seed=form.seed,
+        columns=form.described,
         fingerprint=fingerprint,
         license_id=config.license,
     )
@@ -187,36 +278,42 @@ def export_hf(config: ExportConfig) -> ExportSummary:
         with Lease(store) as lease:
             if not is_complete:
                 _begin(store, config, page(), names[-1])
-                files = _write(store, sources, config, names, rows, page, lease)
+                with form.records() as records:
+                    files = _write_parts(store, names, rows, records, config.writes, form, page, lease)
                 lease.check()
-                if config.format == "arrow":
+                if config.writes == "arrow":
                     files[STATE] = _write_state(store, names, fingerprint)
                 store.put(FILES, orjson.dumps(files, option=orjson.OPT_INDENT_2))
             if config.push_to_hub is not None:
                 pushed = push(Path(_local_path(config.output)), config.push_to_hub, private=config.private, quiet=config.quiet)
-    return ExportSummary(rows=rows, files=len(names), data_types=data_types, left_out=left_out, pushed=pushed)
+    passed = dict(sorted(passed_over.items()))
+    return ExportSummary(rows=rows, files=len(names), data_types=data_types, left_out=left_out, passed_over=passed, pushed=pushed)
 
 
 def _takes(config: ExportConfig, data_type: str) -> bool:
     return config.reader == "any" or data_type in LIQUID_TYPES
 
 
-def _write(
-    store: Store,
-    sources: Sequence[_Source],
-    config: ExportConfig,
-    names: Sequence[str],
-    rows: int,
-    page: Callable[..., bytes],
-    lease: Lease,
-) -> dict[str, Written]:
+@contextmanager
+def _shuffled(
+    sources: Sequence[_Source], config: ExportConfig, rows: int, passed_over: Counter[str]
+) -> Iterator[Iterator[bytes]]:
+    """Records of the samples in their random order; counts samples that have what no column takes."""
     with _scratch_folder(config.output) as folder:
         size = sum(_record_bytes(row) for _, manifest in sources for row in manifest.shards)
         shuffle = Shuffle(folder, seed=config.seed, num_buckets=-(-size // BUCKET_BYTES))
         with Progress("export, 1 of 2: reading", rows, quiet=config.quiet) as progress:
-            _scatter(sources, config, shuffle, progress)
+            _scatter(sources, config, shuffle, progress, passed_over)
         with Progress("export, 2 of 2: writing", rows, quiet=config.quiet) as progress:
-            return _write_parts(store, names, rows, _counted(shuffle.drain(), progress), config.format, page, lease)
+            yield _counted(shuffle.drain(), progress)
+
+
+@contextmanager
+def _in_order(sources: Sequence[_Source], config: ExportOptions, rows: int) -> Iterator[Iterator[Sample]]:
+    """The samples."""
+    with Progress("export", rows, quiet=config.quiet) as progress:
+        shards = (read_shard(store, row) for store, manifest in sources for row in manifest.shards)
+        yield _counted(chain.from_iterable(shards), progress)
 
 
 def _check_sources(sources: Sequence[_Source], config: ExportConfig) -> None:
@@ -227,6 +324,8 @@ def _check_sources(sources: Sequence[_Source], config: ExportConfig) -> None:
         for row in manifest.shards:
             if not any(_takes(config, data_type) for data_type in row.data_types):
                 continue
+            if "interleaved" in row.data_types and _takes(config, "interleaved"):
+                raise UsageError(f"{store.url}/{row.name} holds interleaved documents, for which no column is: {TYPED_INSTEAD}")
             has_codes = any(map(is_code_column, row.members))
             has_images = any(member in IMAGE_EXTENSIONS for member in row.members)
             if not has_codes and (has_images or not {"image_text", "image_text_multi"}.isdisjoint(row.data_types)):
@@ -240,21 +339,19 @@ def _check_sources(sources: Sequence[_Source], config: ExportConfig) -> None:
         if others:
             raise UsageError(
                 f"{store.url}: Liquid's seven columns have a place for {' and '.join(CODE_COLUMNS)} only, and none for "
-                f"{', '.join(others)}: --code-set vqcode_512 takes one column of several; train on the shards for others"
+                f"{', '.join(others)}: --code-set vqcode_512 takes one column of several; {TYPED_INSTEAD}"
             )
         for column, provenance in codes_named(manifest.codes, code_set).items():
-            for field in _ONE_TOKENIZER:
-                url, value = seen.setdefault((column, field), (store.url, provenance.get(field)))
-                if value != provenance.get(field):
+            for fact in _ONE_TOKENIZER:
+                url, value = seen.setdefault((column, fact), (store.url, provenance.get(fact)))
+                if value != provenance.get(fact):
                     raise UsageError(
-                        f"the {column} of {url} and of {store.url} come from different tokenizers ({field} {value!r} and "
-                        f"{provenance.get(field)!r}), and rows don't say which: export them apart"
+                        f"the {column} of {url} and of {store.url} come from different tokenizers ({fact} {value!r} and "
+                        f"{provenance.get(fact)!r}), and rows don't say which: export them apart"
                     )
-    if not any(manifest.samples for _, manifest in sources):
-        raise UsageError(f"{', '.join(store.url for store, _ in sources)}: no samples, nothing to export")
 
 
-def _is_complete(store: Store, config: ExportConfig, page: Callable[..., bytes], names: Sequence[str]) -> bool:
+def _is_complete(store: Store, config: ExportOptions, page: Callable[..., bytes], names: Sequence[str]) -> bool:
     """Whether this very export lies there, finished, and its files are those that were written; if not, says so in a line.
 
     Raises:
@@ -276,7 +373,7 @@ def _is_complete(store: Store, config: ExportConfig, page: Callable[..., bytes],
     return not changed
 
 
-def _look(store: Store, config: ExportConfig) -> list[str]:
+def _look(store: Store, config: ExportOptions) -> list[str]:
     """The files of an earlier export that are there.
 
     Raises:
@@ -298,13 +395,13 @@ def _look(store: Store, config: ExportConfig) -> list[str]:
     return found
 
 
-def _begin(store: Store, config: ExportConfig, page: bytes, last_part: str) -> None:
+def _begin(store: Store, config: ExportOptions, page: bytes, last_part: str) -> None:
     """Make the output unfinished: clear an earlier export, write what says that this one is under way. Under a Lease."""
     found = _look(store, config)
     store.clean_temp()
     store.delete(FILES)
     store.delete(STATE)
-    if config.format == "arrow":
+    if config.writes == "arrow":
         first = INFO
         info = {"citation": "", "description": "", "features": FEATURES, "homepage": "", "license": ""}
         store.put(first, json.dumps(info, indent=2).encode())
@@ -350,7 +447,9 @@ def _record_bytes(row: ShardInfo) -> int:
     return min(row.bytes, 4 * (row.text_chars + row.num_codes) + (ROW_BYTES + 16) * row.samples)
 
 
-def _scatter(sources: Sequence[_Source], config: ExportConfig, shuffle: Shuffle, progress: Progress) -> None:
+def _scatter(
+    sources: Sequence[_Source], config: ExportConfig, shuffle: Shuffle, progress: Progress, passed_over: Counter[str]
+) -> None:
     code_set = config.code_set
     for store, manifest in sources:
         for row in manifest.shards:
@@ -359,6 +458,8 @@ def _scatter(sources: Sequence[_Source], config: ExportConfig, shuffle: Shuffle,
                     continue
                 chosen = sample.with_codes(list(chosen_codes(sample.codes, code_set)), manifest.codes)
                 grids = None if chosen.grids is None else codes_named(chosen.grids, code_set)
+                passed_over.update(name for name in ("texts", "image", "provenance") if getattr(sample, name))
+                passed_over.update(sample.codes.keys() - chosen.codes.keys())
                 shuffle.add(serialize_table_row(chosen._replace(codes=codes_named(chosen.codes, code_set), grids=grids)))
 
 
@@ -366,8 +467,9 @@ def _write_parts(
     store: Store,
     names: Sequence[str],
     rows: int,
-    records: Iterator[bytes],
+    records: Iterator[Any],
     file_format: Format,
+    form: _Form,
     page: Callable[..., bytes],
     lease: Lease,
 ) -> dict[str, Written]:
@@ -377,7 +479,9 @@ def _write_parts(
     num_bytes = 0
     for number, name in enumerate(names):
         with store.write(name) as writer:
-            files[name], written_bytes = write_part(writer, islice(records, each + (number < more)), file_format)
+            files[name], written_bytes = write_part(
+                writer, islice(records, each + (number < more)), file_format, form.schema, form.columns, form.size
+            )
             num_bytes += written_bytes
             if name == names[-1]:
                 store.put(CARD, page(num_bytes=num_bytes))
@@ -410,14 +514,6 @@ def _write_state(store: Store, names: Sequence[str], fingerprint: str) -> Writte
     data = json.dumps(state, indent=2, sort_keys=True).encode()
     store.put(STATE, data)
     return written(data)
-
-
-def _fingerprint(sources: Sequence[_Source], config: ExportConfig) -> str:
-    """What Hugging Face's caches know the rows by: equal for equal rows only."""
-    made_of = ["wds-tools export 1", config.seed, *(manifest.fingerprint() for _, manifest in sources)]
-    made_of += [config.code_set] if config.code_set else []
-    made_of += [] if config.reader == "any" else [{"for": config.reader}]
-    return hashlib.sha256(orjson.dumps(made_of)).hexdigest()[:16]
 
 
 def _part_names(file_format: Format, count: int) -> list[str]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import io
 import json
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -30,12 +30,15 @@ from wds_tools.sources.arrow import load_pyarrow
 from wds_tools.storage import Writer
 
 Format = Literal["arrow", "parquet"]
+Columns = Callable[[Any, Any, Sequence[Any]], list[Any]]
+"""pyarrow, a schema, and records -> arrays of its columns."""
 FEATURES = {name: {"dtype": dtype, "_type": "Value"} for name, dtype in COLUMNS.items()}
 """The columns, as Hugging Face datasets writes them down."""
 
 _FIELDS = struct.Struct("<BQIIQBIBI")
 """Data type, length, width, height, bytes of text; then bytes per code (0: no codes) and number of codes, column by column."""
 ROW_BYTES = _FIELDS.size
+TYPED_INSTEAD = "`wds-tools export parquet` has one for everything"
 
 
 class _Limits(NamedTuple):
@@ -51,13 +54,15 @@ def serialize_table_row(sample: Sample) -> bytes:
     """The record of a sample.
 
     Raises:
-        UsageError: the seven columns have no place for it: an image without codes, another code column.
+        UsageError: the seven columns have no place for it: an image without codes, another code column, an interleaved document.
         FormatError: it breaks the schema.
     """
     validate(sample)
     needs_codes = sample.data_type in ("image_text", "image_text_multi") or sample.image is not None
     if needs_codes and not sample.codes:
         raise UsageError(f"{sample.key}: {sample.data_type} without codes: run `wds-tools encode` first")
+    if sample.data_type == "interleaved":
+        raise UsageError(f"{sample.key} is interleaved, for which Liquid's seven columns have no place: {TYPED_INSTEAD}")
     if unknown := set(sample.codes).difference(CODE_COLUMNS):
         raise UsageError(f"{sample.key}: the columns are {', '.join(COLUMNS)}; there is none for {', '.join(sorted(unknown))}")
     if sample.data_type == "image_text_multi" and (sample.width is None or sample.height is None):
@@ -73,15 +78,29 @@ def serialize_table_row(sample: Sample) -> bytes:
     return b"".join((fields, text, *(grid.tobytes() for grid in grids if grid is not None)))
 
 
-def write_part(writer: Writer, records: Iterable[bytes], file_format: Format) -> tuple[Written, int]:
-    """Write records as one file: an Arrow IPC stream or a Parquet file, with the features in its metadata.
+def liquid_schema(pa: Any) -> Any:
+    """The Arrow schema of the seven columns, with the features in its metadata."""
+    metadata = {"huggingface": json.dumps({"info": {"features": FEATURES}})}
+    return pa.schema([(name, getattr(pa, dtype)()) for name, dtype in COLUMNS.items()], metadata=metadata)
+
+
+def write_part(
+    writer: Writer, records: Iterable[Any], file_format: Format, schema: Any, columns: Columns, size: Callable[[Any], int]
+) -> tuple[Written, int]:
+    """Write records as one file: an Arrow IPC stream or a Parquet file.
+
+    Args:
+        writer: of the file.
+        records: in their order.
+        file_format: which.
+        schema: of the table.
+        columns: makes the arrays of its columns.
+        size: the bytes that a record takes, about.
 
     Returns:
         What the file is, and the bytes of its columns in Arrow's memory, which Hugging Face calls num_bytes.
     """
     pa = load_pyarrow("exporting")
-    metadata = {"huggingface": json.dumps({"info": {"features": FEATURES}})}
-    schema = pa.schema([(name, getattr(pa, dtype)()) for name, dtype in COLUMNS.items()], metadata=metadata)
     sink = _Sink(writer)
     if file_format == "arrow":
         table = pa.ipc.new_stream(sink, schema)
@@ -93,25 +112,26 @@ def write_part(writer: Writer, records: Iterable[bytes], file_format: Format) ->
         return int(batch.nbytes)
 
     with table:
-        batches = _batches(records, _BATCH[file_format])
-        num_bytes = sum(write(pa.RecordBatch.from_arrays(_columns(pa, batch), schema=schema)) for batch in batches)
+        batches = _batches(records, _BATCH[file_format], size)
+        num_bytes = sum(write(pa.RecordBatch.from_arrays(columns(pa, schema, batch), schema=schema)) for batch in batches)
     return Written(sink.num_bytes, sink.digest.hexdigest()), num_bytes
 
 
-def _batches(records: Iterable[bytes], limits: _Limits) -> Iterator[list[bytes]]:
-    batch: list[bytes] = []
+def _batches(records: Iterable[Any], limits: _Limits, size_of: Callable[[Any], int]) -> Iterator[list[Any]]:
+    batch: list[Any] = []
     size = 0
     for record in records:
-        if batch and (len(batch) >= limits.rows or size + len(record) > limits.record_bytes):
+        num_bytes = size_of(record)
+        if batch and (len(batch) >= limits.rows or size + num_bytes > limits.record_bytes):
             yield batch
             batch, size = [], 0
         batch.append(record)
-        size += len(record)
+        size += num_bytes
     if batch:
         yield batch
 
 
-def _columns(pa: Any, records: Sequence[bytes]) -> list[Any]:
+def liquid_columns(pa: Any, _: Any, records: Sequence[bytes]) -> list[Any]:
     """Arrays of the seven columns."""
     columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
     for record in records:

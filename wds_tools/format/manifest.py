@@ -94,7 +94,8 @@ class Manifest:
     source: Mapping[str, Any] = field(default_factory=dict)
     """Origin: command, settings, input files; of a job over a dataset, that one's fingerprint and own source."""
     schema_version: int = SCHEMA_VERSION
-    """Schema of the samples; ANY_MEMBERS if they are WebDataset samples of other kinds: then nothing is counted but them."""
+    """The newest that a sample needs (see Sample.schema_version); ANY_MEMBERS if they are WebDataset samples of other kinds: then
+    nothing is counted but them."""
     rejects_hash: str | None = hash_rejects({})
     """See hash_rejects. None: an earlier release wrote the manifest, and no hash protects it or the rejects."""
 
@@ -145,7 +146,7 @@ class _Document:
     """The fields of manifest.json."""
 
     format: Literal["wds-tools"]
-    schema_version: Literal[0, 1]
+    schema_version: Literal[0, 1, 2]
     fingerprint: str
     inputs: Count
     samples: int

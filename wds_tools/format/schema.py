@@ -14,10 +14,14 @@ from wds_tools.errors import FormatError
 from wds_tools.format.codes import HW, NAME_ALPHABET, Codes, check_column, is_code_column, is_square, split_grids
 
 SCHEMA_VERSION = 1
+"""Of datasets that every release can read; one with a sample that needs more has that one's: see Sample.schema_version."""
 ANY_MEMBERS = 0
 """The schema version of indexed third-party tars: WebDataset samples of any members, which only the loaders can use."""
-DATA_TYPES = ("image_text", "image_text_multi", "text_pretrain", "visual_sft")
+DATA_TYPES = ("image_text", "image_text_multi", "text_pretrain", "visual_sft", "interleaved")
 PAIR_TYPES = DATA_TYPES[:2]
+MARKED_TYPES = DATA_TYPES[3:]
+"""Those with any number of images: each IMAGE_MARK in their turns, or in their text, is the next one."""
+IMAGE_MARK = "<image>"
 IMAGE_EXTENSIONS = ("jpg", "png", "webp", "gif", "bmp", "tif", "avif")
 JSON_FIELDS = ("data_type", "text", "length", "width", "height", "conversations", "grids", "texts")
 TOKEN_MEMBERS = ("tokens.npy", "loss.npy", "segments.npy")
@@ -46,7 +50,7 @@ class Sample(NamedTuple):
     data_type: str
     """One of DATA_TYPES."""
     text: str
-    """The caption or the document; empty for a conversation."""
+    """The caption or the document, with a mark for each image if it is interleaved; empty for a conversation."""
     width: int | None = None
     """Width in pixels of the cropped image, for multi-ratio samples that are encoded, else None. With several code columns it is
     that of the first."""
@@ -54,15 +58,16 @@ class Sample(NamedTuple):
     codes: Mapping[str, Codes] = _NOTHING
     """Code column -> (h, w) grid of codebook indices; see `grids` for several images."""
     image: bytes | None = None
-    """The source image, byte for byte; of a conversation the first."""
+    """The source image, byte for byte; of several the first."""
     image_extension: str | None = None
     """One of IMAGE_EXTENSIONS; set exactly when `image` is."""
     conversations: list[dict[str, str]] | None = None
-    """For visual_sft: [{"from": "system" | "human" | "gpt", "value": ...}, ...]; each "<image>" in a value is the next image."""
+    """For visual_sft: [{"from": "system" | "human" | "gpt", "value": ...}, ...]; each "<image>" in a value, also of
+    "gpt", is the next image."""
     more_images: tuple[SourceImage, ...] = ()
-    """For visual_sft: the images after the first."""
+    """For MARKED_TYPES: the images after the first."""
     grids: Mapping[str, list[list[int]]] | None = None
-    """For visual_sft with codes: column -> [h, w] of each image. Unless that is one image, the column's codes are one row
+    """For MARKED_TYPES with codes: column -> [h, w] of each image. Unless that is one image, the column's codes are one row
     (1, sum of h x w) of all grids end to end. None: each column is one grid."""
     texts: Mapping[str, str | None] | None = None
     """Several captions by name, the same names in every sample of a dataset; None for one that this sample has not."""
@@ -97,6 +102,12 @@ class Sample(NamedTuple):
     def num_images(self) -> int:
         """Images, be it source images or their codes."""
         return len(self.images) or max((1 if self.grids is None else len(self.grids[column]) for column in self.codes), default=0)
+
+    @property
+    def schema_version(self) -> int:
+        """The schema that says what this is: 2 for interleaved documents and for images in answers, which 1 had not."""
+        answers = (turn["value"] for turn in self.conversations or () if turn["from"] == "gpt")
+        return 2 if self.data_type == "interleaved" or any(IMAGE_MARK in answer for answer in answers) else SCHEMA_VERSION
 
     def grids_of(self, column: str) -> list[Codes]:
         """The (h, w) grids of a code column, one an image, as views."""
@@ -162,8 +173,8 @@ def validate(sample: Sample) -> None:
         _check_codes(sample)
     if (sample.image is None) != (sample.image_extension is None):
         raise FormatError(f"{sample.key}: image and image_extension must be given together")
-    if sample.more_images and (sample.image is None or sample.data_type != "visual_sft"):
-        raise FormatError(f"{sample.key}: more_images stand behind the first image of visual_sft, and nowhere else")
+    if sample.more_images and (sample.image is None or sample.data_type not in MARKED_TYPES):
+        raise FormatError(f"{sample.key}: more_images stand behind the first of {' or '.join(MARKED_TYPES)}, and nowhere else")
     for image in sample.images:
         if image.extension not in IMAGE_EXTENSIONS:
             raise FormatError(f"{sample.key}: image_extension={image.extension!r} is not one of {', '.join(IMAGE_EXTENSIONS)}")
@@ -171,6 +182,8 @@ def validate(sample: Sample) -> None:
         raise FormatError(f"{sample.key}: conversations belong to visual_sft, and to nothing else")
     if sample.conversations is not None and not _are_turns(sample.conversations):
         raise FormatError(f"{sample.key}: conversations are not a list of turns with a string 'from' and a string 'value'")
+    if sample.data_type == "interleaved" and (num_marks := sample.text.count(IMAGE_MARK)) != sample.num_images:
+        raise FormatError(f"{sample.key}: {num_marks} {IMAGE_MARK} marks, {sample.num_images} images: expected as many")
     if sample.data_type == "text_pretrain" and (sample.codes or sample.image is not None):
         raise FormatError(f"{sample.key}: text_pretrain has neither image nor codes")
     if sample.texts is not None and not _are_texts(sample.texts):
@@ -187,8 +200,8 @@ def _check_codes(sample: Sample) -> None:
             HW.check(column, codes, is_joined=grids is not None)
         if grids is None:
             return
-        if sample.data_type != "visual_sft":
-            raise FormatError("grids belong to visual_sft, and to nothing else")
+        if sample.data_type not in MARKED_TYPES:
+            raise FormatError(f"grids belong to {' and '.join(MARKED_TYPES)}, and to nothing else")
         if not isinstance(grids, Mapping) or set(grids) != set(sample.codes):
             raise FormatError(f"grids={grids!r}, expected an object with the code columns {', '.join(sample.codes)}")
         for column, codes in sample.codes.items():

@@ -28,7 +28,7 @@ from wds_tools.errors import FormatError
 from wds_tools.format.checksum import content_hash, crc32
 from wds_tools.format.index import IndexBuilder, ShardIndex
 from wds_tools.format.manifest import ShardInfo
-from wds_tools.format.schema import IMAGE_EXTENSIONS, JSON_FIELDS, Sample, SourceImage, is_reserved, validate
+from wds_tools.format.schema import IMAGE_EXTENSIONS, JSON_FIELDS, MARKED_TYPES, Sample, SourceImage, is_reserved, validate
 from wds_tools.format.tar import BLOCK, END, Member, header, padding
 
 _PIXELS = {int, type(None)}
@@ -170,6 +170,8 @@ def form_of(members: Mapping[str, bytes | memoryview]) -> tuple[Hashable, str] |
     except (orjson.JSONDecodeError, KeyError, TypeError):
         return None
     if not (type(data_type) is type(text) is str and {type(width), type(height)} <= _PIXELS) or _RARE_FIELDS & record.keys():
+        return None
+    if data_type in MARKED_TYPES:  # what is valid depends on the text
         return None
     form: list[Hashable] = [data_type, width, height, len(record), *record]
     for suffix, payload in members.items():

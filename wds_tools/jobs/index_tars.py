@@ -49,9 +49,11 @@ class Contents:
     text_chars: list[int] = field(default_factory=list)
     """Of each sample, as are `num_codes`."""
     num_codes: list[int] = field(default_factory=list)
+    schema_versions: set[int] = field(default_factory=set)
 
-    def add(self, data_type: str, text_chars: int, num_codes: int) -> None:
+    def add(self, data_type: str, text_chars: int, num_codes: int, schema_version: int = SCHEMA_VERSION) -> None:
         """Count the next sample."""
+        self.schema_versions.add(schema_version)
         self.data_types[data_type] += 1
         self.text_chars.append(text_chars)
         self.num_codes.append(num_codes)
@@ -112,14 +114,14 @@ def index_tars(store: Store, *, workers: int = 1, quiet: bool = True) -> Manifes
     nothing = Contents().totals()
     tars = [ShardInfo(name=name, samples=0, bytes=size, xxh128="", members=(), **nothing) for name, size in _tars(store).items()]
     with _lease_of(store) as lease:
-        shards, num_passed_over = _run(_IndexShard(store, None), tars, workers, quiet)
+        shards, num_passed_over, newest = _run(_IndexShard(store, None), tars, workers, quiet)
         counts = {"counts": {PASSED_OVER: num_passed_over}} if num_passed_over else {}
         is_ours = all(shard.data_types or not shard.samples for shard in shards)
         manifest = Manifest(
             shards=tuple(shard if is_ours else _without_contents(store, shard) for shard in shards),
             inputs=sum(shard.samples for shard in shards),
             source={"command": INDEX_COMMAND, "python": sys.version.split()[0], **counts},
-            schema_version=SCHEMA_VERSION if is_ours else ANY_MEMBERS,
+            schema_version=max(newest, SCHEMA_VERSION) if is_ours else ANY_MEMBERS,
         )
         lease.check()
         _put(store, MANIFEST, serialize_manifest(manifest))
@@ -128,14 +130,15 @@ def index_tars(store: Store, *, workers: int = 1, quiet: bool = True) -> Manifes
 
 @dataclass(frozen=True)
 class _IndexShard:
-    """Writes the index of a shard, in whatever process it runs; gives what a manifest says of it, and members passed over."""
+    """Writes the index of a shard, in whatever process it runs; gives what a manifest says of it, members
+    passed over, and the newest schema that a sample needs."""
 
     store: Store
     schema_version: int | None
     """As its manifest says; None: there is no manifest, and of the shard no more is known than its name and likely size."""
     shards: ShardBytes = field(default_factory=ShardBytes)
 
-    def __call__(self, shard: ShardInfo, report: Report) -> tuple[ShardInfo, int]:
+    def __call__(self, shard: ShardInfo, report: Report) -> tuple[ShardInfo, int, int]:
         where = join(self.store.url, shard.name)
         tar, xxh128 = self.shards.read(self.store, shard.name, shard.bytes)
         if self.schema_version is not None:
@@ -152,7 +155,8 @@ class _IndexShard:
         _put(self.store, index_name(shard.name), serialize_index(index))
         report(Advance(units=shard.bytes, samples=len(index)))
         measured = {"samples": len(index), "bytes": len(tar), "xxh128": xxh128, "members": index.members, **contents.totals()}
-        return shard if self.schema_version is not None else replace(shard, **measured), scan.num_passed_over
+        row = shard if self.schema_version is not None else replace(shard, **measured)
+        return row, scan.num_passed_over, max(contents.schema_versions, default=ANY_MEMBERS)
 
 
 def _contents(scan: Scan, tar: memoryview) -> Contents:
@@ -172,7 +176,7 @@ def _contents(scan: Scan, tar: memoryview) -> Contents:
         else:
             sample = sample_from_members(key, payloads)
             validate(sample)
-            contents.add(sample.data_type, sample.text_chars, sample.num_codes)
+            contents.add(sample.data_type, sample.text_chars, sample.num_codes, sample.schema_version)
             if form is not None:
                 known[form] = (sample.data_type, sample.num_codes)
     return contents
@@ -206,8 +210,8 @@ def _tars(store: Store) -> dict[str, int]:
     return sizes
 
 
-def _run(index_shard: _IndexShard, shards: Sequence[ShardInfo], workers: int, quiet: bool) -> tuple[list[ShardInfo], int]:
-    """Index shards; returns what came of them, in the same order, and the members that were passed over."""
+def _run(index_shard: _IndexShard, shards: Sequence[ShardInfo], workers: int, quiet: bool) -> tuple[list[ShardInfo], int, int]:
+    """Index shards; returns what came of them, in the same order, the members that were passed over, and the newest schema."""
     with Progress("index", sum(shard.bytes for shard in shards), quiet=quiet) as progress:
         try:
             indexed = {done[0].name: done for done in run_tasks(index_shard, shards, workers=workers, on_report=progress)}
@@ -216,7 +220,9 @@ def _run(index_shard: _IndexShard, shards: Sequence[ShardInfo], workers: int, qu
                 "a worker process ended without a word: it was killed, or memory ran out. Each holds a whole shard: "
                 "run again, with fewer --workers if memory was short"
             ) from error
-    return [indexed[shard.name][0] for shard in shards], sum(num_passed_over for _, num_passed_over in indexed.values())
+    num_passed_over = sum(number for _, number, _ in indexed.values())
+    newest = max((version for _, _, version in indexed.values()), default=ANY_MEMBERS)
+    return [indexed[shard.name][0] for shard in shards], num_passed_over, newest
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ Cost: the tokenizer's (docs/benchmarks.md).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from importlib.metadata import version
 from itertools import islice
@@ -26,6 +26,7 @@ from wds_tools.format.schema import ANY_MEMBERS, Sample
 from wds_tools.format.shard import sample_from_members
 from wds_tools.jobs import Advance, Job, JobOptions, Report, TaskWriter, run_job
 from wds_tools.sequences.build import ROWS_VERSION, ExampleBuilder
+from wds_tools.sequences.choices import Weights, check_texts, choose_text, text_weights
 from wds_tools.sequences.config import SequenceConfig
 from wds_tools.sequences.pack import Packer
 from wds_tools.sequences.rows import ids_dtype, row_members
@@ -47,7 +48,7 @@ class PackConfig(JobOptions):
     seq_len: int
     """Tokens of a row."""
     seed: int = 42
-    """Of the choice of form, wording and guidance drop."""
+    """Of the choice of form, wording, guidance drop, text, and images of interleaved documents that are trained."""
     epoch: int = 0
     """Of the same: another epoch makes other examples of the same samples."""
     template: str = SequenceConfig.template
@@ -56,12 +57,17 @@ class PackConfig(JobOptions):
     """Share of the image-text pairs that become text to image; the others become captions."""
     unconditional_ratio: float = SequenceConfig.unconditional_ratio
     """Share of the text-to-image examples whose text gives way to <unconditional>."""
+    image_ratio: float = SequenceConfig.image_ratio
+    """Share of the images of interleaved documents that are trained, as their texts are."""
     document_eos: bool = SequenceConfig.document_eos
     """Put an EOS behind the last token of a document."""
     prompts: str | None = None
     """A JSON file with other wordings."""
     code_set: str | None = None
     """Code set to pack, where samples have several (`wds-tools encode --code-set`); by default the first they have."""
+    texts: tuple[str, ...] = ()
+    """Of samples with several texts, NAME=WEIGHT of those that are used: recap=0.9 alt=0.1; one that is null leaves its weight
+    to the others. By default the text that is stored as such."""
     codebook_size: int | None = None
     """Entries of the image codebook; by default as the manifests say."""
     bos: str | None = None
@@ -81,7 +87,19 @@ class PackConfig(JobOptions):
         super().__post_init__()
         if self.task_samples < 1 or self.epoch < 0:
             raise UsageError(f"--task-samples {self.task_samples}, --epoch {self.epoch}: at least 1 and 0")
-        self.sequences  # noqa: B018  # checks its values
+        self.sequences, self.text_weights  # noqa: B018  # checks their values
+
+    @property
+    def text_weights(self) -> Weights:
+        """Those of `texts`."""
+        pairs = [text.rpartition("=") for text in self.texts]
+        try:
+            weights = {name: float(weight) for name, _, weight in pairs}
+        except ValueError:
+            weights = {}
+        if len(weights) < len(pairs) or "" in weights:
+            raise UsageError(f"--texts {' '.join(self.texts)}: expected NAME=WEIGHT of different names: recap=0.9 alt=0.1")
+        return text_weights("--texts", weights)
 
     @property
     def sequences(self) -> SequenceConfig:
@@ -110,6 +128,7 @@ def pack(config: PackConfig) -> Manifest:
     total = sum(manifest.samples for manifest in manifests)
     num_tasks = -(-total // config.task_samples)
     settings = builder.spec | {"seed": config.seed, "epoch": config.epoch, "codes": config.code_set}
+    settings |= {"texts": dict(config.text_weights)} if config.texts else {}
     rows = {"version": ROWS_VERSION, "length": config.seq_len, **builder.vocabulary.rows_spec}
     job = Job(
         command="pack",
@@ -118,6 +137,7 @@ def pack(config: PackConfig) -> Manifest:
         total=total,
         source={
             "rows": rows,
+            "codes": next(iter(chosen_codes(made, config.code_set).values()), {}),
             "tokenizers": version("tokenizers"),
             "inputs": [
                 {"url": url, "fingerprint": manifest.fingerprint(), "samples": manifest.samples}
@@ -125,7 +145,7 @@ def pack(config: PackConfig) -> Manifest:
             ],
         },
         schema_version=ANY_MEMBERS,
-        work=_PackSamples(config.sequences, config.seed, config.epoch, size, config.code_set, made),
+        work=_PackSamples(config.sequences, config.seed, config.epoch, size, config.code_set, config.text_weights, made),
     )
     return run_job(job, config)
 
@@ -154,12 +174,13 @@ class _PackSamples:
     epoch: int
     codebook_size: int
     code_set: str | None
+    texts: Weights
     made: Mapping[str, Mapping[str, Any]]
     """Provenance of the code columns; those that are chosen have one tokenizer."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Without the builder: a worker loads its own tokenizer."""
-        return _PackSamples, (self.config, self.seed, self.epoch, self.codebook_size, self.code_set, self.made)
+        return _PackSamples, tuple(getattr(self, field.name) for field in fields(self))
 
     @cached_property
     def builder(self) -> ExampleBuilder:
@@ -172,11 +193,13 @@ class _PackSamples:
         samples = ((shard, self._chosen(sample)) for shard, sample in _interleaved(task))
         number = 0
         while chunk := list(islice(samples, _AT_ONCE)):
-            good = [sample for shard, sample in chunk if self._is_good(sample, shard, writer)]
+            good = [self._with_text(sample) for shard, sample in chunk if self._is_good(sample, shard, writer)]
             for example in self.builder.build(good, [self.epoch] * len(good)):
                 writer.count("samples")
                 writer.count("tokens", len(example.ids))
                 writer.count("shortened", example.is_shortened)
+                if example.pieces:
+                    writer.count("split")
                 packer.add(number, example)
                 number += 1
                 while not packer.wants_more:
@@ -192,9 +215,15 @@ class _PackSamples:
         """The sample with the first of the columns that were chosen, as the loaders read it."""
         return sample.with_codes(list(chosen_codes(sample.codes, self.code_set))[:1], self.made)
 
+    def _with_text(self, sample: Sample) -> Sample:
+        """The sample with the one of its texts that was drawn."""
+        text = choose_text(self.seed, self.epoch, sample.key, sample.text, sample.texts, self.texts)
+        return sample._replace(text=text)
+
     def _is_good(self, sample: Sample, shard: str, writer: TaskWriter) -> bool:
         try:
             self.builder.check(sample)
+            check_texts(sample.key, sample.data_type, sample.texts, self.texts)
         except Reject as cause:
             writer.reject(cause, source=shard, key=sample.key)
             return False

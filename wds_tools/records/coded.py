@@ -17,8 +17,8 @@ import orjson
 from numpy.typing import NDArray
 
 from wds_tools.errors import FormatError, Reject
-from wds_tools.format.codes import CODE_COLUMNS, HW, Codes, code_dtype
-from wds_tools.format.schema import DATA_TYPES, Sample, validate
+from wds_tools.format.codes import CODE_COLUMNS, HW, Codes, code_dtype, is_code_column
+from wds_tools.format.schema import DATA_TYPES, MARKED_TYPES, Sample, SourceImage, validate
 from wds_tools.records.arrays import Shape, flat_and_shape
 from wds_tools.records.conversations import turns_of
 from wds_tools.records.fields import required_text
@@ -33,6 +33,10 @@ COLUMNS = {
     "height": "string",
 }
 """Name -> Arrow type, in order."""
+TYPED_FIELDS = ("key", "data_type", "text", "length", "width", "height", "texts", "conversations", "provenance")
+"""Of rows of `export parquet`, beside columns of codes and images: see export.typed."""
+MADE = "wds-tools.codes"
+"""In the metadata of such a file: column -> provenance, as the manifests have it, in JSON."""
 ABSENT = "no"
 IMAGE_TYPES = ("image_text", "image_text_multi")
 SIDE_512 = 512
@@ -107,6 +111,8 @@ class CodedRows:
             raise Reject("unknown_data_type", f"data_type is {data_type!r}, expected one of {', '.join(DATA_TYPES)}")
         if data_type == "visual_sft":
             return self.conversation(key, row, talk_of(row))
+        if data_type == "interleaved":
+            return self.page(key, row)
         text = required_text(dict(row), ("text",))
         codes: dict[str, Codes] = {}
         width = height = None
@@ -124,9 +130,40 @@ class CodedRows:
             raise Reject("missing_codes", f"{data_type} without vqcode_512 and vqcode_multi768")
         return Sample(key=key, data_type=data_type, text=text, codes=codes, width=width, height=height)
 
+    def typed(self, key: str, row: Mapping[str, Any]) -> Sample:
+        """The sample of a row of `export parquet`. Raises Reject: "bad_codes"."""
+        try:
+            held = {name: value for name, value in row.items() if is_code_column(name) and value is not None}
+            codes = {name: np.array(one["codes"], one["dtype"]).reshape(one["shape"]) for name, one in held.items()}
+            grids = {name: one["grids"] for name, one in held.items() if one["grids"] is not None}
+            images = [SourceImage(one["bytes"], one["path"].rpartition(".")[2]) for one in row.get("images") or ()]
+            sample = Sample(
+                key=key,
+                **{name: row[name] for name in ("data_type", "text", "width", "height", "conversations")},
+                codes=codes,
+                image=images[0].data if images else None,
+                image_extension=images[0].extension if images else None,
+                more_images=tuple(images[1:]),
+                grids=grids or None,
+                texts=None if row["texts"] is None else {one["name"]: one["text"] for one in row["texts"]},
+                provenance=orjson.loads(row["provenance"]),
+            )
+            validate(sample)
+        except (FormatError, KeyError, TypeError, ValueError, AttributeError) as error:
+            raise Reject("bad_codes", f"not a row of export parquet: {type(error).__name__}: {error}") from error
+        return sample
+
     def conversation(self, key: str, row: Mapping[str, Any], talk: dict[str, Any]) -> Sample:
         """The sample of a row whose turns, and perhaps grids, are in `talk`. Raises as `sample`."""
-        turns, grids = turns_of(talk), talk.get("grids")
+        sample = Sample(key=key, data_type="visual_sft", text="", conversations=turns_of(talk))
+        return self._with_codes(sample, row, talk.get("grids"))
+
+    def page(self, key: str, row: Mapping[str, Any]) -> Sample:
+        """The sample of an interleaved row, whose grids are in a field of this name. Raises as `sample`."""
+        sample = Sample(key=key, data_type="interleaved", text=required_text(dict(row), ("text",)))
+        return self._with_codes(sample, row, row.get("grids"))
+
+    def _with_codes(self, sample: Sample, row: Mapping[str, Any], grids: Any) -> Sample:
         codes: dict[str, Codes] = {}
         for column in CODE_COLUMNS:
             flat = codes_in(row, column)
@@ -140,14 +177,7 @@ class CodedRows:
                 codes[column] = self._grid(column, flat, shapes[0])
             else:
                 codes[column] = self.values(column, flat)[None]
-        sample = Sample(
-            key=key,
-            data_type="visual_sft",
-            text="",
-            codes=codes,
-            conversations=turns,
-            grids=grids,
-        )
+        sample = sample._replace(codes=codes, grids=grids)
         try:
             validate(sample)
         except FormatError as error:
@@ -197,7 +227,7 @@ def codes_in(row: Mapping[str, Any], column: str) -> list[int] | None:
         flat = orjson.loads(value) if isinstance(value, str) else value
     except orjson.JSONDecodeError as error:
         raise Reject("bad_codes", f"{column} is {value[:40]!r}, expected a JSON list: {error}") from error
-    if not isinstance(flat, list) or not (flat or row.get("data_type") == "visual_sft"):  # a conversation may have no image
+    if not isinstance(flat, list) or not (flat or row.get("data_type") in MARKED_TYPES):  # which may have no image
         raise Reject("bad_codes", f"{column} is {str(value)[:40]!r}, expected a list of codes")
     return flat
 

@@ -3,17 +3,17 @@
     field   conversations | messages | conversation: turns of from and value, or of role and content; texts: {user, assistant}
     role    see ROLES, in any case        -> system | human | gpt
     text    a string, a number, or a list of parts {type: text | image | image_url ...}        -> a string with <image> marks
-    images  in their parts, or the next of the record's own for each mark
+    images  in their parts, or the next of the record's own for each mark, be it in a question or in an answer
+    edits   records without turns that have an edited image: see `records.edits`
 
 Invariant: nothing is guessed, and no text is changed: what does not fit is a reject, above all an image that would be left out.
 """
 
 from __future__ import annotations
 
-import math
 import posixpath
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Literal, NamedTuple
@@ -21,11 +21,12 @@ from typing import Any, Literal, NamedTuple
 import orjson
 
 from wds_tools.errors import Reject
-from wds_tools.records.field_map import IMAGE_NAMES, images_within, is_image, names_image
-from wds_tools.records.fields import check_text, value_of
-from wds_tools.records.images import ImageFile
+from wds_tools.format.schema import IMAGE_MARK
+from wds_tools.records.edits import EDITED, INSTRUCTIONS, SOURCES, edit_turns
+from wds_tools.records.field_map import IMAGE_NAMES, TEXT_NAMES, images_within, is_image
+from wds_tools.records.fields import value_of
+from wds_tools.records.parts import NOTHING, files_in, filled, given_in, images_in, text_of
 
-MARK = "<image>"
 FIELDS = ("conversations", "messages", "conversation", "texts")
 """Names of the field with the turns."""
 IMAGE_FIELDS = ("image", "images", *(name for name in IMAGE_NAMES if name not in ("image", "images")))
@@ -37,9 +38,7 @@ ROLES = {
 }
 """Role of a turn -> what others call it, in upper or lower case."""
 _ROLE_OF = {name: role for role, names in ROLES.items() for name in names}
-_MEDIA = re.compile(r"(input_)?(video|audio|file)s?(_url)?")
 _MEDIA_FIELD = re.compile(r"(video|audio)s?(_path|_url)?|mp4|webm|mkv|mov|avi|mp3|wav|flac|ogg|m4a")
-_IMAGE_PARTS = ("image", "image_url", "input_image")
 _IMAGE_FIELD = re.compile(
     r"(image|img|picture|photo|pixel|jpe?g|png|webp)s?"
     r"(_?(path|url|uri|src|file|file_?name|bytes|data|values|base64|b64))?s?",
@@ -51,12 +50,10 @@ _OTHER_MARK = re.compile(
     re.I,
 )
 """Marks of images in other conventions than LLaVA's."""
-_IMAGE_VALUES = ("image", "image_url", "path", "url")
 _SPEAKERS = ("from", "role")
 _TEXTS = ("value", "content")
 PROMPTS = ("system", "system_prompt")
 """Fields with a prompt of the system."""
-_NOTHING: tuple[Any, ...] = (None, "", [], {}, "[]", "{}")
 Turn = dict[str, str]
 
 
@@ -64,7 +61,7 @@ class Talk(NamedTuple):
     """A conversation."""
 
     turns: list[Turn]
-    """Perhaps a system prompt, then human and gpt in turn, ending with gpt."""
+    """Perhaps a system prompt, then human and gpt in turn, ending with gpt; a mark for each image, also in answers."""
     images: list[Any]
     """A path, bytes, or what else an ImageReader takes, for each mark in the turns."""
     first_answer: str | None = None
@@ -83,33 +80,37 @@ class TalkReader:
     """first: images of a record without any mark come before its first question."""
     left_out: tuple[str, ...] = ()
     """Fields that may hold images or tools which are not used."""
+    instruction: str | None = None
+    """Of edits, the field with the instruction. Default: the first of edits.INSTRUCTIONS, or well-known text, that there is."""
+    edited: str | None = None
+    """Of edits, the field with the edited image; `image` has the source. Default: the first of edits.EDITED that there is."""
 
     def roles(self, record: Mapping[str, Any]) -> dict[str, str]:
-        """What is used of a record: "conversations", and perhaps "system" and "image" -> the field.
+        """What is used of a record: "conversations", and perhaps "system", "image" and "edited" -> the field.
 
         Raises:
             Reject: "missing_field", "ambiguous_fields", "unused_image", "unsupported_media" or "unsupported_tools".
         """
         names = [name for name in FIELDS if name not in self.left_out] if self.field is None else [self.field]
         there = [name for name in names if value_of(record, name) is not None]
-        found = [name for name in there if value_of(record, name) not in _NOTHING] or there[:1]
+        found = [name for name in there if value_of(record, name) not in NOTHING] or there[:1]
+        if edit := {} if self.edited is None and (found or self.field) else self._edit_roles(record):
+            found = [edit["conversations"]]
         if not found:
             known = ", ".join(list(record)[:8])[:200] or "none"
-            raise Reject("missing_field", f"no {' or '.join(names)}; the fields are: {known}; see --conversations")
+            raise Reject("missing_field", f"no {' or '.join(names)}; the fields are: {known}; see --conversations, or --edited")
         if len(found) > 1:
             options = " or ".join(f"--conversations {name}" for name in found)
             raise Reject("ambiguous_fields", f"{' and '.join(found)} hold conversations: say {options}")
-        for name, value in record.items():
-            if _MEDIA_FIELD.fullmatch(name) and name not in self.left_out and value not in _NOTHING:
-                raise Reject("unsupported_media", f"the record has a field {name}; only images can be converted")
-        if record.get("tools") not in _NOTHING and "tools" not in self.left_out:
+        if record.get("tools") not in NOTHING and "tools" not in self.left_out:
             raise Reject("unsupported_tools", "the record has tools, for which turns have no place: --keep tools keeps them")
         name = found[0]
-        roles = {"conversations": name}
+        roles = {"conversations": name, **edit}
         prompts = [prompt for prompt in PROMPTS if not _is_blank(record.get(prompt))]
-        for role, field in (("system", next(iter(prompts), None)), ("image", self._image_field(record))):
+        for role, field in (("system", next(iter(prompts), None)), ("image", None if edit else self._image_field(record))):
             roles |= {} if field is None else {role: field}
-        self._check_unused(record, roles, _objects(name, value_of(record, name)))
+        turns = [] if edit else _objects(name, value_of(record, name))
+        self.check_unused(record, turns, _own(record, roles), {*roles.values(), *PROMPTS})
         return roles
 
     def read(self, record: Mapping[str, Any]) -> Talk:
@@ -117,25 +118,44 @@ class TalkReader:
 
         Raises:
             Reject: as `roles`; "wrong_type" or "empty_text"; "bad_conversation": another role or another sequence of them;
-                "image_marks": other than one mark an image, or a mark in an answer; "unused_image": another convention's mark.
+                "image_marks": other than one mark an image; "unused_image": another convention's mark.
         """
         roles = self.roles(record)
         name = roles["conversations"]
         places: list[Any] = []
-        turns = _turns(record, _objects(name, value_of(record, name)), places)
+        own = _own(record, roles)
+        if "edited" in roles:
+            num_sources = len(_own(record, {"image": roles["image"]})) if "image" in roles else min(len(own) - 1, 1)
+            found = edit_turns(name, value_of(record, name), num_sources, len(own) - num_sources)
+        else:
+            found = _objects(name, value_of(record, name))
+        turns = _turns(record, found, places)
         at = int(bool(turns) and turns[0]["from"] == "system")
         first_answer = turns.pop(at)["value"] if len(turns) > at and turns[at]["from"] == "gpt" else None
         _check_roles(turns)
         for turn in turns:
             if mark := _OTHER_MARK.search(turn["value"]):
-                raise Reject("unused_image", f"a turn holds {mark[0]}; expected {MARK}, and the path in image")
-        if any(MARK in text for text in (first_answer or "", *(turn["value"] for turn in turns if turn["from"] == "gpt"))):
-            raise Reject("image_marks", f"an answer holds {MARK}, which stands for an image that is given")
-        own = images_in(roles["image"], value_of(record, roles["image"])) if "image" in roles else []
+                raise Reject("unused_image", f"a turn holds {mark[0]}; expected {IMAGE_MARK}, and the path in image")
+        if IMAGE_MARK in (first_answer or ""):
+            raise Reject("image_marks", f"gpt begins, with {IMAGE_MARK}: what it says before anybody asked is left out")
         if own and not places and (self.marks == "first" or name == "texts"):
-            turns[at]["value"] = MARK * len(own) + turns[at]["value"]
+            turns[at]["value"] = IMAGE_MARK * len(own) + turns[at]["value"]
             return Talk(turns, own, first_answer)
-        return Talk(turns, own if places == own else _filled(places, own), first_answer)
+        hint = "" if places else "; --image-marks first puts them before the first question"
+        return Talk(turns, own if places == own else filled(places, own, hint), first_answer)
+
+    def _edit_roles(self, record: Mapping[str, Any]) -> dict[str, str]:
+        """What is used of an edit; {} if the record is none."""
+
+        def first(named: str | None, names: Iterable[str]) -> str | None:
+            names = [name for name in names if name not in self.left_out] if named is None else [named]
+            return next((name for name in names if value_of(record, name) not in NOTHING), None)
+
+        edited, text = first(self.edited, EDITED), first(self.instruction, (*INSTRUCTIONS, *TEXT_NAMES))
+        source = first(self.image, SOURCES) or self._image_field(record)
+        if not (edited and text):
+            return {}
+        return {"conversations": text, "edited": edited, **({"image": source} if source not in (None, edited) else {})}
 
     def _image_field(self, record: Mapping[str, Any]) -> str | None:
         if self.image is not None:
@@ -145,15 +165,26 @@ class TalkReader:
         names = [name for name in names if images_in(name, record[name])]
         return min(names, key=lambda name: isinstance(images_in(name, record[name])[0], str), default=None)
 
-    def _check_unused(self, record: Mapping[str, Any], roles: Mapping[str, str], turns: list[dict[str, Any]]) -> None:
-        """Raise Reject for an image that would be left behind: no conversation about one becomes text alone."""
+    def check_unused(
+        self, record: Mapping[str, Any], turns: list[dict[str, Any]], own: Sequence[Any], used_fields: Iterable[str]
+    ) -> None:
+        """Raise Reject for an image that would be left behind: what is about one never becomes text alone.
+
+        Args:
+            record: to be looked through.
+            turns: with what they say in `value` or `content`, whose parts may hold images.
+            own: images of the record that are used.
+            used_fields: where texts and images come from.
+        """
+        for name, value in record.items():
+            if _MEDIA_FIELD.fullmatch(name) and name not in self.left_out and value not in NOTHING:
+                raise Reject("unsupported_media", f"the record has a field {name}; only images can be converted")
         said = [next((name for name in _TEXTS if turn.get(name) is not None), "") for turn in turns]
         contents = [turn[name] for turn, name in zip(turns, said, strict=True) if isinstance(turn.get(name), list)]
         parts = [part for content in contents for part in content if isinstance(part, dict)]
-        images: list[Any] = [part for part in parts if part.get("text") is None]
-        images += images_in(roles["image"], value_of(record, roles["image"])) if "image" in roles else []
-        used = {posixpath.basename(path) for _, path in _files("", images) if path}
-        known = {*roles.values(), *PROMPTS, *self.left_out}
+        images = [*(part for part in parts if part.get("text") is None), *own]
+        used = {posixpath.basename(path) for _, path in files_in("", images) if path}
+        known = {*used_fields, *self.left_out}
         fields = [item for item in record.items() if item[0] not in known]
         known_in_turns = (*_SPEAKERS, "user", "assistant")
         fields += [
@@ -164,14 +195,20 @@ class TalkReader:
         ]
         fields += [item for part in parts if part.get("text") is not None for item in part.items() if item[0] != "text"]
         for field, value in fields:
-            is_left = not images and ((_IMAGE_FIELD.fullmatch(field) and _given(value)) or images_within({field: value}))
+            is_left = not images and ((_IMAGE_FIELD.fullmatch(field) and given_in(value)) or images_within({field: value}))
             found = [(field, "")] if is_left else []
-            for name, file in (*_files(field, value), *found):
+            for name, file in (*files_in(field, value), *found):
                 steps = name.removeprefix("json.").split(".")
                 if posixpath.basename(file) not in used and known.isdisjoint(accumulate(steps, "{}.{}".format)):
                     shown = f": {file[:80]!r}" if file else ""
                     how = f"--image {name} uses it, --keep {name} or --drop {name} leaves it"
                     raise Reject("unused_image", f"{name} holds an image that is not used{shown}; {how}")
+
+
+def _own(record: Mapping[str, Any], roles: Mapping[str, str]) -> list[Any]:
+    """The images that a record has beside its turns: those that are given, then those that were made. Raises as images_in."""
+    fields = [roles[role] for role in ("image", "edited") if role in roles]
+    return [image for field in fields for image in images_in(field, value_of(record, field))]
 
 
 def turns_of(record: Mapping[str, Any]) -> list[Turn]:
@@ -180,19 +217,6 @@ def turns_of(record: Mapping[str, Any]) -> list[Turn]:
     turns = _turns(record, _objects(name, value_of(record, name)), [])
     _check_roles(turns)
     return turns
-
-
-def images_in(name: str, value: Any) -> list[Any]:
-    """The images in a field: one or a list; none where it is null, "", [] or a struct of nulls. Raises Reject: "empty_text"."""
-    given = _given(value)
-    if given and isinstance(value, list) and "" in value:
-        raise Reject("empty_text", f"{name} is empty in one of its {len(value)} places")
-    return given
-
-
-def _given(value: Any) -> list[Any]:
-    entries = map(_unwrapped, value if isinstance(value, list) else [value])
-    return [entry for entry in entries if entry not in _NOTHING]
 
 
 def _objects(name: str, found: Any) -> list[dict[str, Any]]:
@@ -219,76 +243,22 @@ def _turns(record: Mapping[str, Any], found: list[dict[str, Any]], places: list[
         found: its turns.
         places: gets the image of each mark; None for the next of the record's own.
     """
-    prompts = [_text({name: record[name]}, (name,), places) for name in PROMPTS if not _is_blank(record.get(name))]
+    prompts = [text_of({name: record[name]}, (name,), places) for name in PROMPTS if not _is_blank(record.get(name))]
     turns = [("system", prompt) for prompt in prompts]
     for turn in found:
-        if turn.get("tool_calls") not in _NOTHING:
+        if turn.get("tool_calls") not in NOTHING:
             raise Reject("unsupported_tools", "a turn has tool_calls, which have no place in a conversation")
         if "user" in turn and "assistant" in turn:
-            turns += [("human", _text(turn, ("user",), places)), ("gpt", _text(turn, ("assistant",), places))]
+            turns += [("human", text_of(turn, ("user",), places)), ("gpt", text_of(turn, ("assistant",), places))]
             continue
         said = next((turn[name] for name in _SPEAKERS if turn.get(name) is not None), None)
         role = _ROLE_OF.get(said.strip().lower()) if isinstance(said, str) else None
         if role is None:
             raise Reject("bad_conversation", f"a turn is from {str(said)[:80]!r}, expected one of {', '.join(_ROLE_OF)}")
         if role != "system" or not all(_is_blank(turn.get(name)) for name in _TEXTS):
-            turns.append((role, _text(turn, _TEXTS, places)))
+            turns.append((role, text_of(turn, _TEXTS, places)))
     said_again = {at for at in range(1, len(turns)) if turns[at][0] == "system" and turns[at] == turns[at - 1]}
     return [{"from": role, "value": text} for at, (role, text) in enumerate(turns) if at not in said_again]
-
-
-def _text(turn: Mapping[str, Any], names: Sequence[str], places: list[Any]) -> str:
-    """The text of the first of these fields that is there, with a mark for each image in it; `places` gets the images."""
-    name = next((name for name in names if turn.get(name) is not None), None)
-    if name is None:
-        raise Reject("missing_field", f"a turn has no {' or '.join(names)}; its fields are: {', '.join(turn)[:200] or 'none'}")
-    value = turn[name]
-    text = "".join(_part(part, places) for part in value) if isinstance(value, list) else _marked(name, value, places)
-    if not text or text.isspace():
-        raise Reject("empty_text", f"{name} is empty")
-    check_text(text, name)
-    return text
-
-
-def _marked(name: str, value: Any, places: list[Any]) -> str:
-    if type(value) is not str and not (type(value) in (int, float) and math.isfinite(value)):
-        raise Reject("wrong_type", f"{name} is a {type(value).__name__}, expected a string, a number or a list of parts")
-    text = str(value)
-    places += [None] * text.count(MARK)
-    return text
-
-
-def _part(part: Any, places: list[Any]) -> str:
-    """The text, or the mark, of one part of a turn."""
-    if not isinstance(part, dict):
-        raise Reject("wrong_type", f"a part of a turn is a {type(part).__name__}, expected an object with a type")
-    kind = part.get("type") or next((name for name in ("text", *_IMAGE_PARTS) if part.get(name) is not None), None)
-    if kind in ("text", "input_text", "output_text"):
-        return _marked("text", part.get("text"), places)
-    if kind not in _IMAGE_PARTS:
-        reason = "unsupported_media" if isinstance(kind, str) and _MEDIA.fullmatch(kind) else "bad_conversation"
-        raise Reject(reason, f"a part of a turn has the type {str(kind)[:80]!r}, expected text or {' or '.join(_IMAGE_PARTS)}")
-    image = part if part.get("bytes") else next((part[name] for name in _IMAGE_VALUES if part.get(name) not in _NOTHING), None)
-    if image is None and type(part.get("index")) is int and part["index"] != places.count(None):
-        raise Reject("image_marks", f"a part is image {part['index']}, where number {places.count(None)} is the next")
-    places.append(_unwrapped(image))
-    return MARK
-
-
-def _unwrapped(image: Any) -> Any:
-    """An image without OpenAI's {"url": ...} around it, and nothing for a struct of nulls."""
-    if isinstance(image, dict):
-        return image["url"] if "url" in image else image if any(image.values()) else None
-    return image
-
-
-def _filled(places: list[Any], own: list[Any]) -> list[Any]:
-    """The image of each mark: its own, or the next of the record's."""
-    if (marks := places.count(None)) != len(own):
-        how = "" if places else "; --image-marks first puts them before the first question"
-        raise Reject("image_marks", f"{marks} {MARK} marks, {len(own)} images: expected as many{how}")
-    following = iter(own)
-    return [next(following) if place is None else place for place in places]
 
 
 def _check_roles(turns: list[Turn]) -> None:
@@ -300,21 +270,4 @@ def _check_roles(turns: list[Turn]) -> None:
 
 
 def _is_blank(value: Any) -> bool:
-    return value in _NOTHING or (isinstance(value, str) and value.isspace())
-
-
-def _files(name: str, value: Any, depth: int = 40) -> Iterator[tuple[str, str]]:
-    """(field, name of an image) in a value, and in its lists and objects; "" of an image that has no name."""
-    if isinstance(value, str):
-        if names_image(value):
-            yield name, value
-    elif isinstance(value, bytes | ImageFile) or (isinstance(value, dict) and value.keys() <= {"bytes", "path"}):
-        if is_image(value, name):
-            path = value.url if isinstance(value, ImageFile) else "" if isinstance(value, bytes) else value.get("path")
-            yield name, path if isinstance(path, str) else ""
-    elif isinstance(value, list) and depth:
-        for inner in value:
-            yield from _files(name, inner, depth - 1)
-    elif isinstance(value, dict) and depth:
-        for field, inner in value.items():
-            yield from _files(f"{name}.{field}", inner, depth - 1)
+    return value in NOTHING or (isinstance(value, str) and value.isspace())

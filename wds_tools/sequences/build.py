@@ -4,22 +4,25 @@
       without text  BOS [size] <unconditional> <boi> codes <eoi> EOS    the same
     caption         BOS <boi> codes <eoi> instruction text EOS          text EOS
     document        BOS text [EOS]                                      all
-    conversation    BOS turns, <boi> codes <eoi> for each <image>       answers, each with its EOS
+    conversation    BOS turns, <boi> codes <eoi> for each <image>       answers, with their images, each with its EOS
+    interleaved     BOS text, <boi> codes <eoi> for each <image> [EOS]  text; images by a share
 
 What <boi> and <eoi> are, what else stands around and between codes, and where their ids are: templates.py. Which form, which
-wording, and whether the text is dropped: choices.py.
+wording, whether the text is dropped, and which images of an interleaved document are trained: choices.py.
 Texts and wordings that stand side by side are one string, tokenized in one call, as inference does it; they are apart where an
 image or a special token stands between them, and where the loss begins or ends, since a prompt ends there.
 Invariant: an image is whole. Where texts leave no room for it in a row, the longest are shortened to one length, before they are
-joined, and counted; a document is never cut here.
+joined, and counted; a document is never cut here. An interleaved one that is longer than a row becomes pieces, each with BOS: its
+texts are cut anywhere, images never.
 Cost: all texts of a call are tokenized at once; the rest is about 15 us a sample.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import lru_cache
+from itertools import islice, zip_longest
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,18 +30,16 @@ import xxhash
 from numpy.typing import NDArray
 
 from wds_tools.errors import FormatError, Reject
-from wds_tools.format.codes import check_range
-from wds_tools.format.schema import Sample
-from wds_tools.sequences.choices import choose
+from wds_tools.format.codes import Codes, check_range
+from wds_tools.format.schema import IMAGE_MARK, PAIR_TYPES, Sample
+from wds_tools.sequences.choices import choose, is_image_trained
 from wds_tools.sequences.config import SequenceConfig
 from wds_tools.sequences.tokenizer import NO_IDS, Ids, Part, TextTokenizer, joined
-from wds_tools.sequences.vocabulary import Shape, Size, find_vocabulary, ids_of
+from wds_tools.sequences.vocabulary import ROLES, Shape, Size, find_vocabulary, ids_of
 
 ROWS_VERSION = 2
 """Which ids an example has. 1: texts and wordings were tokenized apart."""
-IMAGE_MARK = "<image>"
-_PAIRS = ("image_text", "image_text_multi")
-_DOCUMENT = "text_pretrain"
+_DOCUMENT, _INTERLEAVED = "text_pretrain", "interleaved"
 
 Flags = NDArray[np.bool_]
 
@@ -56,6 +57,9 @@ class Example(NamedTuple):
     """May be cut anywhere and go on in another row. Anything else has at most max_length tokens."""
     is_shortened: bool = False
     """Its text was cut to fit a row."""
+    pieces: tuple[int, ...] = ()
+    """Of an interleaved document that is longer than a row: tokens of each piece, at most max_length, which are examples of
+    their own, in this order. (): it is one example."""
 
 
 class ExampleBuilder:
@@ -77,10 +81,7 @@ class ExampleBuilder:
         self.vocabulary = find_vocabulary(self.tokenizer, config, config.codebook_size or codebook_size)
         prompts, wording = self.vocabulary.prompts, self.tokenizer.wording
         self._describe = [wording(text) for text in prompts.describe]
-        self._turns = {
-            role: (wording(before), wording(behind))
-            for role, (before, behind) in (("system", prompts.system), ("human", prompts.human), ("gpt", prompts.gpt))
-        }
+        self._around = {role: [part for words in getattr(prompts, role) for part in wording(words)] for role in ROLES}
         self._bos, self._eos = Part(ids_of(self.vocabulary.bos)), Part(ids_of(self.vocabulary.eos), True)
         self._most_tokens = lru_cache(4096)(self._count_most_tokens)
 
@@ -89,7 +90,10 @@ class ExampleBuilder:
         """All that examples depend on beside seed, epoch and sample, as plain JSON values, wherever the files lie."""
         template = asdict(self.vocabulary.template)
         content = {"tokenizer": self.tokenizer.backend.to_str().encode(), "prompts": repr(template["prompts"]).encode()}
-        settings = {name: template.get(name, value) for name, value in asdict(self.config).items() if name != "template"}
+        given = asdict(self.config)
+        if self.config.image_ratio == SequenceConfig.image_ratio:  # nothing of it: states from before it was there stay good
+            del given["image_ratio"]
+        settings = {name: template.get(name, value) for name, value in given.items() if name != "template"}
         hashes = {name: xxhash.xxh3_128_hexdigest(data) for name, data in content.items()}
         settings |= hashes | {"codebook_size": self.vocabulary.codebook_size}
         return {"version": ROWS_VERSION, **self.vocabulary.template.spec, **settings}
@@ -102,16 +106,19 @@ class ExampleBuilder:
                 check_range(f"{key}: {column}", codes, self.vocabulary.codebook_size)
             except FormatError as error:
                 raise Reject("code_out_of_range", str(error)) from error
-        if sample.data_type in _PAIRS:
+        if sample.data_type in PAIR_TYPES:
             if not sample.codes:
                 raise Reject("no_codes", f"{key} is {sample.data_type} without codes: run `wds-tools encode` first")
             (codes,) = sample.codes.values()
             self._check_fits(key, self._most_tokens(_size_of(sample), codes.shape))
         elif sample.data_type == "visual_sft":
             self._check_turns(sample)
-        elif sample.data_type == _DOCUMENT:
+        elif sample.data_type in (_DOCUMENT, _INTERLEAVED):
             if not (sample.text or len(self._bos.ids) or self.config.document_eos):
                 raise Reject("no_tokens", f"{key} is a document without text, and without BOS and EOS it makes no token")
+            if sample.data_type == _INTERLEAVED:
+                images = self._checked_images(sample, sample.text.count(IMAGE_MARK))
+                self._check_fits(key, len(self._bos.ids) + max(map(self._length, images), default=0))
         else:
             raise Reject("unknown_data_type", f"{key}: there is no form for data_type={sample.data_type!r}")
 
@@ -125,67 +132,89 @@ class ExampleBuilder:
         Returns:
             Examples whose arrays are views of two arrays that all of the call share.
         """
-        plans = [list(self._plan(sample, epoch)) for sample, epoch in zip(samples, epochs, strict=True)]
-        rows = [joined(plan) for plan in plans]
-        encoded = self.tokenizer.encode_runs(rows)
-        shortened = [
-            sample.data_type != _DOCUMENT and sum(map(len, runs)) > self.config.max_length
-            for sample, runs in zip(samples, encoded, strict=True)
-        ]
-        for number in np.flatnonzero(shortened).tolist():
-            rows[number], encoded[number] = self._shortened(plans[number], encoded[number])
-        sizes = [len(run) for runs in encoded for run in runs]
-        ids = np.concatenate([NO_IDS, *(run for runs in encoded for run in runs)])
-        loss = np.repeat(np.array([part.trained for parts in rows for part in parts], np.bool_), sizes)
+        plans = [self._plan(sample, epoch) for sample, epoch in zip(samples, epochs, strict=True)]
+        rows = [joined(unit) for plan in plans for unit in plan]
+        units = iter(zip(rows, self.tokenizer.encode_runs(rows), strict=True))
+        made: list[tuple[list[Part], list[Ids], bool, tuple[int, ...]]] = []
+        for sample, plan in zip(samples, plans, strict=True):
+            own = list(islice(units, len(plan)))
+            if sample.data_type == _INTERLEAVED:
+                parts, runs, pieces = self._in_pieces(own)
+                made.append((parts, runs, False, pieces))
+                continue
+            ((parts, runs),) = own
+            is_shortened = sample.data_type != _DOCUMENT and sum(map(len, runs)) > self.config.max_length
+            if is_shortened:
+                parts, runs = self._shortened(plan[0], runs)
+            made.append((parts, runs, is_shortened, ()))
+        sizes = [len(run) for _, runs, *_ in made for run in runs]
+        ids = np.concatenate([NO_IDS, *(run for _, runs, *_ in made for run in runs)])
+        loss = np.repeat(np.array([part.trained for parts, *_ in made for part in parts], np.bool_), sizes)
         examples, begin = [], 0
-        for sample, runs, is_shortened in zip(samples, encoded, shortened, strict=True):
+        for sample, (_, runs, is_shortened, pieces) in zip(samples, made, strict=True):
             taken = slice(begin, begin := begin + sum(map(len, runs)))
-            examples.append(Example(sample.key, ids[taken], loss[taken], sample.data_type == _DOCUMENT, is_shortened))
+            examples.append(Example(sample.key, ids[taken], loss[taken], sample.data_type == _DOCUMENT, is_shortened, pieces))
         return examples
 
-    def _plan(self, sample: Sample, epoch: int) -> Iterable[Part]:
-        """The parts of an example."""
+    def _plan(self, sample: Sample, epoch: int) -> list[list[Part]]:
+        """The parts of an example; of an interleaved document apart: BOS, and each text and image."""
+        begin, end = self._bos._replace(trained=True), [self._eos] if self.config.document_eos else []
         if sample.data_type == _DOCUMENT:
-            document = [self._bos._replace(trained=True), Part(words=sample.text, is_own=True, trained=True)]
-            return [*document, self._eos] if self.config.document_eos else document
+            return [[begin, Part(words=sample.text, is_own=True, trained=True), *end]]
         if sample.data_type == "visual_sft":
-            return [self._bos, *self._conversation(sample)]
+            return [[self._bos, *self.vocabulary.turns(sample.conversations or (), _grids_of(sample))]]
+        if sample.data_type == _INTERLEAVED:
+            draws = (self._seed, epoch, sample.key)
+            units = [[begin]]
+            for number, (words, codes) in enumerate(zip_longest(sample.text.split(IMAGE_MARK), _grids_of(sample))):
+                units.append([Part(words=words, is_own=True, trained=True)])
+                if codes is not None:
+                    is_trained = is_image_trained(*draws, number, self.config.image_ratio)
+                    units.append(self.vocabulary.image(codes, trained=is_trained))
+            return [*units, end]
         (codes,) = sample.codes.values()
-        ids = self.vocabulary.ids_of_codes(codes)
         choice = choose(self._seed, epoch, sample.key)
         if choice.form >= self.config.t2i_ratio and sample.text:
-            return self._caption(sample.text, choice.wording, ids, codes.shape)
+            return [self._caption(sample.text, choice.wording, codes)]
         text = "" if choice.drop < self.config.unconditional_ratio else sample.text
-        return self._text_to_image(text, _size_of(sample), choice.wording, ids, codes.shape)
+        return [self._text_to_image(text, _size_of(sample), choice.wording, codes)]
 
-    def _text_to_image(self, text: str, size: Size | None, wording: int, ids: Ids, shape: Shape) -> list[Part]:
-        before = self.vocabulary.before_image(text, size, wording, shape)
-        return [*before, *self.vocabulary.codes(ids, trained=True), self._eos]
+    def _text_to_image(self, text: str, size: Size | None, wording: int, codes: Codes) -> list[Part]:
+        before = self.vocabulary.before_image(text, size, wording, codes.shape)
+        return [*before, *self.vocabulary.codes(self.vocabulary.ids_of_codes(codes), trained=True), self._eos]
 
-    def _caption(self, text: str, wording: int, ids: Ids, shape: Shape) -> list[Part]:
+    def _caption(self, text: str, wording: int, codes: Codes) -> list[Part]:
         instruction = self._describe[wording % len(self._describe)]
         caption = Part(words=text, is_own=True, trained=True)
-        return [self._bos, *self.vocabulary.image(ids, shape), *instruction, caption, self._eos]
+        return [self._bos, *self.vocabulary.image(codes), *instruction, caption, self._eos]
 
-    def _conversation(self, sample: Sample) -> Iterator[Part]:
-        images = self._images(sample)
-        turns = sample.conversations or []
-        are_marked = any(IMAGE_MARK in turn["value"] for turn in turns)
-        for turn in turns:
-            before, behind = self._turns[turn["from"]]
-            is_answer = turn["from"] == "gpt"
-            yield from before
-            if not are_marked and turn["from"] == "human":
-                while images:
-                    yield from images.pop(0)
-            first, *others = turn["value"].split(IMAGE_MARK)
-            yield Part(words=first, is_own=True, trained=is_answer)
-            for words in others:
-                yield from images.pop(0)
-                yield Part(words=words, is_own=True, trained=is_answer)
-            yield from behind
-            if is_answer:
-                yield self._eos
+    def _in_pieces(self, units: Sequence[tuple[list[Part], list[Ids]]]) -> tuple[list[Part], list[Ids], tuple[int, ...]]:
+        """The runs of an interleaved document, with BOS before each piece, and the pieces' tokens, if there are several."""
+        begin, *rest = units
+        parts: list[Part] = []
+        runs: list[Ids] = []
+        sizes: list[int] = []
+
+        def start() -> None:
+            parts.extend(begin[0])
+            runs.extend(begin[1])
+            sizes.append(sum(map(len, begin[1])))
+
+        start()
+        for unit in rest:
+            if unit[0] and not unit[0][0].is_own and sizes[-1] + sum(map(len, unit[1])) > self.config.max_length:
+                start()
+            for part, run in zip(*unit, strict=True):
+                while len(run) > (room := self.config.max_length - sizes[-1]):
+                    parts.append(part)
+                    runs.append(run[:room])
+                    sizes[-1] += room
+                    run = run[room:]
+                    start()
+                parts.append(part)
+                runs.append(run)
+                sizes[-1] += len(run)
+        return parts, runs, tuple(sizes) if len(sizes) > 1 else ()
 
     def _shortened(self, plan: Sequence[Part], runs: Sequence[Ids]) -> tuple[list[Part], list[Ids]]:
         """The runs of an example whose texts are cut so that it fits a row, and their ids, which are too many as they are."""
@@ -205,17 +234,12 @@ class ExampleBuilder:
             if sum(map(len, runs)) <= self.config.max_length:  # else joined, or cut within a character, they take more
                 return row, runs
 
-    def _images(self, sample: Sample) -> list[list[Part]]:
-        """The images of a conversation."""
-        grids = (grid for column in sample.codes for grid in sample.grids_of(column))
-        return [self.vocabulary.image(self.vocabulary.ids_of_codes(grid), grid.shape) for grid in grids]
-
     def _count_most_tokens(self, size: Size | None, shape: Shape) -> int:
         """The most tokens of a pair with codes of this shape, whose text may have shrunk to one."""
-        ids = self.vocabulary.ids_of_codes(np.zeros(shape, np.uint8))
-        plans = [self._text_to_image("", size, 0, ids, shape)]
-        plans += [self._text_to_image(".", size, number, ids, shape) for number in range(len(self.vocabulary.prompts.draw))]
-        plans += [self._caption(".", number, ids, shape) for number in range(len(self._describe))]
+        codes = np.zeros(shape, np.uint16)
+        plans = [self._text_to_image("", size, 0, codes)]
+        plans += [self._text_to_image(".", size, number, codes) for number in range(len(self.vocabulary.prompts.draw))]
+        plans += [self._caption(".", number, codes) for number in range(len(self._describe))]
         return max(map(self._length, map(joined, plans)))
 
     def _length(self, runs: Sequence[Part]) -> int:
@@ -228,20 +252,28 @@ class ExampleBuilder:
 
     def _check_turns(self, sample: Sample) -> None:
         turns = sample.conversations or []
-        unknown = [turn["from"] for turn in turns if turn["from"] not in self._turns]
+        unknown = [turn["from"] for turn in turns if turn["from"] not in ROLES]
         if unknown:
             raise Reject("unknown_role", f"{sample.key}: a turn is from {unknown[0][:40]!r}, expected human, gpt or system")
         if not any(turn["from"] == "gpt" for turn in turns):
             raise Reject("no_answer", f"{sample.key}: no turn is from gpt, so there is nothing to train")
         marks = sum(turn["value"].count(IMAGE_MARK) for turn in turns)
-        images = self._images(sample)
-        num_images = len(images)
-        has_place = marks == num_images or (not marks and any(turn["from"] == "human" for turn in turns))
-        if not has_place:
-            raise Reject("image_count", f"{sample.key}: {marks} times {IMAGE_MARK} for {num_images} images with codes")
-        wordings = [part for turn in turns for around in self._turns[turn["from"]] for part in around]
+        images = self._checked_images(sample, marks or None if any(turn["from"] == "human" for turn in turns) else marks)
+        wordings = [part for turn in turns for part in self._around[turn["from"]]]
         others = 1 + 2 * len(turns) + marks  # BOS, EOS, and a token of every text
         self._check_fits(sample.key, self._length([*wordings, *(part for image in images for part in image)]) + others)
+
+    def _checked_images(self, sample: Sample, marks: int | None) -> list[list[Part]]:
+        """The images of a sample with so many marks; None: with any number. Raises Reject."""
+        images = list(map(self.vocabulary.image, _grids_of(sample)))
+        if marks not in (None, len(images)):
+            raise Reject("image_count", f"{sample.key}: {marks} times {IMAGE_MARK} for {len(images)} images with codes")
+        return images
+
+
+def _grids_of(sample: Sample) -> Iterator[Codes]:
+    """The codes of each image."""
+    return (grid for column in sample.codes for grid in sample.grids_of(column))
 
 
 def _size_of(sample: Sample) -> Size | None:

@@ -23,8 +23,10 @@ class SequenceConfig:
     """Share of the image-text pairs that become text to image; the others become captions."""
     unconditional_ratio: float = 0.1
     """Share of the text-to-image examples whose text gives way to <unconditional>, for classifier-free guidance."""
+    image_ratio: float = 0.5
+    """Share of the images of interleaved documents that are trained, as their texts are."""
     document_eos: bool = False
-    """Put an EOS behind the last token of a document."""
+    """Put an EOS behind the last token of a document, interleaved or not."""
     prompts: str | None = None
     """A JSON file with other wordings (docs/training.md)."""
     codebook_size: int | None = None
@@ -43,7 +45,7 @@ class SequenceConfig:
     def __post_init__(self) -> None:
         if self.max_length < 2:
             raise UsageError(f"max_length={self.max_length}, expected 2 or more tokens")
-        for name in ("t2i_ratio", "unconditional_ratio"):
+        for name in ("t2i_ratio", "unconditional_ratio", "image_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UsageError(f"{name}={getattr(self, name)} is not in 0 ... 1")
         if self.codebook_size is not None and not 1 <= self.codebook_size < 1 << 31:

@@ -4,7 +4,7 @@
 
 A row begins with the example that has waited longest, then takes the longest that still fits, again and again. What is left
 is filled by the beginning of a document, whose rest waits on; so are documents longer than a row. A gap of fewer than
-MIN_CUT tokens, or without a document to fill it, is padding.
+MIN_CUT tokens, or without a document to fill it, is padding. Of an interleaved document one piece waits after the other.
 Invariant: rows are a function of the examples in order. All of every example is in the rows, once; only documents are cut.
 State: the numbers of those that wait, and how much of each is used up. Cost: about 2 us an example.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from bisect import bisect_right, insort
 from collections.abc import Iterator
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -61,6 +62,12 @@ class Waiting(NamedTuple):
         """Its tokens that are not in a row yet."""
         return len(self.example.ids) - self.used
 
+    @property
+    def next(self) -> int:
+        """Those that go into a row together, unless it is a document: of pieces the first that is left, else all."""
+        pieces = self.example.pieces
+        return next(end - self.used for end in accumulate(pieces) if end > self.used) if pieces else self.left
+
 
 class Packer:
     """Packs one stream of examples.
@@ -76,7 +83,7 @@ class Packer:
         self._untrained = np.zeros(max_length, np.bool_)
         self._waiting: dict[int, Waiting] = {}
         self._by_length: list[tuple[int, int]] = []
-        """(tokens, -number) of those that wait: of equals, the oldest is last."""
+        """(`Waiting.next`, -number) of those that wait: of equals, the oldest is last."""
         self._num_tokens = self._num_documents = 0
 
     @property
@@ -94,13 +101,13 @@ class Packer:
 
         Args:
             number: above all earlier ones.
-            example: at most max_length tokens, unless a document.
+            example: at most max_length tokens, unless a document or in pieces.
             used: tokens that earlier rows have, where a packer is made again.
 
         Raises:
             UsageError: it is longer than a row.
         """
-        if len(example.ids) > self._max_length and not example.is_document:
+        if max(example.pieces or (len(example.ids),)) > self._max_length and not example.is_document:
             raise UsageError(f"{example.key} has {len(example.ids)} tokens, a row {self._max_length}, and it can't be cut")
         self._put(number, Waiting(example, used))
 
@@ -110,13 +117,12 @@ class Packer:
         number = next(iter(self._waiting))
         room = self._max_length
         while True:
-            waiting, left = self._take(number)
-            length = min(left, room)
+            waiting = self._take(number)
+            length = min(waiting.next, room)
             pieces.append((number, waiting, length))
             room -= length
-            if left > length:
+            if waiting.left > length:
                 self._put(number, waiting._replace(used=waiting.used + length))
-                break
             at = bisect_right(self._by_length, (room, 1))
             if at and room:
                 number = -self._by_length[at - 1][1]
@@ -155,16 +161,14 @@ class Packer:
         self._waiting[number] = waiting
         if is_oldest:  # the rest of a document keeps its age
             self._waiting = dict(sorted(self._waiting.items()))
-        left = waiting.left
-        insort(self._by_length, (left, -number))
-        self._num_tokens += left
+        insort(self._by_length, (waiting.next, -number))
+        self._num_tokens += waiting.left
         self._num_documents += waiting.example.is_document
 
-    def _take(self, number: int) -> tuple[Waiting, int]:
-        """What waits no longer, and the tokens that are left of it."""
+    def _take(self, number: int) -> Waiting:
+        """What waits no longer."""
         waiting = self._waiting.pop(number)
-        left = waiting.left
-        self._by_length.pop(bisect_right(self._by_length, (left, -number)) - 1)
-        self._num_tokens -= left
+        self._by_length.pop(bisect_right(self._by_length, (waiting.next, -number)) - 1)
+        self._num_tokens -= waiting.left
         self._num_documents -= waiting.example.is_document
-        return waiting, left
+        return waiting

@@ -11,6 +11,7 @@ segment, which would be predicted from the segment before. Legend: B rows, L tok
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -106,8 +107,10 @@ def padded_batch(pieces: Sequence[Example], pad_id: int) -> TokenBatch:
 
 
 def cut(example: Example, max_length: int) -> list[Example]:
-    """An example as pieces of at most a row: a document may make several, anything else is one already."""
+    """An example as pieces of at most a row: a document may make several, interleaved or not; anything else is one already."""
     if len(example.ids) <= max_length:
         return [example]
-    starts = range(0, len(example.ids), max_length)
-    return [example._replace(ids=example.ids[at : at + max_length], loss=example.loss[at : at + max_length]) for at in starts]
+    borders = [*accumulate(example.pieces, initial=0)]
+    if not example.pieces:
+        borders = [*range(0, len(example.ids), max_length), len(example.ids)]
+    return [example._replace(ids=example.ids[begin:end], loss=example.loss[begin:end]) for begin, end in pairwise(borders)]

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,14 @@ import orjson
 
 from wds_tools.errors import StorageError, UsageError
 from wds_tools.format.codes import Codes
+from wds_tools.format.schema import IMAGE_MARK
 from wds_tools.sequences.config import SequenceConfig
 from wds_tools.sequences.prompts import Prompts
 from wds_tools.sequences.templates import Template, configured
 from wds_tools.sequences.tokenizer import CONFIG, FILE, NO_IDS, Ids, Part, TextTokenizer, joined, load_backend, read_settings
 
+ROLES = frozenset(("system", "human", "gpt"))
+"""Who speaks in a conversation; see Prompts."""
 MOST_IDS = 1 << 31
 """Ids that an int32 tells apart."""
 _MOST_LISTED = 8
@@ -91,9 +95,25 @@ class Vocabulary:
         behind = self.tokenizer.wording(self.template.behind_codes())
         return [Part(ids, trained), *(part._replace(trained=trained) for part in behind)]
 
-    def image(self, ids: Ids, shape: Shape) -> list[Part]:
-        """A whole image that is not trained: ids of its codes, and their shape."""
-        return [*self.tokenizer.wording(self.template.before_codes(shape)), *self.codes(ids, trained=False)]
+    def image(self, codes: Codes, *, trained: bool = False) -> list[Part]:
+        """A whole image, all trained or none, with what stands around its codes."""
+        before = self.tokenizer.wording(self.template.before_codes(codes.shape))
+        ids = self.ids_of_codes(codes)
+        return [*(part._replace(trained=trained) for part in before), *self.codes(ids, trained=trained)]
+
+    def turns(self, turns: Sequence[Mapping[str, str]], images: Iterator[Codes]) -> Iterator[Part]:
+        """The turns of a conversation. Answers are trained, with the images in them; images without any mark come first."""
+        are_marked = any(IMAGE_MARK in turn["value"] for turn in turns)
+        for turn in turns:
+            before, behind = map(self.tokenizer.wording, getattr(self.prompts, turn["from"]))
+            is_answer = turn["from"] == "gpt"
+            yield from before
+            if not are_marked and turn["from"] == "human":
+                yield from chain.from_iterable(map(self.image, images))
+            yield from marked(turn["value"], (self.image(codes, trained=is_answer) for codes in images), trained=is_answer)
+            yield from behind
+            if is_answer:
+                yield Part(ids_of(self.eos), True)
 
     def ids_of_codes(self, codes: Codes) -> Ids:
         """The ids between what stands before and behind an image's codes, in order."""
@@ -106,23 +126,52 @@ class Vocabulary:
         ordered = self.template.in_order(ids, ids_of(self.tokenizer.id_of(row_end) if row_end else None))
         return np.asarray(ordered, np.int32).reshape(-1)  # a package's may be of another type
 
-    def prompt_ids(self, text: str, *, size: Size | None = None, wording: int = 0, shape: Shape | None = None) -> list[int]:
+    def prompt_ids(
+        self,
+        text: str | Sequence[Mapping[str, str]],
+        *,
+        images: Sequence[Codes] = (),
+        size: Size | None = None,
+        wording: int = 0,
+        shape: Shape | None = None,
+    ) -> list[int]:
         """What to generate an image from: exactly the ids that stand before its codes in a row, liquid's `<boi>` the last.
 
         Args:
-            text: what to draw; "": without a text, for classifier-free guidance.
+            text: what to draw; "": without a text, for classifier-free guidance. Or the turns of a conversation, the last what
+                "gpt" has said up to the image: "Here it is: ", or "".
+            images: the codes of each image in the turns.
             size: (width, height) in pixels, for models trained on images of many shapes (image_text_multi); else None.
             wording: which of the draw prompts, modulo their number; rows have one as often as another.
             shape: (rows, columns) of codes, for templates that state them (emu3).
 
         Raises:
-            UsageError: the template states the shape, and it is not given.
+            UsageError: the template states the shape, and it is not given; the turns don't end with one of gpt, or don't have a
+                mark for each image.
             TokenizerError: the text is no Unicode.
         """
         if shape is None and self.template.states_shape:
             raise UsageError("the prompts of this template state how many codes an image has: give shape=(rows, columns)")
-        (runs,) = self.tokenizer.encode_runs([joined(self.before_image(text, size, wording, shape))])
+        if isinstance(text, str):
+            parts = self.before_image(text, size, wording, shape)
+        else:
+            parts = self._before_answered(text, images, shape)
+        (runs,) = self.tokenizer.encode_runs([joined(parts)])
         return [number for run in runs for number in run.tolist()]
+
+    def _before_answered(self, turns: Sequence[Mapping[str, str]], images: Sequence[Codes], shape: Shape | None) -> list[Part]:
+        roles = [turn["from"] for turn in turns]
+        num_marks = sum(turn["value"].count(IMAGE_MARK) for turn in turns)
+        if roles[-1:] != ["gpt"] or not ROLES.issuperset(roles) or num_marks != len(images):
+            raise UsageError(
+                f"turns from {', '.join(map(str, roles)) or 'nobody'}, {num_marks} {IMAGE_MARK}, {len(images)} images: expected "
+                "those of system, human and gpt, the last what gpt has said before the image to come, and a mark for each image"
+            )
+        grids = iter(images)
+        answer = marked(turns[-1]["value"], (self.image(codes, trained=True) for codes in grids), trained=True)
+        before = self.tokenizer.wording(self.template.before_codes(shape))
+        parts = [Part(ids_of(self.bos)), *self.turns(turns[:-1], grids), *self.tokenizer.wording(self.prompts.gpt[0]), *answer]
+        return [*parts, *(part._replace(trained=True) for part in before)]
 
 
 def find_vocabulary(tokenizer: TextTokenizer, config: SequenceConfig, codebook_size: int) -> Vocabulary:
@@ -211,6 +260,15 @@ def add_tokens(path: str, output: str, names: Sequence[str]) -> TextTokenizer:
     except OSError as error:
         raise StorageError(f"--output {output}: can't write the tokenizer there: {error}") from error
     return TextTokenizer(output)
+
+
+def marked(text: str, images: Iterator[Sequence[Part]], *, trained: bool) -> Iterator[Part]:
+    """A sample's text, with the next image at each mark."""
+    first, *others = text.split(IMAGE_MARK)
+    yield Part(words=first, is_own=True, trained=trained)
+    for words in others:
+        yield from next(images)
+        yield Part(words=words, is_own=True, trained=trained)
 
 
 def ids_of(token: int | None) -> Ids:

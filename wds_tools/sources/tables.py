@@ -16,13 +16,14 @@ from typing import Any
 
 from wds_tools.errors import NotFound, Reject, StorageError, UsageError
 from wds_tools.format.typed_json import read_json, shape
+from wds_tools.records.coded import MADE
 from wds_tools.records.field_map import IMAGE_NAMES
 from wds_tools.sources.arrow import load_pyarrow
 from wds_tools.sources.containers import Unit
 from wds_tools.sources.record import InputFile, Record
 from wds_tools.storage import Store, join, open_store, split_url
 
-ARROW = ".arrow"
+ARROW, PARQUET = ".arrow", ".parquet"
 _READING = "reading Parquet and Arrow files"
 _STATE, _SPLITS = "state.json", "dataset_dict.json"
 _NOT_SAVED = "is not what save_to_disk writes"
@@ -116,6 +117,19 @@ class Tables:
                 yield Record(
                     number + 1, Reject(cause.reason, f"{cause.detail} (behind row {line})"), unit.url, line=line + 1, num_units=0
                 )
+
+
+def exported_codes(file: InputFile) -> Mapping[str, Mapping[str, Any]]:
+    """Column -> provenance of the codes in a file of `export parquet`; none of any other. Raises FormatError: it is no JSON."""
+    pa = load_pyarrow(_READING)
+    root, name = split_url(file.url)
+    with closing(_Seekable(open_store(root), name, file.size)) as stream:
+        try:
+            metadata = _parquet_file(pa, stream).schema_arrow.metadata or {}
+        except Reject:  # which its rows will be
+            return {}
+    data = metadata.get(MADE.encode(), b"{}")
+    return read_json(dict[str, dict[str, Any]], data, f"{file.url}: not the metadata of an export")
 
 
 def _data_files(url: str, state_name: str) -> list[str]:

@@ -27,6 +27,7 @@ from wds_tools.format.checksum import crc32
 from wds_tools.format.codes import HW
 from wds_tools.format.schema import ANY_MEMBERS, Sample, validate
 from wds_tools.format.shard import sample_from_members
+from wds_tools.view.token_rows import COLUMN, TokenRows
 
 MAX_MEMBER_BYTES = 16 << 20
 """Of a text or a code grid that is fetched to be shown."""
@@ -51,17 +52,17 @@ class Query:
     data_type: str = ""
 
 
-def page(reader: SampleReader, first: int, count: int, needle: str = "") -> dict[str, Any]:
+def page(reader: SampleReader, first: int, count: int, needle: str = "", rows: TokenRows | None = None) -> dict[str, Any]:
     """The cards of `count` samples from number `first` on; see `card`."""
     samples = reader.page(first, min(count, MAX_COUNT), is_small, max_member_bytes=MAX_MEMBER_BYTES)
-    cards = [card(partial, reader.manifest.schema_version, needle) for partial in samples]
+    cards = [card(partial, reader.manifest.schema_version, needle, rows) for partial in samples]
     return {"first": first, "total": len(reader), "samples": cards}
 
 
-def sample(reader: SampleReader, number: int) -> dict[str, Any]:
-    """One sample in full, but for its source image."""
+def sample(reader: SampleReader, number: int, rows: TokenRows | None = None) -> dict[str, Any]:
+    """One sample in full, but for its source image; of `rows`, a row of tokens."""
     partial = reader.sample(number, is_small, max_member_bytes=MAX_MEMBER_BYTES)
-    shown = card(partial, reader.manifest.schema_version)
+    shown = card(partial, reader.manifest.schema_version, rows=rows)
     texts = {suffix: _decode(payload) for suffix, payload in partial.payloads.items() if is_text(suffix)}
     shown |= {
         "shard": partial.shard,
@@ -88,10 +89,15 @@ def sample(reader: SampleReader, number: int) -> dict[str, Any]:
                 if codes.size <= MAX_GRID_CODES
             ][:MAX_GRIDS],
         }
+    if rows is not None and "problem" not in shown:
+        grids = enumerate(rows.grids(partial)[:MAX_GRIDS])
+        shown |= rows.shown(partial) | {
+            "grids": [{"column": COLUMN, "image": image, "is_guess": guess, **_grid(codes)} for image, (codes, guess) in grids]
+        }
     return shown
 
 
-def card(partial: PartialSample, schema_version: int, needle: str = "") -> dict[str, Any]:
+def card(partial: PartialSample, schema_version: int, needle: str = "", rows: TokenRows | None = None) -> dict[str, Any]:
     """A sample as it stands in a list: with the beginning of its text, or with what stands around `needle` in it."""
     shown: dict[str, Any] = {"number": partial.number, "key": "", "bytes": partial.size, "codes": partial.num_codes}
     shown |= {"chars": partial.text_chars, "images": partial.images, "columns": {}, "type": None, "text": "", "turns_count": 0}
@@ -99,6 +105,11 @@ def card(partial: PartialSample, schema_version: int, needle: str = "") -> dict[
         shown["key"] = partial.key
     except FormatError as error:
         return shown | {"problem": str(error)}
+    if rows is not None:
+        try:
+            return shown | rows.card(partial)
+        except FormatError as error:
+            return shown | {"problem": str(error)}
     parsed, problem = _parse(partial, schema_version)
     if parsed is None:
         text = "\n".join(_decode(payload) for suffix, payload in partial.payloads.items() if is_text(suffix))
@@ -115,8 +126,8 @@ def card(partial: PartialSample, schema_version: int, needle: str = "") -> dict[
     }
 
 
-def codes_of(reader: SampleReader, number: int, column: str, image: int = 0) -> NDArray[Any]:
-    """The code grid of a sample, or of one image of a conversation.
+def codes_of(reader: SampleReader, number: int, column: str, image: int = 0, rows: TokenRows | None = None) -> NDArray[Any]:
+    """The code grid of a sample, or of one image of a conversation, or of a row of tokens.
 
     Raises:
         UsageError: there is no such sample.
@@ -125,6 +136,8 @@ def codes_of(reader: SampleReader, number: int, column: str, image: int = 0) -> 
     partial = reader.sample(number, is_small, max_member_bytes=MAX_MEMBER_BYTES)
     parsed, problem = _parse(partial, reader.manifest.schema_version)
     grids = parsed.grids_of(column) if parsed is not None and column in parsed.codes else []
+    if rows is not None and column == COLUMN:
+        grids = [codes for codes, _ in rows.grids(partial)]
     if image >= len(grids):
         raise DataError(problem or f"sample {number:,} has {len(grids)} grids in {column}")
     codes = grids[image]

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import orjson
+from numpy.typing import NDArray
 
 from wds_tools.check.stats.describe import Stats, sample_stats
 from wds_tools.check.stats.png import png_bytes
@@ -34,6 +35,7 @@ from wds_tools.storage import Store
 from wds_tools.view import browse
 from wds_tools.view.pictures import Pictures, code_map
 from wds_tools.view.rejects import Rejects
+from wds_tools.view.token_rows import COLUMN, TokenRows
 
 _SCRIPTS = ("main", "api", "dom", "samples", "sample", "grid", "rejects", "shell")
 _STATIC = {
@@ -95,7 +97,7 @@ class PagesConfig:
     device: str = "auto"
     """Device that decodes pictures: auto, cpu, cuda or cuda:N."""
     text_tokenizer: str | None = None
-    """A tokenizer.json or the folder of one, to show how many tokens a text has."""
+    """A tokenizer.json or the folder of one, to show how many tokens a text has, and the texts of token rows."""
 
 
 class Pages:
@@ -116,8 +118,10 @@ class Pages:
         self.reader = SampleReader(store, manifest)
         self._store = store
         self._rejects = Rejects(store)
-        self._pictures = Pictures(manifest.codes, config.weights, config.device)
-        self._num_tokens = _token_counter(config.text_tokenizer)
+        self._tokenizer = None if config.text_tokenizer is None else TextTokenizer(config.text_tokenizer)
+        self._rows = None if (rows := manifest.token_rows) is None else TokenRows(rows, self._tokenizer)
+        made = {COLUMN: manifest.source.get("codes") or {}} if self._rows else manifest.codes
+        self._pictures = Pictures(made, config.weights, config.device)
         self._stats: Stats | None = None
         self._stats_lock = threading.Lock()
         self.version = manifest.fingerprint().removeprefix("sha256:")[:16]
@@ -174,16 +178,17 @@ class Pages:
             "earlier": list(_earlier(manifest.source)),
             "columns": list(manifest.codes),
             "has_schema": manifest.schema_version != ANY_MEMBERS,
-            "counts_tokens": self._num_tokens is not None,
+            "counts_tokens": self._tokenizer is not None,
         }
 
     def _samples(self, request: Request) -> Answer:
-        return _json(browse.page(self.reader, request.number("first"), request.number("count", 24)))
+        return _json(browse.page(self.reader, request.number("first"), request.number("count", 24), rows=self._rows))
 
     def _sample(self, _: Request, number: str) -> Answer:
-        shown = browse.sample(self.reader, int(number))
-        if self._num_tokens is not None:
-            shown["tokens"] = sum(map(self._num_tokens, [shown["text"], *(turn["value"] for turn in shown.get("turns", ()))]))
+        shown = browse.sample(self.reader, int(number), self._rows)
+        if self._tokenizer is not None and self._rows is None:  # without those that mark beginning and end
+            texts = [shown["text"], *(turn["value"] for turn in shown.get("turns", ()))]
+            shown["tokens"] = sum(map(len, self._tokenizer.encode(texts)))
         return _json(shown)
 
     def _search(self, request: Request) -> Answer:
@@ -201,7 +206,7 @@ class Pages:
 
     def _usage(self, request: Request, number: str, column: str) -> Answer:
         """How often each code of a grid was used, in the part of the dataset that the report is of."""
-        codes = browse.codes_of(self.reader, int(number), column, request.number("image"))
+        codes = self._codes(number, column, request.number("image"))
         use = self._sampled().count.codes.get(column)
         counts = np.zeros(1, np.int64) if use is None else use.counts
         seen = np.where(codes < len(counts), counts[np.minimum(codes, len(counts) - 1)], 0)
@@ -209,12 +214,15 @@ class Pages:
 
     def _picture(self, request: Request, number: str, column: str) -> Answer:
         image = request.number("image")
-        codes = browse.codes_of(self.reader, int(number), column, image)
+        codes = self._codes(number, column, image)
         kept_as, is_small = (int(number), column, image), bool(request.word("small"))
         return _png(self._pictures.decoded(kept_as, codes, is_small=is_small, is_wanted=request.is_wanted))
 
     def _code_map(self, request: Request, number: str, column: str) -> Answer:
-        return _png(code_map(browse.codes_of(self.reader, int(number), column, request.number("image"))))
+        return _png(code_map(self._codes(number, column, request.number("image"))))
+
+    def _codes(self, number: str, column: str, image: int) -> NDArray[Any]:
+        return browse.codes_of(self.reader, int(number), column, image, self._rows)
 
     def _image(self, request: Request, number: str) -> Answer:
         """The source image, piece by piece as it is sent."""
@@ -259,14 +267,6 @@ def _tiff_to_png(data: bytes) -> bytes:
     from wds_tools.images import ImageLimits, decode_rgb  # Pillow, which nothing else here needs
 
     return png_bytes(np.asarray(decode_rgb(data, ImageLimits(min_side=1, max_pixels=_MAX_TIFF_PIXELS))))
-
-
-def _token_counter(path: str | None) -> Callable[[str], int] | None:
-    """Counts the tokens of a text, without those that mark its beginning and end."""
-    if path is None:
-        return None
-    tokenizer = TextTokenizer(path)
-    return lambda text: len(tokenizer.encode([text])[0])
 
 
 def _answer(body: bytes, content_type: str, *, is_fixed: bool = False) -> Answer:

@@ -62,7 +62,7 @@ function head(sample, number, step, back, copied) {
 function body(sample, number, signal, grids) {
   const panes = (sample.grids ?? []).flatMap((grid) => codePanes(sample, number, grid, signal, grids));
   if (!panes.length) panes.push(...sample.images.map((_, image) => original(number, image, null, signal)));
-  const text = el("div", { className: "side" }, words(sample));
+  const text = el("div", { className: "side" }, words(sample, number, signal));
   const rest = el("div", { className: "side" }, about(sample), raw(sample));
   if (panes.length === 1 || panes.length === 2) {
     text.append(...rest.childNodes);
@@ -85,7 +85,7 @@ function codePanes(sample, number, grid, signal, grids) {
   return [
     el("figure", { className: "pane" }, el("header", {}, "Decoded"), decoded),
     grid.image < sample.images.length ? original(number, grid.image, ratio, signal) : null,
-    el("figure", { className: "pane" }, el("header", {}, `Codes, ${grid.height} × ${grid.width}`, el("span", { className: "grow" }), codes.controls), cells, codes.readout),
+    el("figure", { className: "pane" }, el("header", {}, `Codes, ${grid.height} × ${grid.width}${grid.is_guess ? " (a guess)" : ""}`, el("span", { className: "grow" }), codes.controls), cells, codes.readout),
   ].filter(Boolean);
 }
 
@@ -115,21 +115,42 @@ function original(number, image, ratio, signal) {
   return el("figure", { className: "pane" }, el("header", {}, "Original", ratio ? el("span", { className: "switch" }, button) : null), node);
 }
 
-function words(sample) {
+function words(sample, number, signal) {
   if (sample.problem) return el("section", {}, el("h2", {}, "Not readable"), el("p", {}, sample.problem));
   const parts = [];
-  if (sample.turns?.length) parts.push(el("section", {}, el("h2", {}, "Conversation"), el("div", { className: "turns" }, sample.turns.map(turn))));
+  const images = { at: 0 };
+  const placed = (text) => text.split("<image>").flatMap((piece, at) => (at ? [small(sample, number, images.at++, signal), piece] : [piece]));
+  if (sample.turns?.length) parts.push(el("section", {}, el("h2", {}, "Conversation"), el("div", { className: "turns" }, sample.turns.map((each) => turn(each, placed)))));
+  if (sample.segments) parts.push(...sample.segments.map((segment, at) => row(sample, number, segment, at, signal)));
   if (sample.text || !parts.length) {
     const text = sample.text || (sample.type ? "no text" : "");
-    if (text) parts.unshift(el("section", {}, el("h2", {}, "Text"), el("p", { className: "prose", dir: "auto" }, text)));
+    if (text) parts.unshift(el("section", {}, el("h2", {}, "Text"), el("p", { className: "prose", dir: "auto" }, sample.type === "interleaved" ? placed(text) : text)));
   }
   return parts;
 }
 
-function turn({ from, value }) {
+// A segment of a row of tokens: what is trained is marked.
+function row(sample, number, { tokens, runs }, at, signal) {
+  const pieces = runs.map((run) => el("span", { className: run.trained ? "trained" : "", title: `${count(run.tokens)} tokens, ${run.trained ? "trained" : "not trained"}` },
+    run.image === undefined ? run.text ?? `${run.ids.join(" ")}${run.tokens > run.ids.length ? " …" : ""} ` : small(sample, number, run.image, signal)));
+  return el("section", {}, el("h2", {}, `Segment ${at + 1}: ${count(tokens)} tokens`), el("p", { className: "prose", dir: "auto" }, pieces));
+}
+
+function turn({ from, value }, placed) {
   const isAnswer = from === "gpt" || from === "assistant";
-  const pieces = value.split("<image>").flatMap((piece, at) => (at ? [el("span", { className: "image" }, "image"), piece] : [piece]));
-  return el("div", { className: `turn${isAnswer ? " answer" : ""}`, dir: "auto" }, el("b", {}, from), pieces);
+  return el("div", { className: `turn${isAnswer ? " answer" : ""}`, dir: "auto" }, el("b", {}, from), placed(value));
+}
+
+// An image in its place in a text: the picture of its codes, the codes as colours, the source image, or the word, whichever there is.
+function small(sample, number, image, signal) {
+  const node = el("span", { className: "image" }, "image");
+  const img = el("img", { alt: `image ${image + 1}` });
+  const column = Object.keys(sample.columns ?? {})[0];
+  const urls = column ? ["picture", "codes"].map((kind) => `/${kind}/${number}/${column}.png?image=${image}&small=1`) : [];
+  if (image < sample.images.length) urls.push(`/image/${number}?image=${image}`);
+  const show = ([url, ...others]) => url && load(img, url, signal).then(() => replace(node, img), unlessLeft(() => show(others)));
+  show(urls);
+  return node;
 }
 
 function about(sample) {
@@ -141,6 +162,8 @@ function about(sample) {
       sample.codes ? ["image tokens", count(sample.codes)] : null,
       distinct ? ["different codes", distinct] : null,
       sample.tokens !== undefined ? ["text tokens", count(sample.tokens)] : null,
+      sample.trained !== undefined ? ["trained tokens", count(sample.trained)] : null,
+      sample.padding !== undefined ? ["padding", count(sample.padding)] : null,
       sample.length !== undefined ? ["length", count(sample.length)] : null,
       size ? ["cropped to", size] : null,
       ["shard", sample.shard],

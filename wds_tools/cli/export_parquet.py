@@ -1,0 +1,22 @@
+"""`wds-tools export parquet`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from wds_tools.cli.export_hf import print_export
+from wds_tools.cli.summary import Printed
+from wds_tools.export.hf import ParquetConfig, export_parquet
+
+EXAMPLE = "wds-tools export parquet --input s3://bucket/pages s3://bucket/edits --output parquet --num-shards 64"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Printed, ParquetConfig):
+    """Write datasets as typed Parquet with everything that they hold, in their order; `convert coded` takes it back."""
+
+
+def run(config: Config) -> int:
+    """Export, and say what came of it."""
+    print_export(config, export_parquet(config), json=config.json, how='load_dataset("parquet", ...), pandas and others')
+    return 0

@@ -1,0 +1,71 @@
+"""Documents with images between their texts, in any layout that `records.interleaved` reads -> interleaved samples.
+
+    record -> text with marks, and an image for each -> fetch the images -> look at their headers -> Sample -> shards
+
+A document is taken whole or not at all: one image that can't be read rejects it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from wds_tools.convert.images import NUM_AHEAD, ImageOptions, ImageReader
+from wds_tools.format.schema import Sample
+from wds_tools.records.interleaved import PageReader
+
+
+@dataclass(frozen=True, kw_only=True)
+class InterleavedConfig(ImageOptions):
+    """Convert documents with images between their texts to shards. The images go in byte for byte, and codes come with
+    `wds-tools encode`; or codes instead of images in one go, with --encode."""
+
+    input: tuple[str, ...]
+    """Files of records with texts and images, such as Parquet, .jsonl or tars; folders of them, or brace patterns."""
+    text: str | None = None
+    """Field with the text, or the list of texts or parts. Default: texts, text_list, or another well-known name."""
+    image: str | None = None
+    """Field with the images. Default: images, image_info, another well-known name, or the members jpg, 1.jpg ... of a tar."""
+    sft_mode: str = "cc512"
+    """With --encode: size of the images, as `convert pairs --mode` has it: ccN, multiN or fitN."""
+
+    command = "convert interleaved"
+
+    def make_converter(self) -> Interleaved:
+        """The text and the images of a record."""
+        return Interleaved(PageReader(self.text, self.image, tuple(self.spared)), ImageReader(self))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """See ConvertOptions."""
+        return {"text": self.text, "image": self.image, **super().settings}
+
+    @property
+    def named_fields(self) -> Mapping[str, Iterable[str]]:
+        """See ConvertOptions."""
+        named = {"--text": self.text, "--image": self.image}
+        return {**super().named_fields, **{option: (name,) for option, name in named.items() if name is not None}}
+
+    @property
+    def modes(self) -> Mapping[str, str]:
+        """See ConvertOptions."""
+        return {"interleaved": self.sft_mode}
+
+
+@dataclass(frozen=True)
+class Interleaved:
+    """Records with texts and images in order -> interleaved documents."""
+
+    reader: PageReader
+    images: ImageReader
+    num_ahead = NUM_AHEAD
+
+    def roles(self, fields: Mapping[str, Any]) -> Mapping[str, str]:
+        """See Converter."""
+        return self.reader.roles(fields)
+
+    def convert(self, key: str, fields: Mapping[str, Any], source: str) -> Sample:
+        """See Converter."""
+        page = self.reader.read(fields)
+        return Sample(key=key, data_type="interleaved", text=page.text, **self.images.read_all(source, page.images))
