@@ -293,8 +293,12 @@ def train(args: argparse.Namespace, photos: list[Photo]) -> None:
     k_means_at, freeze_at = math.ceil(0.12 * args.steps), math.ceil(0.75 * args.steps)
     recent: list[Tensor] = []
     step, sums, checkpoint = 0, torch.zeros(3), args.out.with_suffix(".ckpt")
+    settings = {name: getattr(args, name) for name in ("steps", "batch", "lr", "commit", "seed", "threads")}
+    settings["photographs"] = hashlib.sha256("/".join(photo.name for photo in trained).encode()).hexdigest()
     if args.resume:
         state = torch.load(checkpoint, weights_only=True)
+        if state["settings"] != settings:
+            raise SystemExit(f"--resume: {checkpoint} was written with {state['settings']}, got {settings}: give the same")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"])
@@ -346,6 +350,7 @@ def train(args: argparse.Namespace, photos: list[Photo]) -> None:
         if step % args.save_every == 0 or step == args.steps:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
             state |= {"step": step, "recent": recent, "counts": codebook.counts_K, "sums": codebook.sums_KD}
+            state["settings"] = settings
             torch.save(state, checkpoint.with_suffix(".new"))
             checkpoint.with_suffix(".new").replace(checkpoint)
             if stage > 1:
@@ -369,7 +374,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--commit", type=float, default=0.1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--save-every", type=int, default=200)
+    parser.add_argument("--save-every", type=int, default=500)
     args = parser.parse_args(argv)
     if args.steps < 9:
         parser.error(f"--steps {args.steps}: expected at least 9, so that each of the three stages has some")

@@ -71,6 +71,8 @@ def test_the_same_steps_give_the_same_file_also_over_a_kill(script: Any, tmp_pat
         patch.setattr(script, "measure", killed)
         with pytest.raises(KeyboardInterrupt):
             script.main([*words, str(tmp_path / "c.safetensors")])
+    with pytest.raises(SystemExit, match=r"was written with .*'seed': 0.*, got .*'seed': 1.*: give the same"):
+        script.main([*words, str(tmp_path / "c.safetensors"), "--resume", "--seed", "1"])
     script.main([*words, str(tmp_path / "c.safetensors"), "--resume"])
     one, two, three = ((tmp_path / f"{name}.safetensors").read_bytes() for name in "abc")
     assert one == two == three
