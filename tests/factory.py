@@ -11,7 +11,7 @@ import numpy as np
 from wds_tools.dataset.output import Output, OutputSpec
 from wds_tools.dataset.writer import ShardLimits, TaskWriter
 from wds_tools.format.codes import join_grids
-from wds_tools.format.manifest import Manifest
+from wds_tools.format.manifest import Manifest, code_layouts
 from wds_tools.format.schema import Sample
 from wds_tools.storage import open_store
 
@@ -36,7 +36,7 @@ def make_dataset(
     store = open_store(fspath(url))
     output = Output(store, OutputSpec(num_tasks=1, source={"command": "test"}, codes=codes or {}))
     output.begin()
-    with TaskWriter(store, 0, ShardLimits(samples=shard_samples)) as writer:
+    with TaskWriter(store, 0, ShardLimits(samples=shard_samples), layouts=code_layouts(codes or {})) as writer:
         for sample in samples:
             writer.add(sample)
         writer.finish(writer.num_samples)

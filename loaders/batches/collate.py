@@ -20,10 +20,10 @@ from loaders.order.plan import Ints
 from loaders.reading.source import LoadedSamples
 from wds_tools.errors import FormatError
 from wds_tools.format.checksum import crc32
-from wds_tools.format.codes import HW, Shape, split_grids
+from wds_tools.format.codes import HW, CodeGrid, Shape, split_grids
 from wds_tools.format.index import ABSENT
 from wds_tools.format.schema import MARKED_TYPES, PAIR_TYPES, pair_fields
-from wds_tools.format.shard import image_number, parse_npy
+from wds_tools.format.shard import IDS, IN_COLUMNS, image_number, parse_npy
 from wds_tools.format.tar import BLOCK, TarReader
 from wds_tools.sequences.choices import Weights, check_texts, choose_text
 from wds_tools.sequences.rows import TokenBatch
@@ -53,15 +53,16 @@ class Codes(NamedTuple):
     """
 
     flat: torch.Tensor
-    """(sum of h * w,) uint16 or uint32, as stored: what travels between processes is half of int32."""
+    """(number of codes,) as stored: uint16 or uint32, so that what travels between processes is half of int32; or floats."""
     shapes: list[Shape | list[Shape] | None] | Shape
-    """(h, w) of each sample, those of its images if it is a conversation or interleaved, None for a sample without codes; one
-    (h, w) if it is that of all."""
+    """(h, w), or the shape in another layout, of each sample, those of its images if it is a conversation or interleaved, None
+    for a sample without codes; one shape if it is that of all."""
 
     def to_tensors(self) -> torch.Tensor | list[Any]:
         """(B, h, w) int32 if every sample has the same grid, else a list: (h, w), for a conversation a list of (h, w), one an
-        image, for a sample without codes None."""
-        flat = torch.from_numpy(self.flat.numpy().astype(np.int32))  # torch would wake its threads for it
+        image, for a sample without codes None. In another layout its shape in place of (h, w); floats stay as they are."""
+        is_float = self.flat.is_floating_point()
+        flat = self.flat if is_float else torch.from_numpy(self.flat.numpy().astype(np.int32))  # torch would wake its threads
         if isinstance(self.shapes, tuple):
             return flat.view(-1, *self.shapes)
         sizes = [math.prod(shape) for shapes in self.shapes for shape in _grids_of(shapes)]
@@ -73,7 +74,7 @@ class Codes(NamedTuple):
 
     def to_arrays(self) -> list[list[NDArray[np.unsignedinteger[Any]]]]:
         """The grids of each sample, as stored: one, or one an image of a conversation; none for a sample without codes."""
-        flat = self.flat.numpy()
+        flat = (self.flat.view(torch.uint16) if self.flat.dtype == torch.bfloat16 else self.flat).numpy()
         if isinstance(self.shapes, tuple):
             return [[grid_HW] for grid_HW in flat.reshape(-1, *self.shapes)]
         shapes = list(map(_grids_of, self.shapes))
@@ -220,7 +221,7 @@ def read_records(
     grids = [None] * len(loaded)
     if any(not reader.data_types.isdisjoint(MARKED_TYPES) for reader in {samples.reader for samples in loaded}):
         grids = list(map(_grids, loaded, sample_indices, records))
-    stacked = _codes(codes, grids)
+    stacked = _codes(codes, grids, list(map(_layout, loaded, sample_indices)))
     if stacked is not None and any(samples.reader.made for samples in loaded):
         shapes = [stacked.shapes] * len(records) if isinstance(stacked.shapes, tuple) else stacked.shapes
         for samples, sample_index, record, shape in zip(loaded, sample_indices, records, shapes, strict=True):
@@ -257,6 +258,11 @@ def _code_column(samples: LoadedSamples, sample_index: int) -> str:
     """The column that the codes of a sample are read from."""
     members = (suffix for suffix, _, _ in _payloads(samples, sample_index) if suffix in samples.reader.code_members)
     return next(members, "no codes").removesuffix(".npy")
+
+
+def _layout(samples: LoadedSamples, sample_index: int) -> CodeGrid:
+    """What the codes of a sample are."""
+    return samples.reader.layout or samples.reader.opened.manifest.layout(_code_column(samples, sample_index))
 
 
 def _payloads(samples: LoadedSamples, sample_index: int) -> Iterator[tuple[str, int, int]]:
@@ -296,25 +302,31 @@ def read_keys(headers: Data) -> list[str]:
     return [text[start : start + end] for start, end in zip(starts, ends.tolist(), strict=True)]
 
 
-def _codes(members: Data, grids: Sequence[Any]) -> Codes | None:
+def _codes(members: Data, grids: Sequence[Any], layouts: Sequence[CodeGrid]) -> Codes | None:
     lengths = set(map(len, members))
     if lengths == {0}:
         return None
-    stacked_BHW = stack_npy(members) if grids.count(None) == len(grids) else None
-    if stacked_BHW is not None:
-        (shape,) = HW.shapes_of("codes", stacked_BHW[0], None)
-        return Codes(_tensor(stacked_BHW.reshape(-1)), shape)
-    arrays = [parse_npy(member, "codes") if len(member) else None for member in members]
+    is_alike = grids.count(None) == len(grids) and layouts.count(layouts[0]) == len(layouts)
+    if is_alike and (stacked_B := stack_npy(members, IN_COLUMNS)) is not None:
+        (shape,) = layouts[0].shapes_of("codes", stacked_B[0], None)
+        return Codes(_tensor(stacked_B.reshape(-1), layouts[0]), shape)
+    arrays = [parse_npy(member, "codes", IN_COLUMNS) if len(member) else None for member in members]
     shapes: list[Shape | list[Shape] | None] = []
-    for array, of_images in zip(arrays, grids, strict=True):
-        found = None if array is None else HW.shapes_of("codes", array, of_images)
+    for array, of_images, layout in zip(arrays, grids, layouts, strict=True):
+        found = None if array is None else layout.shapes_of("codes", array, of_images)
         shapes.append(found if found is None or of_images is not None else found[0])
+    held = {layout.dtype if layout.is_float else "codes": layout for layout, shape in zip(layouts, shapes, strict=True) if shape}
+    if len(held) > 1:
+        raise FormatError(f"a batch can't hold {' and '.join(map(str, held))}: make a loader of each")
     flat = np.concatenate([array.reshape(-1) for array in arrays if array is not None])
     first = shapes[0]
-    return Codes(_tensor(flat), first if isinstance(first, tuple) and shapes.count(first) == len(shapes) else shapes)
+    return Codes(
+        _tensor(flat, next(iter(held.values()), HW)),
+        first if isinstance(first, tuple) and shapes.count(first) == len(shapes) else shapes,
+    )
 
 
-def stack_npy(members: Data) -> NDArray[Any] | None:
+def stack_npy(members: Data, takes: str = IDS) -> NDArray[Any] | None:
     """The arrays of npy members, side by side in a first dimension; None if they differ in type or shape.
 
     >>> from wds_tools.format.shard import npy_bytes
@@ -324,7 +336,7 @@ def stack_npy(members: Data) -> NDArray[Any] | None:
     """
     if len(set(map(len, members))) > 1:
         return None
-    first = parse_npy(members[0], "an npy member")
+    first = parse_npy(members[0], "an npy member", takes)
     skip = len(members[0]) - first.nbytes
     head = np.frombuffer(members[0], np.uint8, skip)
     stacked_BM = np.empty((len(members), first.nbytes), np.uint8)
@@ -337,7 +349,9 @@ def stack_npy(members: Data) -> NDArray[Any] | None:
     return stacked_BM.reshape(-1).view(first.dtype).reshape(len(members), *first.shape) if same else None
 
 
-def _tensor(flat: NDArray[Any]) -> torch.Tensor:
+def _tensor(flat: NDArray[Any], layout: CodeGrid) -> torch.Tensor:
+    if layout.is_float:
+        return torch.from_numpy(flat).view(getattr(torch, str(layout.dtype)))
     if flat.dtype.itemsize > 2 and flat.size and int(flat.max()) >= 1 << 31:
         raise FormatError(f"the code {int(flat.max())} does not fit the int32 of a batch")
     return torch.from_numpy(flat if flat.dtype.itemsize > 1 else flat.astype(np.uint16))

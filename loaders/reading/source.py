@@ -25,7 +25,7 @@ from loaders.order.samples import OpenSource
 from loaders.reading.cache import BlockCache
 from wds_tools.dataset.samples import IndexReader
 from wds_tools.errors import FormatError, UsageError
-from wds_tools.format.codes import chosen_codes, is_code_column
+from wds_tools.format.codes import HW, chosen_codes, is_code_column
 from wds_tools.format.index import ABSENT, ShardIndex
 from wds_tools.format.schema import IMAGE_EXTENSIONS, TOKEN_MEMBERS
 from wds_tools.storage import LocalStore, join
@@ -125,6 +125,9 @@ class SourceReader:
         self.has_images = any(suffix in IMAGE_EXTENSIONS for suffix in opened.manifest.members)
         self.data_types = {data_type for info in opened.manifest.shards for data_type in info.data_types}
         self.code_members = _code_members(opened)
+        layouts = [opened.manifest.layout(name.removesuffix(".npy")) for name in self.code_members] or [HW]
+        self.layout = layouts[0] if layouts.count(layouts[0]) == len(layouts) else None
+        """What its codes are; None: that depends on the column."""
         self.wanted = _wanted(opened, self.code_members)
         """Members whose spans every sample gets: the first that it has of each of these."""
         others = [name for name in opened.manifest.members if is_code_column(name) and name not in self.code_members]

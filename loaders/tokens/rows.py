@@ -57,7 +57,7 @@ class RowMaker:
                 "sequences are made of samples of this project's schema: leave them out for other tars and packed rows"
             )
         names = [opened.source.code_set for opened in sources]
-        self._make = config, seed, codebook_size_of(manifests, urls, config.codebook_size, names)
+        self._make = config, seed, codebook_size_of(manifests, urls, config, names)
         self._seed, self._texts = seed, [opened.texts for opened in sources]
         self.counts: Counter[str] = Counter()
         """Number of tokens, padding, rows, shortened (examples), split (interleaved documents), since the process started."""

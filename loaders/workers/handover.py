@@ -65,9 +65,8 @@ def _row_bytes(config: LoaderConfig, opened: OpenSource) -> float:
         return _TOKEN_BYTES * length if isinstance(length, int) else 0
     if config.sequences is not None:
         return config.sequences.max_length * _TOKEN_BYTES
-    sizes = [made.get("codebook_size") for made in manifest.codes.values()]
-    is_wide = any(isinstance(size, int) and size > 1 << 16 for size in sizes)
-    return sum(row.num_codes for row in manifest.shards) / max(manifest.samples, 1) * (4 if is_wide else 2)
+    widest = max((max(layout.npy_dtype.itemsize, 2) for layout in manifest.layouts.values()), default=2)
+    return sum(row.num_codes for row in manifest.shards) / max(manifest.samples, 1) * widest
 
 
 def tell_of_failures(_: int = 0, *, wrapped: bool = False) -> None:

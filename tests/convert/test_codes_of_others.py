@@ -20,7 +20,8 @@ from wds_tools.check.verify import VerifyConfig, verify
 from wds_tools.convert import run_conversion
 from wds_tools.convert.coded import CodedConfig
 from wds_tools.errors import Reject, UsageError
-from wds_tools.format.manifest import Manifest
+from wds_tools.format.codes import CodeGrid
+from wds_tools.format.manifest import Manifest, code_layouts
 from wds_tools.format.schema import Sample, validate
 
 Row = dict[str, Any]
@@ -84,6 +85,42 @@ def test_another_grid_comes_from_the_array_the_size_or_the_option(codes: Row, op
     assert np.array_equal(sample.codes["vqcode_multi768"], WIDE)
 
 
+LINE = random_codes(3, 1, 32)[0]
+SEVERAL = np.stack([WIDE % 64] * 4, -1)
+
+
+@pytest.mark.parametrize(
+    ("codes", "layout", "expected"),
+    [
+        ({"vq_code": LINE.tolist()}, "n", LINE),
+        ({"npy": npy(LINE[None])}, "n", LINE),
+        ({"vqcode_512": json.dumps(LINE.tolist())}, "n", LINE),
+        ({"npy": npy(SEVERAL)}, "hwk", SEVERAL),
+        ({"codes": SEVERAL[:1].tolist()}, "hwk", SEVERAL[:1]),
+    ],
+    ids=str,
+)
+def test_codes_in_one_dimension_and_of_several_codebooks_keep_their_layout(codes: Row, layout: str, expected: Any) -> None:
+    config = CodedConfig(input=("in",), output="out", layout=layout, mode="cc256")
+    sample = config.make_converter().convert("a", {"text": "a dog", **codes}, "in/rows.jsonl")
+    validate(sample, code_layouts(config.code_columns([])))
+    assert (sample.data_type, sample.width, list(sample.codes)) == ("image_text", None, ["vqcode_256"])
+    assert np.array_equal(sample.codes["vqcode_256"], expected)
+    made = config.code_columns([])["vqcode_256"]
+    assert (made["layout"], made["stride"]) == (layout, 16 if layout == "hwk" else None)
+
+
+def test_titok_like_rows_are_a_dataset_that_says_its_layout(tmp_path: Path) -> None:
+    rows = [{"text": "a", "vq_code": LINE.tolist()}, {"text": "b", "vq_code": SQUARE.tolist()}, {"text": "c", "vq_code": [9999]}]
+    source = write_jsonl(tmp_path / "rows.jsonl", rows)
+    options: Row = {"tokenizer": "titok", "layout": "n", "mode": "cc256", "max_rejects": "100%", "quiet": True}
+    manifest = run_conversion(CodedConfig(input=(str(source),), output=str(tmp_path / "out"), **options))
+    assert (manifest.samples, manifest.rejects, manifest.schema_version) == (1, {"bad_codes": 2}, 2)
+    assert manifest.layouts == {"vqcode_256": CodeGrid(layout="n", codebook_size=8192)}
+    assert "has the shape (32, 32), expected the axes number" in read_rejects(tmp_path / "out")[0]["detail"]
+    assert verify(VerifyConfig(input=str(tmp_path / "out"), quiet=True)).problems == ()
+
+
 TALK = {"conversations": [{"from": "human", "value": "<image>?"}, {"from": "gpt", "value": "!"}]}
 
 
@@ -145,7 +182,7 @@ def test_no_bytes_are_more_than_a_reject(data: bytes, keep: int) -> None:
 
 
 def test_wrong_options_are_refused() -> None:
-    for options in ({"grid": (0, 4)}, {"crop": 1}, {"grid": (4, 4), "crop": -1}):
+    for options in ({"grid": (0, 4)}, {"crop": 1}, {"grid": (4, 4), "crop": -1}, {"layout": "n"}, {"mode": "cc256"}):
         with pytest.raises(UsageError):
             CodedConfig(input=("in",), output="out", **options)
 

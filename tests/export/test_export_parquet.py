@@ -29,6 +29,26 @@ CODES = {
 }
 
 
+LAYOUTS = {
+    "vqcode_512-k": {**MADE, "layout": "hwk", "codebook_size": [16, 40]},
+    "vqcode_256": {**MADE, "layout": "n", "stride": None},
+    "vqcode_128": {"tokenizer": "f", "layout": "hw", "dtype": "float16"},
+    "vqcode_64": {"tokenizer": "f", "layout": "thwk", "dtype": "bfloat16"},
+}
+
+
+def other_layouts() -> list[Sample]:
+    """Codes of several codebooks, in one dimension, floats, and the bit patterns of a video's."""
+    rng = np.random.default_rng(0)
+    codes = {
+        "vqcode_512-k": rng.integers(0, 16, (2, 3, 2)).astype("<u2"),
+        "vqcode_256": rng.integers(0, 99, 7).astype("<u2"),
+        "vqcode_128": rng.random((2, 2)).astype("<f2"),
+        "vqcode_64": rng.integers(0, 9, (1, 2, 2, 3)).astype("<u2"),
+    }
+    return [image_sample(number)._replace(key=f"000000-{number:08d}", codes=codes) for number in range(2)]
+
+
 def every_kind() -> list[Sample]:
     """All that a sample can be, and have."""
     both = {"vqcode_512": random_codes(1, 4, 4), "vqcode_512-b": random_codes(2, 8, 8).astype("<u4")}
@@ -67,8 +87,12 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_everything_comes_back_byte_for_byte_with_what_is_known_of_its_codes(source: Path, tmp_path: Path) -> None:
-    assert export(source, tmp_path / "parquet").rows == len(every_kind())
+@pytest.mark.parametrize("codes", ["of every kind", "of other layouts"])
+def test_everything_comes_back_byte_for_byte_with_what_is_known_of_its_codes(source: Path, tmp_path: Path, codes: str) -> None:
+    if codes == "of other layouts":
+        source = tmp_path / "layouts"
+        make_dataset(source, other_layouts(), codes=LAYOUTS)
+    export(source, tmp_path / "parquet")
     back = CodedConfig(input=(str(tmp_path / "parquet"),), output=str(tmp_path / "back"), shard_samples=4, quiet=True)
     manifest, original = run_conversion(back), read_manifest(open_store(str(source)))
     assert manifest.rejects == {}
@@ -101,6 +125,13 @@ def test_pandas_and_load_dataset_read_typed_columns(source: Path, tmp_path: Path
     card = (tmp_path / "parquet" / "README.md").read_text()
     assert "in the order of the datasets" in card
     assert "| `vqcode_512-b` | struct<codes: list<element: uint32>" in card.replace("item:", "element:")
+
+
+def test_codes_of_one_name_and_two_tokenizers_are_not_put_into_one_column(source: Path, tmp_path: Path) -> None:
+    make_dataset(tmp_path / "other", [image_sample(1)], codes={"vqcode_512": {**MADE, "tokenizer": "c"}})
+    both = ParquetConfig(input=(str(source), str(tmp_path / "other")), output=str(tmp_path / "out"), quiet=True)
+    with pytest.raises(UsageError, match=r"vqcode_512 of .* come from different tokenizers"):
+        export_parquet(both)
 
 
 def test_a_finished_export_is_kept_by_resume_and_another_is_refused(source: Path, tmp_path: Path) -> None:

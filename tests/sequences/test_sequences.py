@@ -384,12 +384,13 @@ def test_codes_of_two_image_tokenizers_are_not_mixed() -> None:
         row = ShardInfo(name="a.tar", samples=1, bytes=1, xxh128="0" * 32, members=(), data_types={}, text_chars=1, num_codes=4)
         return Manifest(shards=(row,), inputs=1, codes=codes)
 
-    assert codebook_size_of([manifest("x"), manifest("x")], ["a", "b"], None, [None, None]) == 512
+    config = SequenceConfig(tokenizer="t", max_length=8)
+    assert codebook_size_of([manifest("x"), manifest("x")], ["a", "b"], config, [None, None]) == 512
     with pytest.raises(UsageError, match="different image tokenizers"):
-        codebook_size_of([manifest("x"), manifest("y")], ["a", "b"], None, ["", ""])
+        codebook_size_of([manifest("x"), manifest("y")], ["a", "b"], config, ["", ""])
     with pytest.raises(UsageError, match="b has codes, but its manifest does not say"):
-        codebook_size_of([manifest("x"), manifest(None)], ["a", "b"], None, [None, None])
-    assert codebook_size_of([manifest(None)], ["b"], 300, [None]) == 300
+        codebook_size_of([manifest("x"), manifest(None)], ["a", "b"], config, [None, None])
+    assert codebook_size_of([manifest(None)], ["b"], replace(config, codebook_size=300), [None]) == 300
 
 
 TURNS = ("A cat.", "User: ?\nAssistant: ", "!")

@@ -44,7 +44,8 @@ def test_a_row_shows_its_segments_texts_pictures_and_what_is_trained(tmp_path: P
         (card,) = ask(server, "/api/samples")["samples"]
         shown = ask(server, "/api/sample/0")
         assert card["type"] == "token row"
-        assert f"{len(every_kind())} segments, {shown['trained']} of 256 tokens are trained" == card["text"]
+        assert card["text"] == f"segments: {len(every_kind())}; trained tokens: {shown['trained']}"
+        assert card["row_tokens"] == 256
         assert sum(segment["tokens"] for segment in shown["segments"]) + shown["padding"] == 256
         texts = ["".join(run.get("text", "<image>") for run in segment["runs"]) for segment in shown["segments"]]
         assert "<s>Only words." in texts

@@ -15,7 +15,6 @@ from itertools import product
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from wds_tools.dataset.reader import read_manifest, read_shard
@@ -26,10 +25,10 @@ from wds_tools.format.schema import Sample
 from wds_tools.images import ImageLimits, mode_of_column, prepare
 from wds_tools.run.progress import Advance, Progress
 from wds_tools.storage import Store, open_store
-from wds_tools.vq.base import ImageTokenizer
+from wds_tools.vq.base import ImageTokenizer, layout_of, to_tensor
 from wds_tools.vq.registry import load_tokenizer
 
-_SAME = ("tokenizer", "codebook_size", "weights_hash", "preprocessing_version")
+_SAME = ("tokenizer", "layout", "dtype", "codebook_size", "weights_hash", "preprocessing_version")
 _LIMITS = ImageLimits(min_side=1, max_bytes=sys.maxsize)
 """Images that have codes are good."""
 _REPORT_EVERY = 64
@@ -204,8 +203,8 @@ def _look(result: Comparison, tokenizer: ImageTokenizer, made: Mapping[str, Any]
     """Decode the images of both, and compare the pictures with each other and with the photographs."""
     photographs = a.sample.images or b.sample.images
     for number, grids in enumerate(zip(a.grids, b.grids, strict=True)):
-        both_Bhw = torch.from_numpy(np.stack(grids).astype(np.int64))
-        pictures: dict[str, NDArray[Any]] = dict(zip("ab", tokenizer.decode(both_Bhw).cpu().numpy(), strict=True))
+        both_B = to_tensor(np.stack(grids), layout_of(tokenizer))
+        pictures: dict[str, NDArray[Any]] = dict(zip("ab", tokenizer.decode(both_B).cpu().numpy(), strict=True))
         result.pictures += 1
         pairs = {"between": (pictures["a"], pictures["b"])}
         if photographs:

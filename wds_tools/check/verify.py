@@ -21,7 +21,6 @@ from wds_tools.check.token_rows import check_row
 from wds_tools.dataset.layout import INDEX_SUFFIX, MANIFEST, REJECTS, TAR_SUFFIX, index_name
 from wds_tools.dataset.reader import ShardBytes, read_manifest
 from wds_tools.errors import DataError, FormatError, StorageError, UsageError
-from wds_tools.format.codes import check_range
 from wds_tools.format.index import check_fresh, parse_index, serialize_index
 from wds_tools.format.manifest import FILTERED, Manifest, ShardInfo, hash_rejects
 from wds_tools.format.scan import Scan, scan_tar
@@ -169,7 +168,7 @@ class _CheckShard:
                     check_row(key, payloads, rows)
                 else:
                     sample = sample_from_members(key, payloads)
-                    validate(sample)
+                    validate(sample, self.manifest.layouts)
                     contents.add(sample.data_type, sample.text_chars, sample.num_codes)
                     self._check_codes(sample)
             except DataError as error:
@@ -180,9 +179,9 @@ class _CheckShard:
 
     def _check_codes(self, sample: Sample) -> None:
         for column, codes in sample.codes.items():
-            size = self.manifest.codes.get(column, {}).get("codebook_size")
-            if size is not None:
-                check_range(f"{sample.key}: {column}", codes, size)
+            layout = self.manifest.layout(column)
+            if layout.sizes or layout.dtype:
+                layout.check_values(f"{sample.key}: {column}", codes)
             elif not self.manifest.is_indexed:
                 raise DataError(f"{sample.key}: {column} has no provenance in the manifest")
 

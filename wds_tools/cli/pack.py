@@ -25,9 +25,10 @@ def run(config: Config) -> int:
         return 0
     print_dataset(config.output, manifest)
     total = manifest.samples * rows["length"]
+    split = f", {counts['split']:,} interleaved in pieces" if "split" in counts else ""
     say(
         f"tokens       {counts.get('tokens', 0):,} of {counts.get('samples', 0):,} samples, {counts.get('shortened', 0):,} with "
-        f"a shortened text; padding {counts.get('padding', 0) / max(total, 1):.2%}; the model needs vocab_size >= "
+        f"a shortened text{split}; padding {counts.get('padding', 0) / max(total, 1):.2%}; the model needs vocab_size >= "
         f"{rows['vocabulary_size']:,}"
     )
     return 0

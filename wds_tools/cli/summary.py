@@ -77,8 +77,7 @@ def print_dataset(url: str, manifest: Manifest, *, json: bool = False) -> None:
     if isinstance(counts, dict) and PASSED_OVER in counts:
         facts["passed over"] = f"{counts[PASSED_OVER]} members of tars that are of no sample: hidden, without suffix, links"
     for column, provenance in manifest.codes.items():
-        size = provenance.get("codebook_size")
-        settings = [f"{size:,} codes" if isinstance(size, int) else "codes of unknown number"]
+        settings = [str(manifest.layouts[column])]
         settings += [str(provenance.get("precision", "unknown precision")), *(["compiled"] if provenance.get("compile") else [])]
         settings += [f"resized by {provenance['resize']}"] if "resize" in provenance else []
         facts[column] = f"{provenance.get('tokenizer', 'unknown tokenizer')}, {', '.join(settings)}"

@@ -18,8 +18,9 @@ from typing import Any
 
 from wds_tools.convert.options import ConvertOptions
 from wds_tools.errors import Reject, UsageError
-from wds_tools.format.codes import CODE_COLUMNS
+from wds_tools.format.codes import CODE_COLUMNS, HW, CodeGrid
 from wds_tools.format.schema import Sample
+from wds_tools.images import Mode, parse_mode
 from wds_tools.records.arrays import PICKLED
 from wds_tools.records.coded import ABSENT, IMAGE_TYPES, SIDE_512, TYPED_FIELDS, CodedRows
 from wds_tools.records.field_map import FieldMap
@@ -51,6 +52,10 @@ class CodedConfig(ConvertOptions):
     """Pixels of an image on a side for each code."""
     weights_hash: str | None = None
     """Hash of its weights, as the manifest of a set that was encoded here has it: only then can the two be exported together."""
+    layout: str = "hw"
+    """Axes of the arrays, a letter each: hw, n for codes in one dimension (TiTok), hwk for several codebooks of one size."""
+    mode: str | None = None
+    """With another --layout than hw: the mode of the images, such as cc256, which names the column."""
     codes: str | None = None
     """Field with the codes of an image. Default: Liquid's columns, else vq_code, vq_codes, codes or npy."""
     text: tuple[str, ...] = ()
@@ -70,6 +75,8 @@ class CodedConfig(ConvertOptions):
             raise UsageError(f"--codebook-size {self.codebook_size}: expected 1 to 2**32")
         if self.stride < 1 or SIDE_512 % self.stride:
             raise UsageError(f"--stride {self.stride}: expected a divisor of {SIDE_512}")
+        if (self.layout == HW.layout) != (self.mode is None) or (self.mode is not None and self.grid is not None):
+            raise UsageError("--layout n, hwk and so on need --mode, such as cc256, and take no --grid; hw takes no --mode")
         if self.grid is not None and min(self.grid) < 1:
             raise UsageError(f"--grid {self.grid[0]} {self.grid[1]}: at least 1")
         if self.crop is not None and (self.grid is None or self.crop < 0):
@@ -77,23 +84,30 @@ class CodedConfig(ConvertOptions):
 
     def make_converter(self) -> Coded:
         """The codes, text and turns of a record."""
-        rows = CodedRows(self.codebook_size, self.stride, self.grid, self.crop)
+        rows = CodedRows(self.codebook_size, self.stride, self.grid, self.crop, self._other)
         num_ahead = 0 if self.code_root is None else _NUM_AHEAD  # files are waited for
         return Coded(rows, self.codes, FieldMap(text=self.text), self.code_root, self.strict_links, num_ahead)
+
+    @property
+    def _other(self) -> tuple[CodeGrid, Mode] | None:
+        if self.mode is None:
+            return None
+        return CodeGrid(layout=self.layout, codebook_size=self.codebook_size), parse_mode(self.mode)
 
     @property
     def _tokenizer_settings(self) -> dict[str, Any]:
         return {
             "tokenizer": self.tokenizer,
             "codebook_size": self.codebook_size,
-            "stride": self.stride,
+            "stride": self.stride if self._other is None or self._other[0].has_sides else None,
             "weights_hash": self.weights_hash,
+            **({} if self._other is None else self._other[0].declared),
         }
 
     @property
     def settings(self) -> dict[str, Any]:
         """See ConvertOptions."""
-        names = ("codes", "text", "code_root", "grid", "crop")
+        names = ("mode", "codes", "text", "code_root", "grid", "crop")
         said = {name: value for name in names if (value := getattr(self, name)) not in (None, ())}
         return {**self._tokenizer_settings, **said, **super().settings}
 
@@ -106,13 +120,17 @@ class CodedConfig(ConvertOptions):
         """See ConvertOptions. Raises UsageError: files of `export parquet` contradict one another, or the options."""
         provenance = {**self._tokenizer_settings, "precision": "unknown", "imported": True}
         columns: dict[str, Mapping[str, Any]] = {}
-        given = [name for name in self._tokenizer_settings if getattr(self, name) != getattr(CodedConfig, name)]
+        given = [
+            name
+            for name in ("tokenizer", "codebook_size", "stride", "weights_hash")
+            if getattr(self, name) != getattr(CodedConfig, name)
+        ]
         for folder in {posixpath.dirname(file.url): file for file in files if file.url.lower().endswith(PARQUET)}.values():
             for column, made in exported_codes(folder).items():
                 if given or columns.setdefault(column, made) != made:
                     how = f"leave out --{given[0].replace('_', '-')}" if given else "convert what has other codes apart"
                     raise UsageError(f"{folder.url} says itself how {column} was made: {how}")
-        return {**dict.fromkeys(CODE_COLUMNS, provenance), **columns}
+        return {**dict.fromkeys(CODE_COLUMNS if self._other is None else (self._other[1].column,), provenance), **columns}
 
 
 @dataclass(frozen=True)
@@ -142,13 +160,13 @@ class Coded:
         if fields.keys() >= {*TYPED_FIELDS}:
             return self.rows.typed(key, fields)
         name, kind = self.roles(fields).get("codes"), fields.get("data_type")
-        if name is None and kind is None:
+        if name is None and (kind is None or self.rows.other):
             known = ", ".join(list(fields)[:8])[:200] or "none"
             raise Reject("missing_codes", f"no {' or '.join((*CODE_COLUMNS, *CODE_NAMES))}; the fields are: {known}; see --codes")
-        if name is None or name in CODE_COLUMNS:
+        if name is None or (name in CODE_COLUMNS and not self.rows.other):
             text = {"text": self.field_map.required_text(fields)} if self.field_map.text or "text" not in fields else {}
             return self.rows.sample(key, {"data_type": IMAGE_TYPES[0], **fields, **text})
-        if kind == "visual_sft":
+        if kind == "visual_sft" and not self.rows.other:
             return self.rows.sample(key, {**fields, CODE_COLUMNS[0]: value_of(fields, name)})
         if kind not in (None, *IMAGE_TYPES):
             raise Reject("unknown_data_type", f"data_type is {kind!r}, and {name} has codes: expected {IMAGE_TYPES[0]}")

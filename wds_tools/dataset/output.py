@@ -30,7 +30,15 @@ from wds_tools.dataset.layout import LEASES, MANIFEST, PLAN, REMOVABLE, TASKS, W
 from wds_tools.dataset.lease import Lease, Part, files_of
 from wds_tools.dataset.writer import TaskResult
 from wds_tools.errors import FormatError, NotFound, StorageError, UsageError
-from wds_tools.format.manifest import FORMAT, INDEX_COMMAND, Manifest, hash_rejects, parse_manifest, serialize_manifest
+from wds_tools.format.manifest import (
+    FORMAT,
+    INDEX_COMMAND,
+    Manifest,
+    code_layouts,
+    hash_rejects,
+    parse_manifest,
+    serialize_manifest,
+)
 from wds_tools.format.schema import SCHEMA_VERSION
 from wds_tools.format.typed_json import Count, read_json
 from wds_tools.storage import Store
@@ -202,7 +210,10 @@ class Output:
         done = list(results)
         shards = tuple(shard for result in done for shard in result.shards)
         members = {member for shard in shards for member in shard.members}
+        codes = {column: provenance for column, provenance in self.spec.codes.items() if f"{column}.npy" in members}
         counts = _total(result.counts for result in done)
+        versions = [self.spec.schema_version, *(result.schema_version for result in done)]
+        versions += [layout.schema_version for layout in code_layouts(codes).values()]
         return Manifest(
             shards=shards,
             inputs=sum(result.inputs for result in done),
@@ -210,9 +221,9 @@ class Output:
             rejects_hash=hash_rejects(
                 {rejects_name(result.task): result.rejects_sha256 for result in done if result.rejects_sha256}
             ),
-            codes={column: provenance for column, provenance in self.spec.codes.items() if f"{column}.npy" in members},
+            codes=codes,
             source={**self.spec.source, **source, **({"counts": dict(sorted(counts.items()))} if counts else {})},
-            schema_version=max([self.spec.schema_version, *(result.schema_version for result in done)]),
+            schema_version=max(versions),
         )
 
     def _look(self) -> Manifest | bool:

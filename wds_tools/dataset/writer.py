@@ -22,6 +22,7 @@ import orjson
 from wds_tools.dataset.files import Written, written
 from wds_tools.dataset.layout import index_name, marker_name, rejects_name, shard_name
 from wds_tools.errors import FormatError, Reject, UsageError
+from wds_tools.format.codes import NO_LAYOUTS, CodeGrid
 from wds_tools.format.index import ShardIndex, serialize_index
 from wds_tools.format.manifest import FILTERED, ShardInfo
 from wds_tools.format.schema import ANY_MEMBERS, Sample
@@ -74,10 +75,19 @@ class TaskWriter:
         task: its number in the plan.
         limits: when a shard closes.
         key_prefix: of the keys that `key` makes.
+        layouts: code column -> what its arrays are, where that is another than (h, w).
     """
 
-    def __init__(self, store: Store, task: int, limits: ShardLimits, key_prefix: str = "") -> None:
+    def __init__(
+        self,
+        store: Store,
+        task: int,
+        limits: ShardLimits,
+        key_prefix: str = "",
+        layouts: Mapping[str, CodeGrid] = NO_LAYOUTS,
+    ) -> None:
         self._store = store
+        self._layouts = layouts
         self.task = task
         self._key_prefix = f"{key_prefix}-" if key_prefix else ""
         self._limits = limits
@@ -114,7 +124,7 @@ class TaskWriter:
             FormatError: the sample breaks the schema; nothing was written.
             StorageError: the shard can't be written.
         """
-        builder = self._builder or ShardBuilder()
+        builder = self._builder or ShardBuilder(self._layouts)
         self._append(builder, builder.add(sample))
         self._schema_version = max(self._schema_version, sample.schema_version)
 

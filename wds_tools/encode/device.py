@@ -25,12 +25,12 @@ from torch import Tensor
 from wds_tools.errors import Reject, TokenizerError, WdsToolsError, in_one_line
 from wds_tools.run.progress import Advance
 from wds_tools.terminal import say
-from wds_tools.vq.base import ImageTokenizer
+from wds_tools.vq.base import ImageTokenizer, codes_shape, layout_of
 from wds_tools.vq.quantize import NO_CODE, CodebookTokenizer
 
 Pixels = NDArray[np.uint8]
-Outcome = NDArray[np.int64] | Reject | None
-"""Codes (h, w), or why there are none, or None where there was no image."""
+Outcome = NDArray[Any] | Reject | None
+"""Codes in the tokenizer's layout, int64, or floats as they are stored; or why not; None where there was no image."""
 
 _BATCHES = 2
 """On the device at once: one that is computed and one that is copied."""
@@ -49,6 +49,8 @@ class Device:
 
     def __init__(self, tokenizer: ImageTokenizer) -> None:
         self.tokenizer = tokenizer
+        self.layout = layout_of(tokenizer)
+        """What the arrays of codes are."""
         self.takes_any_size = tokenizer.device.type == "cpu" and isinstance(tokenizer, CodebookTokenizer)
         """Whether a batch may have images of several sizes: on a CPU ours go through the network one by one, side by side."""
         self._deliver = ThreadPoolExecutor(1, "deliver")
@@ -95,7 +97,7 @@ class Device:
     def _encode(self, outcomes: Sequence[Future[Outcome]], images: Sequence[Pixels], *, is_alone: bool = False) -> None:
         self._come()
         try:
-            codes_Bhw, wait = self._launch(images)
+            codes_B, wait = self._launch(images)
         except torch.OutOfMemoryError:
             self._go()
         except BaseException as error:  # noqa: BLE001  raised where the outcomes are asked for
@@ -103,7 +105,7 @@ class Device:
             _fail(outcomes, self._named(error, images))
             return
         else:
-            self._deliver.submit(self._set, outcomes, images, codes_Bhw, wait)
+            self._deliver.submit(self._set, outcomes, images, codes_B, wait)
             return
         # Out of memory, and out of the handler, so that what the failed pass held is free.
         for _ in range(_BATCHES):
@@ -127,8 +129,7 @@ class Device:
         try:
             codes = tokenizer.encode_each(list(map(torch.from_numpy, images)))
             for outcome, image, codes_hw in zip(outcomes, images, codes, strict=True):
-                self._check(codes_hw[None], [image])
-                outcome.set_result(codes_hw.numpy().copy())
+                outcome.set_result(self._check(codes_hw[None], [image])[0].copy())
                 self._num_images += 1
         except BaseException as error:  # noqa: BLE001  raised where the outcomes are asked for
             _fail(outcomes, self._named(error, images))
@@ -148,40 +149,53 @@ class Device:
             computing = torch.cuda.current_stream()
             computing.wait_stream(self._copies)
             pixels_BHWC.record_stream(computing)
-            codes_Bhw = self.tokenizer.encode(pixels_BHWC)
-            here_Bhw = torch.empty(codes_Bhw.shape, dtype=codes_Bhw.dtype, pin_memory=True)
-            here_Bhw.copy_(codes_Bhw, non_blocking=True)
+            codes_B = self.tokenizer.encode(pixels_BHWC)
+            here_B = torch.empty(codes_B.shape, dtype=codes_B.dtype, pin_memory=True)
+            here_B.copy_(codes_B, non_blocking=True)
             done: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record(computing)
-        return here_Bhw, done.synchronize
+        return here_B, done.synchronize
 
     def _set(
-        self, outcomes: Sequence[Future[Outcome]], images: Sequence[Pixels], codes_Bhw: Tensor, wait: Callable[[], None]
+        self, outcomes: Sequence[Future[Outcome]], images: Sequence[Pixels], codes_B: Tensor, wait: Callable[[], None]
     ) -> None:
         try:
             wait()
-            self._check(codes_Bhw, images)
-            for outcome, codes_hw in zip(outcomes, codes_Bhw.numpy().copy(), strict=True):
-                outcome.set_result(codes_hw)
+            for outcome, codes in zip(outcomes, self._check(codes_B, images).copy(), strict=True):
+                outcome.set_result(codes)
                 self._num_images += 1
         except BaseException as error:  # noqa: BLE001  raised where the outcomes are asked for
             _fail(outcomes, self._named(error, images))
         finally:
             self._go()
 
-    def _check(self, codes_Bhw: Tensor, images: Sequence[Pixels]) -> None:
-        """Raise TokenizerError unless these are codes of those images: others would be cut to fit, and nobody would see it."""
-        size, (H, W, _) = self.tokenizer.codebook_size, images[0].shape
-        expected = len(images), H // self.tokenizer.stride, W // self.tokenizer.stride
-        low, high = (int(code) for code in codes_Bhw.aminmax()) if codes_Bhw.numel() else (0, 0)
-        if codes_Bhw.is_floating_point() or tuple(codes_Bhw.shape) != expected or low < NO_CODE or high >= size:
-            got = f"{codes_Bhw.dtype} {tuple(codes_Bhw.shape)} from {low} to {high}"
+    def _check(self, codes_B: Tensor, images: Sequence[Pixels]) -> NDArray[Any]:
+        """The codes as they may be stored: int64, or floats of the layout's type, of bfloat16 the bit patterns.
+
+        Raises TokenizerError unless these are codes of those images: others would be cut to fit, and nobody would see it.
+        """
+        layout, (H, W, _) = self.layout, images[0].shape
+        expected = len(images), *codes_shape(self.tokenizer, H, W)
+        array = (codes_B.view(torch.uint16) if codes_B.dtype == torch.bfloat16 else codes_B).numpy()
+        low, high = (array.min(), array.max()) if array.size else (0, 0)
+        is_good = array.shape == expected and layout.is_shape(expected[1:])
+        if layout.is_float:
+            kind = f"{layout.dtype} {expected}"
+            is_good = is_good and str(codes_B.dtype) == f"torch.{layout.dtype}"
+        else:
+            most = max(layout.sizes, default=np.iinfo(layout.npy_dtype).max + 1) - 1
+            kind = f"integers {expected} from 0 to {most}" + (f": {layout}" if layout.schema_version > 1 else "")
+            is_good = is_good and array.dtype.kind in "iu" and low >= NO_CODE and high <= most
+            is_good = is_good and all(size is None or codes_N.max() < size for _, codes_N, size in layout.by_codebook("", array))
+        if not is_good:
+            got = f"{codes_B.dtype} {array.shape} from {low} to {high}"
             raise TokenizerError(
                 f"tokenizer {self.tokenizer.name} gave codes of {got} for {len(images)} images of {W} x {H} pixels: "
-                f"expected integers {expected} from 0 to {size - 1}"
+                f"expected {kind}"
             )
-        if self._alike is not None and low >= 0 and expected[1] * expected[2] > 1:
-            self._compare(low, high, sum(int(np.ptp(image)) >= _PICTURE_LEVELS for image in images))
+        if self._alike is not None and low >= 0 and not layout.is_float and array[0].size > 1:
+            self._compare(int(low), int(high), sum(int(np.ptp(image)) >= _PICTURE_LEVELS for image in images))
+        return array
 
     def _compare(self, low: int, high: int, num_pictures: int) -> None:
         """Say it once if all pictures so far have one code, and whether that may be NaN inside, which can't be seen from here."""

@@ -14,7 +14,6 @@ from importlib.metadata import version
 from itertools import groupby
 from typing import Any, NamedTuple, TypeVar
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 
@@ -24,13 +23,13 @@ from wds_tools.encode.memory import keep_freed_memory
 from wds_tools.encode.options import TokenizerOptions
 from wds_tools.encode.resize import check_torch_resize, prepare_with_torch
 from wds_tools.errors import FormatError, Reject, TokenizerError, UsageError
-from wds_tools.format.codes import code_dtype, join_grids, named_column
-from wds_tools.format.schema import MARKED_TYPES, PAIR_TYPES, Sample, SourceImage
+from wds_tools.format.codes import join_grids, named_column
+from wds_tools.format.schema import MARKED_TYPES, PAIR_TYPES, Sample
 from wds_tools.images import PREPROCESSING_VERSION, ImageLimits, Mode, parse_mode, prepare, probe
 from wds_tools.run.local import stops_held
 from wds_tools.run.ray_cluster import check_device
 from wds_tools.terminal import say
-from wds_tools.vq.base import ImageTokenizer
+from wds_tools.vq.base import ImageTokenizer, layout_of
 from wds_tools.vq.quantize import ENCODER_VERSION, NAN_HELP
 from wds_tools.vq.registry import find_device, load_tokenizer
 
@@ -148,9 +147,10 @@ class ImageEncoder:
                 for name in self.options.devices:
                     find_device(name)
             tokenizer = self._load("cpu", "fp32" if self.options.precision == "tf32" else self.options.precision)
-        if tokenizer.codebook_size > _LARGE_CODEBOOK and self.options.precision == "bf16":
+        layout = layout_of(tokenizer)
+        if max(layout.sizes, default=0) > _LARGE_CODEBOOK and self.options.precision == "bf16":
             say(
-                f"wds-tools: with the {tokenizer.codebook_size:,} codes of {tokenizer.name}, --precision bf16 changes many (of "
+                f"wds-tools: with the {max(layout.sizes):,} codes of {tokenizer.name}, --precision bf16 changes many (of "
                 "131,072, about 10 %, say the authors of such a tokenizer): fp32 or tf32 changes none or few",
                 error=True,
             )
@@ -158,7 +158,8 @@ class ImageEncoder:
         settings = {
             "tokenizer": tokenizer.name,
             "codebook_size": tokenizer.codebook_size,
-            "stride": tokenizer.stride,
+            "stride": tokenizer.stride if layout.has_sides else None,
+            **layout.declared,
             "weights_hash": tokenizer.weights_hash,
             "preprocessing_version": PREPROCESSING_VERSION,
             "encoder_version": ENCODER_VERSION,
@@ -223,28 +224,25 @@ class ImageEncoder:
             for image in sample.images:
                 yield ticket, partial(_PREPARE[self.options.resize], image.data, mode, self._limits)
 
-    def _is_enlarged(self, mode: Mode, image: SourceImage) -> bool:
-        info = probe(image.data, self._limits)
-        return mode.crop_for(info.width, info.height).enlarges(info.width, info.height)
-
-    def _filled(self, sample: Sample, grids: Sequence[NDArray[np.int64]]) -> Sample:
-        tokenizer, column = self.device.tokenizer, self.column_of(sample.data_type)
-        for number, grid_hw in enumerate(grids):
-            if num_bad := int((grid_hw < 0).sum()):
-                height, width = (side * tokenizer.stride for side in grid_hw.shape)
+    def _filled(self, sample: Sample, grids: Sequence[NDArray[Any]]) -> Sample:
+        tokenizer, layout, column = self.device.tokenizer, self.device.layout, self.column_of(sample.data_type)
+        mode = self._mode(sample.data_type, tokenizer)
+        sizes = [(info.width, info.height) for info in (probe(image.data, self._limits) for image in sample.images)]
+        crops = [mode.crop_for(*size) for size in sizes]
+        for number, grid in enumerate(grids):
+            if num_bad := int((grid < 0 if grid.dtype.kind == "i" else ~layout.are_numbers(grid)).sum()):
+                width, height = crops[number].size
                 raise TokenizerError(
                     f"{sample.key}: tokenizer {tokenizer.name} in {self.options.precision} gave NaN or infinite numbers for "
-                    f"{num_bad} of the {grid_hw.size} codes of image {number} ({width} x {height} pixels): {NAN_HELP}"
+                    f"{num_bad} of the {grid.size} codes of image {number} ({width} x {height} pixels): {NAN_HELP}"
                 )
-        dtype = code_dtype(tokenizer.codebook_size)
-        codes, shapes = join_grids([grid_hw.astype(dtype) for grid_hw in grids], dtype)
+        codes, shapes = join_grids([grid.astype(layout.npy_dtype) for grid in grids], layout.npy_dtype, layout)
         filled = sample if self._keep_images else sample._replace(image=None, image_extension=None, more_images=())
-        mode = self._mode(sample.data_type, tokenizer)
-        num_enlarged = sum(map(partial(self._is_enlarged, mode), sample.images))
+        num_enlarged = sum(crop.enlarges(*size) for crop, size in zip(crops, sizes, strict=True))
         filled = filled._replace(codes={**sample.codes, column: codes}, num_enlarged=num_enlarged)
         if sample.data_type in MARKED_TYPES:
             return filled._replace(grids={**(sample.grids or {}), column: shapes})
         if sample.codes:  # what it is, and its size, go with those
             return filled
-        height, width = (None, None) if mode.family == "cc" else (side * tokenizer.stride for side in codes.shape)
-        return filled._replace(data_type=mode.data_type, width=width, height=height)
+        pixels = (None, None) if mode.family == "cc" else crops[0].size
+        return filled._replace(data_type=mode.data_type, width=pixels[0], height=pixels[1])

@@ -30,8 +30,6 @@ _MEANING = {
     "width": "pixels of the cropped image, as a string; `no` if there are none",
     "height": "the same",
 }
-LIQUID_COLUMNS = [(dtype, _MEANING[name]) for name, dtype in COLUMNS.items()]
-"""Type and meaning of each of Liquid's columns."""
 _SIZES = (("n<1K", 10**3), ("1K<n<10K", 10**4), ("10K<n<100K", 10**5), ("100K<n<1M", 10**6), ("1M<n<10M", 10**7))
 _LARGER = (("10M<n<100M", 10**8), ("100M<n<1B", 10**9), ("1B<n<10B", 10**10), ("10B<n<100B", 10**11), ("100B<n<1T", 10**12))
 
@@ -44,7 +42,7 @@ def serialize_card(
     left_out: Mapping[str, int],
     files: int,
     seed: int | None,
-    columns: Mapping[str, tuple[str, str]],
+    columns: Mapping[str, str],
     fingerprint: str,
     license_id: str | None,
     num_bytes: int | None = None,
@@ -58,7 +56,7 @@ def serialize_card(
         left_out: samples that are not in it, by data type.
         files: how many.
         seed: of the shuffle; None: the rows are in the order of the datasets, and typed.
-        columns: name -> type and meaning.
+        columns: name -> type.
         fingerprint: of the rows and their order.
         license_id: as the Hub names licences, such as cc-by-4.0.
         num_bytes: of the rows in Arrow's memory; None as long as it is not known.
@@ -75,7 +73,7 @@ def serialize_card(
         "",
         "| column | type | |",
         "|---|---|---|",
-        *(f"| `{name}` | {dtype} | {meaning} |" for name, (dtype, meaning) in columns.items()),
+        *(f"| `{name}` | {dtype} | {_MEANING.get(name, '') if seed is not None else ''} |" for name, dtype in columns.items()),
         "",
         "## Where it comes from",
         "",
@@ -136,7 +134,7 @@ def _provenance(manifest: Manifest) -> Iterator[str]:
     yield f"- {manifest.samples:,} samples ({_counts(manifest.data_types)}) of `{command}`, {manifest.fingerprint()}{rejects}"
     for column, made in manifest.codes.items():
         weights = f", weights {made['weights_hash']}" if made.get("weights_hash") else ""
-        facts = f"{made.get('codebook_size', 0):,} codes, stride {made.get('stride')}, {made.get('precision')}{weights}"
+        facts = f"{manifest.layout(column)}, stride {made.get('stride')}, {made.get('precision')}{weights}"
         yield f"    - `{column}`: tokenizer {made.get('tokenizer')}, {facts}"
 
 

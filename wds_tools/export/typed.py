@@ -15,37 +15,25 @@ from typing import Any
 import orjson
 
 from wds_tools.errors import FormatError
-from wds_tools.format.codes import code_dtype, is_code_column
-from wds_tools.format.manifest import Manifest
+from wds_tools.format.codes import HW, is_code_column
+from wds_tools.format.manifest import Manifest, code_layouts
 from wds_tools.format.schema import IMAGE_EXTENSIONS, Sample
 from wds_tools.records.coded import MADE, TYPED_FIELDS
-
-MEANING = {
-    "key": "of the sample in its dataset",
-    "data_type": "`image_text`, `image_text_multi`, `text_pretrain`, `visual_sft` (a conversation), `interleaved`",
-    "text": "the caption or the document; each `<image>` in it is the next image",
-    "length": "characters of text + 4 x number of codes",
-    "width": "pixels of the cropped image, where each has its own",
-    "height": "the same",
-    "texts": "several captions, by name",
-    "conversations": "the turns; each `<image>` is the next image",
-    "images": "the source images, in order",
-    "provenance": "further fields, as JSON",
-}
-_CODES_MEANING = "`codes` row by row, the `shape` of their array, and of several images the `grids` (rows, columns) in it"
 
 
 def typed_schema(pa: Any, manifests: Sequence[Manifest]) -> Any:
     """The Arrow schema of a table of these datasets."""
     members = dict.fromkeys(member for manifest in manifests for member in manifest.members)
     made = {column: provenance for manifest in manifests for column, provenance in manifest.codes.items()}
+    layouts = code_layouts(made)
     text, shape = pa.string(), pa.list_(pa.int32())
     types = dict.fromkeys(TYPED_FIELDS, text)
     types |= {"length": pa.int64(), "width": pa.int32(), "height": pa.int32()}
     types["texts"] = pa.list_(pa.struct({"name": text, "text": text}))
     types["conversations"] = pa.list_(pa.struct({"from": text, "value": text}))
     for column in (member.removesuffix(".npy") for member in members if is_code_column(member)):
-        numbers = pa.from_numpy_dtype(code_dtype(made.get(column, {}).get("codebook_size") or 1 << 32))
+        layout = layouts.get(column, HW)
+        numbers = pa.uint32() if not layout.sizes and layout.dtype is None else pa.from_numpy_dtype(layout.npy_dtype)
         types[column] = pa.struct({"codes": pa.list_(numbers), "shape": shape, "dtype": text, "grids": pa.list_(shape)})
     if not {*IMAGE_EXTENSIONS}.isdisjoint(members):
         types["images"] = pa.list_(pa.struct({"bytes": pa.binary(), "path": text}))
@@ -56,11 +44,6 @@ def typed_columns(pa: Any, schema: Any, samples: Sequence[Sample]) -> list[Any]:
     """Arrays of the columns of a schema."""
     rows = list(map(_row, samples))
     return [pa.array([row.get(field.name) for row in rows], type=field.type) for field in schema]
-
-
-def described(schema: Any) -> dict[str, tuple[str, str]]:
-    """Column -> its type and what it means, for the dataset card."""
-    return {field.name: (str(field.type), MEANING.get(field.name, _CODES_MEANING)) for field in schema}
 
 
 def size_of(sample: Sample) -> int:

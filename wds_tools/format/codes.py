@@ -1,24 +1,29 @@
 """What the codes of an image are: the array that holds them, its type, and the columns that it is stored in.
 
+    provenance of a column ── CodeGrid ──▶ axes, types and ranges that its arrays have
     (h, w) of each image ── join_grids ──▶ (1, sum of h x w) and [h, w] of each ── split_grids ──▶ (h, w) of each image
 
-Codes are raw codebook indices in row-major order, uint16 or uint32 as the codebook needs, never shifted into a text tokenizer's
-ids. A column is named by the mode of its images, and by its code set where it has one: "vqcode_512-emu3". Invariant: no other
-module knows the axes of a layout, or which types codes have; a layout is an entry of LAYOUTS. No torch, no I/O.
+A column declares its layout, a letter for each axis: "hw" (where it says nothing), "n" for codes in one dimension, "hwk" for
+several codebooks a position, any other of one to four axes. Codes are raw codebook indices, never shifted into a text
+tokenizer's ids, uint16 or uint32 as the codebook needs unless the column declares another type; in place of codes there may be
+floats. A column is named by the mode of its images, and by its code set where it has one: "vqcode_512-emu3". Invariant: no other
+module knows the axes of a layout, or which types codes have. No torch, no I/O.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
-from typing import Any, TypeVar
+from itertools import accumulate, groupby
+from types import MappingProxyType
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from wds_tools.errors import FormatError
+from wds_tools.errors import FormatError, UsageError
 
 CODE_COLUMNS = ("vqcode_512", "vqcode_multi768")
 """Those of Liquid's rows. Others are named by their mode too: "vqcode_256", "vqcode_fit720"; a dataset's are in its manifest."""
@@ -28,19 +33,82 @@ MAX_COLUMN_BYTES = 31
 NAME_ALPHABET = frozenset("0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ_-")
 """Characters of keys and of code columns."""
 
+_Size = Annotated[int, range(1, (1 << 32) + 1)]
+_Dtype = Literal["uint8", "uint16", "uint32", "uint64", "bfloat16", "float16", "float32"]
+_NPY_DTYPES = dict(zip(get_args(_Dtype), ("|u1", "<u2", "<u4", "<u8", "<u2", "<f2", "<f4"), strict=True))
+_AXES = {"h": "height", "w": "width", "k": "codebook", "n": "number", "t": "frame"}
 Codes = NDArray[np.unsignedinteger[Any]]
 Shape = tuple[int, ...]
 _Value = TypeVar("_Value")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CodeGrid:
-    """How the codes of one image lie in an array, and those of a conversation's images in one."""
+    """How the codes of one image lie in an array, and those of several images in one: what a column's provenance declares.
 
-    axes: tuple[str, ...]
-    """Names of the dimensions of a grid."""
-    dtypes: tuple[str, ...]
-    """Types that codes may have on disk."""
+    Raises:
+        UsageError: a layout of other than one to four different lower-case letters; floats with a codebook, or an empty list.
+    """
+
+    layout: str = "hw"
+    """A letter for each axis of an image's array, the first axis first."""
+    codebook_size: _Size | tuple[_Size, ...] | None = None
+    """Entries of the codebook; a tuple: those of each, along the last axis. None: it is not known, or there is none."""
+    dtype: _Dtype | None = None
+    """Type of the numbers, of bfloat16 the bit patterns as uint16. None: uint16 or uint32, as the codebook needs."""
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch("[a-z]{1,4}", self.layout) or len({*self.layout}) < len(self.layout):
+            raise UsageError(f"layout {self.layout[:40]!r}: expected 1 to 4 different letters, one an axis, as hw, n or hwk")
+        if self.codebook_size == () or (self.sizes and self.is_float):
+            raise UsageError(f"codebook_size={self.codebook_size!r}: expected one or more with codes, and none with floats")
+
+    def __str__(self) -> str:
+        runs = [(size, len(list(run))) for size, run in groupby(self.sizes)]
+        size = " + ".join(f"{number} x {size:,}" if number > 1 else f"{size:,}" for size, number in runs)
+        what = f"{size} codes" if size else self.dtype or "codes of unknown number"
+        return what if self.layout == HW.layout else f"{what} ({self.layout})"
+
+    @property
+    def axes(self) -> str:
+        """Names of its axes."""
+        return ", ".join(_AXES.get(letter, letter) for letter in self.layout)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Entries of each codebook; none if it is not known, or there is none."""
+        size = self.codebook_size
+        return size if isinstance(size, tuple) else () if size is None else (size,)
+
+    @property
+    def is_float(self) -> bool:
+        """Whether it is floats in place of codes."""
+        return self.dtype in ("bfloat16", "float16", "float32")
+
+    @property
+    def is_sequence(self) -> bool:
+        """Whether codes have one order in which they can be ids of a text: raster, or as they stand."""
+        return self.layout in ("hw", "n") and not self.is_float
+
+    @property
+    def has_sides(self) -> bool:
+        """Whether the first two axes are height and width, so that a stride says how many pixels they are."""
+        return self.layout.startswith("hw")
+
+    @property
+    def declared(self) -> dict[str, str]:
+        """What provenance says of it beside its codebook; nothing of what all columns were once."""
+        return {name: value for name in ("layout", "dtype") if (value := getattr(self, name)) != getattr(HW, name)}
+
+    @property
+    def schema_version(self) -> int:
+        """The schema of samples that knows such arrays."""
+        return 2 if self.declared or isinstance(self.codebook_size, tuple) else 1
+
+    @property
+    def npy_dtype(self) -> np.dtype[Any]:
+        """Type of the arrays as they are written."""
+        return np.dtype(_NPY_DTYPES[self.dtype]) if self.dtype else code_dtype(max(self.sizes, default=1))
 
     def check(self, column: str, codes: NDArray[Any], *, is_joined: bool) -> None:
         """Raise FormatError unless this may be the array of a code column.
@@ -48,19 +116,47 @@ class CodeGrid:
         Args:
             column: what the message names.
             codes: the array.
-            is_joined: whether it holds a conversation's grids, which may be none: see `check_shapes`.
+            is_joined: whether it holds the grids of several images, which may be none: see `check_shapes`.
         """
-        num_axes = len(self.axes)
-        if codes.ndim != num_axes or (codes.size == 0 and not is_joined) or codes.dtype.str not in self.dtypes:
+        types = (_NPY_DTYPES[self.dtype],) if self.dtype else ("<u2", "<u4")
+        num_axes = len(self.layout)
+        if not (codes.ndim == num_axes if is_joined else self.is_shape(codes.shape)) or codes.dtype.str not in types:
+            several = f" with {len(self.sizes)} codebooks on its last axis" if len(self.sizes) > 1 else ""
             raise FormatError(
                 f"{column} is {codes.dtype.str} {codes.shape}, expected a non-empty {num_axes}-D grid of "
-                f"{' or '.join(self.dtypes)}"
+                f"{' or '.join(types)}{several}"
             )
 
+    def check_values(self, name: str, codes: NDArray[Any]) -> None:
+        """Raise FormatError, which begins with `name`, if a code is not an index of its codebook, or a float no number."""
+        for called, codes_N, size in self.by_codebook(name, codes):
+            if size is not None:
+                check_range(called, codes_N, size)
+        if num_bad := codes.size - int(self.are_numbers(codes).sum()):
+            raise FormatError(f"{name}: {num_bad} of {codes.size} {self.dtype} numbers are NaN or infinite")
+
+    def are_numbers(self, codes: NDArray[Any]) -> NDArray[np.bool_]:
+        """Which are neither NaN nor infinite, of an array as it is stored."""
+        return np.asarray((codes & 0x7F80) != 0x7F80 if self.dtype == "bfloat16" else np.isfinite(codes))
+
+    def by_codebook(self, name: str, codes: NDArray[Any]) -> Iterator[tuple[str, Codes, int | None]]:
+        """The codes of each codebook: what to call it, (N,) codes as a view, and its size. Nothing of numbers without one."""
+        sizes = self.sizes or ((None,) if self.dtype is None else ())
+        for number, size in enumerate(sizes):
+            called = f"{name} codebook {number}" if len(sizes) > 1 else name
+            yield called, codes.reshape(-1, len(sizes))[:, number], size
+
+    def cells(self, codes: NDArray[Any]) -> Codes:
+        """The codes of one image as rows and columns, to be drawn: the first axis as rows, all others side by side; of one axis
+        one row. Raises FormatError: they are floats."""
+        if self.is_float:
+            raise FormatError(f"{' x '.join(map(str, codes.shape))} numbers of {self}: no codes, so they are not drawn")
+        return codes.reshape(1 if codes.ndim == 1 else codes.shape[0], -1)
+
     def check_shapes(self, column: str, codes: NDArray[Any], shapes: Any) -> None:
-        """Raise FormatError unless an array holds a conversation's grids of these shapes, which come from JSON."""
+        """Raise FormatError unless an array holds the grids of several images of these shapes, which come from JSON."""
         if not isinstance(shapes, list | tuple) or not all(map(self.is_shape, shapes)):
-            raise FormatError(f"the grids of {column} are {shapes!r}, expected a list of [{', '.join(self.axes)}]")
+            raise FormatError(f"the grids of {column} are {shapes!r}, expected a list of [{self.axes}]")
         expected = self.joined_shape(shapes)
         if codes.shape != expected:
             raise FormatError(f"{column} has the shape {codes.shape}, its {len(shapes)} grids {shapes!r} need {expected}")
@@ -70,33 +166,36 @@ class CodeGrid:
 
         Args:
             column: what the message names.
-            codes: the array, of any unsigned type.
+            codes: the array; of any unsigned type if the column declares nothing.
             shapes: see `check_shapes`; None: the array is one grid.
         """
+        if codes.dtype.kind == "f" or self.schema_version > 1:
+            self.check(column, codes, is_joined=shapes is not None)
         if shapes is None:
-            if codes.ndim != len(self.axes):
-                raise FormatError(f"{column} has the shape {codes.shape}, expected ({', '.join(self.axes)})")
+            if codes.ndim != len(self.layout):
+                raise FormatError(f"{column} has the shape {codes.shape}, expected ({self.axes})")
             return [codes.shape]
         self.check_shapes(column, codes, shapes)
         return list(map(tuple, shapes))
 
     def joined_shape(self, shapes: Sequence[Sequence[int]]) -> Shape:
-        """The shape of the array that holds a conversation's grids: that of the only one, else one line of them end to end."""
-        return tuple(shapes[0]) if len(shapes) == 1 else (*(1,) * (len(self.axes) - 1), sum(map(math.prod, shapes)))
+        """The shape of the array that holds several images' grids: that of the only one, else one line of them end to end."""
+        return tuple(shapes[0]) if len(shapes) == 1 else (*(1,) * (len(self.layout) - 1), sum(map(math.prod, shapes)))
 
     def is_shape(self, value: Any) -> bool:
         """Whether a value of JSON is the shape of a grid."""
-        is_list = isinstance(value, list | tuple) and len(value) == len(self.axes)
-        return is_list and all(type(side) is int and side > 0 for side in value)
+        is_list = isinstance(value, list | tuple) and len(value) == len(self.layout)
+        has_codebooks = len(self.sizes) < 2 or (is_list and value[-1] == len(self.sizes))
+        return is_list and has_codebooks and all(type(side) is int and side > 0 for side in value)
 
 
-LAYOUTS = {"hw": CodeGrid(("height", "width"), ("<u2", "<u4"))}
-"""Layout -> what it is. Columns do not say yet which they have: all are HW."""
-HW = LAYOUTS["hw"]
+HW = CodeGrid()
+"""What a column is that declares nothing."""
+NO_LAYOUTS: Mapping[str, CodeGrid] = MappingProxyType({})
 
 
 def join_grids(grids: Sequence[Codes], dtype: np.dtype[Any], layout: CodeGrid = HW) -> tuple[Codes, list[list[int]]]:
-    """The codes of a conversation's images as a sample holds them, and the shape of each: see Sample.grids."""
+    """The codes of several images as a sample holds them, and the shape of each: see Sample.grids."""
     shapes = [list(grid.shape) for grid in grids]
     flat = np.concatenate([np.empty(0, dtype), *(grid.reshape(-1) for grid in grids)])
     return flat.reshape(layout.joined_shape(shapes)), shapes

@@ -14,11 +14,13 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
 import orjson
 
 from wds_tools.errors import FormatError
+from wds_tools.format.codes import HW, CodeGrid
 from wds_tools.format.schema import ANY_MEMBERS, SCHEMA_VERSION
 from wds_tools.format.typed_json import Count, read_json, shape
 
@@ -80,7 +82,7 @@ def hash_rejects(digests: Mapping[str, str]) -> str:
     return f"sha256:{hashlib.sha256(lines.encode()).hexdigest()}"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """A complete dataset."""
 
@@ -90,7 +92,8 @@ class Manifest:
     rejects: Mapping[str, int] = field(default_factory=dict)
     """Records not taken, by reason; each has a line under rejects/, but for those of FILTERED."""
     codes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Code column -> its provenance: tokenizer, codebook_size, stride, weights_hash, preprocessing_version, precision, ..."""
+    """Code column -> its provenance: layout, codebook_size and dtype (see CodeGrid), stride (None: there is none), tokenizer,
+    weights_hash, preprocessing_version, precision, ..."""
     source: Mapping[str, Any] = field(default_factory=dict)
     """Origin: command, settings, input files; of a job over a dataset, that one's fingerprint and own source."""
     schema_version: int = SCHEMA_VERSION
@@ -122,6 +125,15 @@ class Manifest:
         """Suffixes over all shards, in the order of their first shard."""
         kinds = dict.fromkeys(shard.members for shard in self.shards)
         return tuple(dict.fromkeys(member for members in kinds for member in members))
+
+    @cached_property
+    def layouts(self) -> dict[str, CodeGrid]:
+        """Code column -> what its arrays are."""
+        return code_layouts(self.codes)
+
+    def layout(self, column: str) -> CodeGrid:
+        """What the arrays of a code column are; (h, w) if nothing is said of it."""
+        return self.layouts.get(column, HW)
 
     @property
     def is_indexed(self) -> bool:
@@ -172,13 +184,6 @@ class _Source:
     rows: TokenRows | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Codes:
-    """The field of a column's provenance that is counted with."""
-
-    codebook_size: Annotated[int, range(1, (1 << 32) + 1)] | None = None
-
-
 def serialize_manifest(manifest: Manifest) -> bytes:
     """The bytes of manifest.json: indented, keys in a fixed order.
 
@@ -217,8 +222,7 @@ def parse_manifest(data: bytes, name: str = "manifest.json") -> Manifest:
     what = f"{name}: not a manifest that this release reads"
     document = read_json(_Document, data, what)
     shape(_Source, document.source, f"{what}: source")
-    for column, provenance in document.codes.items():
-        shape(_Codes, provenance, f"{what}: codes.{column}")
+    code_layouts(document.codes, f"{what}: codes")
     manifest = Manifest(
         shards=document.shards,
         inputs=document.inputs,
@@ -240,6 +244,11 @@ def parse_manifest(data: bytes, name: str = "manifest.json") -> Manifest:
         digest = hashlib.sha256(data[:begin] + _NO_HASH.encode() + data[end:]).hexdigest()
         _check_stated(name, "manifest_hash", document.manifest_hash, f"sha256:{digest}")
     return manifest
+
+
+def code_layouts(codes: Mapping[str, Mapping[str, Any]], what: str = "codes") -> dict[str, CodeGrid]:
+    """Code column -> what its arrays are, from their provenance. Raises FormatError, which names `what` and the column."""
+    return {column: shape(CodeGrid, made, f"{what}.{column}") for column, made in codes.items()}
 
 
 def shard_info_from_json(record: Mapping[str, Any]) -> ShardInfo:

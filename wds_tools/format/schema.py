@@ -11,7 +11,17 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from wds_tools.errors import FormatError
-from wds_tools.format.codes import HW, NAME_ALPHABET, Codes, check_column, is_code_column, is_square, split_grids
+from wds_tools.format.codes import (
+    HW,
+    NAME_ALPHABET,
+    NO_LAYOUTS,
+    CodeGrid,
+    Codes,
+    check_column,
+    is_code_column,
+    is_square,
+    split_grids,
+)
 
 SCHEMA_VERSION = 1
 """Of datasets that every release can read; one with a sample that needs more has that one's: see Sample.schema_version."""
@@ -56,7 +66,8 @@ class Sample(NamedTuple):
     that of the first."""
     height: int | None = None
     codes: Mapping[str, Codes] = _NOTHING
-    """Code column -> (h, w) grid of codebook indices; see `grids` for several images."""
+    """Code column -> (h, w) grid of codebook indices, or an array of the column's own layout (see CodeGrid); see `grids` for
+    several images."""
     image: bytes | None = None
     """The source image, byte for byte; of several the first."""
     image_extension: str | None = None
@@ -110,7 +121,7 @@ class Sample(NamedTuple):
         return 2 if self.data_type == "interleaved" or any(IMAGE_MARK in answer for answer in answers) else SCHEMA_VERSION
 
     def grids_of(self, column: str) -> list[Codes]:
-        """The (h, w) grids of a code column, one an image, as views."""
+        """The grids of a code column, one an image, as views."""
         codes = self.codes[column]
         return [codes] if self.grids is None else split_grids(codes, self.grids[column])
 
@@ -132,10 +143,10 @@ class Sample(NamedTuple):
 def pair_fields(column: str, shape: Sequence[int], stride: Any) -> dict[str, Any]:
     """The data type, width and height of a pair that has these codes, of an (h, w), for its only ones.
 
-    Width and height are None where the stride is unknown, and for a square.
+    Width and height are None where the stride is unknown or there is none, and for a square.
     """
     is_known = not is_square(column) and isinstance(stride, int)
-    height, width = (side * stride for side in shape) if is_known else (None, None)
+    height, width = (side * stride for side in shape[:2]) if is_known else (None, None)
     return {"data_type": PAIR_TYPES[not is_square(column)], "width": width, "height": height}
 
 
@@ -155,8 +166,12 @@ def check_key(key: str) -> None:
         raise FormatError(f"key {key[:80]!r}: expected 1 to {MAX_KEY_BYTES} letters, digits, '_' or '-'")
 
 
-def validate(sample: Sample) -> None:
+def validate(sample: Sample, layouts: Mapping[str, CodeGrid] = NO_LAYOUTS) -> None:
     """Check everything about a sample that its fields' types do not say.
+
+    Args:
+        sample: to be checked.
+        layouts: code column -> what its arrays are, where that is another than (h, w).
 
     Raises:
         FormatError: names the key, the field, what was got and what is expected.
@@ -170,7 +185,7 @@ def validate(sample: Sample) -> None:
         if pixels is not None and (type(pixels) is not int or pixels <= 0):
             raise FormatError(f"{sample.key}: width={sample.width!r}, height={sample.height!r}: not a positive number of pixels")
     if sample.codes or sample.grids is not None:
-        _check_codes(sample)
+        _check_codes(sample, layouts)
     if (sample.image is None) != (sample.image_extension is None):
         raise FormatError(f"{sample.key}: image and image_extension must be given together")
     if sample.more_images and (sample.image is None or sample.data_type not in MARKED_TYPES):
@@ -192,12 +207,12 @@ def validate(sample: Sample) -> None:
         raise FormatError(f"{sample.key}: provenance may not use the reserved names {', '.join(sorted(taken))}")
 
 
-def _check_codes(sample: Sample) -> None:
+def _check_codes(sample: Sample, layouts: Mapping[str, CodeGrid]) -> None:
     grids: Any = sample.grids
     try:
         for column, codes in sample.codes.items():
             check_column(column)
-            HW.check(column, codes, is_joined=grids is not None)
+            layouts.get(column, HW).check(column, codes, is_joined=grids is not None)
         if grids is None:
             return
         if sample.data_type not in MARKED_TYPES:
@@ -205,7 +220,7 @@ def _check_codes(sample: Sample) -> None:
         if not isinstance(grids, Mapping) or set(grids) != set(sample.codes):
             raise FormatError(f"grids={grids!r}, expected an object with the code columns {', '.join(sample.codes)}")
         for column, codes in sample.codes.items():
-            HW.check_shapes(column, codes, grids[column])
+            layouts.get(column, HW).check_shapes(column, codes, grids[column])
     except FormatError as error:
         raise FormatError(f"{sample.key}: {error}") from None
 

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from wds_tools.errors import FormatError
 from wds_tools.format.checksum import content_hash, crc32
+from wds_tools.format.codes import NO_LAYOUTS, CodeGrid
 from wds_tools.format.index import IndexBuilder, ShardIndex
 from wds_tools.format.manifest import ShardInfo
 from wds_tools.format.schema import IMAGE_EXTENSIONS, JSON_FIELDS, MARKED_TYPES, Sample, SourceImage, is_reserved, validate
@@ -44,8 +45,10 @@ _NPY_HEADER = re.compile(
     rb"(?=.*'shape': *\(((?:\d{1,18}, *){0,31}\d{0,18})\) *[,}]).*\} *\n?"
 )
 """Keys in any order; (descr, fortran_order, shape). Matched, never evaluated: a header may be anything."""
-_NPY_DTYPES = ("|u1", "<u2", "<u4", "<u8")
-_SIGNED_DTYPES = ("|i1", "<i2", "<i4", "<i8")
+IDS, OF_OTHERS, IN_COLUMNS = "unsigned integers", "integers", "unsigned integers or floats"
+_UNSIGNED = ("|u1", "<u2", "<u4", "<u8")
+_NPY_DTYPES = {IDS: _UNSIGNED, OF_OTHERS: (*_UNSIGNED, "|i1", "<i2", "<i4", "<i8"), IN_COLUMNS: (*_UNSIGNED, "<f2", "<f4")}
+"""What an npy file may hold, in words -> the types: ids of tokens, codes in files of others, what our code columns may have."""
 
 
 class StoredSample(NamedTuple):
@@ -133,7 +136,7 @@ def sample_from_members(key: str, members: Mapping[str, bytes | memoryview]) -> 
     images: list[SourceImage] = []
     for suffix, data in members.items():
         if suffix.endswith(".npy"):
-            codes[suffix[:-4]] = parse_npy(data, f"{key}.{suffix}")
+            codes[suffix[:-4]] = parse_npy(data, f"{key}.{suffix}", IN_COLUMNS)
         elif image_number(suffix) == len(images):
             images.append(SourceImage(bytes(data), suffix.rpartition(".")[2]))
         elif suffix != "json":
@@ -185,9 +188,14 @@ def form_of(members: Mapping[str, bytes | memoryview]) -> tuple[Hashable, str] |
 
 
 class ShardBuilder:
-    """Turns samples into the bytes of one tar, its index and its manifest row."""
+    """Turns samples into the bytes of one tar, its index and its manifest row.
 
-    def __init__(self) -> None:
+    Args:
+        layouts: see `validate`.
+    """
+
+    def __init__(self, layouts: Mapping[str, CodeGrid] = NO_LAYOUTS) -> None:
+        self._layouts = layouts
         self._hash = content_hash()
         self._index = IndexBuilder()
         self._data_types: Counter[str] = Counter()
@@ -204,7 +212,7 @@ class ShardBuilder:
         Raises:
             FormatError: the sample breaks the schema; nothing was appended.
         """
-        validate(sample)
+        validate(sample, self._layouts)
         data = self.add_members(sample.key, encode_members(sample), sample.text_chars, sample.num_codes)
         self._data_types[sample.data_type] += 1
         return data
@@ -309,16 +317,16 @@ def npy_bytes(grid_hw: NDArray[Any]) -> bytes:
     return _npy_header(grid_hw.dtype.str, grid_hw.shape) + grid_hw.tobytes()
 
 
-def parse_npy(data: bytes | memoryview, name: str, *, signed: bool = False) -> NDArray[Any]:
+def parse_npy(data: bytes | memoryview, name: str, takes: str = IDS) -> NDArray[Any]:
     """The array of an npy file, as a read-only view of `data`; C order, numbers only, never pickled objects.
 
     Args:
         data: the file.
         name: what a message calls it.
-        signed: take signed integers too, for files of others.
+        takes: IDS, OF_OTHERS or IN_COLUMNS.
 
     Raises:
-        FormatError: not an npy file of little-endian unsigned integers in C order, or its size does not match its header.
+        FormatError: not an npy file of such little-endian numbers in C order, or its size does not match its header.
     """
     view = memoryview(data).toreadonly()
     begin = _NPY_BEGIN.get(bytes(view[:8]))
@@ -328,7 +336,7 @@ def parse_npy(data: bytes | memoryview, name: str, *, signed: bool = False) -> N
     if offset - begin > _MAX_NPY_HEADER_BYTES:
         raise FormatError(f"{name}: an npy header of {offset - begin} bytes; at most {_MAX_NPY_HEADER_BYTES} are accepted")
     try:
-        dtype, shape, expected = _parse_npy_header(bytes(view[begin:offset]), signed)
+        dtype, shape, expected = _parse_npy_header(bytes(view[begin:offset]), takes)
     except FormatError as error:
         raise FormatError(f"{name}: {error}") from None
     num_bytes = len(view) - offset
@@ -345,14 +353,13 @@ def _npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
 
 
 @lru_cache(maxsize=1024)
-def _parse_npy_header(head: bytes, signed: bool) -> tuple[np.dtype[Any], tuple[int, ...], int]:
+def _parse_npy_header(head: bytes, takes: str) -> tuple[np.dtype[Any], tuple[int, ...], int]:
     """The dtype and the shape that it states, and the bytes that these take."""
     match = _NPY_HEADER.fullmatch(head)
     if match is None:
         raise FormatError(f"unreadable npy header {head[:80]!r}")
     descr, fortran_order, shape = (group.decode("latin-1") for group in match.groups())
-    if descr not in (_NPY_DTYPES + _SIGNED_DTYPES if signed else _NPY_DTYPES) or fortran_order != "False":
-        kind = "integers" if signed else "unsigned integers"
-        raise FormatError(f"expected little-endian {kind} in C order, got {descr[:40]!r}, fortran_order={fortran_order}")
+    if descr not in _NPY_DTYPES[takes] or fortran_order != "False":
+        raise FormatError(f"expected little-endian {takes} in C order, got {descr[:40]!r}, fortran_order={fortran_order}")
     dtype, sizes = np.dtype(descr), tuple(int(size) for size in shape.split(",") if size.strip())
     return dtype, sizes, math.prod(sizes) * dtype.itemsize

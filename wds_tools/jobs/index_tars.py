@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections import Counter
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,6 +22,7 @@ from wds_tools.dataset.layout import MANIFEST, PLAN, TAR_SUFFIX, index_name
 from wds_tools.dataset.lease import Lease
 from wds_tools.dataset.reader import ShardBytes, check_unchanged, read_manifest
 from wds_tools.errors import FormatError, NotFound, OutOfSpace, StorageError, UsageError, WorkerDied
+from wds_tools.format.codes import NO_LAYOUTS, CodeGrid
 from wds_tools.format.index import parse_index, serialize_index
 from wds_tools.format.manifest import INDEX_COMMAND, PASSED_OVER, Manifest, ShardInfo, is_plain_name, serialize_manifest
 from wds_tools.format.scan import Scan, scan_tar
@@ -87,7 +88,7 @@ def rebuild_indices(store: Store, *, workers: int = 1, quiet: bool = True) -> Ma
             f"remove its {MANIFEST} to index what is there now"
         )
     with _lease_of(store):
-        _run(_IndexShard(store, manifest.schema_version), manifest.shards, workers, quiet)
+        _run(_IndexShard(store, manifest.schema_version, manifest.layouts), manifest.shards, workers, quiet)
     return manifest
 
 
@@ -114,7 +115,7 @@ def index_tars(store: Store, *, workers: int = 1, quiet: bool = True) -> Manifes
     nothing = Contents().totals()
     tars = [ShardInfo(name=name, samples=0, bytes=size, xxh128="", members=(), **nothing) for name, size in _tars(store).items()]
     with _lease_of(store) as lease:
-        shards, num_passed_over, newest = _run(_IndexShard(store, None), tars, workers, quiet)
+        shards, num_passed_over, newest = _run(_IndexShard(store, None, NO_LAYOUTS), tars, workers, quiet)
         counts = {"counts": {PASSED_OVER: num_passed_over}} if num_passed_over else {}
         is_ours = all(shard.data_types or not shard.samples for shard in shards)
         manifest = Manifest(
@@ -136,6 +137,8 @@ class _IndexShard:
     store: Store
     schema_version: int | None
     """As its manifest says; None: there is no manifest, and of the shard no more is known than its name and likely size."""
+    layouts: Mapping[str, CodeGrid]
+    """Of the code columns, as it says."""
     shards: ShardBytes = field(default_factory=ShardBytes)
 
     def __call__(self, shard: ShardInfo, report: Report) -> tuple[ShardInfo, int, int]:
@@ -147,7 +150,7 @@ class _IndexShard:
         contents = Contents()
         if self.schema_version != ANY_MEMBERS:
             try:
-                contents = _contents(scan, tar)
+                contents = _contents(scan, tar, self.layouts)
             except FormatError:  # of the first sample that isn't ours: nothing is lost by trying
                 if self.schema_version is not None:
                     raise
@@ -159,7 +162,7 @@ class _IndexShard:
         return row, scan.num_passed_over, max(contents.schema_versions, default=ANY_MEMBERS)
 
 
-def _contents(scan: Scan, tar: memoryview) -> Contents:
+def _contents(scan: Scan, tar: memoryview, layouts: Mapping[str, CodeGrid]) -> Contents:
     """What the samples hold; of each form the first is parsed and validated, and speaks for the others.
 
     Raises:
@@ -175,7 +178,7 @@ def _contents(scan: Scan, tar: memoryview) -> Contents:
             contents.add(data_type, len(text), num_codes)
         else:
             sample = sample_from_members(key, payloads)
-            validate(sample)
+            validate(sample, layouts)
             contents.add(sample.data_type, sample.text_chars, sample.num_codes, sample.schema_version)
             if form is not None:
                 known[form] = (sample.data_type, sample.num_codes)

@@ -23,7 +23,8 @@ from wds_tools.dataset.lease import Part
 from wds_tools.dataset.output import Output, OutputSpec, check_complete, clear_complete, count_rejects
 from wds_tools.dataset.writer import ShardLimits, TaskResult, TaskWriter
 from wds_tools.errors import UsageError
-from wds_tools.format.manifest import Manifest
+from wds_tools.format.codes import CodeGrid
+from wds_tools.format.manifest import Manifest, code_layouts
 from wds_tools.format.schema import SCHEMA_VERSION
 from wds_tools.jobs.options import JobOptions, RejectBudget, check_kept
 from wds_tools.run.local import Report, run_tasks
@@ -147,7 +148,7 @@ def _run_tasks(job: Job[Task], options: JobOptions, output: Output) -> Manifest:
     total = job.total * len(todo) // max(len(job.tasks), 1)  # taking all tasks as equal
     rejects = count_rejects(results.values())
     num_inputs = sum(result.inputs for result in results.values())
-    run_task = _RunTask(job.work, options.output, options.shard_limits, job.key_prefix)
+    run_task = _RunTask(job.work, options.output, options.shard_limits, job.key_prefix, code_layouts(job.codes))
     with Progress(job.command, total, quiet=options.quiet) as report:
         if options.executor == "local":
             finished = run_tasks(run_task, todo, workers=options.workers, on_report=report)
@@ -176,10 +177,11 @@ class _RunTask(Generic[Task]):
     output: str
     limits: ShardLimits
     key_prefix: str
+    layouts: Mapping[str, CodeGrid]
 
     def __call__(self, numbered: tuple[int, Task], report: Report) -> TaskResult:
         number, task = numbered
-        with TaskWriter(open_store(self.output), number, self.limits, self.key_prefix) as writer:
+        with TaskWriter(open_store(self.output), number, self.limits, self.key_prefix, self.layouts) as writer:
             reports = _TaskReports(writer, report)
             num_inputs = self.work(task, writer, reports)
             reports.flush()

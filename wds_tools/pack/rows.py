@@ -122,7 +122,7 @@ def pack(config: PackConfig) -> Manifest:
         if manifest.codes and not chosen_codes(manifest.codes, config.code_set):
             known = ", ".join(manifest.codes)
             raise UsageError(f"{url} has no codes named {config.code_set!r}, but {known}: choose with --code-set")
-    size = codebook_size_of(manifests, config.input, config.codebook_size, [config.code_set] * len(manifests))
+    size = codebook_size_of(manifests, config.input, config.sequences, [config.code_set] * len(manifests))
     made = {column: provenance for manifest in manifests for column, provenance in manifest.codes.items()}
     builder = ExampleBuilder(config.sequences, config.seed, size)
     total = sum(manifest.samples for manifest in manifests)

@@ -14,7 +14,7 @@ import orjson
 from numpy.typing import NDArray
 
 from wds_tools.errors import FormatError, Reject
-from wds_tools.format.shard import parse_npy
+from wds_tools.format.shard import OF_OTHERS, parse_npy
 
 Shape = tuple[int, ...]
 PICKLED = (".pkl", ".pickle", ".pyd", ".pt", ".pth")
@@ -48,7 +48,7 @@ def _from_file(name: str, data: bytes) -> NDArray[Any]:
         kind = "a Python pickle" if data[:1] == b"\x80" else "a zip archive, as numpy.savez and torch.save write"
         raise Reject("bad_codes", f"{name} is {kind}: for safety codes are read from npy files alone; {_HOW}")
     try:
-        return parse_npy(data, name, signed=True)
+        return parse_npy(data, name, OF_OTHERS)
     except FormatError as error:
         raise Reject("bad_codes", f"{error}; {_HOW}") from error
 

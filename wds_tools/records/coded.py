@@ -16,9 +16,10 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from wds_tools.errors import FormatError, Reject
-from wds_tools.format.codes import CODE_COLUMNS, HW, Codes, code_dtype, is_code_column
+from wds_tools.errors import FormatError, Reject, UsageError
+from wds_tools.format.codes import CODE_COLUMNS, HW, CodeGrid, Codes, code_dtype, is_code_column
 from wds_tools.format.schema import DATA_TYPES, MARKED_TYPES, Sample, SourceImage, validate
+from wds_tools.images import Mode
 from wds_tools.records.arrays import Shape, flat_and_shape
 from wds_tools.records.conversations import turns_of
 from wds_tools.records.fields import required_text
@@ -55,6 +56,8 @@ class CodedRows:
     """Rows and columns of codes of any image of others. None: as the array, the fields width and height, or 512 pixels say."""
     crop: int | None = None
     """Which of several grids in an array of others is taken."""
+    other: tuple[CodeGrid, Mode] | None = None
+    """What the arrays of others are, where that is another layout than (h, w), and the mode that their column is named by."""
 
     def image(self, key: str, row: Mapping[str, Any], name: str, value: Any, text: str) -> Sample:
         """The sample of codes that are not in Liquid's columns: in vqcode_512 if their grid is that of 512 pixels.
@@ -70,6 +73,13 @@ class CodedRows:
             Reject: "bad_codes".
         """
         flat, shape = flat_and_shape(name, value)
+        if self.other is not None:
+            layout, mode = self.other
+            shape = (*(1,) * (len(layout.layout) - len(shape)), *shape)
+            if not layout.is_shape(shape):
+                raise Reject("bad_codes", f"{name} has the shape {shape}, expected the axes {layout.axes}")
+            codes = {mode.column: self.values(name, flat).reshape(shape)}
+            return Sample(key=key, data_type=mode.data_type, text=text, codes=codes)
         height, width = self._shape_of(name, flat, shape, row)
         is_512 = (height, width) == self._shape_512
         column, data_type = CODE_COLUMNS[not is_512], IMAGE_TYPES[not is_512]
@@ -148,8 +158,9 @@ class CodedRows:
                 texts=None if row["texts"] is None else {one["name"]: one["text"] for one in row["texts"]},
                 provenance=orjson.loads(row["provenance"]),
             )
-            validate(sample)
-        except (FormatError, KeyError, TypeError, ValueError, AttributeError) as error:
+            layouts = {name: CodeGrid(layout="hwkt"[: array.ndim], dtype=array.dtype.name) for name, array in codes.items()}
+            validate(sample, layouts)  # of any array: what the columns' are, is known where they are written
+        except (FormatError, UsageError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise Reject("bad_codes", f"not a row of export parquet: {type(error).__name__}: {error}") from error
         return sample
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import lru_cache
-from itertools import islice, zip_longest
+from itertools import accumulate, islice, pairwise, zip_longest
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -101,9 +101,10 @@ class ExampleBuilder:
     def check(self, sample: Sample) -> None:
         """Raise Reject if no example can be made of a valid sample, whatever chance says."""
         key = sample.key
-        for column, codes in sample.codes.items():
+        for column in sample.codes:
             try:
-                check_range(f"{key}: {column}", codes, self.vocabulary.codebook_size)
+                for codes in sample.grids_of(column):
+                    check_range(f"{key}: {column}", self.vocabulary.template.to_ids(codes), self.vocabulary.codebook_size)
             except FormatError as error:
                 raise Reject("code_out_of_range", str(error)) from error
         if sample.data_type in PAIR_TYPES:
@@ -130,31 +131,30 @@ class ExampleBuilder:
             epochs: of each in its source.
 
         Returns:
-            Examples whose arrays are views of two arrays that all of the call share.
+            Examples whose arrays are views of two arrays that all of the call share, but for interleaved documents.
         """
         plans = [self._plan(sample, epoch) for sample, epoch in zip(samples, epochs, strict=True)]
         rows = [joined(unit) for plan in plans for unit in plan]
         units = iter(zip(rows, self.tokenizer.encode_runs(rows), strict=True))
-        made: list[tuple[list[Part], list[Ids], bool, tuple[int, ...]]] = []
-        for sample, plan in zip(samples, plans, strict=True):
+        made: list[tuple[list[Part], list[Ids], bool]] = []
+        pages: dict[int, Example] = {}
+        for number, (sample, plan) in enumerate(zip(samples, plans, strict=True)):
             own = list(islice(units, len(plan)))
             if sample.data_type == _INTERLEAVED:
-                parts, runs, pieces = self._in_pieces(own)
-                made.append((parts, runs, False, pieces))
+                pages[number] = self._in_pieces(sample.key, own)
+                made.append(([], [], False))
                 continue
             ((parts, runs),) = own
             is_shortened = sample.data_type != _DOCUMENT and sum(map(len, runs)) > self.config.max_length
-            if is_shortened:
-                parts, runs = self._shortened(plan[0], runs)
-            made.append((parts, runs, is_shortened, ()))
-        sizes = [len(run) for _, runs, *_ in made for run in runs]
-        ids = np.concatenate([NO_IDS, *(run for _, runs, *_ in made for run in runs)])
+            made.append((*(self._shortened(plan[0], runs) if is_shortened else (parts, runs)), is_shortened))
+        sizes = [len(run) for _, runs, _ in made for run in runs]
+        ids = np.concatenate([NO_IDS, *(run for _, runs, _ in made for run in runs)])
         loss = np.repeat(np.array([part.trained for parts, *_ in made for part in parts], np.bool_), sizes)
         examples, begin = [], 0
-        for sample, (_, runs, is_shortened, pieces) in zip(samples, made, strict=True):
+        for sample, (_, runs, is_shortened) in zip(samples, made, strict=True):
             taken = slice(begin, begin := begin + sum(map(len, runs)))
-            examples.append(Example(sample.key, ids[taken], loss[taken], sample.data_type == _DOCUMENT, is_shortened, pieces))
-        return examples
+            examples.append(Example(sample.key, ids[taken], loss[taken], sample.data_type == _DOCUMENT, is_shortened))
+        return [pages.get(number, example) for number, example in enumerate(examples)]
 
     def _plan(self, sample: Sample, epoch: int) -> list[list[Part]]:
         """The parts of an example; of an interleaved document apart: BOS, and each text and image."""
@@ -188,33 +188,22 @@ class ExampleBuilder:
         caption = Part(words=text, is_own=True, trained=True)
         return [self._bos, *self.vocabulary.image(codes), *instruction, caption, self._eos]
 
-    def _in_pieces(self, units: Sequence[tuple[list[Part], list[Ids]]]) -> tuple[list[Part], list[Ids], tuple[int, ...]]:
-        """The runs of an interleaved document, with BOS before each piece, and the pieces' tokens, if there are several."""
-        begin, *rest = units
-        parts: list[Part] = []
-        runs: list[Ids] = []
-        sizes: list[int] = []
-
-        def start() -> None:
-            parts.extend(begin[0])
-            runs.extend(begin[1])
-            sizes.append(sum(map(len, begin[1])))
-
-        start()
-        for unit in rest:
-            if unit[0] and not unit[0][0].is_own and sizes[-1] + sum(map(len, unit[1])) > self.config.max_length:
-                start()
-            for part, run in zip(*unit, strict=True):
-                while len(run) > (room := self.config.max_length - sizes[-1]):
-                    parts.append(part)
-                    runs.append(run[:room])
-                    sizes[-1] += room
-                    run = run[room:]
-                    start()
-                parts.append(part)
-                runs.append(run)
-                sizes[-1] += len(run)
-        return parts, runs, tuple(sizes) if len(sizes) > 1 else ()
+    def _in_pieces(self, key: str, units: Sequence[tuple[list[Part], list[Ids]]]) -> Example:
+        """An interleaved document of BOS, and its texts and images."""
+        _, *rest = units
+        ends = [*accumulate(sum(map(len, runs)) for _, runs in rest)]
+        images = [span for (parts, _), span in zip(rest, pairwise([0, *ends]), strict=True) if parts and not parts[0].is_own]
+        ids = np.concatenate([NO_IDS, *(run for _, runs in rest for run in runs)])
+        trained = [(part.trained, len(run)) for unit in rest for part, run in zip(*unit, strict=True)]
+        loss = np.repeat(np.array([flag for flag, _ in trained], np.bool_), [size for _, size in trained])
+        bos = self._bos.ids
+        room, cuts = self.config.max_length - len(bos), [0]
+        while (end := cuts[-1] + room) < len(ids):
+            cuts.append(next((low for low, high in images if low < end < high), end))
+        if len(bos):
+            ids, loss = np.insert(ids, cuts, bos), np.insert(loss, cuts, [True])
+        pieces = [high - low + len(bos) for low, high in pairwise([*cuts, ends[-1]])]
+        return Example(key, ids, loss, False, pieces=tuple(pieces) if len(cuts) > 1 else ())
 
     def _shortened(self, plan: Sequence[Part], runs: Sequence[Ids]) -> tuple[list[Part], list[Ids]]:
         """The runs of an example whose texts are cut so that it fits a row, and their ids, which are too many as they are."""

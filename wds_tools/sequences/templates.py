@@ -5,7 +5,7 @@
     emu3        <|image start|> rows*columns <|image token|>            <|visual token NNNNNN|> of the tokenizer
                 (row <|extra_200|>) ... <|extra_201|> <|image end|>
 
-A template is a value: names, wordings, and three methods that a package's own may replace. Build.py makes rows of it, and
+A template is a value: names, wordings, and methods that a package's own may replace. Build.py makes rows of it, and
 knows none by name. The names and forms are those of the models' published processors (transformers; Emu3's own training code).
 Invariant: `liquid` gives the rows that there were before there were templates.
 """
@@ -84,6 +84,19 @@ class Template:
     def behind_codes(self) -> str:
         """What stands behind them."""
         return self.eoi
+
+    def to_ids(self, codes: NDArray[Any]) -> NDArray[Any]:
+        """A number from 0 to below the codebook's size, of several codebooks to below their sum, for each token of an image.
+
+        Here the codes themselves, which have one order in the layouts hw and n. For other arrays a template has its own.
+
+        Args:
+            codes: of one image, as they are stored, in the layout of their column: see wds_tools.format.codes.CodeGrid.
+
+        Returns:
+            Whole numbers, in a shape that is a function of that of the codes; `in_order` gets their ids in it.
+        """
+        return codes
 
     def in_order(self, ids: NDArray[np.int32], row_end: NDArray[np.int32]) -> NDArray[np.int32]:
         """The ids between `before_codes` and `behind_codes`, (T,); T is a function of the shape.

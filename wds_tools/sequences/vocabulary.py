@@ -117,6 +117,7 @@ class Vocabulary:
 
     def ids_of_codes(self, codes: Codes) -> Ids:
         """The ids between what stands before and behind an image's codes, in order."""
+        codes = self.template.to_ids(codes)
         if self.code_ids is None:
             ids = codes.astype(np.int32)
             ids += self.text_size

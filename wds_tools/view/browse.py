@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 from wds_tools.dataset.samples import PartialSample, SampleReader, is_small, is_text
 from wds_tools.errors import DataError, FormatError
 from wds_tools.format.checksum import crc32
-from wds_tools.format.codes import HW
+from wds_tools.format.codes import CodeGrid
+from wds_tools.format.manifest import Manifest
 from wds_tools.format.schema import ANY_MEMBERS, Sample, validate
 from wds_tools.format.shard import sample_from_members
 from wds_tools.view.token_rows import COLUMN, TokenRows
@@ -55,14 +56,14 @@ class Query:
 def page(reader: SampleReader, first: int, count: int, needle: str = "", rows: TokenRows | None = None) -> dict[str, Any]:
     """The cards of `count` samples from number `first` on; see `card`."""
     samples = reader.page(first, min(count, MAX_COUNT), is_small, max_member_bytes=MAX_MEMBER_BYTES)
-    cards = [card(partial, reader.manifest.schema_version, needle, rows) for partial in samples]
+    cards = [card(partial, reader.manifest, needle, rows) for partial in samples]
     return {"first": first, "total": len(reader), "samples": cards}
 
 
 def sample(reader: SampleReader, number: int, rows: TokenRows | None = None) -> dict[str, Any]:
     """One sample in full, but for its source image; of `rows`, a row of tokens."""
     partial = reader.sample(number, is_small, max_member_bytes=MAX_MEMBER_BYTES)
-    shown = card(partial, reader.manifest.schema_version, rows=rows)
+    shown = card(partial, reader.manifest, rows=rows)
     texts = {suffix: _decode(payload) for suffix, payload in partial.payloads.items() if is_text(suffix)}
     shown |= {
         "shard": partial.shard,
@@ -73,7 +74,7 @@ def sample(reader: SampleReader, number: int, rows: TokenRows | None = None) -> 
         "raw": {suffix: text[:MAX_TEXT_CHARS] for suffix, text in texts.items()},
         "total": len(reader),
     }
-    parsed, _ = _parse(partial, reader.manifest.schema_version)
+    parsed, _ = _parse(partial, reader.manifest)
     if parsed is not None:
         shown |= {
             "text": parsed.text[:MAX_TEXT_CHARS],
@@ -83,7 +84,7 @@ def sample(reader: SampleReader, number: int, rows: TokenRows | None = None) -> 
             "height": parsed.height,
             "length": parsed.length,
             "grids": [
-                {"column": column, "image": number, **_grid(codes)}
+                {"column": column, "image": number, **_grid(codes, reader.manifest.layout(column))}
                 for column in parsed.codes
                 for number, codes in enumerate(parsed.grids_of(column))
                 if codes.size <= MAX_GRID_CODES
@@ -92,12 +93,16 @@ def sample(reader: SampleReader, number: int, rows: TokenRows | None = None) -> 
     if rows is not None and "problem" not in shown:
         grids = enumerate(rows.grids(partial)[:MAX_GRIDS])
         shown |= rows.shown(partial) | {
-            "grids": [{"column": COLUMN, "image": image, "is_guess": guess, **_grid(codes)} for image, (codes, guess) in grids]
+            "text": "",
+            "grids": [
+                {"column": COLUMN, "image": image, "is_guess": guess, **_grid(codes, rows.layout)}
+                for image, (codes, guess) in grids
+            ],
         }
     return shown
 
 
-def card(partial: PartialSample, schema_version: int, needle: str = "", rows: TokenRows | None = None) -> dict[str, Any]:
+def card(partial: PartialSample, manifest: Manifest, needle: str = "", rows: TokenRows | None = None) -> dict[str, Any]:
     """A sample as it stands in a list: with the beginning of its text, or with what stands around `needle` in it."""
     shown: dict[str, Any] = {"number": partial.number, "key": "", "bytes": partial.size, "codes": partial.num_codes}
     shown |= {"chars": partial.text_chars, "images": partial.images, "columns": {}, "type": None, "text": "", "turns_count": 0}
@@ -110,7 +115,7 @@ def card(partial: PartialSample, schema_version: int, needle: str = "", rows: To
             return shown | rows.card(partial)
         except FormatError as error:
             return shown | {"problem": str(error)}
-    parsed, problem = _parse(partial, schema_version)
+    parsed, problem = _parse(partial, manifest)
     if parsed is None:
         text = "\n".join(_decode(payload) for suffix, payload in partial.payloads.items() if is_text(suffix))
         shown |= {"text": _excerpt(text, needle), "chars": len(text)}
@@ -127,14 +132,14 @@ def card(partial: PartialSample, schema_version: int, needle: str = "", rows: To
 
 
 def codes_of(reader: SampleReader, number: int, column: str, image: int = 0, rows: TokenRows | None = None) -> NDArray[Any]:
-    """The code grid of a sample, or of one image of a conversation, or of a row of tokens.
+    """The codes of a sample, or of one of several images, as they are stored; or of one in a row of tokens.
 
     Raises:
         UsageError: there is no such sample.
         DataError: it has no such grid, or one too large to be drawn.
     """
     partial = reader.sample(number, is_small, max_member_bytes=MAX_MEMBER_BYTES)
-    parsed, problem = _parse(partial, reader.manifest.schema_version)
+    parsed, problem = _parse(partial, reader.manifest)
     grids = parsed.grids_of(column) if parsed is not None and column in parsed.codes else []
     if rows is not None and column == COLUMN:
         grids = [codes for codes, _ in rows.grids(partial)]
@@ -227,15 +232,15 @@ def _matches(partial: PartialSample, query: Query, schema_version: int) -> bool:
         return False
 
 
-def _parse(partial: PartialSample, schema_version: int) -> tuple[Sample | None, str | None]:
+def _parse(partial: PartialSample, manifest: Manifest) -> tuple[Sample | None, str | None]:
     """The sample, or why it is none; neither for WebDataset samples of other kinds."""
-    if schema_version == ANY_MEMBERS:
+    if manifest.schema_version == ANY_MEMBERS:
         return None, None
     if too_large := [suffix for suffix in partial.lengths if is_small(suffix) and suffix not in partial.payloads]:
         return None, f"{too_large[0]} is larger than the {MAX_MEMBER_BYTES >> 20} MiB that are shown here"
     try:
         parsed = sample_from_members(partial.key, partial.payloads)
-        validate(parsed)
+        validate(parsed, manifest.layouts)
     except DataError as error:
         return None, str(error)
     return parsed, None
@@ -245,8 +250,13 @@ def _turns(parsed: Sample) -> list[dict[str, str]]:
     return [{"from": turn["from"], "value": turn["value"][:MAX_TEXT_CHARS]} for turn in parsed.conversations or ()]
 
 
-def _grid(codes: NDArray[Any]) -> dict[str, Any]:
-    return {**dict(zip(HW.axes, codes.shape, strict=True)), "distinct": len(np.unique(codes)), "codes": codes.ravel().tolist()}
+def _grid(codes: NDArray[Any], layout: CodeGrid) -> dict[str, Any]:
+    shown: dict[str, Any] = {"layout": str(layout), "shape": codes.shape, "distinct": len(np.unique(codes))}
+    try:
+        cells = layout.cells(codes)
+    except DataError as error:
+        return {**shown, "height": 0, "width": 0, "codes": [], "problem": str(error)}
+    return {**shown, "height": cells.shape[0], "width": cells.shape[1], "codes": cells.ravel().tolist()}
 
 
 def _is_intact(reader: SampleReader, partial: PartialSample) -> bool | None:

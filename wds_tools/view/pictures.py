@@ -14,7 +14,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
@@ -27,6 +27,8 @@ from numpy.typing import NDArray
 
 from wds_tools.check.stats.png import png_bytes
 from wds_tools.errors import DataError, UsageError, WorkerDied
+from wds_tools.format.codes import CodeGrid
+from wds_tools.format.manifest import Manifest
 from wds_tools.run.local import exit_with_parent, stops_held
 from wds_tools.storage.recent import Recent
 
@@ -48,6 +50,8 @@ class Decoder:
     device: str
     weights_hash: str | None
     """Hash of the weights that made the codes; None if the manifest does not say."""
+    layout: CodeGrid
+    """Of the codes."""
 
 
 class _NotWanted(Exception):
@@ -58,13 +62,13 @@ class Pictures:
     """Makes and keeps pictures, for many threads.
 
     Args:
-        codes: the manifest's provenance of the code columns.
+        manifest: what says of each code column which tokenizer made it, and its layout.
         weights: path of the tokenizer's weights; None for those that come with it.
         device: what decodes, as load_tokenizer takes it.
     """
 
-    def __init__(self, codes: Mapping[str, Mapping[str, Any]], weights: str | None, device: str) -> None:
-        self._codes = codes
+    def __init__(self, manifest: Manifest, weights: str | None, device: str) -> None:
+        self._manifest = manifest
         self._weights = weights
         self._device = device
         self._turn = threading.Lock()
@@ -75,7 +79,7 @@ class Pictures:
     def decoded(
         self,
         grid: tuple[int, str, int],
-        codes_hw: NDArray[Any],
+        codes: NDArray[Any],
         *,
         is_small: bool = False,
         is_wanted: Callable[[], bool] = lambda: True,
@@ -84,7 +88,7 @@ class Pictures:
 
         Args:
             grid: number of the sample, column, and which of its images; by this the picture is kept.
-            codes_hw: the grid.
+            codes: of the image, as they are stored.
             is_small: at half the size, for lists.
             is_wanted: asked when it is this picture's turn; if not, there is none: b"".
 
@@ -100,7 +104,7 @@ class Pictures:
             with self._turn:
                 if self._is_closed or not is_wanted():
                     raise _NotWanted
-                return self._ask(decoder, codes_hw, is_small)
+                return self._ask(decoder, codes, is_small)
 
         while not self._is_closed and is_wanted():  # again, if it was another request for this picture that was given up
             with suppress(_NotWanted):
@@ -115,18 +119,20 @@ class Pictures:
                 self._process.shutdown()
 
     def _decoder(self, column: str) -> Decoder:
-        provenance = self._codes.get(column) or {}
+        provenance = self._manifest.codes.get(column) or {}
         name, weights_hash = provenance.get("tokenizer"), provenance.get("weights_hash")
         if not isinstance(name, str):
             raise UsageError(f"the manifest does not say which tokenizer made {column}: its pictures can't be decoded")
         stated = None if weights_hash is None else str(weights_hash)
-        return Decoder(name=name, weights=self._weights, device=self._device, weights_hash=stated)
+        return Decoder(
+            name=name, weights=self._weights, device=self._device, weights_hash=stated, layout=self._manifest.layout(column)
+        )
 
-    def _ask(self, decoder: Decoder, codes_hw: NDArray[Any], is_small: bool) -> bytes:
+    def _ask(self, decoder: Decoder, codes: NDArray[Any], is_small: bool) -> bytes:
         if self._process is None:
             self._process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _begin)
         with stops_held():  # they are the viewer's, and a process is started here
-            future = self._process.submit(_picture, decoder, codes_hw, is_small)
+            future = self._process.submit(_picture, decoder, codes, is_small)
         try:
             return future.result()
         except BrokenProcessPool as error:
@@ -164,13 +170,12 @@ def _load(decoder: Decoder) -> ImageTokenizer:
     return tokenizer
 
 
-def _picture(decoder: Decoder, codes_hw: NDArray[Any], is_small: bool) -> bytes:
-    import torch
+def _picture(decoder: Decoder, codes: NDArray[Any], is_small: bool) -> bytes:
+    from wds_tools.vq.base import to_tensor
 
-    if codes_hw.size == 0:
+    if codes.size == 0:
         raise DataError("an empty grid has no picture")
-    codes_1hw = torch.from_numpy(codes_hw.astype(np.int64))[None]
-    pixels_HW3: NDArray[np.uint8] = _load(decoder).decode(codes_1hw)[0].cpu().numpy()
+    pixels_HW3: NDArray[np.uint8] = _load(decoder).decode(to_tensor(codes, decoder.layout)[None])[0].cpu().numpy()
     if is_small:  # the mean of every 2 x 2 pixels; sides are even, as multiples of a stride
         H, W, _ = pixels_HW3.shape
         pixels_HW3 = pixels_HW3.reshape(H // 2, 2, W // 2, 2, 3).mean(axis=(1, 3)).astype(np.uint8)

@@ -1,7 +1,7 @@
 """Samples of a shard -> what is counted over them: texts, turns, sizes, grids, codes; and hashes of texts and codes.
 
 Counts add up in any order, so they can be made in pieces, on any number of processes. Cost: about 10 us a sample. Memory: one
-piece (8 MiB), a histogram a code column, 16 bytes a hash.
+piece (8 MiB), a histogram a codebook, 16 bytes a hash.
 """
 
 from __future__ import annotations
@@ -20,10 +20,9 @@ from wds_tools.check.stats.drift import BUCKETS
 from wds_tools.check.stats.histogram import Histogram
 from wds_tools.dataset.samples import PartialSample, SampleReader, is_image, is_small
 from wds_tools.errors import FormatError
-from wds_tools.format.codes import HW
 from wds_tools.format.manifest import Manifest
 from wds_tools.format.schema import ANY_MEMBERS
-from wds_tools.format.shard import parse_npy
+from wds_tools.format.shard import IN_COLUMNS, parse_npy
 from wds_tools.run.local import Report
 from wds_tools.run.progress import Advance
 
@@ -84,8 +83,9 @@ class Count:
     image_bytes: Histogram = field(default_factory=Histogram)
     """Bytes of each source image that was kept."""
     grids: Counter[str] = field(default_factory=Counter)
-    """Code grids by "HEIGHT x WIDTH"."""
+    """Code grids by "HEIGHT x WIDTH", or whatever their axes are."""
     codes: dict[str, CodeUse] = field(default_factory=dict)
+    """By column; of several codebooks by column and number."""
 
     def merge(self, other: Count) -> None:
         """Add another's."""
@@ -129,7 +129,6 @@ def count_samples(reader: SampleReader, shard: int, first: int, last: int, progr
         FormatError: a sample is damaged, or has a code outside its codebook.
     """
     counted = ShardCount(shard=shard)
-    sizes = {column: _codebook_size(reader.manifest, column) for column in reader.manifest.codes}
     has_schema = reader.manifest.schema_version != ANY_MEMBERS
     for piece in reader.scan(shard, first, is_small if has_schema else lambda _: False, last):
         counted.count.samples += len(piece)
@@ -137,7 +136,7 @@ def count_samples(reader: SampleReader, shard: int, first: int, last: int, progr
         images = [length for sample in piece for suffix, length in sample.lengths.items() if is_image(suffix)]
         counted.count.image_bytes.add(images)
         if has_schema:
-            _count_codes(counted, piece, _count_texts(counted, piece), sizes)
+            _count_codes(counted, piece, _count_texts(counted, piece), reader.manifest)
         progress(Advance(units=len(piece), samples=len(piece)))
     return counted
 
@@ -169,40 +168,37 @@ def _count_texts(counted: ShardCount, piece: Sequence[PartialSample]) -> list[Ma
 
 
 def _count_codes(
-    counted: ShardCount, piece: Sequence[PartialSample], records: Sequence[Mapping[str, Any]], sizes: Mapping[str, int | None]
+    counted: ShardCount, piece: Sequence[PartialSample], records: Sequence[Mapping[str, Any]], manifest: Manifest
 ) -> None:
-    columns: dict[str, list[NDArray[Any]]] = {}
+    columns: dict[tuple[str, int | None], list[NDArray[Any]]] = {}
     for sample, record in zip(piece, records, strict=True):
         hashes = []
         for suffix, payload in sample.payloads.items():
             if not suffix.endswith(".npy"):
                 continue
-            codes = parse_npy(payload, f"{sample.shard}, byte {sample.start}: {suffix}")
+            codes = parse_npy(payload, f"{sample.shard}, byte {sample.start}: {suffix}", IN_COLUMNS)
             column = suffix.removesuffix(".npy")
+            layout = manifest.layout(column)
             try:
-                shapes = HW.shapes_of(column, codes, (record.get("grids") or {}).get(column))
+                shapes = layout.shapes_of(column, codes, (record.get("grids") or {}).get(column))
             except (FormatError, AttributeError) as error:
                 raise FormatError(f"{sample.shard}, byte {sample.start}: {error}: `wds-tools verify` says more") from error
             counted.count.grids.update(" x ".join(map(str, shape)) for shape in shapes)
             if codes.size:
-                columns.setdefault(column, []).append(codes.ravel())
+                for called, codes_N, size in layout.by_codebook(column, codes):
+                    columns.setdefault((called, size), []).append(codes_N)
                 hashes.append(xxh3_64_intdigest(payload))
         if hashes:
             counted.codes.append((hashes[0] if len(hashes) == 1 else xxh3_64_intdigest(repr(hashes).encode()), sample.number))
-    for column, grids in columns.items():
+    for (column, stated), grids in columns.items():
         codes = np.concatenate(grids)
-        size = sizes.get(column)
+        size = stated if stated is not None and stated <= MAX_CODEBOOK else None
         most = int(codes.max(initial=0))
         if most >= (size or MAX_CODEBOOK):
             raise FormatError(
                 f"{piece[0].shard}: {column} holds the code {most:,}; the codebook has {size or MAX_CODEBOOK:,} entries: "
                 "`wds-tools verify` says where"
             )
-        use = CodeUse(codebook_size=size, counts=np.bincount(codes, minlength=size or 1).astype(np.int64))
+        use = CodeUse(codebook_size=size, counts=np.bincount(codes.astype(np.int64), minlength=size or 1).astype(np.int64))
         counted.count.merge(Count(codes={column: use}))
         counted.buckets += np.bincount(codes % BUCKETS, minlength=BUCKETS)
-
-
-def _codebook_size(manifest: Manifest, column: str) -> int | None:
-    size = manifest.codes[column].get("codebook_size")
-    return size if type(size) is int and 0 < size <= MAX_CODEBOOK else None

@@ -22,7 +22,6 @@ from wds_tools.check.stats.describe import Stats
 from wds_tools.check.stats.duplicates import Repeats
 from wds_tools.check.stats.histogram import Histogram
 from wds_tools.check.stats.png import png_bytes
-from wds_tools.format.codes import HW
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 _SHOWN_SHARDS = 50
@@ -151,9 +150,9 @@ def _sections(stats: Stats) -> Iterable[str]:
     if count.image_bytes.count:
         yield _distribution("Source images", "bytes", count.image_bytes)
     if count.grids:
-        yield _section("Code grids", _table((" x ".join(HW.axes), "grids", "share"), _shares(count.grids.most_common(30))))
+        yield _section("Code grids", _table(("shape", "grids", "share"), _shares(count.grids.most_common(30))))
     for column, use in sorted(count.codes.items()):
-        yield _codebook(column, use, manifest.codes.get(column, {}))
+        yield _codebook(column, use, manifest.codes.get(column.partition(" ")[0], {}))
     if count.text_chars.count:
         yield _duplicates("Duplicates by text", stats.text_repeats, stats.largest.get("text", ()), "texts")
     if count.codes:

@@ -72,20 +72,23 @@ function body(sample, number, signal, grids) {
 }
 
 function codePanes(sample, number, grid, signal, grids) {
-  const codes = codeGrid(number, grid, signal);
-  grids.push(codes);
-  const ratio = `${grid.width} / ${grid.height}`;
+  const codes = grid.problem ? null : codeGrid(number, grid, signal);
+  const [rows, columns] = grid.shape;
+  const places = grid.shape.length === 2 ? codes : null; // which lie in the picture as they do in the grid
+  const ratio = grid.shape.length > 1 ? `${columns} / ${rows}` : sample.width ? `${sample.width} / ${sample.height}` : "1 / 1";
   const decoded = frame(ratio);
   const img = el("img", { alt: "the picture decoded from its codes" });
   load(img, `/picture/${number}/${grid.column}.png?image=${grid.image}`, signal)
-    .then(() => fill(decoded, img, codes.overlay()), unlessLeft((error) => fill(decoded, el("p", {}, error.message))));
-  codes.follow(decoded);
-  const cells = fill(frame(ratio), codes.cells, codes.overlay());
-  codes.follow(cells);
+    .then(() => fill(decoded, img, places?.overlay()), unlessLeft((error) => fill(decoded, el("p", {}, error.message))));
+  const cells = fill(frame(codes ? `${grid.width} / ${grid.height}` : ratio), codes?.cells ?? el("p", {}, grid.problem), codes?.overlay());
+  codes?.follow(cells);
+  places?.follow(decoded);
+  if (codes) grids.push(codes);
+  const shape = grid.shape.join(" × ") + (grid.shape.length === 2 ? "" : `: ${grid.layout}`);
   return [
     el("figure", { className: "pane" }, el("header", {}, "Decoded"), decoded),
     grid.image < sample.images.length ? original(number, grid.image, ratio, signal) : null,
-    el("figure", { className: "pane" }, el("header", {}, `Codes, ${grid.height} × ${grid.width}${grid.is_guess ? " (a guess)" : ""}`, el("span", { className: "grow" }), codes.controls), cells, codes.readout),
+    el("figure", { className: "pane" }, el("header", {}, `Codes, ${shape}${grid.is_guess ? " (a guess)" : ""}`, el("span", { className: "grow" }), codes?.controls), cells, codes?.readout),
   ].filter(Boolean);
 }
 
@@ -158,7 +161,7 @@ function about(sample) {
   const distinct = (sample.grids ?? []).map((grid) => count(grid.distinct)).join(", ");
   return el("section", {}, el("h2", {}, "Sample"),
     facts([
-      ["characters", count(sample.chars)],
+      sample.row_tokens ? ["tokens", count(sample.row_tokens)] : ["characters", count(sample.chars)],
       sample.codes ? ["image tokens", count(sample.codes)] : null,
       distinct ? ["different codes", distinct] : null,
       sample.tokens !== undefined ? ["text tokens", count(sample.tokens)] : null,

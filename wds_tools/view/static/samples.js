@@ -16,7 +16,7 @@ export function card(sample, needle, signal, onproblem) {
     el("div", { className: "foot" },
       el("span", { className: "mono", title: sample.key }, sample.key || `#${sample.number}`),
       sample.turns_count ? el("span", { className: "chip" }, `${sample.turns_count} turns`) : null,
-      el("span", { className: "chip" }, `${count(sample.chars)} chars`)));
+      el("span", { className: "chip" }, sample.row_tokens ? `${count(sample.row_tokens)} tokens` : `${count(sample.chars)} chars`)));
 }
 
 function picture(thumb, sample, column, signal, onproblem) {
