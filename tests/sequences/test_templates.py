@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,8 @@ from commands import ROOT
 from factory import image_sample, make_dataset, multi_sample, text_sample
 from PIL import Image
 from plugin import installed, write_plugin
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
-from tokens import IMAGE_TOKENS
+from tokenizers import Tokenizer
+from tokens import IMAGE_TOKENS, write_bytes_tokenizer, write_chameleon_tokenizer, write_emu3_tokenizer
 
 from loaders import LoaderConfig, Source, build_loader
 from wds_tools.check.verify import VerifyConfig, verify
@@ -31,38 +30,7 @@ from wds_tools.sequences.config import SequenceConfig
 from wds_tools.sequences.prompts import Prompts
 
 CODEBOOK = 64
-MERGES = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("i", "n"), ("o", "n"), ("a", "t")]
 TURNS = (("system", "Be kind."), ("human", "Look: <image>\nWhat?"), ("gpt", "A cat."), ("human", "And?"), ("gpt", "On the mat."))
-
-
-def write_tokenizer(folder: Path, special: Sequence[str], named: dict[str, Any], *, before: int = 0, bos: bool = False) -> Path:
-    """A tokenizer of bytes and some merges, the same for ever, as transformers saves one.
-
-    Args:
-        folder: a new one.
-        special: special tokens.
-        named: tokenizer_config.json.
-        before: so many of them stand before the bytes in the vocabulary, the others behind.
-        bos: the first is put before every string, as Chameleon's tokenizer does.
-    """
-    pieces = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *map("".join, MERGES)]
-    names = [*special[:before], *pieces, *special[before:]]
-    tokenizer = Tokenizer(models.BPE({name: number for number, name in enumerate(names)}, MERGES))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(name, normalized=False) for name in special])
-    if bos:
-        first = f"{special[0]}"
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{first} $A", special_tokens=[(first, names.index(first))]
-        )
-    folder.mkdir(parents=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    vocabulary = {name: number for number, name in enumerate(names)}
-    (folder / "vocab.json").write_text(json.dumps(vocabulary))
-    (folder / "merges.txt").write_text("".join(f"{left} {right}\n" for left, right in MERGES))
-    (folder / "tokenizer_config.json").write_text(json.dumps(named))
-    return folder
 
 
 def built(folder: Path, samples: list[Sample], **settings: Any) -> tuple[ExampleBuilder, list[Example]]:
@@ -89,7 +57,7 @@ def conversation(codes: np.ndarray[Any, Any] | None = None) -> Sample:
 
 
 def test_rows_of_liquid_are_for_ever_what_they_were_before_there_were_templates(tmp_path: Path) -> None:
-    folder = write_tokenizer(tmp_path / "t", ("<s>", "</s>", *IMAGE_TOKENS), {"bos_token": "<s>", "eos_token": "</s>"})
+    folder = write_bytes_tokenizer(tmp_path / "t", ("<s>", "</s>", *IMAGE_TOKENS), {"bos_token": "<s>", "eos_token": "</s>"})
     samples = [*map(image_sample, range(12)), *(multi_sample(number, height=32, width=96) for number in range(12))]
     samples += [text_sample(1, "the cat on the mat"), conversation()]
     made, rows = built(folder, samples, codebook_size=8192, max_length=120)
@@ -123,16 +91,7 @@ def put(ids: list[int], image_token: int, images: list[list[int]]) -> list[int]:
 @pytest.fixture(scope="module")
 def chameleon(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As facebook/chameleon-7b has it: special tokens before the pieces, codes among them, not in the order of the codes."""
-    codes = [f"IMGIMG{''.join('ABCDEFGHIJ'[int(digit)] for digit in str(code))}Z" for code in range(CODEBOOK)]
-    codes = codes[40:] + codes[:40]
-    special = ("<s>", "<pad>", "</s>", "<unk>", *codes, "<racm3:break>", "<eoss>", "<reserved08706>", "<image>")
-    named = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
-    named |= {"unk_token": "<unk>", "sep_token": "<reserved08706>"}
-    folder = tmp_path_factory.mktemp("chameleon") / "t"
-    return write_tokenizer(folder, (*special, "<reserved08799>", *LUMINA), named, before=len(special), bos=True)
-
-
-LUMINA = tuple(f"<reserved{8800 + number:05d}>" for number in range(97))
+    return write_chameleon_tokenizer(tmp_path_factory.mktemp("chameleon") / "t", CODEBOOK)
 
 
 def chameleon_model(vocabulary: dict[str, int]) -> Any:
@@ -209,13 +168,7 @@ def test_tokens_that_are_entries_of_the_vocabulary_alone_are_found_and_no_text_m
 @pytest.fixture(scope="module")
 def emu3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As Emu3-Chat-hf has it: all special tokens behind the pieces."""
-    around = {"image_token": "<image>", "boi_token": "<|image start|>", "eoi_token": "<|image end|>"}
-    around |= {"image_wrapper_token": "<|image token|>", "eof_token": "<|extra_201|>"}
-    named = {"tokenizer_class": "GPT2Tokenizer", "bos_token": "<|extra_203|>", "eos_token": "<|extra_204|>"}
-    named |= {"pad_token": "<|endoftext|>", "unk_token": "<|endoftext|>", "extra_special_tokens": around}
-    special = ("<|endoftext|>", "<|extra_203|>", "<|extra_204|>", "<|extra_200|>", *around.values())
-    special += tuple(f"<|visual token {code:06d}|>" for code in range(CODEBOOK))
-    return write_tokenizer(tmp_path_factory.mktemp("emu3") / "t", special, named)
+    return write_emu3_tokenizer(tmp_path_factory.mktemp("emu3") / "t", CODEBOOK)
 
 
 @pytest.mark.slow  # transformers takes seconds to import

@@ -13,7 +13,7 @@ import torch
 from commands import image_bytes, read_samples
 from factory import make_dataset, text_sample
 from numpy.typing import NDArray
-from plugin import installed, write_plugin
+from plugin import BLOCKS, installed, write_plugin
 from tokens import write_tokenizer
 from viewer import ask, serving
 
@@ -39,120 +39,6 @@ from wds_tools.storage import open_store
 from wds_tools.vq import LayoutTokenizer, load_tokenizer
 from wds_tools.vq.base import codes_shape, layout_of
 
-MODULE = '''
-"""Blocks of pixels -> their mean colours, in three kinds of codes; and a template that makes ids of several codebooks."""
-
-from dataclasses import dataclass
-
-import numpy as np
-import torch
-
-from wds_tools.sequences.templates import Template
-
-
-class Blocks:
-    stride, weights_hash, code_dtype = 16, "sha256:" + "0" * 64, None
-
-    def __init__(self, weights, device, precision):
-        self.device = device
-        self.into = torch.randn(3, 8, generator=torch.Generator().manual_seed(0)).to(device)
-
-    def colours(self, pixels_BHWC):
-        return pixels_BHWC.to(self.device).float().unflatten(2, (-1, 16)).unflatten(1, (-1, 16)).mean((2, 4)) / 127.5 - 1
-
-    def picture(self, colours_Bhw3):
-        pixels = ((colours_Bhw3.float().clamp(-1, 1) + 1) * 127.5).byte()
-        return pixels.repeat_interleave(16, 1).repeat_interleave(16, 2)
-
-
-class Eight(Blocks):
-    """8 codebooks at each place, the last of them larger."""
-
-    name, layout, codebook_size = "eight", "hwk", (16,) * 7 + (32,)
-
-    def codes_shape(self, height, width):
-        return height // 16, width // 16, 8
-
-    def encode(self, pixels_BHWC):
-        return ((self.colours(pixels_BHWC) @ self.into) * 3 + 8).long().clamp(0, 15)
-
-    def decode(self, codes):
-        return self.picture((codes - 7.5) / 3 @ torch.linalg.pinv(self.into))
-
-
-class Line(Blocks):
-    """32 codes for a whole picture, which is of 128 x 128 pixels when it is decoded."""
-
-    name, layout, codebook_size = "line", "n", 512
-
-    def codes_shape(self, height, width):
-        return (32,)
-
-    def encode(self, pixels_BHWC):
-        colours = torch.nn.functional.adaptive_avg_pool2d(self.colours(pixels_BHWC).permute(0, 3, 1, 2), (4, 8))
-        levels = ((colours.flatten(2) + 1) * 4).long().clamp(0, 7)
-        return levels[:, 0] * 64 + levels[:, 1] * 8 + levels[:, 2]
-
-    def decode(self, codes):
-        levels = torch.stack([codes // 64, codes // 8 % 8, codes % 8], -1).view(-1, 4, 8, 3)
-        return self.picture(levels.repeat_interleave(2, 1) / 3.5 - 1)
-
-
-class Latents(Blocks):
-    """No codebook: the colours themselves."""
-
-    name, layout, codebook_size, code_dtype = "latents", "hwd", None, "bfloat16"
-
-    def codes_shape(self, height, width):
-        return height // 16, width // 16, 3
-
-    def encode(self, pixels_BHWC):
-        return self.colours(pixels_BHWC).bfloat16()
-
-    def decode(self, codes):
-        assert codes.dtype is torch.bfloat16
-        return self.picture(codes)
-
-
-class Small(Line):
-    """Numbers of one byte, whose number is not known to anybody else."""
-
-    name, layout, codebook_size, code_dtype = "small", "wn", None, "uint8"
-
-    def codes_shape(self, height, width):
-        return 4, 8
-
-    def encode(self, pixels_BHWC):
-        return super().encode(pixels_BHWC).view(-1, 4, 8) // 2
-
-
-class Wrong(Eight):
-    """One that is wrong in what it is asked to be wrong in."""
-
-    name = "wrong"
-
-    def encode(self, pixels_BHWC):
-        codes = super().encode(pixels_BHWC)
-        return {"k": codes[..., :7], "range": codes.index_fill(-1, torch.tensor(2), 16), "float": codes.float()}[fault]
-
-
-class Infinite(Latents):
-    name = "infinite"
-
-    def encode(self, pixels_BHWC):
-        return super().encode(pixels_BHWC).index_fill(1, torch.tensor(1), float("nan"))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Flat(Template):
-    """Ids of codebooks one behind the other."""
-
-    def to_ids(self, codes):
-        return codes.astype(np.int64) + 16 * np.arange(8)
-
-
-fault = "k"
-'''
 NAMES = ("eight", "line", "latents", "small")
 OTHERS = "wrong = somebodys_layouts:Wrong\ninfinite = somebodys_layouts:Infinite"
 ENTRY_POINTS = f"""[wds_tools.tokenizers]
@@ -188,7 +74,7 @@ def inputs() -> list[Sample]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The images, encoded by each; while it is there, so is the package."""
     folder = tmp_path_factory.mktemp("layouts")
-    site = write_plugin(tmp_path_factory.mktemp("site"), "somebodys_layouts", MODULE, ENTRY_POINTS)
+    site = write_plugin(tmp_path_factory.mktemp("site"), "somebodys_layouts", BLOCKS, ENTRY_POINTS)
     make_dataset(folder / "in", inputs())
     write_tokenizer(folder / "tokenizer")
     with installed(site, "somebodys_layouts"):

@@ -19,13 +19,13 @@ import numpy as np
 import pytest
 import skimage.data
 import torch
-import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
+from weights import config_tree, one_by_one, vqgan, vqgan_state, write_vqgan
 
 from wds_tools.errors import DataError, MissingPackage, TokenizerError, UsageError
 from wds_tools.vq import ImageTokenizer, load_tokenizer, nearest
@@ -42,7 +42,7 @@ TINY_PSNR_FLOOR_DB = {  # about 0.5 dB below what the shipped weights reach
     "rocket.jpg": 26.9,
     "camera.png": 24.0,  # the only one that was held out of training
 }
-SMALL = {"ch": 32, "ch_mult": [1, 1, 2, 2, 4], "num_res_blocks": 2, "z_channels": 64, "n_embed": 512, "embed_dim": 64}
+SMALL = vqgan()
 FULL = {"ch": 128, "ch_mult": [1, 1, 2, 2, 4], "num_res_blocks": 2, "z_channels": 256, "n_embed": 8192, "embed_dim": 256}
 
 
@@ -122,82 +122,9 @@ class PlainVqgan:
         return ((x.clamp(-1, 1) + 1) * 127.5).permute(0, 2, 3, 1)
 
 
-def random_state(config: dict[str, Any], seed: int = 0) -> dict[str, Tensor]:
-    """Random weights under taming-transformers' names, and a `loss.` tensor as real checkpoints have."""
-    rng = torch.Generator().manual_seed(seed)
-    state: dict[str, Tensor] = {"loss.discriminator.main.0.weight": torch.zeros(2, 2)}
-
-    def conv(name: str, cin: int, cout: int, kernel: int) -> None:
-        state[f"{name}.weight"] = torch.randn(cout, cin, kernel, kernel, generator=rng) / (cin * kernel**2) ** 0.5
-        state[f"{name}.bias"] = 0.1 * torch.randn(cout, generator=rng)
-
-    def norm(name: str, channels: int) -> None:
-        state[f"{name}.weight"] = 1 + 0.2 * torch.randn(channels, generator=rng)
-        state[f"{name}.bias"] = 0.2 * torch.randn(channels, generator=rng)
-
-    def block(name: str, cin: int, cout: int) -> None:
-        norm(f"{name}.norm1", cin)
-        conv(f"{name}.conv1", cin, cout, 3)
-        norm(f"{name}.norm2", cout)
-        conv(f"{name}.conv2", cout, cout, 3)
-        if cin != cout:
-            conv(f"{name}.nin_shortcut", cin, cout, 1)
-
-    def middle(name: str, channels: int) -> None:
-        block(f"{name}.block_1", channels, channels)
-        norm(f"{name}.attn_1.norm", channels)
-        for part in ("q", "k", "v", "proj_out"):
-            conv(f"{name}.attn_1.{part}", channels, channels, 1)
-        block(f"{name}.block_2", channels, channels)
-
-    widths = [config["ch"] * mult for mult in config["ch_mult"]]
-    z, D = config["z_channels"], config["embed_dim"]
-    channels = config["ch"]
-    conv("encoder.conv_in", 3, channels, 3)
-    for level, width in enumerate(widths):
-        for i in range(config["num_res_blocks"]):
-            block(f"encoder.down.{level}.block.{i}", channels, width)
-            channels = width
-        if level < len(widths) - 1:
-            conv(f"encoder.down.{level}.downsample.conv", width, width, 3)
-    middle("encoder.mid", channels)
-    norm("encoder.norm_out", channels)
-    conv("encoder.conv_out", channels, z, 3)
-    conv("quant_conv", z, D, 1)
-    conv("post_quant_conv", D, z, 1)
-    conv("decoder.conv_in", z, channels, 3)
-    middle("decoder.mid", channels)
-    for level in reversed(range(len(widths))):
-        for i in range(config["num_res_blocks"] + 1):
-            block(f"decoder.up.{level}.block.{i}", channels, widths[level])
-            channels = widths[level]
-        if level:
-            conv(f"decoder.up.{level}.upsample.conv", channels, channels, 3)
-    norm("decoder.norm_out", channels)
-    conv("decoder.conv_out", channels, 3, 3)
-    state["quantize.embedding.weight"] = torch.randn(config["n_embed"], D, generator=rng)
-    return state
-
-
-def config_tree(config: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    """The yaml of `config`, as Lightning nests it; `changes` go to ddconfig, or to params if they belong there."""
-    params = {key: changes.pop(key, config[key]) for key in ("n_embed", "embed_dim")}
-    ddconfig = {key: config[key] for key in ("ch", "ch_mult", "num_res_blocks", "z_channels")}
-    ddconfig |= {"double_z": False, "resolution": 512, "in_channels": 3, "out_ch": 3, "attn_resolutions": []}
-    return {"model": {"target": "x.VQModel", "params": {**params, "ddconfig": {**ddconfig, "dropout": 0.0, **changes}}}}
-
-
-def write_folder(folder: Path, tree: Any, state: Any) -> Path:
-    folder.mkdir(exist_ok=True)
-    (folder / "vqgan.yaml").write_text(yaml.safe_dump(tree))
-    torch.save({"state_dict": state, "global_step": 3}, folder / "vqgan.ckpt")
-    return folder
-
-
 def with_real_codebook(state: dict[str, Tensor], config: dict[str, Any], pixels_BHWC: Tensor) -> dict[str, Tensor]:
     """Draw the codebook from latents of these pixels: each entry has a latent that it fits exactly."""
-    with torch.no_grad():
-        latents_ND = PlainVqgan(state, config).latents(pixels_BHWC).permute(0, 2, 3, 1).flatten(0, 2)
+    latents_ND = one_by_one(PlainVqgan(state, config).latents, pixels_BHWC).permute(0, 2, 3, 1).flatten(0, 2)
     rng = torch.Generator().manual_seed(1)
     picks = torch.randint(len(latents_ND), (config["n_embed"],), generator=rng)
     noise = torch.randn(config["n_embed"], config["embed_dim"], generator=rng)
@@ -207,21 +134,20 @@ def with_real_codebook(state: dict[str, Tensor], config: dict[str, Any], pixels_
 @pytest.fixture(scope="module")
 def small_state() -> dict[str, Tensor]:
     others = torch.stack([photo(name, 128, 128) for name in PHOTOS[2:]])
-    return with_real_codebook(random_state(SMALL), SMALL, others)
+    return with_real_codebook(vqgan_state(SMALL), SMALL, others)
 
 
 @pytest.fixture(scope="module")
 def small_folder(small_state: dict[str, Tensor], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_folder(tmp_path_factory.mktemp("vqgan"), config_tree(SMALL), small_state)
+    return write_vqgan(tmp_path_factory.mktemp("vqgan"), config_tree(SMALL), small_state)
 
 
 def check_against_plain(folder: Path, state: dict[str, Tensor], config: dict[str, Any], pixels_BHWC: Tensor) -> None:
     tokenizer = load_tokenizer("chameleon", weights=str(folder), device="cpu")
     plain = PlainVqgan(state, config)
     codes = tokenizer.encode(pixels_BHWC)
-    with torch.no_grad():
-        expected = plain.codes(pixels_BHWC)
-        pixels = plain.pixels(codes)
+    expected = one_by_one(plain.codes, pixels_BHWC)
+    pixels = one_by_one(plain.pixels, codes)
     assert codes.dtype == torch.int64
     assert len(set(codes.flatten().tolist())) > 20, "a comparison of constant codes would prove nothing"
     assert torch.equal(codes, expected)
@@ -236,8 +162,8 @@ def test_codes_of_chameleon_equal_those_of_a_plain_forward_pass(small_folder: Pa
 
 @pytest.mark.slow
 def test_codes_of_a_full_size_chameleon_equal_those_of_a_plain_forward_pass(tmp_path: Path) -> None:
-    state = with_real_codebook(random_state(FULL), FULL, photo("coffee.png", 256, 256)[None])
-    folder = write_folder(tmp_path / "vqgan", config_tree(FULL), state)
+    state = with_real_codebook(vqgan_state(FULL), FULL, photo("coffee.png", 256, 256)[None])
+    folder = write_vqgan(tmp_path / "vqgan", config_tree(FULL), state)
     check_against_plain(folder, state, FULL, photo("astronaut.png", 256, 256)[None])
 
 
@@ -267,13 +193,13 @@ def test_bf16_changes_few_codes_of_chameleon(small_folder: Path) -> None:
 
 def test_the_yaml_may_have_its_params_at_the_top_level(small_state: dict[str, Tensor], tmp_path: Path) -> None:
     for i, tree in enumerate((config_tree(SMALL)["model"], config_tree(SMALL)["model"]["params"])):
-        folder = write_folder(tmp_path / str(i), tree, small_state)
+        folder = write_vqgan(tmp_path / str(i), tree, small_state)
         assert load_tokenizer("chameleon", weights=str(folder), device="cpu").codebook_size == 512
 
 
 def test_other_numbers_of_levels_give_other_strides(tmp_path: Path) -> None:
     config = {**SMALL, "ch_mult": [1, 2, 4], "num_res_blocks": 1}
-    folder = write_folder(tmp_path / "vqgan", config_tree(config), random_state(config))
+    folder = write_vqgan(tmp_path / "vqgan", config_tree(config), vqgan_state(config))
     tokenizer = load_tokenizer("chameleon", weights=str(folder), device="cpu")
     assert tokenizer.stride == 4
     assert tokenizer.encode(photo("coffee.png", 32, 64)[None]).shape == (1, 8, 16)
@@ -302,7 +228,7 @@ def test_other_numbers_of_levels_give_other_strides(tmp_path: Path) -> None:
 def test_a_yaml_that_the_weights_do_not_fit_is_refused_in_one_line(
     changes: dict[str, Any], message: str, small_state: dict[str, Tensor], tmp_path: Path
 ) -> None:
-    folder = write_folder(tmp_path / "vqgan", config_tree(SMALL, **changes), small_state)
+    folder = write_vqgan(tmp_path / "vqgan", config_tree(SMALL, **changes), small_state)
     with pytest.raises(TokenizerError, match=message) as caught:
         load_tokenizer("chameleon", weights=str(folder), device="cpu")
     assert str(folder) in str(caught.value)
@@ -321,7 +247,7 @@ def test_a_yaml_that_the_weights_do_not_fit_is_refused_in_one_line(
     ],
 )
 def test_a_bad_yaml_is_refused_in_one_line(text: str, message: str, tmp_path: Path) -> None:
-    folder = write_folder(tmp_path / "vqgan", {}, {})
+    folder = write_vqgan(tmp_path / "vqgan", {}, {})
     (folder / "vqgan.yaml").write_text(text)
     with pytest.raises(TokenizerError, match=message) as caught:
         load_tokenizer("chameleon", weights=str(folder), device="cpu")
@@ -330,13 +256,13 @@ def test_a_bad_yaml_is_refused_in_one_line(text: str, message: str, tmp_path: Pa
 
 def test_missing_and_unexpected_tensors_are_named(small_state: dict[str, Tensor], tmp_path: Path) -> None:
     less = {key: value for key, value in small_state.items() if key != "post_quant_conv.bias"}
-    folder = write_folder(tmp_path / "vqgan", config_tree(SMALL), less)
+    folder = write_vqgan(tmp_path / "vqgan", config_tree(SMALL), less)
     with pytest.raises(TokenizerError, match=r"lack post_quant_conv\.bias: they do not fit"):
         load_tokenizer("chameleon", weights=str(folder), device="cpu")
-    write_folder(folder, config_tree(SMALL), {**small_state, "extra.decay": torch.zeros(1)})
+    write_vqgan(folder, config_tree(SMALL), {**small_state, "extra.decay": torch.zeros(1)})
     with pytest.raises(TokenizerError, match=r"unexpected extra\.decay"):
         load_tokenizer("chameleon", weights=str(folder), device="cpu")
-    write_folder(folder, config_tree(SMALL), {**small_state, "quant_conv.bias": "zero"})
+    write_vqgan(folder, config_tree(SMALL), {**small_state, "quant_conv.bias": "zero"})
     with pytest.raises(TokenizerError, match=r"quant_conv\.bias is str"):
         load_tokenizer("chameleon", weights=str(folder), device="cpu")
 
@@ -353,7 +279,7 @@ class WritesAFile:
 
 def test_a_pickle_that_would_run_code_is_refused_and_runs_nothing(small_state: dict[str, Tensor], tmp_path: Path) -> None:
     target = tmp_path / "written by the checkpoint"
-    folder = write_folder(tmp_path / "vqgan", config_tree(SMALL), {**small_state, "extra": WritesAFile(target)})
+    folder = write_vqgan(tmp_path / "vqgan", config_tree(SMALL), {**small_state, "extra": WritesAFile(target)})
     with pytest.raises(TokenizerError, match="holds more than tensors") as caught:
         load_tokenizer("chameleon", weights=str(folder), device="cpu")
     assert not target.exists()
@@ -362,7 +288,7 @@ def test_a_pickle_that_would_run_code_is_refused_and_runs_nothing(small_state: d
 
 def test_a_pickle_that_torch_did_not_write_is_refused_in_one_line_and_without_a_warning(tmp_path: Path) -> None:
     target = tmp_path / "written by the checkpoint"
-    folder = write_folder(tmp_path / "vqgan", config_tree(SMALL), {})
+    folder = write_vqgan(tmp_path / "vqgan", config_tree(SMALL), {})
     (folder / "vqgan.ckpt").write_bytes(pickle.dumps({"state_dict": WritesAFile(target)}, protocol=4))
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
@@ -382,14 +308,14 @@ def test_a_damaged_checkpoint_is_refused(damage: str, small_folder: Path, tmp_pa
     whole = (small_folder / "vqgan.ckpt").read_bytes()
     noise = np.random.default_rng(0).bytes(5000)
     data = {"cut": whole[: len(whole) // 2], "empty": b"", "noise": noise, "text": b"version https://git-lfs\n"}[damage]
-    folder = write_folder(tmp_path / "vqgan", config_tree(SMALL), {})
+    folder = write_vqgan(tmp_path / "vqgan", config_tree(SMALL), {})
     (folder / "vqgan.ckpt").write_bytes(data)
     with pytest.raises(TokenizerError, match=r"vqgan\.ckpt is damaged"):
         load_tokenizer("chameleon", weights=str(folder), device="cpu")
 
 
 def test_a_checkpoint_without_tensors_is_refused(tmp_path: Path) -> None:
-    folder = write_folder(tmp_path / "vqgan", config_tree(SMALL), {})
+    folder = write_vqgan(tmp_path / "vqgan", config_tree(SMALL), {})
     torch.save([torch.zeros(2)], folder / "vqgan.ckpt")
     with pytest.raises(TokenizerError, match="0 codebooks"):
         load_tokenizer("chameleon", weights=str(folder), device="cpu")
@@ -397,7 +323,7 @@ def test_a_checkpoint_without_tensors_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["vqgan.yaml", "vqgan.ckpt"])
 def test_a_missing_file_is_named_with_what_the_folder_needs(name: str, tmp_path: Path) -> None:
-    folder = write_folder(tmp_path / "vqgan", config_tree(SMALL), {})
+    folder = write_vqgan(tmp_path / "vqgan", config_tree(SMALL), {})
     (folder / name).unlink()
     with pytest.raises(TokenizerError, match=rf"{name} is missing: the folder needs vqgan\.yaml and vqgan\.ckpt"):
         load_tokenizer("chameleon", weights=str(folder), device="cpu")

@@ -10,15 +10,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import diffusers
 import numpy as np
 import pytest
 import torch
-import transformers
 from commands import image_bytes, read_samples
 from factory import make_dataset
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from weights import MODELS, Made, one_by_one, pixels, save, spread, vq_model
 
 from loaders import LoaderConfig, Source, build_loader
 from wds_tools.check.verify import VerifyConfig, verify
@@ -27,96 +25,6 @@ from wds_tools.errors import MissingPackage, TokenizerError, UsageError
 from wds_tools.format.schema import Sample
 from wds_tools.vq import load_tokenizer
 
-Made = tuple[Any, Callable[[Tensor], Tensor]]
-"""A model, and the codes it gives by its own API for pixels in [-1, 1]."""
-
-
-def vq_model(**settings: Any) -> Made:
-    shape: dict[str, Any] = {
-        "block_out_channels": (32, 32, 64),
-        "latent_channels": 8,
-        "num_vq_embeddings": 512,
-        "vq_embed_dim": 8,
-    }
-    shape |= settings
-    levels = len(shape["block_out_channels"])
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * levels, "up_block_types": ("UpDecoderBlock2D",) * levels}
-    model = diffusers.VQModel(**blocks, **shape)
-
-    def codes(pixels_BCHW: Tensor) -> Tensor:
-        latents_BDhw = model.encode(pixels_BCHW).latents
-        B, _, h, w = latents_BDhw.shape
-        return model.quantize(latents_BDhw)[2][2].view(B, h, w)
-
-    return model, codes
-
-
-def vqvae(kind: str, **settings: Any) -> Made:
-    shape = {"embed_dim": 8, "latent_channels": 8, "base_channels": 32, "channel_multiplier": [1, 1, 2], "num_res_blocks": 1}
-    size = {"codebook_size": 512} if kind == "Emu3" else {"num_embeddings": 512}
-    config = getattr(transformers, f"{kind}VQVAEConfig")(**{**shape, **size, **settings})
-    model = getattr(transformers, f"{kind}VQVAE")(config)
-
-    def codes(pixels_BCHW: Tensor) -> Tensor:
-        B, _, H, W = pixels_BCHW.shape
-        if kind == "Emu3":
-            return torch.stack(model.encode(pixels_BCHW, torch.tensor([[H, W]] * B)).image_tokens)
-        return model.encode(pixels_BCHW).image_tokens.view(B, H // 4, W // 4)
-
-    return model, codes
-
-
-def apertus() -> Made:
-    shape = {"embed_dim": 8, "latent_channels": 8, "base_channels": 32, "channel_multiplier": [1, 1, 2], "num_res_blocks": 1}
-    config = transformers.Apertus1p5VisionTokenizerConfig(**shape, codebook_size=512, attn_resolutions=[64])
-    model = transformers.Apertus1p5VisionTokenizerModel(config)
-    return model, lambda pixels_BCHW: model.encode(pixels_BCHW).image_tokens
-
-
-CLIP = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
-
-
-def glm_image() -> Made:
-    text = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 64}
-    vision = {"depth": 2, "hidden_size": 32, "num_heads": 2, "intermediate_size": 64, "image_size": 32, "patch_size": 4}
-    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
-    config = transformers.GlmImageConfig(
-        text_config={**text, "num_key_value_heads": 2, "vision_vocab_size": 520, "pad_token_id": 0, "rope_parameters": rope},
-        vision_config=vision,
-        vq_config={"embed_dim": 16, "num_embeddings": 512, "latent_channels": 32},
-    )
-    model = transformers.GlmImageForConditionalGeneration(config)
-    processor = transformers.GlmImageImageProcessor(
-        patch_size=4, merge_size=1, temporal_patch_size=1, do_resize=False, do_rescale=False, **CLIP
-    )
-
-    def codes(pixels_BCHW: Tensor) -> Tensor:
-        B, _, H, W = pixels_BCHW.shape
-        given = processor(list((pixels_BCHW + 1) / 2), return_tensors="pt")
-        features = model.get_image_features(given["pixel_values"], given["image_grid_thw"]).pooler_output
-        return model.get_image_tokens(features, given["image_grid_thw"]).view(B, H // 4, W // 4)
-
-    return model, codes
-
-
-MODELS: dict[str, Callable[[], Made]] = {
-    "vqmodel": vq_model,
-    "chameleon": lambda: vqvae("Chameleon"),
-    "emu3": lambda: vqvae("Emu3", hidden_size=64, temporal_downsample_factor=2, attn_resolutions=[2]),
-    "janus": lambda: vqvae("Janus", num_patches=8),
-    "emu35": apertus,
-    "glm-image": glm_image,
-}
-
-
-def spread(model: Any) -> None:
-    """Give the weights a size with which many codebook entries are used; Emu3 makes its own that way, but for the codebook."""
-    rng = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, weights in model.named_parameters():
-            if weights.ndim > 1 and (not isinstance(model, transformers.Emu3VQVAE) or "quantize" in name):
-                weights.normal_(std=(1 if "quantize" in name else weights[0].numel()) ** -0.5, generator=rng)
-
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Made]]:
@@ -124,24 +32,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path
 
     def make(name: str) -> tuple[Path, Made]:
         if name not in known:
-            torch.manual_seed(0)
-            model, codes = MODELS[name]()
-            model.eval()
-            spread(model)
             folder = tmp_path_factory.mktemp(name)
-            model.save_pretrained(folder)
-            if name == "glm-image":
-                (folder / "preprocessor_config.json").write_text(json.dumps(CLIP))
-            known[name] = folder, (model, codes)
+            known[name] = folder, save(name, folder)
         return known[name]
 
     return make
-
-
-def pixels(H: int = 32, W: int = 32, count: int = 3) -> Tensor:
-    rng = torch.Generator().manual_seed(2)
-    small = torch.rand(count, 3, H // 8, W // 8, generator=rng) * 255
-    return torch.nn.functional.interpolate(small, (H, W), mode="bilinear").to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -149,13 +44,12 @@ def test_codes_are_those_of_the_class_itself(name: str, made: Callable[[str], tu
     folder, (_, codes) = made(name)
     tokenizer = load_tokenizer(name, weights=str(folder), device="cpu")
     assert (tokenizer.name, tokenizer.codebook_size, tokenizer.stride) == (name, 512, 4)
-    with torch.no_grad():
-        for size in ((32, 32), (32, 64)):
-            expected = codes((pixels(*size).float() / 255 * 2 - 1).permute(0, 3, 1, 2))
-            found = tokenizer.encode(pixels(*size))
-            assert found.shape == (3, size[0] // 4, size[1] // 4)
-            assert torch.equal(found, expected)
-            assert len(found.unique()) > 8, "a comparison of constant codes would prove nothing"
+    for size in ((32, 32), (32, 64)):
+        expected = one_by_one(codes, (pixels(*size).float() / 255 * 2 - 1).permute(0, 3, 1, 2))
+        found = tokenizer.encode(pixels(*size))
+        assert found.shape == (2, size[0] // 4, size[1] // 4)
+        assert torch.equal(found, expected)
+        assert len(found.unique()) > 8, "a comparison of constant codes would prove nothing"
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -370,7 +264,7 @@ def test_codes_of_a_large_codebook_are_stored_in_32_bits_and_bf16_is_warned_of(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.manual_seed(0)
-    model, _ = vq_model(num_vq_embeddings=70_000, block_out_channels=(32,) * 5)
+    model, _ = vq_model((1,) * 5, num_vq_embeddings=70_000)
     spread(model)
     model.save_pretrained(tmp_path / "w")
     images = [image_bytes(i, 64, 64) for i in range(2)]

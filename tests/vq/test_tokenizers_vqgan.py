@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import transformers
 import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
+from weights import one_by_one, pixels, save, vqgan, vqgan_state
 
 from wds_tools.errors import TokenizerError
 from wds_tools.vq import ImageTokenizer, load_tokenizer, nearest
@@ -30,12 +30,6 @@ from wds_tools.vq.checkpoints import read_weights
 from wds_tools.vq.llamagen import config_of
 
 LEVELS, BLOCKS = (1, 2, 2), 2
-
-
-def pixels(H: int = 32, W: int = 32, count: int = 2) -> Tensor:
-    rng = torch.Generator().manual_seed(2)
-    small = torch.rand(count, 3, H // 8, W // 8, generator=rng) * 255
-    return functional.interpolate(small, (H, W), mode="bilinear").to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
 # --- LlamaGen: a second implementation -----------------------------------------------------------------------------
@@ -106,61 +100,9 @@ class PlainLlamaGen:
         return ((x.clamp(-1, 1) + 1) * 127.5).permute(0, 2, 3, 1)
 
 
-def llamagen_state(ch: int = 32, z: int = 16, K: int = 512, D: int = 8) -> dict[str, Tensor]:
-    rng, state, last = torch.Generator().manual_seed(0), {}, len(LEVELS) - 1
-
-    def conv(name: str, cin: int, cout: int, kernel: int = 3) -> None:
-        state[f"{name}.weight"] = torch.randn(cout, cin, kernel, kernel, generator=rng) / (cin * kernel**2) ** 0.5
-        state[f"{name}.bias"] = 0.1 * torch.randn(cout, generator=rng)
-
-    def norm(name: str, channels: int) -> None:
-        state[f"{name}.weight"] = 1 + 0.2 * torch.randn(channels, generator=rng)
-        state[f"{name}.bias"] = 0.2 * torch.randn(channels, generator=rng)
-
-    def residual(name: str, cin: int, cout: int) -> None:
-        norm(f"{name}.norm1", cin)
-        conv(f"{name}.conv1", cin, cout)
-        norm(f"{name}.norm2", cout)
-        conv(f"{name}.conv2", cout, cout)
-        if cin != cout:
-            conv(f"{name}.nin_shortcut", cin, cout, 1)
-
-    def attention(name: str, channels: int) -> None:
-        norm(f"{name}.norm", channels)
-        for part in ("q", "k", "v", "proj_out"):
-            conv(f"{name}.{part}", channels, channels, 1)
-
-    def side(name: str, widths: list[int], blocks: int, cin: int, first: int, cout: int, resample: str) -> None:
-        conv(f"{name}.conv_in", cin, first)
-        channels = first
-        for i, width in enumerate(widths):
-            for block in range(blocks):
-                residual(f"{name}.conv_blocks.{i}.res.{block}", channels, width)
-                channels = width
-                if i == (last if name == "encoder" else 0):
-                    attention(f"{name}.conv_blocks.{i}.attn.{block}", channels)
-            if i < last:
-                conv(f"{name}.conv_blocks.{i}.{resample}.conv", channels, channels)
-        deep = widths[-1] if name == "encoder" else first
-        residual(f"{name}.mid.0", deep, deep)
-        attention(f"{name}.mid.1", deep)
-        residual(f"{name}.mid.2", deep, deep)
-        norm(f"{name}.norm_out", channels)
-        conv(f"{name}.conv_out", channels, cout)
-
-    widths = [ch * level for level in LEVELS]
-    side("encoder", widths, BLOCKS, 3, ch, z, "downsample")
-    side("decoder", widths[::-1], BLOCKS + 1, z, widths[-1], 3, "upsample")
-    conv("quant_conv", z, D, 1)
-    conv("post_quant_conv", D, z, 1)
-    state["quantize.embedding.weight"] = torch.randn(K, D, generator=rng)
-    state["quantize.codebook_used"] = torch.zeros(65536)
-    return state
-
-
 @pytest.fixture(scope="module")
 def state() -> dict[str, Tensor]:
-    return llamagen_state()
+    return vqgan_state(vqgan(LEVELS, BLOCKS, z=16, D=8), llamagen=True)
 
 
 def load(path: Path) -> ImageTokenizer:
@@ -173,7 +115,7 @@ def test_codes_and_pictures_of_llamagen_are_those_of_a_plain_forward_pass(state:
     assert (tokenizer.name, tokenizer.codebook_size, tokenizer.stride) == ("llamagen", 512, 4)
     for size in ((32, 32), (32, 64)):
         codes = tokenizer.encode(pixels(*size))
-        assert torch.equal(codes, plain.codes(pixels(*size)))
+        assert torch.equal(codes, one_by_one(plain.codes, pixels(*size)))
         assert len(codes.unique()) > 20, "a comparison of constant codes would prove nothing"
         assert (tokenizer.decode(codes) - plain.pictures(codes)).abs().max() < 0.51
 
@@ -194,11 +136,7 @@ def test_the_published_sizes_of_llamagen_are_told_by_the_shapes(levels: tuple[in
 
 
 def test_codes_of_emu35s_own_files_are_those_of_the_class_in_transformers(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    sizes = {"embed_dim": 8, "latent_channels": 8, "base_channels": 32, "channel_multiplier": [1, 1, 2], "num_res_blocks": 1}
-    made = transformers.Apertus1p5VisionTokenizerModel(
-        transformers.Apertus1p5VisionTokenizerConfig(**sizes, codebook_size=512, attn_resolutions=[64])
-    ).eval()
+    made, encode = save("emu35", tmp_path / "transformers")
     ddconfig = {"z_channels": 8, "resolution": 256, "ch": 32, "ch_mult": [1, 1, 2], "num_res_blocks": 1, "attn_resolutions": [64]}
     tree = {"n_embed": 512, "embed_dim": 8, "ddconfig": {**ddconfig, "double_z": False, "in_channels": 3, "out_ch": 3}}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
@@ -213,9 +151,7 @@ def test_codes_of_emu35s_own_files_are_those_of_the_class_in_transformers(tmp_pa
     torch.save(state, tmp_path / "model.ckpt")
     tokenizer = load_tokenizer("emu35", weights=str(tmp_path), device="cpu")
     codes = tokenizer.encode(pixels())
-    with torch.no_grad():
-        expected = made.encode((pixels().float() / 255 * 2 - 1).permute(0, 3, 1, 2)).image_tokens
-    assert torch.equal(codes, expected)
+    assert torch.equal(codes, one_by_one(encode, (pixels().float() / 255 * 2 - 1).permute(0, 3, 1, 2)))
     assert len(codes.unique()) > 8
     assert (tokenizer.name, tokenizer.stride) == ("emu35", 4)
     assert tokenizer.decode(codes).shape == pixels().shape
@@ -315,7 +251,7 @@ def test_what_stands_for_an_object_never_runs_it(state: dict[str, Tensor], tmp_p
 
 def test_weights_may_be_safetensors_in_every_place_of_a_checkpoint(state: dict[str, Tensor], tmp_path: Path) -> None:
     save_file(prefixed("vq_model.", state), tmp_path / "vq.safetensors")
-    assert torch.equal(load(tmp_path / "vq.safetensors").encode(pixels()), PlainLlamaGen(state).codes(pixels()))
+    assert torch.equal(load(tmp_path / "vq.safetensors").encode(pixels()), one_by_one(PlainLlamaGen(state).codes, pixels()))
 
 
 def test_of_two_whole_sets_none_is_taken(state: dict[str, Tensor], tmp_path: Path) -> None:
@@ -339,7 +275,7 @@ def test_an_object_that_is_refused_is_named_with_what_saves_the_tensors(
     assert len(lines) == 2
     for line in lines:
         exec(line, names)  # noqa: S102  our own
-    assert torch.equal(load(path).encode(pixels()), PlainLlamaGen(state).codes(pixels()))
+    assert torch.equal(load(path).encode(pixels()), one_by_one(PlainLlamaGen(state).codes, pixels()))
 
 
 def test_a_file_without_such_tensors_is_refused_in_one_line(tmp_path: Path) -> None:
