@@ -24,7 +24,7 @@ from loaders.order.plan import block_samples
 from loaders.order.samples import OpenSource, SampleOrder
 from loaders.reading.planner import PositionRange, Request
 from loaders.reading.reader import PositionReader, ReadAhead
-from wds_tools.dataset.samples import INDEX_BYTES, RUN_SAMPLES
+from wds_tools.dataset.samples import INDEX_BYTES, RUN_BYTES, RUN_SAMPLES
 from wds_tools.storage import LocalStore
 from wds_tools.storage.recent import Recent
 
@@ -35,7 +35,7 @@ _ENOUGH_EVICTED = 5_000
 _SHARE_SAMPLES = 1 << 16
 _INDEX_SAMPLE_BYTES = 20
 """Of a sample in an index file (docs/format.md)."""
-_INDEX_RUNS = INDEX_BYTES // 2 // (40 * RUN_SAMPLES)
+_INDEX_RUNS = INDEX_BYTES // 2 // RUN_BYTES
 """Parsed runs that an IndexReader keeps; the other half of its memory are index files."""
 
 
@@ -71,7 +71,7 @@ class ProcessCost:
     peak_blocks: int
     """Blocks (or regions of small sources) that are in memory at once."""
     peak_bytes: int
-    """Fetched bytes in memory at once."""
+    """Memory that it takes at once for what it has fetched and for indices; the interpreter and batches come on top."""
 
 
 class CountingFetches:
@@ -102,6 +102,17 @@ class CountingFetches:
         info = self._sources[source].manifest.shards[shard]
         self.num_requests += 1
         self.num_bytes += info.bytes * last // info.samples - info.bytes * first // info.samples
+
+    def index_memory_bytes(self, times: float) -> int:
+        """What is kept of indices once it has done so many times as much: no more than there are, and fit IndexReader."""
+        total = 0.0
+        for opened, files, runs in zip(self._sources, self._index_files, self._index_runs, strict=True):
+            all_files = _INDEX_SAMPLE_BYTES * opened.manifest.samples
+            all_runs = int((-(-opened.samples // RUN_SAMPLES)).sum()) * RUN_BYTES
+            total += min(files.size * times, all_files, INDEX_BYTES // 2) + min(
+                runs.size * RUN_BYTES * times, all_runs, INDEX_BYTES // 2
+            )
+        return round(total)
 
     def cancel(self) -> None:
         """Nothing is in flight."""
@@ -182,6 +193,10 @@ class _Process:
             counts["sample_bytes"] += int(np.bincount(located.source, minlength=len(self._sample_bytes)) @ self._sample_bytes)
         return self.done()
 
+    def peak_bytes(self, num_samples: int) -> int:
+        """Memory of what it has fetched, and of indices when it will have read so many samples; see ProcessCost."""
+        return self.residency.peak_bytes + self._fetches.index_memory_bytes(max(num_samples / max(self._counts["samples"], 1), 1))
+
     def done(self) -> _Counts:
         """What it has done since it was made."""
         fetches = self._fetches
@@ -204,10 +219,12 @@ class _Process:
         shares = np.bincount(self._order.locate(0, middle).source, minlength=len(self._sample_bytes)) / len(middle)
         cycles = [1.0]
         for opened, share, sample_bytes in zip(self._order.sources, shares.tolist(), self._sample_bytes, strict=True):
+            if not share:
+                continue
             shard = max(opened.manifest.shards, key=lambda info: info.samples)
-            block = int(block_samples(np.array(shard.samples), np.array(shard.bytes), spec))
+            block = int(block_samples(np.array(shard.samples), np.array(shard.bytes), opened.group_samples, spec))
             fetched_ahead = block + max(self.planner.ahead_bytes // sample_bytes, 1)
-            cycles.append(min(max(spec.chunk_bytes // sample_bytes, block), fetched_ahead, shard.samples) / (share or 1))
+            cycles.append(min(max(spec.chunk_bytes // sample_bytes, block), fetched_ahead, shard.samples) / share)
         return min(max(cycles), length / spec.lanes)
 
 
@@ -256,5 +273,5 @@ def replay(order: SampleOrder, config: LoaderConfig, steps: BatchPartition, *, a
         evicted=counts.evicted * times,
         late=counts.late / counts.steps,
         peak_blocks=max(start.residency.peak_units, middle.residency.peak_units),
-        peak_bytes=max(start.residency.peak_bytes, middle.residency.peak_bytes),
+        peak_bytes=max(start.peak_bytes(samples), middle.peak_bytes(samples)),
     )

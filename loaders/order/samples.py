@@ -10,7 +10,7 @@ on where it ended.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
@@ -63,6 +63,11 @@ class OpenSource:
     def texts(self) -> Weights:
         """Which of several texts are used, and how often."""
         return text_weights(self.name, self.source.texts or {})
+
+    @cached_property
+    def group_samples(self) -> int:
+        """See Manifest."""
+        return self.manifest.group_samples
 
     @property
     def has_schema(self) -> bool:
@@ -117,8 +122,8 @@ def order_spec(sources: Sequence[OpenSource], config: LoaderConfig, saved: Order
 
     Args:
         sources: the opened sources of the config.
-        config: weights, schedule, stop_at, seed, shuffle, lanes.
-        saved: spec of a run that goes on, whose lanes, chunks, shuffle blocks and steps are kept.
+        config: weights, schedule, stop_at, seed, shuffle, and the batch size of a run that begins.
+        saved: spec of a run that goes on, whose first batch size, lanes, chunks and shuffle blocks are kept.
 
     Returns:
         The spec, whose length is the number of samples of an epoch.
@@ -128,15 +133,13 @@ def order_spec(sources: Sequence[OpenSource], config: LoaderConfig, saved: Order
     """
     if saved is None:
         total_bytes = sum(opened.manifest.bytes * opened.source.repeat for opened in sources)
-        spec = default_order(total_bytes, config.batch_size, config.seed, lanes=config.lanes, shuffle=config.shuffle)
-        spec = replace(spec, step_samples=config.batch_size if config.schedule else 1)
+        spec = default_order(total_bytes, config.batch_size, config.seed, shuffle=config.shuffle)
     else:
-        lanes = config.lanes if config.lanes and config.shuffle else saved.lanes
-        spec = replace(saved, seed=config.seed, shuffle=config.shuffle, lanes=lanes)
+        spec = replace(saved, seed=config.seed, shuffle=config.shuffle)
     counts = [min(opened.max_samples or opened.manifest.samples, opened.manifest.samples) for opened in sources]
     length = sum(count * opened.source.repeat for count, opened in zip(counts, sources, strict=True))
     weights = tuple(float(source.weight) for source in config.sources if source.weight is not None)
-    changes = [(step * spec.step_samples, tuple(map(float, changed))) for step, changed in config.schedule]
+    changes = [(step * spec.batch_size, tuple(map(float, changed))) for step, changed in config.schedule]
     schedule = ((0, weights), *changes) if weights else ()
     if isinstance(config.stop_at, int):
         length = config.stop_at
@@ -168,10 +171,10 @@ class SampleOrder:
     >>> located = SampleOrder([source], spec).locate(0, np.arange(3, 8))
     >>> list(zip(located.shard.tolist(), located.sample_index.tolist()))
     [(0, 3), (0, 4), (1, 0), (1, 1), (1, 2)]
-    >>> spec = OrderSpec(seed=42, lanes=2, block_bytes=2000, chunk_bytes=4000, length=12)
+    >>> spec = OrderSpec(seed=42, batch_size=2, lanes_per_sample=1, block_bytes=2000, chunk_bytes=4000, length=12)
     >>> located = SampleOrder([source], spec).locate(epoch=0, positions=np.arange(12))
     >>> [f"{shard}:{index}" for shard, index in zip(located.shard.tolist(), located.sample_index.tolist())]
-    ['0:4', '0:3', '2:1', '0:2', '2:0', '1:1', '1:4', '1:0', '0:0', '1:3', '0:1', '1:2']
+    ['1:3', '0:4', '1:0', '0:2', '1:1', '0:1', '1:2', '0:3', '1:4', '2:1', '0:0', '2:0']
 
     Args:
         sources: the opened sources.
@@ -188,8 +191,12 @@ class SampleOrder:
         self.fingerprints = tuple(opened.manifest.fingerprint() for opened in sources)
         self.spec = spec
         numbers = range(len(sources))
-        self._groups = [self._group([number]) for number in numbers] if spec.schedule else [self._group(numbers)]
-        sizes = [group.plan.num_samples for group in self._groups]
+        if spec.schedule:
+            is_drawn = [any(weights[number] for _, weights in spec.schedule) for number in numbers]
+            self._groups = [self._group([number]) if drawn else None for number, drawn in enumerate(is_drawn)]
+        else:
+            self._groups = [self._group(numbers)]
+        sizes = [group.plan.num_samples if group else 0 for group in self._groups]
         self._mixture = Mixture(sizes, spec.lanes, spec.schedule or ((0, (1.0,)),))
         if not spec.schedule and spec.length != sizes[0]:
             raise UsageError(f"an epoch of {spec.length} samples, but the sources have {sizes[0]}")
@@ -204,16 +211,10 @@ class SampleOrder:
         """Bytes of all sources' shards."""
         return sum(opened.manifest.bytes for opened in self.sources)
 
-    def rare(self) -> Iterator[str]:
-        """A sentence about each source that is absent for long."""
-        for number, opened in enumerate(self.sources if self.spec.schedule else ()):
-            if absence := self._mixture.longest_absence(number):
-                lanes = self.spec.lanes
-                yield (
-                    f"source {opened.name} is so rare that none of it comes for up to {absence:,} samples, then {lanes:,} of it "
-                    f"within {lanes * lanes:,}: all lanes are at nearly the same place of the mixture. A weight of 1 in "
-                    f"{lanes:,} or more, or fewer lanes (lanes=...), brings it sooner; see docs/order.md"
-                )
+    @property
+    def weights_error(self) -> float:
+        """How far the share of a source is from its weight, at most, as a part of the weight."""
+        return self._mixture.error
 
     def locate(self, epoch: int, positions: Ints) -> Located:
         """The samples at these positions of an epoch; beyond `length` lies the next epoch.
@@ -244,6 +245,7 @@ class SampleOrder:
     def _locate(self, plan_epoch: int, positions: Ints) -> Located:
         epoch, number = divmod(plan_epoch, len(self._groups))
         group = self._groups[number]
+        assert group is not None
         shard, sample_index, block, *rest = group.plan.locate(epoch, positions)
         key = block + (plan_epoch % (1 << _PLAN_EPOCH_BITS) << _BLOCK_BITS)
         return Located(group.source[shard], group.shard[shard], sample_index, key, *rest)
@@ -264,17 +266,18 @@ class SampleOrder:
             )
         is_single = len(members) == 1  # repeated by its plan, after the choice of max_samples; of several, shards are repeated
         numbers = list(members) if is_single else np.repeat(members, repeats).tolist()
+        counts = [len(self.sources[number].manifest.shards) for number in numbers]
         try:
             plan = SourcePlan(
                 np.concatenate([self.sources[number].samples for number in numbers]),
                 np.concatenate([self.sources[number].sizes for number in numbers]),
+                np.repeat([self.sources[number].group_samples for number in numbers], counts),
                 self.spec,
                 limits[0] if limits else None,
                 repeat=repeats[0] if is_single else 1,
             )
         except UsageError as error:
             raise UsageError(f"{urls}: {error}") from error
-        counts = [len(self.sources[number].manifest.shards) for number in numbers]
         return _Group(plan, np.repeat(numbers, counts), np.concatenate([np.arange(count) for count in counts]))
 
 

@@ -44,8 +44,6 @@ class Config(Printed):
     """Weights of the datasets in the mixture, in their order; by default every sample of each once an epoch."""
     last_batch: Literal["drop", "short", "wrap"] = "drop"
     """What happens to the last, incomplete batch of an epoch."""
-    lanes: int | None = None
-    """Number of equal parts of the data that are read side by side; by default 8 x the batch size."""
     memory_bytes: int = 2 << 30
     """Memory that one process may take for data that it has read."""
     seed: int = 42
@@ -71,7 +69,6 @@ def run(config: Config) -> int:
         batch_size=config.batch_size,
         seed=config.seed,
         last_batch=config.last_batch,
-        lanes=config.lanes,
         num_workers=config.workers,
         memory_bytes=config.memory_bytes,
     )
@@ -95,9 +92,11 @@ def _describe(result: Simulation, config: Config) -> Iterator[tuple[str, str]]:
     yield "epoch", f"{result.epoch_samples:,} samples: {result.num_steps:,} steps of {config.batch_size:,}{left}"
     yield (
         "order",
-        f"{result.num_lanes:,} lanes; {result.num_chunks:,} chunks of {_bytes(result.chunk_bytes)}, read in shuffle blocks of "
-        f"{_bytes(result.block_bytes)}",
+        f"{result.num_lanes:,} lanes, {result.lanes_per_sample} for each sample of the batch; {result.num_chunks:,} chunks of "
+        f"{_bytes(result.chunk_bytes)}, read in shuffle blocks of {_bytes(result.block_bytes)}",
     )
+    if result.weights_error:
+        yield "", f"weights are kept as parts of 2**20: to {result.weights_error:.2g} of each"
     yield "plan", f"{result.start_s:.2f} s at the start, {result.epoch_s:.2f} s each epoch{plan}"
     mixing = result.mixing
     yield (
