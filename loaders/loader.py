@@ -23,7 +23,7 @@ from loaders.config import LoaderConfig
 from loaders.ledger import Ledger
 from loaders.order.partition import BatchPartition
 from loaders.order.samples import SampleOrder, open_source, order_spec
-from loaders.proof.state import parse_state, state_to_json
+from loaders.proof.state import Change, Start, next_starts, read_state, resumed, state_to_json
 from loaders.tokens.lanes import ENDLESS, LaneBook, LaneState, check_packing, lanes_to_json, merge_states, parse_lanes
 from loaders.tokens.rows import RowMaker
 from loaders.workers.pool import WorkerPool
@@ -70,6 +70,8 @@ class Loader:
         self._order = SampleOrder(self._sources, order_spec(self._sources, config))
         self._maker = RowMaker(config.sequences, config.seed, self._sources) if config.sequences else None
         self._book = LaneBook(self._order.spec.lanes, world.rank)
+        self._step = 0
+        self._starts: tuple[Start, ...] = ((0, 0, config.batch_size),)
         if config.last_batch == "drop" and not config.packing and self._order.length < config.batch_size:
             raise UsageError(
                 f"an epoch of {self._order.length} samples is less than a batch of {config.batch_size}, and last_batch='drop' "
@@ -103,8 +105,8 @@ class Loader:
 
     @property
     def num_samples(self) -> int:
-        """Samples of an epoch over all ranks."""
-        return self._order.length
+        """Samples of the current epoch over all ranks."""
+        return self._order.epochs.length(self.epoch)
 
     def __iter__(self) -> Iterator[Batch]:
         self.world.check()
@@ -142,7 +144,8 @@ class Loader:
 
         Of rows packed on the fly it has this rank's lanes: see `merge_states` and `gather_state`.
         """
-        state = state_to_json(self._order, self.epoch, self.position)
+        position = self.position if self.config.packing else self._order.epochs.start(self.epoch) + self.position
+        state = state_to_json(self._order, position, self._step, self._starts)
         if self._maker is not None and self.config.packing:
             state["packing"] = {"spec": self._maker.spec, "lanes": lanes_to_json(self._book.lanes)}
         return state
@@ -157,20 +160,27 @@ class Loader:
             return state
         return merge_states([json.loads(data) for data in _all_gather(json.dumps(state).encode())])
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], change: Change = None) -> None:
         """Go on from a state, of any number of ranks, workers, or batch size. Takes constant time.
+
+        Args:
+            state: of any rank; with rows packed on the fly, merged.
+            change: "future": weights, schedule, stop_at and sources of the config that differ from the run's hold from here on,
+                and so do new shards of a dataset that grew (docs/order.md). None: what differs is refused.
 
         Raises:
             UsageError: the state is damaged, or of other data or another order; says what differs.
         """
-        spec, epoch, position = parse_state(state, self.config, self._order)
-        order = SampleOrder(self._sources, spec)
-        lanes = self._lanes(state, order)
+        saved = read_state(state)
+        lanes = self._lanes(state, saved.generations[-1].spec.lanes, is_whole=change is not None)
+        deepest = max((lane.cursor for lane in lanes.values()), default=0) if self.config.packing else None
+        order = resumed(saved, self.config, self._sources, change, deepest)
         self.close()
         self._order = order
-        self._book = LaneBook(spec.lanes, self.world.rank, lanes)
+        self._book = LaneBook(order.spec.lanes, self.world.rank, lanes)
         self._pool = self._new_pool()
-        self.epoch, self.position = epoch, position
+        self._step, self._starts = saved.step, next_starts(saved, self.config.batch_size)
+        self.epoch, self.position = (0, saved.position) if self.config.packing else order.epochs.at(saved.position)
         self._end_epoch_if_done()
         self._ledger.begin_receipt()
 
@@ -199,11 +209,11 @@ class Loader:
         self._pool.close()
 
     def _steps(self) -> BatchPartition:
-        length = ENDLESS if self.config.packing else self._order.length
+        length = ENDLESS if self.config.packing else self._order.epochs.length(self.epoch)
         return BatchPartition(length, self.position, self.config.batch_size, self.config.last_batch, self.world.world_size)
 
-    def _lanes(self, state: Mapping[str, Any], order: SampleOrder) -> dict[int, LaneState]:
-        """Where lanes stand by a state; none without packing.
+    def _lanes(self, state: Mapping[str, Any], num_lanes: int, *, is_whole: bool) -> dict[int, LaneState]:
+        """Where lanes stand by a state, which is to know all of them if `is_whole`; none without packing.
 
         Raises:
             UsageError: one of the run and the state packs and the other does not, or otherwise.
@@ -214,7 +224,7 @@ class Loader:
         if self._maker is None or packing is None:
             return {}
         check_packing(packing, self._maker.spec)
-        return parse_lanes(packing["lanes"], order.spec.lanes, state["position"])
+        return parse_lanes(packing["lanes"], num_lanes, state["position"], is_whole=is_whole)
 
     @contextmanager
     def _noted(self) -> Iterator[None]:
@@ -229,7 +239,7 @@ class Loader:
 
     def _batch(self, result: StepResult) -> Batch:
         lists = result.columns.lists
-        names = [opened.name for opened in self._sources]
+        names = [opened.name for opened in self._order.sources]
         sources = lists.get("__source__") or list(map(names.__getitem__, result.sources))
         batch: Batch = {"__key__": lists["__key__"], "__source__": sources, **lists}
         if result.columns.tokens is not None:
@@ -243,6 +253,7 @@ class Loader:
         self._ledger.record(result, (self.epoch, steps.start + step * steps.batch_size, high, steps.batch_size))
         self._book.lanes.update(result.lanes)
         self.position = high
+        self._step += 1
         self._end_epoch_if_done()
 
     def _end_epoch_if_done(self) -> None:

@@ -19,7 +19,7 @@ from loaders.batches.decode import Decoder
 from loaders.config import LastBatch, LoaderConfig, Source
 from loaders.order.partition import BatchPartition
 from loaders.order.samples import SampleOrder, open_source, order_spec
-from loaders.proof.state import parse_state, state_to_json
+from loaders.proof.state import Start, next_starts, read_state, resumed, state_to_json
 from loaders.reading.planner import PositionRange
 from loaders.reading.reader import ReadAhead, open_reader
 from loaders.workers.handover import tell_of_failures
@@ -106,7 +106,8 @@ class ShardDataset(wds.DataPipeline, wds.compat.FluidInterface):  # type: ignore
     def state_dict(self) -> dict[str, Any]:
         """Where this process stands: small JSON, the same on every rank that has handed out as many samples."""
         source = self._source
-        return state_to_json(source.order, source.epoch, min(source.position, source.order.length))
+        position = source.order.epochs.start(source.epoch) + min(source.position, source.order.length)
+        return state_to_json(source.order, position, position, source.starts)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state with the next iteration.
@@ -126,14 +127,19 @@ class _Samples:
         sources = [open_source(config.sources[0])]
         self.order = SampleOrder(sources, order_spec(sources, config))
         self.epoch = epoch
+        self.starts: tuple[Start, ...] = ((0, 0, 1),)
+        """See State.starts: a step is a sample."""
         self.start = 0
         """Position at which the next iteration begins."""
         self.position = 0
         """Position in the epoch after the samples handed out: a multiple of what all ranks and workers take in turn."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        spec, self.epoch, self.position = parse_state(state, self._config, self.order)
-        self.order, self.start = SampleOrder(self.order.sources, spec), self.position
+        saved = read_state(state)
+        self.order = resumed(saved, self._config, self.order.sources)
+        self.starts = next_starts(saved, 1)
+        self.epoch, self.start = self.order.epochs.at(saved.position)
+        self.position = self.start
 
     def __call__(self) -> Iterator[Sample]:
         self._world.check()

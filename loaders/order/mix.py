@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from loaders.order.generations import Epochs
 from loaders.order.plan import Ints
 from wds_tools.errors import UsageError
 
@@ -110,9 +111,28 @@ class Mixture:
         if any(len(weights) != len(num_samples) for _, weights in schedule):
             raise UsageError(f"{len(num_samples)} sources, but a schedule with {sorted({len(w) for _, w in schedule})} weights")
         self._num_samples = np.array(num_samples, np.int64)
+        self._epochs = [Epochs(max(samples, 1)) for samples in num_samples]
         self._lanes = lanes
         self._starts = np.array(starts, np.int64)
         self._weights = [Weights(weights) for _, weights in schedule]
+
+    def grow(self, source: int, position: int, num_samples: int) -> int:
+        """A source has other samples from its first epoch on of which nothing is drawn before a position of the stream.
+
+        Args:
+            source: number of the source.
+            position: from 0, through all epochs.
+            num_samples: samples of each such epoch.
+
+        Returns:
+            The first of these epochs.
+        """
+        lane = np.arange(min(self._lanes, position))
+        num_drawn = self._drawn(source, lane, -((lane - position) // self._lanes))
+        drawn_until = int(np.where(num_drawn > 0, (num_drawn - 1) * self._lanes + lane + 1, 0).max(initial=0))
+        first = self._epochs[source].change(drawn_until, num_samples)
+        self._num_samples[source] = self._epochs[source].length(0)
+        return first
 
     def locate(self, positions: Ints) -> Draws:
         """What stands at these positions.
@@ -128,7 +148,12 @@ class Mixture:
             source, draw = np.zeros_like(positions), cursor
         else:
             source, draw = self._draw(positions, lane, cursor)
-        epoch, position = np.divmod(draw * self._lanes + lane, self._num_samples[source])
+        index = draw * self._lanes + lane
+        epoch, position = np.divmod(index, self._num_samples[source])
+        for number, epochs in enumerate(self._epochs):
+            if not epochs.is_even:
+                held = source == number
+                epoch[held], position[held] = epochs.locate(index[held])
         return Draws(source, epoch, position)
 
     def longest_absence(self, source: int) -> int:

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loaders.config import LoaderConfig, Source
+from loaders.order.generations import Generation, Origin, epochs_of, schedule_of
 from loaders.order.mix import Mixture
 from loaders.order.plan import Ints, SourcePlan, default_order
 from loaders.order.spec import OrderSpec, SourceSpec
@@ -42,6 +43,22 @@ class OpenSource:
     source: Source
     store: Store
     manifest: Manifest
+    removed: Origin | None = None
+    """Of a source that the run went on without: what it was. Its manifest is empty."""
+
+    @cached_property
+    def origin(self) -> Origin:
+        """What states and receipts say of it."""
+        manifest, url = self.manifest, self.store.url
+        num_shards = len(manifest.shards)
+        return self.removed or Origin(
+            url=url, fingerprint=manifest.fingerprint(), num_samples=manifest.samples, num_shards=num_shards
+        )
+
+    def first(self, num_shards: int) -> OpenSource:
+        """It with the first of its shards only, as it was before it grew."""
+        shards = self.manifest.shards
+        return self if num_shards >= len(shards) else replace(self, manifest=replace(self.manifest, shards=shards[:num_shards]))
 
     @property
     def name(self) -> str:
@@ -106,13 +123,20 @@ def open_source(source: Source) -> OpenSource:
     return OpenSource(source, store, parse_manifest(data, f"{store.url}/{MANIFEST}"))
 
 
-def order_spec(sources: Sequence[OpenSource], config: LoaderConfig, saved: OrderSpec | None = None) -> OrderSpec:
+def order_spec(
+    sources: Sequence[OpenSource],
+    config: LoaderConfig,
+    saved: OrderSpec | None = None,
+    position: int = 0,
+    step: int = 0,
+) -> OrderSpec:
     """What the order of a config depends on.
 
     Args:
         sources: the opened sources of the config.
         config: weights, schedule, stop_at, seed, shuffle, lanes.
         saved: spec of a run that goes on, whose lanes, chunks, shuffle blocks and steps are kept.
+        position, step: where the steps of the schedule count from; see Generation.
 
     Returns:
         The spec, whose length is the number of samples of an epoch.
@@ -120,22 +144,24 @@ def order_spec(sources: Sequence[OpenSource], config: LoaderConfig, saved: Order
     Raises:
         UsageError: the mixture never ends, or its weights can't be planned.
     """
+    weights = tuple(float(source.weight) for source in config.sources if source.weight is not None)
     if saved is None:
         total_bytes = sum(opened.manifest.bytes * opened.source.repeat for opened in sources)
         spec = default_order(total_bytes, config.batch_size, config.seed, lanes=config.lanes, shuffle=config.shuffle)
-        spec = replace(spec, step_samples=config.batch_size if config.schedule else 1)
+        spec = replace(spec, step_samples=config.batch_size if weights else 1)
     else:
         lanes = config.lanes if config.lanes and config.shuffle else saved.lanes
         spec = replace(saved, seed=config.seed, shuffle=config.shuffle, lanes=lanes)
     counts = [min(opened.max_samples or opened.manifest.samples, opened.manifest.samples) for opened in sources]
     length = sum(count * opened.source.repeat for count, opened in zip(counts, sources, strict=True))
-    weights = tuple(float(source.weight) for source in config.sources if source.weight is not None)
-    changes = [(step * spec.step_samples, tuple(map(float, changed))) for step, changed in config.schedule]
-    schedule = ((0, weights), *changes) if weights else ()
+    steps = [(at, tuple(map(float, changed))) for at, changed in config.schedule]
+    held = [changed for at, changed in steps if at <= step]
+    changes = [(position + (at - step) * spec.step_samples, changed) for at, changed in steps if at > step]
+    schedule = ((0, held[-1] if held else weights), *changes) if weights else ()
     if isinstance(config.stop_at, int):
         length = config.stop_at
     elif schedule:
-        mixture = Mixture(counts, spec.lanes, schedule)
+        mixture = Mixture(counts, spec.lanes, ((0, weights), *((at * spec.step_samples, changed) for at, changed in steps)))
         ends = [
             mixture.exhausted_at(number, opened.source.repeat)
             for number, opened in enumerate(sources)
@@ -167,28 +193,44 @@ class SampleOrder:
 
     Args:
         sources: the opened sources.
-        spec: what the order depends on beside them.
+        spec: what the order depends on beside them, from the last change on.
+        generations: all of a run that changed, up to that of `spec`.
 
     Raises:
         UsageError: the spec does not fit the sources.
     """
 
-    def __init__(self, sources: Sequence[OpenSource], spec: OrderSpec) -> None:
+    def __init__(self, sources: Sequence[OpenSource], spec: OrderSpec, generations: Sequence[Generation] = ()) -> None:
         if len(sources) != len(spec.sources):
             raise UsageError(f"{len(sources)} sources, but an order of {len(spec.sources)}")
         self.sources = tuple(sources)
-        self.fingerprints = tuple(opened.manifest.fingerprint() for opened in sources)
         self.spec = spec
+        self.generations = tuple(generations) or (Generation(spec=spec, sources=tuple(opened.origin for opened in sources)),)
+        self.epochs = epochs_of(self.generations)
         numbers = range(len(sources))
-        self._groups = [self._group([number]) for number in numbers] if spec.schedule else [self._group(numbers)]
-        sizes = [group.plan.num_samples for group in self._groups]
-        self._mixture = Mixture(sizes, spec.lanes, spec.schedule or ((0, (1.0,)),))
-        if not spec.schedule and spec.length != sizes[0]:
-            raise UsageError(f"an epoch of {spec.length} samples, but the sources have {sizes[0]}")
+        first_seen = (next(each for each in self.generations if number < len(each.sources)) for number in numbers)
+        self.fingerprints = tuple(each.sources[number].fingerprint for number, each in enumerate(first_seen))
+        """Of each source, as it was when the run first had it."""
+        stages = list(map(self._stages, [[number] for number in numbers] if spec.schedule else [numbers]))
+        sizes = [groups[0][1].plan.num_samples for groups in stages]
+        self._mixture = Mixture(sizes, spec.lanes, schedule_of(self.generations) or ((0, (1.0,)),))
+        self._groups: list[list[tuple[int, _Group]]] = []
+        """Of each plan: (epoch from which it holds, its shards)."""
+        for number, ((_, first_group), *later) in enumerate(stages):
+            groups = [(0, first_group)]
+            for position, group in later:
+                first = self._mixture.grow(number, position, group.plan.num_samples)
+                groups = [*(earlier for earlier in groups if earlier[0] < first), (first, group)]
+            self._groups.append(groups)
+        for first, group in [] if spec.schedule else self._groups[0]:
+            if self.epochs.length(first) != group.plan.num_samples:
+                raise UsageError(
+                    f"an epoch of {self.epochs.length(first)} samples, but the sources have {group.plan.num_samples}"
+                )
 
     @property
     def length(self) -> int:
-        """Samples of an epoch."""
+        """Samples of an epoch that begins after the last change."""
         return self.spec.length
 
     @property
@@ -217,7 +259,7 @@ class SampleOrder:
         Returns:
             Arrays (K,).
         """
-        draws = self._mixture.locate(epoch * self.length + positions)
+        draws = self._mixture.locate(self.epochs.start(epoch) + positions)
         plan_epochs = draws.source + len(self._groups) * draws.epoch
         distinct = np.unique(plan_epochs)
         if len(distinct) == 1:
@@ -231,18 +273,37 @@ class SampleOrder:
 
     def source_epochs(self, epoch: int, positions: Ints) -> Ints:
         """Which epoch of its source each of these positions is in; see `locate`."""
-        return self._mixture.locate(epoch * self.length + positions).epoch
+        return self._mixture.locate(self.epochs.start(epoch) + positions).epoch
+
+    def sources_in(self, number: int, epoch: int) -> Sequence[OpenSource]:
+        """A source as it is in an epoch of its own; without weights, all sources in an epoch of the order."""
+        return self._group_of(number, epoch).sources
 
     def _locate(self, plan_epoch: int, positions: Ints) -> Located:
         epoch, number = divmod(plan_epoch, len(self._groups))
-        group = self._groups[number]
+        group = self._group_of(number, epoch)
         shard, sample_index, block, *rest = group.plan.locate(epoch, positions)
         key = block + (plan_epoch % (1 << _PLAN_EPOCH_BITS) << _BLOCK_BITS)
         return Located(group.source[shard], group.shard[shard], sample_index, key, *rest)
 
-    def _group(self, members: Sequence[int]) -> _Group:
+    def _group_of(self, number: int, epoch: int) -> _Group:
+        return next(group for first, group in reversed(self._groups[number]) if first <= epoch)
+
+    def _stages(self, members: Sequence[int]) -> list[tuple[int, _Group]]:
+        """(position of the stream, what is planned together from then on), each time that these sources have other shards."""
+        stages: list[tuple[int, _Group]] = []
+        before: list[int] = []
+        for generation in self.generations:
+            num_shards = [origin.num_shards for origin in generation.sources[members[0] : members[-1] + 1]]
+            if num_shards and num_shards != before:
+                opened = [self.sources[number].first(count) for number, count in zip(members, num_shards, strict=True)]
+                stages.append((generation.position, self._group(members, opened)))
+                before = num_shards
+        return stages
+
+    def _group(self, members: Sequence[int], opened: Sequence[OpenSource]) -> _Group:
         """These sources under one plan. With weights, it has each sample once; without, as often as an epoch does."""
-        specs, opened = [self.spec.sources[number] for number in members], [self.sources[number] for number in members]
+        specs = [self.spec.sources[number] for number in members]
         repeats = [1 if self.spec.schedule else spec.repeat for spec in specs]
         urls = ", ".join(each.store.url for each in opened)
         num_shards = sum(max(len(each.manifest.shards), 1) * repeat for each, repeat in zip(opened, repeats, strict=True))
@@ -255,25 +316,28 @@ class SampleOrder:
                 "give every source a weight"
             )
         is_single = len(members) == 1  # repeated by its plan, after the choice of max_samples; of several, shards are repeated
-        numbers = list(members) if is_single else np.repeat(members, repeats).tolist()
+        places = [0] if is_single else np.repeat(range(len(members)), repeats).tolist()
         try:
             plan = SourcePlan(
-                np.concatenate([self.sources[number].samples for number in numbers]),
-                np.concatenate([self.sources[number].sizes for number in numbers]),
+                np.concatenate([opened[place].samples for place in places]),
+                np.concatenate([opened[place].sizes for place in places]),
                 self.spec,
                 limits[0] if limits else None,
                 repeat=repeats[0] if is_single else 1,
             )
         except UsageError as error:
             raise UsageError(f"{urls}: {error}") from error
-        counts = [len(self.sources[number].manifest.shards) for number in numbers]
-        return _Group(plan, np.repeat(numbers, counts), np.concatenate([np.arange(count) for count in counts]))
+        counts = [len(opened[place].manifest.shards) for place in places]
+        numbers = np.array(members)[places]
+        return _Group(plan, opened, np.repeat(numbers, counts), np.concatenate([np.arange(count) for count in counts]))
 
 
 class _Group(NamedTuple):
     """Sources that share a plan."""
 
     plan: SourcePlan
+    sources: Sequence[OpenSource]
+    """As they are in its epochs."""
     source: NDArray[np.int64]
     """(S,) source of each of the plan's shards."""
     shard: NDArray[np.int64]

@@ -18,10 +18,10 @@ from itertools import zip_longest
 import numpy as np
 
 from loaders.config import Source
+from loaders.order.generations import Generation, Origin
 from loaders.order.samples import OpenSource, SampleOrder, open_source
 from loaders.proof.coverage import Coverage, EpochAudit, runs_of
 from loaders.proof.receipt import Receipt, Span, parse_receipt
-from loaders.proof.state import Origin
 from wds_tools.errors import FormatError, NotFound, UsageError
 from wds_tools.storage import join, open_store, split_url
 
@@ -85,9 +85,10 @@ def num_positions(receipts: Sequence[Receipt], *, complete: bool = False) -> int
             ends[epoch] = max(ends[epoch], high)
     if not ends:
         return 0
-    length, last = receipts[0].spec.length, max(ends)
+    epochs, last = _latest(receipts).epochs, max(ends)
     return sum(
-        ends[epoch] if epoch == last and not complete else max(ends.get(epoch, 0), length) for epoch in range(min(ends), last + 1)
+        ends[epoch] if epoch == last and not complete else max(ends.get(epoch, 0), epochs.length(epoch))
+        for epoch in range(min(ends), last + 1)
     )
 
 
@@ -120,8 +121,9 @@ def audit(
     """
     if not receipts:
         raise UsageError("no receipts to audit")
-    _check_alike(receipts)
-    order = _order_of(receipts[0], _open_sources(receipts[0], moved))
+    latest = _latest(receipts)
+    _check_alike(receipts, latest)
+    order = _order_of(latest, _open_sources(latest, moved))
     _check_substitutions(receipts, order)
     counted, superseded = _last_of_runs(receipts)
     coverage = Coverage(order, counted, quick=quick, show=show, on_counted=on_counted)
@@ -144,22 +146,40 @@ def audit(
     )
 
 
-def _check_alike(receipts: Sequence[Receipt]) -> None:
-    """Raise UsageError unless all are of one order over the same data."""
-    first = receipts[0]
-    expected = [origin.fingerprint for origin in first.sources]
-    for receipt in receipts[1:]:
-        fingerprints = [origin.fingerprint for origin in receipt.sources]
-        differing = [f"{name} is {value!r}, not {wanted!r}" for name, value, wanted in receipt.spec.differences(first.spec)]
-        differing += [
-            f"fingerprint of source {number} is {fingerprint!r}, not {wanted!r}"
-            for number, (fingerprint, wanted) in enumerate(zip_longest(fingerprints, expected))
-            if fingerprint != wanted
+def _latest(receipts: Sequence[Receipt]) -> Receipt:
+    """The one that knows all generations of the run."""
+    return max(receipts, key=lambda receipt: len(receipt.generations))
+
+
+def _check_alike(receipts: Sequence[Receipt], latest: Receipt) -> None:
+    """Raise UsageError unless all are of one order over the same data, and each has spans of its own generations only."""
+    for receipt in receipts:
+        differing = [
+            what
+            for generation, wanted in zip(receipt.generations, latest.generations, strict=False)
+            for what in _differences(generation, wanted)
         ]
         if differing:
             raise UsageError(
-                f"{receipt.name} is of another run than {first.name}: {'; '.join(differing)}: audit each run by itself"
+                f"{receipt.name} is of another run than {latest.name}: {'; '.join(differing)}: audit each run by itself"
             )
+        change = [each.position for each in latest.generations[len(receipt.generations) :]][:1]
+        ends = [receipt.epochs.start(epoch) + min(high, receipt.epochs.length(epoch)) for epoch, _, high, _ in receipt.spans]
+        if change and max(ends, default=0) > change[0]:
+            raise UsageError(
+                f"{receipt.name} has positions up to {max(ends):,}, but the run went on from {change[0]:,} with another order: "
+                "audit the receipts that belong to the checkpoints it went on from"
+            )
+
+
+def _differences(generation: Generation, wanted: Generation) -> Iterator[str]:
+    if (generation.position, generation.step) != (wanted.position, wanted.step):
+        yield f"it changed at position {generation.position:,}, not {wanted.position:,}"
+    yield from (f"{name} is {value!r}, not {other!r}" for name, value, other in generation.spec.differences(wanted.spec))
+    for number, origins in enumerate(zip_longest(generation.sources, wanted.sources)):
+        fingerprint, other = (origin and origin.fingerprint for origin in origins)
+        if fingerprint != other:
+            yield f"fingerprint of source {number} is {fingerprint!r}, not {other!r}"
 
 
 def _open_sources(receipt: Receipt, moved: Sequence[str]) -> list[OpenSource]:
@@ -172,7 +192,12 @@ def _open_sources(receipt: Receipt, moved: Sequence[str]) -> list[OpenSource]:
             expected = ", ".join(f"{origin.url} {origin.fingerprint[:19]}" for origin in receipt.sources)
             raise UsageError(f"{opened.store.url} has {fingerprint[:19]}, which is not data of the receipts ({expected})")
         moved_sources[fingerprint] = opened
-    return [moved_sources.get(origin.fingerprint) or _open_unmoved(origin) for origin in receipt.sources]
+    opened_sources = [moved_sources.get(origin.fingerprint) or _open_unmoved(origin) for origin in receipt.sources]
+    for generation in receipt.generations:
+        for origin, opened in zip(generation.sources, opened_sources, strict=False):
+            if opened.first(origin.num_shards).origin.fingerprint != origin.fingerprint:
+                raise FormatError(f"{receipt.name}: the first {origin.num_shards} shards of {opened.store.url} are not its data")
+    return opened_sources
 
 
 def _open_unmoved(origin: Origin) -> OpenSource:
@@ -192,7 +217,7 @@ def _open_unmoved(origin: Origin) -> OpenSource:
 def _order_of(receipt: Receipt, sources: Sequence[OpenSource]) -> SampleOrder:
     """The order that a receipt is of."""
     try:
-        return SampleOrder(sources, receipt.spec)
+        return SampleOrder(sources, receipt.spec, receipt.generations)
     except UsageError as error:
         raise FormatError(f"{receipt.name}: the spec of its order does not fit its data ({error})") from error
 

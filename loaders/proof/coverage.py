@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loaders.order.plan import Ints
-from loaders.order.samples import SampleOrder
+from loaders.order.samples import OpenSource, SampleOrder
 from loaders.proof.receipt import MODULUS, Receipt, SampleHash, Span, Substitution, total_of
 
 _WINDOW = 1 << 18
@@ -148,7 +148,7 @@ class Coverage:
         Returns:
             Its counts, and the ranges that are missing or repeated.
         """
-        length = self._order.length
+        length = self._order.epochs.length(epoch)
         spans = [(number, span) for number, receipt in enumerate(self._receipts) for span in receipt.spans if span[0] == epoch]
         last = max((span[2] for _, span in spans), default=0)
         reached = min(last, length)
@@ -208,7 +208,7 @@ class Coverage:
 
     def _is_dropped(self, epoch: int, reached: int) -> bool:
         """Whether a run with last_batch="drop" ended the epoch there: less than its batch is left, now or after a resume."""
-        left = self._order.length - reached
+        left = self._order.epochs.length(epoch) - reached
         return any(
             receipt.last_batch == "drop"
             and size > left
@@ -262,8 +262,6 @@ class _SourceTotals:
         self._order = order
         self._hashes = hashes
         self._specs, self._is_mixture = order.spec.sources, bool(order.spec.schedule)
-        sizes = [spec.max_samples or opened.manifest.samples for spec, opened in zip(self._specs, order.sources, strict=True)]
-        self._sizes = sizes if self._is_mixture else [order.length]
         self._sums: dict[tuple[int, int], tuple[int, int]] = {}
         """(source, epoch): number of samples, sum of their hashes."""
 
@@ -284,20 +282,29 @@ class _SourceTotals:
 
     def complete(self) -> list[tuple[str, int, int]]:
         """(name, total, total by the manifest) of complete epochs of sources that are used in full."""
-        full = [(number, epoch) for (number, epoch), (count, _) in sorted(self._sums.items()) if count == self._sizes[number]]
-        if self._is_mixture:
-            names = [opened.name for opened in self._order.sources]
-            full = [(number, epoch) for number, epoch in full if not self._specs[number].max_samples]
-            totals = {number: self._total_of(number) for number in {number for number, _ in full}}
-        else:
-            names, full = ["the order"], [] if any(spec.max_samples for spec in self._specs) else full
-            totals = {0: sum(spec.repeat * self._total_of(number) for number, spec in enumerate(self._specs))} if full else {}
-        sums = {key: total for key, (_, total) in self._sums.items()}
-        return [(f"epoch {epoch} of {names[number]}", sums[number, epoch], totals[number] % MODULUS) for number, epoch in full]
+        complete = []
+        totals: dict[tuple[int, int], int] = {}
+        for (number, epoch), (count, total) in sorted(self._sums.items()):
+            sources = self._order.sources_in(number, epoch)
+            numbers = [number] if self._is_mixture else range(len(sources))
+            repeats = [1 if self._is_mixture else self._specs[each].repeat for each in numbers]
+            num_samples = sum(repeat * opened.manifest.samples for repeat, opened in zip(repeats, sources, strict=True))
+            if count != num_samples or any(self._specs[each].max_samples for each in numbers):
+                continue
+            for each, opened in zip(numbers, sources, strict=True):
+                key = each, len(opened.manifest.shards)
+                totals[key] = totals[key] if key in totals else self._total_of(each, opened)
+            expected = sum(
+                repeat * totals[each, len(opened.manifest.shards)]
+                for each, repeat, opened in zip(numbers, repeats, sources, strict=True)
+            )
+            name = self._order.sources[number].name if self._is_mixture else "the order"
+            complete.append((f"epoch {epoch} of {name}", total, expected % MODULUS))
+        return complete
 
-    def _total_of(self, number: int) -> int:
+    def _total_of(self, number: int, opened: OpenSource) -> int:
         """The sum of the hashes of all samples of a source, by its manifest."""
-        before = np.cumsum([0, *(shard.samples for shard in self._order.sources[number].manifest.shards)])
+        before = np.cumsum([0, *opened.samples])
         total = 0
         for begin in range(0, int(before[-1]), _WINDOW):
             samples = np.arange(begin, min(begin + _WINDOW, int(before[-1])))

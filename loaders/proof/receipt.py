@@ -11,23 +11,26 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Annotated, Any
 
 import numpy as np
 
 from loaders.config import LastBatch
+from loaders.order.generations import Epochs, Generation, Origin, epochs_of, parse_generations
 from loaders.order.partition import BatchPartition
 from loaders.order.plan import Ints, mix64
 from loaders.order.samples import SampleOrder
 from loaders.order.spec import ORDER_VERSION, OrderSpec
-from loaders.proof.state import Origin, Versions, order_to_json
+from loaders.proof.state import Versions, order_to_json
 from loaders.world import World
 from wds_tools.errors import FormatError, UsageError
 from wds_tools.format.typed_json import Count, read_json, shape
 
 MODULUS = 1 << 128
-RECEIPT_VERSION = 3
-"""1: last_batch="short" dealt the last step out so that ranks could come away empty. 2: the order spec stood in two places."""
+RECEIPT_VERSION = 4
+"""1: last_batch="short" dealt the last step out so that ranks could come away empty. 2: the order spec stood in two places.
+3: a run could not change."""
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -62,21 +65,36 @@ class Receipt:
     rank: Annotated[int, range(1 << 24)]
     world_size: Annotated[int, range(1 << 24)]
     last_batch: LastBatch
-    spec: OrderSpec
-    sources: tuple[Origin, ...]
     spans: tuple[tuple[_Epoch, Count, Count, Count], ...]
     """Positions that were handed over, in time order; see Span."""
     num_samples: Count
     hash_total: str
     """Sum of the hashes of the samples, substituted ones aside: 32 hexadecimal digits."""
     substitutions: tuple[Substitution, ...]
+    generations: tuple[Generation, ...] = ()
+    """The order that positions count in."""
     name: str = ""
     """Where it was read, for messages."""
 
+    @property
+    def spec(self) -> OrderSpec:
+        """The order from the last change on."""
+        return self.generations[-1].spec
+
+    @property
+    def sources(self) -> tuple[Origin, ...]:
+        """All sources, as they were when it was written."""
+        return self.generations[-1].sources
+
+    @cached_property
+    def epochs(self) -> Epochs:
+        """The epochs that spans lie in."""
+        return epochs_of(self.generations)
+
     def steps(self, span: Span) -> tuple[BatchPartition, int]:
         """The steps that begin with those of a span, and the number of steps of the span."""
-        _, low, high, batch_size = span
-        steps = BatchPartition(self.spec.length, low, batch_size, self.last_batch, self.world_size)
+        epoch, low, high, batch_size = span
+        steps = BatchPartition(self.epochs.length(epoch), low, batch_size, self.last_batch, self.world_size)
         return steps, min(-((low - high) // batch_size), len(steps))
 
 
@@ -135,7 +153,8 @@ def parse_receipt(data: bytes, name: str) -> Receipt:
             f"{RECEIPT_VERSION} and {ORDER_VERSION}: the same positions would be other samples; audit it with the release that "
             "wrote it"
         )
-    receipt = replace(shape(Receipt, record, what), name=name)
+    fields = {field: value for field, value in record.items() if field != "generations"}
+    receipt = replace(shape(Receipt, fields, what), name=name, generations=parse_generations(record, what))
     if receipt.rank >= receipt.world_size:
         raise FormatError(f"{what}: rank={receipt.rank} is not in 0 ... world_size - 1 = {receipt.world_size - 1}")
     if not re.fullmatch("[0-9a-f]{32}", receipt.hash_total):

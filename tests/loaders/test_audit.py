@@ -182,7 +182,7 @@ def test_a_rest_that_a_larger_batch_drops_after_a_resume_is_dropped(tmp_path: Pa
 def test_an_epoch_that_is_not_there_at_all_is_missing(tmp_path: Path) -> None:
     wanted = config(make_texts(tmp_path), batch_size=10)
     receipts, state, _ = train(wanted, 1, 10)
-    later, _, _ = train(wanted, 1, 10, state | {"epoch": 2}, run="b")
+    later, _, _ = train(wanted, 1, 10, state | {"position": 200}, run="b")
     found = audited(*receipts, *later, show=100)
     assert [one.missing.positions for one in found.epochs] == [(), ((0, 100),), ()]
     assert rows_in(found.epochs[1].missing.sample_ranges) == rows_of(f"text-{number}" for number in range(100))
