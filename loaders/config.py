@@ -70,14 +70,15 @@ class LoaderConfig:
     schedule: tuple[tuple[int, tuple[float, ...]], ...] = ()
     """Changes of the weights: (step of the whole training from which they hold, weights in the order of the sources). A step is
     a batch of the run's first batch size."""
+    epochs: int | None = None
+    """Epochs of the run: behind the last, iterating gives nothing, and nothing is fetched for another; None: there is no last."""
     num_workers: int = 0
-    """Worker processes that read for this rank; 0: this process reads."""
+    """Worker processes that read for this rank; 0: this process reads. 1, 2 and 4 (8 too, up to batches of 256 or data of 256 MiB)
+    fetch every byte once; see docs/order.md."""
     prefetch_factor: int = 4
     """Batches that each worker prepares ahead."""
     start_method: Literal["fork", "spawn", "forkserver"] | None = None
     """How worker processes are started; None: as torch does."""
-    lanes: int | None = None
-    """Number of equal parts of the data that are read side by side; None: 8 x the first batch size of the run (docs/order.md)."""
     memory_bytes: int = 2 << 30
     """Memory that one process may take for data that it has read. Less costs more requests, never another order."""
     cache_dir: str | None = None
@@ -101,7 +102,9 @@ class LoaderConfig:
         sources = self.sources if isinstance(self.sources, tuple | list) else ()
         if not sources or not all(isinstance(source, Source) for source in sources):
             raise UsageError(f"sources={self.sources!r}: expected a tuple of one or more Source(...)")
-        counts = ("batch_size", "seed", "lanes", "num_workers", "prefetch_factor", "max_bad")
+        counts = ("batch_size", "seed", "num_workers", "prefetch_factor", "max_bad")
+        if self.epochs is not None and (type(self.epochs) is not int or self.epochs < 1 or self.packing):
+            raise UsageError(f"epochs={self.epochs!r}: expected an int of 1 or more, and none where rows are packed on the fly")
         _check_ints("a loader", **{name: getattr(self, name) for name in counts})
         if self.batch_size < 1:
             raise UsageError(f"batch_size={self.batch_size}, expected 1 or more")
@@ -113,8 +116,6 @@ class LoaderConfig:
             raise UsageError(f"on_error={self.on_error!r} is not raise or substitute")
         if self.num_workers < 0 or self.prefetch_factor < 1 or self.memory_bytes < 1 or self.max_bad < 0 or self.cache_bytes < 1:
             raise UsageError("num_workers, max_bad: 0 or more; prefetch_factor, memory_bytes, cache_bytes: 1 or more")
-        if self.lanes is not None and not 1 <= self.lanes < 1 << 31:
-            raise UsageError(f"lanes={self.lanes} is not in 1 ... 2**31 - 1")
         if self.packing and self.sequences is None:
             raise UsageError("packing=True packs token rows: give sequences=SequenceConfig(...) too")
         weighted = [source.weight is not None for source in self.sources]

@@ -23,7 +23,8 @@ class EpochLoader:
 
     Args:
         loader: the loader of this rank.
-        steps: steps of an epoch; None: those of the loader's epoch. Rows packed on the fly have no epochs.
+        steps: steps of an epoch (the last is shorter if the loader's `epochs` end in it); None: those of the loader's epoch. Rows
+            packed on the fly have no epochs.
         prepare: makes of a batch what the trainer gets; by default what a model's `forward` takes.
 
     Raises:
@@ -55,9 +56,11 @@ class EpochLoader:
         batches = iter(self.loader)
         for _ in range(self._num_steps - self._done):
             batch = next(batches, None)
-            while batch is None:  # an epoch of the loader is over
+            if batch is None:  # an epoch of the loader is over
                 batches = iter(self.loader)
                 batch = next(batches, None)
+                if batch is None:  # and so is the run
+                    return
             self._done = (self._done + 1) % self._num_steps
             yield self._prepare(batch)
 

@@ -24,6 +24,7 @@ from loaders.ledger import Ledger
 from loaders.order.partition import BatchPartition
 from loaders.order.samples import SampleOrder, open_source, order_spec
 from loaders.proof.state import Change, Start, next_starts, read_state, resumed, state_to_json
+from loaders.reading.planner import shared_lanes
 from loaders.tokens.lanes import ENDLESS, LaneBook, LaneState, check_packing, lanes_to_json, merge_states, parse_lanes
 from loaders.tokens.rows import RowMaker
 from loaders.workers.pool import WorkerPool
@@ -31,6 +32,8 @@ from loaders.workers.steps import StepDataset, StepResult, requests_of
 from loaders.world import World
 from wds_tools.errors import UsageError, WdsToolsError
 from wds_tools.sequences.vocabulary import Vocabulary
+
+_WEIGHTS_ERROR = 0.01
 
 
 def build_loader(config: LoaderConfig, world: World | None = None) -> Loader:
@@ -49,7 +52,7 @@ def build_loader(config: LoaderConfig, world: World | None = None) -> Loader:
 
 
 class Loader:
-    """Batches of this rank. Iterating gives the rest of the current epoch; the next iteration the next epoch.
+    """Batches of this rank. Iterating gives the rest of the current epoch; the next iteration the next epoch, if there is one.
 
     A batch is a dict: `__key__`, `__source__`, `data_type` and `text` are lists of str; `codes` is an int32 tensor (B, h, w)
     where all samples have grids of one size, else a list of (h, w) tensors, None for a sample without; a batch without any codes
@@ -77,8 +80,7 @@ class Loader:
                 f"an epoch of {self._order.length} samples is less than a batch of {config.batch_size}, and last_batch='drop' "
                 "leaves it out: choose a smaller batch_size, or last_batch='short' or 'wrap'"
             )
-        for sentence in self._order.rare():
-            warnings.warn(sentence, stacklevel=3)
+        self._warn_of_cost(stacklevel=4)
         self.epoch = 0
         """The epoch that the next batch belongs to."""
         self.position = 0
@@ -87,6 +89,16 @@ class Loader:
         """Counts what begins or ends loops: one that it has moved past is over."""
         self._pool = self._new_pool()
         self._ledger = Ledger(config.max_bad)
+
+    def _warn_of_cost(self, stacklevel: int) -> None:
+        if shared := shared_lanes(self._order, self.config, self.world.world_size):
+            warnings.warn(shared, stacklevel=stacklevel)
+        if self._order.weights_error > _WEIGHTS_ERROR:
+            warnings.warn(
+                f"weights that repeat after more than 2**20 samples are rounded: a source has {self._order.weights_error:.1%} more or "
+                "less than its weight says; write fewer digits",
+                stacklevel=stacklevel,
+            )
 
     def _new_pool(self) -> WorkerPool:
         """Reads in the present order."""
@@ -101,7 +113,7 @@ class Loader:
         """
         if self.config.packing:
             raise TypeError("rows packed on the fly have no end: count steps")
-        return len(self._steps())
+        return 0 if self._is_over else len(self._steps())
 
     @property
     def num_samples(self) -> int:
@@ -110,6 +122,8 @@ class Loader:
 
     def __iter__(self) -> Iterator[Batch]:
         self.world.check()
+        if self._is_over:
+            return
         steps = self._steps()
         self._loop = loop = self._loop + 1
         self._book.begin()
@@ -183,6 +197,7 @@ class Loader:
         self.epoch, self.position = (0, saved.position) if self.config.packing else order.epochs.at(saved.position)
         self._end_epoch_if_done()
         self._ledger.begin_receipt()
+        self._warn_of_cost(stacklevel=3)
 
     def receipt(self) -> dict[str, Any]:
         """What this rank has handed over since it was made, or took a state: small JSON for `wds-tools audit`.
@@ -207,6 +222,10 @@ class Loader:
         """End the worker processes, and loops under way. The loader can be used again."""
         self._loop += 1
         self._pool.close()
+
+    @property
+    def _is_over(self) -> bool:
+        return self.config.epochs is not None and self.epoch >= self.config.epochs
 
     def _steps(self) -> BatchPartition:
         length = ENDLESS if self.config.packing else self._order.epochs.length(self.epoch)
@@ -259,7 +278,7 @@ class Loader:
     def _end_epoch_if_done(self) -> None:
         """Go over to the next epoch after the last batch: whoever counts batches never asks for one too many."""
         steps = self._steps()
-        if not len(steps):
+        if not len(steps) and not self._is_over:
             self._ledger.num_dropped += steps.dropped
             self.epoch, self.position = self.epoch + 1, 0
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 import webdataset as wds
 from torch.utils.data import get_worker_info
 
@@ -26,7 +27,8 @@ from loaders.workers.handover import tell_of_failures
 from loaders.world import World
 
 _READ_TOGETHER = 256
-_LANES = 1024
+_BATCH = 128
+"""Of the order: it does not depend on the number of ranks, and no batches are made here."""
 
 
 class ShardDataset(wds.DataPipeline, wds.compat.FluidInterface):  # type: ignore[misc]  # webdataset has no types
@@ -51,7 +53,6 @@ class ShardDataset(wds.DataPipeline, wds.compat.FluidInterface):  # type: ignore
         world_size: training processes; each sample goes to one of them.
         last_batch: what becomes of the last samples, fewer than world_size: `short` hands them out, so that ranks may differ by
             one; `drop` leaves them out; `wrap` fills up from the beginning of the next epoch.
-        lanes: parts of the data that are read side by side.
         memory_bytes: what a process keeps of the data that it has fetched.
         cache_dir: a folder on a local disk that keeps what was fetched from object storage.
         cache_bytes: size limit of that folder.
@@ -72,7 +73,6 @@ class ShardDataset(wds.DataPipeline, wds.compat.FluidInterface):  # type: ignore
         rank: int | None = None,
         world_size: int | None = None,
         last_batch: LastBatch = "short",
-        lanes: int = _LANES,
         memory_bytes: int = 1 << 30,
         cache_dir: str | None = None,
         cache_bytes: int = 100 << 30,
@@ -81,11 +81,10 @@ class ShardDataset(wds.DataPipeline, wds.compat.FluidInterface):  # type: ignore
         world = World.of(rank, world_size)
         config = LoaderConfig(
             sources=(Source(url),),
-            batch_size=world.world_size,
+            batch_size=_BATCH,
             seed=seed,
             shuffle=shuffle,
             last_batch=last_batch,
-            lanes=lanes,
             memory_bytes=memory_bytes,
             cache_dir=cache_dir,
             cache_bytes=cache_bytes,
@@ -100,17 +99,17 @@ class ShardDataset(wds.DataPipeline, wds.compat.FluidInterface):  # type: ignore
         return self._source.order.length
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order the next iteration takes, from its start. Call it before the workers start."""
-        self._source.epoch, self._source.position, self._source.start = epoch, 0, 0
+        """Choose the epoch whose order the next iteration takes, from its start; of persistent workers too."""
+        self._source.set_epoch(epoch)
 
     def state_dict(self) -> dict[str, Any]:
         """Where this process stands: small JSON, the same on every rank that has handed out as many samples."""
         source = self._source
         position = source.order.epochs.start(source.epoch) + min(source.position, source.order.length)
-        return state_to_json(source.order, position, position, source.starts)
+        return {**state_to_json(source.order, position, position, source.starts), "epoch": source.epoch}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state with the next iteration.
+        """Go on from a state with the next iteration: behind the last sample of an epoch, with the next epoch.
 
         Raises:
             UsageError: the state is damaged, or of other data or another order; says what differs.
@@ -126,20 +125,34 @@ class _Samples:
         self._world = world
         sources = [open_source(config.sources[0])]
         self.order = SampleOrder(sources, order_spec(sources, config))
+        self._chosen = torch.tensor([0, epoch]).share_memory_()
+        """Calls of set_epoch, and the epoch of the last: workers that stay hear of it here."""
+        self._heard = 0
         self.epoch = epoch
         self.starts: tuple[Start, ...] = ((0, 0, 1),)
         """See State.starts: a step is a sample."""
         self.start = 0
         """Position at which the next iteration begins."""
         self.position = 0
-        """Position in the epoch after the samples handed out: a multiple of what all ranks and workers take in turn."""
+        """Position in the epoch after the samples handed out: a multiple of what all ranks and workers take in turn, or its end."""
+
+    def set_epoch(self, epoch: int) -> None:
+        self._chosen.copy_(torch.tensor([int(self._chosen[0]) + 1, epoch]))
+        self._hear()
+
+    def _hear(self) -> None:
+        calls, epoch = self._chosen.tolist()
+        if calls != self._heard:
+            self._heard, self.epoch, self.position, self.start = calls, epoch, 0, 0
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         saved = read_state(state)
         self.order = resumed(saved, self._config, self.order.sources)
         self.starts = next_starts(saved, 1)
-        self.epoch, self.start = self.order.epochs.at(saved.position)
-        self.position = self.start
+        self.epoch, self.position = self.order.epochs.at(saved.position)
+        if saved.epoch == self.epoch - 1 and not self.position and get_worker_info():  # others may not have done their part
+            self.epoch, self.position = saved.epoch, self.order.epochs.length(saved.epoch)
+        self.start = self.position
 
     def __call__(self) -> Iterator[Sample]:
         self._world.check()
@@ -147,7 +160,8 @@ class _Samples:
         worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
         if info:
             tell_of_failures(wrapped=True)
-        rank, world_size = self._world.rank, self._world.world_size
+        self._hear()
+        rank, world_size, epoch = self._world.rank, self._world.world_size, self.epoch
         stride = world_size * num_workers
         self.position, self.start = self.start, 0
         steps = BatchPartition(self.order.length, self.position, world_size, self._config.last_batch, world_size)
@@ -157,12 +171,15 @@ class _Samples:
         read_ahead = ReadAhead(open_reader(self.order, self._config, 1, stride))
         decoder = Decoder(check_crc=self._config.check_crc, substitute=False)
         for number, start in enumerate(starts):
-            upcoming = (self._range(positions[later : later + _READ_TOGETHER]) for later in starts[number + 1 :])
-            located, loaded = read_ahead.read(self._range(positions[start : start + _READ_TOGETHER]), upcoming)
+            upcoming = (_range(epoch, positions[later : later + _READ_TOGETHER]) for later in starts[number + 1 :])
+            located, loaded = read_ahead.read(_range(epoch, positions[start : start + _READ_TOGETHER]), upcoming)
             samples, _, _ = decoder.decode(located, loaded, read_samples)
             for sample in samples:
                 self.position += stride
                 yield sample
+        if info is None:
+            self.position = self.order.length
 
-    def _range(self, positions: range) -> PositionRange:
-        return PositionRange(self.epoch, positions.start, positions.stop, positions.step)
+
+def _range(epoch: int, positions: range) -> PositionRange:
+    return PositionRange(epoch, positions.start, positions.stop, positions.step)

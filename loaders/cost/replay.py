@@ -205,7 +205,7 @@ class _Process:
         cycles = [1.0]
         for opened, share, sample_bytes in zip(self._order.sources, shares.tolist(), self._sample_bytes, strict=True):
             shard = max(opened.manifest.shards, key=lambda info: info.samples)
-            block = int(block_samples(np.array(shard.samples), np.array(shard.bytes), spec))
+            block = int(block_samples(np.array(shard.samples), np.array(shard.bytes), opened.group_samples, spec))
             fetched_ahead = block + max(self.planner.ahead_bytes // sample_bytes, 1)
             cycles.append(min(max(spec.chunk_bytes // sample_bytes, block), fetched_ahead, shard.samples) / (share or 1))
         return min(max(cycles), length / spec.lanes)

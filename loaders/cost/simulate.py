@@ -21,6 +21,7 @@ from loaders.cost.replay import ProcessCost, replay
 from loaders.order.partition import BatchPartition
 from loaders.order.plan import Ints, SourcePlan
 from loaders.order.samples import OpenSource, SampleOrder, order_spec
+from loaders.reading.planner import shared_lanes
 from wds_tools.errors import UsageError
 from wds_tools.format.manifest import Manifest, ShardInfo
 from wds_tools.storage import open_store
@@ -64,6 +65,10 @@ class Simulation:
     """Samples that last_batch="drop" leaves out."""
     num_lanes: int
     """Number of lanes."""
+    lanes_per_sample: int
+    """Lanes for each sample of the batch: as many workers, or a divisor of it, have lanes of their own."""
+    weights_error: float
+    """How far the share of a source is from its weight, at most, as a part of the weight."""
     num_chunks: int
     """Chunks of an epoch of every source."""
     chunk_bytes: int
@@ -81,7 +86,7 @@ class Simulation:
     process: ProcessCost
     """What one process reads."""
     warnings: tuple[str, ...]
-    """Settings that cost more than they need, and sources that come in bursts."""
+    """Settings that cost more than they need."""
 
 
 def imagined_source(samples: float, sample_bytes: float, shard_samples: int = 10_000) -> OpenSource:
@@ -157,6 +162,8 @@ def simulate(sources: Sequence[OpenSource], config: LoaderConfig, world_size: in
         num_steps=len(steps),
         num_dropped=steps.dropped,
         num_lanes=order.spec.lanes,
+        lanes_per_sample=order.spec.lanes_per_sample,
+        weights_error=order.weights_error,
         num_chunks=_num_chunks(order),
         chunk_bytes=order.spec.chunk_bytes,
         block_bytes=order.spec.block_bytes,
@@ -165,7 +172,9 @@ def simulate(sources: Sequence[OpenSource], config: LoaderConfig, world_size: in
         plan_bytes=None if before is None or after is None else max(after - before, 0),
         mixing=measure_mixing(order, config.batch_size),
         process=process,
-        warnings=tuple(_warnings(order, config, world_size, process)),
+        warnings=tuple(
+            _warnings(order, config, world_size, process, shared_lanes(order, config, world_size, as_remote=as_remote))
+        ),
     )
 
 
@@ -173,7 +182,9 @@ def _num_chunks(order: SampleOrder) -> int:
     """Chunks of an epoch of every source."""
     total = 0
     for opened, spec in zip(order.sources, order.spec.sources, strict=True):
-        plan = SourcePlan(opened.samples, opened.sizes, order.spec, spec.max_samples)
+        if not opened.manifest.samples:
+            continue
+        plan = SourcePlan(opened.samples, opened.sizes, opened.group_samples, order.spec, spec.max_samples)
         total += plan.num_chunks * (1 if order.spec.schedule else spec.repeat)
     return total
 
@@ -228,21 +239,11 @@ def _num_distinct(*columns: Ints) -> int:
     return 1 + int(np.count_nonzero(changes))
 
 
-def _warnings(order: SampleOrder, config: LoaderConfig, world_size: int, cost: ProcessCost) -> Iterator[str]:
-    """Settings that cost more than they need, and sources that come in bursts."""
-    yield from order.rare()
-    lanes, batch_size, workers = order.spec.lanes, config.batch_size, max(config.num_workers, 1)
-    if lanes % batch_size:
-        yield (
-            f"batch_size={batch_size} does not divide lanes={lanes}: a process reads {cost.lanes} lanes, which others read too; "
-            f"a divisor, or lanes={batch_size * 8}, keeps every lane to one process"
-        )
-    elif lanes % (batch_size * workers):
-        good = [count for count in range(1, lanes // batch_size + 1) if lanes // batch_size % count == 0]
-        yield (
-            f"{workers} workers do not divide lanes / batch_size = {lanes // batch_size}: a process reads {cost.lanes} lanes, "
-            f"which others read too; {', '.join(map(str, good))} workers keep every lane to one process"
-        )
+def _warnings(order: SampleOrder, config: LoaderConfig, world_size: int, cost: ProcessCost, shared: str | None) -> Iterator[str]:
+    """Settings that cost more than they need."""
+    batch_size = config.batch_size
+    if shared:
+        yield shared
     if batch_size % world_size:
         yield f"{world_size} ranks do not divide batch_size={batch_size}: some get a sample more in every step than others"
     if cost.evicted:

@@ -60,11 +60,6 @@ class Epochs:
             self._lengths.append(length)
         return first
 
-    @property
-    def is_even(self) -> bool:
-        """Whether all epochs have one length."""
-        return len(self._lengths) == 1
-
     def start(self, epoch: int) -> int:
         """Index at which an epoch begins."""
         run = int(np.searchsorted(self._firsts, epoch, "right")) - 1
@@ -106,16 +101,23 @@ class Generation:
 
     spec: OrderSpec
     sources: tuple[Origin, ...]
-    position: Position = 0
+    position: Position
     """Position of the stream from which it holds."""
-    step: Position = 0
-    """Step of the training there: step s of the config's schedule is position + (s - step) x spec.step_samples."""
+    step: Position
+    """Step of the training there: step s of the config's schedule is position + (s - step) x step_samples."""
+    step_samples: Annotated[int, range(1, 1 << 40)]
+    """Batch size there, in samples."""
 
     def __post_init__(self) -> None:
         if len(self.sources) != len(self.spec.sources):
             raise UsageError(f"{len(self.sources)} sources, but an order of {len(self.spec.sources)}")
         if any(len(weights) != len(self.sources) for _, weights in self.spec.schedule):
             raise UsageError(f"{len(self.sources)} sources, but a schedule of others")
+
+
+def first_generation(spec: OrderSpec, sources: Sequence[Origin]) -> Generation:
+    """That of a run that begins."""
+    return Generation(spec=spec, sources=tuple(sources), position=0, step=0, step_samples=spec.batch_size)
 
 
 @dataclass(frozen=True, kw_only=True)

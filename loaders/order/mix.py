@@ -1,17 +1,21 @@
 """Mixtures: position of the order -> (source, epoch of that source, position in it), as a pure function.
 
-Lane c follows a fixed pattern of sources, `Weights`, that has each in exact proportion per period and starts at slot c, so that
-a batch (neighbouring lanes) is close to the proportions too. Draw k of a source on lane c is position k * lanes + c of that
-source's epochs, one after the other, so a process that owns a lane of the mixture owns the same lanes of every source. When the
-weights change at a position, the draws go on counting.
+The period of a set of `Weights` is a ring of slots, of which each source has a run of neighbours, as many as its weight says.
+Cursor i of lane c draws from the source of slot (G i + H c) mod period: two rotations, by about sqrt(2) - 1 and the golden ratio,
+which meet any run of slots in its proportion within few steps. So a lane has the weights along its cursors, exactly in each
+period, and a batch (neighbouring lanes) has them too, however rare a source is.
+Draw k of a source on lane c is position k * lanes + c of that source's epochs, one after the other, so a process that owns a lane
+of the mixture owns the same lanes of every source. When the weights change at a position, the draws go on counting.
 Invariant: on every lane the draws of a source count 0, 1, 2, ...: none is lost or repeated, whatever the schedule.
-Cost: a table of one period for each set of weights; a position costs a few array operations for each change before it.
+Cost: 4 bytes a slot for each set of weights; a position costs a few array operations for each change before it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from fractions import Fraction
+from itertools import count
 from typing import NamedTuple
 
 import numpy as np
@@ -20,9 +24,10 @@ from loaders.order.generations import Epochs
 from loaders.order.plan import Ints
 from wds_tools.errors import UsageError
 
-MAX_PERIOD = 10_000
-_LONG_ABSENCE = 100
-"""Draws of every lane without a source, above which it is absent for long: with 8 lanes a sample, 800 steps."""
+MAX_PERIOD = 1 << 20
+_MAX_SOURCES = 4096
+_TURN, _GOLDEN = 0x6A09E667, 0x9E3779B9
+"""sqrt(2) - 1 and (sqrt(5) - 1) / 2, times 2**32."""
 
 
 class Draws(NamedTuple):
@@ -34,48 +39,69 @@ class Draws(NamedTuple):
 
 
 class Weights:
-    """One set of weights as a periodic pattern.
+    """One set of weights as a ring of slots.
 
     Args:
-        weights: one per source, 0 or more, not all 0. Taken as written in decimals: 0.7 and 0.3 give a period of 10.
+        weights: one per source, each 0 (it is not drawn from) or at least 2**-20 of their sum. Taken as written in decimals: 0.7
+            and 0.3 give a period of 10. Where that would be above 2**20 slots, they are rounded to so many: see `error`.
 
     Raises:
-        UsageError: they are not weights, or need a period above MAX_PERIOD: write them with fewer digits.
+        UsageError: they are not weights, or too many.
     """
 
     def __init__(self, weights: Sequence[float]) -> None:
         shares = [Fraction(repr(float(weight))) if np.isfinite(weight) else Fraction(-1) for weight in weights]
-        if not shares or min(shares) < 0 or not sum(shares):
-            raise UsageError(f"weights {tuple(weights)}: expected numbers of 0 or more, one above 0")
-        shares = [share / sum(shares) for share in shares]
-        period = np.lcm.reduce([share.denominator for share in shares], dtype=object)
-        if period > MAX_PERIOD:
+        total = sum(shares)
+        if not shares or min(shares) < 0 or not total or len(shares) > _MAX_SOURCES:
+            raise UsageError(f"weights {_short(weights)}: expected 1 to {_MAX_SOURCES} numbers of 0 or more, one above 0")
+        if least := [number for number, share in enumerate(shares) if 0 < share * MAX_PERIOD < total]:
             raise UsageError(
-                f"weights {tuple(weights)} repeat after {period} samples, at most {MAX_PERIOD} is kept: write fewer digits"
+                f"weights {_short(weights)}: that of source {least[0]} is {float(shares[least[0]] / total):.2g} of their sum: "
+                "expected 0, which leaves it out, or at least 2**-20 (9.6e-07)"
             )
-        self.period = int(period)
-        self.counts = np.array([int(share * self.period) for share in shares])
-        # Source i's k-th slot would ideally lie at (k + 1/2) / count of the period: take them in that order.
-        ideal = np.concatenate([(np.arange(count) + 0.5) / count for count in self.counts if count])
-        owner = np.repeat(np.arange(len(shares)), self.counts)
-        self.pattern = owner[np.lexsort((owner, ideal))]
-        self._before = np.zeros((len(shares), self.period + 1), np.int64)
-        for source in range(len(shares)):
-            np.cumsum(self.pattern == source, out=self._before[source, 1:])
+        shares = [share / total for share in shares]
+        self.period = min(math.lcm(*(share.denominator for share in shares)), MAX_PERIOD)
+        """Slots."""
+        wanted = [share * self.period for share in shares]
+        self.counts = np.array([int(slots) for slots in wanted])
+        by_rest = sorted(range(len(wanted)), key=lambda source: int(wanted[source]) - wanted[source])
+        self.counts[by_rest[: self.period - int(self.counts.sum())]] += 1
+        """Slots of each source."""
+        kept = zip(self.counts.tolist(), wanted, strict=True)
+        self.error = max(float(abs(slots - exact) / exact) for slots, exact in kept if exact)
+        """How far a source's share is from its weight, at most, as a part of the weight; 0 where the period is exact."""
+        self._ends = np.cumsum(self.counts)
+        self._turn = _coprime(_TURN, self.period)
+        back = pow(self._turn, -1, self.period)
+        self._phase = _coprime(_GOLDEN, self.period) * back % self.period
+        # Visit j of the ring is to slot turn * j; sorted: by source, then visits.
+        visits = np.arange(self.period) * back % self.period
+        self._visits = np.sort(np.repeat(np.arange(len(shares)), self.counts) * self.period + visits).astype(np.uint32)
 
-    def gap(self, source: int) -> int:
-        """Slots from one of a source to its next, at most; 0 if it has none."""
-        slots = np.flatnonzero(self.pattern == source)
-        return int(np.diff(slots, append=slots[0] + self.period).max()) if len(slots) else 0
+    def source(self, lane: Ints, cursor: Ints) -> Ints:
+        """The source that each lane draws from at this cursor, counted from where these weights begin."""
+        visit = (lane * self._phase + cursor) % self.period
+        return np.searchsorted(self._ends, visit * self._turn % self.period, "right")
 
     def draws(self, source: Ints, lane: Ints, cursor: Ints) -> Ints:
         """Number of draws of its source on each lane before this cursor, counted from where these weights begin."""
-        return self._until(source, lane + cursor) - self._until(source, lane)
+        begin = lane * self._phase % self.period
+        return self._until(source, begin + cursor) - self._until(source, begin)
 
-    def _until(self, source: Ints, slot: Ints) -> Ints:
-        periods, rest = np.divmod(slot, self.period)
-        until: Ints = periods * self.counts[source] + self._before[source, rest]
+    def _until(self, source: Ints, visit: Ints) -> Ints:
+        periods, rest = np.divmod(visit, self.period)
+        before = np.searchsorted(self._visits, (source * self.period + rest).astype(np.uint32))
+        until: Ints = periods * self.counts[source] + before - (self._ends - self.counts)[source]
         return until
+
+
+def _coprime(share: int, period: int) -> int:
+    """The first number from share / 2**32 of the period on that has no divisor with it."""
+    return next(number for number in count(max(share * period >> 32, 1)) if math.gcd(number, period) == 1)
+
+
+def _short(weights: Sequence[float]) -> str:
+    return f"({', '.join(map(str, weights[:8]))}{', ...' if len(weights) > 8 else ''})"
 
 
 class Mixture:
@@ -111,10 +137,12 @@ class Mixture:
         if any(len(weights) != len(num_samples) for _, weights in schedule):
             raise UsageError(f"{len(num_samples)} sources, but a schedule with {sorted({len(w) for _, w in schedule})} weights")
         self._num_samples = np.array(num_samples, np.int64)
-        self._epochs = [Epochs(max(samples, 1)) for samples in num_samples]
+        self._grown: dict[int, Epochs] = {}
         self._lanes = lanes
         self._starts = np.array(starts, np.int64)
         self._weights = [Weights(weights) for _, weights in schedule]
+        self.error = max(weights.error for weights in self._weights)
+        """Of all weights; see Weights."""
 
     def grow(self, source: int, position: int, num_samples: int) -> int:
         """A source has other samples from its first epoch on of which nothing is drawn before a position of the stream.
@@ -130,9 +158,8 @@ class Mixture:
         lane = np.arange(min(self._lanes, position))
         num_drawn = self._drawn(source, lane, -((lane - position) // self._lanes))
         drawn_until = int(np.where(num_drawn > 0, (num_drawn - 1) * self._lanes + lane + 1, 0).max(initial=0))
-        first = self._epochs[source].change(drawn_until, num_samples)
-        self._num_samples[source] = self._epochs[source].length(0)
-        return first
+        epochs = self._grown.setdefault(source, Epochs(int(self._num_samples[source])))
+        return epochs.change(drawn_until, num_samples)
 
     def locate(self, positions: Ints) -> Draws:
         """What stands at these positions.
@@ -150,19 +177,10 @@ class Mixture:
             source, draw = self._draw(positions, lane, cursor)
         index = draw * self._lanes + lane
         epoch, position = np.divmod(index, self._num_samples[source])
-        for number, epochs in enumerate(self._epochs):
-            if not epochs.is_even:
-                held = source == number
-                epoch[held], position[held] = epochs.locate(index[held])
+        for number, epochs in self._grown.items():
+            held = source == number
+            epoch[held], position[held] = epochs.locate(index[held])
         return Draws(source, epoch, position)
-
-    def longest_absence(self, source: int) -> int:
-        """Positions without a draw of the source, at most, between two that have one; 0 if that is not long.
-
-        Lanes walk the pattern one slot apart, so a gap in it that is wider than all lanes is crossed by all at once.
-        """
-        wider = max(weights.gap(source) for weights in self._weights) - self._lanes
-        return (wider + 2) * self._lanes - 2 if wider > _LONG_ABSENCE else 0
 
     def exhausted_at(self, source: int, times: int = 1) -> int:
         """The number of positions until the source has been drawn in full, `times` times.
@@ -193,8 +211,7 @@ class Mixture:
         source = np.empty_like(positions)
         for number, weights in enumerate(self._weights):
             held = segment == number
-            slot = cursor[held] - self._first_cursor(number, lane[held]) + lane[held]
-            source[held] = weights.pattern[slot % weights.period]
+            source[held] = weights.source(lane[held], cursor[held] - self._first_cursor(number, lane[held]))
         return source, self._drawn(source, lane, cursor)
 
     def _drawn(self, source: int | Ints, lane: Ints, cursor: Ints) -> Ints:

@@ -1,11 +1,12 @@
 """The order of one source: a bijection from positions to samples; pure numpy, no buffer, no history.
 
     samples of a shard -> chunks (neighbours, about `chunk_bytes`) -> permuted by (seed, epoch): the shuffled chunks
-    shuffled chunks -> cut into `lanes` equal parts; position p is at cursor p div lanes of lane p mod lanes
+    shuffled chunks -> cut into `lanes` = k x B equal stretches (B: the first batch size; k: lanes_per_sample)
+    position p -> lane c = p mod lanes, at cursor p div lanes; lane c reads stretch (c mod B) k + c div B: dealt crosswise
     shuffle block: `block_bytes` of a chunk, or what of them lies in one lane; its samples are permuted again
 
-So any `lanes` consecutive positions come from as many parts of the shuffled chunks, a lane reads its chunks from start to end,
-and no more than one shuffle block of each lane is open at a time.
+So a batch has a sample of every k-th stretch, a rank's lanes are neighbouring stretches, a lane reads its chunks from start to
+end, and no more than one shuffle block of each lane is open at a time.
 Invariant: for every epoch, `locate` maps [0, num_samples) one to one onto the samples.
 Cost: 16 bytes a chunk and epoch; a position takes no state, about 0.3 us when asked in arrays.
 The chunks are sorted by keys from Philox (Salmon et al., SC 2011), whose stream numpy keeps fixed; samples go through a small
@@ -26,7 +27,10 @@ MAX_CHUNK_BYTES = 4 << 20
 MIN_BLOCK_BYTES = 128 << 10
 OPEN_BYTES = 1 << 30
 """Size of the open shuffle blocks of all processes together, if the dataset is large and the lanes are not too many."""
-LANES_PER_BATCH = 8
+_LANES_PER_SAMPLE = (8, 4)
+"""Of these the first that leaves an open block of _GOOD_BLOCK_BYTES, else the last: with 2, means of 8 batches of a large dataset
+would vary by 4 times as much as chance has it (docs/decisions/2026-11-26-order-version-2.md)."""
+_GOOD_BLOCK_BYTES = 512 << 10
 _NUM_CHUNKS = 1024
 _MAX_CHUNKS = 1 << 28
 """Chunks of an epoch, at most: a petabyte in those of 4 MiB, planned in 4 GiB of memory."""
@@ -56,39 +60,44 @@ class Planned(NamedTuple):
     """Samples from `first` to the end of the chunk or the lane, side by side in the shard: what the lane reads next."""
 
 
-def default_order(total_bytes: int, batch_size: int, seed: int, *, lanes: int | None = None, shuffle: bool = True) -> OrderSpec:
-    """The order of one source, by the size of the data.
+def default_order(total_bytes: int, batch_size: int, seed: int, *, shuffle: bool = True) -> OrderSpec:
+    """The order of one source, by the size of the data and of the batch.
 
-    Lanes: 8 x the batch, so that up to 8 workers of a rank have lanes of their own. Up to 256 MiB a chunk is a sample; above,
-    there are about 1,024 chunks, until they have 4 MiB: small datasets are mixed finely, large ones are read in large
-    requests. A shuffle block is what keeps all open blocks within 1 GiB, and at least 128 KiB.
+    Up to 256 MiB a chunk is a sample, and there are 8 lanes for each sample of the batch; above, there are about 1,024 chunks,
+    until they have 4 MiB: small datasets are mixed finely, large ones are read in large requests. A shuffle block is what keeps
+    all open blocks within 1 GiB, and at least 128 KiB; there are 8 lanes for each sample of the batch if that leaves blocks of
+    512 KiB, else 4.
 
     Args:
         total_bytes: bytes of all shards.
         batch_size: samples of a batch over all ranks.
         seed: seed of the order.
-        lanes: number of lanes, in place of the default.
         shuffle: False for the order of the manifest.
     """
-    if not shuffle:
-        return OrderSpec(seed=seed, lanes=1, block_bytes=MIN_BLOCK_BYTES, chunk_bytes=MIN_BLOCK_BYTES, shuffle=False)
-    lanes = lanes or LANES_PER_BATCH * batch_size
-    if total_bytes <= SMALL_BYTES:
-        return OrderSpec(seed=seed, lanes=lanes, block_bytes=1, chunk_bytes=1)
+    most = _LANES_PER_SAMPLE[0]
+    if total_bytes <= SMALL_BYTES or not shuffle:
+        size = 1 if shuffle else MIN_BLOCK_BYTES
+        return OrderSpec(
+            seed=seed, batch_size=batch_size, lanes_per_sample=most, block_bytes=size, chunk_bytes=size, shuffle=shuffle
+        )
+    per_sample = next((k for k in _LANES_PER_SAMPLE if k * batch_size * _GOOD_BLOCK_BYTES <= OPEN_BYTES), _LANES_PER_SAMPLE[-1])
     chunk_bytes = min(max(total_bytes // _NUM_CHUNKS, MIN_BLOCK_BYTES), MAX_CHUNK_BYTES)
-    block_bytes = min(max(OPEN_BYTES // lanes, MIN_BLOCK_BYTES), chunk_bytes)
-    return OrderSpec(seed=seed, lanes=lanes, block_bytes=block_bytes, chunk_bytes=chunk_bytes)
+    block_bytes = min(max(OPEN_BYTES // (per_sample * batch_size), MIN_BLOCK_BYTES), chunk_bytes)
+    return OrderSpec(
+        seed=seed, batch_size=batch_size, lanes_per_sample=per_sample, block_bytes=block_bytes, chunk_bytes=chunk_bytes
+    )
 
 
-def block_samples(samples: Ints, num_bytes: Ints, spec: OrderSpec) -> Ints:
-    """(S,) samples of a shuffle block, of shards with so many samples and bytes."""
-    sizes: Ints = np.maximum(spec.block_bytes * samples // np.maximum(num_bytes, 1), 1)
+def block_samples(samples: Ints, num_bytes: Ints, group_samples: Ints | int, spec: OrderSpec) -> Ints:
+    """(S,) samples of a shuffle block, of shards with so many samples and bytes: whole groups; one sample if it has a byte."""
+    group = group_samples if spec.block_bytes > 1 else 1
+    sizes: Ints = np.maximum(spec.block_bytes * samples // (np.maximum(num_bytes, 1) * group), 1) * group
     return sizes
 
 
-def chunk_samples(samples: Ints, num_bytes: Ints, spec: OrderSpec) -> Ints:
+def chunk_samples(samples: Ints, num_bytes: Ints, group_samples: Ints | int, spec: OrderSpec) -> Ints:
     """(S,) samples of a chunk, of shards with so many samples and bytes: whole shuffle blocks."""
-    block = block_samples(samples, num_bytes, spec)
+    block = block_samples(samples, num_bytes, group_samples, spec)
     sizes: Ints = block * np.maximum(spec.chunk_bytes * samples // (np.maximum(num_bytes, 1) * block), 1)
     return sizes
 
@@ -99,6 +108,7 @@ class SourcePlan:
     Args:
         samples: (S,) samples of each shard.
         sizes: (S,) bytes of each shard.
+        group_samples: samples of a group, of all shards or (S,) of each; see Manifest.
         spec: seed, lanes, sizes of chunks and shuffle blocks.
         max_samples: number of samples that are used, the same in every epoch: chunks chosen by the seed.
         repeat: passes over them in an epoch.
@@ -107,7 +117,15 @@ class SourcePlan:
         UsageError: there are no samples, or max_samples is not in 1 ... their number.
     """
 
-    def __init__(self, samples: Ints, sizes: Ints, spec: OrderSpec, max_samples: int | None = None, repeat: int = 1) -> None:
+    def __init__(
+        self,
+        samples: Ints,
+        sizes: Ints,
+        group_samples: Ints | int,
+        spec: OrderSpec,
+        max_samples: int | None = None,
+        repeat: int = 1,
+    ) -> None:
         total = int(samples.sum())
         if not total:
             raise UsageError("the dataset has no samples: there is nothing to train on")
@@ -116,8 +134,8 @@ class SourcePlan:
         self.spec = spec
         used_samples = max_samples or total
         self.num_samples = used_samples * repeat
-        self._block_samples = block_samples(samples, sizes, spec)
-        self._chunk_samples = chunk_samples(samples, sizes, spec)
+        self._block_samples = block_samples(samples, sizes, group_samples, spec)
+        self._chunk_samples = chunk_samples(samples, sizes, group_samples, spec)
         counts = -(-samples // self._chunk_samples)
         if (needed := int(counts.sum()) * repeat) > _MAX_CHUNKS:
             raise UsageError(
@@ -159,7 +177,7 @@ class SourcePlan:
         chunks, starts = self._shuffled_chunks(epoch)
         lane, cursor = positions % spec.lanes, positions // spec.lanes
         short, num_longer = divmod(self.num_samples, spec.lanes)
-        lane_start = lane * short + np.minimum(lane, num_longer)
+        lane_start = self._lane_start(lane, short, num_longer)
         lane_end = lane_start + short + (lane < num_longer)
         ordinal = lane_start + cursor  # number of the sample in the shuffled chunks, as the starts of chunks and blocks
         number = np.searchsorted(starts, ordinal, "right") - 1
@@ -176,6 +194,14 @@ class SourcePlan:
         if spec.shuffle and num_samples.max(initial=1) > 1:
             inside = _permuted(num_done, num_samples, _key(spec.seed, epoch), block)
         return Planned(shard, first + inside, block, first, num_samples, num_done, end - block)
+
+    def _lane_start(self, lane: Ints, short: int, num_longer: int) -> Ints:
+        """Number of the first sample of each lane in the shuffled chunks; the lanes before `num_longer` have short + 1 each."""
+        place, batch = lane % self.spec.batch_size, lane // self.spec.batch_size
+        batches, rest = divmod(num_longer, self.spec.batch_size)
+        longer = batches * place + np.minimum(rest, place) + np.minimum(batch, batches + (place < rest))  # stretches before it
+        start: Ints = (place * self.spec.lanes_per_sample + batch) * short + longer
+        return start
 
     def _shuffled_chunks(self, epoch: int) -> tuple[Ints, Ints]:
         """(chunks in this epoch's order, number of samples before each, and at last of all)."""

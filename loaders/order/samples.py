@@ -10,7 +10,7 @@ on where it ended.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loaders.config import LoaderConfig, Source
-from loaders.order.generations import Generation, Origin, epochs_of, schedule_of
+from loaders.order.generations import Generation, Origin, epochs_of, first_generation, schedule_of
 from loaders.order.mix import Mixture
 from loaders.order.plan import Ints, SourcePlan, default_order
 from loaders.order.spec import OrderSpec, SourceSpec
@@ -75,6 +75,11 @@ class OpenSource:
         """(S,) bytes of each shard."""
         return np.array([shard.bytes for shard in self.manifest.shards], np.int64)
 
+    @cached_property
+    def group_samples(self) -> int:
+        """See Manifest."""
+        return self.manifest.group_samples
+
     @property
     def has_schema(self) -> bool:
         """False for indexed tars of any members."""
@@ -127,16 +132,15 @@ def order_spec(
     sources: Sequence[OpenSource],
     config: LoaderConfig,
     saved: OrderSpec | None = None,
-    position: int = 0,
-    step: int = 0,
+    counted: tuple[int, int, int] | None = None,
 ) -> OrderSpec:
     """What the order of a config depends on.
 
     Args:
         sources: the opened sources of the config.
-        config: weights, schedule, stop_at, seed, shuffle, lanes.
-        saved: spec of a run that goes on, whose lanes, chunks, shuffle blocks and steps are kept.
-        position, step: where the steps of the schedule count from; see Generation.
+        config: weights, schedule, stop_at, seed, shuffle, and the batch size of a run that begins.
+        saved: spec of a run that goes on, whose first batch size, lanes, chunks and shuffle blocks are kept.
+        counted: (position, step, samples of a step) from which steps of the schedule count; see Generation.
 
     Returns:
         The spec, whose length is the number of samples of an epoch.
@@ -144,28 +148,27 @@ def order_spec(
     Raises:
         UsageError: the mixture never ends, or its weights can't be planned.
     """
-    weights = tuple(float(source.weight) for source in config.sources if source.weight is not None)
     if saved is None:
         total_bytes = sum(opened.manifest.bytes * opened.source.repeat for opened in sources)
-        spec = default_order(total_bytes, config.batch_size, config.seed, lanes=config.lanes, shuffle=config.shuffle)
-        spec = replace(spec, step_samples=config.batch_size if weights else 1)
+        spec = default_order(total_bytes, config.batch_size, config.seed, shuffle=config.shuffle)
     else:
-        lanes = config.lanes if config.lanes and config.shuffle else saved.lanes
-        spec = replace(saved, seed=config.seed, shuffle=config.shuffle, lanes=lanes)
+        spec = replace(saved, seed=config.seed, shuffle=config.shuffle)
     counts = [min(opened.max_samples or opened.manifest.samples, opened.manifest.samples) for opened in sources]
     length = sum(count * opened.source.repeat for count, opened in zip(counts, sources, strict=True))
+    weights = tuple(float(source.weight) for source in config.sources if source.weight is not None)
     steps = [(at, tuple(map(float, changed))) for at, changed in config.schedule]
-    held = [changed for at, changed in steps if at <= step]
-    changes = [(position + (at - step) * spec.step_samples, changed) for at, changed in steps if at > step]
+    position, begun, step_samples = counted or (0, 0, spec.batch_size)
+    held = [changed for at, changed in steps if at <= begun]
+    changes = [(position + (at - begun) * step_samples, changed) for at, changed in steps if at > begun]
     schedule = ((0, held[-1] if held else weights), *changes) if weights else ()
     if isinstance(config.stop_at, int):
         length = config.stop_at
     elif schedule:
-        mixture = Mixture(counts, spec.lanes, ((0, weights), *((at * spec.step_samples, changed) for at, changed in steps)))
+        mixture = Mixture(counts, spec.lanes, ((0, weights), *((at * spec.batch_size, changed) for at, changed in steps)))
         ends = [
             mixture.exhausted_at(number, opened.source.repeat)
             for number, opened in enumerate(sources)
-            if any(held[number] for _, held in schedule)
+            if any(drawn[number] for _, drawn in schedule)
         ]
         length = min(ends) if config.stop_at == "first_exhausted" else max(ends)
     specs = tuple(
@@ -186,7 +189,7 @@ class SampleOrder:
     >>> located = SampleOrder([source], spec).locate(0, np.arange(3, 8))
     >>> list(zip(located.shard.tolist(), located.sample_index.tolist()))
     [(0, 3), (0, 4), (1, 0), (1, 1), (1, 2)]
-    >>> spec = OrderSpec(seed=42, lanes=2, block_bytes=2000, chunk_bytes=4000, length=12)
+    >>> spec = OrderSpec(seed=42, batch_size=2, lanes_per_sample=1, block_bytes=2000, chunk_bytes=4000, length=12)
     >>> located = SampleOrder([source], spec).locate(epoch=0, positions=np.arange(12))
     >>> [f"{shard}:{index}" for shard, index in zip(located.shard.tolist(), located.sample_index.tolist())]
     ['0:4', '0:3', '2:1', '0:2', '2:0', '1:1', '1:4', '1:0', '0:0', '1:3', '0:1', '1:2']
@@ -205,24 +208,28 @@ class SampleOrder:
             raise UsageError(f"{len(sources)} sources, but an order of {len(spec.sources)}")
         self.sources = tuple(sources)
         self.spec = spec
-        self.generations = tuple(generations) or (Generation(spec=spec, sources=tuple(opened.origin for opened in sources)),)
+        self.generations = tuple(generations) or (first_generation(spec, [opened.origin for opened in sources]),)
         self.epochs = epochs_of(self.generations)
+        schedule = schedule_of(self.generations)
         numbers = range(len(sources))
         first_seen = (next(each for each in self.generations if number < len(each.sources)) for number in numbers)
         self.fingerprints = tuple(each.sources[number].fingerprint for number, each in enumerate(first_seen))
         """Of each source, as it was when the run first had it."""
-        stages = list(map(self._stages, [[number] for number in numbers] if spec.schedule else [numbers]))
-        sizes = [groups[0][1].plan.num_samples for groups in stages]
-        self._mixture = Mixture(sizes, spec.lanes, schedule_of(self.generations) or ((0, (1.0,)),))
+        is_drawn = [any(weights[number] for _, weights in schedule) for number in numbers]
+        stages = (
+            [self._stages([number]) if is_drawn[number] else [] for number in numbers] if schedule else [self._stages(numbers)]
+        )
+        sizes = [stage[0][1].plan.num_samples if stage else 0 for stage in stages]
+        self._mixture = Mixture(sizes, spec.lanes, schedule or ((0, (1.0,)),))
         self._groups: list[list[tuple[int, _Group]]] = []
         """Of each plan: (epoch from which it holds, its shards)."""
-        for number, ((_, first_group), *later) in enumerate(stages):
-            groups = [(0, first_group)]
-            for position, group in later:
+        for number, stage in enumerate(stages):
+            groups = [(0, group) for _, group in stage[:1]]
+            for position, group in stage[1:]:
                 first = self._mixture.grow(number, position, group.plan.num_samples)
                 groups = [*(earlier for earlier in groups if earlier[0] < first), (first, group)]
             self._groups.append(groups)
-        for first, group in [] if spec.schedule else self._groups[0]:
+        for first, group in [] if schedule else self._groups[0]:
             if self.epochs.length(first) != group.plan.num_samples:
                 raise UsageError(
                     f"an epoch of {self.epochs.length(first)} samples, but the sources have {group.plan.num_samples}"
@@ -238,16 +245,10 @@ class SampleOrder:
         """Bytes of all sources' shards."""
         return sum(opened.manifest.bytes for opened in self.sources)
 
-    def rare(self) -> Iterator[str]:
-        """A sentence about each source that is absent for long."""
-        for number, opened in enumerate(self.sources if self.spec.schedule else ()):
-            if absence := self._mixture.longest_absence(number):
-                lanes = self.spec.lanes
-                yield (
-                    f"source {opened.name} is so rare that none of it comes for up to {absence:,} samples, then {lanes:,} of it "
-                    f"within {lanes * lanes:,}: all lanes are at nearly the same place of the mixture. A weight of 1 in "
-                    f"{lanes:,} or more, or fewer lanes (lanes=...), brings it sooner; see docs/order.md"
-                )
+    @property
+    def weights_error(self) -> float:
+        """How far the share of a source is from its weight, at most, as a part of the weight."""
+        return self._mixture.error
 
     def locate(self, epoch: int, positions: Ints) -> Located:
         """The samples at these positions of an epoch; beyond `length` lies the next epoch.
@@ -317,17 +318,18 @@ class SampleOrder:
             )
         is_single = len(members) == 1  # repeated by its plan, after the choice of max_samples; of several, shards are repeated
         places = [0] if is_single else np.repeat(range(len(members)), repeats).tolist()
+        counts = [len(opened[place].manifest.shards) for place in places]
         try:
             plan = SourcePlan(
                 np.concatenate([opened[place].samples for place in places]),
                 np.concatenate([opened[place].sizes for place in places]),
+                np.repeat([opened[place].group_samples for place in places], counts),
                 self.spec,
                 limits[0] if limits else None,
                 repeat=repeats[0] if is_single else 1,
             )
         except UsageError as error:
             raise UsageError(f"{urls}: {error}") from error
-        counts = [len(opened[place].manifest.shards) for place in places]
         numbers = np.array(members)[places]
         return _Group(plan, opened, np.repeat(numbers, counts), np.concatenate([np.arange(count) for count in counts]))
 

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 from wds_tools.errors import UsageError
 from wds_tools.format.typed_json import Count
 
-ORDER_VERSION = 1
+ORDER_VERSION = 2
 """Version of the order's arithmetic. A state saved under another one is refused."""
 
 
@@ -37,8 +37,10 @@ class OrderSpec:
 
     seed: int
     """Seed of the order, 0 ... 2**64 - 1."""
-    lanes: int
-    """Number of equal parts of the shuffled chunks that are read side by side."""
+    batch_size: Annotated[int, range(1, 1 << 40)]
+    """Samples of a batch over all ranks when the run began: those of a step of the config's schedule."""
+    lanes_per_sample: Annotated[int, range(1, 1 << 20)]
+    """Lanes for each sample of that batch: a lane comes again after so many batches."""
     block_bytes: int
     """Size of a shuffle block: samples are permuted inside it, and a lane has one open at a time."""
     chunk_bytes: int
@@ -48,20 +50,25 @@ class OrderSpec:
     sources: tuple[SourceSpec, ...] = (SourceSpec(),)
     schedule: tuple[tuple[Count, tuple[float, ...]], ...] = ()
     """(position from which they hold, weights of the sources), from position 0 on; empty where no source has a weight."""
-    step_samples: Annotated[int, range(1 << 40)] = 1
-    """Samples of a step of the config's schedule, the first batch size of the run; 1 without a schedule."""
     length: Annotated[int, range(1, 1 << 53)] = 1
     """Samples of an epoch."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 1 << 64:
             raise UsageError(f"seed={self.seed} is not in 0 ... 2**64 - 1")
-        if not 1 <= self.lanes < 1 << 31:
-            raise UsageError(f"lanes={self.lanes} is not in 1 ... 2**31 - 1")
+        if not 1 <= self.batch_size * self.lanes_per_sample < 1 << 31:
+            raise UsageError(
+                f"batch_size={self.batch_size} x lanes_per_sample={self.lanes_per_sample} is not in 1 ... 2**31 - 1 lanes"
+            )
         if not 1 <= self.block_bytes <= self.chunk_bytes < 1 << 40:
             raise UsageError(
                 f"block_bytes={self.block_bytes}, chunk_bytes={self.chunk_bytes}: expected 1 <= block <= chunk < 2**40"
             )
+
+    @property
+    def lanes(self) -> int:
+        """Number of equal parts of the shuffled chunks that are read side by side; 1 without shuffling."""
+        return self.batch_size * self.lanes_per_sample if self.shuffle else 1
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; `typed_json.shape(OrderSpec, ...)` reads them back."""

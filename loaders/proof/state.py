@@ -61,6 +61,8 @@ class State:
     starts: tuple[Start, ...]
     """Where the run began, went on, and with which batch size: step s is position + (s - step) x batch size."""
     generations: tuple[Generation, ...] = ()
+    epoch: Position | None = None
+    """Of a ShardDataset: its epoch, at whose end a worker may stand while others have not done their part."""
 
 
 def order_to_json(order: SampleOrder, version: int) -> dict[str, Any]:
@@ -143,10 +145,10 @@ def resumed(
         raise UsageError(f"the run has changed {MAX_GENERATIONS - 1} times: it can't change any more")
     position, step, samples = saved.position, saved.step, config.batch_size
     if deepest is not None:
-        samples = last.spec.step_samples
+        samples = last.step_samples
         ahead = -(-max(deepest * spec.lanes - last.position, 0) // samples)
         position, step = last.position + ahead * samples, last.step + ahead
-    begun = Generation(spec=replace(last.spec, step_samples=samples), sources=last.sources, position=position, step=step)
+    begun = replace(last, position=position, step=step, step_samples=samples)
     generation = replace(begun, spec=_spec_of(sources, config, begun), sources=origins)
     generations = (*saved.generations, generation)
     if deepest is not None:
@@ -165,7 +167,7 @@ def _until(position: int, generations: Sequence[Generation]) -> list[tuple[int, 
 
 def _spec_of(sources: Sequence[OpenSource], config: LoaderConfig, begun: Generation) -> OrderSpec:
     """The spec of a config with the lanes and steps of a generation; of a source that was removed, its old part."""
-    spec = order_spec(sources, config, begun.spec, begun.position, begun.step)
+    spec = order_spec(sources, config, begun.spec, (begun.position, begun.step, begun.step_samples))
     parts = zip((*begun.spec.sources, *spec.sources[len(begun.spec.sources) :]), spec.sources, sources, strict=True)
     return replace(spec, sources=tuple(before if each.removed else part for before, part, each in parts))
 

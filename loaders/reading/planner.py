@@ -19,12 +19,15 @@ from typing import NamedTuple
 
 import numpy as np
 
+from loaders.config import LoaderConfig
 from loaders.order.plan import MAX_CHUNK_BYTES, SMALL_BYTES, Ints, block_samples, chunk_samples
 from loaders.order.samples import Located, OpenSource, SampleOrder
+from wds_tools.storage import LocalStore
 
 _MAX_REQUEST_BYTES = 8 << 20
 _PLANNED_AT_ONCE = 1024
 _CHUNKS_SIDE_BY_SIDE = 8
+_SHARED = 1.5
 _MAPPED_SAMPLE_BYTES = 64
 """Memory that a sample of a mapped shard takes."""
 
@@ -90,6 +93,34 @@ def lanes_of(lanes: int, num_positions: int, stride_positions: int) -> int:
     return min(lanes, num_positions * (lanes // math.gcd(lanes, stride_positions)))
 
 
+def shared_lanes(order: SampleOrder, config: LoaderConfig, world_size: int, *, as_remote: bool = False) -> str | None:
+    """What is fetched more than once because several processes read the same lanes; None where each has its own.
+
+    Args:
+        order, config: what is read, and by how many workers.
+        world_size: number of ranks.
+        as_remote: local files are fetched too.
+    """
+    lanes, batch_size, workers = order.spec.lanes, config.batch_size, max(config.num_workers, 1)
+    times = lanes_of(lanes, -(-batch_size // world_size), workers * batch_size) * workers * world_size / lanes
+    is_kept = (
+        opened.manifest.bytes <= SMALL_BYTES or (isinstance(opened.store, LocalStore) and not as_remote)
+        for opened in order.sources
+    )
+    if times < _SHARED or not order.spec.shuffle or all(is_kept):
+        return None
+    good = [str(count) for count in range(1, lanes // batch_size + 1) if lanes % (batch_size * count) == 0]
+    return (
+        f"num_workers={config.num_workers} with batch_size={batch_size}: each of the {lanes:,} lanes ({order.spec.lanes_per_sample} for "
+        f"each sample of the first batch) is read by {times:.1f} processes on average, so about {times:.1f} times the bytes are fetched; "
+        + (
+            f"with {' or '.join(good)} workers each is read by one"
+            if good
+            else "a batch size that divides the lanes keeps them to one"
+        )
+    )
+
+
 class Planner:
     """Plans what one process reads.
 
@@ -111,8 +142,9 @@ class Planner:
         self.num_lanes = lanes_of(spec.lanes, num_positions, stride_positions)
         """Lanes that the process reads."""
         self._sample_bytes = [np.maximum(opened.sizes // np.maximum(opened.samples, 1), 1) for opened in order.sources]
+        neighbours = self.num_lanes if self.num_lanes == num_positions * spec.lanes_per_sample else 1
         regions = [
-            self._samples_of_regions(opened, is_mapped=mapped, side_by_side=num_positions)
+            self._samples_of_regions(opened, is_mapped=mapped, side_by_side=neighbours)
             for opened, mapped in zip(order.sources, is_mapped, strict=True)
         ]
         self._region_base = np.cumsum([0, *map(len, regions)])
@@ -189,7 +221,7 @@ class Planner:
             beyond = min(run[last], num_samples[last] + self.ahead_bytes // sample_bytes) - num_samples[last]
             if key[last] >= 0 and not is_mapped and self.num_planned > self.num_lanes:  # first a little of each lane
                 shard_samples, shard_bytes = opened.samples[where[1]], opened.sizes[where[1]]
-                block = int(block_samples(shard_samples, shard_bytes, self._order.spec))
+                block = int(block_samples(shard_samples, shard_bytes, opened.group_samples, self._order.spec))
                 for offset in range(num_samples[last], num_samples[last] + beyond, block):
                     if key[last] + offset in held:
                         break
@@ -235,7 +267,7 @@ class Planner:
             size = max(math.ceil(MAX_CHUNK_BYTES * manifest.samples / max(manifest.bytes, 1)), 1)
             return np.full(len(manifest.shards), size)
         if is_kept and side_by_side * manifest.bytes / spec.lanes >= _CHUNKS_SIDE_BY_SIDE * spec.chunk_bytes:
-            return chunk_samples(opened.samples, opened.sizes, spec)
+            return chunk_samples(opened.samples, opened.sizes, opened.group_samples, spec)
         return np.zeros(len(manifest.shards), np.int64)
 
 

@@ -153,9 +153,11 @@ class StepDataset(torch.utils.data.Dataset["StepResult | WdsToolsError"]):
         return self._maker.padded(samples, epochs, names), substitutions, good
 
     def _upcoming(self, request: StepRequest) -> Iterator[PositionRange]:
-        """Positions of this worker's next steps, into the next epoch."""
+        """Positions of this worker's next steps, into the next epoch if there is one."""
         for step in range(request.step + request.stride, len(request.steps), request.stride):
             yield PositionRange(request.epoch, *request.steps.part(step, self._rank))
+        if request.epoch + 1 == self._config.epochs:
+            return
         following = replace(request.steps, start=0, length=self._order.epochs.length(request.epoch + 1))
         for step in range(_worker_id(), len(following), request.stride):
             yield PositionRange(request.epoch + 1, *following.part(step, self._rank))

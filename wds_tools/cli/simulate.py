@@ -44,8 +44,6 @@ class Config(Printed):
     """Weights of the datasets in the mixture, in their order; by default every sample of each once an epoch."""
     last_batch: Literal["drop", "short", "wrap"] = "drop"
     """What happens to the last, incomplete batch of an epoch."""
-    lanes: int | None = None
-    """Number of equal parts of the data that are read side by side; by default 8 x the batch size."""
     memory_bytes: int = 2 << 30
     """Memory that one process may take for data that it has read."""
     seed: int = 42
@@ -71,7 +69,6 @@ def run(config: Config) -> int:
         batch_size=config.batch_size,
         seed=config.seed,
         last_batch=config.last_batch,
-        lanes=config.lanes,
         num_workers=config.workers,
         memory_bytes=config.memory_bytes,
     )

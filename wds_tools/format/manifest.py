@@ -34,6 +34,7 @@ FILTERED = ("filtered", "filtered_missing")
 _XXH128 = re.compile("[0-9a-f]{32}")
 _NO_HASH = "0" * 64
 _OWN_HASH = re.compile(rb'"manifest_hash":\s*"sha256:([0-9a-f]{64})"')
+_GROUP_BYTES = 32 << 10
 _LEAST_SAMPLE_BYTES = 512
 """In a tar: one header."""
 
@@ -107,6 +108,12 @@ class Manifest:
     def bytes(self) -> int:
         """Bytes of all tars."""
         return sum(shard.bytes for shard in self.shards)
+
+    @property
+    def group_samples(self) -> int:
+        """Samples of a group: the largest power of two of them that has 32 KiB on average, at least 1. What is read together is
+        whole groups of a shard, counted from its first sample."""
+        return 1 << max((_GROUP_BYTES * self.samples // max(self.bytes, 1)).bit_length() - 1, 0)
 
     @property
     def data_types(self) -> dict[str, int]:
