@@ -28,6 +28,9 @@ class Source:
     """The same as a fraction of its samples, above 0 and at most 1."""
     name: str | None = None
     """Value of `__source__` in batches; by default the URL."""
+    exclude: str | None = None
+    """File of keys, one a line (or `DATASET<tab>KEY`), whose samples are no longer handed over: others stand in for them, and the
+    order stays (docs/order.md). It may grow at its end."""
     code_set: str | None = None
     """Code set to read, where its samples have several, or columns: "vqcode_256"; by default the first they have."""
 

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from loaders.batches.collate import Batch
 from loaders.config import LoaderConfig
 from loaders.ledger import Ledger
+from loaders.order.mask import Held, held_masks
 from loaders.order.partition import BatchPartition
 from loaders.order.samples import SampleOrder, open_source, order_spec
 from loaders.proof.state import Change, Start, next_starts, read_state, resumed, state_to_json
@@ -75,6 +76,7 @@ class Loader:
         self._book = LaneBook(self._order.spec.lanes, world.rank)
         self._step = 0
         self._starts: tuple[Start, ...] = ((0, 0, config.batch_size),)
+        self._masks = held_masks((), [opened.mask for opened in self._sources], 0)
         if config.last_batch == "drop" and not config.packing and self._order.length < config.batch_size:
             raise UsageError(
                 f"an epoch of {self._order.length} samples is less than a batch of {config.batch_size}, and last_batch='drop' "
@@ -159,7 +161,7 @@ class Loader:
         Of rows packed on the fly it has this rank's lanes: see `merge_states` and `gather_state`.
         """
         position = self.position if self.config.packing else self._order.epochs.start(self.epoch) + self.position
-        state = state_to_json(self._order, position, self._step, self._starts)
+        state = state_to_json(self._order, self._masks, position, self._step, self._starts)
         if self._maker is not None and self.config.packing:
             state["packing"] = {"spec": self._maker.spec, "lanes": lanes_to_json(self._book.lanes)}
         return state
@@ -189,8 +191,9 @@ class Loader:
         lanes = self._lanes(state, saved.generations[-1].spec.lanes, is_whole=change is not None)
         deepest = max((lane.cursor for lane in lanes.values()), default=0) if self.config.packing else None
         order = resumed(saved, self.config, self._sources, change, deepest)
+        masks = held_masks([Held(*fields) for fields in saved.masks], [opened.mask for opened in order.sources], saved.position)
         self.close()
-        self._order = order
+        self._order, self._masks = order, masks
         self._book = LaneBook(order.spec.lanes, self.world.rank, lanes)
         self._pool = self._new_pool()
         self._step, self._starts = saved.step, next_starts(saved, self.config.batch_size)
@@ -207,7 +210,7 @@ class Loader:
         """
         if self.config.packing:
             raise UsageError("rows packed on the fly have no receipt: pack ahead (`wds-tools pack`), or train on padded rows")
-        return self._ledger.receipt(self._order, self.world, self.config)
+        return self._ledger.receipt(self._order, self._masks, self.world, self.config)
 
     def stats(self) -> dict[str, float]:
         """Numbers for a training log, of this rank, since it was made.

@@ -106,7 +106,7 @@ class ShardDataset(wds.DataPipeline, wds.compat.FluidInterface):  # type: ignore
         """Where this process stands: small JSON, the same on every rank that has handed out as many samples."""
         source = self._source
         position = source.order.epochs.start(source.epoch) + min(source.position, source.order.length)
-        return {**state_to_json(source.order, position, position, source.starts), "epoch": source.epoch}
+        return {**state_to_json(source.order, (), position, position, source.starts), "epoch": source.epoch}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state with the next iteration: behind the last sample of an epoch, with the next epoch.

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from loaders.config import LoaderConfig, Source
 from loaders.order.generations import Generation, Origin, epochs_of, first_generation, schedule_of
+from loaders.order.mask import Mask, read_mask
 from loaders.order.mix import Mixture
 from loaders.order.plan import Ints, SourcePlan, default_order
 from loaders.order.spec import OrderSpec, SourceSpec
@@ -79,6 +80,12 @@ class OpenSource:
     def group_samples(self) -> int:
         """See Manifest."""
         return self.manifest.group_samples
+
+    @cached_property
+    def mask(self) -> Mask:
+        """Its samples that are not handed over. Read in the main process, which reading processes inherit."""
+        source, names = self.source, {self.name, self.source.url, self.store.url}
+        return read_mask(source.exclude, self.store, self.manifest, names) if source.exclude else Mask()
 
     @property
     def has_schema(self) -> bool:

@@ -18,6 +18,7 @@ import numpy as np
 
 from loaders.config import LastBatch
 from loaders.order.generations import Epochs, Generation, Origin, epochs_of, parse_generations
+from loaders.order.mask import Held, MaskFields
 from loaders.order.partition import BatchPartition
 from loaders.order.plan import Ints, mix64
 from loaders.order.samples import SampleOrder
@@ -41,7 +42,7 @@ Span = tuple[int, int, int, int]
 
 @dataclass(frozen=True, kw_only=True)
 class Substitution:
-    """A sample that could not be read, and the one that stood in for it."""
+    """A sample that could not be read or is excluded, and the one that stood in for it."""
 
     epoch: Count
     source: Count
@@ -51,9 +52,11 @@ class Substitution:
     sample_index: Count
     """Number of the sample in the shard."""
     reason: str
-    """crc32, json, format, or why a sample makes no token row."""
+    """excluded, crc32, json, format, or why a sample makes no token row."""
+    substitute_shard: Count = 0
+    """Number of the shard of its substitute: the same, but where that has none left that is not excluded."""
     substitute_index: Count = 0
-    """Number of its substitute in the same shard."""
+    """Number of its substitute in that shard."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +74,8 @@ class Receipt:
     hash_total: str
     """Sum of the hashes of the samples, substituted ones aside: 32 hexadecimal digits."""
     substitutions: tuple[Substitution, ...]
+    masks: tuple[MaskFields, ...] = ()
+    """What was excluded; see Held."""
     generations: tuple[Generation, ...] = ()
     """The order that positions count in."""
     name: str = ""
@@ -100,6 +105,7 @@ class Receipt:
 
 def receipt_to_json(
     order: SampleOrder,
+    masks: Sequence[Held],
     world: World,
     last_batch: str,
     spans: Sequence[Span],
@@ -111,7 +117,7 @@ def receipt_to_json(
     """A rank's receipt as plain JSON values; see Receipt.
 
     Args:
-        order: what was read.
+        order, masks: what was read.
         world: the rank that read it.
         last_batch: option of the loader: with the spans it says which positions a rank had.
         spans: positions that were handed over, in time order.
@@ -121,7 +127,7 @@ def receipt_to_json(
         run: name that no other loader has.
     """
     return {
-        **order_to_json(order, RECEIPT_VERSION),
+        **order_to_json(order, masks, RECEIPT_VERSION),
         "run": run,
         "rank": world.rank,
         "world_size": world.world_size,

@@ -23,6 +23,7 @@ from loaders.order.generations import (
     parse_generations,
     schedule_of,
 )
+from loaders.order.mask import Held, MaskFields
 from loaders.order.samples import OpenSource, SampleOrder, order_spec
 from loaders.order.spec import ORDER_VERSION, OrderSpec
 from wds_tools.errors import UsageError
@@ -60,19 +61,26 @@ class State:
     """Batches handed over."""
     starts: tuple[Start, ...]
     """Where the run began, went on, and with which batch size: step s is position + (s - step) x batch size."""
+    masks: tuple[MaskFields, ...]
+    """The masks of sources, in the order in which they began."""
     generations: tuple[Generation, ...] = ()
     epoch: Position | None = None
     """Of a ShardDataset: its epoch, at whose end a worker may stand while others have not done their part."""
 
 
-def order_to_json(order: SampleOrder, version: int) -> dict[str, Any]:
+def order_to_json(order: SampleOrder, masks: Sequence[Held], version: int) -> dict[str, Any]:
     """The fields that states and receipts share: their versions, and what their positions mean."""
-    return {"version": version, "order_version": ORDER_VERSION, "generations": generations_to_json(order.generations)}
+    return {
+        "version": version,
+        "order_version": ORDER_VERSION,
+        "generations": generations_to_json(order.generations),
+        "masks": list(map(list, masks)),
+    }
 
 
-def state_to_json(order: SampleOrder, position: int, step: int, starts: Sequence[Start]) -> dict[str, Any]:
+def state_to_json(order: SampleOrder, masks: Sequence[Held], position: int, step: int, starts: Sequence[Start]) -> dict[str, Any]:
     """The state of a run; see State."""
-    return {**order_to_json(order, STATE_VERSION), "position": position, "step": step, "starts": list(map(list, starts))}
+    return {**order_to_json(order, masks, STATE_VERSION), "position": position, "step": step, "starts": list(map(list, starts))}
 
 
 def read_state(state: Mapping[str, Any]) -> State:
