@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -188,10 +189,15 @@ class Loader:
             UsageError: the state is damaged, or of other data or another order; says what differs.
         """
         saved = read_state(state)
-        lanes = self._lanes(state, saved.generations[-1].spec.lanes, is_whole=change is not None)
+        held = [Held(*fields) for fields in saved.masks]
+        num_held = sum({each.source: each.num_ids for each in held}.values())
+        has_new_mask = sum(len(opened.mask.ids) for opened in self._sources) > num_held
+        lanes = self._lanes(state, saved.generations[-1].spec.lanes, is_whole=change is not None or has_new_mask)
         deepest = max((lane.cursor for lane in lanes.values()), default=0) if self.config.packing else None
         order = resumed(saved, self.config, self._sources, change, deepest)
-        masks = held_masks([Held(*fields) for fields in saved.masks], [opened.mask for opened in order.sources], saved.position)
+        masks = held_masks(held, [None if opened.removed else opened.mask for opened in order.sources], saved.position)
+        if has_new_mask:
+            lanes = {number: _without_excluded(order, number, lane) for number, lane in lanes.items()}
         self.close()
         self._order, self._masks = order, masks
         self._book = LaneBook(order.spec.lanes, self.world.rank, lanes)
@@ -284,6 +290,14 @@ class Loader:
         if not len(steps) and not self._is_over:
             self._ledger.num_dropped += steps.dropped
             self.epoch, self.position = self.epoch + 1, 0
+
+
+def _without_excluded(order: SampleOrder, number: int, lane: LaneState) -> LaneState:
+    """A lane in whose window samples that are excluded now begin again, as those that stand in for them."""
+    cursors = np.array([cursor for cursor, _ in lane.waiting], np.int64)
+    excluded = order.is_excluded(order.locate(0, cursors * order.spec.lanes + number)) if len(cursors) else cursors
+    waiting = zip(lane.waiting, excluded.tolist(), strict=True)
+    return lane._replace(waiting=tuple((cursor, 0 if begins else used) for (cursor, used), begins in waiting))
 
 
 def _all_gather(data: bytes) -> list[bytes]:

@@ -17,7 +17,7 @@ import orjson
 
 from loaders.batches.collate import Data, check_crc
 from loaders.order.mask import EXCLUDED, Mask
-from loaders.order.samples import Located
+from loaders.order.samples import Located, SampleOrder
 from loaders.reading.source import LoadedSamples, bytes_of
 from wds_tools.errors import DataError, FormatError, Reject
 
@@ -52,13 +52,13 @@ class Decoder:
     Args:
         check_crc: compare every sample's bytes with the index.
         substitute: replace a sample that can't be read; else it is a FormatError.
-        masks: of each source, samples that are replaced in any case.
+        order: whose excluded samples are replaced in any case.
     """
 
-    def __init__(self, *, check_crc: bool, substitute: bool, masks: Sequence[Mask] = ()) -> None:
+    def __init__(self, *, check_crc: bool, substitute: bool, order: SampleOrder | None = None) -> None:
         self._check_crc = check_crc
         self._substitute = substitute
-        self._masks = {number: mask for number, mask in enumerate(masks) if mask.ids}
+        self._order = order
 
     def decode(self, located: Located, loaded: list[LoadedSamples], parse: Parse[_T]) -> tuple[_T, list[Substitution], Located]:
         """Parse samples, all at once; if that fails, one by one.
@@ -76,10 +76,8 @@ class Decoder:
         """
         sample_indices = located.sample_index.tolist()
         with _paused_gc():
-            is_excluded = np.zeros(len(loaded), bool)
-            for number, mask in self._masks.items():
-                is_excluded |= (located.source == number) & mask.holds(located.shard, located.sample_index)
-            replaced = self._replace(np.flatnonzero(is_excluded).tolist(), located, loaded, sample_indices, parse)
+            excluded = np.flatnonzero(self._order.is_excluded(located)).tolist() if self._order else []
+            replaced = self._replace(excluded, located, loaded, sample_indices, parse)
             try:
                 parsed = self._parsed(loaded, sample_indices, parse)
             except _READING_ERRORS:
@@ -108,8 +106,8 @@ class Decoder:
         substitutions: dict[int, Substitution] = {}
         for number in numbers:
             samples, sample_index, source = loaded[number], sample_indices[number], int(located.source[number])
-            mask = self._masks.get(source)
-            is_excluded = mask is not None and bool(mask.holds(np.array([samples.shard]), np.array([sample_index]))[0])
+            mask = self._order.sources[source].mask if self._order else Mask()
+            is_excluded = bool(mask.holds(np.array([samples.shard]), np.array([sample_index]))[0])
             error = _EXCLUDED if is_excluded else self._problem(samples, sample_index, parse)
             if error is None:
                 continue
@@ -131,7 +129,7 @@ class Decoder:
         return substitutions
 
     def _candidates(
-        self, samples: LoadedSamples, sample_index: int, error: Exception, mask: Mask | None
+        self, samples: LoadedSamples, sample_index: int, error: Exception, mask: Mask
     ) -> Iterator[tuple[LoadedSamples, int]]:
         """What may stand in for a sample: what the storage has now, if a cache may have kept it damaged, and the next samples."""
         reader, shard = samples.reader, samples.shard
@@ -141,7 +139,7 @@ class Decoder:
         num_samples = reader.opened.manifest.shards[shard].samples
         following = ((shard, (sample_index + step) % num_samples) for step in range(1, num_samples))
         most = _MOST_TRIED if self._substitute else int(error is _EXCLUDED)
-        for number, index in islice(following if mask is None else mask.after(shard, sample_index), most):
+        for number, index in islice(mask.after(shard, sample_index) if mask.ids else following, most):
             is_loaded = number == shard and samples.first <= index < samples.last
             yield samples if is_loaded else reader.load(number, index, index + 1), index
 

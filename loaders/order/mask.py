@@ -4,7 +4,7 @@
 
 The source keeps its order, length and fingerprint. In the stead of an excluded sample comes the next one of its shard that is
 not, round to its first; of a shard that has none left, one of the next shards in manifest order that has.
-Cost: where keys ascend, as this project writes them, about 2 log2(N) small reads a key; a key that is not found so takes a look at
+Cost: where keys ascend, as this project writes them, about 2 log2(N) small reads a key; one that is not found so takes a look at
 the header of every sample, once for all of them.
 """
 
@@ -64,12 +64,15 @@ class Mask:
         self._codes = np.zeros(0, np.int64) if codes is None else codes
         self._rows = self.rows(len(ids))
         self._samples = np.zeros(0, np.int64) if samples is None else samples
-        self._num_excluded = np.bincount(self._rows >> 32, minlength=len(self._samples))
 
     def rows(self, num_ids: int) -> Ints:
         """Ascending shard << 32 | sample index of the samples of the first keys."""
         codes = self._codes[:num_ids]
         return np.unique(codes[codes != _NO_SAMPLE])
+
+    def found(self, num_ids: int) -> set[str]:
+        """The first keys, without those that the source does not have."""
+        return {key for key, code in zip(self.ids[:num_ids], self._codes[:num_ids].tolist(), strict=True) if code != _NO_SAMPLE}
 
     def hash(self, num_ids: int) -> str:
         """SHA-256 of the first keys, a line each."""
@@ -77,7 +80,7 @@ class Mask:
 
     def holds(self, shard: Ints, sample_index: Ints) -> NDArray[np.bool_]:
         """Whether these samples are excluded."""
-        return np.isin((shard << 32) + sample_index, self._rows)
+        return np.isin((shard << 32) + sample_index, self._rows) if len(self._rows) else np.zeros(len(shard), bool)
 
     def after(self, shard: int, sample_index: int) -> Iterator[tuple[int, int]]:
         """Shard and sample index of the samples that may stand in for one: of the next shard that has any, its own at first."""
@@ -92,18 +95,20 @@ class Mask:
                 return
 
 
-def held_masks(held: Sequence[Held], masks: Sequence[Mask], position: int) -> tuple[Held, ...]:
-    """The masks of a run that goes on from a position, with those that are larger than what it held so far.
+def held_masks(held: Sequence[Held], masks: Sequence[Mask | None], position: int) -> tuple[Held, ...]:
+    """The masks of a run that goes on from a position, with those that are larger than what it held so far; None: as before.
 
     Raises:
         UsageError: one does not begin with the keys of the one before.
     """
     for number, mask in enumerate(masks):
+        if mask is None:
+            continue
         before = [each for each in held if each.source == number][-1:] or [Held(number, 0, 0, Mask().hash(0))]
         if mask.hash(before[0].num_ids) != before[0].hash or len(mask.ids) < before[0].num_ids:
             raise UsageError(
-                f"the run has excluded {before[0].num_ids:,} keys of source {number} since position {before[0].position:,}, and they "
-                f"are not the first of the {len(mask.ids):,} of its exclude=: a mask grows at its end; give the whole file"
+                f"the run has excluded {before[0].num_ids:,} keys of source {number} since position {before[0].position:,}, and "
+                f"they are not the first of the {len(mask.ids):,} of its exclude=: a mask grows at its end; give the whole file"
             )
         if len(mask.ids) > before[0].num_ids:
             held = (*held, Held(number, position, len(mask.ids), mask.hash(len(mask.ids))))

@@ -83,7 +83,7 @@ class OpenSource:
 
     @cached_property
     def mask(self) -> Mask:
-        """Its samples that are not handed over. Read in the main process, which reading processes inherit."""
+        """Its samples that are not handed over. Read in the main process, from which reading processes have it."""
         source, names = self.source, {self.name, self.source.url, self.store.url}
         return read_mask(source.exclude, self.store, self.manifest, names) if source.exclude else Mask()
 
@@ -282,6 +282,14 @@ class SampleOrder:
     def source_epochs(self, epoch: int, positions: Ints) -> Ints:
         """Which epoch of its source each of these positions is in; see `locate`."""
         return self._mixture.locate(self.epochs.start(epoch) + positions).epoch
+
+    def is_excluded(self, located: Located) -> NDArray[np.bool_]:
+        """Whether each of these samples is no longer handed over."""
+        excluded = np.zeros(len(located.source), bool)
+        for number, opened in enumerate(self.sources):
+            if opened.mask.ids:
+                excluded |= (located.source == number) & opened.mask.holds(located.shard, located.sample_index)
+        return excluded
 
     def sources_in(self, number: int, epoch: int) -> Sequence[OpenSource]:
         """A source as it is in an epoch of its own; without weights, all sources in an epoch of the order."""

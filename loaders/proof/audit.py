@@ -12,13 +12,15 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 
 import numpy as np
 
 from loaders.config import Source
 from loaders.order.generations import Generation, Origin
+from loaders.order.mask import Held
+from loaders.order.plan import Ints
 from loaders.order.samples import OpenSource, SampleOrder, open_source
 from loaders.proof.coverage import Coverage, EpochAudit, runs_of
 from loaders.proof.receipt import Receipt, Span, parse_receipt
@@ -40,6 +42,8 @@ class Audit:
     """Each epoch from the first to the last that receipts name."""
     problems: tuple[str, ...]
     """Receipts and epochs whose hashes do not add up."""
+    excluded: tuple[tuple[str, int, int], ...]
+    """(source, position from which they were excluded, number of samples) of each mask that was compared."""
     totals_compared: int
     """Number of complete epochs (of a mixture: of its sources) whose hashes were compared with the manifest's."""
 
@@ -96,6 +100,7 @@ def audit(
     receipts: Sequence[Receipt],
     moved: Sequence[str] = (),
     *,
+    exclude: str | None = None,
     complete: bool = False,
     quick: bool = False,
     show: int = 20,
@@ -106,6 +111,7 @@ def audit(
     Args:
         receipts: receipts of all ranks and restarts, in any order. One that a later one of its run contains does not count.
         moved: URLs of sources that are no longer at the URL of the receipts; recognised by their fingerprints.
+        exclude: file of keys that the run excluded (Source.exclude): no span from there on may have handed one over.
         complete: whether the last epoch has to be complete too.
         quick: compare positions only, no hashes.
         show: number of ranges to give of each kind.
@@ -126,7 +132,10 @@ def audit(
     order = _order_of(latest, _open_sources(latest, moved))
     _check_substitutions(receipts, order)
     counted, superseded = _last_of_runs(receipts)
-    coverage = Coverage(order, counted, quick=quick, show=show, on_counted=on_counted)
+    if exclude and quick:
+        raise UsageError("quick compares positions only: what is excluded are samples")
+    excluded, unproved = _excluded(receipts, order, exclude) if exclude else ([], [])
+    coverage = Coverage(order, counted, quick=quick, show=show, excluded=excluded, on_counted=on_counted)
     named = {epoch for receipt in counted for epoch, *_ in receipt.spans}
     epochs = range(min(named), max(named) + 1) if named else range(0)
     audited = tuple(coverage.epoch(epoch, may_end_early=epoch == epochs[-1] and not complete) for epoch in epochs)
@@ -141,9 +150,28 @@ def audit(
         superseded=superseded,
         absent=tuple(_absent_ranks(counted)),
         epochs=audited,
-        problems=(*coverage.problems(), *broken),
+        problems=(*coverage.problems(), *broken, *unproved),
         totals_compared=len(totals),
+        excluded=tuple((order.sources[held.source].store.url, held.position, len(rows)) for held, rows in excluded),
     )
+
+
+def _excluded(receipts: Sequence[Receipt], order: SampleOrder, exclude: str) -> tuple[list[tuple[Held, Ints]], list[str]]:
+    """The masks of the receipts with the rows that they exclude, and sentences about keys that none of them has."""
+    masks = [
+        replace(opened, source=replace(opened.source, exclude=exclude, url=origin.url)).mask
+        for opened, origin in zip(order.sources, order.generations[-1].sources, strict=True)
+    ]
+    excluded = []
+    for held in sorted({Held(*fields) for receipt in receipts for fields in receipt.masks}):
+        if held.source >= len(masks) or masks[held.source].hash(held.num_ids) != held.hash:
+            raise UsageError(
+                f"{exclude} is not what the run excluded: its first {held.num_ids:,} keys of source {held.source} are others"
+            )
+        excluded.append((held, masks[held.source].rows(held.num_ids)))
+    proved = set().union(*(masks[held.source].found(held.num_ids) for held, _ in excluded))
+    rest = len(set().union(*(mask.found(len(mask.ids)) for mask in masks)) - proved)
+    return excluded, [f"{rest:,} keys of {exclude} are of samples that no receipt says were excluded"] * bool(rest)
 
 
 def _latest(receipts: Sequence[Receipt]) -> Receipt:
@@ -227,12 +255,13 @@ def _check_substitutions(receipts: Sequence[Receipt], order: SampleOrder) -> Non
     shards = [opened.manifest.shards for opened in order.sources]
     for receipt in receipts:
         for bad in receipt.substitutions:
-            is_known = bad.source < len(shards) and bad.shard < len(shards[bad.source])
-            if not is_known or bad.sample_index >= shards[bad.source][bad.shard].samples:
-                raise FormatError(
-                    f"{receipt.name}: it names source {bad.source}, shard {bad.shard}, sample {bad.sample_index}, which its data "
-                    "does not have"
-                )
+            for shard, sample_index in (bad.shard, bad.sample_index), (bad.substitute_shard, bad.substitute_index):
+                is_known = bad.source < len(shards) and shard < len(shards[bad.source])
+                if not is_known or sample_index >= shards[bad.source][shard].samples:
+                    raise FormatError(
+                        f"{receipt.name}: it names source {bad.source}, shard {shard}, sample {sample_index}, which its data "
+                        "does not have"
+                    )
 
 
 def _last_of_runs(receipts: Sequence[Receipt]) -> tuple[list[Receipt], tuple[tuple[str, str], ...]]:

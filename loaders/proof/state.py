@@ -33,7 +33,7 @@ from wds_tools.storage import open_store
 
 STATE_VERSION = 2
 _NO_STATE = "not the state of a loader"
-_MAX_STARTS = 1 << 16
+_MAX_STARTS, _MAX_MASKS = 1 << 16, 1 << 12
 _FUTURE = "; load_state_dict(state, change='future') has it hold from here on"
 Change = Literal["future"] | None
 Start = tuple[Position, Position, Position]
@@ -102,6 +102,8 @@ def read_state(state: Mapping[str, Any]) -> State:
     starts = [start[:2] for start in saved.starts]
     if starts[:1] != [(0, 0)] or starts != sorted(starts) or len(starts) > _MAX_STARTS or saved.step < starts[-1][1]:
         raise UsageError(f"{_NO_STATE} (its {len(starts):,} starts are not 1 to {_MAX_STARTS:,} that ascend from (0, 0) to step)")
+    if len(saved.masks) > _MAX_MASKS:
+        raise UsageError(f"{_NO_STATE} (it has {len(saved.masks):,} masks, at most {_MAX_MASKS:,} are read)")
     return saved
 
 

@@ -93,8 +93,7 @@ class StepDataset(torch.utils.data.Dataset["StepResult | WdsToolsError"]):
         self._config = config
         self._rank = rank
         self._hashes = [SampleHash(fingerprint) for fingerprint in order.fingerprints]
-        masks = [opened.mask for opened in order.sources]
-        self._decoder = Decoder(check_crc=config.check_crc, substitute=config.on_error == "substitute", masks=masks)
+        self._decoder = Decoder(check_crc=config.check_crc, substitute=config.on_error == "substitute", order=order)
         self._parse = (
             read_token_rows if check_packed_ahead([opened for opened in order.sources if not opened.removed]) else read_columns
         )

@@ -342,7 +342,7 @@ def receipt_of(
     located = order.locate(epoch, np.concatenate(parts))
     total = total_of([SampleHash(fingerprint) for fingerprint in order.fingerprints], *located[:3])
     return parse_receipt(
-        json.dumps(receipt_to_json(order, world, last_batch, [span], len(located.source), total, [])).encode(), name
+        json.dumps(receipt_to_json(order, (), world, last_batch, [span], len(located.source), total, [])).encode(), name
     )
 
 
