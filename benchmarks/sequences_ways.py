@@ -25,17 +25,17 @@ from typing import Any
 import torch
 
 from loaders import Loader, LoaderConfig, SequenceConfig, Source, World, build_loader
-from loaders.order.plan import LANES_PER_BATCH
 from wds_tools.dataset.reader import read_manifest, read_shard
 from wds_tools.storage import open_store
 
 CODEBOOK_SIZE = 8192
 BATCH, BATCH_TOKENS = 32, 1 << 16
-LANES = 32
 """Of `fly`: so few that their windows are full before the clock starts."""
 LONGEST_S = 2.5
 STEP_S, WAIT_STEPS, WAIT_ROWS = 0.1, 80, 8
 PROMPT = " Draw a picture of this."
+ALL_LANES = 8
+"""Steps after which every lane has come, whatever the batch."""
 
 
 def sources(folder: Path, kind: str) -> tuple[str, ...]:
@@ -95,7 +95,6 @@ def loader(folder: Path, kind: str, way: str, max_length: int) -> Loader:
         packing=way in ("fly", "wait"),
         batch_size=WAIT_ROWS if way == "wait" else BATCH if way == "padded" else BATCH_TOKENS // max_length,
         num_workers=2 if way == "wait" else 0,
-        lanes=LANES if way == "fly" else None,
         last_batch="drop",
     )
     return build_loader(config, World())
@@ -105,7 +104,7 @@ def time_ours(folder: Path, kind: str, way: str, max_length: int) -> dict[str, f
     """Samples per second, and padding."""
     batches = loader(folder, kind, way, max_length)
     steps = iter(batches)
-    for _ in range(LANES * max_length // BATCH_TOKENS if way == "fly" else 0):
+    for _ in range(ALL_LANES if way == "fly" else 0):
         next(steps)  # of this loop: another would fill the windows again
     before, rows = batches.stats()["samples"], 0
     begun = time.perf_counter()
@@ -148,7 +147,7 @@ def wait(folder: Path, kind: str, max_length: int) -> dict[str, float]:
     """How much of the time of steps that take 100 ms is spent waiting, once the windows of all lanes are full."""
     batches = loader(folder, kind, "wait", max_length)
     steps = iter(islice(batches, WAIT_STEPS))
-    for _ in range(LANES_PER_BATCH):
+    for _ in range(ALL_LANES):
         next(steps)
     begun, waited = time.perf_counter(), 0.0
     while True:

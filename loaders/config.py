@@ -76,8 +76,7 @@ class LoaderConfig:
     epochs: int | None = None
     """Epochs of the run: behind the last, iterating gives nothing, and nothing is fetched for another; None: there is no last."""
     num_workers: int = 0
-    """Worker processes that read for this rank; 0: this process reads. 1, 2 and 4 (8 too, up to batches of 256 or data of 256 MiB)
-    fetch every byte once; see docs/order.md."""
+    """Worker processes that read for this rank; 0: this process reads. 1, 2 and 4 share no lane, others may (docs/order.md)."""
     prefetch_factor: int = 4
     """Batches that each worker prepares ahead."""
     start_method: Literal["fork", "spawn", "forkserver"] | None = None

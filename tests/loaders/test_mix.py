@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from loaders.order.mix import Mixture, Weights
@@ -66,6 +66,7 @@ def test_a_batch_is_close_to_the_proportions(batch_size: int) -> None:
 
 
 @given(mixtures())
+@settings(deadline=None)
 def test_a_source_is_exhausted_at_the_first_position_behind_which_all_of_a_source_was_drawn(
     mixture: tuple[list[int], int, list[tuple[int, tuple[float, ...]]]],
 ) -> None:
@@ -86,7 +87,7 @@ def test_a_source_whose_weight_ends_before_it_was_seen_is_named() -> None:
         Mixture([100, 100], 4, [(0, (1.0, 1.0)), (20, (0.0, 1.0))]).exhausted_at(0)
 
 
-@pytest.mark.parametrize("weights", [(), (0.0, 0.0), (-1.0, 2.0), (float("nan"),), (float("inf"), 1.0), (0.123456789, 0.5)])
+@pytest.mark.parametrize("weights", [(), (0.0, 0.0), (-1.0, 2.0), (float("nan"),), (float("inf"), 1.0)])
 def test_what_is_no_weight_is_refused(weights: tuple[float, ...]) -> None:
     with pytest.raises(UsageError, match="weights"):
         Weights(weights)
@@ -101,7 +102,7 @@ def test_a_schedule_that_does_not_ascend_or_fit_is_refused() -> None:
 
 @pytest.mark.parametrize("weights", [(0.7, 0.3), (0.95, 0.05), (0.5, 0.3, 0.2), (0.99, 0.01), (0.61, 0.29, 0.07, 0.03)], ids=str)
 @pytest.mark.parametrize("lanes", [1, 64, 100])
-def test_epochs_of_a_source_overlap_by_two_draws_a_lane_at_most(weights: tuple[float, ...], lanes: int) -> None:
+def test_epochs_of_a_source_overlap_by_few_draws_a_lane(weights: tuple[float, ...], lanes: int) -> None:
     size = 5000
     mixture = Mixture([size] * len(weights), lanes, [(0, weights)])
     for source, weight in enumerate(weights):
@@ -109,15 +110,63 @@ def test_epochs_of_a_source_overlap_by_two_draws_a_lane_at_most(weights: tuple[f
         for epoch in (1, 2):
             last_of_before = np.flatnonzero((drawn.source == source) & (drawn.epoch == epoch - 1))[-1]
             first = np.flatnonzero((drawn.source == source) & (drawn.epoch == epoch))[0]
-            assert last_of_before - first <= 2 * lanes / weight
+            assert last_of_before - first <= 5 * lanes / weight
 
 
-@pytest.mark.parametrize(("weights", "lanes"), [((999, 1), 32), ((499, 1), 1), ((0.99, 0.008, 0.002), 7)])
-def test_a_rare_source_is_absent_for_as_long_as_is_said(weights: tuple[float, ...], lanes: int) -> None:
+@st.composite
+def weights_of_any_kind(draw: st.DrawFn) -> tuple[float, ...]:
+    kind = draw(st.sampled_from(["counts", "decimals", "any"]))
+    if kind == "counts":
+        return tuple(map(float, draw(st.lists(st.integers(1, 2000), min_size=2, max_size=6))))
+    if kind == "decimals":
+        share = draw(st.integers(1, 999))
+        return share / 1000, 1 - share / 1000
+    return tuple(draw(st.lists(st.floats(0.001, 1), min_size=2, max_size=6)))
+
+
+@given(weights_of_any_kind(), st.integers(1, 5000), st.integers(0, 10**12))
+@settings(deadline=None, max_examples=60)
+@example((9999.0, 1.0), 320, 0)
+@example((0.0987, 0.9013), 2048, 0)
+@example((1.0, 2.0**19), 1597, 0)
+def test_in_every_window_of_100_draws_of_a_source_its_share_is_within_20_percent(
+    weights: tuple[float, ...], lanes: int, begin: int
+) -> None:
     mixed = Mixture([1000] * len(weights), lanes, [(0, weights)])
-    source = mixed.locate(np.arange(3 * Weights(weights).period * lanes)).source
-    found = [int(np.diff(np.flatnonzero(source == number)).max()) - 1 for number in range(len(weights))]
-    rare = [number for number in range(len(weights)) if mixed.longest_absence(number)]
-    assert [mixed.longest_absence(number) for number in rare] == [found[number] for number in rare]
-    assert rare == [number for number in range(len(weights)) if found[number] > 100 * lanes + 2 * lanes - 2]
-    assert rare
+    total = sum(weights)
+    for number, weight in enumerate(weights):
+        window = round(100 * total / weight)
+        if window <= 100_000:
+            drawn = mixed.locate(np.arange(begin, begin + 3 * window)).source == number
+            before = np.concatenate([[0], np.cumsum(drawn)])
+            count = before[window:] - before[:-window]
+            assert 80 <= count.min() <= count.max() <= 120, (number, count.min(), count.max())
+
+
+def test_weights_of_a_long_period_are_rounded_to_a_millionth_of_their_sum_and_say_by_how_much() -> None:
+    assert Weights((0.123456, 0.876544)).error == 0
+    for weights in ((0.123456789, 0.5), (2.0**19, 1, 3), (1 / 3, 1 / 7, 1e-5)):
+        rounded = Weights(weights)
+        shares = np.array(weights) / sum(weights)
+        assert rounded.period == rounded.counts.sum() <= 1 << 20
+        assert np.abs(rounded.counts / rounded.period / shares - 1).max() == pytest.approx(rounded.error, abs=1e-9)
+        assert rounded.error <= (2.0**-20 / shares).max()
+
+
+def test_a_weight_of_0_draws_nothing_and_one_that_is_too_small_is_refused() -> None:
+    assert set(Mixture([5, 0, 7], 3, [(0, (1.0, 0.0, 2.0))]).locate(np.arange(500)).source.tolist()) == {0, 2}
+    with pytest.raises(UsageError, match="source 1 is 5e-07 of their sum: expected 0, which leaves it out, or at least"):
+        Weights((1.0, 5e-7))
+    with pytest.raises(UsageError, match="1 to 4096 numbers"):
+        Weights((1.0,) * 4097)
+
+
+def test_the_order_of_a_mixture_is_pinned() -> None:
+    """These change only together with ORDER_VERSION."""
+    draws = Mixture([5, 3, 2], 4, [(0, (0.5, 0.3, 0.2)), (20, (0.0, 0.5, 0.123456789))]).locate(np.arange(32))
+    assert draws.source.tolist() == PINNED_SOURCES
+    assert draws.position.tolist() == PINNED_POSITIONS
+
+
+PINNED_SOURCES = [0, 1, 0, 0, 1, 0, 0, 2, 0, 0, 2, 1, 0, 2, 1, 0, 2, 1, 0, 2, 1, 1, 1, 2, 1, 1, 1, 1, 2, 1, 1, 1]
+PINNED_POSITIONS = [0, 1, 2, 3, 0, 1, 1, 1, 4, 0, 0, 0, 3, 1, 2, 2, 0, 2, 0, 1, 1, 0, 0, 1, 2, 1, 1, 1, 0, 2, 2, 2]

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from loaders import LoaderConfig, Source
-from loaders.cost.simulate import imagined_source
+from loaders.cost.simulate import imagined_source, simulate
 from loaders.order.samples import OpenSource, SampleOrder, order_spec
 from loaders.order.spec import OrderSpec, SourceSpec
 from wds_tools.errors import UsageError
@@ -25,13 +26,13 @@ SOURCES = st.builds(
 SPECS = st.builds(
     OrderSpec,
     seed=st.integers(0, 2**64 - 1),
-    lanes=st.integers(1, 2**31 - 1),
+    batch_size=st.integers(1, 2**20),
+    lanes_per_sample=st.integers(1, 2**10),
     block_bytes=st.integers(1, 1000),
     chunk_bytes=st.integers(1000, 1 << 39),
     shuffle=st.booleans(),
     sources=st.lists(SOURCES, min_size=1, max_size=3).map(tuple),
     schedule=st.lists(st.tuples(st.integers(0, 10**9), st.lists(st.floats(0, 9), max_size=3).map(tuple)), max_size=3).map(tuple),
-    step_samples=st.integers(1, 10**6),
     length=st.integers(1, 10**12),
 )
 
@@ -64,11 +65,46 @@ def test_a_spec_that_does_not_fit_its_sources_is_refused() -> None:
 
 
 @pytest.mark.parametrize("stop_at", ["first_exhausted", "all_exhausted", 100])
-def test_an_empty_source_of_a_mixture_is_named(stop_at: Any) -> None:
-    sources = Source("a", weight=1.0), Source("b", weight=1.0)
-    opened = [imagined_source(100, 1000), OpenSource(sources[1], open_store("memory://empty"), Manifest(shards=(), inputs=0))]
-    with pytest.raises(UsageError, match="memory://empty: the dataset has no samples"):
-        SampleOrder(opened, order_spec(opened, LoaderConfig(sources=sources, batch_size=4, stop_at=stop_at)))
+def test_an_empty_source_of_a_mixture_is_named_unless_its_weight_is_0(stop_at: Any) -> None:
+    for weight in (1.0, 0.0):
+        sources = Source("a", weight=1.0), Source("b", weight=weight)
+        opened = [imagined_source(100, 1000), OpenSource(sources[1], open_store("memory://empty"), Manifest(shards=(), inputs=0))]
+        spec = order_spec(opened, config := LoaderConfig(sources=sources, batch_size=4, stop_at=stop_at))
+        if weight:
+            with pytest.raises(UsageError, match="memory://empty: the dataset has no samples"):
+                SampleOrder(opened, spec)
+        else:
+            assert sorted(SampleOrder(opened, spec).locate(0, np.arange(100)).sample_index.tolist()) == list(range(100))
+            assert simulate(opened, config).epoch_samples == 100
+
+
+SETTINGS: dict[str, list[Any]] = {
+    "memory_bytes": [1 << number for number in range(13, 43, 3)],
+    "num_workers": list(range(10)),
+    "prefetch_factor": list(range(1, 11)),
+    "cache_dir": [None, *(f"cache-{number}" for number in range(9))],
+    "cache_bytes": [1 << number for number in range(13, 43, 3)],
+    "start_method": [None, "fork", "spawn", "forkserver"],
+    "epochs": [None, *range(1, 10)],
+    "last_batch": ["drop", "short", "wrap"],
+    "check_crc": [False, True],
+    "max_bad": list(range(10)),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_nothing_that_decides_what_is_fetched_when_has_a_part_in_the_order(name: str) -> None:
+    opened = [imagined_source(2_000_000, 400), imagined_source(300_000, 9000)]
+    for weights in ((None, None), (0.7, 0.3)):
+        sources = tuple(Source("imagined", weight=weight) for weight in weights)
+        config = LoaderConfig(sources=sources, batch_size=64)
+        assert len({order_spec(opened, replace(config, **{name: value})) for value in SETTINGS[name]}) == 1
+
+
+def test_every_setting_of_a_loader_is_one_of_the_order_or_has_no_part_in_it() -> None:
+    of_the_order = {"sources", "batch_size", "seed", "shuffle", "stop_at", "schedule"}
+    of_what_is_made = {"sequences", "packing", "on_error"}
+    assert {field.name for field in fields(LoaderConfig)} == of_the_order | of_what_is_made | set(SETTINGS)
 
 
 def test_a_run_that_goes_on_keeps_its_lanes_chunks_and_steps() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -106,15 +106,18 @@ def test_a_process_with_lanes_of_its_own_fetches_each_byte_about_once(world_size
     assert in_pieces.evicted == 0
     assert found.process.evicted == 0
     assert found.process.lanes == 512 // world_size // max(workers, 1)
-    assert not any("lanes" in warning and "others" in warning for warning in found.warnings)
+    assert not any("lanes" in warning and "processes" in warning for warning in found.warnings)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("steps", [4000, 600])
-def test_what_is_not_replayed_is_extrapolated(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
-    whole = imagine(400_000, 8, lanes=64, num_workers=1, memory_bytes=32 * MB).process
+def test_what_is_not_replayed_is_extrapolated(
+    monkeypatch: pytest.MonkeyPatch, steps: int, lanes_per_sample: Callable[[int], None]
+) -> None:
+    lanes_per_sample(1)
+    whole = imagine(400_000, 8, num_workers=1, memory_bytes=32 * MB).process
     monkeypatch.setattr("loaders.cost.replay._WINDOW_STEPS", steps)
-    part = imagine(400_000, 8, lanes=64, num_workers=1, memory_bytes=32 * MB).process
+    part = imagine(400_000, 8, num_workers=1, memory_bytes=32 * MB).process
     assert (whole.is_whole, part.is_whole, part.is_rough) == (True, False, steps == 600)
     assert part.replayed_steps <= steps < whole.replayed_steps
     for name in ("samples", "requests", "bytes", "peak_bytes", "peak_blocks"):
@@ -125,12 +128,16 @@ def test_what_is_not_replayed_is_extrapolated(monkeypatch: pytest.MonkeyPatch, s
 @pytest.mark.parametrize(
     ("settings", "world_size", "warning"),
     [
-        ({"lanes": 500}, 1, "batch_size=64 does not divide lanes=500"),
-        ({"num_workers": 3}, 8, "3 workers do not divide lanes / batch_size = 8: .* 1, 2, 4, 8 workers keep every lane"),
+        (
+            {"num_workers": 3},
+            8,
+            r"num_workers=3, .* the 512 lanes .* read by 3\.0 processes, .*num_workers of 1, 2, 4, 8 keep each",
+        ),
+        ({"num_workers": 8, "batch_size": 512}, 8, r"read by 2\.0 processes, which fetch as many times .* of 1, 2, 4 keep each"),
         ({}, 7, "7 ranks do not divide batch_size=64"),
         ({"memory_bytes": 8 * MB}, 1, "memory_bytes=8388608 is too little for 512 lanes a process"),
         ({"memory_bytes": 8 * MB}, 1, r"a process fetches \d+\.\d times the bytes of its samples"),
-        ({"lanes": 65536}, 8, r"requests of \d+ KiB are dear on object storage"),
+        ({"batch_size": 8192}, 8, r"requests of \d+ KiB are dear on object storage"),
     ],
 )
 def test_costly_settings_are_warned_of(settings: dict[str, Any], world_size: int, warning: str) -> None:
@@ -175,7 +182,7 @@ def test_mixtures_are_simulated_too() -> None:
     sources = [imagined_source(100_000, 4096), imagined_source(20_000, 20_000)]
     weighted = tuple(Source(f"imagined-{number}", weight=weight) for number, weight in enumerate((0.7, 0.3)))
     opened = [replace(one, source=source) for one, source in zip(sources, weighted, strict=True)]
-    found = simulate(opened, config(*weighted, lanes=64), 4)
+    found = simulate(opened, config(*weighted), 4)
     assert found.epoch_samples == pytest.approx(20_000 / 0.3, rel=0.01)
     sample_bytes = found.process.bytes / found.process.samples / found.process.amplification
     assert sample_bytes == pytest.approx(0.7 * 4096 + 0.3 * 20_000, rel=0.02)
@@ -197,8 +204,8 @@ def test_the_command_prints_the_cost_of_a_dataset_that_does_not_exist(capsys: py
     said = " ".join(capsys.readouterr().out.split())
     assert "data 100,000,000 samples, 410 GB, 10,000 shards" in said
     assert "epoch 100,000,000 samples: 24,414 steps of 4,096, 256 samples left over" in said
-    assert "order 32,768 lanes; " in said
-    assert "process one of 2,048: 48,832 samples an epoch, from 16 lanes; replayed in full" in said
+    assert "order 16,384 lanes, 4 for each sample of the batch; " in said
+    assert "process one of 2,048: 48,832 samples an epoch, from 8 lanes; replayed in full" in said
     assert "1.00 x those of its samples" in said
     assert main([*args, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["num_steps"] == 24_414

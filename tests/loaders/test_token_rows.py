@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from itertools import islice, pairwise
 from pathlib import Path
@@ -69,6 +69,12 @@ def config(data: Path, *, batch_size: int = 4, weights: tuple[float, float] | No
     )
 
 
+@pytest.fixture(autouse=True)
+def two_lanes_for_each_sample(lanes_per_sample: Callable[[int], None]) -> None:
+    """Eight lanes with batches of 4, so that few rows come from all of them."""
+    lanes_per_sample(2)
+
+
 def rows_of(batch: Mapping[str, Any]) -> list[tuple[Any, ...]]:
     """Everything about each row of a batch."""
     names = [name for name in ("input_ids", "labels", "position_ids", "attention_mask") if name in batch]
@@ -120,7 +126,7 @@ GRID = [Topology(4), Topology(8, 2), Topology(2, 1, 2), Topology(6, 3)]
 @pytest.mark.slow
 def test_padded_batches_resume_anywhere(data: Path) -> None:
     def make(topology: Topology, world: World) -> Loader:
-        return build_loader(config(data, batch_size=topology.batch_size, num_workers=topology.num_workers, lanes=16), world)
+        return build_loader(config(data, batch_size=topology.batch_size, num_workers=topology.num_workers), world)
 
     def items(batch: Mapping[str, Any]) -> list[Any]:
         return list(unpadded(batch))
@@ -136,7 +142,6 @@ def test_rows_packed_ahead_resume_anywhere_and_are_each_given_once(data: Path) -
             batch_size=topology.batch_size,
             last_batch="short",
             num_workers=topology.num_workers,
-            lanes=16,
         )
         return build_loader(settings, world)
 
@@ -200,23 +205,25 @@ def test_rows_packed_on_the_fly_resume_on_any_topology(
 ) -> None:
     def make(topology: Topology, world: World) -> Bounded:
         sizes = {"batch_size": topology.batch_size, "num_workers": topology.num_workers}
-        return Bounded(
-            build_loader(config(data, weights=weights, packing=True, lanes=12, last_batch="drop", **sizes), world), 120
-        )
+        return Bounded(build_loader(config(data, weights=weights, packing=True, last_batch="drop", **sizes), world), 120)
 
     seen = check_resume(make, topologies, items=lambda rows: rows, every=13, merge=merge_states)
     assert len(seen) == 120
 
 
 def test_lanes_that_no_rank_or_worker_keeps_give_the_same_rows(data: Path) -> None:
+    begun = build_loader(config(data, packing=True), World()).state_dict()
+
     def rows(batch_size: int, world_size: int, num_workers: int = 0) -> list[Any]:
         loaders = [
             build_loader(
-                config(data, batch_size=batch_size, packing=True, lanes=12, num_workers=num_workers),
+                config(data, batch_size=batch_size, packing=True, num_workers=num_workers),
                 World(rank=rank, world_size=world_size),
             )
             for rank in range(world_size)
         ]
+        for loader in loaders:
+            loader.load_state_dict(begun)
         found = [
             row
             for parts in zip(*(islice(loader, 60 // batch_size) for loader in loaders), strict=True)
@@ -233,7 +240,7 @@ def test_lanes_that_no_rank_or_worker_keeps_give_the_same_rows(data: Path) -> No
 
 def test_a_state_of_one_rank_is_right_too_and_says_what_it_costs(data: Path) -> None:
     def make(rank: int, world_size: int) -> Loader:
-        return build_loader(config(data, batch_size=4, packing=True, lanes=8), World(rank=rank, world_size=world_size))
+        return build_loader(config(data, batch_size=4, packing=True), World(rank=rank, world_size=world_size))
 
     whole = [row for batch in islice(make(0, 1), 12) for row in rows_of(batch)]
     half = make(0, 2)
@@ -247,16 +254,19 @@ def test_a_state_of_one_rank_is_right_too_and_says_what_it_costs(data: Path) -> 
 
 
 def test_a_loop_that_was_left_goes_on_with_packed_rows(data: Path) -> None:
-    whole = [row for batch in islice(build_loader(config(data, packing=True, lanes=8), World()), 9) for row in rows_of(batch)]
-    loader = build_loader(config(data, packing=True, lanes=8, num_workers=2), World())
+    whole = [row for batch in islice(build_loader(config(data, packing=True), World()), 9) for row in rows_of(batch)]
+    loader = build_loader(config(data, packing=True, num_workers=2), World())
     parts = [row for _ in range(3) for batch in islice(loader, 3) for row in rows_of(batch)]
     loader.close()
     assert parts == whole
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_loops_over_packed_rows_may_be_left_anywhere(data: Path, num_workers: int) -> None:
-    settings: dict[str, Any] = {"packing": True, "lanes": 20, "prefetch_factor": 1}  # five steps of them: two workers meet all
+def test_loops_over_packed_rows_may_be_left_anywhere(
+    data: Path, num_workers: int, lanes_per_sample: Callable[[int], None]
+) -> None:
+    lanes_per_sample(5)
+    settings: dict[str, Any] = {"packing": True, "prefetch_factor": 1}  # five steps of them: two workers meet all
     whole = [row for batch in islice(build_loader(config(data, **settings), World()), 18) for row in rows_of(batch)]
     for first in (1, 2):
         loader = build_loader(config(data, num_workers=num_workers, **settings), World())
@@ -265,9 +275,12 @@ def test_loops_over_packed_rows_may_be_left_anywhere(data: Path, num_workers: in
         assert parts == whole[: len(parts)]
 
 
-def test_packed_rows_hold_whole_examples_and_documents_piece_by_piece_in_order_and_little_padding(data: Path) -> None:
-    lanes, epochs = 4, 6
-    loader = build_loader(config(data, packing=True, lanes=lanes), World())
+def test_packed_rows_hold_whole_examples_and_documents_piece_by_piece_in_order_and_little_padding(
+    data: Path, lanes_per_sample: Callable[[int], None]
+) -> None:
+    lanes_per_sample(1)
+    epochs = 6
+    loader = build_loader(config(data, packing=True), World())
     builder = ExampleBuilder(sequences(data), 42, 8192)
     whole = [
         {one.key: one.ids.tolist() for one in builder.build([*pairs(), *texts()], [e] * (PAIRS + TEXTS))} for e in range(epochs)
@@ -319,7 +332,7 @@ def test_a_model_sees_in_a_packed_row_what_it_sees_in_each_sequence_alone(data: 
     size = ExampleBuilder(sequences(data), 42, 8192).vocabulary.size
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=size, **shape)).eval()
-    batch = next(iter(build_loader(config(data, packing=True, lanes=8), World())))
+    batch = next(iter(build_loader(config(data, packing=True), World())))
     with torch.no_grad():
         packed = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
         bounds = batch["cu_seqlens"].tolist()
@@ -345,7 +358,7 @@ def test_an_image_that_fits_no_row_or_no_codebook_stops_the_run_or_is_replaced_a
     with pytest.raises(FormatError, match="the codebook has 512 entries"):
         list(build_loader(config(data, sequences=sequences(data, codebook_size=512)), World()))
     for packing in (False, True):
-        kept = config(data, sequences=small, on_error="substitute", max_bad=1000, packing=packing, lanes=8)
+        kept = config(data, sequences=small, on_error="substitute", max_bad=1000, packing=packing)
         loader = build_loader(kept, World())
         assert len(list(islice(loader, 20))) == 20
         assert loader.stats()["bad_too_long"] > 5
@@ -388,14 +401,14 @@ def test_what_does_not_go_together_is_refused(data: Path, tmp_path: Path) -> Non
 
 
 def test_states_of_other_rows_are_refused_with_what_differs(data: Path) -> None:
-    packed, padded = build_loader(config(data, packing=True, lanes=8), World()), build_loader(config(data, lanes=8), World())
+    packed, padded = build_loader(config(data, packing=True), World()), build_loader(config(data), World())
     next(iter(packed))
     state = packed.state_dict()
     with pytest.raises(UsageError, match="packing=True, the config has False"):
         padded.load_state_dict(state)
     with pytest.raises(UsageError, match="packing=False, the config has True"):
         packed.load_state_dict(padded.state_dict())
-    other = build_loader(config(data, packing=True, lanes=8, sequences=sequences(data, t2i_ratio=0.9)), World())
+    other = build_loader(config(data, packing=True, sequences=sequences(data, t2i_ratio=0.9)), World())
     with pytest.raises(UsageError, match=r"t2i_ratio was 0\.5, is 0\.9"):
         other.load_state_dict(state)
     for lanes in ({"9": [0, 0, []]}, {"0": [0, 0, [[0, 0]]]}, {"0": [-1, 0, []]}, {"a": 1}, [], {"0": [0, 5, [[3, 0], [2, 0]]]}):
@@ -426,10 +439,10 @@ def test_receipts_of_padded_rows_and_of_rows_packed_ahead_are_audited(data: Path
 def test_workers_that_are_spawned_load_their_own_tokenizer(data: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        loader = build_loader(config(data, packing=True, lanes=8, num_workers=1, start_method="spawn"), World())
+        loader = build_loader(config(data, packing=True, num_workers=1, start_method="spawn"), World())
         rows = [row for batch in islice(loader, 2) for row in rows_of(batch)]
         loader.close()
-    here = build_loader(config(data, packing=True, lanes=8), World())
+    here = build_loader(config(data, packing=True), World())
     assert rows == [row for batch in islice(here, 2) for row in rows_of(batch)]
 
 
@@ -440,8 +453,8 @@ def test_rows_packed_from_object_storage_are_the_same_and_nothing_is_fetched_twi
         total += manifest.bytes
     sources = tuple(Source(f"s3://{s3.bucket}/rows/{name}") for name in ("pairs", "texts"))
     here = tuple(replace(source, url=str(data / source.url.rpartition("/")[2])) for source in sources)
-    local = build_loader(config(data, sources=here, packing=True, lanes=8, shuffle=False), World())
-    remote = build_loader(config(data, sources=sources, packing=True, lanes=8, shuffle=False, num_workers=1), World())
+    local = build_loader(config(data, sources=here, packing=True, shuffle=False), World())
+    remote = build_loader(config(data, sources=sources, packing=True, shuffle=False, num_workers=1), World())
     expected, found = ([row for batch in islice(loader, 12) for row in rows_of(batch)] for loader in (local, remote))
     remote.close()
     assert found == expected

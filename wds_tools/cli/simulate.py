@@ -92,9 +92,11 @@ def _describe(result: Simulation, config: Config) -> Iterator[tuple[str, str]]:
     yield "epoch", f"{result.epoch_samples:,} samples: {result.num_steps:,} steps of {config.batch_size:,}{left}"
     yield (
         "order",
-        f"{result.num_lanes:,} lanes; {result.num_chunks:,} chunks of {_bytes(result.chunk_bytes)}, read in shuffle blocks of "
-        f"{_bytes(result.block_bytes)}",
+        f"{result.num_lanes:,} lanes, {result.lanes_per_sample} for each sample of the batch; {result.num_chunks:,} chunks of "
+        f"{_bytes(result.chunk_bytes)}, read in shuffle blocks of {_bytes(result.block_bytes)}",
     )
+    if result.weights_error:
+        yield "", f"weights are kept as parts of 2**20: to {result.weights_error:.2g} of each"
     yield "plan", f"{result.start_s:.2f} s at the start, {result.epoch_s:.2f} s each epoch{plan}"
     mixing = result.mixing
     yield (
