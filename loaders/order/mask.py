@@ -70,10 +70,6 @@ class Mask:
         codes = self._codes[:num_ids]
         return np.unique(codes[codes != _NO_SAMPLE])
 
-    def found(self, num_ids: int) -> set[str]:
-        """The first keys, without those that the source does not have."""
-        return {key for key, code in zip(self.ids[:num_ids], self._codes[:num_ids].tolist(), strict=True) if code != _NO_SAMPLE}
-
     def hash(self, num_ids: int) -> str:
         """SHA-256 of the first keys, a line each."""
         return hashlib.sha256("".join(f"{key}\n" for key in self.ids[:num_ids]).encode()).hexdigest()

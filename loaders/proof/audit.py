@@ -158,20 +158,22 @@ def audit(
 
 def _excluded(receipts: Sequence[Receipt], order: SampleOrder, exclude: str) -> tuple[list[tuple[Held, Ints]], list[str]]:
     """The masks of the receipts with the rows that they exclude, and sentences about keys that none of them has."""
-    masks = [
-        replace(opened, source=replace(opened.source, exclude=exclude, url=origin.url)).mask
-        for opened, origin in zip(order.sources, order.generations[-1].sources, strict=True)
-    ]
-    excluded = []
-    for held in sorted({Held(*fields) for receipt in receipts for fields in receipt.masks}):
-        if held.source >= len(masks) or masks[held.source].hash(held.num_ids) != held.hash:
-            raise UsageError(
-                f"{exclude} is not what the run excluded: its first {held.num_ids:,} keys of source {held.source} are others"
-            )
-        excluded.append((held, masks[held.source].rows(held.num_ids)))
-    proved = set().union(*(masks[held.source].found(held.num_ids) for held, _ in excluded))
-    rest = len(set().union(*(mask.found(len(mask.ids)) for mask in masks)) - proved)
-    return excluded, [f"{rest:,} keys of {exclude} are of samples that no receipt says were excluded"] * bool(rest)
+    held_masks = sorted({Held(*fields) for receipt in receipts for fields in receipt.masks})
+    if not held_masks or held_masks[-1].source >= len(order.sources):
+        raise UsageError(f"no receipt says that the run excluded {exclude}: it shows nothing about its samples")
+    origins, excluded, unproved = order.generations[-1].sources, [], []
+    for number in sorted({held.source for held in held_masks}):
+        opened = order.sources[number]
+        mask = replace(opened, source=replace(opened.source, exclude=exclude, url=origins[number].url)).mask
+        for held in (held for held in held_masks if held.source == number):
+            if mask.hash(held.num_ids) != held.hash:
+                raise UsageError(
+                    f"{exclude} is not what the run excluded: its first {held.num_ids:,} keys of {opened.name} differ"
+                )
+            excluded.append((held, mask.rows(held.num_ids)))
+        if rest := len(mask.rows(len(mask.ids))) - len(excluded[-1][1]):
+            unproved.append(f"{rest:,} samples of {opened.name} are in {exclude}, but no receipt says that they were excluded")
+    return excluded, unproved
 
 
 def _latest(receipts: Sequence[Receipt]) -> Receipt:

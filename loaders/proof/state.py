@@ -235,9 +235,7 @@ def _check_data(
     if (gone or added) and not last.spec.schedule:
         raise UsageError("sources without weights are shuffled as one: none can be added or removed in a run; they may grow")
     if gone and is_packed:
-        raise UsageError(
-            f"rows that wait may hold samples of {gone[0].url}: leave it in the config, with weight 0 from a step on"
-        )
+        raise UsageError(f"rows that wait may hold samples of {gone[0].url}: leave it in the config, at weight 0 from a step on")
 
 
 def _has_grown(opened: OpenSource, origin: Origin) -> bool:
