@@ -8,6 +8,7 @@
 # make docs     the documentation as a site, into site/
 # make dist     source distribution and wheel, into dist/
 # make bench-loader   the loader against its peers (15 minutes; bench-peers builds their environment, 7 GB, when it is missing)
+# make bench-mixing   how well orders mix a dataset sorted by label, beside others' (10 minutes; no data is written)
 # make bench-sequences   token rows against the straightforward collator (6 minutes)
 # make convert-pairs|convert-dclm|encode|export INPUT=... OUTPUT=... [ARGS="--workers 4"]
 
@@ -27,7 +28,7 @@ ARGS ?=
 TORCH_INDEX ?=
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: setup demo train-demo test test-slow test-chaos check lint types docs dist bench bench-encode bench-loader bench-sequences bench-peers convert-pairs convert-dclm encode export clean
+.PHONY: setup demo train-demo test test-slow test-chaos check lint types docs dist bench bench-encode bench-loader bench-mixing bench-sequences bench-peers convert-pairs convert-dclm encode export clean
 
 setup: $(READY)
 
@@ -82,6 +83,9 @@ bench-encode: $(READY)
 
 bench-loader: $(READY) $(PEERS_READY)
 	$(BIN)/python -m benchmarks.loader --peers $(PEERS)/bin/python $(ARGS)
+
+bench-mixing: $(READY)
+	$(BIN)/python -m benchmarks.mixing $(ARGS)
 
 bench-sequences: $(READY)
 	$(BIN)/python -m benchmarks.sequences $(ARGS)

@@ -56,15 +56,17 @@ def permutation(count: int, batch_size: int) -> Ints:  # noqa: ARG001
 
 
 def py1e(count: int, batch_size: int) -> Ints:  # noqa: ARG001
-    """Shuffled shards; each sample moves by up to half of (block - shard), at random; one node, blocks of 4,000,000 samples."""
-    random, block = np.random.default_rng(SEED), 4_000_000
-    shards = random.permutation(-(-count // SHARD_SAMPLES))
-    samples = (shards[:, None] * SHARD_SAMPLES + np.arange(SHARD_SAMPLES)).ravel()
-    samples = samples[samples < count]
-    most = max(block - SHARD_SAMPLES, 0) / 2
-    places = np.arange(count)
-    low, high = np.maximum(places - most, 0), np.minimum(places + most, count)
-    return samples[np.argsort(random.uniform(low, high))][middle(count)]
+    """Shuffled shards; each sample moves by up to half of (block - shard) at random, but no shard beyond an end; a block is
+    4,000,000 samples, of each shard more or less by up to a quarter; one node."""
+    random, shard_samples = np.random.default_rng(SEED), SHARD_SAMPLES
+    shards = random.permutation(-(-count // shard_samples))
+    sizes = np.minimum(count - shards * shard_samples, shard_samples)
+    begins = np.cumsum(sizes) - sizes
+    most = np.maximum(random.integers(3_000_000, 5_000_000, len(shards)) - sizes, 0) / 2
+    low, high = begins - np.minimum(most, begins), begins + np.minimum(most, count - begins - sizes)
+    inside = np.arange(count) - np.repeat(begins, sizes)
+    places = random.uniform(np.repeat(low, sizes), np.repeat(high, sizes)) + inside
+    return (np.repeat(shards * shard_samples, sizes) + inside)[np.argsort(places)][middle(count)]
 
 
 def buffered(size: int) -> Callable[[int, int], Ints]:

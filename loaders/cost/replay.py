@@ -24,7 +24,7 @@ from loaders.order.plan import block_samples
 from loaders.order.samples import OpenSource, SampleOrder
 from loaders.reading.planner import PositionRange, Request
 from loaders.reading.reader import PositionReader, ReadAhead
-from wds_tools.dataset.samples import INDEX_BYTES, RUN_SAMPLES
+from wds_tools.dataset.samples import INDEX_BYTES, RUN_BYTES, RUN_SAMPLES
 from wds_tools.storage import LocalStore
 from wds_tools.storage.recent import Recent
 
@@ -35,7 +35,7 @@ _ENOUGH_EVICTED = 5_000
 _SHARE_SAMPLES = 1 << 16
 _INDEX_SAMPLE_BYTES = 20
 """Of a sample in an index file (docs/format.md)."""
-_INDEX_RUNS = INDEX_BYTES // 2 // (40 * RUN_SAMPLES)
+_INDEX_RUNS = INDEX_BYTES // 2 // RUN_BYTES
 """Parsed runs that an IndexReader keeps; the other half of its memory are index files."""
 
 
@@ -71,7 +71,7 @@ class ProcessCost:
     peak_blocks: int
     """Blocks (or regions of small sources) that are in memory at once."""
     peak_bytes: int
-    """Fetched bytes in memory at once."""
+    """Memory that it takes at once for what it has fetched and for indices; the interpreter and batches come on top."""
 
 
 class CountingFetches:
@@ -102,6 +102,11 @@ class CountingFetches:
         info = self._sources[source].manifest.shards[shard]
         self.num_requests += 1
         self.num_bytes += info.bytes * last // info.samples - info.bytes * first // info.samples
+
+    @property
+    def index_memory_bytes(self) -> int:
+        """What is kept of indices."""
+        return sum(files.size for files in self._index_files) + sum(runs.size for runs in self._index_runs) * RUN_BYTES
 
     def cancel(self) -> None:
         """Nothing is in flight."""
@@ -182,6 +187,11 @@ class _Process:
             counts["sample_bytes"] += int(np.bincount(located.source, minlength=len(self._sample_bytes)) @ self._sample_bytes)
         return self.done()
 
+    @property
+    def index_memory_bytes(self) -> int:
+        """See CountingFetches."""
+        return self._fetches.index_memory_bytes
+
     def done(self) -> _Counts:
         """What it has done since it was made."""
         fetches = self._fetches
@@ -258,5 +268,5 @@ def replay(order: SampleOrder, config: LoaderConfig, steps: BatchPartition, *, a
         evicted=counts.evicted * times,
         late=counts.late / counts.steps,
         peak_blocks=max(start.residency.peak_units, middle.residency.peak_units),
-        peak_bytes=max(start.residency.peak_bytes, middle.residency.peak_bytes),
+        peak_bytes=max(process.residency.peak_bytes + process.index_memory_bytes for process in (start, middle)),
     )

@@ -28,8 +28,8 @@ _MAX_REQUEST_BYTES = 8 << 20
 _PLANNED_AT_ONCE = 1024
 _CHUNKS_SIDE_BY_SIDE = 8
 _SHARED = 1.5
-_MAPPED_SAMPLE_BYTES = 64
-"""Memory that a sample of a mapped shard takes."""
+_SAMPLE_BYTES = 100
+"""Memory that a sample takes beside its bytes: where it and its members lie."""
 
 
 class PositionRange(NamedTuple):
@@ -226,7 +226,7 @@ class Planner:
                     num_left += size
                     stop += size
             stop = min(stop, int(opened.samples[where[1]]))
-            num_bytes = 0 if is_mapped else (stop - first[begin]) * sample_bytes
+            num_bytes = 0 if is_mapped else (stop - first[begin]) * (sample_bytes + _SAMPLE_BYTES)
             yield Request(*where, first[begin], stop, keys, num_left if key[last] >= 0 else -1, num_bytes)
             begin = end
 
@@ -256,7 +256,7 @@ class Planner:
         """
         manifest, spec = opened.manifest, self._order.spec
         if is_mapped:
-            is_kept = manifest.samples * _MAPPED_SAMPLE_BYTES <= self._memory_bytes // 8
+            is_kept = manifest.samples * _SAMPLE_BYTES <= self._memory_bytes // 8
         else:
             is_kept = manifest.bytes <= self._memory_bytes * 3 // 4 // len(self._order.sources)
         if is_kept and (is_mapped or self.num_lanes > spec.lanes // 2 or manifest.bytes <= SMALL_BYTES):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -71,6 +72,27 @@ def test_what_is_foretold_is_what_a_real_process_fetches(
     assert cost.is_whole
     assert cost.requests + cost.index_requests == pytest.approx(real["requests"], rel=0.1)
     assert cost.bytes + cost.index_bytes == pytest.approx(real["bytes"], rel=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:memory_bytes")
+@pytest.mark.parametrize(("batch_size", "memory"), [(16, 40), (16, 6), (4, 40)])
+def test_the_memory_that_is_foretold_is_what_a_real_process_takes(
+    no_small_sets: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, batch_size: int, memory: int
+) -> None:
+    """Traced by Python: the store is a folder whose files are read, not mapped."""
+    monkeypatch.setattr("loaders.reading.source.LocalStore", OpenSource)
+    make_dataset(tmp_path / "set", (image_sample(number, side=32) for number in range(8000)), shard_samples=1000)
+    opened = open_source(Source(str(tmp_path / "set")))
+    wanted = config(opened.source, batch_size=batch_size, memory_bytes=memory * MB)
+    foretold = simulate([opened], wanted, as_remote=True).process.peak_bytes
+    tracemalloc.start()
+    try:
+        real_counts(opened, wanted, World())
+        taken = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert foretold == pytest.approx(taken, rel=0.2)
 
 
 def test_steps_and_what_is_dropped_are_those_of_the_loader(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ RUN_SAMPLES = 2048
 PIECE_BYTES = 8 << 20
 """Bytes that `scan` fetches at a time; one piece is read while the next is on its way."""
 PIECE_SAMPLES = 2 * RUN_SAMPLES
-_RUN_BYTES = 40 * RUN_SAMPLES
+RUN_BYTES = 40 * RUN_SAMPLES
 _GAP_BYTES = 64 << 10
 """Fetching this much for nothing costs less than another request."""
 _PARALLEL_READS = 16
@@ -75,7 +75,7 @@ class IndexReader:
         self._manifest = manifest
         self._on_fetch = on_fetch
         self._files: Recent[int, Any] = Recent(INDEX_BYTES // 2, len)
-        self._runs: Recent[tuple[int, int], ShardIndex] = Recent(INDEX_BYTES // 2, lambda _: _RUN_BYTES)
+        self._runs: Recent[tuple[int, int], ShardIndex] = Recent(INDEX_BYTES // 2, lambda _: RUN_BYTES)
 
     def read(self, shard: int, first: int, last: int) -> ShardIndex:
         """The index of the samples [first, last) of a shard, a position in the manifest.
@@ -88,7 +88,7 @@ class IndexReader:
         starts = range(first - first % RUN_SAMPLES, max(last, first + 1), RUN_SAMPLES)
         runs = [self._runs.get((shard, start), self._parse) for start in starts]
         parts = [run.part(max(first - start, 0), last - start) for run, start in zip(runs, starts, strict=True)]
-        return parts[0] if len(parts) == 1 else join_parts(parts)
+        return join_parts(parts)  # copies: a view would keep its whole run, and the file behind that, as long as whoever has it
 
     def _parse(self, run: tuple[int, int]) -> ShardIndex:
         """A run of RUN_SAMPLES samples: (shard, first sample), which was not in memory."""

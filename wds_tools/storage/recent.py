@@ -68,7 +68,8 @@ class Recent(SingleFlight[_K, _V]):
         super().__init__()
         self._max_size = max_size
         self._size_of = size_of
-        self._size = 0
+        self.size = 0
+        """Of all values."""
         self._values: OrderedDict[_K, _V] = OrderedDict()
 
     def _found(self, key: _K) -> _V | None:
@@ -78,6 +79,6 @@ class Recent(SingleFlight[_K, _V]):
 
     def _keep(self, key: _K, value: _V) -> None:
         self._values[key] = value
-        self._size += self._size_of(value)
-        while self._size > self._max_size and len(self._values) > 1:
-            self._size -= self._size_of(self._values.popitem(last=False)[1])
+        self.size += self._size_of(value)
+        while self.size > self._max_size and len(self._values) > 1:
+            self.size -= self._size_of(self._values.popitem(last=False)[1])
