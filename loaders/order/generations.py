@@ -24,6 +24,8 @@ from wds_tools.format.typed_json import Count, shape
 
 MAX_GENERATIONS = 256
 """Of a run; each change adds one."""
+_MAX_WEIGHTS = 1024
+"""Sets of weights of a run: a position looks at all before it, and each takes up to 4 MiB."""
 Position = Annotated[int, range(1 << 56)]
 """Of the endless stream. No real run comes near; sums and small multiples of a few of them stay within int64."""
 
@@ -182,4 +184,6 @@ def schedule_of(generations: Sequence[Generation]) -> list[tuple[int, tuple[floa
         if due and (not schedule or schedule[-1][1] != due[0][1]):
             schedule.append((generation.position, due[0][1]))
         schedule += [entry for entry in held if entry[0] > generation.position]
+    if len(schedule) > _MAX_WEIGHTS:
+        raise UsageError(f"the weights change {len(schedule):,} times, at most {_MAX_WEIGHTS:,} sets of them are kept")
     return schedule

@@ -201,9 +201,12 @@ def _arranged(
             )
         columns.append(same[0] if same else None)
         left.pop(columns[-1], None)  # type: ignore[arg-type]  # None is no key
-    held = last.spec.schedule or ((0, (1.0,) * len(columns)),)
-    numbers = [number for number, column in enumerate(columns) if column is None and any(weights[number] for _, weights in held)]
-    gone = [last.sources[number] for number in numbers]
+    weights = [] if is_packed else [held for _, held in last.spec.schedule]
+    gone = [
+        origin
+        for number, origin in enumerate(last.sources)
+        if columns[number] is None and (not weights or any(held[number] for held in weights))
+    ]
     _check_data(gone, list(left.values()), last, change, num_sources=len(opened), is_packed=is_packed)
     taken = [*columns, *left]
     sources = [opened[column] if column is not None else _stand_in(last.sources[number]) for number, column in enumerate(taken)]

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from test_generations import Training, config, make
 
 from loaders import Source, World, build_loader
+from loaders.cost.simulate import simulate
 from loaders.order.mask import Mask, read_mask
+from loaders.order.samples import open_source
 from loaders.proof.audit import audit
 from loaders.proof.receipt import parse_receipt
 from loaders.testing import Topology, check_resume
@@ -48,6 +50,8 @@ def test_what_is_excluded_is_never_handed_over_and_the_order_stays(tmp_path: Pat
         )
         == found
     )
+    opened = [open_source(source) for source in masked.sources]
+    assert [warning[:23] for warning in simulate(opened, masked).warnings] == ["6 samples are excluded:"]
     substituted = {(bad["shard"], bad["sample_index"], bad["reason"]) for bad in loader.receipt()["substitutions"]}
     assert substituted == {(number // 4, number % 4, "excluded") for number in (3, 8, 9, 10, 11, 19)}
 
@@ -73,7 +77,7 @@ def test_a_mask_begins_and_grows_within_a_run_and_the_audit_proves_it(tmp_path: 
     assert found.is_exact()
     assert found.excluded == ((a, 12, 2), (a, 58, 3))
     assert found.totals_compared > 0
-    with pytest.raises(UsageError, match="first 2 keys of .*a differ"):
+    with pytest.raises(UsageError, match=r"first 2 keys of .*a differ"):
         run.audited(exclude=ids(tmp_path, 2, 5, 7, name="other.txt"))
     assert "1 samples of" in run.audited(exclude=ids(tmp_path, 5, 2, 7, 9, name="more.txt")).problems[0]
     for number, receipt in enumerate(run.receipts):

@@ -49,7 +49,7 @@ def test_weights_change_from_the_first_step_that_no_lane_has_read(data: Path) ->
         rows(replace(before, schedule=((allowed - 1, (0.1, 0.9)),)), state, 4, "future")
     after = replace(before, schedule=((allowed, (0.1, 0.9)),))
     whole, end = rows(after, state, 240, "future")
-    assert share_of_texts(whole[:24]) < 0.4 < 0.6 < share_of_texts(whole[-80:])
+    assert share_of_texts(whole[:24]) + 0.15 < share_of_texts(whole[-80:])
     for world_size, batch_size in ((2, 4), (3, 10)):
         assert rows(replace(after, batch_size=batch_size), state, 240, "future", world_size)[0] == whole
     later, _ = rows(after, end, 20)
