@@ -320,19 +320,15 @@ class _SourceTotals:
         for (number, epoch), (count, total) in sorted(self._sums.items()):
             sources = self._order.sources_in(number, epoch)
             numbers = [number] if self._is_mixture else range(len(sources))
-            repeats = [1 if self._is_mixture else self._specs[each].repeat for each in numbers]
-            num_samples = sum(repeat * opened.manifest.samples for repeat, opened in zip(repeats, sources, strict=True))
-            if count != num_samples or any(self._specs[each].max_samples for each in numbers):
-                continue
-            for each, opened in zip(numbers, sources, strict=True):
-                key = each, len(opened.manifest.shards)
-                totals[key] = totals[key] if key in totals else self._total_of(each, opened)
-            expected = sum(
-                repeat * totals[each, len(opened.manifest.shards)]
-                for each, repeat, opened in zip(numbers, repeats, sources, strict=True)
-            )
-            name = self._order.sources[number].name if self._is_mixture else "the order"
-            complete.append((f"epoch {epoch} of {name}", total, expected % MODULUS))
+            times = [1 if self._is_mixture else self._specs[each].repeat for each in numbers]
+            num_samples = sum(each * opened.manifest.samples for each, opened in zip(times, sources, strict=True))
+            if count == num_samples and not any(self._specs[each].max_samples for each in numbers):
+                keys = [(each, len(opened.manifest.shards)) for each, opened in zip(numbers, sources, strict=True)]
+                missing = [(key, opened) for key, opened in zip(keys, sources, strict=True) if key not in totals]
+                totals |= {key: self._total_of(key[0], opened) for key, opened in missing}
+                expected = sum(each * totals[key] for each, key in zip(times, keys, strict=True))
+                name = self._order.sources[number].name if self._is_mixture else "the order"
+                complete.append((f"epoch {epoch} of {name}", total, expected % MODULUS))
         return complete
 
     def _total_of(self, number: int, opened: OpenSource) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any, Literal
 
 from loaders.config import LoaderConfig, Source
@@ -207,38 +208,25 @@ def _arranged(
         for number, origin in enumerate(last.sources)
         if columns[number] is None and (not weights or any(held[number] for held in weights))
     ]
-    _check_data(gone, list(left.values()), last, change, num_sources=len(opened), is_packed=is_packed)
+    if change is None and len(gone) != len(left):
+        raise UsageError(f"the state is of {len(last.sources)} sources, the config has {len(opened)}{_FUTURE}")
+    for origin, each in product(gone, left.values()):
+        if change is None or each.store.url == origin.url:
+            hint = _FUTURE if _has_grown(each, origin) else ": use the data of the run, or start a new one"
+            raise UsageError(
+                f"the state was saved with other data: {origin.url} had {origin.num_samples} samples, {origin.fingerprint[:19]}; "
+                f"{each.store.url} has {each.manifest.samples}, {each.origin.fingerprint[:19]}{hint}"
+            )
+    if (gone or left) and not last.spec.schedule:
+        raise UsageError("sources without weights are shuffled as one: none can be added or removed in a run; they may grow")
+    if gone and is_packed:
+        raise UsageError(f"rows that wait may hold samples of {gone[0].url}: leave it in the config, at weight 0 from a step on")
     taken = [*columns, *left]
     sources = [opened[column] if column is not None else _stand_in(last.sources[number]) for number, column in enumerate(taken)]
     schedule = tuple(
         (step, tuple(0.0 if column is None else weights[column] for column in taken)) for step, weights in config.schedule
     )
     return replace(config, sources=tuple(each.source for each in sources), schedule=schedule), sources
-
-
-def _check_data(
-    gone: Sequence[Origin],
-    added: Sequence[OpenSource],
-    last: Generation,
-    change: Change,
-    *,
-    num_sources: int,
-    is_packed: bool,
-) -> None:
-    if change is None and len(gone) != len(added):
-        raise UsageError(f"the state is of {len(last.sources)} sources, the config has {num_sources}{_FUTURE}")
-    for origin in gone:
-        for opened in added if change is None else [each for each in added if each.store.url == origin.url]:
-            hint = _FUTURE if _has_grown(opened, origin) else ": use the data of the run, or start a new one"
-            raise UsageError(
-                f"the state was saved with other data: {origin.url} had {origin.num_samples} samples, "
-                f"{origin.fingerprint[:19]}; {opened.store.url} has {opened.manifest.samples}, "
-                f"{opened.origin.fingerprint[:19]}{hint}"
-            )
-    if (gone or added) and not last.spec.schedule:
-        raise UsageError("sources without weights are shuffled as one: none can be added or removed in a run; they may grow")
-    if gone and is_packed:
-        raise UsageError(f"rows that wait may hold samples of {gone[0].url}: leave it in the config, at weight 0 from a step on")
 
 
 def _has_grown(opened: OpenSource, origin: Origin) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import chain, islice, pairwise, repeat
 from pathlib import Path
@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 from factory import make_dataset, text_sample
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loaders import LoaderConfig, Source, World, build_loader
+from loaders import Loader, LoaderConfig, Source, World, build_loader
 from loaders.order.generations import Epochs
 from loaders.proof.audit import audit
 from loaders.proof.receipt import parse_receipt
-from loaders.testing import Topology, run
+from loaders.testing import Topology, check_resume
 from wds_tools.errors import UsageError
 
 State = dict[str, Any]
@@ -28,6 +28,7 @@ State = dict[str, Any]
 
 def make(folder: Path, name: str, count: int, shard_samples: int = 4) -> str:
     """A dataset whose keys are its name and the number of the sample."""
+    folder.mkdir(exist_ok=True)
     samples = (text_sample(number)._replace(key=f"{name}-{number:04d}") for number in range(count))
     make_dataset(folder / name, samples, shard_samples=shard_samples)
     return str(folder / name)
@@ -35,7 +36,6 @@ def make(folder: Path, name: str, count: int, shard_samples: int = 4) -> str:
 
 def grown(folder: Path, url: str, count: int, shard_samples: int = 4) -> str:
     """The same dataset with more samples, in a folder of its own."""
-    (folder / "grown").mkdir(exist_ok=True)
     return make(folder / "grown", Path(url).name, count, shard_samples)
 
 
@@ -133,7 +133,6 @@ def test_a_dataset_that_grew_counts_from_its_next_epoch(tmp_path: Path) -> None:
     found = run.audited(moved=[more])
     assert found.is_exact()
     assert [one.expected for one in found.epochs][:3] == [24, 34, 34]
-    (tmp_path / "changed").mkdir()
     changed = make(tmp_path / "changed", "a", 40, 5)
     with pytest.raises(UsageError, match="other data"):
         run.train(config(Source(changed)), 1)
@@ -180,32 +179,65 @@ def test_what_concerns_the_past_is_refused(
         run.train(config(Source("a"), Source("b")), 1, "past")
 
 
-def test_a_run_goes_on_as_it_would_on_any_topology_after_any_changes(tmp_path: Path) -> None:
-    a, b = make(tmp_path, "a", 14), make(tmp_path, "b", 23)
+def begun(config: LoaderConfig, state: State, change: Any) -> Callable[[Topology, World], Loader]:
+    """Makes loaders that have gone on from a state, for check_resume."""
+
+    def make_loader(topology: Topology, world: World) -> Loader:
+        loader = build_loader(replace(config, batch_size=topology.batch_size), world)
+        loader.load_state_dict(state, change)
+        return loader
+
+    return make_loader
+
+
+def test_a_run_resumes_everywhere_after_changes_of_weights_data_and_masks(tmp_path: Path) -> None:
+    a, b, c = make(tmp_path, "a", 14), make(tmp_path, "b", 23), make(tmp_path, "c", 9)
     more = grown(tmp_path, a, 19)
-    configs = [
-        config(Source(a, weight=0.5), Source(b, weight=0.5), stop_at=30),
-        config(Source(a, weight=0.3), Source(b, weight=0.7), stop_at=30, schedule=((9, (0.6, 0.4)),)),
-        config(Source(more, weight=0.3), Source(b, weight=0.7), stop_at=44, schedule=((14, (0.9, 0.1)),)),
-    ]
-    run_ = Training()
-    for number, each in enumerate(configs):
-        run_.train(each, 4, "future" if number else None)
-    wanted: list[str] | None = None
-    for topology in (Topology(4), Topology(8, 4), Topology(5, 2), Topology(3, 3)):
-        state = run_.state
-        keys: list[str] = []
-        for _ in range(3):
-            found, states = run(
-                lambda topology, world: build_loader(replace(configs[-1], batch_size=topology.batch_size), world),
-                topology,
-                state,
-                lambda batch: batch["__key__"],
-            )
-            keys += found
-            state = dict(states[-1][1])
-        wanted = wanted or keys
-        assert keys == wanted
+    (tmp_path / "ids.txt").write_text("b-0003\nb-0004\nb-0005\nb-0006\nb-0007\n")
+    masked = Source(b, weight=0.7, exclude=str(tmp_path / "ids.txt"))
+    run = Training()
+    run.train(config(Source(a, weight=0.5), Source(b, weight=0.5), stop_at=30), 4)
+    run.train(config(Source(a, weight=0.3), masked, stop_at=30, schedule=((9, (0.6, 0.4)),)), 4, "future")
+    last = config(Source(c, weight=0.2), Source(more, weight=0.3), masked, stop_at=44, schedule=((11, (0.1, 0.8, 0.1)),))
+    assert run.state is not None
+    check_resume(begun(last, run.state, "future"), [Topology(4), Topology(6, 3)], every=2)
+    run.train(last, 30, "future", world_size=2)
+    found = run.audited(moved=[more], exclude=str(tmp_path / "ids.txt"))
+    assert found.is_exact()
+    assert found.totals_compared > 5
+    assert found.excluded == ((b, 16, 5),)
+
+
+@pytest.mark.slow
+@settings(max_examples=10, deadline=None)
+@given(st.data())
+def test_any_run_of_any_changes_resumes_everywhere_and_adds_up(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    folder = tmp_path_factory.mktemp("any")
+    counts = [8 * data.draw(st.integers(1, 3)) for _ in range(3)]
+    named = list(zip("abc", counts, strict=True))
+    sets = [[make(folder / str(size), name, count + 8 * size) for size in range(3)] for name, count in named]
+    sizes = [0, 0, 0]
+    run = Training()
+    held: list[str] = []
+    for number in range(data.draw(st.integers(2, 4))):
+        weights = data.draw(st.lists(st.sampled_from([0.0, 0.2, 0.5, 0.9]), min_size=3, max_size=3).filter(any))
+        sizes = [min(size + data.draw(st.integers(0, 1)), 2) for size in sizes]
+        fresh = data.draw(st.lists(st.integers(0, counts[0] - 1).map(lambda at: f"a-{at:04d}"), max_size=2))
+        held = list(dict.fromkeys([*held, *fresh]))[: counts[0] - 1]
+        (folder / "ids.txt").write_text("".join(f"{key}\n" for key in held))
+        sources = [
+            Source(urls[size], weight=weight, exclude=str(folder / "ids.txt") if name == 0 else None)
+            for name, (urls, size, weight) in enumerate(zip(sets, sizes, weights, strict=True))
+        ]
+        batch_size, stop_at = data.draw(st.integers(2, 7)), data.draw(st.integers(20, 50))
+        wanted = config(*sources, batch_size=batch_size, stop_at=stop_at)
+        if run.state is not None and number == 2:
+            check_resume(begun(wanted, run.state, "future"), [Topology(batch_size), Topology(5, 2)], every=4)
+        run.train(wanted, data.draw(st.integers(1, 12)), "future" if number else None, data.draw(st.integers(1, 2)))
+    excluded = {"exclude": str(folder / "ids.txt")} if held else {}
+    assert run.audited(moved=[urls[size] for urls, size in zip(sets, sizes, strict=True)], **excluded).is_exact()
 
 
 def test_a_state_has_under_two_kilobytes_with_a_generation_and_twenty_starts(tmp_path: Path) -> None:

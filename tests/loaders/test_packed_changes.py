@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -12,7 +13,8 @@ from typing import Any
 import pytest
 from test_token_rows import config, data, rows_of, two_lanes_for_each_sample
 
-from loaders import LoaderConfig, World, build_loader, merge_states
+from loaders import Loader, LoaderConfig, World, build_loader, merge_states
+from loaders.testing import Topology, check_resume
 from wds_tools.errors import UsageError
 
 __all__ = ["data", "two_lanes_for_each_sample"]
@@ -30,6 +32,17 @@ def rows(
     steps = zip(*(islice(loader, num_rows // config.batch_size) for loader in loaders), strict=True)
     found = [row for parts in steps for part in parts for row in rows_of(part)]
     return found, merge_states([json.loads(json.dumps(loader.state_dict())) for loader in loaders])
+
+
+class Rows:
+    """The rows of a loader up to a number, with its state."""
+
+    def __init__(self, loader: Loader, last: int) -> None:
+        self.loader, self.last = loader, last
+        self.state_dict, self.load_state_dict = loader.state_dict, loader.load_state_dict
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return islice(self.loader, (self.last - self.loader.position) // self.loader.config.batch_size)
 
 
 def share_of_texts(rows: list[Any]) -> float:
@@ -52,6 +65,14 @@ def test_weights_change_from_the_first_step_that_no_lane_has_read(data: Path) ->
     assert share_of_texts(whole[:24]) + 0.15 < share_of_texts(whole[-80:])
     for world_size, batch_size in ((2, 4), (3, 10)):
         assert rows(replace(after, batch_size=batch_size), state, 240, "future", world_size)[0] == whole
+    topologies = [Topology(4), Topology(4, 2), Topology(4, 4)]
+
+    def begun(topology: Topology, world: World) -> Rows:
+        loader = build_loader(replace(after, batch_size=topology.batch_size), world)
+        loader.load_state_dict(state, "future")
+        return Rows(loader, 60)
+
+    check_resume(begun, topologies, items=rows_of, every=3, merge=merge_states)
     later, _ = rows(after, end, 20)
     assert rows(replace(after, batch_size=10), end, 20, None, 2)[0] == later
     with pytest.raises(UsageError, match="schedule was"):
