@@ -39,6 +39,8 @@ class Source:
         where = f"source {self.url}"
         if not isinstance(self.url, str):
             raise UsageError(f"{where}: a {type(self.url).__name__}, expected a string: a folder or URL")
+        if not isinstance(self.exclude, str | None):
+            raise UsageError(f"{where}: exclude={self.exclude!r} is a {type(self.exclude).__name__}, expected a string: a file")
         _check_ints(where, repeat=repeat, max_samples=max_samples)
         if weight is not None and not 0 <= weight < float("inf"):
             raise UsageError(f"{where}: weight={weight}, expected a number of 0 or more")

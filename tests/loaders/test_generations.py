@@ -98,6 +98,25 @@ def test_weights_that_change_hold_from_the_state_on_and_draws_go_on_counting(tmp
         run.train(before, 1)
 
 
+def test_steps_of_a_schedule_are_those_of_the_training_from_the_change_on(tmp_path: Path) -> None:
+    a, b = make(tmp_path, "a", 30), make(tmp_path, "b", 50)
+    before = config(Source(a, weight=0.5), Source(b, weight=0.5), stop_at=400, schedule=((20, (0.2, 0.8)),))
+    run = Training()
+    run.train(before, 4)
+    run.train(replace(before, batch_size=6), 1)  # the old schedule stays at position 80
+    after = replace(before, batch_size=6, schedule=((2, (0.9, 0.1)), (8, (1.0, 0.0))))
+    run.train(after, 1, "future")
+    run.train(replace(after, batch_size=2), 2, world_size=2)
+    assert run.state is not None
+    first, second = run.state["generations"]
+    assert first["spec"]["schedule"] == [[0, [0.5, 0.5]], [80, [0.2, 0.8]]]
+    assert (second["position"], second["step"], second["step_samples"]) == (22, 5, 6)
+    assert second["spec"]["schedule"] == [[0, [0.9, 0.1]], [22 + 3 * 6, [1.0, 0.0]]]
+    later = run.train(replace(after, batch_size=2), 60)
+    assert {key[0] for key in later[40 - 32 :]} == {"a"}
+    assert run.audited().is_exact()
+
+
 def test_a_source_is_added_and_another_removed_even_if_it_is_gone(tmp_path: Path) -> None:
     a, b, c = make(tmp_path, "a", 30), make(tmp_path, "b", 50), make(tmp_path, "c", 20)
     two = config(Source(a, weight=0.5), Source(b, weight=0.5), stop_at=40)

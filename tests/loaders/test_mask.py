@@ -137,6 +137,8 @@ def test_keys_are_found_by_bisection_or_by_a_look_at_all_and_what_is_missing_is_
         read_mask(_write(tmp_path, "nobody\na-0100\n"), store, manifest, ())
     with pytest.raises(UsageError, match="excludes all 300 samples"):
         read_mask(ids(tmp_path, *range(300)), store, manifest, ())
+    with pytest.raises(UsageError, match="exclude=7 is a int, expected a string"):
+        Source(url, exclude=7)  # type: ignore[arg-type]
     with pytest.raises(NotFound):
         read_mask(str(tmp_path / "absent.txt"), store, manifest, ())
 
