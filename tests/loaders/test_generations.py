@@ -219,11 +219,11 @@ def test_a_run_resumes_everywhere_after_changes_of_weights_data_and_masks(tmp_pa
     run.train(config(Source(a, weight=0.3), masked, stop_at=30, schedule=((9, (0.6, 0.4)),)), 4, "future")
     last = config(Source(c, weight=0.2), Source(more, weight=0.3), masked, stop_at=44, schedule=((11, (0.1, 0.8, 0.1)),))
     assert run.state is not None
-    check_resume(begun(last, run.state, "future"), [Topology(4), Topology(6, 3)], every=2)
+    check_resume(begun(last, run.state, "future"), [Topology(4), Topology(6, 3)], every=3)
     run.train(last, 30, "future", world_size=2)
     found = run.audited(moved=[more], exclude=str(tmp_path / "ids.txt"))
     assert found.is_exact()
-    assert found.totals_compared > 5
+    assert found.totals_compared > 2
     assert found.excluded == ((b, 16, 5),)
 
 

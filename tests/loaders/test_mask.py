@@ -51,7 +51,7 @@ def test_what_is_excluded_is_never_handed_over_and_the_order_stays(tmp_path: Pat
         == found
     )
     opened = [open_source(source) for source in masked.sources]
-    assert [warning[:23] for warning in simulate(opened, masked).warnings] == ["6 samples are excluded:"]
+    assert simulate(opened, masked).warnings[0].startswith("6 samples are excluded:")
     substituted = {(bad["shard"], bad["sample_index"], bad["reason"]) for bad in loader.receipt()["substitutions"]}
     assert substituted == {(number // 4, number % 4, "excluded") for number in (3, 8, 9, 10, 11, 19)}
 

@@ -61,22 +61,28 @@ def test_weights_change_from_the_first_step_that_no_lane_has_read(data: Path) ->
     with pytest.raises(UsageError, match=f"from step {allowed} on"):
         rows(replace(before, schedule=((allowed - 1, (0.1, 0.9)),)), state, 4, "future")
     after = replace(before, schedule=((allowed, (0.1, 0.9)),))
-    whole, end = rows(after, state, 240, "future")
+    whole, end = rows(after, state, 200, "future")
     assert share_of_texts(whole[:24]) + 0.15 < share_of_texts(whole[-80:])
+    assert rows(replace(after, batch_size=10), end, 20, None, 2)[0] == rows(after, end, 20)[0]
+    with pytest.raises(UsageError, match="schedule was"):
+        rows(before, end, 4)
+
+
+@pytest.mark.slow
+def test_rows_are_the_same_on_any_topology_after_a_change(data: Path) -> None:
+    before = config(data, packing=True, weights=(0.9, 0.1))
+    _, state = rows(before, None, 32)
+    after = replace(before, schedule=((40, (0.1, 0.9)),))
+    whole, _ = rows(after, state, 240, "future")
     for world_size, batch_size in ((2, 4), (3, 10)):
         assert rows(replace(after, batch_size=batch_size), state, 240, "future", world_size)[0] == whole
-    topologies = [Topology(4), Topology(4, 2), Topology(4, 4)]
 
     def begun(topology: Topology, world: World) -> Rows:
         loader = build_loader(replace(after, batch_size=topology.batch_size), world)
         loader.load_state_dict(state, "future")
         return Rows(loader, 60)
 
-    check_resume(begun, topologies, items=rows_of, every=3, merge=merge_states)
-    later, _ = rows(after, end, 20)
-    assert rows(replace(after, batch_size=10), end, 20, None, 2)[0] == later
-    with pytest.raises(UsageError, match="schedule was"):
-        rows(before, end, 4)
+    check_resume(begun, [Topology(4), Topology(4, 2), Topology(4, 4)], items=rows_of, every=3, merge=merge_states)
 
 
 def test_a_mask_holds_at_once_even_for_documents_that_wait(data: Path, tmp_path: Path) -> None:
