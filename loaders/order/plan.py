@@ -90,7 +90,7 @@ def default_order(total_bytes: int, batch_size: int, seed: int, *, shuffle: bool
 
 def block_samples(samples: Ints, num_bytes: Ints, group_samples: Ints | int, spec: OrderSpec) -> Ints:
     """(S,) samples of a shuffle block, of shards with so many samples and bytes: whole groups; one sample if it has a byte."""
-    group = group_samples if spec.block_bytes > 1 else 1
+    group = np.asarray(group_samples if spec.block_bytes > 1 else 1, np.int64)
     sizes: Ints = np.maximum(spec.block_bytes * samples // (np.maximum(num_bytes, 1) * group), 1) * group
     return sizes
 

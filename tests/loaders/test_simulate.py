@@ -159,7 +159,7 @@ def test_what_is_not_replayed_is_extrapolated(
         ({}, 7, "7 ranks do not divide batch_size=64"),
         ({"memory_bytes": 8 * MB}, 1, "memory_bytes=8388608 is too little for 512 lanes a process"),
         ({"memory_bytes": 8 * MB}, 1, r"a process fetches \d+\.\d times the bytes of its samples"),
-        ({"batch_size": 8192}, 8, r"requests of \d+ KiB are dear on object storage"),
+        ({"batch_size": 8192, "num_workers": 2}, 8, r"requests of \d+ KiB are dear on object storage"),
     ],
 )
 def test_costly_settings_are_warned_of(settings: dict[str, Any], world_size: int, warning: str) -> None:
@@ -205,7 +205,7 @@ def test_mixtures_are_simulated_too() -> None:
     weighted = tuple(Source(f"imagined-{number}", weight=weight) for number, weight in enumerate((0.7, 0.3)))
     opened = [replace(one, source=source) for one, source in zip(sources, weighted, strict=True)]
     found = simulate(opened, config(*weighted), 4)
-    assert found.epoch_samples == pytest.approx(20_000 / 0.3, rel=0.01)
+    assert found.epoch_samples == pytest.approx(20_000 / 0.3, rel=0.03)
     sample_bytes = found.process.bytes / found.process.samples / found.process.amplification
     assert sample_bytes == pytest.approx(0.7 * 4096 + 0.3 * 20_000, rel=0.02)
 
