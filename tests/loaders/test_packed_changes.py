@@ -72,7 +72,7 @@ def test_weights_change_from_the_first_step_that_no_lane_has_read(data: Path) ->
 def test_rows_are_the_same_on_any_topology_after_a_change(data: Path) -> None:
     before = config(data, packing=True, weights=(0.9, 0.1))
     _, state = rows(before, None, 32)
-    after = replace(before, schedule=((40, (0.1, 0.9)),))
+    after = replace(before, schedule=((48, (0.1, 0.9)),))
     whole, _ = rows(after, state, 240, "future")
     for world_size, batch_size in ((2, 4), (3, 10)):
         assert rows(replace(after, batch_size=batch_size), state, 240, "future", world_size)[0] == whole
