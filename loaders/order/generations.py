@@ -10,6 +10,7 @@ Invariant: what stands at a position depends on the generations that begin befor
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -64,12 +65,12 @@ class Epochs:
 
     def start(self, epoch: int) -> int:
         """Index at which an epoch begins."""
-        run = int(np.searchsorted(self._firsts, epoch, "right")) - 1
+        run = bisect_right(self._firsts, epoch) - 1
         return self._starts[run] + (epoch - self._firsts[run]) * self._lengths[run]
 
     def length(self, epoch: int) -> int:
         """Length of an epoch."""
-        return self._lengths[int(np.searchsorted(self._firsts, epoch, "right")) - 1]
+        return self._lengths[bisect_right(self._firsts, epoch) - 1]
 
     def at(self, index: int) -> tuple[int, int]:
         """(epoch, place in it) of an index."""
