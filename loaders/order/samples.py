@@ -199,7 +199,7 @@ class SampleOrder:
     >>> spec = OrderSpec(seed=42, batch_size=2, lanes_per_sample=1, block_bytes=2000, chunk_bytes=4000, length=12)
     >>> located = SampleOrder([source], spec).locate(epoch=0, positions=np.arange(12))
     >>> [f"{shard}:{index}" for shard, index in zip(located.shard.tolist(), located.sample_index.tolist())]
-    ['0:4', '0:3', '2:1', '0:2', '2:0', '1:1', '1:4', '1:0', '0:0', '1:3', '0:1', '1:2']
+    ['1:3', '0:4', '1:0', '0:2', '1:1', '0:1', '1:2', '0:3', '1:4', '2:1', '0:0', '2:0']
 
     Args:
         sources: the opened sources.
