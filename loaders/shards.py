@@ -125,7 +125,7 @@ class _Samples:
         self._world = world
         sources = [open_source(config.sources[0])]
         self.order = SampleOrder(sources, order_spec(sources, config))
-        self._chosen = torch.tensor([0, epoch]).share_memory_()
+        self._chosen = torch.tensor([0, epoch]).share_memory_()  # type: ignore[no-untyped-call]
         """Calls of set_epoch, and the epoch of the last: workers that stay hear of it here."""
         self._heard = 0
         self.epoch = epoch
