@@ -103,10 +103,16 @@ class CountingFetches:
         self.num_requests += 1
         self.num_bytes += info.bytes * last // info.samples - info.bytes * first // info.samples
 
-    @property
-    def index_memory_bytes(self) -> int:
-        """What is kept of indices."""
-        return sum(files.size for files in self._index_files) + sum(runs.size for runs in self._index_runs) * RUN_BYTES
+    def index_memory_bytes(self, times: float) -> int:
+        """What is kept of indices once it has done so many times as much: no more than there are, and fit IndexReader."""
+        total = 0.0
+        for opened, files, runs in zip(self._sources, self._index_files, self._index_runs, strict=True):
+            all_files = _INDEX_SAMPLE_BYTES * opened.manifest.samples
+            all_runs = int((-(-opened.samples // RUN_SAMPLES)).sum()) * RUN_BYTES
+            total += min(files.size * times, all_files, INDEX_BYTES // 2) + min(
+                runs.size * RUN_BYTES * times, all_runs, INDEX_BYTES // 2
+            )
+        return round(total)
 
     def cancel(self) -> None:
         """Nothing is in flight."""
@@ -187,10 +193,9 @@ class _Process:
             counts["sample_bytes"] += int(np.bincount(located.source, minlength=len(self._sample_bytes)) @ self._sample_bytes)
         return self.done()
 
-    @property
-    def index_memory_bytes(self) -> int:
-        """See CountingFetches."""
-        return self._fetches.index_memory_bytes
+    def peak_bytes(self, num_samples: int) -> int:
+        """Memory of what it has fetched, and of indices when it will have read so many samples; see ProcessCost."""
+        return self.residency.peak_bytes + self._fetches.index_memory_bytes(max(num_samples / max(self._counts["samples"], 1), 1))
 
     def done(self) -> _Counts:
         """What it has done since it was made."""
@@ -268,5 +273,5 @@ def replay(order: SampleOrder, config: LoaderConfig, steps: BatchPartition, *, a
         evicted=counts.evicted * times,
         late=counts.late / counts.steps,
         peak_blocks=max(start.residency.peak_units, middle.residency.peak_units),
-        peak_bytes=max(process.residency.peak_bytes + process.index_memory_bytes for process in (start, middle)),
+        peak_bytes=max(start.peak_bytes(samples), middle.peak_bytes(samples)),
     )
