@@ -30,6 +30,9 @@ class Source:
     """The same as a fraction of its samples, above 0 and at most 1."""
     name: str | None = None
     """Value of `__source__` in batches; by default the URL."""
+    exclude: str | None = None
+    """File of keys, one a line (or `DATASET<tab>KEY`), whose samples are no longer handed over: others stand in for them, and the
+    order stays (docs/order.md). It may grow at its end."""
     code_set: str | None = None
     """Code set to read, where its samples have several, or columns: "vqcode_256"; by default the first they have."""
     texts: Mapping[str, float] | None = None
@@ -42,6 +45,8 @@ class Source:
         where = f"source {self.url}"
         if not isinstance(self.url, str):
             raise UsageError(f"{where}: a {type(self.url).__name__}, expected a string: a folder or URL")
+        if not isinstance(self.exclude, str | None):
+            raise UsageError(f"{where}: exclude={self.exclude!r} is a {type(self.exclude).__name__}, expected a string: a file")
         _check_ints(where, repeat=repeat, max_samples=max_samples)
         if weight is not None and not 0 <= weight < float("inf"):
             raise UsageError(f"{where}: weight={weight}, expected a number of 0 or more")

@@ -13,6 +13,7 @@ from typing import Any
 
 from loaders.batches.collate import Batch
 from loaders.loader import Loader
+from loaders.proof.state import Change
 from loaders.tokens.rows import model_inputs
 from wds_tools.errors import UsageError
 
@@ -67,13 +68,13 @@ class EpochLoader:
         """The state of all ranks, the same on each: all must call it."""
         return {"loader": self.loader.gather_state(), "done": self._done}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state, of any number of ranks. Raises UsageError as Loader.load_state_dict does."""
+    def load_state_dict(self, state: Mapping[str, Any], change: Change = None) -> None:
+        """Go on from a state, of any number of ranks. Args and raises UsageError as Loader.load_state_dict."""
         done = state.get("done") if isinstance(state, Mapping) else None
         if type(done) is not int or "loader" not in state:
             raise UsageError(
                 f"not the state of an EpochLoader, which has `loader` and `done`: {str(state)[:80]}; a loader's is for "
                 "epoch_loader.loader"
             )
-        self.loader.load_state_dict(state["loader"])
+        self.loader.load_state_dict(state["loader"], change)
         self._done = done % (self._num_steps or 1)

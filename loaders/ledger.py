@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import secrets
 from collections import Counter, deque
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from loaders.config import LoaderConfig
+from loaders.order.mask import EXCLUDED, Held
 from loaders.order.samples import SampleOrder
 from loaders.proof.receipt import MODULUS, Span, receipt_to_json
 from loaders.workers.steps import StepResult
@@ -28,6 +30,7 @@ class Ledger:
     def __init__(self, max_bad: int) -> None:
         self._max_bad = max_bad
         self._num_batches = self._num_handed_over = 0
+        self._num_excluded = 0
         self.num_dropped = 0
         """Samples that last_batch="drop" left out."""
         self.waits: deque[float] = deque(maxlen=_WAITS_KEPT)
@@ -55,7 +58,8 @@ class Ledger:
             DataError: more than max_bad samples could not be read.
         """
         epoch, low, high, batch_size = span
-        self._bad.update(bad.reason for bad in result.substitutions)
+        self._bad.update(bad.reason for bad in result.substitutions if bad.reason != EXCLUDED)
+        self._num_excluded += sum(bad.reason == EXCLUDED for bad in result.substitutions)
         if self._bad.total() > self._max_bad:
             raise DataError(
                 f"{self._bad.total()} unreadable samples, max_bad={self._max_bad}: {dict(self._bad)}; run `wds-tools verify`"
@@ -72,10 +76,18 @@ class Ledger:
         self._num_batches += 1
         self._counts[result.worker] = result.counts
 
-    def receipt(self, order: SampleOrder, world: World, config: LoaderConfig) -> dict[str, Any]:
+    def receipt(self, order: SampleOrder, masks: Sequence[Held], world: World, config: LoaderConfig) -> dict[str, Any]:
         """See Loader.receipt."""
         return receipt_to_json(
-            order, world, config.last_batch, self._spans, self._num_samples, self._hash_total, self._substitutions, self._run
+            order,
+            masks,
+            world,
+            config.last_batch,
+            self._spans,
+            self._num_samples,
+            self._hash_total,
+            self._substitutions,
+            self._run,
         )
 
     def stats(self) -> dict[str, float]:
@@ -88,6 +100,7 @@ class Ledger:
             "batches": self._num_batches,
             "samples": self._num_handed_over,
             "dropped": self.num_dropped,
+            "excluded": self._num_excluded,
             "bad": self._bad.total(),
             **{f"bad_{reason}": count for reason, count in sorted(self._bad.items())},
             "wait_p50_s": float(np.percentile(waits, 50)),

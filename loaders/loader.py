@@ -15,15 +15,17 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from loaders.batches.collate import Batch
 from loaders.config import LoaderConfig
 from loaders.ledger import Ledger
+from loaders.order.mask import Held, held_masks
 from loaders.order.partition import BatchPartition
 from loaders.order.samples import SampleOrder, open_source, order_spec
-from loaders.proof.state import parse_state, state_to_json
+from loaders.proof.state import Change, Start, next_starts, read_state, resumed, state_to_json
 from loaders.reading.planner import shared_lanes
 from loaders.tokens.lanes import ENDLESS, LaneBook, LaneState, check_packing, lanes_to_json, merge_states, parse_lanes
 from loaders.tokens.rows import RowMaker
@@ -73,6 +75,9 @@ class Loader:
         self._order = SampleOrder(self._sources, order_spec(self._sources, config))
         self._maker = RowMaker(config.sequences, config.seed, self._sources) if config.sequences else None
         self._book = LaneBook(self._order.spec.lanes, world.rank)
+        self._step = 0
+        self._starts: tuple[Start, ...] = ((0, 0, config.batch_size),)
+        self._masks = held_masks((), [opened.mask for opened in self._sources], 0)
         if config.last_batch == "drop" and not config.packing and self._order.length < config.batch_size:
             raise UsageError(
                 f"an epoch of {self._order.length} samples is less than a batch of {config.batch_size}, and last_batch='drop' "
@@ -115,8 +120,8 @@ class Loader:
 
     @property
     def num_samples(self) -> int:
-        """Samples of an epoch over all ranks."""
-        return self._order.length
+        """Samples of the current epoch over all ranks."""
+        return self._order.epochs.length(self.epoch)
 
     def __iter__(self) -> Iterator[Batch]:
         self.world.check()
@@ -156,7 +161,8 @@ class Loader:
 
         Of rows packed on the fly it has this rank's lanes: see `merge_states` and `gather_state`.
         """
-        state = state_to_json(self._order, self.epoch, self.position)
+        position = self.position if self.config.packing else self._order.epochs.start(self.epoch) + self.position
+        state = state_to_json(self._order, self._masks, position, self._step, self._starts)
         if self._maker is not None and self.config.packing:
             state["packing"] = {"spec": self._maker.spec, "lanes": lanes_to_json(self._book.lanes)}
         return state
@@ -171,20 +177,33 @@ class Loader:
             return state
         return merge_states([json.loads(data) for data in _all_gather(json.dumps(state).encode())])
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], change: Change = None) -> None:
         """Go on from a state, of any number of ranks, workers, or batch size. Takes constant time.
+
+        Args:
+            state: of any rank; with rows packed on the fly, merged.
+            change: "future": weights, schedule, stop_at and sources of the config that differ from the run's hold from here on,
+                and so do new shards of a dataset that grew (docs/order.md). None: what differs is refused.
 
         Raises:
             UsageError: the state is damaged, or of other data or another order; says what differs.
         """
-        spec, epoch, position = parse_state(state, self.config, self._order)
-        order = SampleOrder(self._sources, spec)
-        lanes = self._lanes(state, order)
+        saved = read_state(state)
+        held = [Held(*fields) for fields in saved.masks]
+        num_held = sum({each.source: each.num_ids for each in held}.values())
+        has_new_mask = sum(len(opened.mask.ids) for opened in self._sources) > num_held
+        lanes = self._lanes(state, saved.generations[-1].spec.lanes, is_whole=change is not None or has_new_mask)
+        deepest = max((lane.cursor for lane in lanes.values()), default=0) if self.config.packing else None
+        order = resumed(saved, self.config, self._sources, change, deepest)
+        masks = held_masks(held, [None if opened.removed else opened.mask for opened in order.sources], saved.position)
+        if has_new_mask:
+            lanes = {number: _without_excluded(order, number, lane) for number, lane in lanes.items()}
         self.close()
-        self._order = order
-        self._book = LaneBook(spec.lanes, self.world.rank, lanes)
+        self._order, self._masks = order, masks
+        self._book = LaneBook(order.spec.lanes, self.world.rank, lanes)
         self._pool = self._new_pool()
-        self.epoch, self.position = epoch, position
+        self._step, self._starts = saved.step, next_starts(saved, self.config.batch_size)
+        self.epoch, self.position = (0, saved.position) if self.config.packing else order.epochs.at(saved.position)
         self._end_epoch_if_done()
         self._ledger.begin_receipt()
         self._warn_of_cost(stacklevel=3)
@@ -197,7 +216,7 @@ class Loader:
         """
         if self.config.packing:
             raise UsageError("rows packed on the fly have no receipt: pack ahead (`wds-tools pack`), or train on padded rows")
-        return self._ledger.receipt(self._order, self.world, self.config)
+        return self._ledger.receipt(self._order, self._masks, self.world, self.config)
 
     def stats(self) -> dict[str, float]:
         """Numbers for a training log, of this rank, since it was made.
@@ -218,11 +237,11 @@ class Loader:
         return self.config.epochs is not None and self.epoch >= self.config.epochs
 
     def _steps(self) -> BatchPartition:
-        length = ENDLESS if self.config.packing else self._order.length
+        length = ENDLESS if self.config.packing else self._order.epochs.length(self.epoch)
         return BatchPartition(length, self.position, self.config.batch_size, self.config.last_batch, self.world.world_size)
 
-    def _lanes(self, state: Mapping[str, Any], order: SampleOrder) -> dict[int, LaneState]:
-        """Where lanes stand by a state; none without packing.
+    def _lanes(self, state: Mapping[str, Any], num_lanes: int, *, is_whole: bool) -> dict[int, LaneState]:
+        """Where lanes stand by a state, which is to know all of them if `is_whole`; none without packing.
 
         Raises:
             UsageError: one of the run and the state packs and the other does not, or otherwise.
@@ -233,7 +252,7 @@ class Loader:
         if self._maker is None or packing is None:
             return {}
         check_packing(packing, self._maker.spec)
-        return parse_lanes(packing["lanes"], order.spec.lanes, state["position"])
+        return parse_lanes(packing["lanes"], num_lanes, state["position"], is_whole=is_whole)
 
     @contextmanager
     def _noted(self) -> Iterator[None]:
@@ -248,7 +267,7 @@ class Loader:
 
     def _batch(self, result: StepResult) -> Batch:
         lists = result.columns.lists
-        names = [opened.name for opened in self._sources]
+        names = [opened.name for opened in self._order.sources]
         sources = lists.get("__source__") or list(map(names.__getitem__, result.sources))
         batch: Batch = {"__key__": lists["__key__"], "__source__": sources, **lists}
         if result.columns.tokens is not None:
@@ -262,6 +281,7 @@ class Loader:
         self._ledger.record(result, (self.epoch, steps.start + step * steps.batch_size, high, steps.batch_size))
         self._book.lanes.update(result.lanes)
         self.position = high
+        self._step += 1
         self._end_epoch_if_done()
 
     def _end_epoch_if_done(self) -> None:
@@ -270,6 +290,14 @@ class Loader:
         if not len(steps) and not self._is_over:
             self._ledger.num_dropped += steps.dropped
             self.epoch, self.position = self.epoch + 1, 0
+
+
+def _without_excluded(order: SampleOrder, number: int, lane: LaneState) -> LaneState:
+    """A lane in whose window samples that are excluded now begin again, as those that stand in for them."""
+    cursors = np.array([cursor for cursor, _ in lane.waiting], np.int64)
+    excluded = order.is_excluded(order.locate(0, cursors * order.spec.lanes + number)) if len(cursors) else cursors
+    waiting = zip(lane.waiting, excluded.tolist(), strict=True)
+    return lane._replace(waiting=tuple((cursor, 0 if begins else used) for (cursor, used), begins in waiting))
 
 
 def _all_gather(data: bytes) -> list[bytes]:

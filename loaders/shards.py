@@ -20,7 +20,7 @@ from loaders.batches.decode import Decoder
 from loaders.config import LastBatch, LoaderConfig, Source
 from loaders.order.partition import BatchPartition
 from loaders.order.samples import SampleOrder, open_source, order_spec
-from loaders.proof.state import parse_state, state_to_json
+from loaders.proof.state import Start, next_starts, read_state, resumed, state_to_json
 from loaders.reading.planner import PositionRange
 from loaders.reading.reader import ReadAhead, open_reader
 from loaders.workers.handover import tell_of_failures
@@ -105,7 +105,8 @@ class ShardDataset(wds.DataPipeline, wds.compat.FluidInterface):  # type: ignore
     def state_dict(self) -> dict[str, Any]:
         """Where this process stands: small JSON, the same on every rank that has handed out as many samples."""
         source = self._source
-        return state_to_json(source.order, source.epoch, min(source.position, source.order.length))
+        position = source.order.epochs.start(source.epoch) + min(source.position, source.order.length)
+        return {**state_to_json(source.order, (), position, position, source.starts), "epoch": source.epoch}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state with the next iteration: behind the last sample of an epoch, with the next epoch.
@@ -128,6 +129,8 @@ class _Samples:
         """Calls of set_epoch, and the epoch of the last: workers that stay hear of it here."""
         self._heard = 0
         self.epoch = epoch
+        self.starts: tuple[Start, ...] = ((0, 0, 1),)
+        """See State.starts: a step is a sample."""
         self.start = 0
         """Position at which the next iteration begins."""
         self.position = 0
@@ -143,10 +146,13 @@ class _Samples:
             self._heard, self.epoch, self.position, self.start = calls, epoch, 0, 0
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        spec, self.epoch, self.position = parse_state(state, self._config, self.order)
-        if self.position == spec.length and get_worker_info() is None:  # of a worker: others may not have done their part
-            self.epoch, self.position = self.epoch + 1, 0
-        self.order, self.start = SampleOrder(self.order.sources, spec), self.position
+        saved = read_state(state)
+        self.order = resumed(saved, self._config, self.order.sources)
+        self.starts = next_starts(saved, 1)
+        self.epoch, self.position = self.order.epochs.at(saved.position)
+        if saved.epoch == self.epoch - 1 and not self.position and get_worker_info():  # others may not have done their part
+            self.epoch, self.position = saved.epoch, self.order.epochs.length(saved.epoch)
+        self.start = self.position
 
     def __call__(self) -> Iterator[Sample]:
         self._world.check()

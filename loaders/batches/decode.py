@@ -7,15 +7,17 @@ takes a different number of steps.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 import orjson
 
 from loaders.batches.collate import Data, check_crc
-from loaders.order.samples import Located
+from loaders.order.mask import EXCLUDED, Mask
+from loaders.order.samples import Located, SampleOrder
 from loaders.reading.source import LoadedSamples, bytes_of
 from wds_tools.errors import DataError, FormatError, Reject
 
@@ -23,22 +25,25 @@ _MOST_TRIED = 64
 _T = TypeVar("_T")
 Parse = Callable[[Sequence[LoadedSamples], Sequence[int], Data], _T]
 """Makes something of samples, as collate.read_columns does."""
+_EXCLUDED = Reject(EXCLUDED, "the sample is no longer to be handed over")
 _READING_ERRORS = (DataError, KeyError, IndexError, ValueError, TypeError)
 
 
 class Substitution(NamedTuple):
-    """A position whose sample could not be read."""
+    """A position whose sample could not be read, or is excluded."""
 
     source: int
     """Number of the source."""
     shard: int
     """Number of the shard in its source."""
     sample_index: int
-    """Number of the unreadable sample in its shard."""
+    """Number of that sample in its shard."""
+    substitute_shard: int
+    """Number of the shard of the sample in its stead: the same, but where that has none left that is not excluded."""
     substitute_index: int
     """Number of the sample in its stead."""
     reason: str
-    """crc32, json, format, or why a sample makes no token row."""
+    """excluded, crc32, json, format, or why a sample makes no token row."""
 
 
 class Decoder:
@@ -47,11 +52,13 @@ class Decoder:
     Args:
         check_crc: compare every sample's bytes with the index.
         substitute: replace a sample that can't be read; else it is a FormatError.
+        order: whose excluded samples are replaced in any case.
     """
 
-    def __init__(self, *, check_crc: bool, substitute: bool) -> None:
+    def __init__(self, *, check_crc: bool, substitute: bool, order: SampleOrder | None = None) -> None:
         self._check_crc = check_crc
         self._substitute = substitute
+        self._order = order
 
     def decode(self, located: Located, loaded: list[LoadedSamples], parse: Parse[_T]) -> tuple[_T, list[Substitution], Located]:
         """Parse samples, all at once; if that fails, one by one.
@@ -69,12 +76,17 @@ class Decoder:
         """
         sample_indices = located.sample_index.tolist()
         with _paused_gc():
+            excluded = np.flatnonzero(self._order.is_excluded(located)).tolist() if self._order else []
+            replaced = self._replace(excluded, located, loaded, sample_indices, parse)
             try:
-                return self._parsed(loaded, sample_indices, parse), [], located
+                parsed = self._parsed(loaded, sample_indices, parse)
             except _READING_ERRORS:
-                substitutions = self._replace_bad(located, loaded, sample_indices, parse)
-                good = Located(*(column[located.sample_index == np.array(sample_indices)] for column in located))
-                return self._parsed(loaded, sample_indices, parse), substitutions, good
+                replaced |= self._replace(range(len(loaded)), located, loaded, sample_indices, parse)
+                parsed = self._parsed(loaded, sample_indices, parse)
+            is_good = np.ones(len(loaded), bool)
+            is_good[list(replaced)] = False
+            good = located if not replaced else Located(*(column[is_good] for column in located))
+            return parsed, [replaced[number] for number in sorted(replaced)], good
 
     def _parsed(self, loaded: Sequence[LoadedSamples], sample_indices: Sequence[int], parse: Parse[_T]) -> _T:
         data = bytes_of(loaded, sample_indices)
@@ -82,40 +94,54 @@ class Decoder:
             check_crc(loaded, sample_indices, data)
         return parse(loaded, sample_indices, data)
 
-    def _replace_bad(
-        self, located: Located, loaded: list[LoadedSamples], sample_indices: list[int], parse: Parse[object]
-    ) -> list[Substitution]:
-        """Put another sample of its shard in place of each that can't be read; stop at the first unless that was asked for."""
-        substitutions = []
-        for number, (samples, sample_index) in enumerate(zip(loaded, sample_indices, strict=True)):
-            error = self._problem(samples, sample_index, parse)
+    def _replace(
+        self,
+        numbers: Iterable[int],
+        located: Located,
+        loaded: list[LoadedSamples],
+        sample_indices: list[int],
+        parse: Parse[object],
+    ) -> dict[int, Substitution]:
+        """Put another sample in place of each that is excluded or can't be read; stop at the first unless that was asked for."""
+        substitutions: dict[int, Substitution] = {}
+        for number in numbers:
+            samples, sample_index, source = loaded[number], sample_indices[number], int(located.source[number])
+            mask = self._order.sources[source].mask if self._order else Mask()
+            is_excluded = bool(mask.holds(np.array([samples.shard]), np.array([sample_index]))[0])
+            error = _EXCLUDED if is_excluded else self._problem(samples, sample_index, parse)
             if error is None:
                 continue
-            for candidate, index in self._candidates(samples, sample_index, error):
-                if self._problem(candidate, index, parse) is None:
+            for candidate, index in self._candidates(samples, sample_index, error, mask):
+                if (problem := self._problem(candidate, index, parse)) is None:
                     break
             else:
+                if is_excluded and not self._substitute:  # then what comes next has to be readable
+                    samples, sample_index, error = candidate, index, problem or error
                 num_tried = min(samples.reader.opened.manifest.shards[samples.shard].samples - 1, _MOST_TRIED)
                 advice = f"; nor can any of the next {num_tried} of its shard be read"
                 if not self._substitute:
                     advice = ". on_error='substitute' goes on without it"
                 raise FormatError(f"{samples.where(sample_index)}: {error}{advice}") from error
             loaded[number], sample_indices[number] = candidate, index
-            if index != sample_index:
-                source = int(located.source[number])
-                substitutions.append(Substitution(source, samples.shard, sample_index, index, _reason(error)))
+            if (candidate.shard, index) != (samples.shard, sample_index):
+                bad = Substitution(source, samples.shard, sample_index, candidate.shard, index, _reason(error))
+                substitutions[number] = bad
         return substitutions
 
-    def _candidates(self, samples: LoadedSamples, sample_index: int, error: Exception) -> Iterator[tuple[LoadedSamples, int]]:
+    def _candidates(
+        self, samples: LoadedSamples, sample_index: int, error: Exception, mask: Mask
+    ) -> Iterator[tuple[LoadedSamples, int]]:
         """What may stand in for a sample: what the storage has now, if a cache may have kept it damaged, and the next samples."""
         reader, shard = samples.reader, samples.shard
         if reader.is_cached and not isinstance(error, Reject):
             for again in False, True:  # another sample of its region may have had it fetched
                 yield reader.load(shard, sample_index, sample_index + 1, again=again), sample_index
         num_samples = reader.opened.manifest.shards[shard].samples
-        for step in range(1, min(num_samples, _MOST_TRIED + 1) if self._substitute else 0):
-            index = (sample_index + step) % num_samples
-            yield samples if samples.first <= index < samples.last else reader.load(shard, index, index + 1), index
+        following = ((shard, (sample_index + step) % num_samples) for step in range(1, num_samples))
+        most = _MOST_TRIED if self._substitute else int(error is _EXCLUDED)
+        for number, index in islice(mask.after(shard, sample_index) if mask.ids else following, most):
+            is_loaded = number == shard and samples.first <= index < samples.last
+            yield samples if is_loaded else reader.load(number, index, index + 1), index
 
     def _problem(self, samples: LoadedSamples, sample_index: int, parse: Parse[object]) -> Exception | None:
         try:

@@ -244,6 +244,8 @@ def _warnings(order: SampleOrder, config: LoaderConfig, world_size: int, cost: P
     batch_size = config.batch_size
     if shared:
         yield shared
+    if excluded := sum(len(opened.mask.rows(len(opened.mask.ids))) for opened in order.sources):
+        yield f"{excluded:,} samples are excluded: each is fetched all the same, and the one in its stead unless it is in memory"
     if batch_size % world_size:
         yield f"{world_size} ranks do not divide batch_size={batch_size}: some get a sample more in every step than others"
     if cost.evicted:

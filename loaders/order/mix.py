@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from loaders.order.generations import Epochs
 from loaders.order.plan import Ints
 from wds_tools.errors import UsageError
 
@@ -144,11 +145,29 @@ class Mixture:
         if any(len(weights) != len(num_samples) for _, weights in schedule):
             raise UsageError(f"{len(num_samples)} sources, but a schedule with {sorted({len(w) for _, w in schedule})} weights")
         self._num_samples = np.array(num_samples, np.int64)
+        self._grown: dict[int, Epochs] = {}
         self._lanes = lanes
         self._starts = np.array(starts, np.int64)
         self._weights = [Weights(weights) for _, weights in schedule]
         self.error = max(weights.error for weights in self._weights)
         """Of all weights; see Weights."""
+
+    def grow(self, source: int, position: int, num_samples: int) -> int:
+        """A source has other samples from its first epoch on of which nothing is drawn before a position of the stream.
+
+        Args:
+            source: number of the source.
+            position: from 0, through all epochs.
+            num_samples: samples of each such epoch.
+
+        Returns:
+            The first of these epochs.
+        """
+        lane = np.arange(min(self._lanes, position))
+        num_drawn = self._drawn(source, lane, -((lane - position) // self._lanes))
+        drawn_until = int(np.where(num_drawn > 0, (num_drawn - 1) * self._lanes + lane + 1, 0).max(initial=0))
+        epochs = self._grown.setdefault(source, Epochs(int(self._num_samples[source])))
+        return epochs.change(drawn_until, num_samples)
 
     def locate(self, positions: Ints) -> Draws:
         """What stands at these positions.
@@ -164,7 +183,11 @@ class Mixture:
             source, draw = np.zeros_like(positions), cursor
         else:
             source, draw = self._draw(positions, lane, cursor)
-        epoch, position = np.divmod(draw * self._lanes + lane, self._num_samples[source])
+        index = draw * self._lanes + lane
+        epoch, position = np.divmod(index, self._num_samples[source])
+        for number, epochs in self._grown.items():
+            held = source == number
+            epoch[held], position[held] = epochs.locate(index[held])
         return Draws(source, epoch, position)
 
     def exhausted_at(self, source: int, times: int = 1) -> int:

@@ -19,6 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loaders.config import LoaderConfig, Source
+from loaders.order.generations import Generation, Origin, epochs_of, first_generation, schedule_of
+from loaders.order.mask import Mask, read_mask
 from loaders.order.mix import Mixture
 from loaders.order.plan import Ints, SourcePlan, default_order
 from loaders.order.spec import OrderSpec, SourceSpec
@@ -43,6 +45,22 @@ class OpenSource:
     source: Source
     store: Store
     manifest: Manifest
+    removed: Origin | None = None
+    """Of a source that the run went on without: what it was. Its manifest is empty."""
+
+    @cached_property
+    def origin(self) -> Origin:
+        """What states and receipts say of it."""
+        manifest, url = self.manifest, self.store.url
+        num_shards = len(manifest.shards)
+        return self.removed or Origin(
+            url=url, fingerprint=manifest.fingerprint(), num_samples=manifest.samples, num_shards=num_shards
+        )
+
+    def first(self, num_shards: int) -> OpenSource:
+        """It with the first of its shards only, as it was before it grew."""
+        shards = self.manifest.shards
+        return self if num_shards >= len(shards) else replace(self, manifest=replace(self.manifest, shards=shards[:num_shards]))
 
     @property
     def name(self) -> str:
@@ -68,6 +86,12 @@ class OpenSource:
     def group_samples(self) -> int:
         """See Manifest."""
         return self.manifest.group_samples
+
+    @cached_property
+    def mask(self) -> Mask:
+        """Its samples that are not handed over. Read in the main process, from which reading processes have it."""
+        source, names = self.source, {self.name, self.source.url, self.store.url}
+        return read_mask(source.exclude, self.store, self.manifest, names) if source.exclude else Mask()
 
     @property
     def has_schema(self) -> bool:
@@ -117,13 +141,19 @@ def open_source(source: Source) -> OpenSource:
     return OpenSource(source, store, parse_manifest(data, f"{store.url}/{MANIFEST}"))
 
 
-def order_spec(sources: Sequence[OpenSource], config: LoaderConfig, saved: OrderSpec | None = None) -> OrderSpec:
+def order_spec(
+    sources: Sequence[OpenSource],
+    config: LoaderConfig,
+    saved: OrderSpec | None = None,
+    counted: tuple[int, int, int] | None = None,
+) -> OrderSpec:
     """What the order of a config depends on.
 
     Args:
         sources: the opened sources of the config.
         config: weights, schedule, stop_at, seed, shuffle, and the batch size of a run that begins.
         saved: spec of a run that goes on, whose first batch size, lanes, chunks and shuffle blocks are kept.
+        counted: (position, step, samples of a step) from which steps of the schedule count; see Generation.
 
     Returns:
         The spec, whose length is the number of samples of an epoch.
@@ -139,16 +169,19 @@ def order_spec(sources: Sequence[OpenSource], config: LoaderConfig, saved: Order
     counts = [min(opened.max_samples or opened.manifest.samples, opened.manifest.samples) for opened in sources]
     length = sum(count * opened.source.repeat for count, opened in zip(counts, sources, strict=True))
     weights = tuple(float(source.weight) for source in config.sources if source.weight is not None)
-    changes = [(step * spec.batch_size, tuple(map(float, changed))) for step, changed in config.schedule]
-    schedule = ((0, weights), *changes) if weights else ()
+    steps = [(at, tuple(map(float, changed))) for at, changed in config.schedule]
+    position, begun, step_samples = counted or (0, 0, spec.batch_size)
+    held = [changed for at, changed in steps if at <= begun]
+    changes = [(position + (at - begun) * step_samples, changed) for at, changed in steps if at > begun]
+    schedule = ((0, held[-1] if held else weights), *changes) if weights else ()
     if isinstance(config.stop_at, int):
         length = config.stop_at
     elif schedule:
-        mixture = Mixture(counts, spec.lanes, schedule)
+        mixture = Mixture(counts, spec.lanes, ((0, weights), *((at * spec.batch_size, changed) for at, changed in steps)))
         ends = [
             mixture.exhausted_at(number, opened.source.repeat)
             for number, opened in enumerate(sources)
-            if any(held[number] for _, held in schedule)
+            if any(drawn[number] for _, drawn in schedule)
         ]
         length = min(ends) if config.stop_at == "first_exhausted" else max(ends)
     specs = tuple(
@@ -178,32 +211,48 @@ class SampleOrder:
 
     Args:
         sources: the opened sources.
-        spec: what the order depends on beside them.
+        spec: what the order depends on beside them, from the last change on.
+        generations: all of a run that changed, up to that of `spec`.
 
     Raises:
         UsageError: the spec does not fit the sources.
     """
 
-    def __init__(self, sources: Sequence[OpenSource], spec: OrderSpec) -> None:
+    def __init__(self, sources: Sequence[OpenSource], spec: OrderSpec, generations: Sequence[Generation] = ()) -> None:
         if len(sources) != len(spec.sources):
             raise UsageError(f"{len(sources)} sources, but an order of {len(spec.sources)}")
         self.sources = tuple(sources)
-        self.fingerprints = tuple(opened.manifest.fingerprint() for opened in sources)
         self.spec = spec
+        self.generations = tuple(generations) or (first_generation(spec, [opened.origin for opened in sources]),)
+        self.epochs = epochs_of(self.generations)
+        schedule = schedule_of(self.generations)
         numbers = range(len(sources))
-        if spec.schedule:
-            is_drawn = [any(weights[number] for _, weights in spec.schedule) for number in numbers]
-            self._groups = [self._group([number]) if drawn else None for number, drawn in enumerate(is_drawn)]
-        else:
-            self._groups = [self._group(numbers)]
-        sizes = [group.plan.num_samples if group else 0 for group in self._groups]
-        self._mixture = Mixture(sizes, spec.lanes, spec.schedule or ((0, (1.0,)),))
-        if not spec.schedule and spec.length != sizes[0]:
-            raise UsageError(f"an epoch of {spec.length} samples, but the sources have {sizes[0]}")
+        first_seen = (next(each for each in self.generations if number < len(each.sources)) for number in numbers)
+        self.fingerprints = tuple(each.sources[number].fingerprint for number, each in enumerate(first_seen))
+        """Of each source, as it was when the run first had it."""
+        is_drawn = [any(weights[number] for _, weights in schedule) for number in numbers]
+        stages = (
+            [self._stages([number]) if is_drawn[number] else [] for number in numbers] if schedule else [self._stages(numbers)]
+        )
+        sizes = [stage[0][1].plan.num_samples if stage else 0 for stage in stages]
+        self._mixture = Mixture(sizes, spec.lanes, schedule or ((0, (1.0,)),))
+        self._groups: list[list[tuple[int, _Group]]] = []
+        """Of each plan: (epoch from which it holds, its shards)."""
+        for number, stage in enumerate(stages):
+            groups = [(0, group) for _, group in stage[:1]]
+            for position, group in stage[1:]:
+                first = self._mixture.grow(number, position, group.plan.num_samples)
+                groups = [*(earlier for earlier in groups if earlier[0] < first), (first, group)]
+            self._groups.append(groups)
+        for first, group in [] if schedule else self._groups[0]:
+            if self.epochs.length(first) != group.plan.num_samples:
+                raise UsageError(
+                    f"an epoch of {self.epochs.length(first)} samples, but the sources have {group.plan.num_samples}"
+                )
 
     @property
     def length(self) -> int:
-        """Samples of an epoch."""
+        """Samples of an epoch that begins after the last change."""
         return self.spec.length
 
     @property
@@ -226,7 +275,7 @@ class SampleOrder:
         Returns:
             Arrays (K,).
         """
-        draws = self._mixture.locate(epoch * self.length + positions)
+        draws = self._mixture.locate(self.epochs.start(epoch) + positions)
         plan_epochs = draws.source + len(self._groups) * draws.epoch
         distinct = np.unique(plan_epochs)
         if len(distinct) == 1:
@@ -240,19 +289,45 @@ class SampleOrder:
 
     def source_epochs(self, epoch: int, positions: Ints) -> Ints:
         """Which epoch of its source each of these positions is in; see `locate`."""
-        return self._mixture.locate(epoch * self.length + positions).epoch
+        return self._mixture.locate(self.epochs.start(epoch) + positions).epoch
+
+    def is_excluded(self, located: Located) -> NDArray[np.bool_]:
+        """Whether each of these samples is no longer handed over."""
+        excluded = np.zeros(len(located.source), bool)
+        for number, opened in enumerate(self.sources):
+            if opened.mask.ids:
+                excluded |= (located.source == number) & opened.mask.holds(located.shard, located.sample_index)
+        return excluded
+
+    def sources_in(self, number: int, epoch: int) -> Sequence[OpenSource]:
+        """A source as it is in an epoch of its own; without weights, all sources in an epoch of the order."""
+        return self._group_of(number, epoch).sources
 
     def _locate(self, plan_epoch: int, positions: Ints) -> Located:
         epoch, number = divmod(plan_epoch, len(self._groups))
-        group = self._groups[number]
-        assert group is not None
+        group = self._group_of(number, epoch)
         shard, sample_index, block, *rest = group.plan.locate(epoch, positions)
         key = block + (plan_epoch % (1 << _PLAN_EPOCH_BITS) << _BLOCK_BITS)
         return Located(group.source[shard], group.shard[shard], sample_index, key, *rest)
 
-    def _group(self, members: Sequence[int]) -> _Group:
+    def _group_of(self, number: int, epoch: int) -> _Group:
+        return next(group for first, group in reversed(self._groups[number]) if first <= epoch)
+
+    def _stages(self, members: Sequence[int]) -> list[tuple[int, _Group]]:
+        """(position of the stream, what is planned together from then on), each time that these sources have other shards."""
+        stages: list[tuple[int, _Group]] = []
+        before: list[int] = []
+        for generation in self.generations:
+            num_shards = [origin.num_shards for origin in generation.sources[members[0] : members[-1] + 1]]
+            if num_shards and num_shards != before:
+                opened = [self.sources[number].first(count) for number, count in zip(members, num_shards, strict=True)]
+                stages.append((generation.position, self._group(members, opened)))
+                before = num_shards
+        return stages
+
+    def _group(self, members: Sequence[int], opened: Sequence[OpenSource]) -> _Group:
         """These sources under one plan. With weights, it has each sample once; without, as often as an epoch does."""
-        specs, opened = [self.spec.sources[number] for number in members], [self.sources[number] for number in members]
+        specs = [self.spec.sources[number] for number in members]
         repeats = [1 if self.spec.schedule else spec.repeat for spec in specs]
         urls = ", ".join(each.store.url for each in opened)
         num_shards = sum(max(len(each.manifest.shards), 1) * repeat for each, repeat in zip(opened, repeats, strict=True))
@@ -265,26 +340,29 @@ class SampleOrder:
                 "give every source a weight"
             )
         is_single = len(members) == 1  # repeated by its plan, after the choice of max_samples; of several, shards are repeated
-        numbers = list(members) if is_single else np.repeat(members, repeats).tolist()
-        counts = [len(self.sources[number].manifest.shards) for number in numbers]
+        places = [0] if is_single else np.repeat(range(len(members)), repeats).tolist()
+        counts = [len(opened[place].manifest.shards) for place in places]
         try:
             plan = SourcePlan(
-                np.concatenate([self.sources[number].samples for number in numbers]),
-                np.concatenate([self.sources[number].sizes for number in numbers]),
-                np.repeat([self.sources[number].group_samples for number in numbers], counts),
+                np.concatenate([opened[place].samples for place in places]),
+                np.concatenate([opened[place].sizes for place in places]),
+                np.repeat([opened[place].group_samples for place in places], counts),
                 self.spec,
                 limits[0] if limits else None,
                 repeat=repeats[0] if is_single else 1,
             )
         except UsageError as error:
             raise UsageError(f"{urls}: {error}") from error
-        return _Group(plan, np.repeat(numbers, counts), np.concatenate([np.arange(count) for count in counts]))
+        numbers = np.array(members)[places]
+        return _Group(plan, opened, np.repeat(numbers, counts), np.concatenate([np.arange(count) for count in counts]))
 
 
 class _Group(NamedTuple):
     """Sources that share a plan."""
 
     plan: SourcePlan
+    sources: Sequence[OpenSource]
+    """As they are in its epochs."""
     source: NDArray[np.int64]
     """(S,) source of each of the plan's shards."""
     shard: NDArray[np.int64]

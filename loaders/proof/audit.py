@@ -12,16 +12,18 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 
 import numpy as np
 
 from loaders.config import Source
+from loaders.order.generations import Generation, Origin
+from loaders.order.mask import Held
+from loaders.order.plan import Ints
 from loaders.order.samples import OpenSource, SampleOrder, open_source
 from loaders.proof.coverage import Coverage, EpochAudit, runs_of
 from loaders.proof.receipt import Receipt, Span, parse_receipt
-from loaders.proof.state import Origin
 from wds_tools.errors import FormatError, NotFound, UsageError
 from wds_tools.storage import join, open_store, split_url
 
@@ -40,6 +42,8 @@ class Audit:
     """Each epoch from the first to the last that receipts name."""
     problems: tuple[str, ...]
     """Receipts and epochs whose hashes do not add up."""
+    excluded: tuple[tuple[str, int, int], ...]
+    """(source, position from which they were excluded, number of samples) of each mask that was compared."""
     totals_compared: int
     """Number of complete epochs (of a mixture: of its sources) whose hashes were compared with the manifest's."""
 
@@ -85,9 +89,10 @@ def num_positions(receipts: Sequence[Receipt], *, complete: bool = False) -> int
             ends[epoch] = max(ends[epoch], high)
     if not ends:
         return 0
-    length, last = receipts[0].spec.length, max(ends)
+    epochs, last = _latest(receipts).epochs, max(ends)
     return sum(
-        ends[epoch] if epoch == last and not complete else max(ends.get(epoch, 0), length) for epoch in range(min(ends), last + 1)
+        ends[epoch] if epoch == last and not complete else max(ends.get(epoch, 0), epochs.length(epoch))
+        for epoch in range(min(ends), last + 1)
     )
 
 
@@ -95,6 +100,7 @@ def audit(
     receipts: Sequence[Receipt],
     moved: Sequence[str] = (),
     *,
+    exclude: str | None = None,
     complete: bool = False,
     quick: bool = False,
     show: int = 20,
@@ -105,6 +111,7 @@ def audit(
     Args:
         receipts: receipts of all ranks and restarts, in any order. One that a later one of its run contains does not count.
         moved: URLs of sources that are no longer at the URL of the receipts; recognised by their fingerprints.
+        exclude: file of keys that the run excluded (Source.exclude): no span from there on may have handed one over.
         complete: whether the last epoch has to be complete too.
         quick: compare positions only, no hashes.
         show: number of ranges to give of each kind.
@@ -120,11 +127,15 @@ def audit(
     """
     if not receipts:
         raise UsageError("no receipts to audit")
-    _check_alike(receipts)
-    order = _order_of(receipts[0], _open_sources(receipts[0], moved))
+    latest = _latest(receipts)
+    _check_alike(receipts, latest)
+    order = _order_of(latest, _open_sources(latest, moved))
     _check_substitutions(receipts, order)
     counted, superseded = _last_of_runs(receipts)
-    coverage = Coverage(order, counted, quick=quick, show=show, on_counted=on_counted)
+    if exclude and quick:
+        raise UsageError("quick compares positions only: what is excluded are samples")
+    excluded, unproved = _excluded(receipts, order, exclude) if exclude else ([], [])
+    coverage = Coverage(order, counted, quick=quick, show=show, excluded=excluded, on_counted=on_counted)
     named = {epoch for receipt in counted for epoch, *_ in receipt.spans}
     epochs = range(min(named), max(named) + 1) if named else range(0)
     audited = tuple(coverage.epoch(epoch, may_end_early=epoch == epochs[-1] and not complete) for epoch in epochs)
@@ -139,27 +150,66 @@ def audit(
         superseded=superseded,
         absent=tuple(_absent_ranks(counted)),
         epochs=audited,
-        problems=(*coverage.problems(), *broken),
+        problems=(*coverage.problems(), *broken, *unproved),
         totals_compared=len(totals),
+        excluded=tuple((order.sources[held.source].store.url, held.position, len(rows)) for held, rows in excluded),
     )
 
 
-def _check_alike(receipts: Sequence[Receipt]) -> None:
-    """Raise UsageError unless all are of one order over the same data."""
-    first = receipts[0]
-    expected = [origin.fingerprint for origin in first.sources]
-    for receipt in receipts[1:]:
-        fingerprints = [origin.fingerprint for origin in receipt.sources]
-        differing = [f"{name} is {value!r}, not {wanted!r}" for name, value, wanted in receipt.spec.differences(first.spec)]
-        differing += [
-            f"fingerprint of source {number} is {fingerprint!r}, not {wanted!r}"
-            for number, (fingerprint, wanted) in enumerate(zip_longest(fingerprints, expected))
-            if fingerprint != wanted
+def _excluded(receipts: Sequence[Receipt], order: SampleOrder, exclude: str) -> tuple[list[tuple[Held, Ints]], list[str]]:
+    """The masks of the receipts with the rows that they exclude, and sentences about keys that none of them has."""
+    held_masks = sorted({Held(*fields) for receipt in receipts for fields in receipt.masks})
+    if not held_masks or held_masks[-1].source >= len(order.sources):
+        raise UsageError(f"no receipt says that the run excluded {exclude}: it shows nothing about its samples")
+    origins, excluded, unproved = order.generations[-1].sources, [], []
+    for number in sorted({held.source for held in held_masks}):
+        opened = order.sources[number]
+        mask = replace(opened, source=replace(opened.source, exclude=exclude, url=origins[number].url)).mask
+        for held in (held for held in held_masks if held.source == number):
+            if mask.hash(held.num_ids) != held.hash:
+                raise UsageError(
+                    f"{exclude} is not what the run excluded: its first {held.num_ids:,} keys of {opened.name} differ"
+                )
+            excluded.append((held, mask.rows(held.num_ids)))
+        if rest := len(mask.rows(len(mask.ids))) - len(excluded[-1][1]):
+            unproved.append(f"{rest:,} samples of {opened.name} are in {exclude}, but no receipt says that they were excluded")
+    return excluded, unproved
+
+
+def _latest(receipts: Sequence[Receipt]) -> Receipt:
+    """The one that knows all generations of the run."""
+    return max(receipts, key=lambda receipt: len(receipt.generations))
+
+
+def _check_alike(receipts: Sequence[Receipt], latest: Receipt) -> None:
+    """Raise UsageError unless all are of one order over the same data, and each has spans of its own generations only."""
+    for receipt in receipts:
+        differing = [
+            what
+            for generation, wanted in zip(receipt.generations, latest.generations, strict=False)
+            for what in _differences(generation, wanted)
         ]
         if differing:
             raise UsageError(
-                f"{receipt.name} is of another run than {first.name}: {'; '.join(differing)}: audit each run by itself"
+                f"{receipt.name} is of another run than {latest.name}: {'; '.join(differing)}: audit each run by itself"
             )
+        change = [each.position for each in latest.generations[len(receipt.generations) :]][:1]
+        ends = [receipt.epochs.start(epoch) + min(high, receipt.epochs.length(epoch)) for epoch, _, high, _ in receipt.spans]
+        if change and max(ends, default=0) > change[0]:
+            raise UsageError(
+                f"{receipt.name} has positions up to {max(ends):,}, but the run went on from {change[0]:,} with another order: "
+                "audit the receipts that belong to the checkpoints it went on from"
+            )
+
+
+def _differences(generation: Generation, wanted: Generation) -> Iterator[str]:
+    if (generation.position, generation.step) != (wanted.position, wanted.step):
+        yield f"it changed at position {generation.position:,}, not {wanted.position:,}"
+    yield from (f"{name} is {value!r}, not {other!r}" for name, value, other in generation.spec.differences(wanted.spec))
+    for number, origins in enumerate(zip_longest(generation.sources, wanted.sources)):
+        fingerprint, other = (origin and origin.fingerprint for origin in origins)
+        if fingerprint != other:
+            yield f"fingerprint of source {number} is {fingerprint!r}, not {other!r}"
 
 
 def _open_sources(receipt: Receipt, moved: Sequence[str]) -> list[OpenSource]:
@@ -172,7 +222,12 @@ def _open_sources(receipt: Receipt, moved: Sequence[str]) -> list[OpenSource]:
             expected = ", ".join(f"{origin.url} {origin.fingerprint[:19]}" for origin in receipt.sources)
             raise UsageError(f"{opened.store.url} has {fingerprint[:19]}, which is not data of the receipts ({expected})")
         moved_sources[fingerprint] = opened
-    return [moved_sources.get(origin.fingerprint) or _open_unmoved(origin) for origin in receipt.sources]
+    opened_sources = [moved_sources.get(origin.fingerprint) or _open_unmoved(origin) for origin in receipt.sources]
+    for generation in receipt.generations:
+        for origin, opened in zip(generation.sources, opened_sources, strict=False):
+            if opened.first(origin.num_shards).origin.fingerprint != origin.fingerprint:
+                raise FormatError(f"{receipt.name}: the first {origin.num_shards} shards of {opened.store.url} are not its data")
+    return opened_sources
 
 
 def _open_unmoved(origin: Origin) -> OpenSource:
@@ -192,7 +247,7 @@ def _open_unmoved(origin: Origin) -> OpenSource:
 def _order_of(receipt: Receipt, sources: Sequence[OpenSource]) -> SampleOrder:
     """The order that a receipt is of."""
     try:
-        return SampleOrder(sources, receipt.spec)
+        return SampleOrder(sources, receipt.spec, receipt.generations)
     except UsageError as error:
         raise FormatError(f"{receipt.name}: the spec of its order does not fit its data ({error})") from error
 
@@ -202,12 +257,13 @@ def _check_substitutions(receipts: Sequence[Receipt], order: SampleOrder) -> Non
     shards = [opened.manifest.shards for opened in order.sources]
     for receipt in receipts:
         for bad in receipt.substitutions:
-            is_known = bad.source < len(shards) and bad.shard < len(shards[bad.source])
-            if not is_known or bad.sample_index >= shards[bad.source][bad.shard].samples:
-                raise FormatError(
-                    f"{receipt.name}: it names source {bad.source}, shard {bad.shard}, sample {bad.sample_index}, which its data "
-                    "does not have"
-                )
+            for shard, sample_index in (bad.shard, bad.sample_index), (bad.substitute_shard, bad.substitute_index):
+                is_known = bad.source < len(shards) and shard < len(shards[bad.source])
+                if not is_known or sample_index >= shards[bad.source][shard].samples:
+                    raise FormatError(
+                        f"{receipt.name}: it names source {bad.source}, shard {shard}, sample {sample_index}, which its data "
+                        "does not have"
+                    )
 
 
 def _last_of_runs(receipts: Sequence[Receipt]) -> tuple[list[Receipt], tuple[tuple[str, str], ...]]:

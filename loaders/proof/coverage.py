@@ -9,7 +9,7 @@ Cost: about 0.4 us a sample, a twentieth of it without hashes; memory is a windo
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -17,9 +17,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from loaders.order.mask import Held
 from loaders.order.plan import Ints
-from loaders.order.samples import SampleOrder
+from loaders.order.samples import OpenSource, SampleOrder
 from loaders.proof.receipt import MODULUS, Receipt, SampleHash, Span, Substitution, total_of
+from wds_tools.storage import join
 
 _WINDOW = 1 << 18
 _QUICK_WINDOW = 1 << 22
@@ -116,6 +118,7 @@ class Coverage:
         receipts: those that count.
         quick: compare positions only, no hashes.
         show: number of ranges of each kind to give.
+        excluded: masks, and the rows (see Mask.rows) that each excludes.
         on_counted: called with the number of further positions that were counted.
     """
 
@@ -126,8 +129,12 @@ class Coverage:
         *,
         quick: bool = False,
         show: int = 20,
+        excluded: Sequence[tuple[Held, Ints]] = (),
         on_counted: Callable[[int], None] = lambda _: None,
     ) -> None:
+        self._excluded = excluded
+        self._excluded_seen: dict[int, Counter[tuple[int, int, int, int]]] = defaultdict(Counter)
+        """Receipt -> (epoch, source, shard, sample index) of excluded samples at its positions, and how often."""
         self._order = order
         self._receipts = receipts
         self._quick = quick
@@ -148,7 +155,7 @@ class Coverage:
         Returns:
             Its counts, and the ranges that are missing or repeated.
         """
-        length = self._order.length
+        length = self._order.epochs.length(epoch)
         spans = [(number, span) for number, receipt in enumerate(self._receipts) for span in receipt.spans if span[0] == epoch]
         last = max((span[2] for _, span in spans), default=0)
         reached = min(last, length)
@@ -200,7 +207,25 @@ class Coverage:
                     f"{len(receipt.substitutions):,} substituted ones aside, to {expected:032x}: "
                     "other samples were handed over than it says, or it was edited"
                 )
+        for number, receipt in enumerate(self._receipts):
+            replaced = Counter((bad.epoch, bad.source, bad.shard, bad.sample_index) for bad in receipt.substitutions)
+            given = list((self._excluded_seen[number] - replaced).elements()) + list(self._excluded_stand_ins(receipt))
+            for epoch, source, shard, sample_index in given[: self._show]:
+                opened = self._order.sources[source]
+                name = join(opened.store.url, opened.manifest.shards[shard].name)
+                problems.append(f"{receipt.name}: epoch {epoch} handed over {name} sample {sample_index}, which is excluded")
+            if len(given) > self._show:
+                problems.append(f"{receipt.name}: {len(given) - self._show:,} more excluded samples were handed over")
         return problems
+
+    def _excluded_stand_ins(self, receipt: Receipt) -> Iterator[tuple[int, int, int, int]]:
+        """Excluded samples that stood in for others in epochs, or in a receipt, that begin no earlier than the mask."""
+        starts = [self._order.epochs.start(epoch) + low for epoch, low, _, _ in receipt.spans[:1]]
+        for bad in receipt.substitutions:
+            begin = max(self._order.epochs.start(bad.epoch), *starts, 0)
+            code = (bad.substitute_shard << 32) + bad.substitute_index
+            if any(held.source == bad.source and held.position <= begin and code in rows for held, rows in self._excluded):
+                yield bad.epoch, bad.source, bad.substitute_shard, bad.substitute_index
 
     def complete_epochs(self) -> list[tuple[str, int, int]]:
         """(name, total, total by the manifest) of the epochs counted that are complete. For mixtures, of their sources."""
@@ -208,7 +233,7 @@ class Coverage:
 
     def _is_dropped(self, epoch: int, reached: int) -> bool:
         """Whether a run with last_batch="drop" ended the epoch there: less than its batch is left, now or after a resume."""
-        left = self._order.length - reached
+        left = self._order.epochs.length(epoch) - reached
         return any(
             receipt.last_batch == "drop"
             and size > left
@@ -244,9 +269,17 @@ class Coverage:
             return
         located = self._order.locate(epoch, np.arange(begin, end))
         columns = located[:3]
+        is_excluded = np.zeros(end - begin, bool)
+        for held, rows in self._excluded:
+            is_later = self._order.epochs.start(epoch) + np.arange(begin, end) >= held.position
+            codes = (located.shard << 32) + located.sample_index
+            is_excluded |= is_later & (located.source == held.source) & np.isin(codes, rows)
         for ranges in handed:
             if len(ranges.low):
                 inside = ranges.positions() - begin
+                seen = inside[is_excluded[inside]]
+                samples = zip(*(column[seen].tolist() for column in columns), strict=True)
+                self._excluded_seen[ranges.receipt].update((epoch, *sample) for sample in samples)
                 self._totals[ranges.receipt] += total_of(self._hashes, *(column[inside] for column in columns))
         inside = np.flatnonzero(accounted)
         self._sources.add(epoch, begin + inside, *(column[inside] for column in columns))
@@ -262,8 +295,6 @@ class _SourceTotals:
         self._order = order
         self._hashes = hashes
         self._specs, self._is_mixture = order.spec.sources, bool(order.spec.schedule)
-        sizes = [spec.max_samples or opened.manifest.samples for spec, opened in zip(self._specs, order.sources, strict=True)]
-        self._sizes = sizes if self._is_mixture else [order.length]
         self._sums: dict[tuple[int, int], tuple[int, int]] = {}
         """(source, epoch): number of samples, sum of their hashes."""
 
@@ -284,20 +315,25 @@ class _SourceTotals:
 
     def complete(self) -> list[tuple[str, int, int]]:
         """(name, total, total by the manifest) of complete epochs of sources that are used in full."""
-        full = [(number, epoch) for (number, epoch), (count, _) in sorted(self._sums.items()) if count == self._sizes[number]]
-        if self._is_mixture:
-            names = [opened.name for opened in self._order.sources]
-            full = [(number, epoch) for number, epoch in full if not self._specs[number].max_samples]
-            totals = {number: self._total_of(number) for number in {number for number, _ in full}}
-        else:
-            names, full = ["the order"], [] if any(spec.max_samples for spec in self._specs) else full
-            totals = {0: sum(spec.repeat * self._total_of(number) for number, spec in enumerate(self._specs))} if full else {}
-        sums = {key: total for key, (_, total) in self._sums.items()}
-        return [(f"epoch {epoch} of {names[number]}", sums[number, epoch], totals[number] % MODULUS) for number, epoch in full]
+        complete = []
+        totals: dict[tuple[int, int], int] = {}
+        for (number, epoch), (count, total) in sorted(self._sums.items()):
+            sources = self._order.sources_in(number, epoch)
+            numbers = [number] if self._is_mixture else range(len(sources))
+            times = [1 if self._is_mixture else self._specs[each].repeat for each in numbers]
+            num_samples = sum(each * opened.manifest.samples for each, opened in zip(times, sources, strict=True))
+            if count == num_samples and not any(self._specs[each].max_samples for each in numbers):
+                keys = [(each, len(opened.manifest.shards)) for each, opened in zip(numbers, sources, strict=True)]
+                missing = [(key, opened) for key, opened in zip(keys, sources, strict=True) if key not in totals]
+                totals |= {key: self._total_of(key[0], opened) for key, opened in missing}
+                expected = sum(each * totals[key] for each, key in zip(times, keys, strict=True))
+                name = self._order.sources[number].name if self._is_mixture else "the order"
+                complete.append((f"epoch {epoch} of {name}", total, expected % MODULUS))
+        return complete
 
-    def _total_of(self, number: int) -> int:
+    def _total_of(self, number: int, opened: OpenSource) -> int:
         """The sum of the hashes of all samples of a source, by its manifest."""
-        before = np.cumsum([0, *(shard.samples for shard in self._order.sources[number].manifest.shards)])
+        before = np.cumsum([0, *opened.samples])
         total = 0
         for begin in range(0, int(before[-1]), _WINDOW):
             samples = np.arange(begin, min(begin + _WINDOW, int(before[-1])))

@@ -11,23 +11,27 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Annotated, Any
 
 import numpy as np
 
 from loaders.config import LastBatch
+from loaders.order.generations import Epochs, Generation, Origin, epochs_of, parse_generations
+from loaders.order.mask import Held, MaskFields
 from loaders.order.partition import BatchPartition
 from loaders.order.plan import Ints, mix64
 from loaders.order.samples import SampleOrder
 from loaders.order.spec import ORDER_VERSION, OrderSpec
-from loaders.proof.state import Origin, Versions, order_to_json
+from loaders.proof.state import Versions, order_to_json
 from loaders.world import World
 from wds_tools.errors import FormatError, UsageError
 from wds_tools.format.typed_json import Count, read_json, shape
 
 MODULUS = 1 << 128
-RECEIPT_VERSION = 3
-"""1: last_batch="short" dealt the last step out so that ranks could come away empty. 2: the order spec stood in two places."""
+RECEIPT_VERSION = 4
+"""1: last_batch="short" dealt the last step out so that ranks could come away empty. 2: the order spec stood in two places.
+3: a run could not change."""
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -38,7 +42,7 @@ Span = tuple[int, int, int, int]
 
 @dataclass(frozen=True, kw_only=True)
 class Substitution:
-    """A sample that could not be read, and the one that stood in for it."""
+    """A sample that could not be read or is excluded, and the one that stood in for it."""
 
     epoch: Count
     source: Count
@@ -48,9 +52,11 @@ class Substitution:
     sample_index: Count
     """Number of the sample in the shard."""
     reason: str
-    """crc32, json, format, or why a sample makes no token row."""
+    """excluded, crc32, json, format, or why a sample makes no token row."""
+    substitute_shard: Count = 0
+    """Number of the shard of its substitute: the same, but where that has none left that is not excluded."""
     substitute_index: Count = 0
-    """Number of its substitute in the same shard."""
+    """Number of its substitute in that shard."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,26 +68,44 @@ class Receipt:
     rank: Annotated[int, range(1 << 24)]
     world_size: Annotated[int, range(1 << 24)]
     last_batch: LastBatch
-    spec: OrderSpec
-    sources: tuple[Origin, ...]
     spans: tuple[tuple[_Epoch, Count, Count, Count], ...]
     """Positions that were handed over, in time order; see Span."""
     num_samples: Count
     hash_total: str
     """Sum of the hashes of the samples, substituted ones aside: 32 hexadecimal digits."""
     substitutions: tuple[Substitution, ...]
+    masks: tuple[MaskFields, ...] = ()
+    """What was excluded; see Held."""
+    generations: tuple[Generation, ...] = ()
+    """The order that positions count in."""
     name: str = ""
     """Where it was read, for messages."""
 
+    @property
+    def spec(self) -> OrderSpec:
+        """The order from the last change on."""
+        return self.generations[-1].spec
+
+    @property
+    def sources(self) -> tuple[Origin, ...]:
+        """All sources, as they were when it was written."""
+        return self.generations[-1].sources
+
+    @cached_property
+    def epochs(self) -> Epochs:
+        """The epochs that spans lie in."""
+        return epochs_of(self.generations)
+
     def steps(self, span: Span) -> tuple[BatchPartition, int]:
         """The steps that begin with those of a span, and the number of steps of the span."""
-        _, low, high, batch_size = span
-        steps = BatchPartition(self.spec.length, low, batch_size, self.last_batch, self.world_size)
+        epoch, low, high, batch_size = span
+        steps = BatchPartition(self.epochs.length(epoch), low, batch_size, self.last_batch, self.world_size)
         return steps, min(-((low - high) // batch_size), len(steps))
 
 
 def receipt_to_json(
     order: SampleOrder,
+    masks: Sequence[Held],
     world: World,
     last_batch: str,
     spans: Sequence[Span],
@@ -93,7 +117,7 @@ def receipt_to_json(
     """A rank's receipt as plain JSON values; see Receipt.
 
     Args:
-        order: what was read.
+        order, masks: what was read.
         world: the rank that read it.
         last_batch: option of the loader: with the spans it says which positions a rank had.
         spans: positions that were handed over, in time order.
@@ -103,7 +127,7 @@ def receipt_to_json(
         run: name that no other loader has.
     """
     return {
-        **order_to_json(order, RECEIPT_VERSION),
+        **order_to_json(order, masks, RECEIPT_VERSION),
         "run": run,
         "rank": world.rank,
         "world_size": world.world_size,
@@ -135,7 +159,8 @@ def parse_receipt(data: bytes, name: str) -> Receipt:
             f"{RECEIPT_VERSION} and {ORDER_VERSION}: the same positions would be other samples; audit it with the release that "
             "wrote it"
         )
-    receipt = replace(shape(Receipt, record, what), name=name)
+    fields = {field: value for field, value in record.items() if field != "generations"}
+    receipt = replace(shape(Receipt, fields, what), name=name, generations=parse_generations(record, what))
     if receipt.rank >= receipt.world_size:
         raise FormatError(f"{what}: rank={receipt.rank} is not in 0 ... world_size - 1 = {receipt.world_size - 1}")
     if not re.fullmatch("[0-9a-f]{32}", receipt.hash_total):

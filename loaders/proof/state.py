@@ -1,25 +1,44 @@
-"""Where a run stands, as a small JSON object that is the same on every rank, and why one may be refused.
+"""Where a run stands, as a small JSON object that is the same on every rank, and how it goes on from there.
 
-It holds the position, and what the position means: the spec of the order that it counts in, and the fingerprints of the data.
-Data that was moved resumes; data or an order that changed is refused with what differs.
+    Run -> run_to_json -> state;   state -> read_state -> resumed(config, sources, change) -> Run
+
+It holds the position in the endless stream, and what the position means: the generations of the order that it counts in, with
+the fingerprints of the data, and the masks. Data that was moved resumes. What changed is refused with what differs, or, where
+the caller asks for it, holds from here on as a new generation. Nothing that concerns the past can change.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Annotated, Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any, Literal
 
-from loaders.config import LoaderConfig
-from loaders.order.samples import SampleOrder, order_spec
+from loaders.config import LoaderConfig, Source
+from loaders.order.generations import (
+    MAX_GENERATIONS,
+    Generation,
+    Origin,
+    Position,
+    generations_to_json,
+    parse_generations,
+    schedule_of,
+)
+from loaders.order.mask import Held, MaskFields
+from loaders.order.samples import OpenSource, SampleOrder, order_spec
 from loaders.order.spec import ORDER_VERSION, OrderSpec
 from wds_tools.errors import UsageError
-from wds_tools.format.typed_json import Count, shape
+from wds_tools.format.manifest import Manifest, ShardInfo
+from wds_tools.format.typed_json import shape
+from wds_tools.storage import open_store
 
 STATE_VERSION = 2
 _NO_STATE = "not the state of a loader"
-_Small = Annotated[int, range(1 << 40)]
-"""No epoch or position of a real run comes near; sums and products of a few of them stay within int64."""
+_MAX_STARTS, _MAX_MASKS = 1 << 16, 1 << 12
+_FUTURE = "; load_state_dict(state, change='future') has it hold from here on"
+Change = Literal["future"] | None
+Start = tuple[Position, Position, Position]
+"""(position, step, batch size) at which a run began or went on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,58 +52,43 @@ class Versions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Origin:
-    """A source, as states and receipts name it."""
-
-    url: str
-    """URL at which it was read."""
-    fingerprint: str
-    """Fingerprint of its manifest."""
-    num_samples: Count
-    """Number of its samples."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _State:
+class State:
     """A state of this version."""
 
-    epoch: _Small
-    position: _Small
-    spec: OrderSpec
-    sources: tuple[Origin, ...]
+    position: Position
+    """Samples handed over over all ranks, through all epochs, those left out at their ends among them; rows, where they are
+    packed on the fly."""
+    step: Position
+    """Batches handed over."""
+    starts: tuple[Start, ...]
+    """Where the run began, went on, and with which batch size: step s is position + (s - step) x batch size."""
+    masks: tuple[MaskFields, ...]
+    """The masks of sources, in the order in which they began."""
+    generations: tuple[Generation, ...] = ()
+    epoch: Position | None = None
+    """Of a ShardDataset: its epoch, at whose end a worker may stand while others have not done their part."""
 
 
-def order_to_json(order: SampleOrder, version: int) -> dict[str, Any]:
+def order_to_json(order: SampleOrder, masks: Sequence[Held], version: int) -> dict[str, Any]:
     """The fields that states and receipts share: their versions, and what their positions mean."""
     return {
         "version": version,
         "order_version": ORDER_VERSION,
-        "spec": order.spec.to_json(),
-        "sources": [
-            {"url": opened.store.url, "fingerprint": fingerprint, "num_samples": opened.manifest.samples}
-            for opened, fingerprint in zip(order.sources, order.fingerprints, strict=True)
-        ],
+        "generations": generations_to_json(order.generations),
+        "masks": list(map(list, masks)),
     }
 
 
-def state_to_json(order: SampleOrder, epoch: int, position: int) -> dict[str, Any]:
-    """The state of a run that has handed over the positions before this one."""
-    return {**order_to_json(order, STATE_VERSION), "epoch": epoch, "position": position}
+def state_to_json(order: SampleOrder, masks: Sequence[Held], position: int, step: int, starts: Sequence[Start]) -> dict[str, Any]:
+    """The state of a run; see State."""
+    return {**order_to_json(order, masks, STATE_VERSION), "position": position, "step": step, "starts": list(map(list, starts))}
 
 
-def parse_state(state: Mapping[str, Any], config: LoaderConfig, order: SampleOrder) -> tuple[OrderSpec, int, int]:
-    """What a run of a config goes on from.
-
-    Args:
-        state: as `state_to_json` made it.
-        config: settings of the run that goes on.
-        order: its order as it would be without the state.
-
-    Returns:
-        (spec, epoch, position). The spec has the lanes, chunks and shuffle blocks of the state, and else equals that of `order`.
+def read_state(state: Mapping[str, Any]) -> State:
+    """A state as anybody may have written it.
 
     Raises:
-        UsageError: the state is damaged, or of another version, other data, or another order; says what differs.
+        UsageError: it is damaged, or of another version.
     """
     versions = shape(Versions, state, _NO_STATE, UsageError)
     if versions.version != STATE_VERSION:
@@ -92,28 +96,149 @@ def parse_state(state: Mapping[str, Any], config: LoaderConfig, order: SampleOrd
     if versions.order_version != ORDER_VERSION:
         raise UsageError(
             f"the state was saved under order version {versions.order_version!r}, this release has {ORDER_VERSION}: the same "
-            "position would be another sample; finish the epoch with the release that saved it"
+            "position would be another sample; finish the run with the release that saved it"
         )
-    saved = shape(_State, state, _NO_STATE, UsageError)
-    if len(saved.sources) != len(order.sources):
-        raise UsageError(f"the state is of {len(saved.sources)} sources, the config has {len(order.sources)}")
-    for origin, opened, fingerprint in zip(saved.sources, order.sources, order.fingerprints, strict=True):
-        if origin.fingerprint != fingerprint:
-            raise UsageError(
-                f"the state was saved with other data: {origin.url} had {origin.num_samples} samples, "
-                f"{origin.fingerprint[:19]}; {opened.store.url} has {opened.manifest.samples}, {fingerprint[:19]}: "
-                "use the data of the run, or start a new one"
-            )
-    spec = order_spec(order.sources, config, saved.spec)
-    for name, before, now in saved.spec.differences(spec):
+    fields = {name: value for name, value in state.items() if name != "generations"}
+    saved = replace(shape(State, fields, _NO_STATE, UsageError), generations=parse_generations(state, _NO_STATE, UsageError))
+    starts = [start[:2] for start in saved.starts]
+    if starts[:1] != [(0, 0)] or starts != sorted(starts) or len(starts) > _MAX_STARTS or saved.step < starts[-1][1]:
+        raise UsageError(f"{_NO_STATE} (its {len(starts):,} starts are not 1 to {_MAX_STARTS:,} that ascend from (0, 0) to step)")
+    if len(saved.masks) > _MAX_MASKS:
+        raise UsageError(f"{_NO_STATE} (it has {len(saved.masks):,} masks, at most {_MAX_MASKS:,} are read)")
+    return saved
+
+
+def next_starts(saved: State, batch_size: int) -> tuple[Start, ...]:
+    """The starts of a run that goes on from a state; one from which nothing was handed over is replaced."""
+    starts = [start for start in saved.starts if start[:2] != (saved.position, saved.step)]
+    if len(starts) >= _MAX_STARTS - 1:  # those that go on with the same batch size say nothing new
+        starts = [start for before, start in zip([(0, 0, 0), *starts], starts, strict=False) if before[2] != start[2]]
+    return (*starts, (saved.position, saved.step, batch_size))
+
+
+def resumed(
+    saved: State, config: LoaderConfig, opened: Sequence[OpenSource], change: Change = None, deepest: int | None = None
+) -> SampleOrder:
+    """The order of a run that goes on.
+
+    Args:
+        saved: where it stands.
+        config: settings of the run that goes on.
+        opened: sources of the config.
+        change: "future": what is different holds from here on.
+        deepest: with rows packed on the fly: cursor behind the last sample that any lane has read.
+
+    Returns:
+        The order, whose sources are those of all generations.
+
+    Raises:
+        UsageError: the data or the order is another one, or the change is not of the future; says what differs.
+    """
+    if change not in (None, "future"):
+        raise UsageError(f"change={change!r} is not 'future' or None")
+    last = saved.generations[-1]
+    config, sources = _arranged(config, opened, last, change, is_packed=deepest is not None)
+    origins = tuple(each.origin for each in sources)
+    spec = _spec_of(sources, config, last)
+    if spec == last.spec and [each.fingerprint for each in origins] == [each.fingerprint for each in last.sources]:
+        generations = (*saved.generations[:-1], replace(last, sources=origins))
+        return SampleOrder(sources, spec, generations)
+    future = replace(spec, schedule=last.spec.schedule, length=last.spec.length, sources=spec.sources[: len(last.sources)])
+    may_change = future == last.spec and bool(spec.schedule) == bool(last.spec.schedule)
+    for name, before, now in last.spec.differences(spec if change is None else future):
         raise UsageError(
             f"the state was saved under another order: {name} was {before!r}, is {now!r}: keep the settings of the run, or "
-            "start a new one"
+            f"start a new one{_FUTURE if may_change else ''}"
         )
-    if (saved.epoch + 2) * spec.length >= 1 << 62:
-        raise UsageError(f"the state is at epoch {saved.epoch} of {spec.length} samples each: more than can be counted")
-    if "packing" not in state and saved.position > spec.length:
-        raise UsageError(
-            f"the state is at position {saved.position} of an epoch of {spec.length} samples: it was edited or damaged"
-        )
-    return spec, saved.epoch, saved.position
+    if not may_change:
+        raise UsageError("the state was saved without weights or with, the config is not: the order of the past would change")
+    if len(saved.generations) == MAX_GENERATIONS:
+        raise UsageError(f"the run has changed {MAX_GENERATIONS - 1} times: it can't change any more")
+    position, step, samples = saved.position, saved.step, config.batch_size
+    if deepest is not None:
+        samples = last.step_samples
+        ahead = -(-max(deepest * spec.lanes - last.position, 0) // samples)
+        position, step = last.position + ahead * samples, last.step + ahead
+    begun = replace(last, position=position, step=step, step_samples=samples)
+    generation = replace(begun, spec=_spec_of(sources, config, begun), sources=origins)
+    generations = (*saved.generations, generation)
+    if deepest is not None:
+        announced = (*saved.generations[:-1], replace(last, spec=spec, sources=origins))
+        if _until(position, announced) != _until(position, generations):
+            raise UsageError(
+                f"rows are packed from what lanes have read ahead: the weights may change from step {step} on, as in "
+                f"schedule=(({step}, weights), ...), with those of the run until then"
+            )
+    return SampleOrder(sources, generation.spec, generations)
+
+
+def _until(position: int, generations: Sequence[Generation]) -> list[tuple[int, tuple[float, ...]]]:
+    return [entry for entry in schedule_of(generations) if entry[0] < position]
+
+
+def _spec_of(sources: Sequence[OpenSource], config: LoaderConfig, begun: Generation) -> OrderSpec:
+    """The spec of a config with the lanes and steps of a generation; of a source that was removed, its old part."""
+    spec = order_spec(sources, config, begun.spec, (begun.position, begun.step, begun.step_samples))
+    parts = zip((*begun.spec.sources, *spec.sources[len(begun.spec.sources) :]), spec.sources, sources, strict=True)
+    return replace(spec, sources=tuple(before if each.removed else part for before, part, each in parts))
+
+
+def _arranged(
+    config: LoaderConfig, opened: Sequence[OpenSource], last: Generation, change: Change, *, is_packed: bool
+) -> tuple[LoaderConfig, list[OpenSource]]:
+    """The config and its sources in the order of a run's, then those that were added; stand-ins for those removed.
+
+    Raises:
+        UsageError: the data is not that of the run, nor may it change so.
+    """
+    left = dict(enumerate(opened))
+    columns: list[int | None] = []
+    for origin, part in zip(last.sources, last.spec.sources, strict=True):
+        same = [number for number, each in left.items() if each.origin.fingerprint == origin.fingerprint]
+        same += [number for number, each in left.items() if change and _has_grown(each, origin)]
+        if same and left[same[0]].origin.fingerprint != origin.fingerprint and part.max_samples is not None:
+            raise UsageError(
+                f"{origin.url} has grown, but only {part.max_samples} of its samples are used: another choice of them"
+            )
+        columns.append(same[0] if same else None)
+        left.pop(columns[-1], None)  # type: ignore[arg-type]  # None is no key
+    weights = [] if is_packed else [held for _, held in last.spec.schedule]
+    gone = [
+        origin
+        for number, origin in enumerate(last.sources)
+        if columns[number] is None and (not weights or any(held[number] for held in weights))
+    ]
+    if change is None and len(gone) != len(left):
+        raise UsageError(f"the state is of {len(last.sources)} sources, the config has {len(opened)}{_FUTURE}")
+    for origin, each in product(gone, left.values()):
+        if change is None or each.store.url == origin.url:
+            hint = _FUTURE if _has_grown(each, origin) else ": use the data of the run, or start a new one"
+            raise UsageError(
+                f"the state was saved with other data: {origin.url} had {origin.num_samples} samples, {origin.fingerprint[:19]}; "
+                f"{each.store.url} has {each.manifest.samples}, {each.origin.fingerprint[:19]}{hint}"
+            )
+    if (gone or left) and not last.spec.schedule:
+        raise UsageError("sources without weights are shuffled as one: none can be added or removed in a run; they may grow")
+    if gone and is_packed:
+        raise UsageError(f"rows that wait may hold samples of {gone[0].url}: leave it in the config, at weight 0 from a step on")
+    taken = [*columns, *left]
+    sources = [opened[column] if column is not None else _stand_in(last.sources[number]) for number, column in enumerate(taken)]
+    schedule = tuple(
+        (step, tuple(0.0 if column is None else weights[column] for column in taken)) for step, weights in config.schedule
+    )
+    return replace(config, sources=tuple(each.source for each in sources), schedule=schedule), sources
+
+
+def _has_grown(opened: OpenSource, origin: Origin) -> bool:
+    """Whether its first shards are all that it had."""
+    is_longer = len(opened.manifest.shards) > origin.num_shards
+    return is_longer and opened.first(origin.num_shards).manifest.fingerprint() == origin.fingerprint
+
+
+def _stand_in(origin: Origin) -> OpenSource:
+    """A source of weight 0 that nobody reads any more."""
+    shard = ShardInfo(
+        name="removed", samples=origin.num_samples, bytes=1, xxh128="", members=(), data_types={}, text_chars=0, num_codes=0
+    )
+    manifest = Manifest(shards=(shard,), inputs=origin.num_samples)
+    return OpenSource(Source(origin.url, weight=0.0), open_store(origin.url), manifest, origin)

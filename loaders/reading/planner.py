@@ -173,8 +173,8 @@ class Planner:
         Returns:
             The plan of each range, and the units of all of them, one for each position.
         """
-        epoch, length = ranges[0].epoch, self._order.length
-        positions = [np.arange(part.low, part.high, part.stride) + (part.epoch - epoch) * length for part in ranges]
+        epoch, starts = ranges[0].epoch, self._order.epochs.start
+        positions = [np.arange(part.low, part.high, part.stride) + starts(part.epoch) - starts(epoch) for part in ranges]
         located = self._order.locate(epoch, np.concatenate(positions))
         units = self._with_regions(located)
         self.num_planned += len(located.sample_index)

@@ -77,16 +77,17 @@ def lanes_to_json(lanes: Mapping[int, LaneState]) -> dict[str, Any]:
     return {str(lane): [row, cursor, list(map(list, waiting))] for lane, (row, cursor, waiting) in sorted(lanes.items())}
 
 
-def parse_lanes(lanes: Any, num_lanes: int, position: int) -> dict[int, LaneState]:
+def parse_lanes(lanes: Any, num_lanes: int, position: int, *, is_whole: bool = False) -> dict[int, LaneState]:
     """Where lanes stand by a state at a position (of rows); warns if packing again will take long.
 
     Args:
         lanes: untrusted JSON values, as lanes_to_json makes them.
         num_lanes: number of lanes of the order.
         position: number of rows handed over.
+        is_whole: where it lacks lanes, refuse it.
 
     Raises:
-        UsageError: no lane can stand so.
+        UsageError: no lane can stand so, or some are lacking.
     """
     try:
         parsed = {
@@ -104,11 +105,11 @@ def parse_lanes(lanes: Any, num_lanes: int, position: int) -> dict[int, LaneStat
     known = min(num_lanes, position)
     num_behind = sum(parsed.get(lane, LaneState()).row < -((lane - position) // num_lanes) for lane in range(known))
     if num_behind:
-        warnings.warn(
-            f"the state does not know where {num_behind:,} of {num_lanes:,} lanes stand: their rows are packed again from where "
-            "it does, or from the beginning; merge the states of all ranks (merge_states, gather_state)",
-            stacklevel=4,
-        )
+        lacking = f"the state does not know where {num_behind:,} of {num_lanes:,} lanes stand"
+        merge = "merge the states of all ranks (merge_states, gather_state)"
+        if is_whole:
+            raise UsageError(f"{lacking}, so nothing that they read can change: {merge}")
+        warnings.warn(f"{lacking}: their rows are packed again from where it does, or from the beginning; {merge}", stacklevel=4)
     return parsed
 
 

@@ -93,8 +93,10 @@ class StepDataset(torch.utils.data.Dataset["StepResult | WdsToolsError"]):
         self._config = config
         self._rank = rank
         self._hashes = [SampleHash(fingerprint) for fingerprint in order.fingerprints]
-        self._decoder = Decoder(check_crc=config.check_crc, substitute=config.on_error == "substitute")
-        self._parse = read_token_rows if check_packed_ahead(order.sources) else read_columns
+        self._decoder = Decoder(check_crc=config.check_crc, substitute=config.on_error == "substitute", order=order)
+        self._parse = (
+            read_token_rows if check_packed_ahead([opened for opened in order.sources if not opened.removed]) else read_columns
+        )
         self._maker = maker
         self._reading: tuple[PositionReader[LoadedSamples], ReadAhead[LoadedSamples], LanePacker | None] | None = None
         self._pid = 0
@@ -162,7 +164,7 @@ class StepDataset(torch.utils.data.Dataset["StepResult | WdsToolsError"]):
             yield PositionRange(request.epoch, *request.steps.part(step, self._rank))
         if request.epoch + 1 == self._config.epochs:
             return
-        following = replace(request.steps, start=0, length=self._order.length)
+        following = replace(request.steps, start=0, length=self._order.epochs.length(request.epoch + 1))
         for step in range(_worker_id(), len(following), request.stride):
             yield PositionRange(request.epoch + 1, *following.part(step, self._rank))
 

@@ -182,7 +182,7 @@ def test_a_rest_that_a_larger_batch_drops_after_a_resume_is_dropped(tmp_path: Pa
 def test_an_epoch_that_is_not_there_at_all_is_missing(tmp_path: Path) -> None:
     wanted = config(make_texts(tmp_path), batch_size=10)
     receipts, state, _ = train(wanted, 1, 10)
-    later, _, _ = train(wanted, 1, 10, state | {"epoch": 2}, run="b")
+    later, _, _ = train(wanted, 1, 10, state | {"position": 200}, run="b")
     found = audited(*receipts, *later, show=100)
     assert [one.missing.positions for one in found.epochs] == [(), ((0, 100),), ()]
     assert rows_in(found.epochs[1].missing.sample_ranges) == rows_of(f"text-{number}" for number in range(100))
@@ -272,7 +272,7 @@ def test_receipts_of_different_runs_are_refused_with_what_differs(
 ) -> None:
     receipts, _, _ = train(config(make_texts(tmp_path)), 2, 2)
     *parents, last = path
-    target = receipts[1]
+    target = receipts[1]["generations"][0]
     for name in parents:
         target = target[name]
     target[last] = value
@@ -292,7 +292,8 @@ def test_receipts_of_different_runs_are_refused_with_what_differs(
         ({"spans": [[0, 0, 1, 1]]}, FormatError, "is not a span"),
         ({"spans": [[0, 0, "x", 1]]}, FormatError, "can't be|not the receipt"),
         ({"hash_total": "x"}, FormatError, "not the receipt of a loader"),
-        ({"spec": {"length": 100}}, FormatError, r"spec\.seed is missing"),
+        ({"generations": [{"spec": {"length": 100}}]}, FormatError, r"spec\.seed is missing"),
+        ({"generations": [{}, {}]}, FormatError, "spec is missing"),
         ({"substitutions": [{"epoch": 0, "source": 0, "shard": 99, "sample_index": 0, "reason": "x"}]}, FormatError, "shard 99"),
     ],
 )
@@ -302,7 +303,7 @@ def test_a_receipt_that_can_not_be_is_refused(tmp_path: Path, change: dict[str, 
         audited(receipts[0] | change)
 
 
-@pytest.mark.parametrize("data", [b"", b"[]", b"{}", b'{"version": 3, "order_version": 2}', b"\xff"])
+@pytest.mark.parametrize("data", [b"", b"[]", b"{}", b'{"version": 4, "order_version": 2}', b"\xff"])
 def test_what_is_no_receipt_is_said_to_be_none(data: bytes) -> None:
     with pytest.raises(FormatError, match="x: not the receipt of a loader"):
         parse_receipt(data, "x")
@@ -342,7 +343,7 @@ def receipt_of(
     located = order.locate(epoch, np.concatenate(parts))
     total = total_of([SampleHash(fingerprint) for fingerprint in order.fingerprints], *located[:3])
     return parse_receipt(
-        json.dumps(receipt_to_json(order, world, last_batch, [span], len(located.source), total, [])).encode(), name
+        json.dumps(receipt_to_json(order, (), world, last_batch, [span], len(located.source), total, [])).encode(), name
     )
 
 
@@ -438,7 +439,7 @@ def test_the_command_says_what_is_missing_and_exits_with_1(tmp_path: Path, capsy
 def test_the_command_reports_one_epoch_when_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wanted = config(make_texts(tmp_path), batch_size=10)
     receipts, state, _ = train(wanted, 1, 10)
-    later, _, _ = train(wanted, 1, 5, state | {"position": 10}, run="b")
+    later, _, _ = train(wanted, 1, 5, state | {"position": 110}, run="b")
     folder = write(tmp_path / "receipts", receipts + later)
     assert main(["audit", folder]) == 1
     assert main(["audit", folder, "--epoch", "0"]) == 0

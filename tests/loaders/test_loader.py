@@ -232,7 +232,7 @@ def test_the_tail_is_dropped_dealt_out_or_filled_up(
 
 def loader_at(url: str, epoch: int) -> Loader:
     made = loader(url, batch_size=10)
-    made.load_state_dict({**made.state_dict(), "epoch": epoch})
+    made.load_state_dict({**made.state_dict(), "position": epoch * made.num_samples})
     return made
 
 
@@ -426,9 +426,14 @@ def test_a_state_of_another_order_is_refused_with_what_differs(tmp_path: Path, c
         ({"version": 99}, "version 99"),
         ({"order_version": 0}, "order version 0"),
         ({"position": -1}, "position is -1, expected a whole number from 0 to"),
-        ({"epoch": "1"}, "epoch is '1', expected a whole number"),
-        ({"spec": {}}, "not the state"),
-        ({"spec": None}, "not the state"),
+        ({"step": "1"}, "step is '1', expected a whole number"),
+        ({"starts": []}, "starts are not"),
+        ({"starts": [[0, 0, 4], [9, 3, 4], [8, 2, 4]]}, "3 starts are not"),
+        ({"starts": [[0, 0, 4]] * (1 << 16 | 1)}, "65,537 starts are not"),
+        ({"generations": []}, "expected 1 to 256"),
+        ({"generations": [{}] * 257}, "257, expected 1 to 256"),
+        ({"generations": [{}]}, "not the state"),
+        ({"generations": None}, "not the state"),
     ],
 )
 def test_what_is_no_state_is_refused(tmp_path: Path, change: dict[str, Any], says: str) -> None:
@@ -445,7 +450,7 @@ def test_a_state_is_small_json_whatever_was_read(tmp_path: Path) -> None:
     state = made.state_dict()
     assert json.loads(json.dumps(state)) == state
     assert len(json.dumps(state)) < 1000
-    assert (state["epoch"], state["position"]) == (1, 0)
+    assert (state["position"], state["step"], state["starts"]) == (30, 8, [[0, 0, 4]])
 
 
 def test_a_loop_that_is_overtaken_by_another_says_so(tmp_path: Path) -> None:

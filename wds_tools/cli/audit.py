@@ -30,6 +30,8 @@ class Config(Printed):
     """Report this epoch only. Receipts are added up over all of theirs."""
     source: tuple[str, ...] = ()
     """Where data of the run lies that is no longer at the URL in the receipts. It is recognised by its fingerprint."""
+    exclude: str | None = None
+    """File of keys that the run excluded, as its Source(exclude=...): prove that none of their samples was handed over since."""
     complete: bool = False
     """The last epoch has to be complete too; by default it may end where the run stood."""
     quick: bool = False
@@ -54,6 +56,7 @@ def run(config: Config) -> int:
         result = audit(
             receipts,
             config.source,
+            exclude=config.exclude,
             complete=config.complete,
             quick=config.quick,
             show=config.show,
@@ -86,6 +89,10 @@ def _describe_receipts(result: Audit, config: Config) -> Iterator[str]:
         "hashes    not compared (--quick)"
         if config.quick
         else f"hashes    of every receipt, and of {result.totals_compared:,} complete {epochs}, compared with the manifests"
+    )
+    yield from (
+        f"excluded  {count:,} samples of {url}: compared with what was handed over from position {position:,} on"
+        for url, position, count in result.excluded
     )
     yield from (f"ABSENT    {what}" for what in result.absent[: config.show])
     hidden = max(len(result.absent) - config.show, 0)

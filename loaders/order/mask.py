@@ -1,0 +1,159 @@
+"""Samples that a run no longer hands over: a file of keys, which may grow at its end while the run trains.
+
+    ids.txt -> read_mask -> Mask -> Decoder: another sample stands in for each;   -> Held -> state, receipt, audit
+
+The source keeps its order, length and fingerprint. In the stead of an excluded sample comes the next one of its shard that is
+not, round to its first; of a shard that has none left, one of the next shards in manifest order that has.
+Cost: where keys ascend, as this project writes them, about 2 log2(N) small reads a key; one that is not found so takes a look at
+the header of every sample, once for all of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Collection, Iterator, Sequence
+from typing import Annotated, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from loaders.order.generations import Position
+from loaders.order.plan import Ints
+from wds_tools.dataset.samples import SampleReader
+from wds_tools.errors import UsageError
+from wds_tools.format.manifest import Manifest
+from wds_tools.format.typed_json import Count
+from wds_tools.storage import Store, open_store, split_url
+
+EXCLUDED = "excluded"
+"""Reason of a substitution."""
+_MAX_BYTES = 1 << 30
+_NO_SAMPLE = -1
+_SHOWN = 5
+
+
+MaskFields = tuple[Annotated[int, range(1 << 20)], Position, Count, str]
+"""Of a Held."""
+
+
+class Held(NamedTuple):
+    """A mask as states and receipts name it."""
+
+    source: int
+    """Number of the source."""
+    position: int
+    """Position of the stream from which it holds."""
+    num_ids: int
+    """Number of its keys: the first ones of the file."""
+    hash: str
+    """Mask.hash of these."""
+
+
+class Mask:
+    """Keys of a source that are excluded, and where their samples lie.
+
+    Args:
+        ids: keys, each once.
+        codes: (I,) shard << 32 | sample index of each; -1 where the source has no such sample.
+        samples: (S,) samples of each shard.
+    """
+
+    def __init__(self, ids: Sequence[str] = (), codes: Ints | None = None, samples: Ints | None = None) -> None:
+        self.ids = ids
+        self._codes = np.zeros(0, np.int64) if codes is None else codes
+        self._rows = self.rows(len(ids))
+        self._samples = np.zeros(0, np.int64) if samples is None else samples
+
+    def rows(self, num_ids: int) -> Ints:
+        """Ascending shard << 32 | sample index of the samples of the first keys."""
+        codes = self._codes[:num_ids]
+        return np.unique(codes[codes != _NO_SAMPLE])
+
+    def hash(self, num_ids: int) -> str:
+        """SHA-256 of the first keys, a line each."""
+        return hashlib.sha256("".join(f"{key}\n" for key in self.ids[:num_ids]).encode()).hexdigest()
+
+    def holds(self, shard: Ints, sample_index: Ints) -> NDArray[np.bool_]:
+        """Whether these samples are excluded."""
+        return np.isin((shard << 32) + sample_index, self._rows) if len(self._rows) else np.zeros(len(shard), bool)
+
+    def after(self, shard: int, sample_index: int) -> Iterator[tuple[int, int]]:
+        """Shard and sample index of the samples that may stand in for one: of the next shard that has any, its own at first."""
+        for step in range(len(self._samples) + 1):
+            number = (shard + step) % len(self._samples)
+            low, high = np.searchsorted(self._rows, [number << 32, number + 1 << 32])
+            allowed = np.delete(np.arange(self._samples[number]), self._rows[low:high] - (number << 32))
+            begin = int(np.searchsorted(allowed, sample_index, "right")) if not step else 0
+            found = [(number, index) for index in np.roll(allowed, -begin).tolist() if step or index != sample_index]
+            if found:
+                yield from found
+                return
+
+
+def held_masks(held: Sequence[Held], masks: Sequence[Mask | None], position: int) -> tuple[Held, ...]:
+    """The masks of a run that goes on from a position, with those that are larger than what it held so far; None: as before.
+
+    Raises:
+        UsageError: one does not begin with the keys of the one before.
+    """
+    for number, mask in enumerate(masks):
+        if mask is None:
+            continue
+        before = [each for each in held if each.source == number][-1:] or [Held(number, 0, 0, Mask().hash(0))]
+        if mask.hash(before[0].num_ids) != before[0].hash or len(mask.ids) < before[0].num_ids:
+            raise UsageError(
+                f"the run has excluded {before[0].num_ids:,} keys of source {number} since position {before[0].position:,}, and "
+                f"they are not the first of the {len(mask.ids):,} of its exclude=: a mask grows at its end; give the whole file"
+            )
+        if len(mask.ids) > before[0].num_ids:
+            held = (*held, Held(number, position, len(mask.ids), mask.hash(len(mask.ids))))
+    return tuple(held)
+
+
+def read_mask(url: str, store: Store, manifest: Manifest, names: Collection[str]) -> Mask:
+    """The mask of a source.
+
+    Args:
+        url: the file: a key a line; or `DATASET<tab>KEY`, of which those of other datasets are passed over.
+        store, manifest: the source.
+        names: what it is called as a DATASET.
+
+    Raises:
+        NotFound: there is no such file.
+        UsageError: it is too large, or excludes all samples.
+    """
+    folder, name = split_url(url)
+    data = open_store(folder).read(name)
+    if len(data) > _MAX_BYTES:
+        raise UsageError(f"{url} has {len(data):,} bytes, at most {_MAX_BYTES:,} are read")
+    lines = [line.rpartition("\t") for line in bytes(data).decode("utf-8", "replace").splitlines()]
+    ids = list(dict.fromkeys(key for dataset, tab, key in lines if key and (not tab or dataset in names)))
+    found = _find(store, manifest, ids)
+    if missing := [key for key in ids if key not in found]:
+        listing = f"{', '.join(missing[:_SHOWN])}{', ...' if len(missing) > _SHOWN else ''}"
+        warnings.warn(f"{len(missing):,} of {len(ids):,} keys of {url} are not in {store.url}: {listing}", stacklevel=2)
+    samples = np.array([shard.samples for shard in manifest.shards], np.int64)
+    mask = Mask(ids, np.array([found.get(key, _NO_SAMPLE) for key in ids], np.int64), samples)
+    if len(mask.rows(len(ids))) == manifest.samples:
+        raise UsageError(f"{url} excludes all {manifest.samples:,} samples of {store.url}: leave the source out")
+    return mask
+
+
+def _find(store: Store, manifest: Manifest, ids: Sequence[str]) -> dict[str, int]:
+    """Key -> shard << 32 | sample index, of those that the dataset has."""
+    reader = SampleReader(store, manifest)
+    found: dict[str, int] = {}
+    try:
+        for key in ids if len(ids) * 2 * manifest.samples.bit_length() < manifest.samples else ():
+            number = reader.find_key(key)
+            if number is not None and reader.key_of(number) == key:
+                shard, sample_index = reader.locate(number)
+                found[key] = (shard << 32) + sample_index
+        missing = set(ids) - found.keys()
+        for shard in range(len(manifest.shards)) if missing else ():
+            for piece in reader.scan(shard, 0, lambda _: False):
+                found |= {sample.key: (shard << 32) + sample.sample_index for sample in piece if sample.key in missing}
+    finally:
+        reader.close()
+    return found
