@@ -36,8 +36,8 @@ class World:
     is_detected: bool = field(default=False, compare=False, repr=False)
     """Whether it was detected: then torch.distributed has to say the same at the first batch."""
     group: Any = field(default=None, compare=False, repr=False)
-    """Process group of gloo over its processes, where it was made of a group or mesh; else None: they do not communicate, but in
-    `gather_state`."""
+    """Process group of gloo over its processes, or these and their peers, where it was made of a group or mesh; None: then they
+    communicate in `gather_state` alone."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.world_size:
@@ -162,7 +162,7 @@ class World:
             )
 
     def gather(self, value: bytes) -> list[bytes]:
-        """What each rank gives, on all of them, by rank. To be called by all.
+        """What each process of the group gives, on all of them. To be called by all.
 
         Raises:
             UsageError: there is no group, and torch.distributed has other processes than this world.
@@ -173,7 +173,7 @@ class World:
                 "World.from_group(group) or World.from_mesh(mesh), so that those who read can speak with each other"
             )
         device = "cuda" if dist.get_backend(self.group) == "nccl" else "cpu"
-        sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(self.world_size)]
+        sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size(self.group))]
         dist.all_gather(sizes, torch.tensor([len(value)], device=device), group=self.group)
         sent = torch.zeros(max(int(size) for size in sizes), dtype=torch.uint8)
         sent[: len(value)] = torch.frombuffer(bytearray(value), dtype=torch.uint8)
