@@ -24,7 +24,7 @@ from wds_tools.errors import UsageError
 
 
 class MegatronIterator:
-    """Endless micro-batches. To be made by every process, after `parallel_state.initialize_model_parallel`.
+    """Endless micro-batches. To be made after `initialize_model_parallel`, by every process of a pipeline stage that needs data.
 
     Args:
         config: what to read; with `sequences` and `packing`, or shards of `wds-tools pack`.
