@@ -17,6 +17,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO_READY := $(VENV)/.demo-ready
 READY := $(VENV)/.ready
+TRAINERS := .venv-trainers
 PEERS := .venv-peers
 PEERS_READY := $(PEERS)/.ready
 JOBS ?= 2
@@ -53,7 +54,7 @@ train-demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest -m "not slow" --numprocesses $(JOBS) --dist loadfile tests
 
-test-slow: $(READY)
+test-slow: $(READY) $(TRAINERS)/.ready
 	$(BIN)/python -m pytest -m slow --numprocesses $(JOBS) --dist loadfile tests
 
 test-chaos: $(READY)
@@ -92,6 +93,11 @@ bench-sequences: $(READY)
 
 bench-peers: $(PEERS_READY)
 
+# torchtitan and Megatron-Core with what they import, in a folder of their own.
+$(TRAINERS)/.ready: tests/trainers.txt $(READY)
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(TRAINERS) --requirement tests/trainers.txt
+	touch $@
+
 # All at once, so that one numpy fits all; if that fails, one by one, and the benchmark reports those that are missing.
 $(PEERS_READY): benchmarks/peers/requirements.txt constraints.txt
 	$(PYTHON) -m venv $(PEERS)
@@ -118,4 +124,4 @@ export: $(DEMO_READY) need-in-out
 	$(BIN)/wds-tools export hf --input $(INPUT) --output $(OUTPUT) $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(PEERS) build dist site *.egg-info demo-out train-demo-out bench-out .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PEERS) $(TRAINERS) build dist site *.egg-info demo-out train-demo-out bench-out .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -16,8 +16,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-import torch
-import torch.distributed as dist
 
 from loaders.batches.collate import Batch
 from loaders.config import LoaderConfig
@@ -88,6 +86,8 @@ class Loader:
         """The epoch that the next batch belongs to."""
         self.position = 0
         """Samples of the epoch that were handed over, over all ranks; rows, where they are packed on the fly."""
+        self._is_compared = False
+        """Whether the ranks were compared since this loader was made or took a state."""
         self._loop = 0
         """Counts what begins or ends loops: one that it has moved past is over."""
         self._pool = self._new_pool()
@@ -125,6 +125,8 @@ class Loader:
 
     def __iter__(self) -> Iterator[Batch]:
         self.world.check()
+        if not self._is_compared:
+            self._compare()
         if self._is_over:
             return
         steps = self._steps()
@@ -170,12 +172,17 @@ class Loader:
     def gather_state(self) -> dict[str, Any]:
         """The merged state of all ranks, on every rank. To be called by all of them, after the same step.
 
-        Needed where rows are packed on the fly under torch.distributed; else the same as `state_dict`, without communication.
+        Needed where rows are packed on the fly under torch.distributed; else the same as `state_dict`, without communication
+        unless the world was made of a group, whose ranks are compared.
+
+        Raises:
+            UsageError: ranks stand at different places, or read different data; or see World.gather.
         """
         state = self.state_dict()
+        self._compare()
         if not self.config.packing or self.world.world_size == 1:
             return state
-        return merge_states([json.loads(data) for data in _all_gather(json.dumps(state).encode())])
+        return merge_states([json.loads(data) for data in self.world.gather(json.dumps(state).encode())])
 
     def load_state_dict(self, state: Mapping[str, Any], change: Change = None) -> None:
         """Go on from a state, of any number of ranks, workers, or batch size. Takes constant time.
@@ -204,6 +211,7 @@ class Loader:
         self._pool = self._new_pool()
         self._step, self._starts = saved.step, next_starts(saved, self.config.batch_size)
         self.epoch, self.position = (0, saved.position) if self.config.packing else order.epochs.at(saved.position)
+        self._is_compared = False
         self._end_epoch_if_done()
         self._ledger.begin_receipt()
         self._warn_of_cost(stacklevel=3)
@@ -235,6 +243,19 @@ class Loader:
     @property
     def _is_over(self) -> bool:
         return self.config.epochs is not None and self.epoch >= self.config.epochs
+
+    def _compare(self) -> None:
+        """Compare what ranks of one run have in common, where there is a group to do it over."""
+        self.world.compare(
+            {
+                "data": [opened.manifest.fingerprint() for opened in self._sources],
+                "batch size": [self.config.batch_size, self.config.last_batch],
+                "order": self._order.spec.to_json(),
+                "token rows": self._maker and [self._maker.spec, self.config.packing],
+                "place": [self.epoch, self.position],
+            }
+        )
+        self._is_compared = True
 
     def _steps(self) -> BatchPartition:
         length = ENDLESS if self.config.packing else self._order.epochs.length(self.epoch)
@@ -298,16 +319,3 @@ def _without_excluded(order: SampleOrder, number: int, lane: LaneState) -> LaneS
     excluded = order.is_excluded(order.locate(0, cursors * order.spec.lanes + number)) if len(cursors) else cursors
     waiting = zip(lane.waiting, excluded.tolist(), strict=True)
     return lane._replace(waiting=tuple((cursor, 0 if begins else used) for (cursor, used), begins in waiting))
-
-
-def _all_gather(data: bytes) -> list[bytes]:
-    """The bytes that each rank gives, on all of them."""
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size())]
-    dist.all_gather(sizes, torch.tensor([len(data)], device=device))
-    max_bytes = max(int(size) for size in sizes)
-    sent = torch.zeros(max_bytes, dtype=torch.uint8)
-    sent[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    received = [torch.zeros(max_bytes, dtype=torch.uint8, device=device) for _ in sizes]
-    dist.all_gather(received, sent.to(device))
-    return [padded[: int(size)].cpu().numpy().tobytes() for padded, size in zip(received, sizes, strict=True)]

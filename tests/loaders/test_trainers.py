@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from itertools import islice
@@ -11,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from commands import environment
 from tokens import write_small_sets
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -204,3 +208,73 @@ def test_rounds_go_on_over_epochs_and_keep_their_length(data: Path) -> None:
     for settings in ({"steps": 0}, {}):
         with pytest.raises(UsageError, match="steps"):
             EpochLoader(loader(data, packing=True), **settings)
+
+
+LIGHTNING_DDP = """
+import json, sys, warnings
+from pathlib import Path
+import lightning, torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from loaders import EpochLoader, LoaderConfig, SequenceConfig, Source, build_loader, model_inputs
+
+data, out, strategy = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+
+def prepared(batch):
+    return {**model_inputs(batch), "__key__": batch["__key__"]}
+
+class Module(lightning.LightningModule):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+        self.net = LlamaForCausalLM(LlamaConfig(vocab_size=2003 + 8192, **shape))
+        self.keys = []
+
+    def train_dataloader(self):
+        config = LoaderConfig(
+            sources=(Source(str(data / "pairs")), Source(str(data / "texts"))),
+            sequences=SequenceConfig(tokenizer=str(data / "tokenizer"), max_length=64),
+            batch_size=4,
+        )
+        return EpochLoader(build_loader(config), steps=5, prepare=prepared)
+
+    def training_step(self, batch, number):
+        self.keys.append(batch.pop("__key__"))
+        return self.net(**batch).loss
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters())
+
+    def on_train_end(self):
+        (out / f"rank-{self.trainer.global_rank}-{self.trainer.max_steps}.json").write_text(json.dumps(self.keys))
+
+def fit(steps, checkpoint=None):
+    trainer = lightning.Trainer(
+        max_steps=steps, accelerator="cpu", devices=2, strategy=strategy, logger=False, enable_progress_bar=False,
+        enable_model_summary=False, enable_checkpointing=False, use_distributed_sampler=False,
+    )
+    trainer.fit(Module(), ckpt_path=checkpoint, weights_only=True)
+    trainer.save_checkpoint(out / f"{steps}.ckpt")
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    fit(*([int(sys.argv[4])] + sys.argv[5:]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("strategy", ["ddp", "ddp_spawn"])
+def test_lightning_on_two_devices_gives_each_its_half_and_goes_on(data: Path, tmp_path: Path, strategy: str) -> None:
+    script = tmp_path / "fit.py"
+    script.write_text(LIGHTNING_DDP)
+
+    def keys(*args: str | Path) -> list[list[str]]:
+        """Of each step, the keys of both ranks."""
+        subprocess.run([sys.executable, script, data, tmp_path, strategy, *args], check=True, timeout=180, env=environment())
+        ranks = [json.loads((tmp_path / f"rank-{rank}-{args[0]}.json").read_text()) for rank in range(2)]
+        return [of_first + of_second for of_first, of_second in zip(*ranks, strict=True)]
+
+    alone = [batch["__key__"] for batch in islice(loader(data, packing=False), 9)]
+    assert keys("6") == alone[:6]
+    assert keys("9", tmp_path / "6.ckpt") == alone[6:]
