@@ -3,9 +3,9 @@
     add(key, record) -> buffers, flushed to bucket files    (the bucket: which of B equal ranges the key is in)
     drain()          -> bucket after bucket: read it, sort it by key, yield, delete it
 
-The buckets are ranges of keys in ascending order, so they only decide on where the sorting happens. Of equal keys the earlier record
-goes first. Cost: memory is the buffers, then one bucket; the disk holds every record once, plus 12 bytes each, less the buckets that
-were drained. One file is open at a time.
+The buckets are ranges of keys in ascending order, so they only decide on where the sorting happens. Of equal keys the earlier
+record goes first. Cost: memory is the buffers, then one bucket; the disk holds every record once, plus 12 bytes each, less the
+buckets that were drained. One file is open at a time.
 """
 
 from __future__ import annotations
