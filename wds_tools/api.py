@@ -16,6 +16,8 @@ from wds_tools.encode.encode import EncodeConfig, encode
 from wds_tools.export.hf import ExportConfig, ExportSummary, export_hf
 from wds_tools.jobs.finalize import FinalizeConfig, finalize
 from wds_tools.pack.rows import PackConfig, pack
+from wds_tools.select.relabel import RelabelConfig, relabel
+from wds_tools.select.select import SelectConfig, select
 
 __all__ = [
     "CodedConfig",
@@ -27,12 +29,16 @@ __all__ = [
     "FinalizeConfig",
     "PackConfig",
     "PairsConfig",
+    "RelabelConfig",
+    "SelectConfig",
     "VerifyConfig",
     "VerifyResult",
     "encode",
     "export_hf",
     "finalize",
     "pack",
+    "relabel",
     "run_conversion",
+    "select",
     "verify",
 ]

@@ -10,7 +10,7 @@ alone, so that it stays as it is when a dataset grows. Memory: two bytes a sampl
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby, repeat
@@ -39,7 +39,7 @@ FATES: Final = ("", "filtered", "filtered_missing", "wrong_type", "not_chosen", 
 NOT_CHOSEN, DUPLICATE = FATES.index("not_chosen"), FATES.index("duplicate")
 UNIQUE = {"text": TEXT_HASH, "codes": CODES_HASH}
 _READ_BYTES = 4 << 20
-_RECORD_BYTES = 40
+RECORD_BYTES = 40
 """Of a hash in the sort."""
 
 
@@ -215,7 +215,7 @@ def choose(
     found = {option: [set[str]() for _ in urls] for option in judge.lists}
     has_content: set[int] = set()
     with tempfile.TemporaryDirectory(prefix="wds-tools-") as folder:
-        contents, keys = (ExternalSort.of_size(Path(folder) / name, total * _RECORD_BYTES) for name in ("contents", "keys"))
+        contents, keys = (ExternalSort.of_size(Path(folder) / name, total * RECORD_BYTES) for name in ("contents", "keys"))
         with Progress("choose", total, quiet=quiet) as progress:
             for verdict in run_tasks(judge, list(enumerate(tasks)), workers=workers, on_report=progress):
                 dataset, first = tasks[verdict.task][0], int(firsts[verdict.task])
@@ -226,7 +226,7 @@ def choose(
                     found[option][dataset] |= listed
                 has_content.update([dataset] if any(verdict.contents) else ())
                 for sort, hashes in ((contents, verdict.contents), (keys, verdict.keys)):
-                    _add(
+                    add_hashes(
                         sort,
                         (None if fate else digest for digest, fate in zip(hashes, verdict.fates.tolist(), strict=False)),
                         first,
@@ -256,7 +256,14 @@ def choose(
     return fates, sides
 
 
-def _add(sort: ExternalSort, digests: Iterator[bytes | None], first: int) -> None:
+def add_hashes(sort: ExternalSort, digests: Iterable[bytes | None], first: int) -> None:
+    """Put hashes of samples, those that are not None, into a sort.
+
+    Args:
+        sort: such as `groups` takes.
+        digests: of 16 bytes.
+        first: number of the first sample.
+    """
     for number, digest in enumerate(digests, first):
         if digest is not None:
             sort.add(int.from_bytes(digest[:8], "big"), digest[8:] + number.to_bytes(8, "big"))

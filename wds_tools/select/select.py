@@ -19,6 +19,7 @@ from typing import Any, Literal
 import numpy as np
 import orjson
 
+from wds_tools.dataset.layout import MANIFEST, PLAN
 from wds_tools.dataset.output import Output, OutputSpec
 from wds_tools.dataset.reader import read_manifest
 from wds_tools.dataset.samples import SampleReader
@@ -162,8 +163,9 @@ def select(config: SelectConfig) -> dict[str, Manifest]:
 
 def check_output(options: JobOptions, url: str) -> None:
     """Look whether an output is in the way before the work that the tasks depend on; `run_job` looks again, at everything."""
-    if not (options.resume or options.part or options.overwrite):
-        Output(open_store(url), OutputSpec(num_tasks=0, source={})).look()
+    store = open_store(url)
+    if not ((options.resume or options.part) and (store.exists(MANIFEST) or store.exists(PLAN))):
+        Output(store, OutputSpec(num_tasks=0, source={}), overwrite=options.overwrite).look()
 
 
 def of_parents(urls: Sequence[str], manifests: Sequence[Manifest], **more: Any) -> dict[str, Any]:
@@ -234,8 +236,9 @@ class CopySamples:
             shard = shard_info_from_json(record)
             fates = np.frombuffer(zlib.decompress(b64decode(packed)), np.uint8)
             self._copy(dataset, shard, np.flatnonzero(fates == 0), writer, report)
-            for fate in fates[fates != 0].tolist():
-                writer.reject(Reject(FATES[fate], "--where can't be worked out"), source=join(self.urls[dataset], shard.name))
+            for row in np.flatnonzero(fates).tolist():
+                cause = Reject(FATES[fates[row]], "its fields are of types that --where can't compare")
+                writer.reject(cause, source=join(self.urls[dataset], shard.name), element=row)
             report(Advance(units=int((fates != 0).sum())))
             num_samples += shard.samples
         return num_samples
