@@ -212,7 +212,7 @@ class ShardBuilder:
             key, payloads: what is written.
             sample: what they hold, if that is of this project's schema, and valid.
         """
-        parts: list[bytes] = []
+        parts: list[bytes | memoryview] = []
         members: list[tuple[str, int, int]] = []
         offset = 0
         for suffix, payload in payloads:

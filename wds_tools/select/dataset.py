@@ -25,7 +25,7 @@ from wds_tools.dataset.samples import PartialSample, SampleReader
 from wds_tools.dataset.writer import ShardLimits, TaskWriter
 from wds_tools.errors import FormatError, UsageError
 from wds_tools.format.manifest import Manifest
-from wds_tools.format.schema import ANY_MEMBERS, SCHEMA_VERSION, Sample
+from wds_tools.format.schema import ANY_MEMBERS, Sample
 from wds_tools.format.shard import sample_from_members
 from wds_tools.select.fields import KEY, Fields, values_of
 from wds_tools.select.select import of_parents
@@ -80,10 +80,6 @@ class Dataset:
         """The members of a sample of any schema: suffix, such as "json" or "jpg" -> bytes. Raises as `__getitem__`."""
         return {suffix: bytes(payload) for suffix, payload in self._read(which).payloads.items()}
 
-    def key(self, number: int) -> str:
-        """The key of a sample, by its number. Raises as `__getitem__`."""
-        return self._reader.key_of(number)
-
     def fields(self, *names: str) -> Any:
         """The fields of all samples: a pyarrow.Table of len(self) rows, in order.
 
@@ -113,7 +109,7 @@ class Dataset:
 
     def _find(self, key: str) -> int:
         number = self._reader.find_key(key)
-        if number is not None and self.key(number) == key:
+        if number is not None and self._reader.key_of(number) == key:
             return number
         first = 0
         for shard in self.manifest.shards:
@@ -135,7 +131,6 @@ class DatasetWriter:
         url: where it goes: a directory or prefix, empty or absent.
         parents: datasets that its samples come from: provenance and codes go into its manifest.
         codes: provenance of further columns of codes, such as {"vqcode_512": {"tokenizer": "mine", "codebook_size": 8192}}.
-        any_members: samples are added by `add_members` and are of no schema; loaders stream such datasets.
         shard_samples, shard_bytes: a shard closes at whichever comes first.
         overwrite: remove the dataset that is there.
 
@@ -152,18 +147,15 @@ class DatasetWriter:
         *,
         parents: Sequence[Dataset] = (),
         codes: Mapping[str, Mapping[str, Any]] | None = None,
-        any_members: bool = False,
         shard_samples: int = ShardLimits.samples,
         shard_bytes: int = ShardLimits.bytes,
         overwrite: bool = False,
     ) -> None:
         common = of_parents([data.url for data in parents], [data.manifest for data in parents]) if parents else {}
-        self._any_members = any_members
         spec = OutputSpec(
             num_tasks=1,
             source={"plan": {"command": "DatasetWriter"}, **common.get("source", {})},
             codes={**common.get("codes", {}), **(codes or {})},
-            schema_version=ANY_MEMBERS if any_members else SCHEMA_VERSION,
         )
         self._output = Output(open_store(url), spec, overwrite=overwrite)
         self._limits = ShardLimits(samples=shard_samples, bytes=shard_bytes)
@@ -191,18 +183,8 @@ class DatasetWriter:
             FormatError: it breaks the schema, or its key was there before; nothing was written.
             StorageError: the shard can't be written.
         """
-        self._check(sample.key, self._any_members, "add_members")
-        self._writer.add(sample)
-
-    def add_members(self, key: str, members: Mapping[str, bytes]) -> None:
-        """Append a sample of any members, suffix -> bytes. Raises as `add`."""
-        self._check(key, not self._any_members, "add")
-        self._writer.add_members(key, members.items())
-
-    def _check(self, key: str, is_other: bool, method: str) -> None:
-        if is_other:
-            raise UsageError(f"{key}: any_members={self._any_members}: samples come by {method}")
-        digest = xxh3_64_intdigest(key.encode())
+        digest = xxh3_64_intdigest(sample.key.encode())
         if digest in self._keys:
-            raise FormatError(f"{key}: a sample of this key is there already")
+            raise FormatError(f"{sample.key}: a sample of this key is there already")
+        self._writer.add(sample)
         self._keys.add(digest)

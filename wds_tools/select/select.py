@@ -8,7 +8,6 @@ inputs'. Cost: the fields (once), the choice (about 3 us a sample), the bytes of
 
 from __future__ import annotations
 
-import hashlib
 import re
 import zlib
 from base64 import b64decode, b64encode
@@ -17,15 +16,13 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
-import orjson
 
 from wds_tools.dataset.layout import MANIFEST, PLAN
 from wds_tools.dataset.output import Output, OutputSpec
 from wds_tools.dataset.reader import read_manifest
 from wds_tools.dataset.samples import SampleReader
-from wds_tools.errors import FormatError, Reject, UsageError
-from wds_tools.format.codes import NAME_ALPHABET
-from wds_tools.format.index import ABSENT, ShardIndex
+from wds_tools.errors import Reject, UsageError
+from wds_tools.format.index import ABSENT
 from wds_tools.format.manifest import Manifest, ShardInfo, shard_info_from_json
 from wds_tools.format.schema import check_key
 from wds_tools.format.shard import sample_from_members, split_name
@@ -35,7 +32,7 @@ from wds_tools.records.where import Where
 from wds_tools.select.choose import FATES, NOT_CHOSEN, Judge, KeyList, choose
 from wds_tools.select.fields import KEY, Fields
 from wds_tools.sources.record import group_to_limits
-from wds_tools.storage import join, open_store, split_url
+from wds_tools.storage import join, open_store
 
 SPLIT = "{split}"
 _SAME = ("tokenizer", "weights_hash", "codebook_size", "stride", "preprocessing_version")
@@ -78,11 +75,6 @@ class SelectConfig(JobOptions):
             raise UsageError(f"--seed {self.seed}: expected 0 to 2**64 - 1")
         if self.key_prefix and len(self.key_prefix) != len(self.input):
             raise UsageError(f"--key-prefix: {len(self.key_prefix)} for {len(self.input)} inputs: give one for each")
-        for prefix in self.key_prefix:
-            try:
-                check_key(prefix)
-            except FormatError as error:
-                raise UsageError(f"--key-prefix: {error}") from error
 
     @property
     def condition(self) -> Where | None:
@@ -93,19 +85,18 @@ class SelectConfig(JobOptions):
     def sides(self) -> dict[str, float]:
         """Output -> where its share ends, from 0 to 1."""
         if self.split is None:
-            if self.fraction is not None and not 0 < self.fraction <= 1:
-                raise UsageError(f"--fraction {self.fraction}: expected more than 0, and 1 at most")
-            return {self.output: 1.0 if self.fraction is None else self.fraction}
-        ends: dict[str, float] = {}
-        total = 0.0
-        for part in self.split.split(","):
-            name, _, share = part.strip().partition("=")
-            if not name or not NAME_ALPHABET.issuperset(name) or not re.fullmatch(r"0?\.\d+", share) or not float(share):
-                raise UsageError(f"--split {self.split!r}: expected NAME=SHARE,..., such as train=0.99,valid=0.01")
-            total += float(share)
-            ends[self.output.replace(SPLIT, name)] = total
-        if self.fraction is not None or abs(total - 1) > 1e-9 or len(ends) != self.split.count("=") or len(ends) > 255:
-            raise UsageError(f"--split {self.split!r}: expected different names, shares that add up to 1, and no --fraction")
+            share = 1.0 if self.fraction is None else self.fraction
+            if not 0 < share <= 1:
+                raise UsageError(f"--fraction {share}: expected more than 0, and 1 at most")
+            return {self.output: share}
+        parts = re.findall(r"(?:^|,)\s*([\w-]+)=(0?\.\d+)(?=\s*(?:,|$))", self.split, re.ASCII)
+        ends = {
+            self.output.replace(SPLIT, name): sum(float(share) for _, share in parts[: n + 1])
+            for n, (name, _) in enumerate(parts)
+        }
+        if len(ends) != self.split.count(",") + 1 or abs([*ends.values()][-1] - 1) > 1e-9 or self.fraction is not None:
+            what = "expected NAME=SHARE,... of different names, shares that add up to 1, and no --fraction"
+            raise UsageError(f"--split {self.split!r}: {what}, such as train=0.99,valid=0.01")
         return ends
 
 
@@ -127,10 +118,12 @@ def select(config: SelectConfig) -> dict[str, Manifest]:
     for url in outputs:
         check_output(config, url)
     spare = open_store(outputs[0])
-    many = {"spare": spare, "workers": config.workers, "quiet": config.quiet}
     given = {"--keys": config.keys, "--exclude": config.exclude}
     judge = Judge(
-        fields=tuple(Fields.make(*dataset, **many) for dataset in zip(stores, manifests, strict=True)),
+        fields=tuple(
+            Fields.make(store, manifest, spare=spare, workers=config.workers, quiet=config.quiet)
+            for store, manifest in zip(stores, manifests, strict=True)
+        ),
         where=config.condition,
         lists={option: KeyList.read(url, config.input, option) for option, url in given.items() if url},
         unique=config.unique,
@@ -141,11 +134,8 @@ def select(config: SelectConfig) -> dict[str, Manifest]:
         prefixes=config.key_prefix or ([""] * len(stores) if len(stores) > 1 or manifests[0].is_indexed else None),
     )
     fates, sides = choose(judge, config.input, manifests, workers=config.workers, quiet=config.quiet)
-    settings = {
-        name: getattr(config, name) for name in ("where", "unique", "fraction", "split", "by", "seed") if getattr(config, name)
-    }
-    settings |= {option[2:]: _digest(url) for option, url in given.items() if url}
-    settings |= {"key_prefix": config.key_prefix} if config.key_prefix else {}
+    names = ("where", "keys", "exclude", "unique", "fraction", "split", "by", "seed", "key_prefix")
+    settings = {name: value for name in names if (value := getattr(config, name))}
     made = {}
     for side, url in enumerate(outputs):
         rows = np.where((fates == 0) & (sides != side), np.uint8(NOT_CHOSEN), fates)
@@ -186,25 +176,14 @@ def of_parents(urls: Sequence[str], manifests: Sequence[Manifest], **more: Any) 
                     f"{url}: {column} is of another {differs[0]} ({made.get(differs[0])}) than in an earlier input "
                     f"({before.get(differs[0])}): codes of different image tokenizers don't go into one dataset"
                 )
+    facts = ("samples", "inputs", "rejects", "source")
     parents = [
-        {
-            "url": url,
-            "fingerprint": manifest.fingerprint(),
-            "samples": manifest.samples,
-            "inputs": manifest.inputs,
-            "rejects": manifest.rejects,
-            "source": manifest.source,
-        }
+        {"url": url, "fingerprint": manifest.fingerprint(), **{name: getattr(manifest, name) for name in facts}}
         for url, manifest in zip(urls, manifests, strict=True)
     ]
     source: dict[str, Any] = {"input": parents[0]} if len(parents) == 1 else {"inputs": parents}
     rows = {"rows": first.token_rows} if first.token_rows else {}
     return {"codes": codes, "source": {**source, **rows, **more}, "schema_version": first.schema_version}
-
-
-def _digest(url: str) -> str:
-    folder, name = split_url(url)
-    return f"sha256:{hashlib.sha256(open_store(folder).read(name)).hexdigest()}"
 
 
 def _tasks(manifests: Sequence[Manifest], fates: np.ndarray[Any, Any], config: SelectConfig) -> Iterator[list[list[Any]]]:
@@ -244,34 +223,22 @@ class CopySamples:
         return num_samples
 
     def _copy(self, dataset: int, shard: ShardInfo, rows: np.ndarray[Any, Any], writer: TaskWriter, report: Report) -> None:
-        if not len(rows):
-            return
         reader = SampleReader(open_store(self.urls[dataset]), Manifest(shards=(shard,), inputs=shard.samples))
+        is_whole = not self.prefixes and len(shard.data_types) < 2
         try:
-            for index, samples in reader.stored(0, rows):
-                if self.prefixes:
-                    self._rename(self.prefixes[dataset], shard, index, samples, writer)
-                elif len(shard.data_types) > 1:
-                    records = (orjson.loads(dict(_members(index, *sample))["json"]) for sample in enumerate(samples))
-                    writer.add_stored(samples, index, [record["data_type"] for record in records])
-                else:
+            for index, samples in reader.stored(0, rows) if len(rows) else ():
+                if is_whole:
                     writer.add_stored(samples, index, [*shard.data_types] * len(samples))
+                for row, data in () if is_whole else enumerate(samples):
+                    spans = zip(index.offsets[row].tolist(), index.lengths[row].tolist(), index.members, strict=True)
+                    members = sorted(span for span in spans if span[1] != ABSENT)
+                    name = first_name(data[: members[0][0]], shard.name, int(index.start[row]))
+                    key = "-".join((*self.prefixes[dataset : dataset + 1], split_name(name, shard.name)[0]))
+                    payloads = {suffix: data[begin : begin + length] for begin, length, suffix in members}
+                    sample = sample_from_members(key, payloads) if shard.data_types else None
+                    if sample is not None:
+                        check_key(key)
+                    writer.add_members(key, payloads.items(), sample)
                 report(Advance(units=len(samples)))
         finally:
             reader.close()
-
-    @staticmethod
-    def _rename(prefix: str, shard: ShardInfo, index: ShardIndex, samples: Sequence[memoryview], writer: TaskWriter) -> None:
-        for row, data in enumerate(samples):
-            members = list(_members(index, row, data))
-            head = int(index.offsets[row][index.lengths[row] != ABSENT].min())
-            key = split_name(first_name(data[:head], shard.name, int(index.start[row])), shard.name)[0]
-            sample = sample_from_members(key, dict(members)) if shard.data_types else None
-            writer.add_members(f"{prefix}-{key}", members, sample)
-
-
-def _members(index: ShardIndex, row: int, data: memoryview) -> Iterator[tuple[str, memoryview]]:
-    """Suffix and payload of a sample's members, in the order of the tar."""
-    spans = zip(index.offsets[row].tolist(), index.lengths[row].tolist(), index.members, strict=True)
-    for offset, length, suffix in sorted(span for span in spans if span[1] != ABSENT):
-        yield suffix, data[offset : offset + length]
