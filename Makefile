@@ -86,6 +86,9 @@ bench-loader: $(READY) $(PEERS_READY)
 bench-sequences: $(READY)
 	$(BIN)/python -m benchmarks.sequences $(ARGS)
 
+bench-select: $(READY)
+	$(BIN)/python -m benchmarks.select $(ARGS)
+
 bench-peers: $(PEERS_READY)
 
 # All at once, so that one numpy fits all; if that fails, one by one, and the benchmark reports those that are missing.

@@ -138,9 +138,9 @@ class _Labels:
         if self.counts["samples"] and field not in known:
             raise UsageError(f"--on {config.on}: {config.input} has no field {field} in the json of its samples")
         scale = (1 << 64) // max(self.counts["samples"], 1)
-        for number, label in self._matches(by_value):
-            by_number.add(number * scale, label)
-        self.in_order = (orjson.loads(label) for _, label in by_number.drain())
+        for number, row in self._matches(by_value):
+            by_number.add(number * scale, row)
+        self.in_order = (orjson.loads(row) for _, row in by_number.drain())
 
     def say(self) -> None:
         """What found no partner."""
@@ -226,7 +226,8 @@ class WriteLabels:
         for stored, label in zip((stored for shard in shards for stored in read_stored(store, shard)), labels, strict=True):
             sample = self._labelled(sample_from_members(stored.key, stored.payloads), label or {})
             validate(sample)
-            writer.add_members(stored.key, {**stored.payloads, "json": encode_members(sample)[0][1]}.items(), sample)
+            payloads: dict[str, bytes | memoryview] = {**stored.payloads, "json": encode_members(sample)[0][1]}
+            writer.add_members(stored.key, payloads.items(), sample)
             report(Advance(units=1))
         return len(labels)
 
