@@ -96,7 +96,7 @@ class Fields:
         pa = load_pyarrow("writing the fields of samples")
         sink = pa.BufferOutputStream()
         pa.parquet.write_table(self._table(shard), sink, compression="zstd", write_page_checksum=True)
-        self.home.put(self._name(shard), sink.getvalue())
+        self.home.put(self._name(shard), sink.getvalue().to_pybytes())
         report(Advance(units=shard.samples, samples=shard.samples))
 
     def read(self, shard: ShardInfo, names: Sequence[str] | None = None) -> Any:

@@ -70,8 +70,8 @@ class RelabelConfig(JobOptions):
     @property
     def pairs(self) -> dict[tuple[str, str], str]:
         """("texts" or "fields", name) of what is put in -> column."""
-        options = {"texts": self.texts, "fields": self.fields}
-        return {(what, name): column for what, given in options.items() for name, column in parse_pairs(f"--{what}", given)}
+        texts, fields = parse_pairs("--texts", self.texts, needs_name=True), parse_pairs("--fields", self.fields)
+        return {(what, name): column for what, pairs in (("texts", texts), ("fields", fields)) for name, column in pairs}
 
 
 def relabel(config: RelabelConfig) -> Manifest:
@@ -103,7 +103,7 @@ def relabel(config: RelabelConfig) -> Manifest:
         tasks=tasks,
         total=manifest.samples,
         work=WriteLabels(config.input, config.output, tuple(name for what, name in config.pairs if what == "texts")),
-        **of_parents([config.input], [manifest], labels={"files": config.labels, **labels.counts}),
+        **of_parents([config.input], [manifest], labels={"files": list(config.labels), **labels.counts}),
     )
     return run_job(job, config)
 

@@ -66,9 +66,9 @@ class SelectConfig(JobOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.condition, self.sides  # noqa: B018  # checks them
         if (self.split is None) != (SPLIT not in self.output):
             raise UsageError(f"--output {self.output}: has {SPLIT} in it exactly with --split, and one dataset a name is made")
+        self.condition, self.sides  # noqa: B018  # checks them
         if (self.by is not None or self.seed) and self.fraction is None and self.split is None:
             raise UsageError("--by and --seed are for --fraction and --split")
         if not 0 <= self.seed < 1 << 64:
