@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from wds_tools.jobs.finalize import FinalizeConfig, finalize
 from wds_tools.select.relabel import RelabelConfig, relabel
 from wds_tools.storage import open_store
 
+COUNTER = count()
 NAMES = st.text("abc", min_size=1, max_size=2)
 
 
@@ -113,7 +115,7 @@ def test_parts_and_overwritten_outputs_have_their_labels(source: Path, tmp_path:
 @settings(max_examples=10, deadline=None)
 @given(values=st.lists(NAMES, max_size=8), rows=st.lists(st.tuples(NAMES, st.text(max_size=3)), max_size=8))
 def test_every_sample_has_the_first_row_of_its_value(values: list[str], rows: list[tuple[str, str]]) -> None:
-    place = f"memory://relabel/{hash((tuple(values), tuple(rows)))}"
+    place = f"memory://relabel/{next(COUNTER)}"
     samples = [text_sample(n)._replace(provenance={"value": value}) for n, value in enumerate(values)]
     records = [{"value": value, "x": x} for value, x in [*rows, ("none", "x")]]
     open_store(place).put("a.jsonl", b"".join(json.dumps(record).encode() + b"\n" for record in records))
