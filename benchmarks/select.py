@@ -111,7 +111,7 @@ def main() -> None:
     elif what == "copy":
         copy(source, folder / "copied")
     elif what == "write":
-        select(SelectConfig(input=(str(source),), output=str(folder / "chosen"), where="aesthetic >= 0", quiet=True))
+        select(SelectConfig(input=(str(source),), output=str(folder / "chosen"), quiet=True))
     else:
         judge = Judge(
             fields=(Fields.make(store, manifest),), **({"where": Where(WHERE)} if what == "where" else {"unique": "text"})

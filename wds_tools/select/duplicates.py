@@ -1,27 +1,23 @@
 """All samples of equal text or equal codes, written down by their keys.
 
-    hashes of the fields -> sorted on disk -> groups, 2^20 samples at a time -> their keys -> a line of JSON each
+    hashes of the fields -> sorted on disk -> groups -> a line of JSON each
 
-Cost: that of the fields and the sort; the keys of the groups, once for each 2^20 samples in them.
+Cost: that of the fields and the sort. Memory: the keys of the dataset, about 25 bytes a sample, and a bucket of the sort.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
-from itertools import chain
 from pathlib import Path
 
-import numpy as np
 import orjson
 
 from wds_tools.dataset.external_sort import ExternalSort
 from wds_tools.dataset.reader import read_manifest
 from wds_tools.select.choose import RECORD_BYTES, UNIQUE, add_hashes, groups
 from wds_tools.select.fields import KEY, Fields, values_of
+from wds_tools.sources.arrow import load_pyarrow
 from wds_tools.storage import open_store, split_url
-
-_AT_ONCE = 1 << 20
 
 
 def write_duplicates(url: str, target: str, *, workers: int = 1, quiet: bool = True) -> dict[str, int]:
@@ -40,35 +36,20 @@ def write_duplicates(url: str, target: str, *, workers: int = 1, quiet: bool = T
         MissingPackage: pyarrow is not installed.
         UsageError: another run is writing to the dataset.
     """
-    store = open_store(url)
+    pa, store = load_pyarrow("comparing samples"), open_store(url)
     manifest = read_manifest(store, any_members=True)
     fields = Fields.make(store, manifest, workers=workers, quiet=quiet)
-    firsts = np.cumsum([0, *(shard.samples for shard in manifest.shards)])
+    tables = [fields.read(shard, [KEY]) for shard in manifest.shards]
+    keys = pa.chunked_array([chunk for table in tables for chunk in table[KEY].chunks], pa.string())
     home, name = split_url(target)
     counts = dict.fromkeys(UNIQUE, 0)
-
-    def keys_of(found: list[list[int]]) -> Iterator[list[str]]:
-        shards: dict[int, list[str]] = {}
-        keys: dict[int, str] = {}
-        for number in sorted(chain.from_iterable(found)):
-            shard = int(np.searchsorted(firsts, number, side="right")) - 1
-            if shard not in shards:
-                shards = {shard: values_of(fields.read(manifest.shards[shard], [KEY]), KEY)}
-            keys[number] = shards[shard][number - int(firsts[shard])]
-        return ([keys[number] for number in numbers] for numbers in sorted(found))
-
     with tempfile.TemporaryDirectory(prefix="wds-tools-") as folder, open_store(home).write(name) as file:
         for what, column in UNIQUE.items():
-            sort = ExternalSort.of_size(Path(folder) / what, manifest.samples * RECORD_BYTES)
-            for shard, first in zip(manifest.shards, firsts.tolist(), strict=False):
+            sort, first = ExternalSort.of_size(Path(folder) / what, manifest.samples * RECORD_BYTES), 0
+            for shard in manifest.shards:
                 add_hashes(sort, values_of(fields.read(shard, [column]), column), first)
-            found: list[list[int]] = []
-            num_held = 0
-            for numbers in chain(groups(sort), [[]]):
-                found += [numbers] * bool(numbers)
-                num_held += len(numbers)
-                if num_held >= _AT_ONCE or not numbers:
-                    file.write(b"".join(orjson.dumps({"same": what, "keys": keys}) + b"\n" for keys in keys_of(found)))
-                    counts[what] += len(found)
-                    found, num_held = [], 0
+                first += shard.samples
+            for numbers in groups(sort):
+                counts[what] += 1
+                file.write(orjson.dumps({"same": what, "keys": keys.take(pa.array(numbers)).to_pylist()}) + b"\n")
     return counts

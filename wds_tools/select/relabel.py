@@ -21,7 +21,7 @@ import orjson
 from xxhash import xxh3_128_digest
 
 from wds_tools.dataset.external_sort import ExternalSort
-from wds_tools.dataset.layout import LABELS
+from wds_tools.dataset.layout import LABELS, MANIFEST
 from wds_tools.dataset.reader import read_manifest, read_stored
 from wds_tools.errors import Reject, UsageError
 from wds_tools.format.checksum import content_hash
@@ -95,7 +95,8 @@ def relabel(config: RelabelConfig) -> Manifest:
         for group in group_to_limits(manifest.shards, lambda shard: (shard.samples, shard.bytes), limits):
             data = orjson.dumps([next(labels.in_order) for shard in group for _ in range(shard.samples)])
             tasks.append([[asdict(shard) for shard in group], f"{LABELS}{content_hash(data).hexdigest()}.json"])
-            output.put(tasks[-1][1], data)
+            if config.overwrite or not output.exists(MANIFEST):  # else it is complete
+                output.put(tasks[-1][1], data)
         labels.say()
     job = Job(
         command="relabel",
@@ -120,12 +121,12 @@ class _Labels:
         files = expand_inputs(config.labels, source.choose).files
         size = _EXPANSION * sum(file.size for file in files) + manifest.samples * _SAMPLE_BYTES
         by_value, by_number = (ExternalSort.of_size(folder / name, size) for name in ("value", "number"))
-        for value, label in self._rows(source, files, column or field):
+        for value, row in self._rows(source, files, column or field):
             if not value:
                 self._count("rows_without_sample", "one without a value")
                 continue
             digest = xxh3_128_digest(value.encode())
-            by_value.add(int.from_bytes(digest[:8], "big"), _ROW + digest[8:] + orjson.dumps([value, label]))
+            by_value.add(int.from_bytes(digest[:8], "big"), _ROW + digest[8:] + row)
         known = set()
         for shard in manifest.shards:
             table = made.read(shard, [KEY, field])
@@ -138,8 +139,8 @@ class _Labels:
         if self.counts["samples"] and field not in known:
             raise UsageError(f"--on {config.on}: {config.input} has no field {field} in the json of its samples")
         scale = (1 << 64) // max(self.counts["samples"], 1)
-        for number, row in self._matches(by_value):
-            by_number.add(number * scale, row)
+        for number, label in self._matches(by_value):
+            by_number.add(number * scale, label)
         self.in_order = (orjson.loads(row) for _, row in by_number.drain())
 
     def say(self) -> None:
@@ -153,8 +154,8 @@ class _Labels:
         self.counts[what] += 1
         self.lost.setdefault(what, value)
 
-    def _rows(self, source: Containers, files: Sequence[InputFile], column: str) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Value and labels of each row."""
+    def _rows(self, source: Containers, files: Sequence[InputFile], column: str) -> Iterator[tuple[str, bytes]]:
+        """Value of each row, and JSON of [value, labels]."""
         pairs = self.config.pairs
         unseen = {column, *pairs.values()}
         for record in (record for task in source.plan(files)[0] for record in source.read(task)):
@@ -162,8 +163,8 @@ class _Labels:
             if isinstance(record.fields, Reject):
                 raise UsageError(f"--with {where}: {record.fields}: mend it, or take it out")
             self.counts["rows"] += 1
-            values = {name: value_of(record.fields, name) for name in (column, *pairs.values())}
-            row = {name: value for name, value in values.items() if value is not None}
+            columns = (column, *pairs.values())
+            row = {name: value for name in columns if (value := value_of(record.fields, name)) is not None}
             unseen -= row.keys()
             label: dict[str, Any] = {}
             for (what, name), taken in pairs.items():
@@ -172,11 +173,11 @@ class _Labels:
                 if what == "texts" and not isinstance(row[taken], str):
                     raise UsageError(f"--with {where}: {taken} is a {type(row[taken]).__name__}, expected a text")
                 label[f"{what}.{name}"] = row[taken]
+            value = _canonical(row.get(column))
             try:
-                orjson.dumps(label)
+                yield value, orjson.dumps([value, label])
             except TypeError as error:
                 raise UsageError(f"--with {where}: a value can't be written as JSON ({error})") from error
-            yield _canonical(row.get(column)), label
         if unseen and self.counts["rows"]:
             raise UsageError(f"--with: none of the {self.counts['rows']:,} rows has the column {min(unseen)}")
 
