@@ -25,6 +25,7 @@ from xxhash import xxh3_64_intdigest, xxh3_128_digest
 from wds_tools.dataset.external_sort import ExternalSort
 from wds_tools.errors import Reject, UsageError
 from wds_tools.format.manifest import Manifest, ShardInfo
+from wds_tools.records.fields import value_of
 from wds_tools.records.where import Where
 from wds_tools.run.local import Report, run_tasks
 from wds_tools.run.progress import Advance, Progress
@@ -36,7 +37,7 @@ from wds_tools.terminal import say
 
 FATES: Final = ("", "filtered", "filtered_missing", "wrong_type", "not_chosen", "duplicate")
 """Why a sample is not chosen, by number; 0: it is."""
-NOT_CHOSEN, DUPLICATE = FATES.index("not_chosen"), FATES.index("duplicate")
+FILTERED, MISSING, NOT_CHOSEN, DUPLICATE = map(FATES.index, ("filtered", "filtered_missing", "not_chosen", "duplicate"))
 UNIQUE = {"text": TEXT_HASH, "codes": CODES_HASH}
 _READ_BYTES = 4 << 20
 RECORD_BYTES = 40
@@ -133,7 +134,7 @@ class Judge:
     """fraction or split: they draw independently of each other."""
     edges: Sequence[float] = ()
     """Between 0 and 1, ascending."""
-    by: str = KEY
+    by: str | None = None
     """The field whose hash is drawn by; where a sample has none, its key."""
     seed: int = 0
     prefixes: Sequence[str] | None = None
@@ -142,15 +143,16 @@ class Judge:
     @property
     def names(self) -> list[str]:
         """Fields that are asked for."""
-        return sorted({self.by, *((self.where.names | self.where.facts) if self.where else ())})
+        return sorted({*([self.by] if self.by else []), *((self.where.names | self.where.facts) if self.where else ())})
 
     def __call__(self, task: tuple[int, tuple[int, ShardInfo]], report: Report) -> Verdict:
         number, (dataset, shard) = task
         heads = {name.partition(".")[0] for name in self.names}
-        wanted = {KEY, *heads, *self.names, *((UNIQUE[self.unique],) if self.unique else ())}
-        table = self.fields[dataset].read(shard, sorted(wanted))
-        keys, there = values_of(table, KEY), set(table.column_names)
-        fates = np.zeros(len(keys), np.uint8)
+        wanted = {*heads, *self.names, *((UNIQUE[self.unique],) if self.unique else ())}
+        needs_keys = bool(self.lists or self.edges or self.prefixes)
+        table = self.fields[dataset].read(shard, sorted(wanted | ({KEY} if needs_keys else set())))
+        keys, there = values_of(table, KEY) if needs_keys else [], set(table.column_names)
+        fates, sides = np.zeros((2, shard.samples), np.uint8)
         listed = {}
         for option, wants in self.lists.items():
             is_listed = np.array([key in wants.bare or key in wants.named[dataset] for key in keys], bool)
@@ -158,12 +160,11 @@ class Judge:
             fates[is_listed == (option == "--exclude")] = NOT_CHOSEN
         if self.where is not None:
             self._ask(self.where, {name: values_of(table, name) for name in sorted(there & {*heads, *self.names})}, fates)
-        sides = np.zeros(len(keys), np.uint8)
         if self.edges:
-            values = keys if self.by == KEY else values_of(table, self.by)
+            values = values_of(table, self.by) if self.by else keys
             drawn = [self._draw(key if value is None else value) for key, value in zip(keys, values, strict=True)]
             sides = np.searchsorted(np.array(self.edges), np.array(drawn), side="right").astype(np.uint8)
-        report(Advance(units=len(keys), samples=len(keys)))
+        report(Advance(units=shard.samples, samples=shard.samples))
         return Verdict(
             task=number,
             fates=fates,
@@ -180,14 +181,18 @@ class Judge:
     @staticmethod
     def _ask(where: Where, columns: Mapping[str, Sequence[Any]], fates: NDArray[np.uint8]) -> None:
         rows = zip(*columns.values(), strict=True) if columns else repeat(())
-        for row, (values, fate) in enumerate(zip(rows, fates.tolist(), strict=False)):
-            if not fate:
-                fields = dict(zip(columns, values, strict=True))
-                try:
-                    where.check(fields)
-                    where.check(fields, fields)
-                except Reject as cause:
-                    fates[row] = FATES.index(cause.reason)
+        lacking = [name for name in where.names if None in columns.get(name, (None,))]
+        new = fates.tolist()
+        for row, (values, fate) in enumerate(zip(rows, new, strict=False)):
+            if fate:
+                continue
+            fields = dict(zip(columns, values))  # noqa: B905  strict=True would take as long again
+            try:
+                if not where.keeps(fields, fields):
+                    new[row] = MISSING if lacking and any(value_of(fields, name) is None for name in lacking) else FILTERED
+            except Reject as cause:
+                new[row] = FATES.index(cause.reason)
+        fates[:] = new
 
 
 def choose(
@@ -251,7 +256,7 @@ def choose(
                 where = " and ".join(f"{urls[number]}/{shard.name}" for number, shard in at)
                 mend = "--key-prefix NAME ..., one for each input, tells them apart"
                 if at[0][0] == at[1][0]:
-                    mend = "tars of others may repeat keys, a dataset of ours may not: write them again with DatasetWriter"
+                    mend = "third-party tars may repeat keys, a dataset of ours may not: write them again with DatasetWriter"
                 raise UsageError(f"samples of {where} have one key: {mend}")
     return fates, sides
 

@@ -30,7 +30,7 @@ from wds_tools.format.tar import first_name
 from wds_tools.jobs import Advance, Job, JobOptions, Report, TaskWriter, run_job
 from wds_tools.records.where import Where
 from wds_tools.select.choose import FATES, NOT_CHOSEN, Judge, KeyList, choose
-from wds_tools.select.fields import KEY, Fields
+from wds_tools.select.fields import Fields
 from wds_tools.sources.record import group_to_limits
 from wds_tools.storage import join, open_store
 
@@ -129,7 +129,7 @@ def select(config: SelectConfig) -> dict[str, Manifest]:
         unique=config.unique,
         draw="split" if config.split else "fraction",
         edges=tuple(config.sides.values()) if config.fraction else tuple(config.sides.values())[:-1],
-        by=config.by or KEY,
+        by=config.by,
         seed=config.seed,
         prefixes=config.key_prefix or ([""] * len(stores) if len(stores) > 1 or manifests[0].is_indexed else None),
     )
