@@ -257,6 +257,8 @@ def test_what_does_not_go_together_is_refused(source: Path, tmp_path: Path) -> N
         choose((source, tmp_path / "wide"), tmp_path / "out")
     with pytest.raises(UsageError, match="lies in the input"):
         choose(source, source / "inside")
+    with pytest.raises(UsageError, match=r"--output .* is the input"):
+        choose(source, str(source.parent / "{split}"), split="set=0.5,rest=0.5")
     make_dataset(tmp_path / "text", [text_sample(0)])
     with pytest.raises(UsageError, match="--unique codes: its samples have no codes"):
         choose(tmp_path / "text", tmp_path / "out", unique="codes")

@@ -12,6 +12,7 @@ that is there is right. Cost: one read of every shard, about 12 us a sample; mem
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,17 +77,17 @@ class Fields:
             missing = made._missing(manifest)
             if home is None or not missing:
                 return made
-            try:
-                lease = Lease(home).__enter__()
-            except StorageError:
-                say(f"wds-tools: {store.url} can't be written: its fields go to {(spare or store).url}", error=True)
-                continue
-            try:
+            with ExitStack() as stack:
+                try:
+                    lease = stack.enter_context(Lease(home))
+                except StorageError as error:
+                    if spare is not None:
+                        say(f"wds-tools: {store.url} can't be written: its fields go to {spare.url} ({error})", error=True)
+                    continue
                 with Progress("fields", sum(shard.samples for shard in missing), quiet=quiet) as progress:
                     for _ in run_tasks(made.write, missing, workers=workers, on_report=progress):
                         lease.check()
-            finally:
-                lease.__exit__(None, None, None)
+                home.clean_temp()  # of runs that were killed
             return made
         return cls(store, manifest.schema_version, None, folder)
 

@@ -33,6 +33,7 @@ from wds_tools.select.choose import FATES, NOT_CHOSEN, Judge, KeyList, choose
 from wds_tools.select.fields import Fields
 from wds_tools.sources.record import group_to_limits
 from wds_tools.storage import join, open_store
+from wds_tools.storage.place import check_apart
 
 SPLIT = "{split}"
 _SAME = ("tokenizer", "weights_hash", "codebook_size", "stride", "preprocessing_version")
@@ -116,6 +117,7 @@ def select(config: SelectConfig) -> dict[str, Manifest]:
     common = of_parents(config.input, manifests)
     outputs = list(config.sides)
     for url in outputs:
+        check_apart(config.input, url)
         check_output(config, url)
     spare = open_store(outputs[0])
     given = {"--keys": config.keys, "--exclude": config.exclude}
