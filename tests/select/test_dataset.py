@@ -28,6 +28,9 @@ def test_samples_are_read_by_number_and_key_and_their_fields_are_a_table(tmp_pat
         "key": [row.key for row in rows],
         "score": [row.provenance["score"] for row in rows],
     }
+    mixed = [row._replace(key=f"m{n}", provenance={"x": ["a", 1, ["b"], None][n]}) for n, row in enumerate(rows[:4])]
+    make_dataset(tmp_path / "mixed", mixed, shard_samples=1)
+    assert open_dataset(str(tmp_path / "mixed")).fields("x").to_pydict() == {"x": ['"a"', "1", '["b"]', None]}
     for which in ("k", 10, -1):
         with pytest.raises(UsageError, match="no sample"):
             data[which]

@@ -27,9 +27,8 @@ from wds_tools.errors import FormatError, UsageError
 from wds_tools.format.manifest import Manifest
 from wds_tools.format.schema import ANY_MEMBERS, Sample
 from wds_tools.format.shard import sample_from_members
-from wds_tools.select.fields import KEY, Fields, values_of
+from wds_tools.select.fields import KEY, Fields, join_tables, values_of
 from wds_tools.select.select import of_parents
-from wds_tools.sources.arrow import load_pyarrow
 from wds_tools.storage import open_store
 
 
@@ -92,9 +91,7 @@ class Dataset:
             MissingPackage: pyarrow is not installed.
             UsageError: another run is writing there.
         """
-        pa = load_pyarrow("reading the fields of samples")
-        tables = [self._fields.read(shard, names or None) for shard in self.manifest.shards]
-        return pa.concat_tables(tables, promote_options="permissive")
+        return join_tables([self._fields.read(shard, names or None) for shard in self.manifest.shards])
 
     def close(self) -> None:
         """End the threads that read."""

@@ -165,11 +165,10 @@ class Fields:
             TEXT_HASH: pa.array(texts, pa.binary(16)),
             CODES_HASH: pa.array(codes, pa.binary(16)),
         }
-        columns = {name: (pa.field(name, array.type), array) for name, array in own.items()}
-        for name in dict.fromkeys(name for record in records for name in record):
-            if name not in own and name not in _NO_FIELDS:
-                columns[name] = _column(pa, name, [record.get(name) for record in records])
-        return pa.table([array for _, array in columns.values()], pa.schema([kind for kind, _ in columns.values()]))
+        columns = [(pa.field(name, array.type), array) for name, array in own.items()]
+        names = dict.fromkeys(name for record in records for name in record if name not in own and name not in _NO_FIELDS)
+        columns += [_column(pa, name, [record.get(name) for record in records]) for name in names]
+        return _table_of(pa, columns)
 
 
 def values_of(table: Any, name: str) -> list[Any]:
@@ -180,6 +179,19 @@ def values_of(table: Any, name: str) -> list[Any]:
     if _IS_JSON in (table.schema.field(name).metadata or {}):
         return [None if value is None else orjson.loads(value) for value in values]
     return values
+
+
+def join_tables(tables: Sequence[Any]) -> Any:
+    """The rows of several tables; a column that is of several kinds in them holds JSON."""
+    pa = load_pyarrow("reading the fields of samples")
+    if tables and all(table.schema.equals(tables[0].schema, check_metadata=True) for table in tables):
+        return pa.concat_tables(tables)
+    names = dict.fromkeys(name for table in tables for name in table.column_names)
+    return _table_of(pa, [_column(pa, name, [value for table in tables for value in values_of(table, name)]) for name in names])
+
+
+def _table_of(pa: Any, columns: Sequence[tuple[Any, Any]]) -> Any:
+    return pa.table([array for _, array in columns], pa.schema([kind for kind, _ in columns]))
 
 
 def _column(pa: Any, name: str, values: list[Any]) -> tuple[Any, Any]:
