@@ -10,6 +10,7 @@
 # make bench-loader   the loader against its peers (15 minutes; bench-peers builds their environment, 7 GB, when it is missing)
 # make bench-mixing   how well orders mix a dataset sorted by label, beside others' (10 minutes; no data is written)
 # make bench-sequences   token rows against the straightforward collator (6 minutes)
+# make bench-select      fields, choices and copies of samples (4 minutes)
 # make convert-pairs|convert-dclm|encode|export INPUT=... OUTPUT=... [ARGS="--workers 4"]
 
 PYTHON ?= python3
@@ -29,7 +30,7 @@ ARGS ?=
 TORCH_INDEX ?=
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: setup demo train-demo test test-slow test-chaos check lint types docs dist bench bench-encode bench-loader bench-mixing bench-sequences bench-peers convert-pairs convert-dclm encode export clean
+.PHONY: setup demo train-demo test test-slow test-chaos check lint types docs dist bench bench-encode bench-loader bench-mixing bench-sequences bench-select bench-peers convert-pairs convert-dclm encode export clean
 
 setup: $(READY)
 
@@ -90,6 +91,9 @@ bench-mixing: $(READY)
 
 bench-sequences: $(READY)
 	$(BIN)/python -m benchmarks.sequences $(ARGS)
+
+bench-select: $(READY)
+	$(BIN)/python -m benchmarks.select $(ARGS)
 
 bench-peers: $(PEERS_READY)
 

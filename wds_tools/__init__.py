@@ -8,8 +8,9 @@ if TYPE_CHECKING:
     from wds_tools.errors import WdsToolsError
     from wds_tools.format.manifest import Manifest
     from wds_tools.format.schema import Sample
+    from wds_tools.select.dataset import Dataset, DatasetWriter, open_dataset
 
-__all__ = ["Manifest", "Sample", "WdsToolsError", "__version__"]
+__all__ = ["Dataset", "DatasetWriter", "Manifest", "Sample", "WdsToolsError", "__version__", "open_dataset"]
 
 __version__ = "0.1.0"
 
@@ -17,6 +18,7 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> object:
     """The public names, loaded when they are asked for: the command line has to listen to signals before it loads anything."""
     homes = {"Manifest": "format.manifest", "Sample": "format.schema", "WdsToolsError": "errors"}
+    homes |= dict.fromkeys(("Dataset", "DatasetWriter", "open_dataset"), "select.dataset")
     if name not in homes:
         raise AttributeError(f"module 'wds_tools' has no attribute {name!r}")
     from importlib import import_module

@@ -17,6 +17,8 @@ from wds_tools.encode.encode import EncodeConfig, encode
 from wds_tools.export.hf import ExportConfig, ExportSummary, ParquetConfig, export_hf, export_parquet
 from wds_tools.jobs.finalize import FinalizeConfig, finalize
 from wds_tools.pack.rows import PackConfig, pack
+from wds_tools.select.relabel import RelabelConfig, relabel
+from wds_tools.select.select import SelectConfig, select
 
 __all__ = [
     "CodedConfig",
@@ -30,6 +32,8 @@ __all__ = [
     "PackConfig",
     "PairsConfig",
     "ParquetConfig",
+    "RelabelConfig",
+    "SelectConfig",
     "VerifyConfig",
     "VerifyResult",
     "encode",
@@ -37,6 +41,8 @@ __all__ = [
     "export_parquet",
     "finalize",
     "pack",
+    "relabel",
     "run_conversion",
+    "select",
     "verify",
 ]

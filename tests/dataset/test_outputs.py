@@ -137,7 +137,7 @@ def test_of_exports_that_begin_together_one_goes_on_and_the_others_are_refused(
 
 WRITES = {"write_text", "write_bytes", "touch", "mkstemp", "copyfile"}
 SCRATCH = {
-    "wds_tools/export/shuffle.py": "a run's own temporary folder",
+    "wds_tools/dataset/external_sort.py": "a run's own temporary folder",
     "wds_tools/sequences/vocabulary.py": "a folder that is renamed when it is whole",
     "loaders/reading/cache.py": "a cache, whose files are renamed when they are whole, and checked when they are read",
 }

@@ -23,7 +23,7 @@ BELOW_LOADERS = SOURCES | {"wds_tools.images", "wds_tools.sequences"}
 LOADERS = ("config", "world", "order", "reading", "batches", "tokens", "proof", "cost", "workers")
 DOORS = BELOW_LOADERS | {f"loaders.{name}" for name in LOADERS}
 ALLOWED = {
-    "wds_tools": FORMAT,
+    "wds_tools": FORMAT | {"wds_tools.select"},
     "wds_tools.__main__": BASE | {"wds_tools.cli"},
     "wds_tools.errors": set(),
     "wds_tools.terminal": set(),
@@ -40,13 +40,14 @@ ALLOWED = {
     "wds_tools.sources": DATASET | {"wds_tools.records", "wds_tools.images"},
     "wds_tools.convert": JOBS | {"wds_tools.images", "wds_tools.plugins"},
     "wds_tools.encode": JOBS | {"wds_tools.images", "wds_tools.vq"},
+    "wds_tools.select": JOBS,
     "wds_tools.pack": JOBS | {"wds_tools.sequences"},
     "wds_tools.export": SOURCES,
     "wds_tools.check": JOBS | {"wds_tools.images", "wds_tools.vq", "wds_tools.sequences", "wds_tools.encode"},
     "wds_tools.view": DATASET | {"wds_tools.images", "wds_tools.vq", "wds_tools.check", "wds_tools.sequences"},
-    "wds_tools.api": JOBS | {f"wds_tools.{room}" for room in ("convert", "encode", "pack", "export", "check")},
+    "wds_tools.api": JOBS | {f"wds_tools.{room}" for room in ("convert", "encode", "pack", "select", "export", "check")},
     "wds_tools.cli": JOBS
-    | {f"wds_tools.{room}" for room in ("plugins", "convert", "encode", "pack", "sequences", "export", "check", "view")}
+    | {f"wds_tools.{room}" for room in ("plugins", "convert", "encode", "pack", "select", "sequences", "export", "check", "view")}
     | {"wds_tools"},
     "loaders.config": BELOW_LOADERS,
     "loaders.world": BASE,

@@ -12,6 +12,7 @@ from wds_tools.dataset.layout import MANIFEST
 from wds_tools.errors import UsageError
 from wds_tools.format.manifest import PASSED_OVER
 from wds_tools.jobs.index_tars import index_tars, rebuild_indices
+from wds_tools.select.fields import Fields
 from wds_tools.storage import open_store
 from wds_tools.terminal import say
 
@@ -26,6 +27,8 @@ class Config(Printed):
     """The dataset, or the folder or prefix of the tars: a directory or URL. Everything is written there, beside the tars."""
     workers: int = 1
     """Processes to use."""
+    fields: bool = False
+    """Make the fields of the samples too, which `select`, `relabel` and `stats --duplicates` read, if they are not there."""
     quiet: bool = False
     """Show no progress."""
 
@@ -40,6 +43,8 @@ def run(config: Config) -> int:
     begun = time.monotonic()
     is_set = store.exists(MANIFEST)
     manifest = (rebuild_indices if is_set else index_tars)(store, workers=config.workers, quiet=config.quiet)
+    if config.fields:
+        Fields.make(store, manifest, workers=config.workers, quiet=config.quiet)
     if config.json:
         print_dataset(config.input, manifest, json=True)
         return 0

@@ -37,6 +37,8 @@ COMMANDS = {
     ("encode",): ("encode", "fill the VQ codes of a dataset's images"),
     ("compare-codes",): ("compare_codes", "what another precision does to codes: two encodings side by side"),
     ("vocabulary",): ("vocabulary", "special tokens of a text tokenizer, and the model size that it needs"),
+    ("relabel",): ("relabel", "put other texts and fields into a dataset's samples, from tables"),
+    ("select",): ("select", "choose samples of datasets: conditions, keys, duplicates, splits"),
     ("pack",): ("pack", "datasets to shards of token rows, ready to train on"),
     ("finalize",): ("finalize", "write the manifest of what was made in parts (--part)"),
     ("export", "hf"): ("export_hf", "shards to a Hugging Face dataset of Liquid's columns, shuffled"),

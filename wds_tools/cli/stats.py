@@ -12,6 +12,7 @@ from wds_tools.check.stats.duplicates import Repeats
 from wds_tools.check.stats.histogram import Histogram
 from wds_tools.check.stats.report import render, to_json
 from wds_tools.cli.summary import Printed, print_dataset, print_json
+from wds_tools.select.duplicates import write_duplicates
 from wds_tools.storage import open_store, split_url
 from wds_tools.storage.place import check_apart
 from wds_tools.terminal import say
@@ -29,13 +30,20 @@ class Config(Printed, StatsConfig):
     """The dataset: a directory or URL."""
     html: str | None = None
     """Write a report to this file (a path or URL): one page that needs nothing else."""
+    duplicates: str | None = None
+    """Write all samples of equal texts and of equal codes to this file: {"same": ..., "keys": [...]} a line."""
 
 
 def run(config: Config) -> int:
     """Count, and say what was found."""
-    if config.html is not None:
-        check_apart(config.input, config.html, option="--html")
+    for option, path in {"--html": config.html, "--duplicates": config.duplicates}.items():
+        if path is not None:
+            check_apart(config.input, path, option=option)
     result = stats(config)
+    if config.duplicates is not None:
+        groups = write_duplicates(config.input, config.duplicates, workers=config.workers, quiet=config.quiet)
+        counted = " and ".join(f"{count:,} groups of equal {what}" for what, count in groups.items())
+        say(f"wds-tools: {counted} are in {config.duplicates}", error=True)
     if config.html is not None:
         folder, name = split_url(config.html)
         open_store(folder).put(name, render(result).encode())

@@ -67,7 +67,10 @@ def print_dataset(url: str, manifest: Manifest, *, json: bool = False) -> None:
     if filtered:
         lacking = filtered.get("filtered_missing", 0)
         without = f", {lacking:,} of them without a field that it names" if lacking else ""
-        facts["filtered"] = f"{sum(filtered.values()):,} dropped by --where{without}"
+        by_where = lacking + filtered.get("filtered", 0)
+        dropped = {f"dropped by --where{without}": by_where, "not chosen": filtered.get("not_chosen", 0)}
+        dropped["equal to an earlier one (--unique)"] = filtered.get("duplicate", 0)
+        facts["filtered"] = ", ".join(f"{count:,} {what}" for what, count in dropped.items() if count)
     if isinstance(left_out := manifest.source.get("left_out"), dict):
         facts["left out"] = f"{left_out.get('files')} files, not read as records, such as {left_out.get('such_as')}"
     counts = manifest.source.get("counts")

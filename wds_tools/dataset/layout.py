@@ -7,6 +7,8 @@ rejects/task-TTTTTT.jsonl  inputs that became no sample
 _work/plan.json            while it is written: what is made ...
 _work/task-TTTTTT.json     ... which tasks are done ...
 _work/run-ID.json          ... and who writes (`lease`); of a part run-ID-PART-of-PARTS.json
+_work/labels/HASH.json     what `relabel` puts into the samples of a task
+fields/ID/SHARD.parquet    the fields of a shard's samples, made again at will; ID is 16 digits of a dataset's fingerprint
 """
 
 from __future__ import annotations
@@ -22,12 +24,16 @@ WORK = "_work/"
 PLAN = WORK + "plan.json"
 TASKS = WORK + "task-"
 LEASES = WORK + "run-"
+LABELS = WORK + "labels/"
+FIELDS = "fields/"
 
 _REJECTS_FILE = rf"{REJECTS}task-\d{{6,}}\.jsonl"
 REMOVABLE = re.compile(rf"shard-\d{{6,}}-\d{{4,}}\.tar(\.index)?|{_REJECTS_FILE}|{re.escape(PLAN)}|{TASKS}\d{{6,}}\.json")
 """The files of a dataset, but for the manifest and leases. Only these are ever removed."""
-IS_REJECTS_FILE = re.compile(rf"(^|/){_REJECTS_FILE}$")
-"""Finds the rejects of a dataset among the files of any folder."""
+FIELDS_FILE = re.compile(rf"{FIELDS}[0-9a-f]{{16}}/.+\.parquet")
+"""Removed with a dataset too; they may be there before it."""
+IS_REJECTS_FILE = re.compile(rf"(^|/)({_REJECTS_FILE}|{FIELDS_FILE.pattern})$")
+"""Finds the rejects of a dataset, and its fields, among the files of any folder."""
 
 
 def shard_name(task: int, number: int) -> str:

@@ -26,7 +26,7 @@ from typing import Any, Self
 
 import orjson
 
-from wds_tools.dataset.layout import LEASES
+from wds_tools.dataset.layout import LABELS, LEASES
 from wds_tools.errors import FormatError, NotFound, StorageError, UsageError
 from wds_tools.format.typed_json import read_json
 from wds_tools.storage import Store
@@ -54,8 +54,8 @@ class Part:
 
 
 def files_of(store: Store) -> list[str]:
-    """All files there, but for the leases of runs."""
-    return [entry.name for entry in store.list() if not entry.name.startswith(LEASES)]
+    """All files there, but for the leases of runs and what they prepare before they begin."""
+    return [entry.name for entry in store.list() if not entry.name.startswith((LEASES, LABELS))]
 
 
 class Lease:

@@ -26,7 +26,18 @@ from typing import Annotated, Any, Self
 import orjson
 
 from wds_tools.dataset.files import Written, describe_changed, find_changed
-from wds_tools.dataset.layout import LEASES, MANIFEST, PLAN, REMOVABLE, TASKS, WORK, index_name, marker_name, rejects_name
+from wds_tools.dataset.layout import (
+    FIELDS_FILE,
+    LEASES,
+    MANIFEST,
+    PLAN,
+    REMOVABLE,
+    TASKS,
+    WORK,
+    index_name,
+    marker_name,
+    rejects_name,
+)
 from wds_tools.dataset.lease import Lease, Part, files_of
 from wds_tools.dataset.writer import TaskResult
 from wds_tools.errors import FormatError, NotFound, StorageError, UsageError
@@ -238,7 +249,7 @@ class Output:
             manifest = parse_manifest(data, f"{store.url}/{MANIFEST}")
             self._check_same_plan(manifest.source)
             return manifest
-        names = [] if store.exists(PLAN) else files_of(store)
+        names = [] if store.exists(PLAN) else [name for name in files_of(store) if not FIELDS_FILE.fullmatch(name)]
         if store.exists(PLAN):  # asked again: another part may just have claimed the output
             if not self._goes_on:
                 raise UsageError(
@@ -330,7 +341,7 @@ def _check_removable(store: Store) -> list[str]:
     """The files that `remove` deletes beside the manifest, or UsageError if no dataset of this project is there."""
     data = _manifest_data(store)
     names = files_of(store)
-    removable = [name for name in names if REMOVABLE.fullmatch(name)]
+    removable = [name for name in names if REMOVABLE.fullmatch(name) or FIELDS_FILE.fullmatch(name)]
     if names and not removable and data is None:
         raise UsageError(f"{store.url} holds files, but no dataset of this project to overwrite: choose another output")
     return removable

@@ -72,6 +72,9 @@ class ShardBytes:
     def __init__(self) -> None:
         self._buffer = np.empty(0, np.uint8)
 
+    def __reduce__(self) -> tuple[type[ShardBytes], tuple[()]]:
+        return ShardBytes, ()  # without the memory
+
     def read(self, store: Store, name: str, likely_bytes: int) -> tuple[memoryview, str]:
         """A shard's bytes, which are good until the next call, and their XXH3-128.
 

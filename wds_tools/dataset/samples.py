@@ -4,6 +4,7 @@
     SampleReader.locate(number)             number in the dataset -> (shard, sample_index)
     SampleReader.read(shard, first, ...)    index -> ranges of the wanted members, joined where gaps are small -> fetched
     SampleReader.scan(shard, first, ...)    the same from there on, in pieces, one piece ahead
+    SampleReader.stored(shard, rows)        whole samples as they lie in the tar, their CRC-32 compared
 
 Invariant: nothing is read but index files and ranges that hold what was asked for; an index that is not of the shard that the
 manifest describes is refused. A key is not in the index: it is read from a sample's first header when it is asked for.
@@ -12,16 +13,19 @@ Cost: an index file is one GET (20 bytes a sample), and INDEX_BYTES are kept; a 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from wds_tools.dataset.layout import index_name
-from wds_tools.errors import NotFound, UsageError
+from wds_tools.errors import FormatError, NotFound, UsageError
+from wds_tools.format.checksum import crc32
 from wds_tools.format.index import ABSENT, ShardIndex, check_fresh, join_parts, read_part
 from wds_tools.format.manifest import Manifest
 from wds_tools.format.schema import IMAGE_EXTENSIONS
@@ -238,6 +242,43 @@ class SampleReader:
                 yield piece
         finally:
             future.cancel()
+
+    def stored(self, shard: int, rows: NDArray[np.int64]) -> Iterator[tuple[ShardIndex, list[memoryview]]]:
+        """Some samples of a shard as they lie in its tar, in pieces that fit PIECE_BYTES or are one sample, one piece ahead.
+
+        Args:
+            shard: a position in the manifest.
+            rows: places in the shard, ascending.
+
+        Yields:
+            The index of a piece's samples, and the bytes of each.
+
+        Raises:
+            FormatError: the bytes of a sample are not those that the index was made for; or see `read`.
+        """
+        info = self.manifest.shards[shard]
+        chosen = self._indices.read(shard, 0, info.samples).take(rows)
+        pieces = (np.cumsum(chosen.size, dtype=np.int64) - chosen.size) // PIECE_BYTES
+        bounds = [0, *(np.flatnonzero(np.diff(pieces)) + 1).tolist(), len(rows)]
+
+        def fetch(first: int, last: int) -> tuple[ShardIndex, list[memoryview]]:
+            piece = chosen.part(first, last)
+            start = piece.start.astype(np.int64)
+            samples = self._ranges(info.name, start, start + piece.size.astype(np.int64))
+            for sample, crc, at in zip(samples, piece.crc32.tolist(), start.tolist(), strict=True):
+                if crc32(sample) != crc:
+                    raise FormatError(
+                        f"{join(self.store.url, info.name)}, byte {at}: the sample is damaged: its CRC-32 is another"
+                    )
+            return piece, samples
+
+        futures: deque[Future[tuple[ShardIndex, list[memoryview]]]] = deque()
+        for first, last in pairwise(bounds):
+            futures.append(self._ahead.submit(fetch, first, last))
+            if len(futures) > 1:
+                yield futures.popleft().result()
+        for future in futures:
+            yield future.result()
 
     def key_of(self, number: int) -> str:
         """The key of a sample: one GET of a header."""

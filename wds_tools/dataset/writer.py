@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+import numpy as np
 import orjson
 
 from wds_tools.dataset.files import Written, written
@@ -128,20 +129,37 @@ class TaskWriter:
         self._append(builder, builder.add(sample))
         self._schema_version = max(self._schema_version, sample.schema_version)
 
-    def add_members(self, key: str, payloads: Sequence[tuple[str, bytes]]) -> None:
-        """Append a sample of any members, (suffix, payload) each, to a dataset of ANY_MEMBERS. Raises StorageError as `add`."""
+    def add_members(self, key: str, payloads: Iterable[tuple[str, bytes | memoryview]], sample: Sample | None = None) -> None:
+        """Append a sample of any members, (suffix, payload) each: see ShardBuilder.add_members. Raises StorageError as `add`."""
         builder = self._builder or ShardBuilder()
-        self._append(builder, builder.add_members(key, payloads))
+        self._append(builder, builder.add_members(key, payloads, sample))
+
+    def add_stored(self, samples: Sequence[memoryview], index: ShardIndex, data_types: Sequence[str]) -> None:
+        """Append samples as they lie in another tar; shards close behind the same samples as if they came one by one.
+
+        Args:
+            samples: the bytes of each.
+            index, data_types: theirs; see ShardBuilder.add_stored.
+        """
+        first, ends = 0, np.cumsum(index.size, dtype=np.int64)
+        while first < len(samples):
+            builder = self._builder or ShardBuilder()
+            room = self._limits.bytes - builder.num_bytes + (int(ends[first - 1]) if first else 0)
+            full = min(first + self._limits.samples - builder.num_samples, int(np.searchsorted(ends, room)) + 1)
+            last = min(full, len(samples))
+            data = b"".join(samples[first:last])
+            self._append(builder, builder.add_stored(data, index.part(first, last), data_types[first:last]), last - first)
+            first = last
 
     def count(self, what: str, number: int = 1) -> None:
         """Add to a count of the manifest's `source["counts"]`."""
         self._counts[what] += number
 
-    def _append(self, builder: ShardBuilder, data: bytes) -> None:
+    def _append(self, builder: ShardBuilder, data: bytes, num_samples: int = 1) -> None:
         if self._writer is None:
             self._builder, self._writer = builder, self._store.write(shard_name(self.task, len(self._shards)))
         self._writer.write(data)
-        self.num_samples += 1
+        self.num_samples += num_samples
         if builder.num_samples >= self._limits.samples or builder.num_bytes >= self._limits.bytes:
             self._close_shard()
 

@@ -68,6 +68,10 @@ class ShardIndex:
         """The samples [first, last) of these, as views."""
         return self._with(lambda name: getattr(self, name)[first:last])
 
+    def take(self, rows: _Array) -> ShardIndex:
+        """These samples of them, by their places in ascending order."""
+        return self._with(lambda name: getattr(self, name)[rows])
+
     def _with(self, column: Callable[[str], _Array]) -> ShardIndex:
         columns = {name: column(name) for name in _COLUMNS}
         return ShardIndex(
@@ -87,7 +91,7 @@ class IndexBuilder:
         self._suffixes: dict[str, int] = {}
         self._samples = array("Q")
         self._members = array("Q")
-        self._places = array("L")
+        self._places = array("Q")
 
     def add(
         self, start: int, size: int, members: list[tuple[str, int, int]], crc32: int, text_chars: int, num_codes: int
@@ -106,6 +110,24 @@ class IndexBuilder:
         for suffix, offset, length in members:
             self._places.extend((sample_index, suffixes.setdefault(suffix, len(suffixes))))
             self._members.extend((offset, length))
+
+    def extend(self, start: int, index: ShardIndex) -> None:
+        """Add samples as another index has them, whose bytes lie end to end from `start` on."""
+        size, lengths = index.size.astype(np.uint64), index.lengths.astype(np.uint64)
+        starts = np.uint64(start) + np.cumsum(size) - size
+        first = len(self._samples) // len(_ADDED)
+        rows = np.stack([starts, size, *(getattr(index, name).astype(np.uint64) for name in _ADDED[2:])], axis=1)
+        self._samples.frombytes(rows.tobytes())
+        sample, column = np.nonzero(lengths != ABSENT)
+        offset = index.offsets.astype(np.uint64)[sample, column]
+        in_file = np.lexsort((offset, sample))
+        sample, column, offset = sample[in_file], column[in_file], offset[in_file]
+        places = np.zeros(len(index.members), np.uint64)
+        found, at = np.unique(column, return_index=True)
+        for member in found[np.argsort(at)].tolist():
+            places[member] = self._suffixes.setdefault(index.members[member], len(self._suffixes))
+        self._places.frombytes(np.stack([sample.astype(np.uint64) + np.uint64(first), places[column]], axis=1).tobytes())
+        self._members.frombytes(np.stack([offset, lengths[sample, column]], axis=1).tobytes())
 
     def build(self, tar_bytes: int, tar_xxh128: str) -> ShardIndex:
         """The finished index of a tar of this size and hash."""

@@ -31,8 +31,9 @@ PASSED_OVER = "members_passed_over"
 """Of the counts in `source`: members of tars that are no part of a sample (links, hidden files, those without a suffix)."""
 IMAGES, ENLARGED = "images", "enlarged_images"
 """Of the counts in `source`: images of the samples, and those of them that are smaller than what they are scaled to."""
-FILTERED = ("filtered", "filtered_missing")
-"""Reasons of records that the user's own condition drops: counted among the rejects, without a line under rejects/."""
+FILTERED = ("filtered", "filtered_missing", "not_chosen", "duplicate")
+"""Reasons of records that the user drops (--where; keys, shares and splits; --unique): counted among the rejects, without a line
+under rejects/."""
 _XXH128 = re.compile("[0-9a-f]{32}")
 _NO_HASH = "0" * 64
 _OWN_HASH = re.compile(rb'"manifest_hash":\s*"sha256:([0-9a-f]{64})"')

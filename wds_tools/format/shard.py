@@ -213,13 +213,16 @@ class ShardBuilder:
             FormatError: the sample breaks the schema; nothing was appended.
         """
         validate(sample, self._layouts)
-        data = self.add_members(sample.key, encode_members(sample), sample.text_chars, sample.num_codes)
-        self._data_types[sample.data_type] += 1
-        return data
+        return self.add_members(sample.key, encode_members(sample), sample)
 
-    def add_members(self, key: str, payloads: Iterable[tuple[str, bytes]], text_chars: int = 0, num_codes: int = 0) -> bytes:
-        """Append a sample of any members, (suffix, payload) each; returns its bytes in the tar."""
-        parts: list[bytes] = []
+    def add_members(self, key: str, payloads: Iterable[tuple[str, bytes | memoryview]], sample: Sample | None = None) -> bytes:
+        """Append a sample of any members, (suffix, payload) each; returns its bytes in the tar.
+
+        Args:
+            key, payloads: what is written.
+            sample: what they hold, if that is of this project's schema, and valid.
+        """
+        parts: list[bytes | memoryview] = []
         members: list[tuple[str, int, int]] = []
         offset = 0
         for suffix, payload in payloads:
@@ -230,9 +233,26 @@ class ShardBuilder:
             offset += BLOCK + length + len(pad)
         data = b"".join(parts)
         self._hash.update(data)
-        self._index.add(self.num_bytes, offset, members, crc32(data), text_chars, num_codes)
+        facts = (sample.text_chars, sample.num_codes) if sample else (0, 0)
+        self._index.add(self.num_bytes, offset, members, crc32(data), *facts)
+        self._data_types.update([sample.data_type] if sample else ())
         self.num_samples += 1
         self.num_bytes += offset
+        return data
+
+    def add_stored(self, data: bytes, index: ShardIndex, data_types: Iterable[str]) -> bytes:
+        """Append samples as they lie in another tar, end to end.
+
+        Args:
+            data: their bytes; returned.
+            index: theirs.
+            data_types: of each; none where the schema is not this project's.
+        """
+        self._hash.update(data)
+        self._index.extend(self.num_bytes, index)
+        self._data_types.update(data_types)
+        self.num_samples += len(index)
+        self.num_bytes += len(data)
         return data
 
     def finish(self, name: str) -> tuple[bytes, ShardIndex, ShardInfo]:

@@ -138,11 +138,11 @@ class RejectBudget:
 
 
 def check_kept(rejects: Mapping[str, int], inputs: int) -> None:
-    """Raise TooManyRejects if no sample is left of a dataset, and --where has dropped records of it."""
+    """Raise TooManyRejects if no sample is left of a dataset, and the user's own choice has dropped records of it."""
     num_filtered = sum(rejects.get(reason, 0) for reason in FILTERED)
     if num_filtered and sum(rejects.values()) == inputs:
         missing = rejects.get("filtered_missing", 0)
         raise TooManyRejects(
-            f"--where keeps none of the {inputs:,} records: it drops {num_filtered:,}, of which {missing:,} lack a field that it "
-            f"names, and {inputs - num_filtered:,} can't be used"
+            f"the choice keeps none of the {inputs:,} records: it drops {num_filtered:,}, of which {missing:,} lack a field that "
+            f"--where names, and {inputs - num_filtered:,} can't be used"
         )

@@ -84,6 +84,7 @@ class Where:
                 (self._after if compiler.facts else self._before).append(evaluate)
                 self.names |= compiler.names
                 self.facts |= compiler.facts
+            self._conditions = (*self._before, *self._after)
         except UsageError as error:
             raise UsageError(f"--where {text[:200]!r}: {error}") from None
         except (SyntaxError, ValueError, RecursionError, MemoryError, OverflowError) as error:
@@ -92,6 +93,13 @@ class Where:
 
     def __reduce__(self) -> tuple[type[Where], tuple[str]]:
         return Where, (self.text,)
+
+    def keeps(self, fields: Fields, facts: Fields) -> bool:
+        """Whether a record is kept of which all is known. Raises Reject ("wrong_type") as `check`."""
+        for evaluate in self._conditions:  # noqa: SIM110  a generator takes twice as long
+            if not evaluate(fields, facts):
+                return False
+        return True
 
     def check(self, fields: Fields, facts: Fields | None = None) -> None:
         """Look at a record: without facts at what needs no image, with facts at the rest.

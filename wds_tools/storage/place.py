@@ -20,14 +20,15 @@ def check_apart(inputs: str | Sequence[str], output: str, *, option: str = "--ou
     Raises:
         UsageError: it is or does.
     """
-    place = _place(output)
+    place = place_of(output)
     for url in (inputs,) if isinstance(inputs, str) else inputs:
-        if f"{place}/".startswith(f"{_place(url)}/"):
-            how = "is the input" if place == _place(url) else "lies in the input"
+        if f"{place}/".startswith(f"{place_of(url)}/"):
+            how = "is the input" if place == place_of(url) else "lies in the input"
             raise UsageError(f"{option} {redact(output)} {how} {redact(url)}: choose a place of its own")
 
 
-def _place(url: str) -> str:
+def place_of(url: str) -> str:
+    """The place of a root: equal for two that are the same, however they are spelled."""
     scheme, path = split_scheme(url)
     if scheme in ("", "file"):
         path = unquote(path) if scheme else path

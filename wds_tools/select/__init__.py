@@ -1,0 +1,1 @@
+"""Datasets from datasets: chosen samples, and samples with other texts and fields."""
