@@ -87,7 +87,7 @@ def test_zips_are_refused_and_images_are_images(tmp_path: Path) -> None:
         ("a.json", b'{"broken\n' + OBJECT, Kind("lines")),
         ("a.json", b'{"long": "' + b"x" * 100_000 + b'"}\n', Kind("lines")),
         ("a", b"PAR1" + bytes(99), Kind("parquet")),
-        ("a.tgz", gzip.compress(bytes(257) + b"ustar" + bytes(250), mtime=0), Kind("tar")),
+        ("a.tgz", gzip.compress(bytes(257) + b"ustar" + bytes(250), mtime=0), Kind("tar", "gz")),
         ("a", b"ARROW1\0\0" + bytes(99), Kind("arrow")),
     ],
 )

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from wds_tools.cli.summary import Printed, itemize, print_json
+from wds_tools.cli.summary import Printed, itemize, show
 from wds_tools.export.card import unknown_to_liquid
 from wds_tools.export.hf import ExportConfig, export_hf
 from wds_tools.terminal import say
@@ -32,13 +32,10 @@ def run(config: Config) -> int:
             "for it, export with --for liquid",
             error=True,
         )
-    if config.json:
-        print_json({"output": config.output, "format": config.format, **asdict(summary)})
-        return 0
     left_out = [f"left out   {itemize(summary.left_out)}: for {config.reader}"] if summary.left_out else []
     how = "datasets.load_from_disk" if config.format == "arrow" else 'load_dataset("parquet", ...)'
-    say(f"exported   {config.output}", f"rows       {summary.rows:,} ({itemize(summary.data_types)})", *left_out)
-    say(f"files      {summary.files:,}, for {how}")
-    if summary.pushed is not None:
-        say(f"pushed     {summary.pushed:,} files to hf://datasets/{config.push_to_hub}")
+    pushed = [f"pushed     {summary.pushed:,} files to hf://datasets/{config.push_to_hub}"] if summary.pushed is not None else []
+    lines = [f"exported   {config.output}", f"rows       {summary.rows:,} ({itemize(summary.data_types)})", *left_out]
+    lines += [f"files      {summary.files:,}, for {how}", *pushed]
+    show(config, {"output": config.output, "format": config.format, **asdict(summary)}, lines)
     return 0

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 
 import tyro
 
-from wds_tools.cli.summary import Printed, describe_samples, print_dataset
+from wds_tools.cli.summary import Printed, dataset_record, describe_samples, show
 from wds_tools.dataset.layout import MANIFEST
 from wds_tools.errors import UsageError
 from wds_tools.format.manifest import PASSED_OVER
 from wds_tools.jobs.index_tars import index_tars, rebuild_indices
 from wds_tools.storage import open_store
-from wds_tools.terminal import say
 
 EXAMPLE = "wds-tools index s3://bucket/tars --workers 8"
 
@@ -40,16 +39,17 @@ def run(config: Config) -> int:
     begun = time.monotonic()
     is_set = store.exists(MANIFEST)
     manifest = (rebuild_indices if is_set else index_tars)(store, workers=config.workers, quiet=config.quiet)
-    if config.json:
-        print_dataset(config.input, manifest, json=True)
-        return 0
     elapsed_s = time.monotonic() - begun
     what = f"rebuilt {len(manifest.shards):,} index files" if is_set else f"indexed {len(manifest.shards):,} tars"
-    say(
+    passed_over = manifest.source.get("counts", {}).get(PASSED_OVER)
+    lines = [
         f"index: {what} of {config.input}: {manifest.samples:,} samples, {manifest.bytes / 1e6:,.1f} MB, "
-        f"{manifest.samples / elapsed_s:,.0f} samples/s"
-    )
-    say(f"schema: {describe_samples(manifest)}")
-    if num_passed_over := manifest.source.get("counts", {}).get(PASSED_OVER):
-        say(f"passed over: {num_passed_over:,} members that are no part of a sample: hidden ones, without a suffix, or links")
+        f"{manifest.samples / elapsed_s:,.0f} samples/s",
+        f"schema: {describe_samples(manifest)}",
+    ]
+    if passed_over:
+        lines.append(
+            f"passed over: {passed_over:,} members that are no part of a sample: hidden ones, without a suffix, or links"
+        )
+    show(config, dataset_record(config.input, manifest), lines)
     return 0

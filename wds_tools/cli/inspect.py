@@ -7,9 +7,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from wds_tools.cli.summary import Printed, itemize, print_json
+from wds_tools.cli.summary import Printed, itemize, show
 from wds_tools.convert.inspect import inspect_input
-from wds_tools.terminal import say
 
 EXAMPLE = "wds-tools inspect laion/"
 
@@ -30,12 +29,9 @@ class Config(Printed):
 def run(config: Config) -> int:
     """Look, and say what there is."""
     found = inspect_input(config.input, converter=config.converter, image_root=config.image_root)
-    if config.json:
-        print_json(found)
-        return 0
     left_out, rejects, fields = found["left_out"], found["rejects"], found["fields"]
     width = max(map(len, fields))
-    say(
+    lines = [
         f"input     {found['input']}",
         *([f"left out  {left_out['files']:,} files, such as {left_out['such_as']}"] if left_out else []),
         f"records   {found['num_records']:,} looked at" + (f", {itemize(rejects)}" if rejects else ""),
@@ -45,5 +41,6 @@ def run(config: Config) -> int:
         *(f"  {line}" for line in found["samples"]),
         *([f"stops at  {found['problem']}"] if found["problem"] else []),
         f"command   {found['command']}",
-    )
+    ]
+    show(config, found, lines)
     return 0

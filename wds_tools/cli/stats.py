@@ -11,10 +11,9 @@ from wds_tools.check.stats.describe import Stats, StatsConfig, stats
 from wds_tools.check.stats.duplicates import Repeats
 from wds_tools.check.stats.histogram import Histogram
 from wds_tools.check.stats.report import render, to_json
-from wds_tools.cli.summary import Printed, print_dataset, print_json
+from wds_tools.cli.summary import Printed, describe_dataset, show
 from wds_tools.storage import open_store, split_url
 from wds_tools.storage.place import check_apart
-from wds_tools.terminal import say
 
 EXAMPLE = "wds-tools stats s3://bucket/pairs --workers 8 --html report.html"
 _SPARKS = " ▁▂▃▄▅▆▇█"
@@ -39,13 +38,8 @@ def run(config: Config) -> int:
     if config.html is not None:
         folder, name = split_url(config.html)
         open_store(folder).put(name, render(result).encode())
-    if config.json:
-        print_json(to_json(result))
-        return 0
-    print_dataset(config.input, result.manifest)
-    say("", *_describe(result))
-    if config.html is not None:
-        say("", f"report: {config.html}")
+    report = ["", f"report: {config.html}"] if config.html is not None else []
+    show(config, to_json(result), [*describe_dataset(config.input, result.manifest), "", *_describe(result), *report])
     return 0
 
 

@@ -16,7 +16,7 @@ from braceexpand import braceexpand
 from wds_tools.dataset.layout import IS_REJECTS_FILE
 from wds_tools.errors import NotFound, StorageError, UsageError
 from wds_tools.sources.detect import is_candidate
-from wds_tools.sources.folders import choose_pictures
+from wds_tools.sources.folders import named_by_records, pictures_of
 from wds_tools.sources.record import InputFile
 from wds_tools.storage import join, open_store, split_url
 from wds_tools.storage.base import split_scheme
@@ -115,7 +115,8 @@ def _beside(files: Sequence[InputFile]) -> set[InputFile]:
     by_name = {_identity(file.url).lstrip("/"): file for file in files}
     tars = {name[:-4] for name in by_name if name.lower().endswith(".tar")}
     beside = {name for name in by_name for suffix in _COMPANIONS if name.endswith(suffix) and name.removesuffix(suffix) in tars}
-    beside.update(choose_pictures([name for name in by_name if name not in beside], is_candidate).named)
+    pictures = pictures_of(by_name)
+    beside |= named_by_records(pictures, (name for name in by_name if name not in beside | pictures and is_candidate(name)))
     return {by_name[name] for name in beside}
 
 

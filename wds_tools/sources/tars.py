@@ -19,14 +19,11 @@ from wds_tools.format.shard import cut_name
 from wds_tools.format.tar import BLOCK, Member, TarReader
 from wds_tools.sources.containers import Unit
 from wds_tools.sources.record import InputFile, Record
-from wds_tools.sources.text.gzip import MAGIC as GZIP_MAGIC
-from wds_tools.sources.text.gzip import decompress_gzip
+from wds_tools.sources.text.compression import read_pieces
 from wds_tools.sources.text.objects import Line, parse_record
-from wds_tools.sources.text.zstd import decompress
 from wds_tools.storage import open_store, split_url
 
 MAX_SAMPLE_BYTES = 64 << 20
-_READ_BYTES = 1 << 20
 _TEXT_SUFFIXES = frozenset(("txt", "text", "caption", "transcript", "cls", "cls2", "count", "index", "inx", "id"))
 """Suffixes that webdataset decodes as text or numbers, and `caption`."""
 
@@ -35,17 +32,21 @@ _TEXT_SUFFIXES = frozenset(("txt", "text", "caption", "transcript", "cls", "cls2
 class Tars:
     """Container of WebDataset tars; a unit is a tar. A record's key is that of its sample in the tar."""
 
+    compression: str = ""
+    """"gz", "zst" or none."""
+
     def units(self, files: Sequence[InputFile]) -> Iterator[Unit]:
         """See Container."""
         return (Unit(file.url, file.size) for file in files)
 
     def read(self, unit: Unit) -> Iterator[Record[Mapping[str, Any]]]:
         """See Container."""
+        root, name = split_url(unit.url)
         reader = TarReader(posixpath.basename(unit.url), max_member_bytes=MAX_SAMPLE_BYTES, lenient=True)
         records = _Records(unit.url, reader)
         damage: Reject | None = None
         try:
-            for data, records.read_bytes in _decompressed(unit.url):
+            for data, records.read_bytes in read_pieces(lambda: open_store(root).open(name), self.compression):
                 for member in reader.feed(data):
                     yield from records.add(member)
             reader.feed(b"")  # damage behind the last member is said now
@@ -165,20 +166,3 @@ def _value(suffix: str, payload: bytes) -> Any:
         return payload.decode().removesuffix("\n").removesuffix("\r")  # an editor's; it is no part of a caption
     except UnicodeDecodeError as error:
         raise Reject("invalid_utf8", f"{suffix}: byte {error.start} is {payload[error.start]:#04x}: {error.reason}") from error
-
-
-def _decompressed(url: str) -> Iterator[tuple[bytes, int]]:
-    """(bytes, bytes of the file read so far)."""
-    root, name = split_url(url)
-    store = open_store(root)
-    with store.open(name) as stream:
-        head = stream.peek(4)[:4]
-        if head.startswith(GZIP_MAGIC):
-            yield from decompress_gzip(lambda: store.open(name))
-        elif head == b"\x28\xb5\x2f\xfd":
-            yield from decompress(stream)
-        else:
-            read_bytes = 0
-            while data := stream.read(_READ_BYTES):
-                read_bytes += len(data)
-                yield data, read_bytes

@@ -19,33 +19,21 @@ import mmap
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from itertools import accumulate
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from wds_tools.errors import NotFound, OutOfSpace, StorageError, UsageError
-from wds_tools.storage.base import (
-    TEMP_FOLDER,
-    Buffer,
-    Entry,
-    WriterBase,
-    check_name,
-    check_prefix,
-    check_range,
-    join,
-    other_size,
-    redact,
-    split_scheme,
-)
+from wds_tools.storage.base import TEMP_FOLDER, Buffer, Entry, Store, Writer, check_name, join, redact, split_scheme
 
 BUFFER_BYTES = 1 << 20  # of a reader and of a writer
 _NO_FILE = "is a folder, a device or a pipe, not a file"
 _MAX_LINKED_FOLDERS = 100_000  # a few folders with links to each other have more paths than anyone can walk
 
 
-class LocalStore:
+class LocalStore(Store):
     """A folder. See Store for what the methods promise.
 
     Args:
@@ -54,29 +42,24 @@ class LocalStore:
     """
 
     def __init__(self, url: str, *, strict_links: bool = False) -> None:
-        self.url = redact(url)
+        super().__init__(url)
         self._strict_links = strict_links
         self._root = os.path.abspath(_path_of(url))  # so that a worker with another current folder means the same
 
-    def __repr__(self) -> str:
-        return f"LocalStore({self.url!r})"
-
-    def list(self, prefix: str = "") -> Iterator[Entry]:
-        folder = check_prefix(prefix, self.url)
-        found: list[Entry] = []
+    def _entries(self, folder: str) -> Iterable[Entry]:
         try:
             real_root = os.path.realpath(self._root)
             top = join(self._root, folder) if folder else self._root
-            if not self._strict_links or _is_inside(os.path.realpath(top), real_root):
-                found += _scan(self._root, folder, real_root if self._strict_links else None)
+            if self._strict_links and not _is_inside(os.path.realpath(top), real_root):
+                return []
+            return list(_scan(self._root, folder, real_root if self._strict_links else None))
         except NotADirectoryError as error:
             if not folder:
                 raise StorageError(f"{self.url} is a file, or lies below one: give a folder") from error
+            return []
         except OSError as error:
             where = self.url if error.filename in (None, self._root) else str(error.filename)  # a folder below it, perhaps
             raise translate(error, "list", where) from error
-        found.sort()
-        return (entry for entry in found if entry.name.startswith(prefix)) if prefix else iter(found)
 
     def size(self, name: str) -> int:
         path = self._existing(name)
@@ -88,37 +71,14 @@ class LocalStore:
             raise NotFound(f"{self._show(name)} {_NO_FILE}")
         return status.st_size
 
-    def exists(self, name: str) -> bool:
-        try:
-            self.size(name)
-        except NotFound:
-            return False
-        return True
-
-    def read(self, name: str) -> bytes:
-        with self.open(name) as file:
-            return file.read()
-
-    def read_range(self, name: str, start: int, end: int, size: int | None = None) -> bytes:
-        check_range(name, start, end)
-        if start == end:
-            self._existing(name)
-            return b""
+    def _range(self, name: str, start: int, end: int, size: int | None) -> tuple[bytes, int]:  # noqa: ARG002  Store's
         descriptor, found = self._open(name)
         try:
-            data = _pread(descriptor, start, end) if end <= found else b""
+            return _pread(descriptor, start, end) if end <= found else b"", found
         except OSError as error:
             raise translate(error, "read", self._show(name)) from error
         finally:
             os.close(descriptor)
-        if len(data) != end - start:
-            raise StorageError(
-                f"{self._show(name)}: wanted bytes [{start}, {end}), the file ends at {found}: "
-                "it was truncated or replaced, or its index is of another file"
-            )
-        if size not in (None, found):
-            raise StorageError(other_size(self._show(name), found, size))
-        return data
 
     def map(self, name: str) -> memoryview:
         """The whole file, mapped: reading it costs no copy, and all processes share its pages.
@@ -139,11 +99,7 @@ class LocalStore:
     def open(self, name: str) -> io.BufferedReader:
         return io.BufferedReader(_File(*self._open(name), self._show(name)), BUFFER_BYTES)
 
-    def put(self, name: str, data: Buffer) -> None:
-        with self.write(name) as writer:
-            writer.write(data)
-
-    def write(self, name: str) -> "LocalWriter":
+    def write(self, name: str) -> Writer:
         self._refuse_links(TEMP_FOLDER, name)
         return LocalWriter(self._new(name), self._root, self._show(name))
 
@@ -169,13 +125,8 @@ class LocalStore:
     def _drop_empty_folder(self, folder: str) -> None:
         """As on an object store, a folder below the root is there only for its files."""
         if folder != self._root:
-            try:
+            with suppress(OSError):  # another file is in it
                 os.rmdir(folder)
-            except OSError:
-                pass  # another file is in it
-
-    def _show(self, name: str) -> str:
-        return join(self.url, name)
 
     def _open(self, name: str) -> tuple[int, int]:
         """A descriptor of a regular file, and its size. Raises NotFound, StorageError."""
@@ -222,7 +173,7 @@ class LocalStore:
             )
 
 
-class LocalWriter(WriterBase):
+class LocalWriter(Writer):
     """A file being written under `.tmp/`. See Writer.
 
     Args:
@@ -261,18 +212,14 @@ class LocalWriter(WriterBase):
         self._drop_temp_folder()
 
     def _discard(self) -> None:
-        try:
+        with suppress(OSError):  # the caller's exception is the one worth reading; clean_temp takes the rest
             self._raw.close()  # not through the buffer, which would try to write once more
             os.unlink(self._temp)
-        except OSError:
-            pass  # the caller's exception is the one worth reading; clean_temp takes the rest
         self._drop_temp_folder()
 
     def _drop_temp_folder(self) -> None:
-        try:
+        with suppress(OSError):  # another writer's file is in it
             os.rmdir(join(self._root, TEMP_FOLDER))
-        except OSError:
-            pass  # another writer's file is in it
 
 
 class _File(io.FileIO):
