@@ -274,7 +274,7 @@ def test_verify_says_all_is_well_or_lists_what_is_wrong(tmp_path: Path, capsys: 
     assert main(["verify", str(tmp_path / "set")]) == 1
     assert capsys.readouterr().out.splitlines()[-2:] == [
         "WRONG  extra: not in the manifest: left by something else, or by a run that was interrupted",
-        "verify: 1 problems",
+        "verify: 1 problem",
     ]
 
 
@@ -414,7 +414,7 @@ def test_doctor_says_what_is_installed_and_what_can_be_read(tmp_path: Path, caps
     assert main(["doctor", f"{tmp_path}/set", f"{tmp_path}/files", f"{tmp_path}/new", "--write"]) == 0
     shown = capsys.readouterr().out
     assert f"numpy {importlib.metadata.version('numpy')}" in shown
-    assert re.search(r"set +readable in .* ms: a dataset of 1 samples in 1 shards; writable in ", shown)
+    assert re.search(r"set +readable in .* ms: a dataset of 1 sample in 1 shard; writable in ", shown)
     assert re.search(r"files +readable in .*: no dataset, but files such as a.txt; writable", shown)
     assert re.search(r"new +readable in .*: nothing is there; writable", shown)
     assert shown.endswith("doctor: all is well\n")

@@ -104,7 +104,7 @@ def test_of_images_of_one_name_the_first_is_used_and_that_is_said(tmp_path: Path
     for roots, expected in ((("a.tar", "b.tar"), 1), (("b.tar", "a.tar"), 3)):
         images = reader(*(tmp_path / root for root in roots))
         assert images.read("", "x.jpg")[0] == image_bytes(expected)
-        assert "1 images of --image-root have the name of another, such as" in capfd.readouterr().err
+        assert "1 image of --image-root has the name of another, such as" in capfd.readouterr().err
 
 
 def test_links_and_names_of_other_encodings_are_passed_by_and_the_images_behind_them_are_found(tmp_path: Path) -> None:

@@ -315,7 +315,7 @@ def test_a_yaml_that_the_weights_do_not_fit_is_refused_in_one_line(
         ("model: [unclosed", "not yaml"),
         ("just words", "no ddconfig"),
         ("model: {params: {n_embed: 4, embed_dim: 4}}", "no ddconfig"),
-        ("model: {params: {ddconfig: {ch: 32}}}", "does not say n_embed"),
+        ("model: {params: {ddconfig: {ch: 32}}}", "n_embed is missing"),
         ("a: !!python/object/apply:os.getcwd []", "not yaml"),
         ("", "no ddconfig"),
     ],

@@ -13,6 +13,7 @@ from wds_tools.cli.summary import Printed, show
 from wds_tools.errors import UsageError
 from wds_tools.run.progress import Advance, Progress
 from wds_tools.storage import join
+from wds_tools.terminal import counted
 
 EXAMPLE = "wds-tools audit s3://bucket/run-7/receipts --complete"
 
@@ -68,7 +69,9 @@ def run(config: Config) -> int:
         *_describe_receipts(result, config),
         *(line for audited in epochs for line in _describe(audited)),
         *(f"WRONG     {problem}" for problem in result.problems),
-        "audit: all is well" if is_exact else f"audit: {wrong} epochs not exact, {len(result.problems)} wrong totals",
+        "audit: all is well"
+        if is_exact
+        else f"audit: {counted(wrong, 'epoch')} not exact, {counted(len(result.problems), 'wrong total')}",
     ]
     show(config, {**asdict(result), "epochs": [asdict(audited) for audited in epochs], "is_exact": is_exact}, lines)
     return 0 if is_exact else 1
@@ -79,13 +82,12 @@ def _describe_receipts(result: Audit, config: Config) -> Iterator[str]:
         f", {len(result.superseded):,} more that later ones of the same loader contain" if result.superseded else ""
     )
     hidden = max(len(result.superseded) - config.show, 0)
-    epochs = "epoch" if result.totals_compared == 1 else "epochs"
     yield from (f"          {earlier} is contained in {later}" for earlier, later in result.superseded[: config.show])
     yield from [f"          and {hidden:,} more"] * (hidden > 0)
     yield (
         "hashes    not compared (--quick)"
         if config.quick
-        else f"hashes    of every receipt, and of {result.totals_compared:,} complete {epochs}, compared with the manifests"
+        else f"hashes    of every receipt, and of {counted(result.totals_compared, 'complete epoch')}, compared with the manifests"
     )
     yield from (f"ABSENT    {what}" for what in result.absent[: config.show])
     hidden = max(len(result.absent) - config.show, 0)

@@ -24,6 +24,7 @@ from wds_tools.dataset.layout import MANIFEST
 from wds_tools.dataset.reader import read_manifest
 from wds_tools.errors import NotFound, WdsToolsError
 from wds_tools.storage import Store, open_store, redact
+from wds_tools.terminal import counted
 
 EXAMPLE = "wds-tools doctor s3://bucket/pairs"
 _VARIABLES = re.compile(r"(AWS|GOOGLE|AZURE|WDS_TOOLS|HF|OMP|NCCL|CUDA|RAY)_\w+|RANK|WORLD_SIZE|LOCAL_RANK|TMPDIR")
@@ -57,7 +58,7 @@ def run(config: Config) -> int:
     problems = [f"{fact.name}: {fact.text}" for fact in facts if not fact.is_fine]
     width = max(len(fact.name) for fact in facts)
     lines = [f"{fact.name:<{width}}  {'' if fact.is_fine else 'WRONG: '}{fact.text}" for fact in facts]
-    verdict = f"doctor: {len(problems)} problems" if problems else "doctor: all is well"
+    verdict = f"doctor: {counted(len(problems), 'problem')}" if problems else "doctor: all is well"
     show(config, {"facts": [asdict(fact) for fact in facts], "problems": problems}, [*lines, verdict])
     return 1 if problems else 0
 
@@ -147,7 +148,7 @@ def _read(store: Store, write: bool) -> str:
         manifest = read_manifest(store, any_members=True)
         for row in manifest.shards[:1]:
             store.read_range(row.name, 0, 1)
-        return f"a dataset of {manifest.samples:,} samples in {len(manifest.shards):,} shards"
+        return f"a dataset of {counted(manifest.samples, 'sample')} in {counted(len(manifest.shards), 'shard')}"
     for entry in islice(store.list(), 1):
         store.read_range(entry.name, 0, min(entry.size, 1))
         return f"no dataset, but files such as {entry.name}"

@@ -10,7 +10,7 @@ import tyro
 from wds_tools.cli.summary import Printed, itemize, show
 from wds_tools.export.card import unknown_to_liquid
 from wds_tools.export.hf import ExportConfig, export_hf
-from wds_tools.terminal import say
+from wds_tools.terminal import counted, say
 
 EXAMPLE = "wds-tools export hf --input s3://bucket/pairs s3://bucket/dclm --output liquid-data --num-shards 256"
 
@@ -34,7 +34,11 @@ def run(config: Config) -> int:
         )
     left_out = [f"left out   {itemize(summary.left_out)}: for {config.reader}"] if summary.left_out else []
     how = "datasets.load_from_disk" if config.format == "arrow" else 'load_dataset("parquet", ...)'
-    pushed = [f"pushed     {summary.pushed:,} files to hf://datasets/{config.push_to_hub}"] if summary.pushed is not None else []
+    pushed = (
+        [f"pushed     {counted(summary.pushed, 'file')} to hf://datasets/{config.push_to_hub}"]
+        if summary.pushed is not None
+        else []
+    )
     lines = [f"exported   {config.output}", f"rows       {summary.rows:,} ({itemize(summary.data_types)})", *left_out]
     lines += [f"files      {summary.files:,}, for {how}", *pushed]
     show(config, {"output": config.output, "format": config.format, **asdict(summary)}, lines)

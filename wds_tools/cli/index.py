@@ -13,6 +13,7 @@ from wds_tools.errors import UsageError
 from wds_tools.format.manifest import PASSED_OVER
 from wds_tools.jobs.index_tars import index_tars, rebuild_indices
 from wds_tools.storage import open_store
+from wds_tools.terminal import counted
 
 EXAMPLE = "wds-tools index s3://bucket/tars --workers 8"
 
@@ -40,16 +41,16 @@ def run(config: Config) -> int:
     is_set = store.exists(MANIFEST)
     manifest = (rebuild_indices if is_set else index_tars)(store, workers=config.workers, quiet=config.quiet)
     elapsed_s = time.monotonic() - begun
-    what = f"rebuilt {len(manifest.shards):,} index files" if is_set else f"indexed {len(manifest.shards):,} tars"
+    what = f"{'rebuilt' if is_set else 'indexed'} {counted(len(manifest.shards), 'index file' if is_set else 'tar')}"
     passed_over = manifest.source.get("counts", {}).get(PASSED_OVER)
     lines = [
-        f"index: {what} of {config.input}: {manifest.samples:,} samples, {manifest.bytes / 1e6:,.1f} MB, "
+        f"index: {what} of {config.input}: {counted(manifest.samples, 'sample')}, {manifest.bytes / 1e6:,.1f} MB, "
         f"{manifest.samples / elapsed_s:,.0f} samples/s",
         f"schema: {describe_samples(manifest)}",
     ]
     if passed_over:
         lines.append(
-            f"passed over: {passed_over:,} members that are no part of a sample: hidden ones, without a suffix, or links"
+            f"passed over: {counted(passed_over, 'member that is', 'members that are')} no part of a sample: hidden ones, without a suffix, or links"
         )
     show(config, dataset_record(config.input, manifest), lines)
     return 0

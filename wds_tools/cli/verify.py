@@ -8,6 +8,7 @@ import tyro
 
 from wds_tools.check.verify import VerifyConfig, verify
 from wds_tools.cli.summary import Printed, dataset_record, describe_dataset, show
+from wds_tools.terminal import counted
 
 EXAMPLE = "wds-tools verify s3://bucket/pairs --workers 8"
 
@@ -27,7 +28,7 @@ def run(config: Config) -> int:
         *describe_dataset(config.input, result.manifest),
         *(f"WRONG  {problem}" for problem in result.problems),
         *(f"NOTE   {note}" for note in result.notes),
-        f"verify: {len(result.problems)} problems" if result.problems else "verify: all is well",
+        f"verify: {counted(len(result.problems), 'problem')}" if result.problems else "verify: all is well",
     ]
     show(config, {**dataset_record(config.input, result.manifest), "problems": result.problems, "notes": result.notes}, lines)
     return 1 if result.problems else 0

@@ -29,6 +29,7 @@ from wds_tools.sources.text.elements import ElementRange, plan_list, read_elemen
 from wds_tools.sources.text.lines import LineRange, plan_lines, read_lines
 from wds_tools.sources.text.objects import fields_of
 from wds_tools.storage import join
+from wds_tools.terminal import counted
 
 _WRITTEN = re.compile(rf"(?<![^/])({REMOVABLE.pattern})$")
 _OF_DATASETS = re.compile(r"(?<![^/])(data-\d+-of-\d+|cache-[^/]*|tmp[^/]*)\.arrow$")
@@ -94,7 +95,7 @@ class Containers:
         data.update(pictures - named, lists)
         chosen = [*sorted(data), *(name for state in sorted(saved) for name in saved[state])]  # these in the order of their rows
         if not chosen:
-            others = f"; there are {len(sizes)} other files, such as {min(sizes)}" if sizes else ""
+            others = f"; what is there: {counted(len(sizes), 'other file')}, such as {min(sizes)}" if sizes else ""
             if any(name.endswith(ARROW) for name in sizes):
                 others = ": an unfinished save_to_disk: there is no state.json"
             raise NotFound(f"{url}: no such file, and under a folder of that name no *{', *'.join(SUFFIXES)}{others}")
@@ -110,7 +111,7 @@ class Containers:
         kinds = detect(files, dict.fromkeys(pictures_of([file.url for file in files]), Kind("image")))
         problems = [f"{file.url} is {kind.problem}" for file, kind in zip(files, kinds, strict=True) if kind.problem]
         if problems:
-            more = f" (and {len(problems) - 1:,} more files can't be read)" if len(problems) > 1 else ""
+            more = f" (and {counted(len(problems) - 1, 'more file')} can't be read)" if len(problems) > 1 else ""
             raise UsageError(problems[0] + more)
         tasks: list[LineRange | Units] = []
         for kind, pairs in groupby(zip(kinds, files, strict=True), lambda pair: pair[0]):

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 from wds_tools.errors import MissingPackage, NotFound, StorageError, UsageError
 from wds_tools.storage import client
 from wds_tools.storage.base import TEMP_FOLDER, Buffer, Entry, Store, Writer, cause, check_name, join, redact, split_scheme
-from wds_tools.storage.local import translate
+from wds_tools.storage.local import translate, translating
 from wds_tools.storage.meanings import translated
 from wds_tools.storage.waits import waiting
 
@@ -176,28 +176,21 @@ class FsspecWriter(Writer):
 
     def __init__(self, store: FsspecStore, name: str) -> None:
         self._store, self._name = store, name
-        try:
+        with translating("spool", store._show(name)):
             self._file = tempfile.NamedTemporaryFile(prefix="wds-tools-")  # noqa: SIM115 - closed by close or abort
-        except OSError as error:
-            raise translate(error, "spool", store._show(name)) from error
 
     def write(self, data: Buffer, /) -> int:
-        try:
+        with translating(f"spool to {tempfile.gettempdir()}", self._store._show(self._name)):
             return self._file.write(data)
-        except OSError as error:
-            raise translate(error, f"spool to {tempfile.gettempdir()}", self._store._show(self._name)) from error
 
     def _publish(self) -> None:
-        path = self._store._path(self._name)
+        path, ask = self._store._path(self._name), self._store._ask
         try:
-            self._file.flush()
-            fs, size = self._store._connect(), self._file.tell()
-            self._store._ask("write", self._name, lambda: fs.makedirs(path.rpartition("/")[0], exist_ok=True))
-            self._store._ask("write", self._name, lambda: fs.put_file(self._file.name, path), size)
-        except StorageError:
-            raise
-        except OSError as error:
-            raise translate(error, "spool", self._store._show(self._name)) from error
+            with translating("spool", self._store._show(self._name)):
+                self._file.flush()
+                fs, size = self._store._connect(), self._file.tell()
+                ask("write", self._name, lambda: fs.makedirs(path.rpartition("/")[0], exist_ok=True))
+                ask("write", self._name, lambda: fs.put_file(self._file.name, path), size)
         finally:
             self._discard()
 

@@ -20,7 +20,7 @@ import os
 import shutil
 import stat
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from itertools import accumulate
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -73,12 +73,8 @@ class LocalStore(Store):
 
     def _range(self, name: str, start: int, end: int, size: int | None) -> tuple[bytes, int]:  # noqa: ARG002  Store's
         descriptor, found = self._open(name)
-        try:
+        with _closing(descriptor), translating("read", self._show(name)):
             return _pread(descriptor, start, end) if end <= found else b"", found
-        except OSError as error:
-            raise translate(error, "read", self._show(name)) from error
-        finally:
-            os.close(descriptor)
 
     def map(self, name: str) -> memoryview:
         """The whole file, mapped: reading it costs no copy, and all processes share its pages.
@@ -89,12 +85,8 @@ class LocalStore(Store):
             NotFound, StorageError: as read().
         """
         descriptor, size = self._open(name)
-        try:
+        with _closing(descriptor), translating("read", self._show(name)):
             return memoryview(mmap.mmap(descriptor, 0, prot=mmap.PROT_READ) if size else b"")  # mmap refuses to map nothing
-        except OSError as error:
-            raise translate(error, "read", self._show(name)) from error
-        finally:
-            os.close(descriptor)
 
     def open(self, name: str) -> io.BufferedReader:
         return io.BufferedReader(_File(*self._open(name), self._show(name)), BUFFER_BYTES)
@@ -105,12 +97,8 @@ class LocalStore(Store):
 
     def delete(self, name: str) -> None:
         path = self._new(name)
-        try:
+        with translating("delete", self._show(name)), suppress(FileNotFoundError, NotADirectoryError):
             os.unlink(path)
-        except (FileNotFoundError, NotADirectoryError):
-            pass
-        except OSError as error:
-            raise translate(error, "delete", self._show(name)) from error
         self._drop_empty_folder(os.path.dirname(path))
 
     def clean_temp(self) -> None:
@@ -185,17 +173,13 @@ class LocalWriter(Writer):
     def __init__(self, path: str, root: str, show: str) -> None:
         self._path, self._root, self._show = path, root, show
         self._temp = join(join(root, TEMP_FOLDER), os.urandom(12).hex())
-        try:
+        with translating("write", show):
             self._raw = io.FileIO(_create(self._temp), "wb")
-            self._file = io.BufferedWriter(self._raw, BUFFER_BYTES)
-        except OSError as error:
-            raise translate(error, "write", show) from error
+        self._file = io.BufferedWriter(self._raw, BUFFER_BYTES)
 
     def write(self, data: Buffer, /) -> int:
-        try:
+        with translating("write", self._show):
             return self._file.write(data)
-        except OSError as error:
-            raise translate(error, "write", self._show) from error
 
     def _publish(self) -> None:
         try:
@@ -231,16 +215,31 @@ class _File(io.FileIO):
         self._show = show
 
     def readinto(self, buffer: Any, /) -> int | None:
-        try:
+        with translating("read", self._show):
             return 0 if self._is_empty else super().readinto(buffer)
-        except OSError as error:
-            raise translate(error, "read", self._show) from error
 
     def readall(self) -> bytes:
-        try:
+        with translating("read", self._show):
             return b"" if self._is_empty else super().readall()
-        except OSError as error:
-            raise translate(error, "read", self._show) from error
+
+
+@contextmanager
+def translating(verb: str, show: str) -> Iterator[None]:
+    """While the operating system is asked for something: its errors are ours. See `translate`."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except OSError as error:
+        raise translate(error, verb, show) from error
+
+
+@contextmanager
+def _closing(descriptor: int) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def translate(error: OSError, verb: str, show: str) -> StorageError:
@@ -368,10 +367,9 @@ def _create(path: str) -> int:
 def _sync_folder(folder: str) -> None:
     """Make the rename itself survive a power cut; some file systems can't, and say so."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(descriptor)
+    with _closing(descriptor):
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+                raise

@@ -12,14 +12,16 @@ diffusers and yaml are imported when a model is loaded.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 
-from wds_tools.errors import MissingPackage, TokenizerError
+from wds_tools.errors import MissingPackage, TokenizerError, UsageError
+from wds_tools.format.typed_json import shape
 from wds_tools.vq import huggingface
 from wds_tools.vq.checkpoints import first_line, read_weights
 from wds_tools.vq.quantize import CodebookTokenizer, Nearest, Precision
@@ -28,50 +30,42 @@ CONFIG_NAME = "vqgan.yaml"
 WEIGHTS_NAME = "vqgan.ckpt"
 _SUFFIXES = (".ckpt", ".safetensors", ".pt", ".pth", ".bin")
 _NORM_GROUPS = 32
-_LIMITS = {"n_embed": 1 << 20, "num_res_blocks": 16}  # far beyond any real one; a typo is not worth an hour
+_Size = Annotated[int, range(1, 65537)]
+"""As all limits below far beyond any real one; a typo is not worth an hour."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class VqganConfig:
-    """What the yaml says, as far as the network's shape goes. Raises TokenizerError for what VQModel can't be."""
+    """What the yaml says, as far as the network's shape goes; see `vqgan_config`."""
 
-    n_embed: int
+    n_embed: Annotated[int, range(1, (1 << 20) + 1)]
     """Codebook entries."""
-    embed_dim: int
+    embed_dim: _Size
     """Numbers per entry."""
-    z_channels: int
+    z_channels: _Size
     """Channels between encoder and quant_conv."""
-    ch: int
+    ch: _Size
     """Channels at full resolution."""
-    ch_mult: tuple[int, ...]
+    ch_mult: tuple[Annotated[int, range(1, 65)], ...]
     """Channels per level as multiples of `ch`; each level but the last halves the resolution."""
-    num_res_blocks: int
+    num_res_blocks: Annotated[int, range(1, 17)]
     """Residual blocks per level of the encoder (the decoder has one more)."""
-    in_channels: int = 3
-    out_ch: int = 3
-    double_z: bool = False
-    resolution: int = 256
+    in_channels: Literal[3] = 3
+    out_ch: Literal[3] = 3
+    double_z: Literal[False] = False
+    """A VQ model has no mean and variance."""
+    resolution: _Size = 256
     """Of the images that it was trained on: that of level i is `resolution >> i`."""
     attn_resolutions: tuple[int, ...] = ()
     """Levels of these resolutions have attention after each block."""
 
     def __post_init__(self) -> None:
-        for name in ("n_embed", "embed_dim", "z_channels", "ch", "num_res_blocks", "in_channels", "out_ch", "resolution"):
-            value = getattr(self, name)
-            if type(value) is not int or not 1 <= value <= _LIMITS.get(name, 65536):
-                raise TokenizerError(f"{name} is {value!r}: expected a whole number from 1 to {_LIMITS.get(name, 65536)}")
-        if self.double_z is not False:
-            raise TokenizerError(f"double_z is {self.double_z!r}: expected false; a VQ model has no mean and variance")
-        if self.in_channels != 3 or self.out_ch != 3:
-            raise TokenizerError(f"in_channels is {self.in_channels} and out_ch is {self.out_ch}: expected 3 (RGB)")
-        if not 1 <= len(self.ch_mult) <= 8 or any(type(mult) is not int or not 1 <= mult <= 64 for mult in self.ch_mult):
-            raise TokenizerError(f"ch_mult is {list(self.ch_mult)}: expected 1 to 8 whole numbers from 1 to 64")
-        if self.ch_mult[0] != 1:
-            raise TokenizerError(
-                f"ch_mult is {list(self.ch_mult)}: expected it to start with 1, diffusers' VQModel has no other form"
+        if not 1 <= len(self.ch_mult) <= 8 or self.ch_mult[0] != 1:
+            raise UsageError(
+                f"ch_mult is {list(self.ch_mult)}: expected 1 to 8 numbers, and it to start with 1: VQModel has no other form"
             )
         if self.ch % _NORM_GROUPS:
-            raise TokenizerError(f"ch is {self.ch}: expected a multiple of {_NORM_GROUPS}, the number of norm groups")
+            raise UsageError(f"ch is {self.ch}: expected a multiple of {_NORM_GROUPS}, the number of norm groups")
 
     @property
     def stride(self) -> int:
@@ -131,22 +125,12 @@ def read_config(path: Path) -> VqganConfig:
     ddconfig = params.get("ddconfig") if isinstance(params, dict) else None
     if not isinstance(params, dict) or not isinstance(ddconfig, dict):
         raise TokenizerError(f"{path} has no ddconfig under model.params: expected taming-transformers' layout")
-    values: dict[str, Any] = {key: params[key] for key in ("n_embed", "embed_dim") if key in params}
-    for key in ("z_channels", "ch", "num_res_blocks", "in_channels", "out_ch", "double_z", "resolution"):
-        if key in ddconfig:
-            values[key] = ddconfig[key]
-    for key in ("ch_mult", "attn_resolutions"):
-        found = ddconfig.get(key, [])
-        if not isinstance(found, list):
-            raise TokenizerError(f"{path}: {key} is {found!r}: expected a list")
-        values[key] = tuple(found)
-    missing = [name for name in ("n_embed", "embed_dim", "z_channels", "ch", "num_res_blocks") if name not in values]
-    if missing:
-        raise TokenizerError(f"{path} does not say {', '.join(missing)}")
-    try:
-        return VqganConfig(**values)
-    except TokenizerError as error:
-        raise TokenizerError(f"{path}: {error}") from None
+    return vqgan_config({**ddconfig, **params}, path)
+
+
+def vqgan_config(values: Mapping[str, Any], path: Path) -> VqganConfig:
+    """The configuration that a file says. Raises TokenizerError for what VQModel can't be."""
+    return shape(VqganConfig, values, f"{path}: not a VQGAN that VQModel can be", TokenizerError)
 
 
 def vq_model(config: VqganConfig) -> Any:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from wds_tools.errors import TokenizerError
 from wds_tools.vq import huggingface
-from wds_tools.vq.chameleon import VqganConfig, checkpoint_name, vq_model
+from wds_tools.vq.chameleon import VqganConfig, checkpoint_name, vq_model, vqgan_config
 from wds_tools.vq.checkpoints import CODEBOOK, read_weights
 from wds_tools.vq.quantize import CodebookTokenizer, Precision
 
@@ -48,15 +48,16 @@ def config_of(state: Mapping[str, Tensor], path: Path) -> VqganConfig:
         ch = len(state["encoder.conv_in.bias"])
         widths = [len(state[match[0]]) for match in blocks if match[2] == "0"]
         n_embed, embed_dim = state[CODEBOOK].shape
-        return VqganConfig(
-            n_embed=n_embed,
-            embed_dim=embed_dim,
-            z_channels=len(state["encoder.conv_out.bias"]),
-            ch=ch,
-            ch_mult=tuple(width // ch for width in widths),
-            num_res_blocks=max((int(match[2]) + 1 for match in blocks), default=0),
-            attn_resolutions=(256 >> (len(widths) - 1),),
-        )
+        values = {
+            "n_embed": n_embed,
+            "embed_dim": embed_dim,
+            "z_channels": len(state["encoder.conv_out.bias"]),
+            "ch": ch,
+            "ch_mult": [width // ch for width in widths],
+            "num_res_blocks": max((int(match[2]) + 1 for match in blocks), default=0),
+            "attn_resolutions": [256 >> (len(widths) - 1)],
+        }
+        return vqgan_config(values, path)
     except (KeyError, TypeError, ValueError, TokenizerError) as error:
         raise TokenizerError(f"{path} has no tensors of LlamaGen's tokenizer ({error})") from error
 
