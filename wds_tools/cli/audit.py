@@ -87,7 +87,7 @@ def _describe_receipts(result: Audit, config: Config) -> Iterator[str]:
     yield (
         "hashes    not compared (--quick)"
         if config.quick
-        else f"hashes    of every receipt, and of {counted(result.totals_compared, 'complete epoch')}, compared with the manifests"
+        else f"hashes    of all receipts and {counted(result.totals_compared, 'complete epoch')}, compared with the manifests"
     )
     yield from (f"ABSENT    {what}" for what in result.absent[: config.show])
     hidden = max(len(result.absent) - config.show, 0)

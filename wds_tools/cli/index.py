@@ -49,8 +49,7 @@ def run(config: Config) -> int:
         f"schema: {describe_samples(manifest)}",
     ]
     if passed_over:
-        lines.append(
-            f"passed over: {counted(passed_over, 'member that is', 'members that are')} no part of a sample: hidden ones, without a suffix, or links"
-        )
+        what = counted(passed_over, "member that is", "members that are")
+        lines.append(f"passed over: {what} no part of a sample: hidden ones, without a suffix, or links")
     show(config, dataset_record(config.input, manifest), lines)
     return 0

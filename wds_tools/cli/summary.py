@@ -85,7 +85,7 @@ def describe_dataset(url: str, manifest: Manifest) -> Iterator[str]:
         without = f", {lacking:,} of them without a field that it names" if lacking else ""
         facts["filtered"] = f"{sum(filtered.values()):,} dropped by --where{without}"
     if isinstance(left_out := manifest.source.get("left_out"), dict):
-        facts["left out"] = f"{left_out.get('files')} of the files there, not read as records, such as {left_out.get('such_as')}"
+        facts["left out"] = f"{left_out.get('files')} files, not read as records, such as {left_out.get('such_as')}"
     counts = manifest.source.get("counts")
     if isinstance(counts, dict) and IMAGES in counts:
         enlarged = f", {counts.get(ENLARGED)} smaller than their crop, so enlarged (convert with --min-side leaves such out)"

@@ -163,10 +163,8 @@ class Output:
         for task in again:
             self.store.delete(marker_name(task))
         if again:
-            say(
-                f"wds-tools: {describe_changed(self.store, changed)}; {counted(len(again), 'finished task is', 'finished tasks are')} done again",
-                error=True,
-            )
+            done = counted(len(again), "finished task is", "finished tasks are")
+            say(f"wds-tools: {describe_changed(self.store, changed)}; {done} done again", error=True)
         return {task: result for task, result in results.items() if task not in again}
 
     def finish(self, results: Mapping[int, TaskResult]) -> Manifest:
