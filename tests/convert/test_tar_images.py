@@ -191,3 +191,12 @@ def test_tars_on_s3_give_the_same(journey: Path, tmp_path: Path, s3: S3Server) -
         samples.append([sample.image for sample in read_samples(tmp_path / output)])
     assert samples[0] == samples[1]
     assert len(samples[0]) == 8
+
+
+def test_a_folder_of_nothing_but_tars_is_refused_with_what_to_type(tmp_path: Path) -> None:
+    (tmp_path / "imgs").mkdir()
+    (tmp_path / "imgs/000.tar").write_bytes(END)
+    settings: dict[str, Any] = {"input": ("a.jsonl",), "output": str(tmp_path / "out")}
+    with pytest.raises(UsageError, match=r"imgs holds nothing but tars: name them, as --image-root '\S+imgs/\*\.tar'"):
+        PairsConfig(**settings, image_root=(str(tmp_path / "imgs"),))
+    assert PairsConfig(**settings, image_root=(str(tmp_path / "imgs/*.tar"),)).are_tars

@@ -115,7 +115,7 @@ def test_what_the_work_reports_and_its_writer_counts_arrive_together_and_whole(t
     reports: list[Advance] = []
     words = [f"{number}" if number % 3 else "" for number in range(200)]
     _RunTask(write_words, str(tmp_path), ShardLimits(), "")((0, words), reports.append)
-    assert Advance.sum(reports) == Advance(units=sum(len(str(n)) for n in range(200) if n % 3), samples=133, rejects=67)
+    assert sum(reports, Advance()) == Advance(units=sum(len(str(n)) for n in range(200) if n % 3), samples=133, rejects=67)
 
 
 def count_nothing(task: list[str], writer: TaskWriter, report: Report) -> int:

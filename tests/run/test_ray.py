@@ -238,7 +238,7 @@ reports = []
 where = {"cpus": 1, "gpus": None, "device": "auto"}
 with ray_cluster.on_cluster(sys.argv[1]):
     print(sorted(ray_cluster.run_on_ray(work, range(30), **where, on_report=reports.append)), file=out)
-    print(Advance.sum(reports), file=out)
+    print(sum(reports, Advance()), file=out)
     for task in ("bad", "dead"):
         try:
             list(ray_cluster.run_on_ray(work, [task], **where, on_report=lambda new: None))
