@@ -19,7 +19,7 @@ from s3 import S3Server
 from tokens import write_tokenizer
 
 from wds_tools.check.verify import VerifyConfig, verify
-from wds_tools.cli.main import COMMANDS, main
+from wds_tools.cli.main import COMMANDS, load_command, main
 from wds_tools.dataset.lease import Lease
 from wds_tools.errors import StorageError
 from wds_tools.export.hf import FILES, ExportConfig
@@ -60,8 +60,8 @@ def export(pairs: Path, output: str | Path, *more: str) -> list[str]:
 
 def commands_with(*names: str) -> Iterator[tuple[tuple[str, ...], type]]:
     """The commands that have these options, and their configs."""
-    for words, (module, _) in COMMANDS.items():
-        config = importlib.import_module(f"wds_tools.cli.{module}").Config
+    for words in COMMANDS:
+        config = load_command(words).Config
         if set(names) <= {field.name for field in fields(config)}:
             yield words, config
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass, fields
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -59,6 +60,7 @@ def _encoder(config: Any) -> Encoder | None:
     )
 
 
+@cache
 def command(name: str) -> Any:
     """What a command's module has, for a converter; the command can encode if it takes images.
 
