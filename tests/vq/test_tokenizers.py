@@ -287,7 +287,7 @@ def test_other_numbers_of_levels_give_other_strides(tmp_path: Path) -> None:
     [
         ({"double_z": True}, "double_z is True"),
         ({"attn_resolutions": [32]}, r"lack decoder\.up\.4\.attn\.0\.k\.bias, .* and 47 more"),
-        ({"ch_mult": [2, 2, 4, 4, 8]}, "expected it to start with 1"),
+        ({"ch_mult": [2, 2, 4, 4, 8]}, "the first of them 1"),
         ({"ch_mult": []}, "ch_mult is"),
         ({"ch_mult": 4}, "expected a list"),
         ({"ch": 48}, "multiple of 32"),

@@ -24,7 +24,7 @@ from wds_tools.errors import MissingPackage, TokenizerError, UsageError
 from wds_tools.format.typed_json import shape
 from wds_tools.vq import huggingface
 from wds_tools.vq.checkpoints import first_line, read_weights
-from wds_tools.vq.quantize import CodebookTokenizer, Nearest, Precision
+from wds_tools.vq.quantize import Nearest
 
 CONFIG_NAME = "vqgan.yaml"
 WEIGHTS_NAME = "vqgan.ckpt"
@@ -61,9 +61,7 @@ class VqganConfig:
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.ch_mult) <= 8 or self.ch_mult[0] != 1:
-            raise UsageError(
-                f"ch_mult is {list(self.ch_mult)}: expected 1 to 8 numbers, and it to start with 1: VQModel has no other form"
-            )
+            raise UsageError(f"ch_mult is {list(self.ch_mult)}: expected 1 to 8 numbers, the first of them 1, as VQModel has it")
         if self.ch % _NORM_GROUPS:
             raise UsageError(f"ch is {self.ch}: expected a multiple of {_NORM_GROUPS}, the number of norm groups")
 
@@ -73,33 +71,26 @@ class VqganConfig:
         return 1 << (len(self.ch_mult) - 1)
 
 
-def load_chameleon(folder: Path, *, device: torch.device | str = "cpu", precision: Precision = "fp32") -> CodebookTokenizer:
+def load_chameleon(folder: Path) -> huggingface.Loaded:
     """Load the tokenizer from a folder with `vqgan.yaml` and `vqgan.ckpt`, or from one that transformers wrote.
-
-    Args:
-        folder: where the two files are.
-        device: where the network and the codebook go.
-        precision: see load_tokenizer.
 
     Raises:
         TokenizerError: a file is missing, can't be read safely, or the weights do not fit the configuration.
         MissingPackage: diffusers or yaml is not installed.
     """
     if not (folder / CONFIG_NAME).exists() and (folder / huggingface.CONFIG_NAME).exists():
-        return huggingface.load_chameleon_vqvae(folder, device=device, precision=precision)
-    return _load_vqgan("chameleon", folder / CONFIG_NAME, folder / WEIGHTS_NAME, device, precision)
+        return huggingface.load_chameleon_vqvae(folder)
+    return _load_vqgan("chameleon", folder / CONFIG_NAME, folder / WEIGHTS_NAME)
 
 
-def load_emu35(folder: Path, *, device: torch.device | str = "cpu", precision: Precision = "fp32") -> CodebookTokenizer:
+def load_emu35(folder: Path) -> huggingface.Loaded:
     """Load Emu3.5's tokenizer: a folder with its `config.yaml` and `model.ckpt`, or of transformers. See load_chameleon."""
     if (folder / huggingface.CONFIG_NAME).exists():
-        return huggingface.load_apertus(folder, device=device, precision=precision)
-    return _load_vqgan("emu35", folder / "config.yaml", folder / "model.ckpt", device, precision, by="product")
+        return huggingface.load_apertus(folder)
+    return _load_vqgan("emu35", folder / "config.yaml", folder / "model.ckpt", by="product")
 
 
-def _load_vqgan(
-    name: str, config_path: Path, ckpt: Path, device: torch.device | str, precision: Precision, by: Nearest = "distance"
-) -> CodebookTokenizer:
+def _load_vqgan(name: str, config_path: Path, ckpt: Path, by: Nearest = "distance") -> huggingface.Loaded:
     weights_path = next((path for path in map(ckpt.with_suffix, _SUFFIXES) if path.is_file()), ckpt)
     for path in (config_path, weights_path):
         if not path.is_file():
@@ -109,7 +100,7 @@ def _load_vqgan(
     what = f"{config_path.parent}: the weights in {weights_path.name}"
     huggingface.fill_model(model, read_weights([weights_path]), weights=what, config=config_path.name, name_of=name_of)
     network, files = huggingface.Convolutional(model), (config_path, weights_path)
-    return huggingface.make_tokenizer(name, model, network, config.stride, files, device, precision, by=by)
+    return huggingface.Loaded(name=name, network=network, stride=config.stride, files=files, by=by)
 
 
 def read_config(path: Path) -> VqganConfig:
