@@ -91,7 +91,8 @@ def read_pieces(open_file: Callable[[], BinaryIO], compression: str) -> Iterator
         (bytes, perhaps none; bytes of the file read so far). Whether a checksum holds is known behind its member or frame.
 
     Raises:
-        Reject: behind all that could be decompressed: "empty_file", "not_gz", "truncated_gz" or "corrupt_gz", or those of zst.
+        Reject: behind all that could be decompressed: "empty_file", "not_gz", "truncated_gz", "corrupt_gz", "not_zst",
+            "truncated_zst" or "corrupt_zst".
     """
     if not compression:
         with open_file() as stream:
