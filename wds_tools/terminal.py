@@ -20,6 +20,11 @@ def printable(text: str) -> str:
     return text if text.isprintable() else "".join(one if one.isprintable() else _escaped(one) for one in text)
 
 
+def counted(number: int, one: str, several: str | None = None) -> str:
+    """ "1 file", "2,000 files": a number with its noun, and the verb behind it if there is one."""
+    return f"{number:,} {one if number == 1 else several or one + 's'}"
+
+
 def _escaped(character: str) -> str:
     units = character.encode("utf-16-be", "surrogatepass")
     return "".join(f"\\u{units[at : at + 2].hex()}" for at in range(0, len(units), 2))

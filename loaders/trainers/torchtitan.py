@@ -25,7 +25,7 @@ from wds_tools.errors import UsageError
 from wds_tools.format.typed_json import read_json
 
 
-class TokenRowLoader(BaseDataLoader):
+class TokenRowLoader(BaseDataLoader):  # type: ignore[misc]  # torchtitan may be absent
     """Batches of token rows as torchtitan takes them, epoch after epoch without an end.
 
     Args:
@@ -41,7 +41,7 @@ class TokenRowLoader(BaseDataLoader):
     """
 
     @dataclass(kw_only=True, slots=True)
-    class Config(BaseDataLoader.Config):
+    class Config(BaseDataLoader.Config):  # type: ignore[misc]
         """What to read."""
 
         loader: LoaderConfig

@@ -22,7 +22,7 @@ from commands import command, environment, image_bytes, last_line, wds_tools, wr
 from factory import image_sample, make_dataset, text_sample
 from s3 import S3Server
 
-from wds_tools.cli.main import COMMANDS, main
+from wds_tools.cli.main import COMMANDS, load_command, main
 from wds_tools.dataset.reader import read_manifest
 from wds_tools.errors import UsageError
 from wds_tools.storage import open_store
@@ -43,7 +43,7 @@ def test_help_shows_what_it_does_an_example_and_every_option(words: tuple[str, .
         main([*words, "--help"])
     assert stopped.value.code == 0
     shown = " ".join(re.sub(r"[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
-    module = importlib.import_module(f"wds_tools.cli.{COMMANDS[words][0]}")
+    module = load_command(words)
     assert module.EXAMPLE in shown
     assert module.EXAMPLE.startswith(f"wds-tools {' '.join(words)} ")
     assert " ".join(module.Config.__doc__.split()) in shown
@@ -60,7 +60,7 @@ def test_help_explains_every_option_with_its_own_words(words: tuple[str, ...], c
     with pytest.raises(SystemExit):
         main([*words, "--help"])
     shown = " ".join(re.sub(r"[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
-    config = importlib.import_module(f"wds_tools.cli.{COMMANDS[words][0]}").Config
+    config = load_command(words).Config
     documented: dict[str, str] = {}
     for base in reversed(config.__mro__[:-1]):
         for name, words_of in re.findall(
@@ -274,7 +274,7 @@ def test_verify_says_all_is_well_or_lists_what_is_wrong(tmp_path: Path, capsys: 
     assert main(["verify", str(tmp_path / "set")]) == 1
     assert capsys.readouterr().out.splitlines()[-2:] == [
         "WRONG  extra: not in the manifest: left by something else, or by a run that was interrupted",
-        "verify: 1 problems",
+        "verify: 1 problem",
     ]
 
 
@@ -378,7 +378,7 @@ NO_RECORD = {"completion", "view"}
 
 @EVERY_COMMAND
 def test_every_command_can_answer_with_one_json_object(words: tuple[str, ...]) -> None:
-    config = importlib.import_module(f"wds_tools.cli.{COMMANDS[words][0]}").Config
+    config = load_command(words).Config
     assert ("json" in {field.name for field in dataclasses.fields(config)}) == (words[0] not in NO_RECORD)
 
 
@@ -414,7 +414,7 @@ def test_doctor_says_what_is_installed_and_what_can_be_read(tmp_path: Path, caps
     assert main(["doctor", f"{tmp_path}/set", f"{tmp_path}/files", f"{tmp_path}/new", "--write"]) == 0
     shown = capsys.readouterr().out
     assert f"numpy {importlib.metadata.version('numpy')}" in shown
-    assert re.search(r"set +readable in .* ms: a dataset of 1 samples in 1 shards; writable in ", shown)
+    assert re.search(r"set +readable in .* ms: a dataset of 1 sample in 1 shard; writable in ", shown)
     assert re.search(r"files +readable in .*: no dataset, but files such as a.txt; writable", shown)
     assert re.search(r"new +readable in .*: nothing is there; writable", shown)
     assert shown.endswith("doctor: all is well\n")

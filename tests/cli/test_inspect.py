@@ -73,13 +73,28 @@ def test_the_converter_is_what_the_records_hold_unless_told_otherwise(
     assert inspect_json(capsys, path, "--as", "pairs", "--image-root", tmp_path)["converter"] == "pairs"
 
 
+def test_options_of_convert_are_taken_and_shown_in_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    records = [{"image": "a.jpg", "image_path": "b.jpg", "text": "x", "score": score} for score in range(4)]
+    path = write_jsonl(tmp_path / "in.jsonl", records)
+    options = ["--image", "image", "--drop", "image_path", "--where", "score > 1", "--keep", "n=score"]
+    found = inspect_json(capsys, path, *options)
+    assert (found["problem"], found["rejects"]) == (None, {"filtered": 2})
+    assert found["field_map"].startswith("image = image; text = text")
+    for word in ("--image image", "--drop image_path", "--where 'score > 1'", "--keep n=score"):
+        assert word in found["command"]
+    assert "no record" not in (stops := str(inspect_json(capsys, path, "--where", "scor > 1")["problem"]))
+    assert "--where: none of the first records has a field scor: did you mean score?" in stops
+    assert main(["inspect", str(path), "--codes", "x"]) == 2
+    assert "--codes is no option of convert pairs: say with --as what it is to become" in capsys.readouterr().err
+
+
 def test_it_says_why_a_run_would_stop_and_what_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_jsonl(tmp_path / "in" / "a.jsonl", [{"image": "a.jpg", "image_path": "b.jpg", "text": "x"}])
     (tmp_path / "in" / "notes.pdf").write_text("x")
     printed = inspect(capsys, tmp_path / "in")
     assert "stops at  " in printed
     assert "a.jsonl, line 1: image holds an image beside that of image_path: --image image takes it instead" in printed
-    assert f"left out  1 files, such as {tmp_path}/in/notes.pdf" in printed
+    assert f"left out  1 file, such as {tmp_path}/in/notes.pdf" in printed
 
 
 def test_an_input_without_a_record_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

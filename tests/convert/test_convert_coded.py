@@ -249,6 +249,9 @@ def test_files_that_no_state_names_are_not_taken(tmp_path: Path) -> None:
     folder = save([pair(1)], tmp_path / "in")
     (folder / "cache-0123.arrow").write_bytes(next(folder.glob("data*.arrow")).read_bytes())
     assert convert(folder, output=tmp_path / "set").samples == 1
+    (tmp_path / "other").mkdir()
+    next(folder.glob("data*.arrow")).rename(tmp_path / "other/rows.arrow")
+    assert convert(tmp_path / "other", output=tmp_path / "of-any-name").samples == 1
 
 
 def test_a_folder_that_is_not_one_whole_dataset_is_refused_with_what_to_do(tmp_path: Path) -> None:

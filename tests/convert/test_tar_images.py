@@ -104,7 +104,7 @@ def test_of_images_of_one_name_the_first_is_used_and_that_is_said(tmp_path: Path
     for roots, expected in ((("a.tar", "b.tar"), 1), (("b.tar", "a.tar"), 3)):
         images = reader(*(tmp_path / root for root in roots))
         assert images.read("", "x.jpg")[0] == image_bytes(expected)
-        assert "1 images of --image-root have the name of another, such as" in capfd.readouterr().err
+        assert "1 image of --image-root has the name of another, such as" in capfd.readouterr().err
 
 
 def test_links_and_names_of_other_encodings_are_passed_by_and_the_images_behind_them_are_found(tmp_path: Path) -> None:
@@ -191,3 +191,12 @@ def test_tars_on_s3_give_the_same(journey: Path, tmp_path: Path, s3: S3Server) -
         samples.append([sample.image for sample in read_samples(tmp_path / output)])
     assert samples[0] == samples[1]
     assert len(samples[0]) == 8
+
+
+def test_a_folder_of_nothing_but_tars_is_refused_with_what_to_type(tmp_path: Path) -> None:
+    (tmp_path / "imgs").mkdir()
+    (tmp_path / "imgs/000.tar").write_bytes(END)
+    settings: dict[str, Any] = {"input": ("a.jsonl",), "output": str(tmp_path / "out")}
+    with pytest.raises(UsageError, match=r"imgs holds nothing but tars: name them, as --image-root '\S+imgs/\*\.tar'"):
+        PairsConfig(**settings, image_root=(str(tmp_path / "imgs"),))
+    assert PairsConfig(**settings, image_root=(str(tmp_path / "imgs/*.tar"),)).are_tars

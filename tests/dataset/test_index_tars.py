@@ -227,7 +227,7 @@ def test_tars_that_came_or_went_are_not_passed_over(tars: Path, harm: Callable[[
     index(tars)
     harm(tars)
     assert len(problems(tars)) == 1
-    with pytest.raises(FormatError, match=r"1 tars came or went since it was indexed \(.*\): remove its manifest.json to index"):
+    with pytest.raises(FormatError, match=r"1 tar came or went since it was indexed \(.*\): remove its manifest.json to index"):
         rebuild_indices(open_store(str(tars)))
     (tars / "manifest.json").unlink()
     index(tars)

@@ -19,7 +19,7 @@ from s3 import S3Server
 from tokens import write_tokenizer
 
 from wds_tools.check.verify import VerifyConfig, verify
-from wds_tools.cli.main import COMMANDS, main
+from wds_tools.cli.main import COMMANDS, load_command, main
 from wds_tools.dataset.lease import Lease
 from wds_tools.errors import StorageError
 from wds_tools.export.hf import FILES, ExportConfig
@@ -60,8 +60,8 @@ def export(pairs: Path, output: str | Path, *more: str) -> list[str]:
 
 def commands_with(*names: str) -> Iterator[tuple[tuple[str, ...], type]]:
     """The commands that have these options, and their configs."""
-    for words, (module, _) in COMMANDS.items():
-        config = importlib.import_module(f"wds_tools.cli.{module}").Config
+    for words in COMMANDS:
+        config = load_command(words).Config
         if set(names) <= {field.name for field in fields(config)}:
             yield words, config
 
@@ -207,8 +207,8 @@ def test_a_finished_task_whose_files_are_others_is_done_again(
     again = ["--part", "1/1"] if how == "part" else ["--resume"]
     assert convert(texts, out, *again, *(["--verify"] if harm in FLIPS else [])) == 0
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"wds-tools: {out}: 1 files are not what was written: {name} ")
-    assert line.endswith("; 1 finished tasks are done again")
+    assert line.startswith(f"wds-tools: {out}: 1 file is not what was written: {name} ")
+    assert line.endswith("; 1 finished task is done again")
     assert what in line
     if how == "part":
         assert main(["finalize", "--output", str(out), "--max-rejects", "100%"]) == 0
@@ -227,7 +227,7 @@ def test_finalize_names_a_file_that_is_another_and_its_part_makes_it_again(
     capsys.readouterr()
     assert main(["finalize", "--output", str(out), "--max-rejects", "100%"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert f"{out}: 1 files are not what was written: {name} " in line
+    assert f"{out}: 1 file is not what was written: {name} " in line
     assert what in line
     assert not (out / "manifest.json").exists()
     assert convert(texts, out, "--part", "2/2") == 0  # which is 0/2: tasks 0, 2, 4
@@ -250,7 +250,7 @@ def test_a_complete_set_that_is_not_is_named_by_resume(
     capsys.readouterr()
     assert convert(texts, out, "--resume", *more) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert f"{out}: 1 files are not what was written: {name} " in line
+    assert f"{out}: 1 file is not what was written: {name} " in line
     assert "but it has a manifest" in line
 
 
@@ -273,7 +273,7 @@ def test_a_finished_export_whose_files_are_others_is_made_again(
     capsys.readouterr()
     assert main(export(pairs, out, *more, "--resume")) == 0
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"wds-tools: {out}: 1 files are not what was written: {harmed} ")
+    assert line.startswith(f"wds-tools: {out}: 1 file is not what was written: {harmed} ")
     assert line.endswith("; the export is made again")
     assert tree(out) == whole
 

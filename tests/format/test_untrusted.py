@@ -322,7 +322,7 @@ def test_tokenizer_folders_and_prompts(tmp_path: Path) -> None:
     check({"bos_token": "<s>", "eos_token": {"content": "</s>"}}, read_as("tokenizer_config.json", _special_names))
 
     def scaled(folder: Path) -> object:
-        return _scaled(torch.nn.Identity(), folder / "preprocessor_config.json", "cpu")
+        return _scaled(torch.nn.Identity(), folder / "preprocessor_config.json")
 
     check({"image_mean": [0.5] * 3, "image_std": [0.5] * 3}, read_as("preprocessor_config.json", scaled))
     check({"weight_map": {"a": "a.safetensors"}}, read_as("model.safetensors.index.json", _weight_files))

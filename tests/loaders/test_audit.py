@@ -429,7 +429,7 @@ def test_the_command_says_what_is_missing_and_exits_with_1(tmp_path: Path, capsy
     assert "and 3 more ranges of positions" in said
     shard, row = rows_of(keys[1])[0]
     assert f"{url}/{shard} sample {row}" in said
-    assert last_line(said) == "audit: 1 epochs not exact, 0 wrong totals"
+    assert last_line(said) == "audit: 1 epoch not exact, 0 wrong totals"
     assert main(["audit", f"{folder}/receipt-0.json", "--json"]) == 1
     record = json.loads(capsys.readouterr().out)
     assert not record["is_exact"]

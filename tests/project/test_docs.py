@@ -38,11 +38,11 @@ CLUSTER = {
     "sbatch": 'for word; do last=$word; done; case $last in wds-tools*) exec sh -c "$last";; *) echo 7;; esac',
 }
 PARSE_ONLY = """
-import importlib, sys
+import sys
 from wds_tools.cli import main
-for words, (module, _) in main.COMMANDS.items():
+for words in main.COMMANDS:
     if words == tuple(sys.argv[1 : 1 + len(words)]):
-        importlib.import_module(f"wds_tools.cli.{module}").run = lambda config: 0
+        main.load_command(words).run = lambda config: 0
 status = main.main()
 with open("refused" if status else "parsed", "a") as file:
     print(*sys.argv[1:], file=file)

@@ -88,7 +88,7 @@ def test_no_tasks_are_no_work(workers: int) -> None:
 def test_more_reports_than_a_pipe_holds_neither_block_nor_get_lost() -> None:
     seen: list[Advance] = []
     pids = set(run_tasks(chatter, [20_000] * 3, workers=3, on_report=seen.append))
-    assert Advance.sum(seen) == Advance(units=60_000, samples=60_000)
+    assert sum(seen, Advance()) == Advance(units=60_000, samples=60_000)
     assert os.getpid() not in pids
 
 

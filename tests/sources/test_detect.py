@@ -87,7 +87,7 @@ def test_zips_are_refused_and_images_are_images(tmp_path: Path) -> None:
         ("a.json", b'{"broken\n' + OBJECT, Kind("lines")),
         ("a.json", b'{"long": "' + b"x" * 100_000 + b'"}\n', Kind("lines")),
         ("a", b"PAR1" + bytes(99), Kind("parquet")),
-        ("a.tgz", gzip.compress(bytes(257) + b"ustar" + bytes(250), mtime=0), Kind("tar")),
+        ("a.tgz", gzip.compress(bytes(257) + b"ustar" + bytes(250), mtime=0), Kind("tar", "gz")),
         ("a", b"ARROW1\0\0" + bytes(99), Kind("arrow")),
     ],
 )
@@ -114,7 +114,7 @@ def test_of_a_folder_what_is_no_data_is_left_out_and_named_and_what_was_meant_as
     assert inputs.source["named_twice"] == {"files": 1, "such_as": str(folder / "a.jsonl")}
     said = capsys.readouterr().err
     assert "4 files of the input folders are not read as records" in said
-    assert "1 inputs are named twice, and read once" in said
+    assert "1 input is named twice, and read once" in said
     (folder / "z.jsonl").write_bytes(b"<html>dead link")
     with pytest.raises(UsageError, match=r"z\.jsonl is an HTML page"):
         SOURCE.plan(expand_inputs([str(folder)], SOURCE.choose).files)

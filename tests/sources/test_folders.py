@@ -14,7 +14,7 @@ from wds_tools.errors import Reject
 from wds_tools.records.images import ImageFile
 from wds_tools.sources import folders as folders_module
 from wds_tools.sources.containers import Unit
-from wds_tools.sources.folders import Folders, choose_pictures
+from wds_tools.sources.folders import Folders, named_by_records, pictures_of
 from wds_tools.sources.record import InputFile, Record
 from wds_tools.storage import join, open_store
 
@@ -107,14 +107,12 @@ def test_a_sidecar_that_cannot_be_used_is_a_reject(tmp_path: Path, monkeypatch: 
 
 def test_images_with_their_sidecars_are_taken_and_nothing_else() -> None:
     others = ["x.txt", "notes/readme.txt", ".hidden.jpg", "._b.JPG", "set/e.mp4", "captions.json"]
-    assert choose_pictures([*FILES, *others], frozenset().__contains__) == (sorted(FILES), [])
-    assert choose_pictures(["/a/b.jpg", "/a/b.txt"], frozenset().__contains__).taken == ["/a/b.jpg", "/a/b.txt"]
+    assert pictures_of([*FILES, *others]) == {*FILES}
+    assert pictures_of(["/a/b.jpg", "/a/b.txt"]) == {"/a/b.jpg", "/a/b.txt"}
 
 
 @pytest.mark.parametrize("metadata", ["metadata.jsonl", "metadata.csv", "metadata.parquet", "captions.json"])
 def test_images_below_a_folder_with_records_are_those_of_the_records(metadata: str) -> None:
-    holds_records = frozenset((f"train/{metadata}",)).__contains__
-    names = ["other/a.jpg", "other/a.txt", "train/a.jpg", "train/x/b.png", "train/x/b.json", f"train/{metadata}", "train2/c.jpg"]
-    pictures = choose_pictures(names, holds_records)
-    assert pictures.taken == ["other/a.jpg", "other/a.txt", "train2/c.jpg"]
-    assert pictures.named == ["train/a.jpg", "train/x/b.json", "train/x/b.png"]
+    names = ["other/a.jpg", "other/a.txt", "train/a.jpg", "train/x/b.png", "train/x/b.json", "train2/c.jpg"]
+    assert pictures_of([*names, f"train/{metadata}"]) == {*names}
+    assert named_by_records(names, [f"train/{metadata}"]) == {"train/a.jpg", "train/x/b.json", "train/x/b.png"}

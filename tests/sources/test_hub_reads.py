@@ -16,7 +16,7 @@ from hub import TOKEN, serve_hub
 
 READ_ALL = """
 import json
-from wds_tools.sources.folders import Folders, choose_pictures
+from wds_tools.sources.folders import Folders, pictures_of
 from wds_tools.sources.record import InputFile
 from wds_tools.sources.tables import Tables
 from wds_tools.sources.tars import Tars
@@ -24,7 +24,7 @@ from wds_tools.storage import join, open_store
 
 url = "hf://datasets/me/set"
 files = {name: InputFile(join(url, name), size) for name, size in open_store(url).list()}
-pictures = choose_pictures(files, lambda name: False).taken
+pictures = sorted(pictures_of(files))
 containers = [(Tars(), ["a.tar"]), (Tables(("text",)), ["data/b.parquet"]), (Folders(), pictures)]
 for container, names in containers:
     for unit in container.units([files[name] for name in names]):

@@ -238,3 +238,17 @@ def test_a_map_is_an_object_or_its_pairs_where_that_would_lose_any(tmp_path: Pat
         {"plain": {"a": 1}, "twice": [["a", 1], ["a", 2]], "numbers": [[1, "v"]]},
         {"plain": None, "twice": {}, "numbers": {}},
     ]
+
+
+@pytest.mark.parametrize("write", [write_parquet, write_file])
+def test_a_column_without_a_json_type_stays_as_it_is_and_a_value_that_can_not_be_read_is_a_reject(
+    write: Callable[..., Path], tmp_path: Path
+) -> None:
+    nowhere = pa.table({"text": ["a"], "when": pa.array([0], pa.timestamp("us", "Europe/Nowhere"))})
+    (row,) = read(write(tmp_path / "a", nowhere))
+    assert (row.fields.reason, row.line) == ("wrong_type", 1)
+    if write is write_file:  # Parquet has no such type
+        (row,) = read(
+            write(tmp_path / "b", pa.table({"text": ["a"], "every": pa.array([(1, 2, 3)], pa.month_day_nano_interval())}))
+        )
+        assert row.fields == {"text": "a", "every": (1, 2, 3)}

@@ -23,6 +23,7 @@ from wds_tools.format.tar import BLOCK
 from wds_tools.sources import tars as tars_module
 from wds_tools.sources.record import InputFile, Record
 from wds_tools.sources.tars import Tars
+from wds_tools.sources.text.compression import compression_of
 from wds_tools.storage import open_store, split_url
 
 Files = Sequence[tuple[str, bytes]]
@@ -39,8 +40,10 @@ FILES: Files = [
 
 def read(path: Path | str) -> list[Record[Any]]:
     root, name = split_url(str(path))
-    (unit,) = Tars().units([InputFile(str(path), open_store(root).size(name))])
-    records = list(Tars().read(unit))
+    with open_store(root).open(name) as stream:
+        tars = Tars(compression_of(stream.read(4)))
+    (unit,) = tars.units([InputFile(str(path), open_store(root).size(name))])
+    records = list(tars.read(unit))
     assert [record.number for record in records] == list(range(len(records)))
     assert sum(record.num_units for record in records) in (unit.num_bytes, 0)
     return records
@@ -206,7 +209,7 @@ def test_a_member_that_claims_gigabytes_and_a_bomb_take_no_memory(tmp_path: Path
         out.write(packer.compress(tar_bytes([("b.txt", b"2")])) + packer.flush())
     setup = "from wds_tools.sources.tars import Tars, Unit"
     grown = grown_mb(
-        setup, f"print([getattr(r.fields, 'reason', r.key) for r in Tars().read(Unit({str(tmp_path / 'a.tar.zst')!r}, 1))])"
+        setup, f"print([getattr(r.fields, 'reason', r.key) for r in Tars('zst').read(Unit({str(tmp_path / 'a.tar.zst')!r}, 1))])"
     )
     assert grown < 100
     assert reasons(read(tmp_path / "a.tar.zst")) == ["0", "sample_too_large", "b"]

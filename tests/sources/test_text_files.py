@@ -25,8 +25,8 @@ from wds_tools.errors import Reject, UsageError
 from wds_tools.sources.composite import Containers
 from wds_tools.sources.record import InputFile
 from wds_tools.sources.text import delimited, objects
+from wds_tools.sources.text.compression import read_pieces
 from wds_tools.sources.text.delimited import read_rows
-from wds_tools.sources.text.gzip import decompress_gzip
 
 SOURCE = Containers(task_lines=1000, task_records=1000, task_bytes=1 << 30, quiet=True)
 RECORDS = [{"text": f'{number} "quoted", and\nbroken\n\nlines\té'} for number in range(40)]
@@ -96,7 +96,7 @@ def test_workers_change_no_byte(suffix: str, tmp_path: Path) -> None:
 def inflated(data: bytes) -> tuple[bytes, str | None]:
     text = b""
     try:
-        for piece, _ in decompress_gzip(lambda: io.BytesIO(data)):
+        for piece, _ in read_pieces(lambda: io.BytesIO(data), "gz"):
             text += piece
     except Reject as cause:
         return text, cause.reason
@@ -177,6 +177,15 @@ def test_rows_that_are_not_as_the_header_says_are_rejects_with_the_line_where_th
         (8, "bad_csv"),
         (9, "invalid_utf8"),
         (10, {"a": "last", "b": "row"}),
+    ]
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t", "|"])
+def test_the_separator_of_a_csv_is_the_one_that_its_first_line_has_most_often(separator: str, tmp_path: Path) -> None:
+    lines = ['"a, b; c|d"', "e", "f"], ["x", '"1,2;3|4"', "5"]
+    text = "".join(separator.join(line) + "\n" for line in lines)
+    assert [row.fields for row in records(write(tmp_path / "a.csv", text.encode()))] == [
+        {"a, b; c|d": "x", "e": "1,2;3|4", "f": "5"}
     ]
 
 

@@ -377,7 +377,7 @@ def test_an_object_that_got_shorter_meanwhile_was_replaced(store: Store, proxy: 
 def test_a_range_past_the_end_is_named_also_when_it_breaks(store: Store, proxy: FaultProxy) -> None:
     proxy.once(reset(100))
     with pytest.raises(
-        StorageError, match=rf"wanted bytes \[{len(DATA) - 1000}, {len(DATA) + 5}\), the object ends at {len(DATA)}"
+        StorageError, match=rf"wanted bytes \[{len(DATA) - 1000}, {len(DATA) + 5}\), the file ends at {len(DATA)}"
     ):
         store.read_range("a", len(DATA) - 1000, len(DATA) + 5)
 

@@ -1,1 +1,1 @@
-"""The command line: one file a subcommand; parse -> one config -> one function."""
+"""The command line: one file a subcommand, one for all of `convert`; parse -> one config -> one function."""

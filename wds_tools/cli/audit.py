@@ -9,11 +9,11 @@ import tyro
 
 from loaders.proof.audit import Audit, audit, num_positions, read_receipts
 from loaders.proof.coverage import EpochAudit, Ranges
-from wds_tools.cli.summary import Printed, print_json
+from wds_tools.cli.summary import Printed, show
 from wds_tools.errors import UsageError
 from wds_tools.run.progress import Advance, Progress
 from wds_tools.storage import join
-from wds_tools.terminal import say
+from wds_tools.terminal import counted
 
 EXAMPLE = "wds-tools audit s3://bucket/run-7/receipts --complete"
 
@@ -67,13 +67,16 @@ def run(config: Config) -> int:
         named = f"{result.epochs[0].epoch} to {result.epochs[-1].epoch}" if result.epochs else "none: nothing was handed over"
         raise UsageError(f"no epoch {config.epoch or 0} in these receipts; they have {named}")
     is_exact = result.is_exact(config.epoch)
-    if config.json:
-        print_json({**asdict(result), "epochs": [asdict(audited) for audited in epochs], "is_exact": is_exact})
-        return 0 if is_exact else 1
-    lines = [line for audited in epochs for line in _describe(audited)]
     wrong = sum(not audited.is_exact for audited in epochs)
-    say(*_describe_receipts(result, config), *lines, *(f"WRONG     {problem}" for problem in result.problems))
-    say("audit: all is well" if is_exact else f"audit: {wrong} epochs not exact, {len(result.problems)} wrong totals")
+    lines = [
+        *_describe_receipts(result, config),
+        *(line for audited in epochs for line in _describe(audited)),
+        *(f"WRONG     {problem}" for problem in result.problems),
+        "audit: all is well"
+        if is_exact
+        else f"audit: {counted(wrong, 'epoch')} not exact, {counted(len(result.problems), 'wrong total')}",
+    ]
+    show(config, {**asdict(result), "epochs": [asdict(audited) for audited in epochs], "is_exact": is_exact}, lines)
     return 0 if is_exact else 1
 
 
@@ -82,13 +85,12 @@ def _describe_receipts(result: Audit, config: Config) -> Iterator[str]:
         f", {len(result.superseded):,} more that later ones of the same loader contain" if result.superseded else ""
     )
     hidden = max(len(result.superseded) - config.show, 0)
-    epochs = "epoch" if result.totals_compared == 1 else "epochs"
     yield from (f"          {earlier} is contained in {later}" for earlier, later in result.superseded[: config.show])
     yield from [f"          and {hidden:,} more"] * (hidden > 0)
     yield (
         "hashes    not compared (--quick)"
         if config.quick
-        else f"hashes    of every receipt, and of {result.totals_compared:,} complete {epochs}, compared with the manifests"
+        else f"hashes    of all receipts and {counted(result.totals_compared, 'complete epoch')}, compared with the manifests"
     )
     yield from (
         f"excluded  {count:,} samples of {url}: compared with what was handed over from position {position:,} on"

@@ -7,8 +7,7 @@ from dataclasses import asdict, dataclass
 import tyro
 
 from wds_tools.check.compare import CompareConfig, compare_codes
-from wds_tools.cli.summary import Printed, print_json
-from wds_tools.terminal import say
+from wds_tools.cli.summary import Printed, aligned, show
 
 EXAMPLE = "wds-tools compare-codes pairs-fp32 pairs-bf16 --weights vqgan/"
 
@@ -26,9 +25,6 @@ class Config(Printed, CompareConfig):
 def run(config: Config) -> int:
     """Compare, and print what came out."""
     result = compare_codes(config)
-    if config.json:
-        print_json({name: value for name, value in asdict(result).items() if name != "errors"})
-        return 0
     others = [f"{count:,} only in {name}" for count, name in ((result.only_a, config.a), (result.only_b, config.b)) if count]
     facts = {"samples": "; ".join([f"{result.samples:,} in both", *others])}
     if result.codes:
@@ -43,7 +39,5 @@ def run(config: Config) -> int:
     ):
         if value is not None:
             facts[name] = f"{value:.2f} dB over {result.pictures:,} decoded pictures"
-    width = max(map(len, facts))
-    for name, fact in facts.items():
-        say(f"{name:<{width}}  {fact}")
+    show(config, {name: value for name, value in asdict(result).items() if name != "errors"}, aligned(facts))
     return 0

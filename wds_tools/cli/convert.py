@@ -1,12 +1,13 @@
-"""`wds-tools convert NAME`, for any converter: ours, one a module beside this one, and those of installed packages.
+"""`wds-tools convert NAME`, for any converter: ours, and those of installed packages.
 
 Those that take images can encode them on the way: the options that say so are here, once for all of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
 from dataclasses import dataclass, fields
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +17,15 @@ from wds_tools.encode.options import TokenizerOptions
 from wds_tools.errors import UsageError, WdsToolsError
 from wds_tools.jobs.records import Encoder
 from wds_tools.plugins import CONVERTERS, load_plugin
+
+_OURS = {
+    "pairs": "--input pairs.jsonl --output s3://bucket/pairs-raw --workers 8",
+    "documents": "--input dclm/ --output s3://bucket/dclm --workers 8",
+    "conversations": "--input llava.json --image-root images/ --output s3://bucket/sft-raw --workers 8",
+    "interleaved": "--input mmc4.jsonl --image-root images/ --output s3://bucket/pages-raw --workers 8",
+    "coded": "--input liquid-data/ --output s3://bucket/liquid --workers 8",
+}
+"""Name, by which the module and its options are called, too -> an example."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,29 +45,6 @@ class Encoding(TokenizerOptions):
                 raise UsageError(f"--{field.name.replace('_', '-')} says how to encode, and has no effect without --encode")
 
 
-def convert_command(options: type[ConvertOptions]) -> tuple[type[Any], Callable[[Any], int]]:
-    """`Config` and `run` of a command, which can encode if it takes images.
-
-    Args:
-        options: of the converter.
-    """
-    bases = (Printed, options, Encoding) if options.image_facts is not None else (Printed, options)
-
-    @dataclass(frozen=True, kw_only=True)
-    class Config(*bases):  # type: ignore[misc]
-        __doc__ = options.__doc__
-
-        def __post_init__(self) -> None:
-            for base in bases[1:]:
-                base.__post_init__(self)
-
-    def run(config: Any) -> int:
-        print_dataset(config.output, run_conversion(config, _encoder(config)), json=config.json)
-        return 0
-
-    return Config, run
-
-
 def _encoder(config: Any) -> Encoder | None:
     if getattr(config, "encode", None) is None:
         return None
@@ -74,14 +61,32 @@ def _encoder(config: Any) -> Encoder | None:
     )
 
 
-def plugin_command(name: str) -> Any:
-    """What a command's module has, for a converter of an installed package.
+@cache
+def command(name: str) -> Any:
+    """What a command's module has, for a converter; the command can encode if it takes images.
 
     Raises:
-        WdsToolsError: it can't be imported, or is not a converter's options.
+        WdsToolsError: that of an installed package can't be imported, or is not a converter's options.
     """
-    options = load_plugin(CONVERTERS, name)
+    if name in _OURS:
+        options = getattr(importlib.import_module(f"wds_tools.convert.{name}"), f"{name.capitalize()}Config")
+    else:
+        options = load_plugin(CONVERTERS, name)
     if not (isinstance(options, type) and issubclass(options, ConvertOptions)):
         raise WdsToolsError(f"converter {name!r}: its entry point is {options!r:.80}, expected a subclass of ConvertOptions")
-    config, run = convert_command(options)
-    return SimpleNamespace(Config=config, run=run, EXAMPLE=f"wds-tools convert {name} --input INPUT --output OUTPUT")
+    bases = (Printed, options, Encoding) if options.image_facts is not None else (Printed, options)
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(*bases):  # type: ignore[misc]
+        __doc__ = options.__doc__
+
+        def __post_init__(self) -> None:
+            for base in bases[1:]:
+                base.__post_init__(self)
+
+    def run(config: Any) -> int:
+        print_dataset(config.output, run_conversion(config, _encoder(config)), json=config.json)
+        return 0
+
+    example = _OURS.get(name, "--input INPUT --output OUTPUT")
+    return SimpleNamespace(Config=Config, run=run, EXAMPLE=f"wds-tools convert {name} {example}")

@@ -19,12 +19,12 @@ import torch
 import tyro
 
 from wds_tools import __version__
-from wds_tools.cli.summary import Printed, print_json
+from wds_tools.cli.summary import Printed, show
 from wds_tools.dataset.layout import MANIFEST
 from wds_tools.dataset.reader import read_manifest
 from wds_tools.errors import NotFound, WdsToolsError
 from wds_tools.storage import Store, open_store, redact
-from wds_tools.terminal import say
+from wds_tools.terminal import counted
 
 EXAMPLE = "wds-tools doctor s3://bucket/pairs"
 _VARIABLES = re.compile(r"(AWS|GOOGLE|AZURE|WDS_TOOLS|HF|OMP|NCCL|CUDA|RAY)_\w+|RANK|WORLD_SIZE|LOCAL_RANK|TMPDIR")
@@ -56,13 +56,10 @@ def run(config: Config) -> int:
     """Look, and report."""
     facts = [*_machine(), *_packages(), *_devices(), *_environment(), *(_place(url, config.write) for url in config.input)]
     problems = [f"{fact.name}: {fact.text}" for fact in facts if not fact.is_fine]
-    if config.json:
-        print_json({"facts": [asdict(fact) for fact in facts], "problems": problems})
-        return 1 if problems else 0
     width = max(len(fact.name) for fact in facts)
-    for fact in facts:
-        say(f"{fact.name:<{width}}  {'' if fact.is_fine else 'WRONG: '}{fact.text}")
-    say(f"doctor: {len(problems)} problems" if problems else "doctor: all is well")
+    lines = [f"{fact.name:<{width}}  {'' if fact.is_fine else 'WRONG: '}{fact.text}" for fact in facts]
+    verdict = f"doctor: {counted(len(problems), 'problem')}" if problems else "doctor: all is well"
+    show(config, {"facts": [asdict(fact) for fact in facts], "problems": problems}, [*lines, verdict])
     return 1 if problems else 0
 
 
@@ -151,7 +148,7 @@ def _read(store: Store, write: bool) -> str:
         manifest = read_manifest(store, any_members=True)
         for row in manifest.shards[:1]:
             store.read_range(row.name, 0, 1)
-        return f"a dataset of {manifest.samples:,} samples in {len(manifest.shards):,} shards"
+        return f"a dataset of {counted(manifest.samples, 'sample')} in {counted(len(manifest.shards), 'shard')}"
     for entry in islice(store.list(), 1):
         store.read_range(entry.name, 0, min(entry.size, 1))
         return f"no dataset, but files such as {entry.name}"

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, fields
 
-from wds_tools.cli import convert_pairs
+from wds_tools.cli import convert
 from wds_tools.cli.summary import Printed, print_dataset
 from wds_tools.dataset.layout import MANIFEST, PLAN
 from wds_tools.encode.encode import EncodeConfig, encode, named_tokenizer
@@ -24,9 +24,10 @@ def run(config: Config) -> int:
     if _is_to_convert(config.input):
         if config.sft_mode != Config.sft_mode:
             raise UsageError(f"--sft-mode {config.sft_mode}: {config.input} is read as pairs; see convert conversations --encode")
-        names = {field.name for field in fields(convert_pairs.Config)} & {field.name for field in fields(config)}
+        pairs = convert.command("pairs")
+        names = {field.name for field in fields(pairs.Config)} & {field.name for field in fields(config)}
         same = {name: value for name in names - {"input"} if (value := getattr(config, name)) is not None}
-        return convert_pairs.run(convert_pairs.Config(input=(config.input,), encode=named_tokenizer(config.tokenizer), **same))
+        return int(pairs.run(pairs.Config(input=(config.input,), encode=named_tokenizer(config.tokenizer), **same)))
     print_dataset(config.output, encode(config), json=config.json)
     return 0
 

@@ -7,11 +7,11 @@ from typing import Annotated, Literal
 
 import tyro
 
-from wds_tools.cli.summary import Printed, itemize, print_json
+from wds_tools.cli.summary import Printed, itemize, show
 from wds_tools.export.card import unknown_to_liquid
 from wds_tools.export.hf import ExportConfig, ExportOptions, ExportSummary, export_hf
 from wds_tools.export.rows import TYPED_INSTEAD
-from wds_tools.terminal import say
+from wds_tools.terminal import counted, say
 
 EXAMPLE = "wds-tools export hf --input s3://bucket/pairs s3://bucket/dclm --output liquid-data --num-shards 256"
 
@@ -36,17 +36,15 @@ def run(config: Config) -> int:
     if summary.passed_over:
         say(f"wds-tools: no column takes {itemize(summary.passed_over)} (samples that have it): {TYPED_INSTEAD}", error=True)
     how = "datasets.load_from_disk" if config.format == "arrow" else 'load_dataset("parquet", ...)'
-    print_export(config, summary, json=config.json, how=how)
+    show_export(config, config, summary, how)
     return 0
 
 
-def print_export(config: ExportOptions, summary: ExportSummary, *, json: bool, how: str) -> None:
+def show_export(printed: Printed, config: ExportOptions, summary: ExportSummary, how: str) -> None:
     """Say what an export wrote, and what loads it."""
-    if json:
-        print_json({"output": config.output, "format": config.writes, **asdict(summary)})
-        return
-    left_out = [f"left out   {itemize(summary.left_out)}: for Liquid's own trainer"] if summary.left_out else []
-    say(f"exported   {config.output}", f"rows       {summary.rows:,} ({itemize(summary.data_types)})", *left_out)
-    say(f"files      {summary.files:,}, for {how}")
+    lines = [f"exported   {config.output}", f"rows       {summary.rows:,} ({itemize(summary.data_types)})"]
+    lines += [f"left out   {itemize(summary.left_out)}: for Liquid's own trainer"] if summary.left_out else []
+    lines.append(f"files      {summary.files:,}, for {how}")
     if summary.pushed is not None:
-        say(f"pushed     {summary.pushed:,} files to hf://datasets/{config.push_to_hub}")
+        lines.append(f"pushed     {counted(summary.pushed, 'file')} to hf://datasets/{config.push_to_hub}")
+    show(printed, {"output": config.output, "format": config.writes, **asdict(summary)}, lines)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from wds_tools.cli.export_hf import print_export
+from wds_tools.cli.export_hf import show_export
 from wds_tools.cli.summary import Printed
 from wds_tools.export.hf import ParquetConfig, export_parquet
 
@@ -18,5 +18,5 @@ class Config(Printed, ParquetConfig):
 
 def run(config: Config) -> int:
     """Export, and say what came of it."""
-    print_export(config, export_parquet(config), json=config.json, how='load_dataset("parquet", ...), pandas and others')
+    show_export(config, config, export_parquet(config), 'load_dataset("parquet", ...), pandas and others')
     return 0

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 import tyro
 
-from wds_tools.cli.summary import Printed, describe_samples, print_dataset
+from wds_tools.cli.summary import Printed, dataset_record, describe_samples, show
 from wds_tools.dataset.layout import MANIFEST
 from wds_tools.errors import UsageError
 from wds_tools.format.manifest import PASSED_OVER
 from wds_tools.jobs.index_tars import index_tars, rebuild_indices
 from wds_tools.select.fields import Fields
 from wds_tools.storage import open_store
-from wds_tools.terminal import say
+from wds_tools.terminal import counted
 
 EXAMPLE = "wds-tools index s3://bucket/tars --workers 8"
 
@@ -45,16 +45,16 @@ def run(config: Config) -> int:
     manifest = (rebuild_indices if is_set else index_tars)(store, workers=config.workers, quiet=config.quiet)
     if config.fields:
         Fields.make(store, manifest, workers=config.workers, quiet=config.quiet)
-    if config.json:
-        print_dataset(config.input, manifest, json=True)
-        return 0
     elapsed_s = time.monotonic() - begun
-    what = f"rebuilt {len(manifest.shards):,} index files" if is_set else f"indexed {len(manifest.shards):,} tars"
-    say(
-        f"index: {what} of {config.input}: {manifest.samples:,} samples, {manifest.bytes / 1e6:,.1f} MB, "
-        f"{manifest.samples / elapsed_s:,.0f} samples/s"
-    )
-    say(f"schema: {describe_samples(manifest)}")
-    if num_passed_over := manifest.source.get("counts", {}).get(PASSED_OVER):
-        say(f"passed over: {num_passed_over:,} members that are no part of a sample: hidden ones, without a suffix, or links")
+    what = f"{'rebuilt' if is_set else 'indexed'} {counted(len(manifest.shards), 'index file' if is_set else 'tar')}"
+    passed_over = manifest.source.get("counts", {}).get(PASSED_OVER)
+    lines = [
+        f"index: {what} of {config.input}: {counted(manifest.samples, 'sample')}, {manifest.bytes / 1e6:,.1f} MB, "
+        f"{manifest.samples / elapsed_s:,.0f} samples/s",
+        f"schema: {describe_samples(manifest)}",
+    ]
+    if passed_over:
+        what = counted(passed_over, "member that is", "members that are")
+        lines.append(f"passed over: {what} no part of a sample: hidden ones, without a suffix, or links")
+    show(config, dataset_record(config.input, manifest), lines)
     return 0

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Annotated, Literal
 
 import tyro
 
-from wds_tools.cli.summary import Printed, itemize, print_json
+from wds_tools.cli.summary import Printed, itemize, show
 from wds_tools.convert.inspect import inspect_input
-from wds_tools.terminal import say
+from wds_tools.terminal import counted
 
 EXAMPLE = "wds-tools inspect laion/"
 
@@ -26,20 +26,34 @@ class Config(Printed):
     ] = None
     """What it is to become. Default: what fits."""
     image_root: tuple[str, ...] = ()
-    """Folder that image paths are relative to, or tars with the images, as `convert` has it."""
+    """Folder that image paths are relative to, or tars with the images; this and what follows as `convert` has it."""
+    image: str | None = None
+    """Field with the image."""
+    text: tuple[str, ...] = ()
+    """Fields with the text: the first that is there."""
+    texts: tuple[str, ...] = ()
+    """Several captions, NAME=FIELD each."""
+    conversations: str | None = None
+    """Field with the turns."""
+    codes: str | None = None
+    """Field with the codes."""
+    keep: tuple[str, ...] = ()
+    """Fields to keep as provenance."""
+    drop: tuple[str, ...] = ()
+    """Fields with an image that is left out on purpose."""
+    where: str | None = None
+    """Take only records for which this is true."""
 
 
 def run(config: Config) -> int:
     """Look, and say what there is."""
-    found = inspect_input(config.input, converter=config.converter, image_root=config.image_root)
-    if config.json:
-        print_json(found)
-        return 0
+    settings = {name: value for name, value in asdict(config).items() if name not in ("input", "converter", "json") and value}
+    found = inspect_input(config.input, converter=config.converter, **settings)
     left_out, rejects, fields = found["left_out"], found["rejects"], found["fields"]
     width = max(map(len, fields))
-    say(
+    lines = [
         f"input     {found['input']}",
-        *([f"left out  {left_out['files']:,} files, such as {left_out['such_as']}"] if left_out else []),
+        *([f"left out  {counted(left_out['files'], 'file')}, such as {left_out['such_as']}"] if left_out else []),
         f"records   {found['num_records']:,} looked at" + (f", {itemize(rejects)}" if rejects else ""),
         "fields",
         *(f"  {name:<{width}}  {itemize(field['types'])}: {field['example']}" for name, field in fields.items()),
@@ -47,5 +61,6 @@ def run(config: Config) -> int:
         *(f"  {line}" for line in found["samples"]),
         *([f"stops at  {found['problem']}"] if found["problem"] else []),
         f"command   {found['command']}",
-    )
+    ]
+    show(config, found, lines)
     return 0

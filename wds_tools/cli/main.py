@@ -1,7 +1,7 @@
 """`wds-tools COMMAND ...`: find the command, make its config from the arguments, run it.
 
-A command is a module beside this one with `Config` (a frozen dataclass, which is the command line), `EXAMPLE` and
-`run(config) -> exit status`. It is imported only when it is called, so `wds-tools verify` starts without torch.
+A command is a module beside this one (`convert` has one for all) with `Config` (a frozen dataclass, which is the command line),
+`EXAMPLE` and `run(config) -> exit status`. It is imported only when it is called, so `wds-tools verify` starts without torch.
 Exit status: 0 done, 1 failed or problems found, 2 wrong arguments, 128 + the signal that stopped it. Errors are one line on
 stderr. Signals and streams are those of the process: see `wds_tools/__main__.py`.
 """
@@ -29,11 +29,11 @@ from wds_tools.terminal import say
 
 COMMANDS = {
     ("inspect",): ("inspect", "what an input is, and what would become of it; writes nothing"),
-    ("convert", "pairs"): ("convert_pairs", "image-caption pairs (jsonl) to shards"),
-    ("convert", "documents"): ("convert_documents", "DCLM documents (.jsonl.zst) to shards"),
-    ("convert", "conversations"): ("convert_conversations", "conversations about images (LLaVA's json) to shards"),
-    ("convert", "interleaved"): ("convert_interleaved", "documents with images between their texts (OBELICS, MMC4) to shards"),
-    ("convert", "coded"): ("convert_coded", "Hugging Face rows that hold codes, the reference's or exports, to shards"),
+    ("convert", "pairs"): ("convert", "image-caption pairs (jsonl) to shards"),
+    ("convert", "documents"): ("convert", "DCLM documents (.jsonl.zst) to shards"),
+    ("convert", "conversations"): ("convert", "conversations about images (LLaVA's json) to shards"),
+    ("convert", "interleaved"): ("convert", "documents with images between their texts (OBELICS, MMC4) to shards"),
+    ("convert", "coded"): ("convert", "Hugging Face rows that hold codes, the reference's or exports, to shards"),
     ("encode",): ("encode", "fill the VQ codes of a dataset's images"),
     ("compare-codes",): ("compare_codes", "what another precision does to codes: two encodings side by side"),
     ("vocabulary",): ("vocabulary", "special tokens of a text tokenizer, and the model size that it needs"),
@@ -98,9 +98,9 @@ def commands() -> dict[tuple[str, ...], tuple[str, str]]:
 
 
 def load_command(words: tuple[str, ...]) -> Any:
-    """The module of one of `commands`, or what stands for it. Raises WdsToolsError: see plugin_command."""
-    module = importlib.import_module(f"wds_tools.cli.{COMMANDS.get(words, ('convert',))[0]}")
-    return module if words in COMMANDS else module.plugin_command(words[1])
+    """The module of one of `commands`, or what stands for it. Raises WdsToolsError: see convert.command."""
+    module = importlib.import_module(f"wds_tools.cli.{commands()[words][0]}")
+    return module.command(words[1]) if words[0] == "convert" else module
 
 
 def _at_home(arg: str) -> str:

@@ -12,9 +12,8 @@ from loaders.config import LoaderConfig, Source
 from loaders.cost.replay import ProcessCost
 from loaders.cost.simulate import Simulation, imagined_source, simulate
 from loaders.order.samples import open_source
-from wds_tools.cli.summary import Printed, print_json
+from wds_tools.cli.summary import Printed, show
 from wds_tools.errors import UsageError
-from wds_tools.terminal import say
 
 EXAMPLE = "wds-tools simulate --samples 10e9 --sample-bytes 4100 --batch-size 4096 --world 512 --workers 4"
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
@@ -77,10 +76,7 @@ def run(config: Config) -> int:
     else:
         opened = [imagined_source(config.samples, config.sample_bytes, config.shard_samples)]
     result = simulate(opened, settings, config.world, as_remote=config.remote)
-    if config.json:
-        print_json(asdict(result))
-    else:
-        say(*(f"{name:<12}{fact}" for name, fact in _describe(result, config)))
+    show(config, asdict(result), (f"{name:<12}{fact}" for name, fact in _describe(result, config)))
     return 0
 
 

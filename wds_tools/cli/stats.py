@@ -11,11 +11,11 @@ from wds_tools.check.stats.describe import Stats, StatsConfig, stats
 from wds_tools.check.stats.duplicates import Repeats
 from wds_tools.check.stats.histogram import Histogram
 from wds_tools.check.stats.report import render, to_json
-from wds_tools.cli.summary import Printed, print_dataset, print_json
+from wds_tools.cli.summary import Printed, describe_dataset, show
 from wds_tools.select.duplicates import write_duplicates
 from wds_tools.storage import open_store, split_url
 from wds_tools.storage.place import check_apart
-from wds_tools.terminal import say
+from wds_tools.terminal import counted, say
 
 EXAMPLE = "wds-tools stats s3://bucket/pairs --workers 8 --html report.html"
 _SPARKS = " ▁▂▃▄▅▆▇█"
@@ -42,18 +42,13 @@ def run(config: Config) -> int:
     result = stats(config)
     if config.duplicates is not None:
         groups = write_duplicates(config.input, config.duplicates, workers=config.workers, quiet=config.quiet)
-        counted = " and ".join(f"{count:,} groups of equal {what}" for what, count in groups.items())
-        say(f"wds-tools: {counted} are in {config.duplicates}", error=True)
+        found = " and ".join(f"{counted(count, 'group')} of equal {what}" for what, count in groups.items())
+        say(f"wds-tools: {found} are in {config.duplicates}", error=True)
     if config.html is not None:
         folder, name = split_url(config.html)
         open_store(folder).put(name, render(result).encode())
-    if config.json:
-        print_json(to_json(result))
-        return 0
-    print_dataset(config.input, result.manifest)
-    say("", *_describe(result))
-    if config.html is not None:
-        say("", f"report: {config.html}")
+    report = ["", f"report: {config.html}"] if config.html is not None else []
+    show(config, to_json(result), [*describe_dataset(config.input, result.manifest), "", *_describe(result), *report])
     return 0
 
 

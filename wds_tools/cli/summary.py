@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,14 @@ class Printed:
 
     json: bool = False
     """Print one JSON object instead of lines."""
+
+
+def show(config: Printed, record: Mapping[str, Any], lines: Iterable[str]) -> None:
+    """Say what came of a command: with --json the record, else the lines, which are only made then."""
+    if config.json:
+        print_json(record)
+    else:
+        say(*lines)
 
 
 def print_json(record: Mapping[str, Any]) -> None:
@@ -52,9 +60,17 @@ def dataset_record(url: str, manifest: Manifest) -> dict[str, Any]:
 
 def print_dataset(url: str, manifest: Manifest, *, json: bool = False) -> None:
     """Say what a dataset holds and where it is."""
-    if json:
-        print_json(dataset_record(url, manifest))
-        return
+    show(Printed(json=json), dataset_record(url, manifest), describe_dataset(url, manifest))
+
+
+def aligned(facts: Mapping[str, str]) -> Iterator[str]:
+    """A line for each, with its name in front."""
+    width = max(map(len, facts))
+    return (f"{name:<{width}}  {fact}" for name, fact in facts.items())
+
+
+def describe_dataset(url: str, manifest: Manifest) -> Iterator[str]:
+    """The lines of print_dataset."""
     filtered = {reason: count for reason, count in manifest.rejects.items() if reason in FILTERED}
     listed = {reason: count for reason, count in manifest.rejects.items() if reason not in FILTERED}
     rejected = sum(listed.values())
@@ -88,9 +104,7 @@ def print_dataset(url: str, manifest: Manifest, *, json: bool = False) -> None:
         facts["part"] = f"{part}, nothing else is counted here; when all parts are through: wds-tools finalize --output {url}"
     else:
         facts["fingerprint"] = manifest.fingerprint()
-    width = max(map(len, facts))
-    for name, fact in facts.items():
-        say(f"{name:<{width}}  {fact}")
+    return aligned(facts)
 
 
 def describe_samples(manifest: Manifest) -> str:

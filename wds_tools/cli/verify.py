@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import tyro
 
 from wds_tools.check.verify import VerifyConfig, verify
-from wds_tools.cli.summary import Printed, dataset_record, print_dataset, print_json
-from wds_tools.terminal import say
+from wds_tools.cli.summary import Printed, dataset_record, describe_dataset, show
+from wds_tools.terminal import counted
 
 EXAMPLE = "wds-tools verify s3://bucket/pairs --workers 8"
 
@@ -24,13 +24,11 @@ class Config(Printed, VerifyConfig):
 def run(config: Config) -> int:
     """Check, and list what is wrong."""
     result = verify(config)
-    if config.json:
-        print_json({**dataset_record(config.input, result.manifest), "problems": result.problems, "notes": result.notes})
-        return 1 if result.problems else 0
-    print_dataset(config.input, result.manifest)
-    for problem in result.problems:
-        say(f"WRONG  {problem}")
-    for note in result.notes:
-        say(f"NOTE   {note}")
-    say(f"verify: {len(result.problems)} problems" if result.problems else "verify: all is well")
+    lines = [
+        *describe_dataset(config.input, result.manifest),
+        *(f"WRONG  {problem}" for problem in result.problems),
+        *(f"NOTE   {note}" for note in result.notes),
+        f"verify: {counted(len(result.problems), 'problem')}" if result.problems else "verify: all is well",
+    ]
+    show(config, {**dataset_record(config.input, result.manifest), "problems": result.problems, "notes": result.notes}, lines)
     return 1 if result.problems else 0

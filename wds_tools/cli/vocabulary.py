@@ -6,14 +6,13 @@ from dataclasses import dataclass
 
 import tyro
 
-from wds_tools.cli.summary import Printed, print_json
+from wds_tools.cli.summary import Printed, show
 from wds_tools.errors import UsageError
 from wds_tools.sequences.config import SequenceConfig
 from wds_tools.sequences.templates import find_template
 from wds_tools.sequences.tokenizer import TextTokenizer
 from wds_tools.sequences.vocabulary import add_tokens
 from wds_tools.storage.place import check_apart
-from wds_tools.terminal import say
 
 EXAMPLE = "wds-tools vocabulary gemma/ --output gemma-images/ --codebook-size 8192"
 
@@ -51,29 +50,21 @@ def run(config: Config) -> int:
         tokenizer = add_tokens(config.input, config.output, names + codes)
     ids = {name: tokenizer.id_of(name) for name in names}
     num_missing = sum(tokenizer.id_of(name) is None for name in codes)
-    status = 1 if None in ids.values() or num_missing else 0
     size = tokenizer.num_tokens + (0 if codes else config.codebook_size or 0)
-    if config.json:
-        print_json(
-            {
-                "tokens": ids,
-                "bos_token": tokenizer.named("bos_token"),
-                "eos_token": tokenizer.named("eos_token"),
-                "text_vocabulary": tokenizer.num_tokens,
-                "vocab_size": size,
-                "missing_codes": num_missing,
-            }
-        )
-        return status
-    for role in ("bos_token", "eos_token"):
-        name = tokenizer.named(role)
-        say(f"{role:<18}{f'{name} {tokenizer.id_of(name)}' if name else 'not named: give bos=, eos= to say which'}")
-    for name, number in ids.items():
-        say(f"{name:<18}{'missing: --output DIR makes a copy that has it' if number is None else number}")
-    say(f"{'text vocabulary':<18}{tokenizer.num_tokens:,}")
+    named = {role: tokenizer.named(role) for role in ("bos_token", "eos_token")}
+    counts = {"text_vocabulary": tokenizer.num_tokens, "vocab_size": size, "missing_codes": num_missing}
+    facts = {
+        role: f"{name} {tokenizer.id_of(name)}" if name else "not named: give bos=, eos= to say which"
+        for role, name in named.items()
+    }
+    facts |= {
+        name: "missing: --output DIR makes a copy that has it" if number is None else f"{number}" for name, number in ids.items()
+    }
+    facts["text vocabulary"] = f"{tokenizer.num_tokens:,}"
     if config.codebook_size is not None:
         inside = f"{len(codes):,} tokens of the text vocabulary, {num_missing or 'none'} missing"
-        say(f"{'image codes':<18}{inside if codes else f'{tokenizer.num_tokens:,} ... {size - 1:,}'}")
+        facts["image codes"] = inside if codes else f"{tokenizer.num_tokens:,} ... {size - 1:,}"
         rounded = -(-size // config.multiple) * config.multiple
-        say(f"{'vocab_size':<18}{size:,} at least, {rounded:,} as a multiple of {config.multiple}")
-    return status
+        facts["vocab_size"] = f"{size:,} at least, {rounded:,} as a multiple of {config.multiple}"
+    show(config, {"tokens": ids, **named, **counts}, (f"{name:<18}{fact}" for name, fact in facts.items()))
+    return 1 if None in ids.values() or num_missing else 0

@@ -55,6 +55,9 @@ class ImageOptions(ConvertOptions):
         if packed := [root for root in self.image_root if root.lower().endswith(_PACKED)]:
             unpack = "`gunzip --keep FILE.tgz`, which makes FILE.tar"
             raise UsageError(f"--image-root {packed[0]} can't be read from the middle: unpack it first, as with {unpack}")
+        root = (*self.image_root, "")[0]
+        if os.path.isdir(root) and (names := os.listdir(root)) and all(name.lower().endswith(".tar") for name in names):  # noqa: PTH112, PTH208
+            raise UsageError(f"--image-root {root} holds nothing but tars: name them, as --image-root '{root.rstrip('/')}/*.tar'")
         if len(self.image_root) > 1 and not self.are_tars:
             raise UsageError(f"--image-root {' '.join(self.image_root[:3])}: expected one folder, or .tar files and nothing else")
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from itertools import islice
 from typing import Any, Final
 
@@ -18,8 +19,9 @@ from wds_tools.convert.coded import CODE_NAMES, CodedConfig
 from wds_tools.convert.conversations import ConversationsConfig
 from wds_tools.convert.documents import DocumentsConfig
 from wds_tools.convert.interleaved import InterleavedConfig
-from wds_tools.convert.options import Converter, ConvertOptions
+from wds_tools.convert.options import ConvertOptions
 from wds_tools.convert.pairs import PairsConfig
+from wds_tools.convert.select import Selection
 from wds_tools.convert.survey import Read, place_of, shown, survey_records
 from wds_tools.errors import Reject, UsageError
 from wds_tools.format.codes import CODE_COLUMNS
@@ -41,13 +43,13 @@ CONVERTERS: Final[Mapping[str, type[ConvertOptions]]] = {
 NUM_SAMPLES: Final = 3
 
 
-def inspect_input(patterns: Sequence[str], *, converter: str | None = None, image_root: tuple[str, ...] = ()) -> dict[str, Any]:
+def inspect_input(patterns: Sequence[str], *, converter: str | None = None, **settings: Any) -> dict[str, Any]:
     """Look at an input.
 
     Args:
         patterns: files, folders or patterns, as --input has them.
         converter: one of CONVERTERS; None: the one that fits.
-        image_root: see ImageOptions.
+        settings: options of the converter, by name, such as `where`.
 
     Returns:
         JSON values: `input`, what is read; `left_out` as in a manifest; `num_records` that were looked at, and `rejects`, those
@@ -56,9 +58,9 @@ def inspect_input(patterns: Sequence[str], *, converter: str | None = None, imag
         records; `command`, what to type.
 
     Raises:
-        UsageError, NotFound: the input can't be read.
+        UsageError, NotFound: the input can't be read; or the converter has no such option.
     """
-    options = _options(converter or "pairs", patterns, image_root)
+    options = _options(converter or "pairs", patterns, {})
     source = options.make_source()
     inputs = expand_inputs(patterns, source.choose)
     tasks, _ = source.plan(inputs.files)
@@ -68,26 +70,34 @@ def inspect_input(patterns: Sequence[str], *, converter: str | None = None, imag
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in survey.rejects.items())
         raise UsageError(f"{said}: no record in it can be read ({reasons or 'there is none'})")
     name = survey.roles["converter"].most_common(1)[0][0]
-    options = _options(name, patterns, image_root)
-    making = options.make_converter()
-    mapped = survey_records(source.read, tasks, making.roles, {})
-    root = ["--image-root", *image_root] if image_root else []
-    fields = {
+    options = _options(name, patterns, settings)
+    selection = Selection.of(options, options.make_converter())
+    mapped = survey_records(source.read, tasks, selection.roles, options.named_fields)
+    problem = None
+    try:
+        mapped.check()
+    except UsageError as error:
+        problem = str(error)
+    said_options: list[str] = []
+    for option, value in settings.items():
+        said_options += [f"--{option.replace('_', '-')}", *([value] if isinstance(value, str) else value)]
+    found = {
         field: {"types": dict(types), "example": survey.examples.get(field, "null")} for field, types in survey.fields.items()
     }
     return {
         **{"input": said, "left_out": inputs.source.get("left_out")},
-        **{"num_records": survey.num_records, "rejects": dict(mapped.rejects), "fields": fields},
-        **{"converter": name, "field_map": mapped.field_map(), "problem": mapped.problem},
-        "samples": _first_samples(source.read, tasks, options, making),
-        "command": shlex.join(["wds-tools", "convert", name, "--input", *patterns, *root, "--output", "OUTPUT"]),
+        **{"num_records": survey.num_records, "rejects": dict(mapped.rejects), "fields": found},
+        **{"converter": name, "field_map": mapped.field_map(), "problem": problem},
+        "samples": _first_samples(source.read, tasks, options, selection),
+        "command": shlex.join(["wds-tools", "convert", name, "--input", *patterns, *said_options, "--output", "OUTPUT"]),
     }
 
 
-def _options(name: str, patterns: Sequence[str], image_root: tuple[str, ...]) -> Any:
-    kind: Any = CONVERTERS[name]
-    root = {"image_root": image_root} if image_root and kind.image_facts is not None else {}
-    return kind(input=tuple(patterns), output=os.devnull, quiet=True, **root)
+def _options(name: str, patterns: Sequence[str], settings: Mapping[str, Any]) -> ConvertOptions:
+    kind = CONVERTERS[name]
+    if unknown := sorted(settings.keys() - {field.name for field in fields(kind)}):
+        raise UsageError(f"--{unknown[0].replace('_', '-')} is no option of convert {name}: say with --as what it is to become")
+    return kind(input=tuple(patterns), output=os.devnull, quiet=True, **settings)
 
 
 def _fitting(fields: Mapping[str, Any]) -> str:
@@ -103,7 +113,7 @@ def _fitting(fields: Mapping[str, Any]) -> str:
     return "documents" if FieldMap().image_field(fields) is None else "pairs"
 
 
-def _first_samples(read: Read, tasks: Sequence[Any], options: ConvertOptions, converter: Converter) -> list[str]:
+def _first_samples(read: Read, tasks: Sequence[Any], options: ConvertOptions, selection: Selection) -> list[str]:
     """A line for each of the first records."""
     lines: list[str] = []
     for task in tasks:
@@ -111,7 +121,7 @@ def _first_samples(read: Read, tasks: Sequence[Any], options: ConvertOptions, co
             try:
                 if isinstance(record.fields, Reject):
                     raise record.fields
-                sample = converter.convert(f"{record.number:08d}", record.fields, record.source)
+                sample = selection.convert(f"{record.number:08d}", record.fields, record.source)
             except Reject as cause:
                 lines.append(f"{place_of(record)}: a reject, {cause}")
                 continue

@@ -21,7 +21,7 @@ from wds_tools.errors import FormatError, Reject, UsageError
 from wds_tools.format.tar import MAX_MEMBER_BYTES, MemberPlace, first_name, member_places
 from wds_tools.run.progress import Advance, Progress
 from wds_tools.storage import LocalStore, open_store, split_url
-from wds_tools.terminal import say
+from wds_tools.terminal import counted, say
 
 _THREADS = 16
 _PAGE_BYTES = 4 << 10
@@ -107,7 +107,8 @@ class TarImages:
         again = np.flatnonzero(self._hashes[1:] == self._hashes[:-1])
         if len(again):
             names = [self._member(place, 0)[0] for place in self._places[again[:_EXAMPLES]]]
-            what = f"{len(again):,} images of --image-root have the name of another, such as {', '.join(names)}"
+            what = counted(len(again), "image of --image-root has", "images of --image-root have")
+            what += f" the name of another, such as {', '.join(names)}"
             say(f"wds-tools: {what}: the first is used, in the order of the tars", error=True)
 
 

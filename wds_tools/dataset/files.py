@@ -15,6 +15,7 @@ from wds_tools.errors import NotFound
 from wds_tools.format.checksum import content_hash
 from wds_tools.run.progress import Advance, Progress
 from wds_tools.storage import Store
+from wds_tools.terminal import counted
 
 _PARALLEL_READS = 8
 _READ_BYTES = 4 << 20
@@ -70,7 +71,7 @@ def find_changed(store: Store, files: Mapping[str, Written], *, verify: bool = F
 def describe_changed(store: Store, changed: Mapping[str, str]) -> str:
     """What find_changed found, in a part of a line: the first few by name."""
     shown = [f"{name} {what}" for name, what in islice(changed.items(), 5)] + ["..."] * (len(changed) > 5)
-    return f"{store.url}: {len(changed)} files are not what was written: {', '.join(shown)}"
+    return f"{store.url}: {counted(len(changed), 'file is', 'files are')} not what was written: {', '.join(shown)}"
 
 
 def _hash(store: Store, name: str) -> str | None:

@@ -53,7 +53,7 @@ from wds_tools.format.manifest import (
 from wds_tools.format.schema import SCHEMA_VERSION
 from wds_tools.format.typed_json import Count, read_json
 from wds_tools.storage import Store
-from wds_tools.terminal import say
+from wds_tools.terminal import counted, say
 
 _PARALLEL_READS = 16
 _NOT_OURS = "damaged, or written by another release: start again with --overwrite"
@@ -182,10 +182,8 @@ class Output:
         for task in again:
             self.store.delete(marker_name(task))
         if again:
-            say(
-                f"wds-tools: {describe_changed(self.store, changed)}; {len(again)} finished tasks are done again",
-                error=True,
-            )
+            done = counted(len(again), "finished task is", "finished tasks are")
+            say(f"wds-tools: {describe_changed(self.store, changed)}; {done} done again", error=True)
         return {task: result for task, result in results.items() if task not in again}
 
     def finish(self, results: Mapping[int, TaskResult]) -> Manifest:

@@ -31,6 +31,7 @@ from wds_tools.format.shard import form_of, sample_from_members
 from wds_tools.run.local import Report, run_tasks
 from wds_tools.run.progress import Advance, Progress
 from wds_tools.storage import Store, join
+from wds_tools.terminal import counted
 
 _COMPRESSED = {
     ".tar.gz": "gunzip",
@@ -84,7 +85,7 @@ def rebuild_indices(store: Store, *, workers: int = 1, quiet: bool = True) -> Ma
     manifest = read_manifest(store, any_members=True)
     if manifest.is_indexed and (changed := {shard.name for shard in manifest.shards}.symmetric_difference(_tars(store))):
         raise FormatError(
-            f"{store.url}: {len(changed)} tars came or went since it was indexed ({min(changed)}): "
+            f"{store.url}: {counted(len(changed), 'tar')} came or went since it was indexed ({min(changed)}): "
             f"remove its {MANIFEST} to index what is there now"
         )
     with _lease_of(store):

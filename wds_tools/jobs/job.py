@@ -35,7 +35,6 @@ from wds_tools.terminal import say
 
 Task = TypeVar("Task")
 _Task_contra = TypeVar("_Task_contra", contravariant=True)
-_REPORT_EVERY = 64
 
 
 class Work(Protocol[_Task_contra]):
@@ -182,28 +181,14 @@ class _RunTask(Generic[Task]):
     def __call__(self, numbered: tuple[int, Task], report: Report) -> TaskResult:
         number, task = numbered
         with TaskWriter(open_store(self.output), number, self.limits, self.key_prefix, self.layouts) as writer:
-            reports = _TaskReports(writer, report)
-            num_inputs = self.work(task, writer, reports)
-            reports.flush()
+            written = Advance()
+
+            def report_all(new: Advance) -> None:
+                """What the work reports, with what the writer has counted since."""
+                nonlocal written
+                before, written = written, Advance(samples=writer.num_samples, rejects=writer.num_rejects)
+                report(new + written - before)
+
+            num_inputs = self.work(task, writer, report_all)
+            report_all(Advance())
             return writer.finish(num_inputs)
-
-
-class _TaskReports:
-    """What the work on a task reports and its writer counts, passed on every _REPORT_EVERY inputs."""
-
-    def __init__(self, writer: TaskWriter, report: Report) -> None:
-        self._writer, self._report = writer, report
-        self._pending: list[Advance] = []
-        self._written = Advance()
-
-    def __call__(self, new: Advance) -> None:
-        self._pending.append(new)
-        num_new = self._writer.num_samples + self._writer.num_rejects - self._written.samples - self._written.rejects
-        if num_new >= _REPORT_EVERY:
-            self.flush()
-
-    def flush(self) -> None:
-        written = Advance(samples=self._writer.num_samples, rejects=self._writer.num_rejects)
-        self._report(Advance.sum((*self._pending, written - self._written)))
-        self._pending.clear()
-        self._written = written

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, fields
-from operator import attrgetter, sub
+from operator import add, attrgetter, sub
 from types import TracebackType
 from typing import Any, Self, TextIO
 
@@ -39,15 +39,10 @@ class Advance:
     """Of these, seconds with nothing to do."""
 
     def __add__(self, other: Advance) -> Advance:
-        return self.sum((self, other))
+        return Advance(*map(add, _values(self), _values(other)))
 
     def __sub__(self, other: Advance) -> Advance:
         return Advance(*map(sub, _values(self), _values(other)))
-
-    @staticmethod
-    def sum(reports: Iterable[Advance]) -> Advance:
-        """All of these together."""
-        return Advance(*map(sum, zip(*map(_values, reports), strict=True)))
 
 
 _values: Callable[[Advance], tuple[Any, ...]] = attrgetter(*(field.name for field in fields(Advance)))

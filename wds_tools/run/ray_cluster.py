@@ -105,7 +105,7 @@ def run_on_ray(
     on_node = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node, soft=False)
     board = ray.remote(num_cpus=0, scheduling_strategy=on_node)(_Board).remote()
     box = [ray.put(fn)]
-    counter = _ReportCounter(on_report)
+    known = Advance()
     waiting = enumerate(tasks)
     pending: dict[Any, int] = {}
     try:
@@ -115,60 +115,37 @@ def run_on_ray(
             if not pending:
                 return
             done, _ = ray.wait(list(pending), timeout=_POLL_S)
-            counter.take(ray.get(board.read.remote()))
+            before, known = known, ray.get(board.total.remote())
+            on_report(known - before)
             for ref in done:
-                number = pending.pop(ref)
-                result, done_in_task = _get(ray, ref, number)
-                counter.close(number, done_in_task)
-                yield result
+                yield _get(ray, ref, pending.pop(ref))
     finally:
         for ref in pending:
             ray.cancel(ref, force=True)
 
 
 class _Board:
-    """What each task last said, since it was last asked."""
+    """What all tasks have done. One that begins again, since its worker died, takes back what it had said."""
 
     def __init__(self) -> None:
         self._sums: dict[int, Advance] = {}
+        self._total = Advance()
 
     def tell(self, number: int, done: Advance) -> None:
+        self._total += done - self._sums.get(number, Advance())
         self._sums[number] = done
 
-    def read(self) -> dict[int, Advance]:
-        sums, self._sums = self._sums, {}
-        return sums
+    def total(self) -> Advance:
+        return self._total
 
 
-class _ReportCounter:
-    """Turns what tasks have done since they began into what is new."""
-
-    def __init__(self, on_report: Report) -> None:
-        self._on_report = on_report
-        self._known: dict[int, Advance] = {}
-        self._closed: set[int] = set()
-
-    def take(self, sums: dict[int, Advance]) -> None:
-        for number, done in sums.items():
-            if number in self._closed:  # said before its result, heard after it
-                continue
-            before = self._known.get(number, Advance())
-            self._known[number] = done
-            self._on_report(done - before)
-
-    def close(self, number: int, done: Advance) -> None:
-        """The last word of a task."""
-        self.take({number: done})
-        self._closed.add(number)
-        self._known.pop(number, None)
-
-
-def _run_in_worker(box: list[Any], board: Any, number: int, task: Any) -> tuple[Any, Advance]:
-    """Do a task; returns its result and the sum of its reports."""
+def _run_in_worker(box: list[Any], board: Any, number: int, task: Any) -> Any:
+    """Do a task. When its result is there, the board has heard all of it."""
+    ray = _load_ray()
     key = box[0].hex()
     if key not in _held:
         _held.clear()
-        _held[key] = _load_ray().get(box[0])
+        _held[key] = ray.get(box[0])
     done = Advance()
     reported_s = 0.0
 
@@ -180,12 +157,13 @@ def _run_in_worker(box: list[Any], board: Any, number: int, task: Any) -> tuple[
             board.tell.remote(number, done)
 
     result = _held[key](task, report)
-    return result, done
+    ray.get(board.tell.remote(number, done))
+    return result
 
 
-def _get(ray: Any, ref: Any, number: int) -> tuple[Any, Advance]:
+def _get(ray: Any, ref: Any, number: int) -> Any:
     try:
-        result: tuple[Any, Advance] = ray.get(ref)
+        return ray.get(ref)
     except ray.exceptions.RayTaskError as error:
         raise error.cause from error
     except ray.exceptions.RayError as error:
@@ -194,7 +172,6 @@ def _get(ray: Any, ref: Any, number: int) -> tuple[Any, Advance]:
             f"{str(error).splitlines()[0]}. Finished shards are kept: run again with --resume, and with more --task-cpus, "
             "so that fewer tasks share a node, if memory was short"
         ) from error
-    return result
 
 
 def _room(ray: Any, cpus: float, gpus: float) -> int:

@@ -9,6 +9,7 @@ whichever comes first, or one unit that is larger. Work units are bytes. What a 
 
 from __future__ import annotations
 
+import posixpath
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from wds_tools.dataset.layout import MANIFEST, PLAN, REMOVABLE
 from wds_tools.errors import NotFound, Reject, UsageError
 from wds_tools.sources.containers import Container, Unit
 from wds_tools.sources.detect import SUFFIXES, Kind, detect, is_candidate
-from wds_tools.sources.folders import Folders, choose_pictures
+from wds_tools.sources.folders import Folders, named_by_records, pictures_of
 from wds_tools.sources.record import InputFile, Record, group_to_limits
 from wds_tools.sources.tables import ARROW, Tables, saved_files
 from wds_tools.sources.tars import Tars
@@ -28,8 +29,11 @@ from wds_tools.sources.text.elements import ElementRange, plan_list, read_elemen
 from wds_tools.sources.text.lines import LineRange, plan_lines, read_lines
 from wds_tools.sources.text.objects import fields_of
 from wds_tools.storage import join
+from wds_tools.terminal import counted
 
 _WRITTEN = re.compile(rf"(?<![^/])({REMOVABLE.pattern})$")
+_OF_DATASETS = re.compile(r"(?<![^/])(data-\d+-of-\d+|cache-[^/]*|tmp[^/]*)\.arrow$")
+"""Arrow files that `datasets` writes: parts of a save_to_disk, which its state.json names, and copies."""
 
 KEY = "__key__"
 """Field with the key of a record whose container has keys, as webdataset calls it."""
@@ -41,7 +45,7 @@ def container_of(kind: Kind, columns: tuple[str, ...] | None = None) -> Containe
         case "parquet" | "arrow":
             return Tables(columns)
         case "tar":
-            return Tars()
+            return Tars(kind.compression)
         case "image":
             return Folders()
         case name:
@@ -72,20 +76,26 @@ class Containers:
         """See Source: all files of all containers, in the order of their names."""
         names = sorted(_without_datasets(url, sizes))
         saved = saved_files(url, {name: sizes[name] for name in names})
-        beside = set(choose_pictures(names, lambda _: False).taken)
-        candidates = [name for name in names if name not in beside and is_candidate(name) and not name.lower().endswith(ARROW)]
+        states = {posixpath.dirname(state) for state in saved}
+        pictures = pictures_of(names)
+        candidates = [
+            name
+            for name in names
+            if name not in pictures
+            and is_candidate(name)
+            and not (name.lower().endswith(ARROW) and (posixpath.dirname(name) in states or _OF_DATASETS.search(name)))
+        ]
 
         def kinds_of(names: Sequence[str]) -> Iterator[tuple[str, Kind]]:
             return zip(names, detect([InputFile(join(url, name), sizes[name]) for name in names]), strict=True)
 
         data = {name for name, kind in kinds_of(candidates) if not kind.is_other}
-        pictures = choose_pictures(names, data.__contains__)
-        data.update(pictures.taken)
-        claimed = [name for name in pictures.named if is_candidate(name)]  # a list may have the name of an image too
-        data.update(name for name, kind in kinds_of(claimed) if kind.name == "list")
+        named = named_by_records(pictures, data)
+        lists = [name for name, kind in kinds_of([*filter(is_candidate, named)]) if kind.name == "list"]  # named as an image is
+        data.update(pictures - named, lists)
         chosen = [*sorted(data), *(name for state in sorted(saved) for name in saved[state])]  # these in the order of their rows
         if not chosen:
-            others = f"; there are {len(sizes)} other files, such as {min(sizes)}" if sizes else ""
+            others = f"; what is there: {counted(len(sizes), 'other file')}, such as {min(sizes)}" if sizes else ""
             if any(name.endswith(ARROW) for name in sizes):
                 others = ": an unfinished save_to_disk: there is no state.json"
             raise NotFound(f"{url}: no such file, and under a folder of that name no *{', *'.join(SUFFIXES)}{others}")
@@ -98,11 +108,10 @@ class Containers:
             UsageError: a file is nothing that can be read, or nothing that is known.
             FormatError: a JSON list breaks off.
         """
-        pictures = set(choose_pictures([file.url for file in files], lambda _: False).taken)
-        kinds = detect(files, {url: Kind("image") for url in pictures})
+        kinds = detect(files, dict.fromkeys(pictures_of([file.url for file in files]), Kind("image")))
         problems = [f"{file.url} is {kind.problem}" for file, kind in zip(files, kinds, strict=True) if kind.problem]
         if problems:
-            more = f" (and {len(problems) - 1:,} more files can't be read)" if len(problems) > 1 else ""
+            more = f" (and {counted(len(problems) - 1, 'more file')} can't be read)" if len(problems) > 1 else ""
             raise UsageError(problems[0] + more)
         tasks: list[LineRange | Units] = []
         for kind, pairs in groupby(zip(kinds, files, strict=True), lambda pair: pair[0]):

@@ -15,9 +15,7 @@ from typing import Any, NamedTuple
 from wds_tools.dataset.layout import IS_REJECTS_FILE
 from wds_tools.errors import Reject
 from wds_tools.sources.record import InputFile
-from wds_tools.sources.text import zstd
-from wds_tools.sources.text.gzip import MAGIC as GZIP_MAGIC
-from wds_tools.sources.text.gzip import decompress_gzip
+from wds_tools.sources.text.compression import compression_of, read_pieces
 from wds_tools.sources.text.objects import Line, parse_record
 from wds_tools.storage import open_store, split_url
 from wds_tools.storage.base import split_scheme
@@ -68,7 +66,7 @@ class Kind(NamedTuple):
     name: str = ""
     """A container: "lines", "list" (of JSON), "csv", "tsv", "parquet", "arrow", "tar", or "image"; "" for what can't be read."""
     compression: str = ""
-    """Of text: "gz" or "zst"."""
+    """Of text and of tars: "gz" or "zst"."""
     problem: str = ""
     """Of what can't be read: what it is, and what to do, to stand behind "FILE is "."""
     is_other: bool = False
@@ -100,7 +98,7 @@ def suffix_of(name: str) -> tuple[str, str]:
 def _detect(file: InputFile) -> Kind:
     named, compression = suffix_of(file.url)
     head = _read(file, _HEAD_BYTES)
-    packed = "gz" if head.startswith(GZIP_MAGIC) else "zst" if zstd.is_zstd(head) else ""
+    packed = compression_of(head)
     if not packed and compression and not _is_text(head):
         packed = compression  # damaged, or empty: the reject says so
     if packed:
@@ -109,7 +107,7 @@ def _detect(file: InputFile) -> Kind:
     elif file.url.lower().endswith(".json") and b"\n" not in head[3:]:
         head = _read(file, _FIRST_LINE_BYTES)
     kind = kind_of(head, named, is_whole=not packed and len(head) >= file.size, is_json=file.url.lower().endswith(".json"))
-    if packed and kind.name in TEXT_KINDS:
+    if packed and kind.name in (*TEXT_KINDS, "tar"):
         return kind._replace(compression=packed)
     if packed and kind.name in ("parquet", "arrow"):
         return Kind(problem=f"a compressed {kind.name} file: unpack it, it is compressed inside already")
@@ -207,9 +205,8 @@ def _one_object(first: bytes, rest: bytes, is_whole: bool) -> str:
 
 def _decompressed(head: bytes, compression: str) -> bytes:
     pieces = []
-    stream = io.BytesIO(head)
     with suppress(Reject):
-        for data, _ in decompress_gzip(lambda: io.BytesIO(head)) if compression == "gz" else zstd.decompress(stream):
+        for data, _ in read_pieces(lambda: io.BytesIO(head), compression):
             pieces.append(data)
             if sum(map(len, pieces)) >= _COMPRESSED_BYTES:
                 break

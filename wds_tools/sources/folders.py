@@ -11,10 +11,10 @@ Memory: the texts of some records.
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from wds_tools.errors import Reject
 from wds_tools.format.schema import IMAGE_EXTENSIONS
@@ -31,28 +31,17 @@ _UNIT_RECORDS, _UNIT_BYTES = 500, 64 << 20
 _PARALLEL_READS = 16
 
 
-class Pictures(NamedTuple):
-    """What a folder of images is to its records."""
-
-    taken: list[str]
-    """Images and their sidecars: these are the records."""
-    named: list[str]
-    """Images that belong to files of records, and what lies beside them."""
-
-
-def choose_pictures(names: Iterable[str], holds_records: Callable[[str], bool]) -> Pictures:
-    """Find the images among the files of a folder, and what lies beside them.
-
-    Args:
-        names: of all files, relative to the folder.
-        holds_records: whether a file that is no sidecar is read for its records, by its name.
-    """
+def pictures_of(names: Iterable[str]) -> set[str]:
+    """The images among the files of a folder, by their names, and their sidecars."""
     images = {name for name in names if _suffix(name) in IMAGE_SUFFIXES and not posixpath.basename(name).startswith(".")}
     stems = images | {posixpath.splitext(name)[0] for name in images}
-    sidecars = {name for name in names if _suffix(name) in SIDECAR_SUFFIXES and posixpath.splitext(name)[0] in stems}
-    claimed = {posixpath.dirname(name) for name in names if name not in images | sidecars and holds_records(name)}
-    named = [name for name in images | sidecars if any(folder in claimed for folder in _folders(name))]
-    return Pictures(sorted((images | sidecars).difference(named)), sorted(named))
+    return images | {name for name in names if _suffix(name) in SIDECAR_SUFFIXES and posixpath.splitext(name)[0] in stems}
+
+
+def named_by_records(pictures: Iterable[str], records: Iterable[str]) -> set[str]:
+    """Those of `pictures_of` that belong to files of records: which lie in their folder, or in one above."""
+    claimed = {posixpath.dirname(name) for name in records}
+    return {name for name in pictures if any(folder in claimed for folder in _folders(name))}
 
 
 @dataclass(frozen=True)

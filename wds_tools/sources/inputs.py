@@ -16,17 +16,17 @@ from braceexpand import braceexpand
 from wds_tools.dataset.layout import IS_REJECTS_FILE
 from wds_tools.errors import NotFound, StorageError, UsageError
 from wds_tools.sources.detect import is_candidate
-from wds_tools.sources.folders import choose_pictures
+from wds_tools.sources.folders import named_by_records, pictures_of
 from wds_tools.sources.record import InputFile
 from wds_tools.storage import join, open_store, split_url
 from wds_tools.storage.base import split_scheme
-from wds_tools.terminal import say
+from wds_tools.terminal import counted, say
 
 _NAMED_FILES = 8
 _STARS = re.compile(r"[*?]")
 _REMARKS = {
-    "left_out": "files of the input folders are not read as records",
-    "named_twice": "inputs are named twice, and read once",
+    "left_out": ("file of the input folders is not read as a record", "files of the input folders are not read as records"),
+    "named_twice": ("input is named twice, and read once", "inputs are named twice, and read once"),
 }
 _COMPANIONS = (".parquet", "_stats.json")
 _NO_DATA = ("state.json", "dataset_info.json")
@@ -46,10 +46,10 @@ class Inputs(NamedTuple):
     def describe(self, kinds: Iterable[str]) -> str:
         """One line: what is read, files of these kinds."""
         names = ", ".join(dict.fromkeys(kinds)) or "empty"
-        left_out = f"; {len(self.left_out):,} files are left out" if self.left_out else ""
+        left_out = f"; {counted(len(self.left_out), 'file is', 'files are')} left out" if self.left_out else ""
         num_bytes = sum(file.size for file in self.files)
         size = f"{num_bytes / 1e6:,.1f} MB" if num_bytes >= 1e6 else f"{num_bytes:,} bytes"
-        return f"{len(self.files):,} {'file' if len(self.files) == 1 else 'files'} ({names}), {size}{left_out}"
+        return f"{counted(len(self.files), 'file')} ({names}), {size}{left_out}"
 
     @property
     def source(self) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def by_suffix(*suffixes: str) -> Choice:
     def choose(url: str, sizes: Mapping[str, int]) -> Sequence[str]:
         names = [name for name in sizes if name.lower().endswith(suffixes) and not IS_REJECTS_FILE.search(name)]
         if not names:
-            others = f"; there are {len(sizes)} other files, such as {min(sizes)}" if sizes else ""
+            others = f"; what is there: {counted(len(sizes), 'other file')}, such as {min(sizes)}" if sizes else ""
             raise NotFound(f"{url}: no such file, and no *{' or *'.join(suffixes)} under a folder of that name{others}")
         return names
 
@@ -105,7 +105,7 @@ def expand_inputs(patterns: Sequence[str], choose: Choice, *, strict_links: bool
     inputs = _once(inputs)
     for name, what in _REMARKS.items():
         if files := inputs.source.get(name):
-            say(f"wds-tools: {files['files']:,} {what}, such as {files['such_as']}", error=True)
+            say(f"wds-tools: {counted(files['files'], *what)}, such as {files['such_as']}", error=True)
     return inputs
 
 
@@ -115,7 +115,8 @@ def _beside(files: Sequence[InputFile]) -> set[InputFile]:
     by_name = {_identity(file.url).lstrip("/"): file for file in files}
     tars = {name[:-4] for name in by_name if name.lower().endswith(".tar")}
     beside = {name for name in by_name for suffix in _COMPANIONS if name.endswith(suffix) and name.removesuffix(suffix) in tars}
-    beside.update(choose_pictures([name for name in by_name if name not in beside], is_candidate).named)
+    pictures = pictures_of(by_name)
+    beside |= named_by_records(pictures, (name for name in by_name if name not in beside | pictures and is_candidate(name)))
     return {by_name[name] for name in beside}
 
 

@@ -77,22 +77,20 @@ class Source(Protocol):
 
 
 def file_records(
-    url: str, numbered: Iterable[tuple[int, Mapping[str, Any] | Reject, int]], first: int = 0
+    url: str, numbered: Iterable[tuple[int, Mapping[str, Any] | Reject, int]]
 ) -> Iterator[Record[Mapping[str, Any]]]:
     """The records of one file; if `numbered` raises a Reject, the file is damaged, and the last record is that reject.
 
     Args:
         url: the file.
         numbered: (number in the file from 1, fields, work units) of each record.
-        first: number of the first record in its task.
     """
-    line, number = 0, first
+    line, number = 0, -1
     try:
-        for line, fields, num_units in numbered:
+        for number, (line, fields, num_units) in enumerate(numbered):
             yield Record(number, fields, url, line=line, num_units=num_units)
-            number += 1
     except Reject as cause:
-        yield Record(number, cause, url, line=line + 1, num_units=0)
+        yield Record(number + 1, cause, url, line=line + 1, num_units=0)
 
 
 def group_to_limits(items: Iterable[Item], sizes: Callable[[Item], Sequence[int]], limits: Sequence[int]) -> Iterator[list[Item]]:

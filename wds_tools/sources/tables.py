@@ -14,7 +14,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from wds_tools.errors import NotFound, Reject, StorageError, UsageError
+from wds_tools.errors import NotFound, Reject, StorageError, UsageError, in_one_line
 from wds_tools.format.typed_json import read_json, shape
 from wds_tools.records.coded import MADE
 from wds_tools.records.field_map import IMAGE_NAMES
@@ -253,16 +253,17 @@ def _rows_at_a_time(num_rows: int, num_bytes: int) -> int:
 
 
 def _fields(pa: Any, batch: Any) -> list[dict[str, Any] | Reject]:
-    """Rows as JSON values and bytes."""
-    schema = pa.schema([column.with_type(_json_type(pa, column.type)) for column in batch.schema])
-    if schema != batch.schema:
-        batch = batch.cast(schema)
+    """Rows as JSON values and bytes; a column that has no such type stays as it is."""
+    batch = pa.RecordBatch.from_arrays([_as_json(pa, column) for column in batch.columns], names=batch.schema.names)
     try:
         rows: list[dict[str, Any] | Reject] = batch.to_pylist()
-    except UnicodeDecodeError as error:
-        if len(batch) == 1:
-            return [Reject("invalid_utf8", f"byte {error.start} of a text is {error.object[error.start]:#04x}: {error.reason}")]
-        return [row for number in range(len(batch)) for row in _fields(pa, batch.slice(number, 1))]
+    except (ValueError, LookupError, ArithmeticError) as error:
+        if len(batch) > 1:
+            return [row for number in range(len(batch)) for row in _fields(pa, batch.slice(number, 1))]
+        if isinstance(error, UnicodeDecodeError):
+            what = f"byte {error.start} of a text is {error.object[error.start]:#04x}: {error.reason}"
+            return [Reject("invalid_utf8", what)]
+        return [Reject("wrong_type", f"a value of the row can't be read: {in_one_line(error)}")]
     for name in [field.name for field in batch.schema if pa.types.is_map(field.type)]:
         for row in rows:
             assert not isinstance(row, Reject)
@@ -276,6 +277,14 @@ def _object(entries: list[tuple[Any, Any]] | None) -> Any:
         return None
     keys = {key for key, _ in entries if isinstance(key, str)}
     return dict(entries) if len(keys) == len(entries) else [list(entry) for entry in entries]
+
+
+def _as_json(pa: Any, column: Any) -> Any:
+    kind = _json_type(pa, column.type)
+    try:
+        return column if kind == column.type else column.cast(kind)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        return column
 
 
 def _json_type(pa: Any, kind: Any) -> Any:

@@ -19,14 +19,11 @@ from wds_tools.format.shard import cut_name
 from wds_tools.format.tar import BLOCK, Member, TarReader
 from wds_tools.sources.containers import Unit
 from wds_tools.sources.record import InputFile, Record
-from wds_tools.sources.text.gzip import MAGIC as GZIP_MAGIC
-from wds_tools.sources.text.gzip import decompress_gzip
+from wds_tools.sources.text.compression import read_pieces
 from wds_tools.sources.text.objects import Line, parse_record
-from wds_tools.sources.text.zstd import decompress
 from wds_tools.storage import open_store, split_url
 
 MAX_SAMPLE_BYTES = 64 << 20
-_READ_BYTES = 1 << 20
 _TEXT_SUFFIXES = frozenset(("txt", "text", "caption", "transcript", "cls", "cls2", "count", "index", "inx", "id"))
 """Suffixes that webdataset decodes as text or numbers, and `caption`."""
 
@@ -35,17 +32,21 @@ _TEXT_SUFFIXES = frozenset(("txt", "text", "caption", "transcript", "cls", "cls2
 class Tars:
     """Container of WebDataset tars; a unit is a tar. A record's key is that of its sample in the tar."""
 
+    compression: str = ""
+    """"gz", "zst" or none."""
+
     def units(self, files: Sequence[InputFile]) -> Iterator[Unit]:
         """See Container."""
         return (Unit(file.url, file.size) for file in files)
 
     def read(self, unit: Unit) -> Iterator[Record[Mapping[str, Any]]]:
         """See Container."""
+        root, name = split_url(unit.url)
         reader = TarReader(posixpath.basename(unit.url), max_member_bytes=MAX_SAMPLE_BYTES, lenient=True)
         records = _Records(unit.url, reader)
         damage: Reject | None = None
         try:
-            for data, records.read_bytes in _decompressed(unit.url):
+            for data, records.read_bytes in read_pieces(lambda: open_store(root).open(name), self.compression):
                 for member in reader.feed(data):
                     yield from records.add(member)
             reader.feed(b"")  # damage behind the last member is said now
@@ -66,7 +67,11 @@ class _Records:
 
     def __init__(self, url: str, reader: TarReader) -> None:
         self._url, self._reader = url, reader
-        self._sample: _Sample | None = None
+        self._key: str | None = None
+        """Of the sample whose members these are."""
+        self._members: dict[str, bytes] = {}
+        self._num_bytes = 0
+        self._fault: Reject | None = None
         self._number = 0
         self._num_stray = 0
         self._linked: set[str] = set()
@@ -75,15 +80,23 @@ class _Records:
         """Of the file, so far."""
 
     def add(self, member: Member) -> Iterator[Record[Mapping[str, Any]]]:
-        """Take the next member; gives the sample before it, if this one is of another."""
+        """Take the next member; gives the sample before it, if this one is of another. Of a sample too large nothing is kept."""
         key, suffix = cut_name(member.name)
         if not (key and suffix):
             self._num_stray += 1
             return
-        if self._sample is None or self._sample.key != key:
+        if key != self._key:
             yield from self._flush()
-            self._sample = _Sample(key)
-        self._sample.add(suffix.lower(), member)
+            self._key, self._members, self._num_bytes, self._fault = key, {}, 0, None
+        suffix = suffix.lower()
+        self._num_bytes += BLOCK + len(member.payload) + member.num_dropped
+        if suffix in self._members:
+            self._fault = Reject("duplicate_member", f"two members with the suffix {suffix}: {member.name[:300]}")
+        elif self._num_bytes > MAX_SAMPLE_BYTES:
+            self._fault = Reject("sample_too_large", f"more than {MAX_SAMPLE_BYTES} bytes with {member.name[:300]}")
+            self._members.clear()
+        if self._fault is None:
+            self._members[suffix] = bytes(member.payload)
 
     def end(self, damage: Reject | None) -> Iterator[Record[Mapping[str, Any]]]:
         """The last sample, and what is wrong behind it."""
@@ -92,50 +105,23 @@ class _Records:
         if damage is None and self._number == 0 and self._num_stray + self._reader.num_passed_over:
             damage = Reject("no_samples", "none of its members is named KEY.SUFFIX")
         if damage is not None:
-            yield self._record(damage, self._sample.key if self._sample else None)
+            yield self._record(damage)
 
     def _flush(self) -> Iterator[Record[Mapping[str, Any]]]:
         self._linked.update(cut_name(name)[0] for name in self._reader.links)
         self._reader.links.clear()
-        if self._sample is not None:
-            if self._sample.key in self._linked:  # it lacks what the link stands for
-                self._sample.fault = Reject("link_member", "a member of it is a link, whose file is not looked for in the tar")
-            yield self._record(self._sample.fields(), self._sample.key)
-            self._sample = None
+        if self._key in self._linked:  # it lacks what the link stands for
+            self._fault = Reject("link_member", "a member of it is a link, whose file is not looked for in the tar")
+        if self._key is not None:
+            yield self._record(self._fault or sample_fields(self._members))
+            self._key = None
 
-    def _record(self, fields: Mapping[str, Any] | Reject, key: str | None) -> Record[Mapping[str, Any]]:
+    def _record(self, fields: Mapping[str, Any] | Reject) -> Record[Mapping[str, Any]]:
         strays = self._num_stray + self._reader.num_passed_over
         num_units, num_passed_over = self.read_bytes - self._told_bytes, strays - self._told_strays
         self._told_bytes, self._told_strays = self.read_bytes, strays
         self._number += 1
-        return Record(self._number - 1, fields, self._url, key=key, num_units=num_units, num_passed_over=num_passed_over)
-
-
-class _Sample:
-    """Members of one key."""
-
-    def __init__(self, key: str) -> None:
-        self.key = key
-        self._members: dict[str, bytes] = {}
-        self._num_bytes = 0
-        self.fault: Reject | None = None
-
-    def add(self, suffix: str, member: Member) -> None:
-        """Take a member; of a sample that is too large nothing is kept."""
-        self._num_bytes += BLOCK + len(member.payload) + member.num_dropped
-        if suffix in self._members:
-            self.fault = Reject("duplicate_member", f"two members with the suffix {suffix}: {member.name[:300]}")
-        elif self._num_bytes > MAX_SAMPLE_BYTES:
-            self.fault = Reject("sample_too_large", f"more than {MAX_SAMPLE_BYTES} bytes with {member.name[:300]}")
-            self._members.clear()
-        if self.fault is None:
-            self._members[suffix] = bytes(member.payload)
-
-    def fields(self) -> dict[str, Any] | Reject:
-        """See sample_fields."""
-        if self.fault is not None:
-            return self.fault
-        return sample_fields(self._members)
+        return Record(self._number - 1, fields, self._url, key=self._key, num_units=num_units, num_passed_over=num_passed_over)
 
 
 def sample_fields(members: Mapping[str, Any]) -> dict[str, Any] | Reject:
@@ -165,20 +151,3 @@ def _value(suffix: str, payload: bytes) -> Any:
         return payload.decode().removesuffix("\n").removesuffix("\r")  # an editor's; it is no part of a caption
     except UnicodeDecodeError as error:
         raise Reject("invalid_utf8", f"{suffix}: byte {error.start} is {payload[error.start]:#04x}: {error.reason}") from error
-
-
-def _decompressed(url: str) -> Iterator[tuple[bytes, int]]:
-    """(bytes, bytes of the file read so far)."""
-    root, name = split_url(url)
-    store = open_store(root)
-    with store.open(name) as stream:
-        head = stream.peek(4)[:4]
-        if head.startswith(GZIP_MAGIC):
-            yield from decompress_gzip(lambda: store.open(name))
-        elif head == b"\x28\xb5\x2f\xfd":
-            yield from decompress(stream)
-        else:
-            read_bytes = 0
-            while data := stream.read(_READ_BYTES):
-                read_bytes += len(data)
-                yield data, read_bytes

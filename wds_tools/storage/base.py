@@ -1,4 +1,4 @@
-"""What every backend shares: the Store and Writer interfaces, the rules for names, and URLs that are safe to show.
+"""What every backend shares: Store and Writer, of which each makes its own, the rules for names, and URLs that are safe to show.
 
 Nothing here does I/O. check_name is the gate every name passes: relative, '/'-separated, no '..', no empty segment.
 What it lets through can't leave the root by its text; local.py adds the check against symlinks.
@@ -6,11 +6,12 @@ What it lets through can't leave the root by its text; local.py adds the check a
 
 import io
 import re
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
 from types import TracebackType
-from typing import NamedTuple, Protocol, Self
+from typing import NamedTuple, Self
 
-from wds_tools.errors import UsageError
+from wds_tools.errors import NotFound, StorageError, UsageError
 
 TEMP_FOLDER = ".tmp"  # under a local root: files being written; hidden from list(), refused as a name
 
@@ -34,99 +35,23 @@ class Entry(NamedTuple):
     size: int
 
 
-class Writer(Protocol):
+class Writer:
     """A file being written; a context manager that publishes on a clean exit and leaves nothing visible otherwise."""
-
-    def write(self, data: Buffer, /) -> int:
-        """Append bytes; returns how many (always all of them)."""
-
-    def close(self) -> None:
-        """Publish under the name, atomically, replacing what was there. A second call does nothing."""
-
-    def abort(self) -> None:
-        """Give up: the name keeps what it had before. A second call, or one after close, does nothing."""
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None: ...
-
-
-class Store(Protocol):
-    """Files under one root. Every method may raise StorageError, and UsageError for a name that is refused.
-
-    Attributes:
-        url: the root as it was given, without credentials; safe to print.
-    """
-
-    url: str
-
-    def list(self, prefix: str = "") -> Iterator[Entry]:
-        """All files below the root whose name starts with `prefix` (text, not a pattern), sorted by name.
-
-        Args:
-            prefix: such as "rejects/" or "shard-"; only the folder it names is walked.
-
-        Returns:
-            The entries, recursively; none if nothing is there. Files under `.tmp/` are not shown.
-        """
-
-    def size(self, name: str) -> int:
-        """Size in bytes. Raises NotFound."""
-
-    def exists(self, name: str) -> bool:
-        """Whether the file is there (and therefore complete)."""
-
-    def read(self, name: str) -> bytes:
-        """The whole file. Raises NotFound."""
-
-    def read_range(self, name: str, start: int, end: int, size: int | None = None) -> Buffer:
-        """Exactly the bytes [start, end), not to be written to. On an object store from as many threads as you like.
-
-        Args:
-            name: the file.
-            start: first byte, from 0.
-            end: one past the last byte; end = start gives b"" and asks nobody.
-            size: what the file should have in all, if that is to be checked. Costs a request through fsspec, nothing elsewhere.
-
-        Raises:
-            UsageError: not 0 <= start <= end.
-            NotFound: no such file.
-            StorageError: the file ends before `end`, or has another size; the message names both.
-        """
-
-    def open(self, name: str) -> io.BufferedReader:
-        """Read from start to end in constant memory. Not seekable on every backend. Raises NotFound, at once."""
-
-    def put(self, name: str, data: Buffer) -> None:
-        """Publish `data` under the name, atomically. Raises OutOfSpace."""
-
-    def write(self, name: str) -> Writer:
-        """Start a file that appears under its name when the writer is closed. Raises OutOfSpace, as do its methods."""
-
-    def delete(self, name: str) -> None:
-        """Remove the file; nothing happens if there is none."""
-
-    def clean_temp(self) -> None:
-        """Remove what killed local writers left under `.tmp/`. Call it while nobody writes here: theirs would go too.
-
-        Elsewhere it does nothing. The parts of an unfinished multipart upload are invisible but may be billed: give the
-        bucket a lifecycle rule that aborts incomplete uploads after a day.
-        """
-
-
-class WriterBase:
-    """The part of a Writer that is the same everywhere: close or abort happens once, and an exception means abort."""
 
     _done = False
 
+    def write(self, data: Buffer, /) -> int:
+        """Append bytes; returns how many (always all of them)."""
+        raise NotImplementedError
+
     def close(self) -> None:
+        """Publish under the name, atomically, replacing what was there. A second call does nothing."""
         if not self._done:
             self._done = True
             self._publish()
 
     def abort(self) -> None:
+        """Give up: the name keeps what it had before. A second call, or one after close, does nothing."""
         if not self._done:
             self._done = True
             self._discard()
@@ -145,6 +70,120 @@ class WriterBase:
             self.close()
         else:
             self.abort()
+
+
+class Store(ABC):
+    """Files under one root. Every method may raise StorageError, and UsageError for a name that is refused.
+
+    Attributes:
+        url: the root as it was given, without credentials; safe to print.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = redact(url)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.url!r})"
+
+    def list(self, prefix: str = "") -> Iterator[Entry]:
+        """All files below the root whose name starts with `prefix` (text, not a pattern), sorted by name.
+
+        Args:
+            prefix: such as "rejects/" or "shard-"; only the folder it names is walked.
+
+        Returns:
+            The entries, recursively; none if nothing is there. Files under `.tmp/` are not shown.
+        """
+        folder = prefix.rpartition("/")[0]
+        if folder or prefix.startswith("/"):
+            check_name(folder, self.url)
+        found = sorted(self._entries(folder))
+        return (entry for entry in found if entry.name.startswith(prefix)) if prefix else iter(found)
+
+    @abstractmethod
+    def _entries(self, folder: str) -> Iterable[Entry]:
+        """All files below a folder, "" for the root, in any order."""
+
+    @abstractmethod
+    def size(self, name: str) -> int:
+        """Size in bytes. Raises NotFound."""
+
+    def exists(self, name: str) -> bool:
+        """Whether the file is there (and therefore complete)."""
+        try:
+            self.size(name)
+        except NotFound:
+            return False
+        return True
+
+    def read(self, name: str) -> bytes:
+        """The whole file. Raises NotFound."""
+        with self.open(name) as file:
+            return file.read()
+
+    def read_range(self, name: str, start: int, end: int, size: int | None = None) -> Buffer:
+        """Exactly the bytes [start, end), not to be written to. On an object store from as many threads as you like.
+
+        Args:
+            name: the file.
+            start: first byte, from 0.
+            end: one past the last byte; end = start gives b"" and asks nobody.
+            size: what the file should have in all, if that is to be checked. Costs a request through fsspec, nothing elsewhere.
+
+        Raises:
+            UsageError: not 0 <= start <= end.
+            NotFound: no such file.
+            StorageError: the file ends before `end`, or has another size; the message names both.
+        """
+        if not 0 <= start <= end:
+            raise UsageError(f"bytes [{start}, {end}) of {name}: expected 0 <= start <= end")
+        if start == end:
+            check_name(name, self.url)
+            return b""
+        data, found = self._range(name, start, end, size)
+        if len(data) != end - start:
+            raise self._short(name, start, end, found)
+        if size not in (None, found):
+            raise StorageError(f"{self._show(name)}: {found} bytes, expected {size}: it was cut off or replaced")
+        return data
+
+    @abstractmethod
+    def _range(self, name: str, start: int, end: int, size: int | None) -> tuple[Buffer, int | None]:
+        """These bytes, or fewer if the file ends before; and its size, or None where neither that nor `size` asks for it."""
+
+    @abstractmethod
+    def open(self, name: str) -> io.BufferedReader:
+        """Read from start to end in constant memory. Not seekable on every backend. Raises NotFound, at once."""
+
+    def put(self, name: str, data: Buffer) -> None:
+        """Publish `data` under the name, atomically. Raises OutOfSpace."""
+        with self.write(name) as writer:
+            writer.write(data)
+
+    @abstractmethod
+    def write(self, name: str) -> Writer:
+        """Start a file that appears under its name when the writer is closed. Raises OutOfSpace, as do its methods."""
+
+    @abstractmethod
+    def delete(self, name: str) -> None:
+        """Remove the file; nothing happens if there is none."""
+
+    def clean_temp(self) -> None:  # noqa: B027
+        """Remove what killed local writers left under `.tmp/`. Call it while nobody writes here: theirs would go too.
+
+        Elsewhere it does nothing. The parts of an unfinished multipart upload are invisible but may be billed: give the
+        bucket a lifecycle rule that aborts incomplete uploads after a day.
+        """
+
+    def _show(self, name: str) -> str:
+        """A file of this store for messages; "" is the root."""
+        return join(self.url, name) if name else self.url
+
+    def _short(self, name: str, start: int, end: int, size: int | None) -> StorageError:
+        return StorageError(
+            f"{self._show(name)}: wanted bytes [{start}, {end}), the file ends at {size}: "
+            "it was truncated or replaced, or its index is of another file"
+        )
 
 
 def check_writable(text: str) -> None:
@@ -183,36 +222,6 @@ def check_name(name: str, url: str) -> str:
     else:
         return name
     raise UsageError(f"the name {name!r} in {redact(url)} {problem}")
-
-
-def check_prefix(prefix: str, url: str) -> str:
-    """Check a prefix of list() by the rules for names.
-
-    Args:
-        prefix: what names must start with; "" for all.
-        url: the store's, for the message.
-
-    Returns:
-        The folder to walk, "" for the root, without a slash at its end.
-
-    Raises:
-        UsageError: the prefix could not begin a name.
-    """
-    folder = prefix.rpartition("/")[0]
-    if folder or prefix.startswith("/"):
-        check_name(folder, url)
-    return folder
-
-
-def check_range(name: str, start: int, end: int) -> None:
-    """Raise UsageError unless 0 <= start <= end."""
-    if not 0 <= start <= end:
-        raise UsageError(f"bytes [{start}, {end}) of {name}: expected 0 <= start <= end")
-
-
-def other_size(where: str, found: int, expected: int | None) -> str:
-    """What to say of a file that has another size than it should."""
-    return f"{where}: {found} bytes, expected {expected}: it was cut off or replaced"
 
 
 def split_scheme(url: str) -> tuple[str, str]:

@@ -14,28 +14,15 @@ import io
 import os
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, wait
 from contextlib import suppress
 from typing import Any, TypeVar
 
 from wds_tools.errors import MissingPackage, NotFound, StorageError, UsageError
 from wds_tools.storage import client
-from wds_tools.storage.base import (
-    TEMP_FOLDER,
-    Buffer,
-    Entry,
-    WriterBase,
-    cause,
-    check_name,
-    check_prefix,
-    check_range,
-    join,
-    other_size,
-    redact,
-    split_scheme,
-)
-from wds_tools.storage.local import translate
+from wds_tools.storage.base import TEMP_FOLDER, Buffer, Entry, Store, Writer, cause, check_name, join, redact, split_scheme
+from wds_tools.storage.local import translate, translating
 from wds_tools.storage.meanings import translated
 from wds_tools.storage.waits import waiting
 
@@ -51,7 +38,7 @@ _PACKAGES = {
 }
 
 
-class FsspecStore:
+class FsspecStore(Store):
     """A folder of an fsspec file system. See Store for what the methods promise.
 
     Args:
@@ -59,76 +46,61 @@ class FsspecStore:
     """
 
     def __init__(self, url: str) -> None:
-        self.url = redact(url)
+        super().__init__(url)
         self._raw = url
         self._fs: Any = None
         self._root = ""
         self._pid = 0
 
-    def __repr__(self) -> str:
-        return f"FsspecStore({self.url!r})"
-
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_fs": None, "_root": "", "_pid": 0}
 
-    def list(self, prefix: str = "") -> Iterator[Entry]:
-        folder = check_prefix(prefix, self.url)
+    def _entries(self, folder: str) -> Iterable[Entry]:
         fs = self._connect()
         fs.invalidate_cache()
+        top = join(self._root, folder) if folder else self._root
+
+        def walk() -> Iterable[Any]:
+            files, folders = [], [top]
+            for at in folders:  # its own find and walk leave out folders that can't be listed
+                for info in fs.ls(at, detail=True):
+                    if info["type"] != "directory":
+                        files.append(info)
+                    elif info["name"].rstrip("/") != at.rstrip("/"):
+                        folders.append(info["name"])
+            return files
+
         try:
-            files = self._ask("list", prefix, lambda: _find(fs, join(self._root, folder) if folder else self._root))
+            files = self._ask("list", folder, walk)
         except NotFound:
-            return iter(())
+            return []
         skip = len(self._root.rstrip("/")) + 1
-        entries = (Entry(path[skip:], int(info["size"])) for path, info in files.items())
-        return iter(sorted(e for e in entries if e.name.startswith(prefix) and not e.name.startswith(TEMP_FOLDER + "/")))
+        entries = (Entry(info["name"][skip:], int(info["size"])) for info in files)
+        return (entry for entry in entries if not entry.name.startswith(TEMP_FOLDER + "/"))
 
     def size(self, name: str) -> int:
         path, fs = self._path(name), self._connect()
         fs.invalidate_cache()
         info = self._ask("look at", name, lambda: fs.info(path))
         if info["type"] != "file":
-            raise NotFound(f"{join(self.url, name)}: can't look at it, no file is there")
+            raise NotFound(f"{self._show(name)}: can't look at it, no file is there")
         return int(info["size"])
 
-    def exists(self, name: str) -> bool:
-        try:
-            self.size(name)
-        except NotFound:
-            return False
-        return True
-
-    def read(self, name: str) -> bytes:
-        with self.open(name) as file:
-            return file.read()
-
-    def read_range(self, name: str, start: int, end: int, size: int | None = None) -> bytes:
-        check_range(name, start, end)
-        path = self._path(name)
-        if start == end:
-            return b""
-        if size is not None or end - start > BLOCK_BYTES:
-            if (found := self.size(name)) < end:
-                raise self._short(name, start, end, found)  # some backends would set that much memory aside before they look
-            if size not in (None, found):
-                raise StorageError(other_size(join(self.url, name), found, size))
-        fs = self._connect()
+    def _range(self, name: str, start: int, end: int, size: int | None) -> tuple[bytes, int | None]:
+        path, fs = self._path(name), self._connect()
+        found = self.size(name) if size is not None or end - start > BLOCK_BYTES else None
+        if found is not None and found < end:
+            return b"", found  # some backends would set that much memory aside before they look
         exactly = {"cache_type": "none"} if split_scheme(self._raw)[0] == "hf" else {}  # which reads 5 MB more than is asked for
         data = self._ask("read", name, lambda: bytes(fs.cat_file(path, start=start, end=end, **exactly)), end - start)
-        if len(data) != end - start:
-            raise self._short(name, start, end, self.size(name))
-        return data
+        return data, self.size(name) if found is None and len(data) != end - start else found
 
     def open(self, name: str) -> io.BufferedReader:
         path, fs = self._path(name), self._connect()
         file = self._ask("read", name, lambda: fs.open(path, "rb", block_size=BLOCK_BYTES, cache_type="readahead"))
         return io.BufferedReader(_Reader(self, name, file), 1 << 20)
 
-    def put(self, name: str, data: Buffer) -> None:
-        with self.write(name) as writer:
-            writer.write(data)
-
-    def write(self, name: str) -> "FsspecWriter":
+    def write(self, name: str) -> Writer:
         self._path(name)
         return FsspecWriter(self, name)
 
@@ -136,15 +108,6 @@ class FsspecStore:
         path, fs = self._path(name), self._connect()
         with suppress(NotFound):
             self._ask("delete", name, lambda: fs.rm_file(path))
-
-    def clean_temp(self) -> None:
-        """Nothing to do: writers here leave nothing behind."""
-
-    def _short(self, name: str, start: int, end: int, size: int) -> StorageError:
-        return StorageError(
-            f"{join(self.url, name)}: wanted bytes [{start}, {end}), the file ends at {size}: "
-            "it was truncated or replaced, or its index is of another file"
-        )
 
     def _path(self, name: str) -> str:
         check_name(name, self.url)
@@ -169,7 +132,7 @@ class FsspecStore:
 
     def _ask(self, verb: str, name: str, call: Callable[[], Answer], num_bytes: int = 0) -> Answer:
         """What call() gives, in time; its errors are ours, but for those that say that a package or a protocol is missing."""
-        show = join(self.url, name) if name else self.url
+        show = self._show(name)
         limit_s = (client.retry_s() or 60) + num_bytes / (client.least_bytes_per_s() or 1)
         answer: Future[Answer] = Future()
 
@@ -192,7 +155,7 @@ class FsspecStore:
         raise self._translate(error, verb, name) from cause(error)
 
     def _translate(self, error: Exception, verb: str, name: str) -> StorageError:
-        show = join(self.url, name) if name else self.url
+        show = self._show(name)
         scheme, rest = split_scheme(self.url)
         if verb == "list" and isinstance(error, OSError) and error.errno is not None and error.filename:
             return translate(error, verb, redact(str(error.filename)))  # a folder below that can't be listed
@@ -203,7 +166,7 @@ class FsspecStore:
         return StorageError(f"{show}: can't {verb}: {type(error).__name__}: {_one_line(error)}")
 
 
-class FsspecWriter(WriterBase):
+class FsspecWriter(Writer):
     """A file being spooled to a local temporary file. See Writer.
 
     Args:
@@ -213,36 +176,27 @@ class FsspecWriter(WriterBase):
 
     def __init__(self, store: FsspecStore, name: str) -> None:
         self._store, self._name = store, name
-        try:
+        with translating("spool", store._show(name)):
             self._file = tempfile.NamedTemporaryFile(prefix="wds-tools-")  # noqa: SIM115 - closed by close or abort
-        except OSError as error:
-            raise translate(error, "spool", join(store.url, name)) from error
 
     def write(self, data: Buffer, /) -> int:
-        try:
+        with translating(f"spool to {tempfile.gettempdir()}", self._store._show(self._name)):
             return self._file.write(data)
-        except OSError as error:
-            raise translate(error, f"spool to {tempfile.gettempdir()}", join(self._store.url, self._name)) from error
 
     def _publish(self) -> None:
-        path = self._store._path(self._name)
+        path, ask = self._store._path(self._name), self._store._ask
         try:
-            self._file.flush()
-            fs, size = self._store._connect(), self._file.tell()
-            self._store._ask("write", self._name, lambda: fs.makedirs(path.rpartition("/")[0], exist_ok=True))
-            self._store._ask("write", self._name, lambda: fs.put_file(self._file.name, path), size)
-        except StorageError:
-            raise
-        except OSError as error:
-            raise translate(error, "spool", join(self._store.url, self._name)) from error
+            with translating("spool", self._store._show(self._name)):
+                self._file.flush()
+                fs, size = self._store._connect(), self._file.tell()
+                ask("write", self._name, lambda: fs.makedirs(path.rpartition("/")[0], exist_ok=True))
+                ask("write", self._name, lambda: fs.put_file(self._file.name, path), size)
         finally:
             self._discard()
 
     def _discard(self) -> None:
-        try:
+        with suppress(OSError):
             self._file.close()
-        except OSError:
-            pass
 
 
 class _Reader(io.RawIOBase):
@@ -268,19 +222,6 @@ class _Reader(io.RawIOBase):
         if not self.closed:
             self._file.close()
         super().close()
-
-
-def _find(fs: Any, folder: str) -> dict[str, Any]:
-    """All files below a folder, by path. fsspec's own find leaves out folders that can't be listed."""
-    files: dict[str, Any] = {}
-    folders = [folder]
-    for folder in folders:
-        for info in fs.ls(folder, detail=True):
-            if info["type"] != "directory":
-                files[info["name"]] = info
-            elif info["name"].rstrip("/") != folder.rstrip("/"):
-                folders.append(info["name"])
-    return files
 
 
 def _one_line(error: BaseException) -> str:

@@ -19,33 +19,21 @@ import mmap
 import os
 import shutil
 import stat
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from itertools import accumulate
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from wds_tools.errors import NotFound, OutOfSpace, StorageError, UsageError
-from wds_tools.storage.base import (
-    TEMP_FOLDER,
-    Buffer,
-    Entry,
-    WriterBase,
-    check_name,
-    check_prefix,
-    check_range,
-    join,
-    other_size,
-    redact,
-    split_scheme,
-)
+from wds_tools.storage.base import TEMP_FOLDER, Buffer, Entry, Store, Writer, check_name, join, redact, split_scheme
 
 BUFFER_BYTES = 1 << 20  # of a reader and of a writer
 _NO_FILE = "is a folder, a device or a pipe, not a file"
 _MAX_LINKED_FOLDERS = 100_000  # a few folders with links to each other have more paths than anyone can walk
 
 
-class LocalStore:
+class LocalStore(Store):
     """A folder. See Store for what the methods promise.
 
     Args:
@@ -54,29 +42,24 @@ class LocalStore:
     """
 
     def __init__(self, url: str, *, strict_links: bool = False) -> None:
-        self.url = redact(url)
+        super().__init__(url)
         self._strict_links = strict_links
         self._root = os.path.abspath(_path_of(url))  # so that a worker with another current folder means the same
 
-    def __repr__(self) -> str:
-        return f"LocalStore({self.url!r})"
-
-    def list(self, prefix: str = "") -> Iterator[Entry]:
-        folder = check_prefix(prefix, self.url)
-        found: list[Entry] = []
+    def _entries(self, folder: str) -> Iterable[Entry]:
         try:
             real_root = os.path.realpath(self._root)
             top = join(self._root, folder) if folder else self._root
-            if not self._strict_links or _is_inside(os.path.realpath(top), real_root):
-                found += _scan(self._root, folder, real_root if self._strict_links else None)
+            if self._strict_links and not _is_inside(os.path.realpath(top), real_root):
+                return []
+            return list(_scan(self._root, folder, real_root if self._strict_links else None))
         except NotADirectoryError as error:
             if not folder:
                 raise StorageError(f"{self.url} is a file, or lies below one: give a folder") from error
+            return []
         except OSError as error:
             where = self.url if error.filename in (None, self._root) else str(error.filename)  # a folder below it, perhaps
             raise translate(error, "list", where) from error
-        found.sort()
-        return (entry for entry in found if entry.name.startswith(prefix)) if prefix else iter(found)
 
     def size(self, name: str) -> int:
         path = self._existing(name)
@@ -88,37 +71,10 @@ class LocalStore:
             raise NotFound(f"{self._show(name)} {_NO_FILE}")
         return status.st_size
 
-    def exists(self, name: str) -> bool:
-        try:
-            self.size(name)
-        except NotFound:
-            return False
-        return True
-
-    def read(self, name: str) -> bytes:
-        with self.open(name) as file:
-            return file.read()
-
-    def read_range(self, name: str, start: int, end: int, size: int | None = None) -> bytes:
-        check_range(name, start, end)
-        if start == end:
-            self._existing(name)
-            return b""
+    def _range(self, name: str, start: int, end: int, size: int | None) -> tuple[bytes, int]:  # noqa: ARG002  Store's
         descriptor, found = self._open(name)
-        try:
-            data = _pread(descriptor, start, end) if end <= found else b""
-        except OSError as error:
-            raise translate(error, "read", self._show(name)) from error
-        finally:
-            os.close(descriptor)
-        if len(data) != end - start:
-            raise StorageError(
-                f"{self._show(name)}: wanted bytes [{start}, {end}), the file ends at {found}: "
-                "it was truncated or replaced, or its index is of another file"
-            )
-        if size not in (None, found):
-            raise StorageError(other_size(self._show(name), found, size))
-        return data
+        with _closing(descriptor), translating("read", self._show(name)):
+            return _pread(descriptor, start, end) if end <= found else b"", found
 
     def map(self, name: str) -> memoryview:
         """The whole file, mapped: reading it costs no copy, and all processes share its pages.
@@ -129,32 +85,20 @@ class LocalStore:
             NotFound, StorageError: as read().
         """
         descriptor, size = self._open(name)
-        try:
+        with _closing(descriptor), translating("read", self._show(name)):
             return memoryview(mmap.mmap(descriptor, 0, prot=mmap.PROT_READ) if size else b"")  # mmap refuses to map nothing
-        except OSError as error:
-            raise translate(error, "read", self._show(name)) from error
-        finally:
-            os.close(descriptor)
 
     def open(self, name: str) -> io.BufferedReader:
         return io.BufferedReader(_File(*self._open(name), self._show(name)), BUFFER_BYTES)
 
-    def put(self, name: str, data: Buffer) -> None:
-        with self.write(name) as writer:
-            writer.write(data)
-
-    def write(self, name: str) -> "LocalWriter":
+    def write(self, name: str) -> Writer:
         self._refuse_links(TEMP_FOLDER, name)
         return LocalWriter(self._new(name), self._root, self._show(name))
 
     def delete(self, name: str) -> None:
         path = self._new(name)
-        try:
+        with translating("delete", self._show(name)), suppress(FileNotFoundError, NotADirectoryError):
             os.unlink(path)
-        except (FileNotFoundError, NotADirectoryError):
-            pass
-        except OSError as error:
-            raise translate(error, "delete", self._show(name)) from error
         self._drop_empty_folder(os.path.dirname(path))
 
     def clean_temp(self) -> None:
@@ -169,13 +113,8 @@ class LocalStore:
     def _drop_empty_folder(self, folder: str) -> None:
         """As on an object store, a folder below the root is there only for its files."""
         if folder != self._root:
-            try:
+            with suppress(OSError):  # another file is in it
                 os.rmdir(folder)
-            except OSError:
-                pass  # another file is in it
-
-    def _show(self, name: str) -> str:
-        return join(self.url, name)
 
     def _open(self, name: str) -> tuple[int, int]:
         """A descriptor of a regular file, and its size. Raises NotFound, StorageError."""
@@ -222,7 +161,7 @@ class LocalStore:
             )
 
 
-class LocalWriter(WriterBase):
+class LocalWriter(Writer):
     """A file being written under `.tmp/`. See Writer.
 
     Args:
@@ -234,17 +173,13 @@ class LocalWriter(WriterBase):
     def __init__(self, path: str, root: str, show: str) -> None:
         self._path, self._root, self._show = path, root, show
         self._temp = join(join(root, TEMP_FOLDER), os.urandom(12).hex())
-        try:
+        with translating("write", show):
             self._raw = io.FileIO(_create(self._temp), "wb")
-            self._file = io.BufferedWriter(self._raw, BUFFER_BYTES)
-        except OSError as error:
-            raise translate(error, "write", show) from error
+        self._file = io.BufferedWriter(self._raw, BUFFER_BYTES)
 
     def write(self, data: Buffer, /) -> int:
-        try:
+        with translating("write", self._show):
             return self._file.write(data)
-        except OSError as error:
-            raise translate(error, "write", self._show) from error
 
     def _publish(self) -> None:
         try:
@@ -261,18 +196,14 @@ class LocalWriter(WriterBase):
         self._drop_temp_folder()
 
     def _discard(self) -> None:
-        try:
+        with suppress(OSError):  # the caller's exception is the one worth reading; clean_temp takes the rest
             self._raw.close()  # not through the buffer, which would try to write once more
             os.unlink(self._temp)
-        except OSError:
-            pass  # the caller's exception is the one worth reading; clean_temp takes the rest
         self._drop_temp_folder()
 
     def _drop_temp_folder(self) -> None:
-        try:
+        with suppress(OSError):  # another writer's file is in it
             os.rmdir(join(self._root, TEMP_FOLDER))
-        except OSError:
-            pass  # another writer's file is in it
 
 
 class _File(io.FileIO):
@@ -284,16 +215,31 @@ class _File(io.FileIO):
         self._show = show
 
     def readinto(self, buffer: Any, /) -> int | None:
-        try:
+        with translating("read", self._show):
             return 0 if self._is_empty else super().readinto(buffer)
-        except OSError as error:
-            raise translate(error, "read", self._show) from error
 
     def readall(self) -> bytes:
-        try:
+        with translating("read", self._show):
             return b"" if self._is_empty else super().readall()
-        except OSError as error:
-            raise translate(error, "read", self._show) from error
+
+
+@contextmanager
+def translating(verb: str, show: str) -> Iterator[None]:
+    """While the operating system is asked for something: its errors are ours. See `translate`."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except OSError as error:
+        raise translate(error, verb, show) from error
+
+
+@contextmanager
+def _closing(descriptor: int) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def translate(error: OSError, verb: str, show: str) -> StorageError:
@@ -421,10 +367,9 @@ def _create(path: str) -> int:
 def _sync_folder(folder: str) -> None:
     """Make the rename itself survive a power cut; some file systems can't, and say so."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(descriptor)
+    with _closing(descriptor):
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+                raise

@@ -20,21 +20,9 @@ from itertools import islice
 from typing import Any
 from urllib.parse import unquote
 
-from wds_tools.errors import NotFound, StorageError, UsageError
+from wds_tools.errors import StorageError, UsageError
 from wds_tools.storage import client
-from wds_tools.storage.base import (
-    Buffer,
-    Entry,
-    WriterBase,
-    cause,
-    check_name,
-    check_prefix,
-    check_range,
-    join,
-    other_size,
-    redact,
-    split_scheme,
-)
+from wds_tools.storage.base import Buffer, Entry, Store, Writer, cause, check_name, redact, split_scheme
 from wds_tools.storage.meanings import HINTS, reason, status_of, translated
 from wds_tools.storage.waits import Wait, waiting
 
@@ -57,7 +45,7 @@ _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 MAX_PUT_BYTES = CHUNK_BYTES  # a larger put() is sent as a multipart upload: a try is a minute at most
 
 
-class ObjectStore:
+class ObjectStore(Store):
     """A prefix of a bucket, or a folder of a web server. See Store for what the methods promise.
 
     Args:
@@ -66,7 +54,7 @@ class ObjectStore:
 
     def __init__(self, url: str) -> None:
         scheme, rest = split_scheme(url)
-        self.url = redact(url)
+        super().__init__(url)
         self._kind = SCHEMES[scheme]
         self._login: str | None = None
         if "?" in rest or "#" in rest:
@@ -90,21 +78,17 @@ class ObjectStore:
         self._clients: dict[client.Use, Any] = {}
         self._pid = 0
 
-    def __repr__(self) -> str:
-        return f"ObjectStore({self.url!r})"
-
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_clients": {}, "_pid": 0}
 
-    def list(self, prefix: str = "") -> Iterator[Entry]:
-        folder = check_prefix(prefix, self.url)
+    def _entries(self, folder: str) -> Iterable[Entry]:
         if self._kind == "http":
             raise StorageError(f"{self.url}: a web server can't be asked for a list: name the files, or use a manifest")
         top = self._key(folder) if folder else self._prefix
         skip = len(self._prefix) + 1 if self._prefix else 0
         bucket = self._connect()
         found: list[Entry] = []
-        with self._asking("list", prefix) as wait:
+        with self._asking("list", folder) as wait:
             begun = time.monotonic()
             while True:
                 try:
@@ -116,8 +100,7 @@ class ObjectStore:
                     if "list response body" not in str(error) or time.monotonic() - begun > client.retry_s() / 2:
                         raise
                     found.clear()
-        found.sort()
-        return (entry for entry in found if entry.name.startswith(prefix)) if prefix else iter(found)
+        return found
 
     def size(self, name: str) -> int:
         key, bucket = self._key(name), self._connect()
@@ -129,23 +112,8 @@ class ObjectStore:
                     raise
             return int(client.obstore().get(bucket, key, options={"range": (0, 1)}).meta["size"])  # HEAD doesn't say why
 
-    def exists(self, name: str) -> bool:
-        try:
-            self.size(name)
-        except NotFound:
-            return False
-        return True
-
-    def read(self, name: str) -> bytes:
-        with self.open(name) as file:
-            return file.read()
-
-    def read_range(self, name: str, start: int, end: int, size: int | None = None) -> Buffer:
-        check_range(name, start, end)
-        key = self._key(name)
-        if start == end:
-            return b""
-        bucket = self._connect("ranges")
+    def _range(self, name: str, start: int, end: int, size: int | None) -> tuple[Buffer, int]:  # noqa: ARG002  Store's
+        key, bucket = self._key(name), self._connect("ranges")
         try:
             with self._waiting("read", name) as wait:
                 data, meta = client.fetch(bucket, key, start, end, wait)
@@ -154,11 +122,7 @@ class ObjectStore:
             if found is not None and found < end:
                 raise self._short(name, start, end, found) from cause(error)
             raise self._translate(error, "read", name) from cause(error)
-        if len(data) != end - start:
-            raise self._short(name, start, end, meta["size"])
-        if size not in (None, meta["size"]):
-            raise StorageError(other_size(join(self.url, name), meta["size"], size))
-        return data
+        return data, int(meta["size"])
 
     def open(self, name: str) -> io.BufferedReader:
         return io.BufferedReader(_ChunkReader(self._chunks(name)), 1 << 20)
@@ -170,16 +134,13 @@ class ObjectStore:
         with self._asking("write", name, len(data)):
             client.obstore().put(bucket, key, data, use_multipart=large, chunk_size=CHUNK_BYTES, max_concurrency=PARTS_UNDER_WAY)
 
-    def write(self, name: str) -> "ObjectWriter":
+    def write(self, name: str) -> Writer:
         return ObjectWriter(self, name)
 
     def delete(self, name: str) -> None:
         key, bucket = self._key_to_write(name), self._connect()
         with self._asking("delete", name), suppress(FileNotFoundError):
             client.obstore().delete(bucket, key)
-
-    def clean_temp(self) -> None:
-        """Nothing to do: a bucket's lifecycle rule for incomplete multipart uploads is what clears those."""
 
     def _chunks(self, name: str) -> Generator[memoryview, None, None]:
         """The object's bytes in order, fetched up to READ_AHEAD chunks ahead of whoever takes them."""
@@ -249,12 +210,6 @@ class ObjectStore:
         except StorageError:
             return None
 
-    def _short(self, name: str, start: int, end: int, size: int) -> StorageError:
-        return StorageError(
-            f"{join(self.url, name)}: wanted bytes [{start}, {end}), the object ends at {size}: "
-            "it was truncated or replaced, or its index is of another object"
-        )
-
     def _key(self, name: str) -> str:
         check_name(name, self.url)
         return f"{self._prefix}/{name}" if self._prefix else name
@@ -262,7 +217,7 @@ class ObjectStore:
     def _key_to_write(self, name: str) -> str:
         key = self._key(name)
         if self._kind == "http":
-            raise StorageError(f"{join(self.url, name)}: http(s) addresses are read-only here: write to a folder or a bucket")
+            raise StorageError(f"{self._show(name)}: http(s) addresses are read-only here: write to a folder or a bucket")
         return key
 
     def _connect(self, use: client.Use = "other") -> Any:
@@ -278,7 +233,7 @@ class ObjectStore:
         where = self._bucket if self._kind == "http" else f"{self._kind}://{self._bucket}"
         endpoint = next((os.environ[name] for name in _ENDPOINTS if self._kind == "s3" and os.environ.get(name)), "")
         where = f"{where} at {redact(endpoint)}" if endpoint else where
-        return waiting(f"{verb} {join(self.url, name) if name else self.url}", where, client.retry_s(), num_bytes)
+        return waiting(f"{verb} {self._show(name)}", where, client.retry_s(), num_bytes)
 
     @contextmanager
     def _asking(self, verb: str, name: str, num_bytes: int = 0) -> Iterator[Wait]:
@@ -291,7 +246,7 @@ class ObjectStore:
 
     def _translate(self, error: BaseException, verb: str, name: str, waited_s: float = 0.0) -> StorageError:
         """Our error for one of obstore's or of client.fetch, to be raised from it."""
-        show = join(self.url, name) if name else self.url
+        show = self._show(name)
         if isinstance(error, client.Replaced):
             return StorageError(f"{show} was replaced while it was read: read it again")
         seconds, came = client.tried_s(error) or waited_s, "no answer"
@@ -316,7 +271,7 @@ class ObjectStore:
         return StorageError(f"{show}: can't {verb}: {reason(error)}")
 
 
-class ObjectWriter(WriterBase):
+class ObjectWriter(Writer):
     """An object being uploaded. See Writer. Below CHUNK_BYTES it is one PUT at close, above it is a multipart upload.
 
     Args:

@@ -12,66 +12,58 @@ diffusers and yaml are imported when a model is loaded.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 
-from wds_tools.errors import MissingPackage, TokenizerError
+from wds_tools.errors import MissingPackage, TokenizerError, UsageError
+from wds_tools.format.typed_json import shape
 from wds_tools.vq import huggingface
 from wds_tools.vq.checkpoints import first_line, read_weights
-from wds_tools.vq.quantize import CodebookTokenizer, Nearest, Precision
+from wds_tools.vq.quantize import Nearest
 
 CONFIG_NAME = "vqgan.yaml"
 WEIGHTS_NAME = "vqgan.ckpt"
 _SUFFIXES = (".ckpt", ".safetensors", ".pt", ".pth", ".bin")
 _NORM_GROUPS = 32
-_LIMITS = {"n_embed": 1 << 20, "num_res_blocks": 16}  # far beyond any real one; a typo is not worth an hour
+_Size = Annotated[int, range(1, 65537)]
+"""As all limits below far beyond any real one; a typo is not worth an hour."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class VqganConfig:
-    """What the yaml says, as far as the network's shape goes. Raises TokenizerError for what VQModel can't be."""
+    """What the yaml says, as far as the network's shape goes; see `vqgan_config`."""
 
-    n_embed: int
+    n_embed: Annotated[int, range(1, (1 << 20) + 1)]
     """Codebook entries."""
-    embed_dim: int
+    embed_dim: _Size
     """Numbers per entry."""
-    z_channels: int
+    z_channels: _Size
     """Channels between encoder and quant_conv."""
-    ch: int
+    ch: _Size
     """Channels at full resolution."""
-    ch_mult: tuple[int, ...]
+    ch_mult: tuple[Annotated[int, range(1, 65)], ...]
     """Channels per level as multiples of `ch`; each level but the last halves the resolution."""
-    num_res_blocks: int
+    num_res_blocks: Annotated[int, range(1, 17)]
     """Residual blocks per level of the encoder (the decoder has one more)."""
-    in_channels: int = 3
-    out_ch: int = 3
-    double_z: bool = False
-    resolution: int = 256
+    in_channels: Literal[3] = 3
+    out_ch: Literal[3] = 3
+    double_z: Literal[False] = False
+    """A VQ model has no mean and variance."""
+    resolution: _Size = 256
     """Of the images that it was trained on: that of level i is `resolution >> i`."""
     attn_resolutions: tuple[int, ...] = ()
     """Levels of these resolutions have attention after each block."""
 
     def __post_init__(self) -> None:
-        for name in ("n_embed", "embed_dim", "z_channels", "ch", "num_res_blocks", "in_channels", "out_ch", "resolution"):
-            value = getattr(self, name)
-            if type(value) is not int or not 1 <= value <= _LIMITS.get(name, 65536):
-                raise TokenizerError(f"{name} is {value!r}: expected a whole number from 1 to {_LIMITS.get(name, 65536)}")
-        if self.double_z is not False:
-            raise TokenizerError(f"double_z is {self.double_z!r}: expected false; a VQ model has no mean and variance")
-        if self.in_channels != 3 or self.out_ch != 3:
-            raise TokenizerError(f"in_channels is {self.in_channels} and out_ch is {self.out_ch}: expected 3 (RGB)")
-        if not 1 <= len(self.ch_mult) <= 8 or any(type(mult) is not int or not 1 <= mult <= 64 for mult in self.ch_mult):
-            raise TokenizerError(f"ch_mult is {list(self.ch_mult)}: expected 1 to 8 whole numbers from 1 to 64")
-        if self.ch_mult[0] != 1:
-            raise TokenizerError(
-                f"ch_mult is {list(self.ch_mult)}: expected it to start with 1, diffusers' VQModel has no other form"
-            )
+        if not 1 <= len(self.ch_mult) <= 8 or self.ch_mult[0] != 1:
+            raise UsageError(f"ch_mult is {list(self.ch_mult)}: expected 1 to 8 numbers, the first of them 1, as VQModel has it")
         if self.ch % _NORM_GROUPS:
-            raise TokenizerError(f"ch is {self.ch}: expected a multiple of {_NORM_GROUPS}, the number of norm groups")
+            raise UsageError(f"ch is {self.ch}: expected a multiple of {_NORM_GROUPS}, the number of norm groups")
 
     @property
     def stride(self) -> int:
@@ -79,33 +71,26 @@ class VqganConfig:
         return 1 << (len(self.ch_mult) - 1)
 
 
-def load_chameleon(folder: Path, *, device: torch.device | str = "cpu", precision: Precision = "fp32") -> CodebookTokenizer:
+def load_chameleon(folder: Path) -> huggingface.Loaded:
     """Load the tokenizer from a folder with `vqgan.yaml` and `vqgan.ckpt`, or from one that transformers wrote.
-
-    Args:
-        folder: where the two files are.
-        device: where the network and the codebook go.
-        precision: see load_tokenizer.
 
     Raises:
         TokenizerError: a file is missing, can't be read safely, or the weights do not fit the configuration.
         MissingPackage: diffusers or yaml is not installed.
     """
     if not (folder / CONFIG_NAME).exists() and (folder / huggingface.CONFIG_NAME).exists():
-        return huggingface.load_chameleon_vqvae(folder, device=device, precision=precision)
-    return _load_vqgan("chameleon", folder / CONFIG_NAME, folder / WEIGHTS_NAME, device, precision)
+        return huggingface.load_chameleon_vqvae(folder)
+    return _load_vqgan("chameleon", folder / CONFIG_NAME, folder / WEIGHTS_NAME)
 
 
-def load_emu35(folder: Path, *, device: torch.device | str = "cpu", precision: Precision = "fp32") -> CodebookTokenizer:
+def load_emu35(folder: Path) -> huggingface.Loaded:
     """Load Emu3.5's tokenizer: a folder with its `config.yaml` and `model.ckpt`, or of transformers. See load_chameleon."""
     if (folder / huggingface.CONFIG_NAME).exists():
-        return huggingface.load_apertus(folder, device=device, precision=precision)
-    return _load_vqgan("emu35", folder / "config.yaml", folder / "model.ckpt", device, precision, by="product")
+        return huggingface.load_apertus(folder)
+    return _load_vqgan("emu35", folder / "config.yaml", folder / "model.ckpt", by="product")
 
 
-def _load_vqgan(
-    name: str, config_path: Path, ckpt: Path, device: torch.device | str, precision: Precision, by: Nearest = "distance"
-) -> CodebookTokenizer:
+def _load_vqgan(name: str, config_path: Path, ckpt: Path, by: Nearest = "distance") -> huggingface.Loaded:
     weights_path = next((path for path in map(ckpt.with_suffix, _SUFFIXES) if path.is_file()), ckpt)
     for path in (config_path, weights_path):
         if not path.is_file():
@@ -115,7 +100,7 @@ def _load_vqgan(
     what = f"{config_path.parent}: the weights in {weights_path.name}"
     huggingface.fill_model(model, read_weights([weights_path]), weights=what, config=config_path.name, name_of=name_of)
     network, files = huggingface.Convolutional(model), (config_path, weights_path)
-    return huggingface.make_tokenizer(name, model, network, config.stride, files, device, precision, by=by)
+    return huggingface.Loaded(name=name, network=network, stride=config.stride, files=files, by=by)
 
 
 def read_config(path: Path) -> VqganConfig:
@@ -131,22 +116,12 @@ def read_config(path: Path) -> VqganConfig:
     ddconfig = params.get("ddconfig") if isinstance(params, dict) else None
     if not isinstance(params, dict) or not isinstance(ddconfig, dict):
         raise TokenizerError(f"{path} has no ddconfig under model.params: expected taming-transformers' layout")
-    values: dict[str, Any] = {key: params[key] for key in ("n_embed", "embed_dim") if key in params}
-    for key in ("z_channels", "ch", "num_res_blocks", "in_channels", "out_ch", "double_z", "resolution"):
-        if key in ddconfig:
-            values[key] = ddconfig[key]
-    for key in ("ch_mult", "attn_resolutions"):
-        found = ddconfig.get(key, [])
-        if not isinstance(found, list):
-            raise TokenizerError(f"{path}: {key} is {found!r}: expected a list")
-        values[key] = tuple(found)
-    missing = [name for name in ("n_embed", "embed_dim", "z_channels", "ch", "num_res_blocks") if name not in values]
-    if missing:
-        raise TokenizerError(f"{path} does not say {', '.join(missing)}")
-    try:
-        return VqganConfig(**values)
-    except TokenizerError as error:
-        raise TokenizerError(f"{path}: {error}") from None
+    return vqgan_config({**ddconfig, **params}, path)
+
+
+def vqgan_config(values: Mapping[str, Any], path: Path) -> VqganConfig:
+    """The configuration that a file says. Raises TokenizerError for what VQModel can't be."""
+    return shape(VqganConfig, values, f"{path}: not a VQGAN that VQModel can be", TokenizerError)
 
 
 def vq_model(config: VqganConfig) -> Any:

@@ -26,7 +26,7 @@ from wds_tools.errors import MissingPackage, TokenizerError, UsageError, in_one_
 from wds_tools.format.typed_json import read_json, shape
 from wds_tools.vq.checkpoints import CODEBOOK, read_weights
 from wds_tools.vq.norm import use_right_norms
-from wds_tools.vq.quantize import CodebookTokenizer, Nearest, Network, Precision, hash_files
+from wds_tools.vq.quantize import CodebookTokenizer, Nearest, Precision, hash_files
 
 CONFIG_NAME = "config.json"
 _PREPROCESSOR_NAME = "preprocessor_config.json"
@@ -111,6 +111,10 @@ class _Scaled:
         """Where its weights are."""
         return self.network.model
 
+    def to(self, device: torch.device) -> _Scaled:
+        """The same with its own numbers there."""
+        return _Scaled(self.network, self.scale_C11.to(device), self.shift_C11.to(device))
+
     def latents(self, pixels_BCHW: Tensor) -> Tensor:
         """Those of its pixels."""
         latents_BDhw: Tensor = self.network.latents(pixels_BCHW * self.scale_C11 + self.shift_C11)
@@ -145,15 +149,51 @@ class _Emu3:
         return frames_BCHW.reshape(B, -1, self.model.config.out_channels, h * stride, w * stride)[:, 0]
 
 
-def load_vq_model(folder: Path, *, device: torch.device | str = "cpu", precision: Precision = "fp32") -> CodebookTokenizer:
+@dataclass(kw_only=True)
+class Loaded:
+    """A model that has its weights, on the CPU, and what makes a tokenizer of it; see CodebookTokenizer."""
+
+    name: str
+    network: Any
+    """Around the model, which is its `model`."""
+    stride: int
+    files: Sequence[Path]
+    """That the tokenizer is hashed over."""
+    channels_last: bool = True
+    """For networks of 2-D convolutions."""
+    codebook: str = CODEBOOK
+    """What the model calls it."""
+    is_unit: bool = False
+    """Its entries are scaled to length 1."""
+    by: Nearest = "distance"
+
+    def tokenizer(self, device: torch.device, precision: Precision) -> CodebookTokenizer:
+        """A tokenizer there."""
+        model = self.network.model
+        if self.channels_last:
+            use_right_norms(model)
+            model.to(memory_format=torch.channels_last)
+        model.requires_grad_(False).eval().to(device)
+        codebook_KD = model.get_parameter(self.codebook).detach()
+        return CodebookTokenizer(
+            name=self.name,
+            stride=self.stride,
+            weights_hash=hash_files(*self.files),
+            network=self.network.to(device) if isinstance(self.network, _Scaled) else self.network,
+            codebook_KD=nn.functional.normalize(codebook_KD, dim=1) if self.is_unit else codebook_KD,
+            precision=precision,
+            by=self.by,
+        )
+
+
+def load_vq_model(folder: Path) -> Loaded:
     """Load a diffusers VQModel. Raises TokenizerError, MissingPackage: see load_tokenizer."""
     config = _read_json(folder / CONFIG_NAME)
     if config.get("_class_name") != "VQModel":
         raise TokenizerError(f"{folder}: {CONFIG_NAME} is of a {config.get('_class_name')!r}, expected a diffusers VQModel")
     model_class = vq_model_class()
     model = _build(folder, lambda: model_class.from_config(dict(config)))
-    stride = 1 << (len(model.config.block_out_channels) - 1)
-    return _load("vqmodel", folder, model, Convolutional(model), stride, device, precision)
+    return _load("vqmodel", folder, Convolutional(model), 1 << (len(model.config.block_out_channels) - 1))
 
 
 def vq_model_class() -> Any:
@@ -165,35 +205,32 @@ def vq_model_class() -> Any:
     return VQModel
 
 
-def load_chameleon_vqvae(folder: Path, *, device: torch.device | str, precision: Precision) -> CodebookTokenizer:
+def load_chameleon_vqvae(folder: Path) -> Loaded:
     """Load transformers' ChameleonVQVAE, alone or of a Chameleon model. Raises as load_vq_model."""
     model = _transformers_model(folder, "chameleon_vqgan", "ChameleonVQVAE")
-    network = Convolutional(model, "load vqgan.yaml and vqgan.ckpt to see pictures")
-    return _load("chameleon", folder, model, network, _stride(model), device, precision)
+    return _load("chameleon", folder, Convolutional(model, "load vqgan.yaml and vqgan.ckpt to see pictures"), _stride(model))
 
 
-def load_janus(folder: Path, *, device: torch.device | str = "cpu", precision: Precision = "fp32") -> CodebookTokenizer:
+def load_janus(folder: Path) -> Loaded:
     """Load transformers' JanusVQVAE, alone or of a Janus model. Raises as load_vq_model."""
     model = _transformers_model(folder, "janus_vqgan", "JanusVQVAE")
-    return _load("janus", folder, model, _Janus(model), _stride(model), device, precision)
+    return _load("janus", folder, _Janus(model), _stride(model))
 
 
-def load_emu3(folder: Path, *, device: torch.device | str = "cpu", precision: Precision = "fp32") -> CodebookTokenizer:
+def load_emu3(folder: Path) -> Loaded:
     """Load transformers' Emu3VQVAE, alone or of an Emu3 model. Raises as load_vq_model."""
     model = _transformers_model(folder, "emu3_vqgan", "Emu3VQVAE")
-    network = _scaled(_Emu3(model), folder / _PREPROCESSOR_NAME, device)
-    return _load("emu3", folder, model, network, _stride(model), device, precision, channels_last=False)
+    return _load("emu3", folder, _scaled(_Emu3(model), folder / _PREPROCESSOR_NAME), _stride(model), channels_last=False)
 
 
-def load_apertus(folder: Path, *, device: torch.device | str, precision: Precision) -> CodebookTokenizer:
+def load_apertus(folder: Path) -> Loaded:
     """Load transformers' copy of Emu3.5's tokenizer, alone or of an Apertus 1.5 model. Raises as load_vq_model."""
     model = _transformers_model(folder, "apertus1p5_vision_tokenizer", "Apertus1p5VisionTokenizerModel", "vision_config")
     encoder = Convolutional(model, "load config.yaml and model.ckpt of Emu3.5's tokenizer to see pictures")
-    network = _scaled(encoder, folder / _PREPROCESSOR_NAME, device)
-    return _load("emu35", folder, model, network, _stride(model), device, precision, by="product")
+    return _load("emu35", folder, _scaled(encoder, folder / _PREPROCESSOR_NAME), _stride(model), by="product")
 
 
-def load_glm_image(folder: Path, *, device: torch.device | str = "cpu", precision: Precision = "fp32") -> CodebookTokenizer:
+def load_glm_image(folder: Path) -> Loaded:
     """Load the tokenizer of GLM-Image: its whole folder, or that of the language model. Raises as load_vq_model."""
     inside = folder / "vision_language_encoder"
     preprocessors = [path / _PREPROCESSOR_NAME for path in (folder, folder / "processor", folder.parent / "processor")]
@@ -203,11 +240,8 @@ def load_glm_image(folder: Path, *, device: torch.device | str = "cpu", precisio
     folder = inside if inside.is_dir() else folder
     visual = _transformers_model(folder, "glm_image_vision", "GlmImageVisionModel", "vision_config")
     model = nn.ModuleDict({"visual": visual, "vqmodel": _transformers_model(folder, "glm_image_vqmodel", "GlmImageVQVAE")})
-    network, stride = _scaled(_GlmImage(model), preprocessor, device), visual.patch_size
-    codebook = f"vqmodel.{CODEBOOK}"
-    return _load(
-        "glm-image", folder, model, network, stride, device, precision, channels_last=False, codebook=codebook, is_unit=True
-    )
+    network, codebook = _scaled(_GlmImage(model), preprocessor), f"vqmodel.{CODEBOOK}"
+    return _load("glm-image", folder, network, visual.patch_size, channels_last=False, codebook=codebook, is_unit=True)
 
 
 def _transformers_model(folder: Path, model_type: str, class_name: str, key: str = "vq_config") -> Any:
@@ -239,62 +273,14 @@ def _build(folder: Path, make: Any) -> Any:
         raise TokenizerError(f"{folder}: {CONFIG_NAME} makes no model ({in_one_line(error)})") from error
 
 
-def _load(
-    name: str,
-    folder: Path,
-    model: Any,
-    network: Any,
-    stride: int,
-    device: torch.device | str,
-    precision: Precision,
-    *,
-    codebook: str = CODEBOOK,
-    **settings: Any,
-) -> CodebookTokenizer:
-    """Fill a model from the files of a folder, and make a tokenizer of it."""
-    files = _weight_files(folder)
+def _load(name: str, folder: Path, network: Any, stride: int, *, codebook: str = CODEBOOK, **settings: Any) -> Loaded:
+    """Fill the model of a network from the files of a folder."""
+    files, model = _weight_files(folder), network.model
     parts = tuple(f"{part}." for part, _ in model.named_children()) if codebook != CODEBOOK else ("",)
     state = {_new_name(name): tensor for name, tensor in read_weights(files, codebook, parts).items()}
     fill_model(model, state, weights=f"{folder}: the weights", config=CONFIG_NAME)
     files = [folder / CONFIG_NAME, *files]
-    return make_tokenizer(name, model, network, stride, files, device, precision, codebook=codebook, **settings)
-
-
-def make_tokenizer(
-    name: str,
-    model: Any,
-    network: Any,
-    stride: int,
-    files: Sequence[Path],
-    device: torch.device | str,
-    precision: Precision,
-    *,
-    channels_last: bool = True,
-    codebook: str = CODEBOOK,
-    is_unit: bool = False,
-    by: Nearest = "distance",
-) -> CodebookTokenizer:
-    """A tokenizer of a model that has its weights, hashed over these files. See CodebookTokenizer.
-
-    Args:
-        channels_last: for networks of 2-D convolutions.
-        codebook: what the model calls it.
-        is_unit: its entries are scaled to length 1.
-    """
-    if channels_last:
-        use_right_norms(model)
-        model.to(memory_format=torch.channels_last)
-    model.requires_grad_(False).eval().to(device)
-    codebook_KD = model.get_parameter(codebook).detach()
-    return CodebookTokenizer(
-        name=name,
-        stride=stride,
-        weights_hash=hash_files(*files),
-        network=network,
-        codebook_KD=nn.functional.normalize(codebook_KD, dim=1) if is_unit else codebook_KD,
-        precision=precision,
-        by=by,
-    )
+    return Loaded(name=name, network=network, stride=stride, files=files, codebook=codebook, **settings)
 
 
 def fill_model(
@@ -352,7 +338,7 @@ def _new_name(name: str) -> str:
     return re.sub(r"(?<=\.attentions\.0\.)(query|key|value|proj_attn)(?=\.)", lambda match: _OLD_NAMES[match[1]], name)
 
 
-def _scaled(network: Network, path: Path, device: torch.device | str) -> Network:
+def _scaled(network: Any, path: Path) -> Any:
     """The network, given pixels as this preprocessor scales them from those in [-1, 1]; itself if there is none."""
     if not path.is_file():
         return network
@@ -367,7 +353,7 @@ def _scaled(network: Network, path: Path, device: torch.device | str) -> Network
     scale_C11, shift_C11 = 127.5 * rescale / std_C11, (127.5 * rescale - mean_C11) / std_C11
     if bool(((scale_C11 - 1).abs() + shift_C11.abs() < 1e-6).all()):
         return network
-    return _Scaled(network, scale_C11.to(device, torch.float32), shift_C11.to(device, torch.float32))
+    return _Scaled(network, scale_C11.float(), shift_C11.float())
 
 
 def _read_json(path: Path) -> dict[str, Any]:

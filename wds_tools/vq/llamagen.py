@@ -13,19 +13,17 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from wds_tools.errors import TokenizerError
 from wds_tools.vq import huggingface
-from wds_tools.vq.chameleon import VqganConfig, checkpoint_name, vq_model
+from wds_tools.vq.chameleon import VqganConfig, checkpoint_name, vq_model, vqgan_config
 from wds_tools.vq.checkpoints import CODEBOOK, read_weights
-from wds_tools.vq.quantize import CodebookTokenizer, Precision
 
 _MIDDLE = {"block_1": "0", "attn_1": "1", "block_2": "2"}
 
 
-def load_llamagen(path: Path, *, device: torch.device | str = "cpu", precision: Precision = "fp32") -> CodebookTokenizer:
+def load_llamagen(path: Path) -> huggingface.Loaded:
     """Load a tokenizer from the file that has its tensors. Raises TokenizerError, MissingPackage: see load_tokenizer."""
     if not path.is_file():
         raise TokenizerError(f"{path} is no file: expected one such as vq_ds16_c2i.pt")
@@ -34,7 +32,7 @@ def load_llamagen(path: Path, *, device: torch.device | str = "cpu", precision: 
     model, name_of = vq_model(config), partial(_name_of, levels=len(config.ch_mult))
     huggingface.fill_model(model, state, weights=f"{path}: the weights", config="LlamaGen's network", name_of=name_of)
     network = huggingface.Normalized(model)
-    return huggingface.make_tokenizer("llamagen", model, network, config.stride, [path], device, precision, is_unit=True)
+    return huggingface.Loaded(name="llamagen", network=network, stride=config.stride, files=[path], is_unit=True)
 
 
 def config_of(state: Mapping[str, Tensor], path: Path) -> VqganConfig:
@@ -48,15 +46,16 @@ def config_of(state: Mapping[str, Tensor], path: Path) -> VqganConfig:
         ch = len(state["encoder.conv_in.bias"])
         widths = [len(state[match[0]]) for match in blocks if match[2] == "0"]
         n_embed, embed_dim = state[CODEBOOK].shape
-        return VqganConfig(
-            n_embed=n_embed,
-            embed_dim=embed_dim,
-            z_channels=len(state["encoder.conv_out.bias"]),
-            ch=ch,
-            ch_mult=tuple(width // ch for width in widths),
-            num_res_blocks=max((int(match[2]) + 1 for match in blocks), default=0),
-            attn_resolutions=(256 >> (len(widths) - 1),),
-        )
+        values = {
+            "n_embed": n_embed,
+            "embed_dim": embed_dim,
+            "z_channels": len(state["encoder.conv_out.bias"]),
+            "ch": ch,
+            "ch_mult": [width // ch for width in widths],
+            "num_res_blocks": max((int(match[2]) + 1 for match in blocks), default=0),
+            "attn_resolutions": [256 >> (len(widths) - 1)],
+        }
+        return vqgan_config(values, path)
     except (KeyError, TypeError, ValueError, TokenizerError) as error:
         raise TokenizerError(f"{path} has no tensors of LlamaGen's tokenizer ({error})") from error
 

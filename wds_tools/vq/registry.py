@@ -23,7 +23,7 @@ from wds_tools.errors import TokenizerError, UsageError, WdsToolsError, in_one_l
 from wds_tools.plugins import TOKENIZERS, load_plugin, plugins
 from wds_tools.vq.base import ImageTokenizer
 from wds_tools.vq.chameleon import load_chameleon, load_emu35
-from wds_tools.vq.huggingface import load_emu3, load_glm_image, load_janus, load_vq_model
+from wds_tools.vq.huggingface import Loaded, load_emu3, load_glm_image, load_janus, load_vq_model
 from wds_tools.vq.llamagen import load_llamagen
 from wds_tools.vq.quantize import CodebookTokenizer, Precision
 from wds_tools.vq.tiny import BUNDLED, load_tiny
@@ -54,14 +54,24 @@ def load_tokenizer(
         TokenizerError: the weights are missing, unsafe or do not fit their configuration.
         MissingPackage: the tokenizer needs a package that is not installed.
     """
-    loader = _loader(name)
+    if name not in tokenizer_names():
+        raise UsageError(f"unknown tokenizer {name!r}: expected one of {', '.join(tokenizer_names())}")
+    if weights is None and name in LOADERS:
+        raise UsageError(f"tokenizer {name} needs weights: {LOADERS[name][1]}")
+    plugin: Loader | None = None if name in ("tiny", *LOADERS) else load_plugin(TOKENIZERS, name, TokenizerError)
     if precision not in get_args(Precision):
         raise UsageError(f"unknown precision {precision!r}: expected one of {', '.join(get_args(Precision))}")
     found = find_device(device)
     if precision == "tf32" and found.type != "cuda":
         raise UsageError(f"precision tf32 is a mode of NVIDIA GPUs, and the device is {found}: use fp32 or bf16")
     try:
-        tokenizer = loader(None if weights is None else Path(weights), found, cast(Precision, precision))
+        path, exactly = Path(weights or BUNDLED), cast(Precision, precision)
+        if plugin is not None:
+            tokenizer = plugin(None if weights is None else path, found, exactly)
+        elif name == "tiny":
+            tokenizer = load_tiny(path, device=found, precision=exactly)
+        else:
+            tokenizer = LOADERS[name][0](path).tokenizer(found, exactly)
     except (WdsToolsError, torch.OutOfMemoryError):
         raise
     except Exception as error:
@@ -77,7 +87,7 @@ def load_tokenizer(
 
 def tokenizer_names() -> list[str]:
     """What `load_tokenizer` knows: ours, and those of installed packages."""
-    return sorted({*LOADERS, *plugins(TOKENIZERS)})
+    return sorted({"tiny", *LOADERS, *plugins(TOKENIZERS)})
 
 
 def find_device(device: str) -> torch.device:
@@ -97,35 +107,13 @@ def find_device(device: str) -> torch.device:
     return found
 
 
-def _loader(name: str) -> Loader:
-    if name in LOADERS:
-        return LOADERS[name]
-    if name not in tokenizer_names():
-        raise UsageError(f"unknown tokenizer {name!r}: expected one of {', '.join(tokenizer_names())}")
-    return cast(Loader, load_plugin(TOKENIZERS, name, TokenizerError))
-
-
-def _tiny(weights: Path | None, device: torch.device, precision: Precision) -> ImageTokenizer:
-    return load_tiny(BUNDLED if weights is None else weights, device=device, precision=precision)
-
-
-def _from_path(name: str, load: Callable[..., ImageTokenizer], what: str) -> Loader:
-    def loader(weights: Path | None, device: torch.device, precision: Precision) -> ImageTokenizer:
-        if weights is None:
-            raise UsageError(f"tokenizer {name} needs weights: {what}")
-        return load(weights, device=device, precision=precision)
-
-    return loader
-
-
-LOADERS: dict[str, Loader] = {
-    "tiny": _tiny,
-    "chameleon": _from_path("chameleon", load_chameleon, "a folder with vqgan.yaml and vqgan.ckpt, or of transformers"),
-    "emu3": _from_path("emu3", load_emu3, "a folder with transformers' Emu3VQVAE"),
-    "emu35": _from_path("emu35", load_emu35, "a folder with Emu3.5's config.yaml and model.ckpt, or transformers' Apertus 1.5"),
-    "glm-image": _from_path("glm-image", load_glm_image, "a folder of GLM-Image"),
-    "janus": _from_path("janus", load_janus, "a folder with transformers' JanusVQVAE"),
-    "llamagen": _from_path("llamagen", load_llamagen, "LlamaGen's vq_ds16_c2i.pt, or another of its tokenizers"),
-    "vqmodel": _from_path("vqmodel", load_vq_model, "a folder with a diffusers VQModel"),
+LOADERS: dict[str, tuple[Callable[[Path], Loaded], str]] = {
+    "chameleon": (load_chameleon, "a folder with vqgan.yaml and vqgan.ckpt, or of transformers"),
+    "emu3": (load_emu3, "a folder with transformers' Emu3VQVAE"),
+    "emu35": (load_emu35, "a folder with Emu3.5's config.yaml and model.ckpt, or transformers' Apertus 1.5"),
+    "glm-image": (load_glm_image, "a folder of GLM-Image"),
+    "janus": (load_janus, "a folder with transformers' JanusVQVAE"),
+    "llamagen": (load_llamagen, "LlamaGen's vq_ds16_c2i.pt, or another of its tokenizers"),
+    "vqmodel": (load_vq_model, "a folder with a diffusers VQModel"),
 }
-"""Name -> loader; the one place to add a tokenizer of ours."""
+"""Name -> what loads it, and the weights that it needs: the one place to add a tokenizer of ours."""

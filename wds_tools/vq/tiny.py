@@ -12,8 +12,9 @@ VQ autoencoders with straight-through gradients: van den Oord et al. 2017, arXiv
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,32 +28,27 @@ from wds_tools.vq.quantize import CodebookTokenizer, Precision, hash_files
 BUNDLED = Path(__file__).parent / "weights" / "tiny.safetensors"
 STRIDE = 16
 _METADATA_KEY = "tiny_vq"
+_Size = Annotated[int, range(1, 65537)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TinyConfig:
     """Shape of the network; saved with the weights."""
 
-    codebook_size: int = 4096
+    codebook_size: _Size = 4096
     """Number of codebook entries."""
-    latent_dim: int = 16
+    latent_dim: _Size = 16
     """Numbers per codebook entry."""
-    enc8: int = 64
+    enc8: _Size = 64
     """Encoder channels at 1/8 of the resolution."""
-    enc16: int = 160
+    enc16: _Size = 160
     """Encoder channels at 1/16."""
-    dec16: int = 208
+    dec16: _Size = 208
     """Decoder channels at 1/16."""
-    dec8: int = 80
+    dec8: _Size = 80
     """Decoder channels at 1/8."""
-    dec4: int = 48
+    dec4: _Size = 48
     """Decoder channels at 1/4."""
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if type(value) is not int or not 1 <= value <= 65536:
-                raise ValueError(f"{field.name}={value!r}: expected a whole number from 1 to 65536")
 
 
 class _Residual(nn.Module):

@@ -12,16 +12,14 @@ from typing import Any
 from wds_tools.errors import Reject, UsageError
 from wds_tools.sources.containers import Unit
 from wds_tools.sources.record import InputFile, Record, file_records
+from wds_tools.sources.text.compression import read_pieces
 from wds_tools.sources.text.delimited import read_rows
 from wds_tools.sources.text.elements import split_elements
-from wds_tools.sources.text.gzip import decompress_gzip
 from wds_tools.sources.text.lines import number_lines
 from wds_tools.sources.text.objects import fields_of
-from wds_tools.sources.text.zstd import decompress
 from wds_tools.storage import open_store, split_url
 
-_READ_BYTES = 1 << 20
-_SEPARATORS = {"csv": ",", "tsv": "\t"}
+_SEPARATORS = {"csv": ",;\t|", "tsv": "\t"}
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,8 @@ class _Chunks:
         self._read_bytes = self._taken_bytes = 0
 
     def __iter__(self) -> Iterator[bytes]:
-        for data, read_bytes in self._pieces():
+        root, name = split_url(self._url)
+        for data, read_bytes in read_pieces(lambda: open_store(root).open(name), self._compression):
             self._read_bytes = read_bytes
             if data:
                 yield data
@@ -80,18 +79,3 @@ class _Chunks:
         new = self._read_bytes - self._taken_bytes
         self._taken_bytes = self._read_bytes
         return new
-
-    def _pieces(self) -> Iterator[tuple[bytes, int]]:
-        root, name = split_url(self._url)
-        store = open_store(root)
-        if self._compression == "gz":
-            yield from decompress_gzip(lambda: store.open(name))
-            return
-        with store.open(name) as stream:
-            if self._compression == "zst":
-                yield from decompress(stream)
-                return
-            read_bytes = 0
-            while data := stream.read(_READ_BYTES):
-                read_bytes += len(data)
-                yield data, read_bytes

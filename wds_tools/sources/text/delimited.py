@@ -8,7 +8,9 @@ Memory: a row, which has MAX_ROW_BYTES and MAX_ROW_SEPARATORS at most.
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import Any
 
 from wds_tools.errors import Reject
@@ -21,17 +23,21 @@ _BOM = b"\xef\xbb\xbf"
 csv.field_size_limit(MAX_ROW_BYTES)
 
 
-def read_rows(chunks: Iterable[bytes], separator: str) -> Iterator[tuple[int, dict[str, Any] | Reject]]:
+def read_rows(chunks: Iterable[bytes], separators: str) -> Iterator[tuple[int, dict[str, Any] | Reject]]:
     """(line where it begins, from 1; field -> text) of each row behind the header.
 
     Args:
         chunks: the text, in any pieces.
-        separator: of fields.
+        separators: those that it may have: the one that the first line has most often, of several the first.
 
     Raises:
         Reject: "bad_header": the first row is none, or has more than MAX_COLUMNS fields; or what `chunks` raises.
     """
-    lines = _Lines(chunks, separator)
+    rest = split_lines(chunks)
+    first = next(rest, b"")
+    unquoted = re.sub(rb'"[^"]*"', b"", first or b"")
+    separator = max(separators, key=lambda each: unquoted.count(each.encode()))
+    lines = _Lines(chain((first,), rest), separator)
     rows = csv.reader(lines, delimiter=separator, strict=True)
     header: list[str] = []
     while True:
@@ -62,8 +68,8 @@ class _TooLong(Exception):
 class _Lines:
     """Lines as the csv module wants them; bytes that are not UTF-8 are lone surrogates. Goes on behind what it raises."""
 
-    def __init__(self, chunks: Iterable[bytes], separator: str) -> None:
-        self._lines = split_lines(chunks)
+    def __init__(self, lines: Iterator[bytes | None], separator: str) -> None:
+        self._lines = lines
         self._separator = separator.encode()
         self._is_first = True
         self.begin_row()

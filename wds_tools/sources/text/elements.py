@@ -19,8 +19,11 @@ from wds_tools.storage import open_store, split_url
 
 _READ_BYTES = 4 << 20
 _RANGE_BYTES = 64 << 20
-_TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{},]|[^\s\[\]{},:"]+|"', re.DOTALL)
+_STRING = rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
+_TOKEN = re.compile(rb"[\s:]*+(" + _STRING + rb'|[\[\]{},]|[^\s\[\]{},:"]++|")', re.DOTALL)
 """A string, a mark, any other value; a quote alone is where a string begins that has no end yet."""
+_INSIDE = re.compile(rb"(?:" + _STRING + rb'|[^"\[\]{}]++)*+([\[{]++|[\]}]++|")', re.DOTALL)
+"""In an element: all up to the next brackets, as many as there are, or to such a quote."""
 
 
 @dataclass(frozen=True)
@@ -111,28 +114,33 @@ def _elements(chunks: Iterable[bytes]) -> Iterator[tuple[int, int]]:
     is_empty, is_closed = True, False
     chunks = iter(chunks)
     while True:
-        at = len(buffer)
-        for token in _TOKEN.finditer(buffer):
-            mark = token[0]
+        at = 0
+        while found := (_INSIDE if depth > 1 else _TOKEN).match(buffer, at):
+            mark, start, at = found[1], found.start(1), found.end()
             if mark == b'"':
-                at = token.start()
+                at = start
                 break
+            if depth > 1:
+                num_closed = 0 if mark[0] in b"[{" else min(len(mark), depth - 1)
+                depth += -num_closed or len(mark)
+                at = start + num_closed if num_closed else at
+                continue
             if mark in b"[{" and not is_closed:
                 depth += 1
                 if depth == 1:
-                    begin, is_empty = base + token.end(), True
+                    begin, is_empty = base + at, True
                     continue
-            elif mark in b"]}" and depth > 1:
-                depth -= 1
             elif depth == 1 and mark in b",]":
                 if mark == b"," or count or not is_empty:
-                    yield begin, base + token.start()
+                    yield begin, base + start
                     count += 1
-                begin, is_empty = base + token.end(), True
+                begin, is_empty = base + at, True
                 is_closed = mark == b"]"
                 depth -= is_closed
                 continue
             is_empty = False
+        else:
+            at = len(buffer)
         buffer, base = buffer[at:], base + at
         chunk = next(chunks, b"")
         if not chunk or len(buffer) > MAX_LINE_BYTES:
