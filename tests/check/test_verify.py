@@ -252,7 +252,7 @@ def test_codes_nobody_vouches_for_are_found(tmp_path: Path) -> None:
 
 def test_a_sample_that_breaks_the_schema_is_one_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("wds_tools.format.shard.validate", lambda _: None)
+        patch.setattr("wds_tools.format.shard.validate", lambda *_: None)
         broken = Sample(key="b", data_type="poem", text="x")
         make_dataset(tmp_path / "set", [text_sample(1), broken, text_sample(2)])
     (problem,) = problems(tmp_path / "set")
