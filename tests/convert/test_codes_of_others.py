@@ -103,10 +103,10 @@ SEVERAL = np.stack([WIDE % 64] * 4, -1)
 def test_codes_in_one_dimension_and_of_several_codebooks_keep_their_layout(codes: Row, layout: str, expected: Any) -> None:
     config = CodedConfig(input=("in",), output="out", layout=layout, mode="cc256")
     sample = config.make_converter().convert("a", {"text": "a dog", **codes}, "in/rows.jsonl")
-    validate(sample, code_layouts(config.code_columns([])))
+    validate(sample, code_layouts(config.code_columns(())))
     assert (sample.data_type, sample.width, list(sample.codes)) == ("image_text", None, ["vqcode_256"])
     assert np.array_equal(sample.codes["vqcode_256"], expected)
-    made = config.code_columns([])["vqcode_256"]
+    made = config.code_columns(())["vqcode_256"]
     assert (made["layout"], made["stride"]) == (layout, 16 if layout == "hwk" else None)
 
 

@@ -60,7 +60,7 @@ PUBLIC = {
     "wds_tools.jobs": ["Advance", "Job", "JobOptions", "Report", "ShardLimits", "TaskWriter", "Work", "run_job"],
     "wds_tools.sources": ["InputFile", "Record", "Source", "file_records"],
     "wds_tools.storage": ["Entry", "LocalStore", "Store", "Writer", "join", "open_store", "redact", "split_url"],
-    "wds_tools.vq": ["ImageTokenizer", "load_tokenizer", "nearest"],
+    "wds_tools.vq": ["ImageTokenizer", "LayoutTokenizer", "load_tokenizer", "nearest"],
 }
 TRAIN = """
 from loaders import LoaderConfig, Source, build_loader

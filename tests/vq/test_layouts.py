@@ -22,10 +22,12 @@ from wds_tools.check.compare import CompareConfig, compare_codes
 from wds_tools.check.stats.describe import StatsConfig, stats
 from wds_tools.check.verify import VerifyConfig, verify
 from wds_tools.cli.summary import print_dataset
+from wds_tools.convert import run_conversion
+from wds_tools.convert.coded import CodedConfig
 from wds_tools.dataset.reader import read_manifest
 from wds_tools.encode.encode import EncodeConfig, encode
 from wds_tools.errors import FormatError, TokenizerError, UsageError
-from wds_tools.export.hf import ExportConfig, export_hf
+from wds_tools.export.hf import ExportConfig, ParquetConfig, export_hf, export_parquet
 from wds_tools.format.codes import CodeGrid
 from wds_tools.format.manifest import serialize_manifest
 from wds_tools.format.schema import Sample, SourceImage
@@ -322,6 +324,18 @@ def test_liquids_columns_take_no_other_layout(folder: Path) -> None:
     run(folder, "line", "line512", mode="cc512", sft_mode="cc512", keep_images=False)
     with pytest.raises(UsageError, match=r"vqcode_512 has 512 codes \(n\), and Liquid's columns have a place for \(h, w\)"):
         export_hf(ExportConfig(input=(str(folder / "line512"),), output=str(folder / "hf"), quiet=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_they_go_to_typed_parquet_and_come_back_in_their_layout(folder: Path, tmp_path: Path, name: str) -> None:
+    export_parquet(ParquetConfig(input=(str(folder / name),), output=str(tmp_path / "table"), quiet=True))
+    back = run_conversion(CodedConfig(input=(str(tmp_path / "table"),), output=str(tmp_path / "back"), quiet=True))
+    first, again = read_samples(folder / name), read_samples(tmp_path / "back")
+    assert back.layouts == {COLUMN: LAYOUTS[name]}
+    for a, b in zip(first, again, strict=True):
+        assert [array.dtype for array in a.codes.values()] == [array.dtype for array in b.codes.values()]
+        assert all(map(np.array_equal, a.codes.values(), b.codes.values()))
+        assert (a.grids, a.images, a.text) == (b.grids, b.images, b.text)
 
 
 @pytest.mark.parametrize("name", NAMES)

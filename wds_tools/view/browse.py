@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from wds_tools.dataset.samples import PartialSample, SampleReader, is_small, is_text
 from wds_tools.errors import DataError, FormatError
 from wds_tools.format.checksum import crc32
-from wds_tools.format.codes import CodeGrid
+from wds_tools.format.codes import HW, CodeGrid
 from wds_tools.format.manifest import Manifest
 from wds_tools.format.schema import ANY_MEMBERS, Sample, validate
 from wds_tools.format.shard import sample_from_members
@@ -95,8 +95,7 @@ def sample(reader: SampleReader, number: int, rows: TokenRows | None = None) -> 
         shown |= rows.shown(partial) | {
             "text": "",
             "grids": [
-                {"column": COLUMN, "image": image, "is_guess": guess, **_grid(codes, rows.layout)}
-                for image, (codes, guess) in grids
+                {"column": COLUMN, "image": image, "is_guess": guess, **_grid(codes, HW)} for image, (codes, guess) in grids
             ],
         }
     return shown
@@ -132,7 +131,7 @@ def card(partial: PartialSample, manifest: Manifest, needle: str = "", rows: Tok
 
 
 def codes_of(reader: SampleReader, number: int, column: str, image: int = 0, rows: TokenRows | None = None) -> NDArray[Any]:
-    """The codes of a sample, or of one of several images, as they are stored; or of one in a row of tokens.
+    """The codes of a sample, or of one of several images, or of a row of tokens, as they are stored.
 
     Raises:
         UsageError: there is no such sample.

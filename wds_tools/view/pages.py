@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
@@ -119,12 +119,9 @@ class Pages:
         self._store = store
         self._rejects = Rejects(store)
         self._tokenizer = None if config.text_tokenizer is None else TextTokenizer(config.text_tokenizer)
-        self._rows: TokenRows | None = None
-        if manifest.token_rows is not None:
-            manifest = replace(manifest, codes={COLUMN: manifest.source.get("codes") or {}})
-            self._rows = TokenRows(manifest.token_rows or {}, self._tokenizer, manifest.layout(COLUMN))
-        self._layout = manifest.layout
-        self._pictures = Pictures(manifest, config.weights, config.device)
+        self._rows = None if (rows := manifest.token_rows) is None else TokenRows(rows, self._tokenizer)
+        made = {COLUMN: manifest.source.get("codes") or {}} if self._rows else manifest.codes
+        self._pictures = Pictures(made, config.weights, config.device)
         self._stats: Stats | None = None
         self._stats_lock = threading.Lock()
         self.version = manifest.fingerprint().removeprefix("sha256:")[:16]
@@ -209,7 +206,7 @@ class Pages:
 
     def _usage(self, request: Request, number: str, column: str) -> Answer:
         """How often each code of a grid was used, in the part of the dataset that the report is of."""
-        codes = self._cells(number, column, request.number("image"))
+        codes = self._cells(number, column, request)
         use = self._sampled().count.codes.get(column)
         counts = np.zeros(1, np.int64) if use is None else use.counts
         seen = np.where(codes < len(counts), counts[np.minimum(codes, len(counts) - 1)], 0)
@@ -222,14 +219,13 @@ class Pages:
         return _png(self._pictures.decoded(kept_as, codes, is_small=is_small, is_wanted=request.is_wanted))
 
     def _code_map(self, request: Request, number: str, column: str) -> Answer:
-        return _png(code_map(self._cells(number, column, request.number("image"))))
+        return _png(code_map(self._cells(number, column, request)))
 
     def _codes(self, number: str, column: str, image: int) -> NDArray[Any]:
         return browse.codes_of(self.reader, int(number), column, image, self._rows)
 
-    def _cells(self, number: str, column: str, image: int) -> NDArray[Any]:
-        """The codes in rows and columns, to be drawn. Raises DataError: they are floats."""
-        return self._layout(column).cells(self._codes(number, column, image))
+    def _cells(self, number: str, column: str, request: Request) -> NDArray[Any]:
+        return self.reader.manifest.layout(column).cells(self._codes(number, column, request.number("image")))
 
     def _image(self, request: Request, number: str) -> Answer:
         """The source image, piece by piece as it is sent."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from wds_tools.check.stats.png import png_bytes
 from wds_tools.errors import DataError, UsageError, WorkerDied
 from wds_tools.format.codes import CodeGrid
-from wds_tools.format.manifest import Manifest
+from wds_tools.format.manifest import code_layouts
 from wds_tools.run.local import exit_with_parent, stops_held
 from wds_tools.storage.recent import Recent
 
@@ -62,13 +62,13 @@ class Pictures:
     """Makes and keeps pictures, for many threads.
 
     Args:
-        manifest: what says of each code column which tokenizer made it, and its layout.
+        codes: the manifest's provenance of the code columns.
         weights: path of the tokenizer's weights; None for those that come with it.
         device: what decodes, as load_tokenizer takes it.
     """
 
-    def __init__(self, manifest: Manifest, weights: str | None, device: str) -> None:
-        self._manifest = manifest
+    def __init__(self, codes: Mapping[str, Mapping[str, Any]], weights: str | None, device: str) -> None:
+        self._codes, self._layouts = codes, code_layouts(codes)
         self._weights = weights
         self._device = device
         self._turn = threading.Lock()
@@ -119,14 +119,12 @@ class Pictures:
                 self._process.shutdown()
 
     def _decoder(self, column: str) -> Decoder:
-        provenance = self._manifest.codes.get(column) or {}
+        provenance = self._codes.get(column) or {}
         name, weights_hash = provenance.get("tokenizer"), provenance.get("weights_hash")
         if not isinstance(name, str):
             raise UsageError(f"the manifest does not say which tokenizer made {column}: its pictures can't be decoded")
         stated = None if weights_hash is None else str(weights_hash)
-        return Decoder(
-            name=name, weights=self._weights, device=self._device, weights_hash=stated, layout=self._manifest.layout(column)
-        )
+        return Decoder(name=name, weights=self._weights, device=self._device, weights_hash=stated, layout=self._layouts[column])
 
     def _ask(self, decoder: Decoder, codes: NDArray[Any], is_small: bool) -> bytes:
         if self._process is None:
@@ -175,6 +173,7 @@ def _picture(decoder: Decoder, codes: NDArray[Any], is_small: bool) -> bytes:
 
     if codes.size == 0:
         raise DataError("an empty grid has no picture")
+    decoder.layout.shapes_of("the picture", codes, None)  # codes in a row of tokens have lost theirs
     pixels_HW3: NDArray[np.uint8] = _load(decoder).decode(to_tensor(codes, decoder.layout)[None])[0].cpu().numpy()
     if is_small:  # the mean of every 2 x 2 pixels; sides are even, as multiples of a stride
         H, W, _ = pixels_HW3.shape

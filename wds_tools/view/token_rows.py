@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 
 from wds_tools.check.token_rows import check_row
 from wds_tools.dataset.samples import PartialSample
-from wds_tools.format.codes import HW, CodeGrid
 from wds_tools.format.schema import TOKEN_MEMBERS
 from wds_tools.format.shard import parse_npy
 from wds_tools.sequences.tokenizer import TextTokenizer
@@ -46,11 +45,10 @@ class TokenRows:
     Args:
         rows: `source.rows` of its manifest.
         tokenizer: turns ids into text; None: ids are shown.
-        layout: of the codes of an image; those of any other than (h, w) are one line.
     """
 
-    def __init__(self, rows: Mapping[str, Any], tokenizer: TextTokenizer | None, layout: CodeGrid = HW) -> None:
-        self._rows, self._tokenizer, self.layout = rows, tokenizer, layout
+    def __init__(self, rows: Mapping[str, Any], tokenizer: TextTokenizer | None) -> None:
+        self._rows, self._tokenizer = rows, tokenizer
         spans = rows.get("code_ids") or [(rows["text_size"], rows["vocabulary_size"] - rows["text_size"])]
         firsts, counts = np.array(spans, np.int64).T
         order = np.argsort(firsts)
@@ -95,9 +93,6 @@ class TokenRows:
         found = []
         for begin, end, width in (run for segment in segments for run in segment if run.width):
             own = codes[begin:end][codes[begin:end] != _NO_CODE]
-            if self.layout.layout != HW.layout:
-                found.append((own, False))
-                continue
             is_line, height = len(own) == width, len(own) // width
             if is_line:
                 height = next(side for side in range(math.isqrt(width), 0, -1) if width % side == 0)
