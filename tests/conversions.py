@@ -67,6 +67,38 @@ def _encoded(folder: Path) -> Words:
     return ["conversations", "--input", source, "--task-lines", "2", "--encode", "tiny", "--device", "cpu"]
 
 
+def _page(number: int) -> dict[str, Any]:
+    """An interleaved document in one of several layouts."""
+    first, second = (f"images/{image % NUM_RECORDS}.jpg" for image in (number, number + 1))
+    texts = [f"Page {number}.", f"It ends {number}."]
+    places = [{"image_name": first, "matched_text_index": 1}, {"image_name": second, "matched_text_index": 0}]
+    kinds: list[dict[str, Any]] = [
+        {"texts": [texts[0], None, None, texts[1]], "images": [None, first, second, None]},
+        {"text_list": texts, "image_info": places if number != 5 else [{"image_name": "gone.jpg", "matched_text_index": 0}]},
+        {"text": f"{texts[0]} <image> {texts[1]}", "images": [first]},
+        {"content": [{"type": "text", "text": texts[0]}, {"type": "image", "image": second}]},
+    ]
+    return {"id": number, **kinds[number % len(kinds)]}
+
+
+def _interleaved(folder: Path) -> Words:
+    _talks(folder)
+    source = write_jsonl(folder / "pages.jsonl", map(_page, range(NUM_RECORDS)))
+    words: Words = ["interleaved", "--input", source, "--task-lines", "3", "--keep", "number=id"]
+    return [*words, "--encode", "tiny", "--device", "cpu", "--sft-mode", "multi64"]
+
+
+def _edits_in_parquet(folder: Path) -> Words:
+    folder.mkdir()
+    rows = []
+    for i in range(NUM_RECORDS):
+        source, edited = image_bytes(i), image_bytes(i + 50)[: 100 if i == 5 else None]
+        structs = {"source_img": {"bytes": source, "path": None}, "target_img": {"bytes": edited, "path": None}}
+        rows.append({**structs, "instruction": f"Edit {i}.", "mask_img": image_bytes(i + 90)})
+    pq.write_table(pa.Table.from_pylist(rows), folder / "edits.parquet", row_group_size=3)
+    return ["conversations", "--input", folder, "--task-records", "3", "--drop", "mask_img"]
+
+
 def _rows() -> list[dict[str, Any]]:
     absent = dict.fromkeys(("vqcode_multi768", "width", "height"), "no")
     rows = [{"data_type": "image_text", "text": f"caption {i}", "length": 1, **absent} for i in range(NUM_RECORDS)]
@@ -123,6 +155,8 @@ CONVERSIONS: dict[str, Callable[[Path], Words]] = {
     "documents": _documents,
     "conversations": _conversations,
     "conversations that are encoded": _encoded,
+    "interleaved documents that are encoded": _interleaved,
+    "edits in Parquet": _edits_in_parquet,
     "rows of Liquid": _coded,
     "codes of others": _codes,
     "pairs in tars": _pairs_in_tars,

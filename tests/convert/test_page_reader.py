@@ -68,8 +68,11 @@ def test_every_layout_gives_the_text_with_its_images_in_their_places(record: Rec
         ({"text": "A <image> and <image>", "images": ["a.jpg"]}, "image_marks: 2 <image> marks, 1 images"),
         ({"text": "The tag <image> is not HTML."}, "image_marks: 1 <image> marks, 0 images"),
         ({"texts": ["A <image>", None], "images": [None, "a.jpg"]}, "image_marks: a text in texts holds <image>"),
-        ({"texts": ["A", None, None], "images": [None, "a.jpg"]}, "image_marks: texts has 3 places, and there are 2 of images"),
-        ({"texts": ["A", "B"], "images": [None, "a.jpg"]}, "image_marks: place 1 of texts has a text and an image"),
+        ({"texts": ["A", None, None], "images": [None, "a.jpg"]}, "image_marks: texts has 3 places, its images 2: expected"),
+        (
+            {"texts": ["A", "B"], "images": [None, "a.jpg"]},
+            "image_marks: texts has 2 places, its images 2: expected as many, and at",
+        ),
         ({"text_list": ["A <image>"], "image_info": [at(0, image_name="a.jpg")]}, "image_marks: a text in text_list holds"),
         ({"text_list": ["A"], "image_info": [at(1, image_name="a.jpg")]}, "image_marks: matched_text_index is 1, expected the"),
         ({"text_list": ["A"], "image_info": [at(None, image_name="a.jpg")]}, "image_marks: matched_text_index is None"),

@@ -21,7 +21,9 @@ class Config(Printed):
 
     input: tyro.conf.Positional[tuple[str, ...]]
     """Files, folders or patterns; paths or URLs."""
-    converter: Annotated[Literal["pairs", "documents", "conversations", "coded"] | None, tyro.conf.arg(name="as")] = None
+    converter: Annotated[
+        Literal["pairs", "documents", "conversations", "interleaved", "coded"] | None, tyro.conf.arg(name="as")
+    ] = None
     """What it is to become. Default: what fits."""
     image_root: tuple[str, ...] = ()
     """Folder that image paths are relative to, or tars with the images, as `convert` has it."""

@@ -12,7 +12,7 @@ others are not read: the codes are what the row has of them.
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +68,7 @@ class CodedConfig(ConvertOptions):
     """With --grid: which of the grids in an array is taken, from 0, where there are several, such as those of ten crops."""
 
     command = "convert coded"
+    field_options = ("codes", "text")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -110,11 +111,6 @@ class CodedConfig(ConvertOptions):
         names = ("mode", "codes", "text", "code_root", "grid", "crop")
         said = {name: value for name in names if (value := getattr(self, name)) not in (None, ())}
         return {**self._tokenizer_settings, **said, **super().settings}
-
-    @property
-    def named_fields(self) -> Mapping[str, Iterable[str]]:
-        """See ConvertOptions."""
-        return {**super().named_fields, "--codes": (self.codes,) if self.codes else (), "--text": self.text}
 
     def code_columns(self, files: Sequence[InputFile]) -> Mapping[str, Mapping[str, Any]]:
         """See ConvertOptions. Raises UsageError: files of `export parquet` contradict one another, or the options."""

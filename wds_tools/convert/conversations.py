@@ -10,7 +10,7 @@ LLaVA's trainers leave it out: it is kept beside the turns, as first_answer.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -44,6 +44,7 @@ class ConversationsConfig(ImageOptions):
     """Fields of the record to keep as provenance. Its id is kept always, as source_id."""
 
     command = "convert conversations"
+    field_options = ("conversations", "image", "edited", "instruction")
 
     def make_converter(self) -> Conversations:
         """The turns and the images of a record."""
@@ -54,15 +55,7 @@ class ConversationsConfig(ImageOptions):
     def settings(self) -> dict[str, Any]:
         """See ConvertOptions."""
         said = {"conversations": self.conversations, "image": self.image, "image_marks": self.image_marks}
-        edits = {name: value for name in ("edited", "instruction") if (value := getattr(self, name)) is not None}
-        return {**said, **super().settings, **edits}
-
-    @property
-    def named_fields(self) -> Mapping[str, Iterable[str]]:
-        """See ConvertOptions."""
-        named = {"--conversations": self.conversations, "--image": self.image}
-        named |= {"--edited": self.edited, "--instruction": self.instruction}
-        return {**super().named_fields, **{option: (name,) for option, name in named.items() if name is not None}}
+        return {**said, **super().settings}
 
     @property
     def modes(self) -> Mapping[str, str]:

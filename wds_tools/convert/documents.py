@@ -7,7 +7,7 @@ Cost: see benchmarks/; about half the time is decompression and JSON parsing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ class DocumentsConfig(ConvertOptions):
     """Fields with the text: the first that is there. Default: well-known names in a documented order."""
 
     command = "convert documents"
+    field_options = ("text",)
 
     def make_converter(self) -> Documents:
         """The text of a record."""
@@ -39,16 +40,6 @@ class DocumentsConfig(ConvertOptions):
         names = [*(self.text or TEXT_NAMES), *(field.removeprefix(RECORD) for _, field in self.kept), *self.drop]
         names += condition.names if condition else ()
         return tuple(sorted({*names, *(name.partition(".")[0] for name in names)}))
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """See ConvertOptions."""
-        return {**super().settings, **({"text": self.text} if self.text else {})}
-
-    @property
-    def named_fields(self) -> Mapping[str, Iterable[str]]:
-        """See ConvertOptions."""
-        return {**super().named_fields, "--text": self.text}
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,8 @@ from wds_tools.sources.inputs import by_suffix, expand_inputs
 
 NUM_AHEAD = 16
 """Records whose images are fetched at the same time."""
+MAX_SAMPLE_BYTES = 256 << 20
+"""Of all images of a sample, or those of one if `max_image_bytes` is more."""
 _PACKED = (".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip")
 
 
@@ -73,7 +75,7 @@ class ImageOptions(ConvertOptions):
     def settings(self) -> dict[str, Any]:
         """See ConvertOptions."""
         root = {"image_root": list(self.image_root), "strict_links": self.strict_links}
-        return {**root, "keep": self.keep, **asdict(self.limits)}
+        return {**root, "keep": self.keep, **asdict(self.limits), **self.said_fields}
 
 
 class ImageReader:
@@ -105,11 +107,18 @@ class ImageReader:
         return data, probe(data, self.limits)
 
     def read_all(self, records_url: str, values: Sequence[Any]) -> dict[str, Any]:
-        """The fields of a Sample that hold these images, in their order. Raises as `read`, with the number of the image."""
-        images = []
+        """The fields of a Sample that hold these images, in their order.
+
+        Raises:
+            Reject: as `read`, with the number of the image; "too_many_bytes": see MAX_SAMPLE_BYTES.
+        """
+        images: list[SourceImage] = []
+        num_bytes, most = 0, max(MAX_SAMPLE_BYTES, self.limits.max_bytes)
         for number, value in enumerate(values, 1):
             try:
                 data, info = self.read(records_url, value)
+                if (num_bytes := num_bytes + len(data)) > most:
+                    raise Reject("too_many_bytes", f"{num_bytes:,} with those before, at most {most:,} are allowed")
             except Reject as cause:
                 raise Reject(cause.reason, f"image {number} of {len(values)}: {cause.detail}") from cause
             images.append(SourceImage(data, info.extension))

@@ -96,10 +96,10 @@ def _fitting(fields: Mapping[str, Any]) -> str:
         return "conversations"
     if any(fields.get(name) for name in EDITED) and any(fields.get(name) for name in INSTRUCTIONS):
         return "conversations"
-    if any(isinstance(fields.get(name), list) for name in TEXT_LISTS) or IMAGE_MARK in str(fields.get("text")):
-        return "interleaved"
     if any(fields.get(name) not in (None, "no") for name in (*CODE_COLUMNS, *CODE_NAMES)):
         return "coded"
+    if any(isinstance(fields.get(name), list) for name in TEXT_LISTS) or IMAGE_MARK in str(fields.get("text")):
+        return "interleaved"
     return "documents" if FieldMap().image_field(fields) is None else "pairs"
 
 

@@ -7,7 +7,7 @@ A document is taken whole or not at all: one image that can't be read rejects it
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,21 +31,11 @@ class InterleavedConfig(ImageOptions):
     """With --encode: size of the images, as `convert pairs --mode` has it: ccN, multiN or fitN."""
 
     command = "convert interleaved"
+    field_options = ("text", "image")
 
     def make_converter(self) -> Interleaved:
         """The text and the images of a record."""
         return Interleaved(PageReader(self.text, self.image, tuple(self.spared)), ImageReader(self))
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """See ConvertOptions."""
-        return {"text": self.text, "image": self.image, **super().settings}
-
-    @property
-    def named_fields(self) -> Mapping[str, Iterable[str]]:
-        """See ConvertOptions."""
-        named = {"--text": self.text, "--image": self.image}
-        return {**super().named_fields, **{option: (name,) for option, name in named.items() if name is not None}}
 
     @property
     def modes(self) -> Mapping[str, str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Protocol, cast
+from typing import Any, ClassVar, Protocol, cast
 
 from wds_tools.errors import FormatError, UsageError
 from wds_tools.format.schema import MAX_KEY_BYTES, Sample, check_key
@@ -86,6 +86,8 @@ class ConvertOptions(JobOptions):
 
     command = ""
     """Name of the command, written into the manifest."""
+    field_options: ClassVar[tuple[str, ...]] = ()
+    """Those of its options that name fields of records."""
     image_facts = cast("ImageFacts | None", None)
     """What --where and --keep may ask of a sample's image: FACTS by name. None: there are no images."""
 
@@ -129,7 +131,9 @@ class ConvertOptions(JobOptions):
     def named_fields(self) -> Mapping[str, Iterable[str]]:
         """Option -> fields that it names, which have to be in the first records; those of --keep are asked for only."""
         kept = [field.removeprefix(RECORD) for _, field in self.kept if field not in FACTS]
-        return {"--drop": self.drop, "--where": () if (condition := self.condition) is None else condition.names, "--keep": kept}
+        named: dict[str, Any] = {f"--{name}": value for name, value in self.said_fields.items()}
+        named |= {"--drop": self.drop, "--keep": kept, "--where": condition.names if (condition := self.condition) else ()}
+        return {option: (value,) if isinstance(value, str) else value for option, value in named.items()}
 
     @property
     def columns(self) -> tuple[str, ...] | None:
@@ -147,7 +151,12 @@ class ConvertOptions(JobOptions):
     @property
     def settings(self) -> dict[str, Any]:
         """What decides on a byte of the output, beside the input and the options of any job; JSON values."""
-        return {"keep": self.keep}
+        return {"keep": self.keep, **self.said_fields}
+
+    @property
+    def said_fields(self) -> dict[str, Any]:
+        """The options of `field_options` that are given."""
+        return {name: value for name in self.field_options if (value := getattr(self, name))}
 
     @property
     def modes(self) -> Mapping[str, str]:

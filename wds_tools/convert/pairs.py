@@ -37,6 +37,7 @@ class PairsConfig(ImageOptions):
     """Several captions, NAME=FIELD each, all of which are kept, under these names; null where a record has none."""
 
     command = "convert pairs"
+    field_options = ("image", "text")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -55,8 +56,7 @@ class PairsConfig(ImageOptions):
     @property
     def settings(self) -> dict[str, Any]:
         """See ConvertOptions."""
-        fields = {name: value for name in ("image", "text", "texts") if (value := getattr(self, name))}
-        return {"mode": self.mode, **super().settings, **fields}
+        return {"mode": self.mode, **super().settings, **({"texts": self.texts} if self.texts else {})}
 
     @property
     def modes(self) -> Mapping[str, str]:
@@ -66,9 +66,7 @@ class PairsConfig(ImageOptions):
     @property
     def named_fields(self) -> Mapping[str, Iterable[str]]:
         """See ConvertOptions."""
-        texts = [field for _, field in self.field_map.texts]
-        image = () if self.image is None else (self.image,)
-        return {**super().named_fields, "--image": image, "--text": self.text, "--texts": texts}
+        return {**super().named_fields, "--texts": [field for _, field in self.field_map.texts]}
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import posixpath
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any, Final, NamedTuple
 
 from wds_tools.errors import Reject
@@ -65,10 +66,10 @@ class PageReader:
         if text is None:
             known = ", ".join(list(record)[:8])[:200] or "none"
             raise Reject("missing_field", f"no {', '.join(names[:6])} or the like; the fields are: {known}; see --text")
-        value, fields = value_of(record, text), self._image_fields(record)
-        own = [image for field in fields for image in given_in(value_of(record, field))]
+        (fields, images), parts = self._images(record), [{"content": value_of(record, text)}]
+        own = given_in(images)
         named = {name for image in own if (name := _member_named(record, image))}
-        TalkReader(left_out=self.left_out).check_unused(record, [{"content": value}], own, {text, *fields, *named})
+        TalkReader(left_out=self.left_out).check_unused(record, parts, own, {text, *fields, *named})
         return {"text": text, **({"image": ", ".join(fields)} if fields else {})}
 
     def read(self, record: Mapping[str, Any]) -> Page:
@@ -79,9 +80,7 @@ class PageReader:
                 a text beside images that have places, or lists of different lengths.
         """
         name = self.roles(record)["text"]
-        texts, images = value_of(record, name), [value_of(record, field) for field in self._image_fields(record)]
-        if len(images) == 1 and isinstance(images[0], list):
-            (images,) = images
+        texts, (_, images) = value_of(record, name), self._images(record)
         places: list[Any] = []
         if isinstance(texts, str):
             places, text = [None] * texts.count(IMAGE_MARK), texts
@@ -99,16 +98,16 @@ class PageReader:
         found = filled(places, given_in(images))
         return Page(text, [record.get(_member_named(record, image), image) for image in found])
 
-    def _image_fields(self, record: Mapping[str, Any]) -> list[str]:
-        """The field with the images; or each that holds one, in their order."""
+    def _images(self, record: Mapping[str, Any]) -> tuple[list[str], list[Any]]:
+        """The field with a list of images; or each that holds one, in their order. And the list, perhaps with gaps."""
         names = IMAGE_LISTS if self.image is None else (self.image,)
         lists = [name for name in names if name not in self.left_out and given_in(value_of(record, name))]
-        if lists or self.image is not None:
-            return lists[:1]
         members = {name: int(match[1] or 0) for name in record if (match := _MEMBER.fullmatch(name))}
         found = [name for name in sorted(members, key=members.__getitem__) if isinstance(record[name], bytes | ImageFile)]
         others = [name for name in IMAGE_NAMES if is_image(record.get(name), name)]
-        return [name for name in found or others[:1] if name not in self.left_out]
+        fields = lists[:1] or [name for name in found or others[:1] if self.image is None and name not in self.left_out]
+        values = [value_of(record, field) for field in fields]
+        return fields, values[0] if len(values) == 1 and isinstance(values[0], list) else values
 
 
 def _at_sentences(name: str, texts: list[Any], images: list[Any]) -> list[Any]:
@@ -124,15 +123,11 @@ def _at_sentences(name: str, texts: list[Any], images: list[Any]) -> list[Any]:
 
 def _at_gaps(name: str, texts: list[Any], images: list[Any]) -> list[Any]:
     """Parts of two lists: at each place a text or an image."""
-    if images and len(images) != len(texts):
-        raise Reject("image_marks", f"{name} has {len(texts)} places, and there are {len(images)} of images: expected as many")
-    parts = []
-    for number, (text, image) in enumerate(zip(texts, images or [None] * len(texts), strict=True)):
-        is_image = bool(given_in([image]))
-        if text and is_image:
-            raise Reject("image_marks", f"place {number} of {name} has a text and an image, expected one of them")
-        parts.append({"type": "image", "image": image} if is_image else text)
-    return parts
+    given = [given_in([image]) for image in images]
+    if len(given) not in (0, len(texts)) or any(text and image for text, image in zip(texts, given, strict=False)):
+        what = f"{name} has {len(texts)} places, its images {len(given)}"
+        raise Reject("image_marks", f"{what}: expected as many, and at each a text or an image")
+    return [{"type": "image", "image": image[0]} if image else text for text, image in zip_longest(texts, given)]
 
 
 def _pieces(name: str, parts: list[Any], places: list[Any]) -> list[str]:
