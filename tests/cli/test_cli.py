@@ -141,7 +141,7 @@ def test_wrong_arguments_are_one_line_however_wide_the_terminal_is(
 def test_a_command_of_several_that_is_not_named_lists_them(capsys: pytest.CaptureFixture[str]) -> None:
     for said in (["convert"], ["convert", "bogus"]):
         assert main(said) == 2
-        known = "convert coded, convert conversations, convert documents, convert pairs"
+        known = "convert coded, convert conversations, convert documents, convert interleaved, convert pairs"
         assert capsys.readouterr().err == f"wds-tools: unknown command {' '.join(said)!r}: The commands are {known}\n"
 
 

@@ -18,7 +18,8 @@ from wds_tools.errors import FormatError
 from wds_tools.format.codes import HW, is_code_column
 from wds_tools.format.manifest import Manifest, code_layouts
 from wds_tools.format.schema import IMAGE_EXTENSIONS, Sample
-from wds_tools.records.coded import MADE, TYPED_FIELDS
+from wds_tools.records.coded import TYPED_FIELDS
+from wds_tools.sources.tables import MADE
 
 
 def typed_schema(pa: Any, manifests: Sequence[Manifest]) -> Any:

@@ -36,8 +36,6 @@ COLUMNS = {
 """Name -> Arrow type, in order."""
 TYPED_FIELDS = ("key", "data_type", "text", "length", "width", "height", "texts", "conversations", "provenance")
 """Of rows of `export parquet`, beside columns of codes and images: see export.typed."""
-MADE = "wds-tools.codes"
-"""In the metadata of such a file: column -> provenance, as the manifests have it, in JSON."""
 ABSENT = "no"
 IMAGE_TYPES = ("image_text", "image_text_multi")
 SIDE_512 = 512

@@ -16,7 +16,6 @@ from typing import Any
 
 from wds_tools.errors import NotFound, Reject, StorageError, UsageError
 from wds_tools.format.typed_json import read_json, shape
-from wds_tools.records.coded import MADE
 from wds_tools.records.field_map import IMAGE_NAMES
 from wds_tools.sources.arrow import load_pyarrow
 from wds_tools.sources.containers import Unit
@@ -24,6 +23,8 @@ from wds_tools.sources.record import InputFile, Record
 from wds_tools.storage import Store, join, open_store, split_url
 
 ARROW, PARQUET = ".arrow", ".parquet"
+MADE = "wds-tools.codes"
+"""In the metadata of a file of `export parquet`: column -> provenance, as the manifests have it, in JSON."""
 _READING = "reading Parquet and Arrow files"
 _STATE, _SPLITS = "state.json", "dataset_dict.json"
 _NOT_SAVED = "is not what save_to_disk writes"
