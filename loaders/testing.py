@@ -61,10 +61,11 @@ def check_resume(
         AssertionError: a restored run differs, or ranks disagree on their state or on the number of steps; says where. It is
             raised under `python -O` too.
     """
+    reference, _ = run(make, topologies[0], None, items, merge)
     begun = make(topologies[0], World()).state_dict()  # the order is that of the first batch size, wherever it goes on
-    reference, _ = run(make, topologies[0], begun, items, merge)
     for before in topologies:
-        whole, states = run(make, before, begun, items, merge)
+        is_as_first = before.batch_size == topologies[0].batch_size
+        whole, states = run(make, before, None if is_as_first else begun, items, merge)
         whole = _without_made_up(whole, states, before, reference)
         _check(whole == reference, f"{before} reads another sequence than {topologies[0]}", whole, reference)
         for step in range(0, len(states), every):
