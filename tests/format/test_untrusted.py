@@ -254,7 +254,7 @@ def test_a_state_may_hold_numbers_that_no_json_has(folder: Path) -> None:
             loader.load_state_dict({**state, **change})
 
 
-def test_the_state_behind_an_epoch_that_was_filled_up_is_taken(folder: Path) -> None:
+def test_the_state_behind_an_epoch_that_was_filled_up_goes_on_with_the_next(folder: Path) -> None:
     settings: dict[str, Any] = {"rank": 0, "world_size": 5, "last_batch": "wrap"}
     dataset = ShardDataset(str(folder), **settings)
     assert len(list(dataset)) == 5
