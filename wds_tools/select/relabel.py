@@ -25,6 +25,7 @@ from wds_tools.dataset.layout import LABELS, MANIFEST
 from wds_tools.dataset.reader import read_manifest, read_stored
 from wds_tools.errors import Reject, UsageError
 from wds_tools.format.checksum import content_hash
+from wds_tools.format.codes import CodeGrid
 from wds_tools.format.manifest import Manifest, shard_info_from_json
 from wds_tools.format.schema import Sample, validate
 from wds_tools.format.shard import encode_members, sample_from_members
@@ -103,7 +104,9 @@ def relabel(config: RelabelConfig) -> Manifest:
         settings={"input": manifest.fingerprint(), "on": config.on, "texts": config.texts, "fields": config.fields},
         tasks=tasks,
         total=manifest.samples,
-        work=WriteLabels(config.input, config.output, tuple(name for what, name in config.pairs if what == "texts")),
+        work=WriteLabels(
+            config.input, config.output, tuple(name for what, name in config.pairs if what == "texts"), manifest.layouts
+        ),
         **of_parents([config.input], [manifest], labels={"files": list(config.labels), **labels.counts}),
     )
     return run_job(job, config)
@@ -217,6 +220,8 @@ class WriteLabels:
     output: str
     names: tuple[str, ...]
     """Of the texts."""
+    layouts: Mapping[str, CodeGrid]
+    """Of the dataset's code columns."""
 
     def __call__(self, task: Sequence[Any], writer: TaskWriter, report: Report) -> int:
         """Write the samples with their labels; returns how many there were."""
@@ -226,7 +231,7 @@ class WriteLabels:
         shards = map(shard_info_from_json, shards)
         for stored, label in zip((stored for shard in shards for stored in read_stored(store, shard)), labels, strict=True):
             sample = self._labelled(sample_from_members(stored.key, stored.payloads), label or {})
-            validate(sample)
+            validate(sample, self.layouts)
             payloads: dict[str, bytes | memoryview] = {**stored.payloads, "json": encode_members(sample)[0][1]}
             writer.add_members(stored.key, payloads.items(), sample)
             report(Advance(units=1))

@@ -22,6 +22,7 @@ from wds_tools.dataset.output import Output, OutputSpec
 from wds_tools.dataset.reader import read_manifest
 from wds_tools.dataset.samples import SampleReader
 from wds_tools.errors import Reject, UsageError
+from wds_tools.format.codes import is_code_column
 from wds_tools.format.index import ABSENT
 from wds_tools.format.manifest import Manifest, ShardInfo, shard_info_from_json
 from wds_tools.format.schema import check_key
@@ -36,7 +37,7 @@ from wds_tools.storage import join, open_store
 from wds_tools.storage.place import check_apart
 
 SPLIT = "{split}"
-_SAME = ("tokenizer", "weights_hash", "codebook_size", "stride", "preprocessing_version")
+_SAME = ("tokenizer", "weights_hash", "layout", "codebook_size", "dtype", "stride", "preprocessing_version")
 """Of a code column's provenance, what has to be the same for codes to be mixed."""
 
 
@@ -167,12 +168,15 @@ def of_parents(urls: Sequence[str], manifests: Sequence[Manifest], **more: Any) 
         UsageError: their samples don't go together.
     """
     codes: dict[str, Mapping[str, Any]] = {}
+    known: dict[str, Mapping[str, Any]] = {}
     first = manifests[0]
     for url, manifest in zip(urls, manifests, strict=True):
         if (manifest.schema_version, manifest.token_rows) != (first.schema_version, first.token_rows):
             raise UsageError(f"{urls[0]} and {url} hold samples of different kinds, which don't go into one dataset")
-        for column, made in manifest.codes.items():
-            before = codes.setdefault(column, made)
+        codes = {**manifest.codes, **codes}
+        for column in filter(is_code_column, (member.removesuffix(".npy") for member in manifest.members)):
+            made = {**manifest.codes.get(column, {}), **asdict(manifest.layout(column))}
+            before = known.setdefault(column, made)
             if differs := [name for name in _SAME if before.get(name) != made.get(name)]:
                 raise UsageError(
                     f"{url}: {column} is of another {differs[0]} ({made.get(differs[0])}) than in an earlier input "
