@@ -92,3 +92,23 @@ def test_codes_that_lie_or_were_made_otherwise_do_not_go_into_one_column(
     for inputs in ([tmp_path / "a", tmp_path / "b"], [tmp_path / "b", tmp_path / "a"]):
         with pytest.raises(UsageError, match=message):
             select(SelectConfig(input=tuple(map(str, inputs)), output=f"{tmp_path}/both", quiet=True))
+
+
+def test_equal_values_stay_together_whatever_stands_beside_them(tmp_path: Path) -> None:
+    """Beside a fraction a column holds whole numbers as fractions too."""
+    values = [*range(20), *range(20), 0.5, 1e300, 2**60]
+    samples = [image_sample(n)._replace(provenance={"value": value}) for n, value in enumerate(values)]
+    make_dataset(tmp_path / "set", samples, shard_samples=20)
+    select(SelectConfig(input=(f"{tmp_path}/set",), output=f"{tmp_path}/{{split}}", split="a=.5,b=.5", by="value", quiet=True))
+    sides = [{sample.provenance["value"] for sample in open_dataset(f"{tmp_path}/{side}")} for side in "ab"]
+    assert not sides[0] & sides[1]
+    assert sides[0] | sides[1] == set(values)
+    labels = tmp_path / "labels.jsonl"
+    labels.write_text("".join(json.dumps({"value": float(value), "score": n}) + "\n" for n, value in enumerate(values[:42])))
+    relabel(
+        RelabelConfig(
+            input=f"{tmp_path}/set", labels=(str(labels),), on="value", fields=("score",), output=f"{tmp_path}/out", quiet=True
+        )
+    )
+    scores = [sample.provenance.get("score") for sample in open_dataset(f"{tmp_path}/out")]
+    assert scores == [*range(20), *range(20), 40, 41, None]

@@ -29,7 +29,7 @@ from wds_tools.records.fields import value_of
 from wds_tools.records.where import Where
 from wds_tools.run.local import Report, run_tasks
 from wds_tools.run.progress import Advance, Progress
-from wds_tools.select.fields import CODES_HASH, KEY, TEXT_HASH, Fields, values_of
+from wds_tools.select.fields import CODES_HASH, KEY, TEXT_HASH, Fields, as_text, values_of
 from wds_tools.sources.text.lines import number_lines
 from wds_tools.storage import open_store, split_url
 from wds_tools.storage.place import place_of
@@ -176,7 +176,7 @@ class Judge:
         )
 
     def _draw(self, value: Any) -> float:
-        return xxh3_64_intdigest(f"{self.draw}\t{value}".encode(), self.seed) / 2.0**64
+        return xxh3_64_intdigest(f"{self.draw}\t{as_text(value)}".encode(), self.seed) / 2.0**64
 
     @staticmethod
     def _ask(where: Where, columns: Mapping[str, Sequence[Any]], fates: NDArray[np.uint8]) -> None:

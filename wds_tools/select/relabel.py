@@ -32,7 +32,7 @@ from wds_tools.format.shard import encode_members, sample_from_members
 from wds_tools.jobs import Advance, Job, JobOptions, Report, TaskWriter, run_job
 from wds_tools.records.field_map import parse_pairs
 from wds_tools.records.fields import value_of
-from wds_tools.select.fields import KEY, Fields, values_of
+from wds_tools.select.fields import KEY, Fields, as_text, values_of
 from wds_tools.select.select import check_output, of_parents
 from wds_tools.sources.composite import Containers
 from wds_tools.sources.inputs import expand_inputs
@@ -135,7 +135,7 @@ class _Labels:
             table = made.read(shard, [KEY, field])
             known.update(table.column_names)
             for key, value in zip(values_of(table, KEY), values_of(table, field), strict=True):
-                digest = xxh3_128_digest(_canonical(value).encode())
+                digest = xxh3_128_digest(as_text(value).encode())
                 record = _SAMPLE + digest[8:] + self.counts["samples"].to_bytes(8, "big") + key.encode()
                 by_value.add(int.from_bytes(digest[:8], "big"), record)
                 self.counts["samples"] += 1
@@ -171,16 +171,17 @@ class _Labels:
             unseen -= row.keys()
             label: dict[str, Any] = {}
             for (what, name), taken in pairs.items():
-                if row.get(taken) in (None, ""):
+                if taken not in row or _is_blank(row[taken]):
                     continue
                 if what == "texts" and not isinstance(row[taken], str):
                     raise UsageError(f"--with {where}: {taken} is a {type(row[taken]).__name__}, expected a text")
                 label[f"{what}.{name}"] = row[taken]
-            value = _canonical(row.get(column))
             try:
-                yield value, orjson.dumps([value, label])
+                value = as_text(row.get(column))
+                line = orjson.dumps([value, label])
             except TypeError as error:
                 raise UsageError(f"--with {where}: a value can't be written as JSON ({error})") from error
+            yield value, line
         if unseen and self.counts["rows"]:
             raise UsageError(f"--with: none of the {self.counts['rows']:,} rows has the column {min(unseen)}")
 
@@ -205,11 +206,9 @@ class _Labels:
                 self._count("rows_without_sample", orjson.loads(rows[digest])[0])
 
 
-def _canonical(value: Any) -> str:
-    """A value as text, so that those of a CSV are those of a json; of none "", which is no key."""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return "" if value is None else value if isinstance(value, str) else orjson.dumps(value).decode()
+def _is_blank(value: Any) -> bool:
+    """Whether a value of a table says nothing: white space, or NaN."""
+    return not value or value.isspace() if isinstance(value, str) else value != value
 
 
 @dataclass(frozen=True)
