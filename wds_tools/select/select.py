@@ -22,9 +22,8 @@ from wds_tools.dataset.output import Output, OutputSpec
 from wds_tools.dataset.reader import read_manifest
 from wds_tools.dataset.samples import SampleReader
 from wds_tools.errors import Reject, UsageError
-from wds_tools.format.codes import is_code_column
 from wds_tools.format.index import ABSENT
-from wds_tools.format.manifest import Manifest, ShardInfo, shard_info_from_json
+from wds_tools.format.manifest import Manifest, ShardInfo, check_one_tokenizer, shard_info_from_json
 from wds_tools.format.schema import check_key
 from wds_tools.format.shard import sample_from_members, split_name
 from wds_tools.format.tar import first_name
@@ -37,8 +36,6 @@ from wds_tools.storage import join, open_store
 from wds_tools.storage.place import check_apart
 
 SPLIT = "{split}"
-_SAME = ("tokenizer", "weights_hash", "layout", "codebook_size", "dtype", "stride", "preprocessing_version")
-"""Of a code column's provenance, what has to be the same for codes to be mixed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,20 +165,12 @@ def of_parents(urls: Sequence[str], manifests: Sequence[Manifest], **more: Any) 
         UsageError: their samples don't go together.
     """
     codes: dict[str, Mapping[str, Any]] = {}
-    known: dict[str, Mapping[str, Any]] = {}
     first = manifests[0]
     for url, manifest in zip(urls, manifests, strict=True):
         if (manifest.schema_version, manifest.token_rows) != (first.schema_version, first.token_rows):
             raise UsageError(f"{urls[0]} and {url} hold samples of different kinds, which don't go into one dataset")
         codes = {**manifest.codes, **codes}
-        for column in filter(is_code_column, (member.removesuffix(".npy") for member in manifest.members)):
-            made = {**manifest.codes.get(column, {}), **asdict(manifest.layout(column))}
-            before = known.setdefault(column, made)
-            if differs := [name for name in _SAME if before.get(name) != made.get(name)]:
-                raise UsageError(
-                    f"{url}: {column} is of another {differs[0]} ({made.get(differs[0])}) than in an earlier input "
-                    f"({before.get(differs[0])}): codes of different image tokenizers don't go into one dataset"
-                )
+    check_one_tokenizer((url, made, made.code_columns) for url, made in zip(urls, manifests, strict=True))
     facts = ("samples", "inputs", "rejects", "source")
     parents = [
         {"url": url, "fingerprint": manifest.fingerprint(), **{name: getattr(manifest, name) for name in facts}}
