@@ -79,7 +79,7 @@ class Comparison:
     psnr_between_db: float | None = None
     """PSNR of B's pictures against A's, from the squared error over all; infinite if equal, None if none was decoded."""
     psnr_a_db: float | None = None
-    """PSNR of A's pictures against the photographs; None if these were not kept."""
+    """PSNR of A's pictures against the photographs; None if these were not kept, or are of another size."""
     psnr_b_db: float | None = None
     errors: dict[str, list[float]] = field(default_factory=dict, repr=False)
     """Mean squared error of each picture, by what was compared."""
@@ -210,7 +210,8 @@ def _look(result: Comparison, tokenizer: ImageTokenizer, made: Mapping[str, Any]
         if photographs:
             mode = mode_of_column(a.column).at(tokenizer.name, tokenizer.stride, made.get("min_pixels", 0))
             photograph = prepare(photographs[number].data, mode, _LIMITS)
-            pairs |= {"a": (pictures["a"], photograph), "b": (pictures["b"], photograph)}
+            if photograph.shape == pictures["a"].shape:  # codes without sides may decode to pictures of one size
+                pairs |= {"a": (pictures["a"], photograph), "b": (pictures["b"], photograph)}
         for name, (first, second) in pairs.items():
             error = float(np.square(first.astype(np.float32) - second).mean())
             result.errors.setdefault(name, []).append(error)
