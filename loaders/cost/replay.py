@@ -210,13 +210,13 @@ class _Process:
         )
 
     def _positions_of(self, step: int) -> PositionRange:
-        return PositionRange(0, *self._steps.part(step, 0))
+        return PositionRange(self._order.latest_epoch, *self._steps.part(step, 0))
 
     def cycle_samples(self) -> float:
         """How many samples of each lane it has read when it has fetched from each of them once more."""
         spec, length = self._order.spec, self._order.length
         middle = np.arange(length // 2, min(length // 2 + _SHARE_SAMPLES, length))
-        shares = np.bincount(self._order.locate(0, middle).source, minlength=len(self._sample_bytes)) / len(middle)
+        shares = np.bincount(self._order.locate(self._order.latest_epoch, middle).source, minlength=len(self._sample_bytes)) / len(middle)
         cycles = [1.0]
         for opened, share, sample_bytes in zip(self._order.sources, shares.tolist(), self._sample_bytes, strict=True):
             if not share:
