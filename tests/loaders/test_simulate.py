@@ -210,9 +210,7 @@ def test_mixtures_are_simulated_too() -> None:
     assert sample_bytes == pytest.approx(0.7 * 4096 + 0.3 * 20_000, rel=0.02)
 
 
-def test_a_run_that_goes_on_has_its_lanes_and_the_data_that_has_grown(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_that_goes_on_has_its_lanes_and_the_data_that_has_grown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before, after = ({"folder": tmp_path / name, "count": count} for name, count in (("before", 200), ("after", 300)))
     for made in (before, after):
         make_dataset(made["folder"], (text_sample(number) for number in range(made["count"])), shard_samples=10)
