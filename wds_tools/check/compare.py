@@ -94,7 +94,7 @@ def compare_codes(config: CompareConfig) -> Comparison:
     """Compare the codes of two datasets, or two code sets of one.
 
     Raises:
-        UsageError: the codes come from different tokenizers, or the datasets have no such codes.
+        UsageError: the codes come from different tokenizers, the datasets have no such codes, or the tokenizer makes no pictures of them.
         FormatError: keys do not ascend, or the grids of one image differ in size.
     """
     a, b = ((store := open_store(url), read_manifest(store)) for url in (config.a, config.b))
@@ -114,7 +114,10 @@ def compare_codes(config: CompareConfig) -> Comparison:
             is_due = num_looked_at < config.pictures and num_looked_at * every < result.samples
             if tokenizer is not None and is_due and sample_a.grids:
                 num_looked_at += 1
-                _look(result, tokenizer, columns[sample_a.column], sample_a, sample_b)
+                try:
+                    _look(result, tokenizer, columns[sample_a.column], sample_a, sample_b)
+                except UsageError as error:
+                    raise UsageError(f"{error}; --pictures 0 compares codes alone") from error
             if result.samples % _REPORT_EVERY == 0:
                 progress(Advance(units=_REPORT_EVERY, samples=_REPORT_EVERY))
     result.finish()
