@@ -259,6 +259,12 @@ class SampleOrder:
         return self.spec.length
 
     @property
+    def latest_epoch(self) -> int:
+        """The first epoch that begins no earlier than the last change."""
+        epoch, place = self.epochs.at(self.generations[-1].position)
+        return epoch + (place > 0)
+
+    @property
     def total_bytes(self) -> int:
         """Bytes of all sources' shards."""
         return sum(opened.manifest.bytes for opened in self.sources)
