@@ -105,7 +105,7 @@ def test_codes_of_a_class_without_a_decoder_can_be_compared(made: Callable[[str]
     for output in sets:
         encode(EncodeConfig(input=str(tmp_path / "in"), output=output, **given))
     wanted = CompareConfig(a=sets[0], b=sets[1], weights=weights, device="cpu", quiet=True)
-    with pytest.raises(UsageError, match="no image decoder: .*; --pictures 0 compares codes alone"):
+    with pytest.raises(UsageError, match=r"no image decoder: .*; --pictures 0 compares codes alone"):
         compare_codes(wanted)
     assert compare_codes(replace(wanted, pictures=0)).equal_codes == 16 * 16
 

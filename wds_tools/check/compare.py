@@ -94,7 +94,7 @@ def compare_codes(config: CompareConfig) -> Comparison:
     """Compare the codes of two datasets, or two code sets of one.
 
     Raises:
-        UsageError: the codes come from different tokenizers, the datasets have no such codes, or the tokenizer makes no pictures of them.
+        UsageError: the codes come from different tokenizers, or none are there, or the tokenizer makes no pictures of them.
         FormatError: keys do not ascend, or the grids of one image differ in size.
     """
     a, b = ((store := open_store(url), read_manifest(store)) for url in (config.a, config.b))
