@@ -52,9 +52,12 @@ class OpenSource:
     def origin(self) -> Origin:
         """What states and receipts say of it."""
         manifest, url = self.manifest, self.store.url
-        num_shards = len(manifest.shards)
         return self.removed or Origin(
-            url=url, fingerprint=manifest.fingerprint(), num_samples=manifest.samples, num_shards=num_shards
+            url=url,
+            fingerprint=manifest.fingerprint(),
+            num_samples=manifest.samples,
+            num_shards=len(manifest.shards),
+            name=self.source.name,
         )
 
     def first(self, num_shards: int) -> OpenSource:
