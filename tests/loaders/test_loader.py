@@ -348,11 +348,11 @@ def test_workers_that_share_lanes_are_warned_of_with_what_they_fetch(monkeypatch
 @pytest.mark.parametrize("last_batch", ["drop", "short", "wrap"])
 @pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_run_ends_with_its_last_epoch_and_fetches_nothing_of_another(
-    monkeypatch: pytest.MonkeyPatch, last_batch: Any, num_workers: int
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, last_batch: Any, num_workers: int
 ) -> None:
     monkeypatch.setattr("loaders.reading.planner.SMALL_BYTES", 0)
     monkeypatch.setattr("loaders.order.plan.SMALL_BYTES", 0)
-    url = f"memory://sets/epochs-{last_batch}-{num_workers}"
+    url = str(tmp_path)  # workers do not see what is in memory
     make_dataset(url, [pair(number) for number in range(70)], shard_samples=5)
     settings: dict[str, Any] = {
         "num_workers": num_workers,
