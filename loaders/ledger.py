@@ -12,7 +12,8 @@ import numpy as np
 from loaders.config import LoaderConfig
 from loaders.order.mask import EXCLUDED, Held
 from loaders.order.samples import SampleOrder
-from loaders.proof.receipt import MODULUS, Span, receipt_to_json
+from loaders.proof.receipt import MODULUS, RECEIPT_VERSION, Span
+from loaders.proof.state import order_to_json
 from loaders.workers.steps import StepResult
 from loaders.world import World
 from wds_tools.errors import DataError
@@ -78,17 +79,17 @@ class Ledger:
 
     def receipt(self, order: SampleOrder, masks: Sequence[Held], world: World, config: LoaderConfig) -> dict[str, Any]:
         """See Loader.receipt."""
-        return receipt_to_json(
-            order,
-            masks,
-            world,
-            config.last_batch,
-            self._spans,
-            self._num_samples,
-            self._hash_total,
-            self._substitutions,
-            self._run,
-        )
+        return {
+            **order_to_json(order, masks, RECEIPT_VERSION),
+            "run": self._run,
+            "rank": world.rank,
+            "world_size": world.world_size,
+            "last_batch": config.last_batch,
+            "spans": list(map(list, self._spans)),
+            "num_samples": self._num_samples,
+            "hash_total": f"{self._hash_total:032x}",
+            "substitutions": list(map(dict, self._substitutions)),
+        }
 
     def stats(self) -> dict[str, float]:
         """See Loader.stats."""

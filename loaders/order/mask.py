@@ -33,18 +33,14 @@ _NO_SAMPLE = -1
 _SHOWN = 5
 
 
-MaskFields = tuple[Annotated[int, range(1 << 20)], Position, Count, str]
-"""Of a Held."""
-
-
 class Held(NamedTuple):
     """A mask as states and receipts name it."""
 
-    source: int
+    source: Annotated[int, range(1 << 20)]
     """Number of the source."""
-    position: int
+    position: Position
     """Position of the stream from which it holds."""
-    num_ids: int
+    num_ids: Count
     """Number of its keys: the first ones of the file."""
     hash: str
     """Mask.hash of these."""

@@ -139,7 +139,7 @@ def test_only_the_world_and_its_doors_look_at_the_environment_and_at_torch_distr
         for _, path in modules()
         if path.is_relative_to(ROOT / "loaders") and any(word in path.read_text() for word in words)
     }
-    assert {name for name in found if not name.startswith("trainers/")} == {"loader.py", "world.py"}
+    assert {name for name in found if not name.startswith("trainers/")} == {"world.py"}
 
 
 def test_every_room_has_a_rule() -> None:
