@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections import Counter, deque
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -65,7 +66,7 @@ class Ledger:
             raise DataError(
                 f"{self._bad.total()} unreadable samples, max_bad={self._max_bad}: {dict(self._bad)}; run `wds-tools verify`"
             )
-        self._substitutions += [{"epoch": epoch, **bad._asdict()} for bad in result.substitutions]
+        self._substitutions += [{"epoch": epoch, **asdict(bad)} for bad in result.substitutions]
         last = self._spans[-1] if self._spans else None
         if last and (last[0], last[2], last[3]) == (epoch, low, batch_size):
             self._spans[-1] = (epoch, last[1], high, batch_size)

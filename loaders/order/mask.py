@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Annotated, NamedTuple
 
 import numpy as np
@@ -27,10 +28,28 @@ from wds_tools.format.typed_json import Count
 from wds_tools.storage import Store, open_store, split_url
 
 EXCLUDED = "excluded"
-"""Reason of a substitution."""
+"""Reason of a Substitution."""
 _MAX_BYTES = 1 << 30
 _NO_SAMPLE = -1
 _SHOWN = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Substitution:
+    """A sample that could not be read or is excluded, and the one that stood in for it."""
+
+    source: Count
+    """Number of the source."""
+    shard: Count
+    """Number of the shard in the source."""
+    sample_index: Count
+    """Number of the sample in the shard."""
+    reason: str
+    """excluded, crc32, json, format, or why a sample makes no token row."""
+    substitute_shard: Count = 0
+    """Number of the shard of its substitute: the same, but where that has none left that is not excluded."""
+    substitute_index: Count = 0
+    """Number of its substitute in that shard."""
 
 
 class Held(NamedTuple):

@@ -18,6 +18,7 @@ import numpy as np
 
 from loaders.config import LastBatch
 from loaders.order.generations import Epochs, Origin, epochs_of
+from loaders.order.mask import Substitution
 from loaders.order.partition import BatchPartition
 from loaders.order.plan import Ints, mix64
 from loaders.order.spec import OrderSpec
@@ -38,22 +39,10 @@ Span = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Substitution:
-    """A sample that could not be read or is excluded, and the one that stood in for it."""
+class EpochSubstitution(Substitution):
+    """A substitution, and where it was."""
 
     epoch: Count
-    source: Count
-    """Number of the source."""
-    shard: Count
-    """Number of the shard in the source."""
-    sample_index: Count
-    """Number of the sample in the shard."""
-    reason: str
-    """excluded, crc32, json, format, or why a sample makes no token row."""
-    substitute_shard: Count = 0
-    """Number of the shard of its substitute: the same, but where that has none left that is not excluded."""
-    substitute_index: Count = 0
-    """Number of its substitute in that shard."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +59,7 @@ class Receipt(Record):
     num_samples: Count
     hash_total: str
     """Sum of the hashes of the samples, substituted ones aside: 32 hexadecimal digits."""
-    substitutions: tuple[Substitution, ...]
+    substitutions: tuple[EpochSubstitution, ...]
     name: str = ""
     """Where it was read, for messages."""
 

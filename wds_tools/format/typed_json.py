@@ -4,7 +4,8 @@
 
 A kind is a type: a dataclass, by the names and types of its fields; a NamedTuple, as the list of them; a mapping, list or tuple
 of kinds; Literal, unions, bool, str, float (JSON has finite ones only), int (64 bits), Annotated[int, range(...)] such as Count;
-Any, MAX_DEPTH levels of it. An object may have more fields than its dataclass: later releases add some, and hashes find those that damage made.
+Any, MAX_DEPTH levels of it. An object may have more fields than its dataclass: later releases add some, and hashes find those
+that damage made.
 Invariant: what is not of the kind is one error of this project that names document, field, value and what was expected.
 Cost: two to three times what orjson and the dataclasses take by themselves.
 """
