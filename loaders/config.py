@@ -41,22 +41,18 @@ class Source:
     such."""
 
     def __post_init__(self) -> None:
-        weight, repeat, max_samples, fraction = self.weight, self.repeat, self.max_samples, self.fraction
+        weight, fraction = self.weight, self.fraction
         where = f"source {self.url}"
         if not isinstance(self.url, str):
             raise UsageError(f"{where}: a {type(self.url).__name__}, expected a string: a folder or URL")
         if not isinstance(self.exclude, str | None):
             raise UsageError(f"{where}: exclude={self.exclude!r} is a {type(self.exclude).__name__}, expected a string: a file")
-        _check_ints(where, repeat=repeat, max_samples=max_samples)
+        _check_ints(where, self, repeat=1, max_samples=1)
         if weight is not None and not 0 <= weight < float("inf"):
             raise UsageError(f"{where}: weight={weight}, expected a number of 0 or more")
-        if repeat < 1:
-            raise UsageError(f"{where}: repeat={repeat}, expected 1 or more")
-        if max_samples is not None and max_samples < 1:
-            raise UsageError(f"{where}: max_samples={max_samples}, expected 1 or more")
         if fraction is not None and not 0 < fraction <= 1:
             raise UsageError(f"{where}: fraction={fraction} is not above 0 and up to 1")
-        if fraction is not None and max_samples is not None:
+        if fraction is not None and self.max_samples is not None:
             raise UsageError(f"{where}: give max_samples or fraction, not both")
         text_weights(where, self.texts or {})
 
@@ -113,20 +109,16 @@ class LoaderConfig:
         sources = self.sources if isinstance(self.sources, tuple | list) else ()
         if not sources or not all(isinstance(source, Source) for source in sources):
             raise UsageError(f"sources={self.sources!r}: expected a tuple of one or more Source(...)")
-        counts = ("batch_size", "seed", "num_workers", "prefetch_factor", "max_bad")
-        if self.epochs is not None and (type(self.epochs) is not int or self.epochs < 1 or self.packing):
-            raise UsageError(f"epochs={self.epochs!r}: expected an int of 1 or more, and none where rows are packed on the fly")
-        _check_ints("a loader", **{name: getattr(self, name) for name in counts})
-        if self.batch_size < 1:
-            raise UsageError(f"batch_size={self.batch_size}, expected 1 or more")
-        if not 0 <= self.seed < 1 << 64:
+        _check_ints("a loader", self, batch_size=1, seed=0, epochs=1, num_workers=0, prefetch_factor=1, max_bad=0)
+        _check_ints("a loader", self, memory_bytes=1, cache_bytes=1)
+        if self.epochs is not None and self.packing:
+            raise UsageError(f"epochs={self.epochs}: rows packed on the fly have no epochs")
+        if self.seed >= 1 << 64:
             raise UsageError(f"seed={self.seed} is not in 0 ... 2**64 - 1")
         if self.last_batch not in ("drop", "short", "wrap"):
             raise UsageError(f"last_batch={self.last_batch!r} is not drop, short or wrap")
         if self.on_error not in ("raise", "substitute"):
             raise UsageError(f"on_error={self.on_error!r} is not raise or substitute")
-        if self.num_workers < 0 or self.prefetch_factor < 1 or self.memory_bytes < 1 or self.max_bad < 0 or self.cache_bytes < 1:
-            raise UsageError("num_workers, max_bad: 0 or more; prefetch_factor, memory_bytes, cache_bytes: 1 or more")
         if self.packing and self.sequences is None:
             raise UsageError("packing=True packs token rows: give sequences=SequenceConfig(...) too")
         weighted = [source.weight is not None for source in self.sources]
@@ -145,8 +137,8 @@ class LoaderConfig:
                 raise UsageError(f"schedule entry {(step, weights)}: expected (step of 1 or more, one weight per source)")
 
 
-def _check_ints(where: str, **values: int | None) -> None:
-    """Raise UsageError for the first that is not an int: a state could not hold it."""
-    for name, value in values.items():
-        if value is not None and type(value) is not int:
-            raise UsageError(f"{where}: {name}={value!r} is a {type(value).__name__}, expected an int")
+def _check_ints(where: str, settings: Source | LoaderConfig, **least: int) -> None:
+    """Raise UsageError for the first setting that is not an int, which a state could not hold, or less than this."""
+    for name, value in ((name, getattr(settings, name)) for name in least):
+        if value is not None and (type(value) is not int or value < least[name]):
+            raise UsageError(f"{where}: {name}={value!r}, expected an int of {least[name]} or more")

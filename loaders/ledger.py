@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections import Counter, deque
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,8 @@ import numpy as np
 from loaders.config import LoaderConfig
 from loaders.order.mask import EXCLUDED, Held
 from loaders.order.samples import SampleOrder
-from loaders.proof.receipt import MODULUS, Span, receipt_to_json
+from loaders.proof.receipt import MODULUS, RECEIPT_VERSION, Span
+from loaders.proof.state import order_to_json
 from loaders.workers.steps import StepResult
 from loaders.world import World
 from wds_tools.errors import DataError
@@ -64,7 +66,7 @@ class Ledger:
             raise DataError(
                 f"{self._bad.total()} unreadable samples, max_bad={self._max_bad}: {dict(self._bad)}; run `wds-tools verify`"
             )
-        self._substitutions += [{"epoch": epoch, **bad._asdict()} for bad in result.substitutions]
+        self._substitutions += [{"epoch": epoch, **asdict(bad)} for bad in result.substitutions]
         last = self._spans[-1] if self._spans else None
         if last and (last[0], last[2], last[3]) == (epoch, low, batch_size):
             self._spans[-1] = (epoch, last[1], high, batch_size)
@@ -78,17 +80,17 @@ class Ledger:
 
     def receipt(self, order: SampleOrder, masks: Sequence[Held], world: World, config: LoaderConfig) -> dict[str, Any]:
         """See Loader.receipt."""
-        return receipt_to_json(
-            order,
-            masks,
-            world,
-            config.last_batch,
-            self._spans,
-            self._num_samples,
-            self._hash_total,
-            self._substitutions,
-            self._run,
-        )
+        return {
+            **order_to_json(order, masks, RECEIPT_VERSION),
+            "run": self._run,
+            "rank": world.rank,
+            "world_size": world.world_size,
+            "last_batch": config.last_batch,
+            "spans": list(map(list, self._spans)),
+            "num_samples": self._num_samples,
+            "hash_total": f"{self._hash_total:032x}",
+            "substitutions": list(map(dict, self._substitutions)),
+        }
 
     def stats(self) -> dict[str, float]:
         """See Loader.stats."""

@@ -20,7 +20,7 @@ import numpy as np
 from loaders.batches.collate import Batch
 from loaders.config import LoaderConfig
 from loaders.ledger import Ledger
-from loaders.order.mask import Held, held_masks
+from loaders.order.mask import held_masks
 from loaders.order.partition import BatchPartition
 from loaders.order.samples import SampleOrder, open_source, order_spec
 from loaders.proof.state import Change, Start, next_starts, read_state, resumed, state_to_json
@@ -196,13 +196,12 @@ class Loader:
             UsageError: the state is damaged, or of other data or another order; says what differs.
         """
         saved = read_state(state)
-        held = [Held(*fields) for fields in saved.masks]
-        num_held = sum({each.source: each.num_ids for each in held}.values())
+        num_held = sum({held.source: held.num_ids for held in saved.masks}.values())
         has_new_mask = sum(len(opened.mask.ids) for opened in self._sources) > num_held
         lanes = self._lanes(state, saved.generations[-1].spec.lanes, is_whole=change is not None or has_new_mask)
         deepest = max((lane.cursor for lane in lanes.values()), default=0) if self.config.packing else None
         order = resumed(saved, self.config, self._sources, change, deepest)
-        masks = held_masks(held, [None if opened.removed else opened.mask for opened in order.sources], saved.position)
+        masks = held_masks(saved.masks, [None if opened.removed else opened.mask for opened in order.sources], saved.position)
         if has_new_mask:
             lanes = {number: _without_excluded(order, number, lane) for number, lane in lanes.items()}
         self.close()

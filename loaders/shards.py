@@ -169,7 +169,7 @@ class _Samples:
         positions = range(self.position + rank + world_size * worker, end, stride)
         starts = range(0, len(positions), _READ_TOGETHER)
         read_ahead = ReadAhead(open_reader(self.order, self._config, 1, stride))
-        decoder = Decoder(check_crc=self._config.check_crc, substitute=False)
+        decoder = Decoder(self.order, check_crc=self._config.check_crc, substitute=False)
         for number, start in enumerate(starts):
             upcoming = (_range(epoch, positions[later : later + _READ_TOGETHER]) for later in starts[number + 1 :])
             located, loaded = read_ahead.read(_range(epoch, positions[start : start + _READ_TOGETHER]), upcoming)

@@ -10,13 +10,13 @@ import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import orjson
 
 from loaders.batches.collate import Data, check_crc
-from loaders.order.mask import EXCLUDED, Mask
+from loaders.order.mask import EXCLUDED, Mask, Substitution
 from loaders.order.samples import Located, SampleOrder
 from loaders.reading.source import LoadedSamples, bytes_of
 from wds_tools.errors import DataError, FormatError, Reject
@@ -29,33 +29,16 @@ _EXCLUDED = Reject(EXCLUDED, "the sample is no longer to be handed over")
 _READING_ERRORS = (DataError, KeyError, IndexError, ValueError, TypeError)
 
 
-class Substitution(NamedTuple):
-    """A position whose sample could not be read, or is excluded."""
-
-    source: int
-    """Number of the source."""
-    shard: int
-    """Number of the shard in its source."""
-    sample_index: int
-    """Number of that sample in its shard."""
-    substitute_shard: int
-    """Number of the shard of the sample in its stead: the same, but where that has none left that is not excluded."""
-    substitute_index: int
-    """Number of the sample in its stead."""
-    reason: str
-    """excluded, crc32, json, format, or why a sample makes no token row."""
-
-
 class Decoder:
     """Turns samples in memory into columns.
 
     Args:
         check_crc: compare every sample's bytes with the index.
         substitute: replace a sample that can't be read; else it is a FormatError.
-        order: whose excluded samples are replaced in any case.
+        order: of the samples; those that are excluded are replaced in any case.
     """
 
-    def __init__(self, *, check_crc: bool, substitute: bool, order: SampleOrder | None = None) -> None:
+    def __init__(self, order: SampleOrder, *, check_crc: bool, substitute: bool) -> None:
         self._check_crc = check_crc
         self._substitute = substitute
         self._order = order
@@ -76,8 +59,8 @@ class Decoder:
         """
         sample_indices = located.sample_index.tolist()
         with _paused_gc():
-            excluded = np.flatnonzero(self._order.is_excluded(located)).tolist() if self._order else []
-            replaced = self._replace(excluded, located, loaded, sample_indices, parse)
+            excluded = np.flatnonzero(self._order.is_excluded(located)).tolist()
+            replaced = self._replace(excluded, located, loaded, sample_indices, parse, are_excluded=True)
             try:
                 parsed = self._parsed(loaded, sample_indices, parse)
             except _READING_ERRORS:
@@ -101,21 +84,21 @@ class Decoder:
         loaded: list[LoadedSamples],
         sample_indices: list[int],
         parse: Parse[object],
+        *,
+        are_excluded: bool = False,
     ) -> dict[int, Substitution]:
         """Put another sample in place of each that is excluded or can't be read; stop at the first unless that was asked for."""
         substitutions: dict[int, Substitution] = {}
         for number in numbers:
             samples, sample_index, source = loaded[number], sample_indices[number], int(located.source[number])
-            mask = self._order.sources[source].mask if self._order else Mask()
-            is_excluded = bool(mask.holds(np.array([samples.shard]), np.array([sample_index]))[0])
-            error = _EXCLUDED if is_excluded else self._problem(samples, sample_index, parse)
+            error = _EXCLUDED if are_excluded else self._problem(samples, sample_index, parse)
             if error is None:
                 continue
-            for candidate, index in self._candidates(samples, sample_index, error, mask):
+            for candidate, index in self._candidates(samples, sample_index, error, self._order.sources[source].mask):
                 if (problem := self._problem(candidate, index, parse)) is None:
                     break
             else:
-                if is_excluded and not self._substitute:  # then what comes next has to be readable
+                if are_excluded and not self._substitute:  # then what comes next has to be readable
                     samples, sample_index, error = candidate, index, problem or error
                 num_tried = min(samples.reader.opened.manifest.shards[samples.shard].samples - 1, _MOST_TRIED)
                 advice = f"; nor can any of the next {num_tried} of its shard be read"
@@ -124,8 +107,14 @@ class Decoder:
                 raise FormatError(f"{samples.where(sample_index)}: {error}{advice}") from error
             loaded[number], sample_indices[number] = candidate, index
             if (candidate.shard, index) != (samples.shard, sample_index):
-                bad = Substitution(source, samples.shard, sample_index, candidate.shard, index, _reason(error))
-                substitutions[number] = bad
+                substitutions[number] = Substitution(
+                    source=source,
+                    shard=samples.shard,
+                    sample_index=sample_index,
+                    reason=_reason(error),
+                    substitute_shard=candidate.shard,
+                    substitute_index=index,
+                )
         return substitutions
 
     def _candidates(

@@ -20,7 +20,7 @@ import numpy as np
 from loaders.config import LoaderConfig, Source
 from loaders.cost.replay import ProcessCost, replay
 from loaders.order.partition import BatchPartition
-from loaders.order.plan import Ints, SourcePlan
+from loaders.order.plan import Ints
 from loaders.order.samples import OpenSource, SampleOrder, order_spec
 from loaders.proof.state import read_state, resumed
 from loaders.reading.planner import shared_lanes
@@ -72,7 +72,7 @@ class Simulation:
     weights_error: float
     """How far the share of a source is from its weight, at most, as a part of the weight."""
     num_chunks: int
-    """Chunks of an epoch of every source."""
+    """Chunks of an epoch of every source that is drawn from."""
     chunk_bytes: int
     """Size of a chunk."""
     block_bytes: int
@@ -177,7 +177,7 @@ def simulate(
         num_lanes=order.spec.lanes,
         lanes_per_sample=order.spec.lanes_per_sample,
         weights_error=order.weights_error,
-        num_chunks=_num_chunks(order),
+        num_chunks=order.num_chunks,
         chunk_bytes=order.spec.chunk_bytes,
         block_bytes=order.spec.block_bytes,
         start_s=start_s,
@@ -189,17 +189,6 @@ def simulate(
             _warnings(order, config, world_size, process, shared_lanes(order, config, world_size, as_remote=as_remote))
         ),
     )
-
-
-def _num_chunks(order: SampleOrder) -> int:
-    """Chunks of an epoch of every source."""
-    total = 0
-    for opened, spec in zip(order.sources, order.spec.sources, strict=True):
-        if not opened.manifest.samples or opened.removed:
-            continue
-        plan = SourcePlan(opened.samples, opened.sizes, opened.group_samples, order.spec, spec.max_samples)
-        total += plan.num_chunks * (1 if order.spec.schedule else spec.repeat)
-    return total
 
 
 def measure_mixing(order: SampleOrder, batch_size: int) -> Mixing:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from typing import Annotated, NamedTuple
 
@@ -29,22 +30,36 @@ from wds_tools.sources.text.keys import OTHER, read_keys
 from wds_tools.storage import Store
 
 EXCLUDED = "excluded"
-"""Reason of a substitution."""
+"""Reason of a Substitution."""
 _SHOWN = 5
 
 
-MaskFields = tuple[Annotated[int, range(1 << 20)], Position, Count, str]
-"""Of a Held."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Substitution:
+    """A sample that could not be read or is excluded, and the one that stood in for it."""
+
+    source: Count
+    """Number of the source."""
+    shard: Count
+    """Number of the shard in the source."""
+    sample_index: Count
+    """Number of the sample in the shard."""
+    reason: str
+    """excluded, crc32, json, format, or why a sample makes no token row."""
+    substitute_shard: Count = 0
+    """Number of the shard of its substitute: the same, but where that has none left that is not excluded."""
+    substitute_index: Count = 0
+    """Number of its substitute in that shard."""
 
 
 class Held(NamedTuple):
     """A mask as states and receipts name it."""
 
-    source: int
+    source: Annotated[int, range(1 << 20)]
     """Number of the source."""
-    position: int
+    position: Position
     """Position of the stream from which it holds."""
-    num_ids: int
+    num_ids: Count
     """Number of its keys: the first ones of the file."""
     hash: str
     """Mask.hash of these."""

@@ -28,7 +28,7 @@ MIN_BLOCK_BYTES = 128 << 10
 OPEN_BYTES = 1 << 30
 """Size of the open shuffle blocks of all processes together, if the dataset is large and the lanes are not too many."""
 _LANES_PER_SAMPLE = (8, 4)
-"""Of these the first that leaves an open block of _GOOD_BLOCK_BYTES, else the last: with 2, means of 8 batches of a large dataset
+"""The first where it leaves an open block of _GOOD_BLOCK_BYTES, else the second: with 2, means of 8 batches of a large dataset
 would vary by 4 times as much as chance has it (docs/decisions/2026-11-26-order-version-2.md)."""
 _GOOD_BLOCK_BYTES = 512 << 10
 _NUM_CHUNKS = 1024
@@ -74,17 +74,21 @@ def default_order(total_bytes: int, batch_size: int, seed: int, *, shuffle: bool
         seed: seed of the order.
         shuffle: False for the order of the manifest.
     """
-    most = _LANES_PER_SAMPLE[0]
+    per_sample = _LANES_PER_SAMPLE[0]
     if total_bytes <= SMALL_BYTES or not shuffle:
-        size = 1 if shuffle else MIN_BLOCK_BYTES
-        return OrderSpec(
-            seed=seed, batch_size=batch_size, lanes_per_sample=most, block_bytes=size, chunk_bytes=size, shuffle=shuffle
-        )
-    per_sample = next((k for k in _LANES_PER_SAMPLE if k * batch_size * _GOOD_BLOCK_BYTES <= OPEN_BYTES), _LANES_PER_SAMPLE[-1])
-    chunk_bytes = min(max(total_bytes // _NUM_CHUNKS, MIN_BLOCK_BYTES), MAX_CHUNK_BYTES)
-    block_bytes = min(max(OPEN_BYTES // (per_sample * batch_size), MIN_BLOCK_BYTES), chunk_bytes)
+        block_bytes = chunk_bytes = 1 if shuffle else MIN_BLOCK_BYTES
+    else:
+        if per_sample * batch_size * _GOOD_BLOCK_BYTES > OPEN_BYTES:
+            per_sample = _LANES_PER_SAMPLE[1]
+        chunk_bytes = min(max(total_bytes // _NUM_CHUNKS, MIN_BLOCK_BYTES), MAX_CHUNK_BYTES)
+        block_bytes = min(max(OPEN_BYTES // (per_sample * batch_size), MIN_BLOCK_BYTES), chunk_bytes)
     return OrderSpec(
-        seed=seed, batch_size=batch_size, lanes_per_sample=per_sample, block_bytes=block_bytes, chunk_bytes=chunk_bytes
+        seed=seed,
+        batch_size=batch_size,
+        lanes_per_sample=per_sample,
+        block_bytes=block_bytes,
+        chunk_bytes=chunk_bytes,
+        shuffle=shuffle,
     )
 
 

@@ -270,6 +270,11 @@ class SampleOrder:
         return sum(opened.manifest.bytes for opened in self.sources)
 
     @property
+    def num_chunks(self) -> int:
+        """Chunks of an epoch of every source that is drawn from."""
+        return sum(group.plan.num_chunks for groups in self._groups for _, group in groups[-1:])
+
+    @property
     def weights_error(self) -> float:
         """How far the share of a source is from its weight, at most, as a part of the weight."""
         return self._mixture.error

@@ -158,7 +158,7 @@ def audit(
 
 def _excluded(receipts: Sequence[Receipt], order: SampleOrder, exclude: str) -> tuple[list[tuple[Held, Ints]], list[str]]:
     """The masks of the receipts with the rows that they exclude, and sentences about keys that none of them has."""
-    held_masks = sorted({Held(*fields) for receipt in receipts for fields in receipt.masks})
+    held_masks = sorted({held for receipt in receipts for held in receipt.masks})
     if not held_masks or held_masks[-1].source >= len(order.sources):
         raise UsageError(f"no receipt says that the run excluded {exclude}: it shows nothing about its samples")
     origins, excluded, unproved = order.generations[-1].sources, [], []

@@ -17,10 +17,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from loaders.order.mask import Held
+from loaders.order.mask import Held, Substitution
 from loaders.order.plan import Ints
 from loaders.order.samples import OpenSource, SampleOrder
-from loaders.proof.receipt import MODULUS, Receipt, SampleHash, Span, Substitution, total_of
+from loaders.proof.receipt import MODULUS, Receipt, SampleHash, Span, total_of
 from wds_tools.storage import join
 
 _WINDOW = 1 << 18

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Annotated, Any
@@ -17,16 +17,14 @@ from typing import Annotated, Any
 import numpy as np
 
 from loaders.config import LastBatch
-from loaders.order.generations import Epochs, Generation, Origin, epochs_of, parse_generations
-from loaders.order.mask import Held, MaskFields
+from loaders.order.generations import Epochs, Origin, epochs_of
+from loaders.order.mask import Substitution
 from loaders.order.partition import BatchPartition
 from loaders.order.plan import Ints, mix64
-from loaders.order.samples import SampleOrder
-from loaders.order.spec import ORDER_VERSION, OrderSpec
-from loaders.proof.state import Versions, order_to_json
-from loaders.world import World
-from wds_tools.errors import FormatError, UsageError
-from wds_tools.format.typed_json import Count, read_json, shape
+from loaders.order.spec import OrderSpec
+from loaders.proof.state import Record, read_record
+from wds_tools.errors import FormatError
+from wds_tools.format.typed_json import Count, read_json
 
 MODULUS = 1 << 128
 RECEIPT_VERSION = 4
@@ -41,26 +39,14 @@ Span = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Substitution:
-    """A sample that could not be read or is excluded, and the one that stood in for it."""
+class EpochSubstitution(Substitution):
+    """A substitution, and where it was."""
 
     epoch: Count
-    source: Count
-    """Number of the source."""
-    shard: Count
-    """Number of the shard in the source."""
-    sample_index: Count
-    """Number of the sample in the shard."""
-    reason: str
-    """excluded, crc32, json, format, or why a sample makes no token row."""
-    substitute_shard: Count = 0
-    """Number of the shard of its substitute: the same, but where that has none left that is not excluded."""
-    substitute_index: Count = 0
-    """Number of its substitute in that shard."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Receipt:
+class Receipt(Record):
     """What one rank has handed over."""
 
     run: str
@@ -73,11 +59,7 @@ class Receipt:
     num_samples: Count
     hash_total: str
     """Sum of the hashes of the samples, substituted ones aside: 32 hexadecimal digits."""
-    substitutions: tuple[Substitution, ...]
-    masks: tuple[MaskFields, ...] = ()
-    """What was excluded; see Held."""
-    generations: tuple[Generation, ...] = ()
-    """The order that positions count in."""
+    substitutions: tuple[EpochSubstitution, ...]
     name: str = ""
     """Where it was read, for messages."""
 
@@ -103,42 +85,6 @@ class Receipt:
         return steps, min(-((low - high) // batch_size), len(steps))
 
 
-def receipt_to_json(
-    order: SampleOrder,
-    masks: Sequence[Held],
-    world: World,
-    last_batch: str,
-    spans: Sequence[Span],
-    num_samples: int,
-    hash_total: int,
-    substitutions: Sequence[Mapping[str, Any]],
-    run: str = "",
-) -> dict[str, Any]:
-    """A rank's receipt as plain JSON values; see Receipt.
-
-    Args:
-        order, masks: what was read.
-        world: the rank that read it.
-        last_batch: option of the loader: with the spans it says which positions a rank had.
-        spans: positions that were handed over, in time order.
-        num_samples: number of samples that were handed over.
-        hash_total: sum of their hashes, substituted ones aside.
-        substitutions: fields of a Substitution each.
-        run: name that no other loader has.
-    """
-    return {
-        **order_to_json(order, masks, RECEIPT_VERSION),
-        "run": run,
-        "rank": world.rank,
-        "world_size": world.world_size,
-        "last_batch": last_batch,
-        "spans": [list(span) for span in spans],
-        "num_samples": num_samples,
-        "hash_total": f"{hash_total:032x}",
-        "substitutions": [dict(substitution) for substitution in substitutions],
-    }
-
-
 def parse_receipt(data: bytes, name: str) -> Receipt:
     """Read a receipt.
 
@@ -151,16 +97,7 @@ def parse_receipt(data: bytes, name: str) -> Receipt:
         UsageError: it is of another version, or of an order that this release does not have.
     """
     what = f"{name}: not the receipt of a loader"
-    record = read_json(dict[str, Any], data, what)
-    versions = shape(Versions, record, what)
-    if (versions.version, versions.order_version) != (RECEIPT_VERSION, ORDER_VERSION):
-        raise UsageError(
-            f"{name}: version {versions.version!r}, order version {versions.order_version!r}; this release reads "
-            f"{RECEIPT_VERSION} and {ORDER_VERSION}: the same positions would be other samples; audit it with the release that "
-            "wrote it"
-        )
-    fields = {field: value for field, value in record.items() if field != "generations"}
-    receipt = replace(shape(Receipt, fields, what), name=name, generations=parse_generations(record, what))
+    receipt = replace(read_record(Receipt, read_json(dict[str, Any], data, what), what, RECEIPT_VERSION), name=name)
     if receipt.rank >= receipt.world_size:
         raise FormatError(f"{what}: rank={receipt.rank} is not in 0 ... world_size - 1 = {receipt.world_size - 1}")
     if not re.fullmatch("[0-9a-f]{32}", receipt.hash_total):

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from loaders.config import LoaderConfig, Source
 from loaders.order.generations import (
@@ -24,10 +24,10 @@ from loaders.order.generations import (
     parse_generations,
     schedule_of,
 )
-from loaders.order.mask import Held, MaskFields
+from loaders.order.mask import Held
 from loaders.order.samples import OpenSource, SampleOrder, order_spec
 from loaders.order.spec import ORDER_VERSION, OrderSpec
-from wds_tools.errors import UsageError
+from wds_tools.errors import FormatError, UsageError, WdsToolsError
 from wds_tools.format.manifest import Manifest, ShardInfo
 from wds_tools.format.typed_json import shape
 from wds_tools.storage import open_store
@@ -52,7 +52,20 @@ class Versions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class State:
+class Record:
+    """What states and receipts share: what their positions mean."""
+
+    masks: tuple[Held, ...] = ()
+    """What was excluded, in the order in which that began."""
+    generations: tuple[Generation, ...] = ()
+    """The order that positions count in."""
+
+
+_Record = TypeVar("_Record", bound=Record)
+
+
+@dataclass(frozen=True, kw_only=True)
+class State(Record):
     """A state of this version."""
 
     position: Position
@@ -62,21 +75,43 @@ class State:
     """Batches handed over."""
     starts: tuple[Start, ...]
     """Where the run began, went on, and with which batch size: step s is position + (s - step) x batch size."""
-    masks: tuple[MaskFields, ...]
-    """The masks of sources, in the order in which they began."""
-    generations: tuple[Generation, ...] = ()
     epoch: Position | None = None
     """Of a ShardDataset: its epoch, at whose end a worker may stand while others have not done their part."""
 
 
 def order_to_json(order: SampleOrder, masks: Sequence[Held], version: int) -> dict[str, Any]:
-    """The fields that states and receipts share: their versions, and what their positions mean."""
+    """The fields of a Record, and the versions."""
     return {
         "version": version,
         "order_version": ORDER_VERSION,
         "generations": generations_to_json(order.generations),
         "masks": list(map(list, masks)),
     }
+
+
+def read_record(
+    kind: type[_Record], record: Mapping[str, Any], what: str, version: int, error: type[WdsToolsError] = FormatError
+) -> _Record:
+    """A record as anybody may have written it.
+
+    Args:
+        kind: State or Receipt.
+        record: JSON values.
+        what: how the message begins.
+        version: of its form, that this release reads.
+        error: what is raised where it is damaged.
+
+    Raises:
+        UsageError: it is of another version, or of an order that this release does not have.
+    """
+    versions = shape(Versions, record, what, error)
+    if (versions.version, versions.order_version) != (version, ORDER_VERSION):
+        raise UsageError(
+            f"{what} of this release: version {versions.version}, order version {versions.order_version}; this release reads "
+            f"{version} and {ORDER_VERSION}: the same positions would be other samples; use the release that wrote it"
+        )
+    fields = {name: value for name, value in record.items() if name != "generations"}
+    return replace(shape(kind, fields, what, error), generations=parse_generations(record, what, error))
 
 
 def state_to_json(order: SampleOrder, masks: Sequence[Held], position: int, step: int, starts: Sequence[Start]) -> dict[str, Any]:
@@ -90,16 +125,7 @@ def read_state(state: Mapping[str, Any]) -> State:
     Raises:
         UsageError: it is damaged, or of another version.
     """
-    versions = shape(Versions, state, _NO_STATE, UsageError)
-    if versions.version != STATE_VERSION:
-        raise UsageError(f"the state has version {versions.version!r}, this release reads {STATE_VERSION}")
-    if versions.order_version != ORDER_VERSION:
-        raise UsageError(
-            f"the state was saved under order version {versions.order_version!r}, this release has {ORDER_VERSION}: the same "
-            "position would be another sample; finish the run with the release that saved it"
-        )
-    fields = {name: value for name, value in state.items() if name != "generations"}
-    saved = replace(shape(State, fields, _NO_STATE, UsageError), generations=parse_generations(state, _NO_STATE, UsageError))
+    saved = read_record(State, state, _NO_STATE, STATE_VERSION, UsageError)
     starts = [start[:2] for start in saved.starts]
     if starts[:1] != [(0, 0)] or starts != sorted(starts) or len(starts) > _MAX_STARTS or saved.step < starts[-1][1]:
         raise UsageError(f"{_NO_STATE} (its {len(starts):,} starts are not 1 to {_MAX_STARTS:,} that ascend from (0, 0) to step)")

@@ -11,23 +11,27 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from loaders.order.partition import BatchPartition
 from wds_tools.errors import UsageError
+from wds_tools.format.typed_json import shape
 
 ENDLESS = 1 << 39
 """Rows of the one epoch that there is."""
+_NO_LANES = "the state's lane cursors are invalid"
+_MOST_DIGITS = 10
+_Number = Annotated[int, range(ENDLESS)]
 
 
 class LaneState(NamedTuple):
     """Where a lane stands."""
 
-    row: int = 0
+    row: _Number = 0
     """Number of its next row."""
-    cursor: int = 0
+    cursor: _Number = 0
     """Number of the next sample in the lane."""
-    waiting: tuple[tuple[int, int], ...] = ()
+    waiting: tuple[tuple[_Number, _Number], ...] = ()
     """(cursor, used tokens) of the samples in its window, ascending."""
 
 
@@ -89,19 +93,13 @@ def parse_lanes(lanes: Any, num_lanes: int, position: int, *, is_whole: bool = F
     Raises:
         UsageError: no lane can stand so, or some are lacking.
     """
-    try:
-        parsed = {
-            int(lane): LaneState(row, cursor, tuple((number, used) for number, used in waiting))
-            for lane, (row, cursor, waiting) in lanes.items()
-        }
-        for lane, state in parsed.items():
-            cursors = [number for number, _ in state.waiting]
-            numbers = [state.row, state.cursor, *cursors, *(used for _, used in state.waiting)]
-            is_good = 0 <= lane < num_lanes and all(type(number) is int and 0 <= number < ENDLESS for number in numbers)
-            if not is_good or cursors != sorted(set(cursors)) or (cursors and cursors[-1] >= state.cursor):
-                raise ValueError(f"lane {lane} stands at {list(state)}")
-    except (AttributeError, TypeError, ValueError) as error:
-        raise UsageError(f"the state's lane cursors are invalid ({type(error).__name__}: {error})") from error
+    parsed: dict[int, LaneState] = {}
+    for name, state in shape(dict[str, LaneState], lanes, _NO_LANES, UsageError).items():
+        lane = int(name) if name.isdecimal() and len(name) <= _MOST_DIGITS else -1
+        cursors = [cursor for cursor, _ in state.waiting]
+        if not 0 <= lane < num_lanes or cursors != sorted(set(cursors)) or max(cursors, default=-1) >= state.cursor:
+            raise UsageError(f"{_NO_LANES} (lane {name[:40]} of {num_lanes} stands at {list(state)})")
+        parsed[lane] = state
     known = min(num_lanes, position)
     num_behind = sum(parsed.get(lane, LaneState()).row < -((lane - position) // num_lanes) for lane in range(known))
     if num_behind:

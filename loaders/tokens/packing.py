@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from loaders.batches.collate import Columns, TokenTensors
-from loaders.batches.decode import Decoder, Substitution
+from loaders.batches.decode import Decoder
+from loaders.order.mask import Substitution
 from loaders.order.samples import Located, SampleOrder
 from loaders.reading.planner import Plan, PositionRange
 from loaders.reading.reader import PositionReader

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 
 from loaders.batches.collate import Columns, chosen_texts, read_columns
-from loaders.batches.decode import Decoder, Substitution
+from loaders.batches.decode import Decoder
 from loaders.config import LoaderConfig
+from loaders.order.mask import Substitution
 from loaders.order.partition import BatchPartition
 from loaders.order.samples import Located, SampleOrder
 from loaders.proof.receipt import SampleHash, total_of
@@ -93,7 +94,7 @@ class StepDataset(torch.utils.data.Dataset["StepResult | WdsToolsError"]):
         self._config = config
         self._rank = rank
         self._hashes = [SampleHash(fingerprint) for fingerprint in order.fingerprints]
-        self._decoder = Decoder(check_crc=config.check_crc, substitute=config.on_error == "substitute", order=order)
+        self._decoder = Decoder(order, check_crc=config.check_crc, substitute=config.on_error == "substitute")
         self._parse = (
             read_token_rows if check_packed_ahead([opened for opened in order.sources if not opened.removed]) else read_columns
         )

@@ -94,12 +94,7 @@ def compare_codes(config: CompareConfig) -> Comparison:
     """Compare the codes of two datasets, or two code sets of one.
 
     Raises:
-<<<<<<< HEAD
-        UsageError: the codes come from different tokenizers, the datasets have no such codes, or no pictures are made
-            of them.
-=======
         UsageError: the codes come from different tokenizers, or none are there, or the tokenizer makes no pictures of them.
->>>>>>> chk/chk
         FormatError: keys do not ascend, or the grids of one image differ in size.
     """
     a, b = ((store := open_store(url), read_manifest(store)) for url in (config.a, config.b))

@@ -2,9 +2,10 @@
 
     bytes -> read_json(kind, ...) -> orjson -> shape(kind, value, ...) -> a value of that kind
 
-A kind is a type: a dataclass, by the names and types of its fields; a mapping, list or tuple of kinds; Literal, unions, bool,
-str, float (JSON has finite ones only), int (64 bits), Annotated[int, range(...)] such as Count; Any, MAX_DEPTH levels of it. An
-object may have more fields than its dataclass: later releases add some, and hashes find those that damage made.
+A kind is a type: a dataclass, by the names and types of its fields; a NamedTuple, as the list of them; a mapping, list or tuple
+of kinds; Literal, unions, bool, str, float (JSON has finite ones only), int (64 bits), Annotated[int, range(...)] such as Count;
+Any, MAX_DEPTH levels of it. An object may have more fields than its dataclass: later releases add some, and hashes find those
+that damage made.
 Invariant: what is not of the kind is one error of this project that names document, field, value and what was expected.
 Cost: two to three times what orjson and the dataclasses take by themselves.
 """
@@ -114,6 +115,8 @@ def _reader(kind: Any) -> _Read:
     if origin in (dict, Mapping):
         return partial(_mapping, read=_reader(args[1]))
     hints = get_type_hints(kind, include_extras=True)
+    if hasattr(kind, "_make"):  # a NamedTuple
+        return partial(_tuple, readers=tuple(map(_reader, hints.values())), make=kind._make)
     required = frozenset(entry.name for entry in fields(kind) if entry.default is MISSING and entry.default_factory is MISSING)
     return partial(_record, kind=kind, readers={name: _reader(hint) for name, hint in hints.items()}, required=required)
 
@@ -133,10 +136,10 @@ def _union(value: Any, readers: tuple[_Read, ...]) -> Any:
     return readers[0](value)  # whose error is worth most: the others are such as None
 
 
-def _tuple(value: Any, readers: tuple[_Read, ...]) -> Any:
+def _tuple(value: Any, readers: tuple[_Read, ...], make: _Read = tuple) -> Any:
     if not isinstance(value, list | tuple) or len(value) != len(readers):
         raise _expected(f"a list of {len(readers)} values", value)
-    return tuple(_each(readers, value))
+    return make(_each(readers, value))
 
 
 def _items(value: Any, make: type, read: _Read) -> Any:
