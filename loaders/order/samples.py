@@ -52,9 +52,12 @@ class OpenSource:
     def origin(self) -> Origin:
         """What states and receipts say of it."""
         manifest, url = self.manifest, self.store.url
-        num_shards = len(manifest.shards)
         return self.removed or Origin(
-            url=url, fingerprint=manifest.fingerprint(), num_samples=manifest.samples, num_shards=num_shards
+            url=url,
+            fingerprint=manifest.fingerprint(),
+            num_samples=manifest.samples,
+            num_shards=len(manifest.shards),
+            name=self.source.name,
         )
 
     def first(self, num_shards: int) -> OpenSource:
@@ -254,6 +257,12 @@ class SampleOrder:
     def length(self) -> int:
         """Samples of an epoch that begins after the last change."""
         return self.spec.length
+
+    @property
+    def latest_epoch(self) -> int:
+        """The first epoch that begins no earlier than the last change."""
+        epoch, place = self.epochs.at(self.generations[-1].position)
+        return epoch + (place > 0)
 
     @property
     def total_bytes(self) -> int:

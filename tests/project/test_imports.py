@@ -56,7 +56,7 @@ ALLOWED = {
     "loaders.batches": BELOW_LOADERS | {"loaders.config", "loaders.order", "loaders.reading"},
     "loaders.tokens": BELOW_LOADERS | {"loaders.config", "loaders.order", "loaders.reading", "loaders.batches"},
     "loaders.proof": BELOW_LOADERS | {"loaders.config", "loaders.world", "loaders.order"},
-    "loaders.cost": BELOW_LOADERS | {"loaders.config", "loaders.order", "loaders.reading"},
+    "loaders.cost": BELOW_LOADERS | {"loaders.config", "loaders.order", "loaders.reading", "loaders.proof"},
     "loaders.workers": BELOW_LOADERS | {f"loaders.{name}" for name in LOADERS[:-1] if name != "cost"},
     "loaders": DOORS,
     "loaders.trainers": DOORS | {"loaders"},
@@ -139,7 +139,7 @@ def test_only_the_world_and_its_doors_look_at_the_environment_and_at_torch_distr
         for _, path in modules()
         if path.is_relative_to(ROOT / "loaders") and any(word in path.read_text() for word in words)
     }
-    assert {name for name in found if not name.startswith("trainers/")} == {"loader.py", "world.py"}
+    assert {name for name in found if not name.startswith("trainers/")} == {"world.py"}
 
 
 def test_every_room_has_a_rule() -> None:
