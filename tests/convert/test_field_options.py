@@ -91,7 +91,7 @@ def test_neither_workers_nor_parts_change_what_where_keeps(scored: Path, tmp_pat
 
 
 def test_a_run_that_keeps_nothing_is_an_error_and_no_dataset(scored: Path, tmp_path: Path) -> None:
-    with pytest.raises(TooManyRejects, match="none of the 6 records: it drops 6, of which 1 lack a field that --where names"):
+    with pytest.raises(TooManyRejects, match=r"none of the 6 records: 6 were dropped \(1 of them lack a field that"):
         convert(PairsConfig, tmp_path / "out", scored, where="similarity > 7")
     assert not (tmp_path / "out" / "manifest.json").exists()
     for part in ("1/2", "2/2"):

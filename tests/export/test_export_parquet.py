@@ -151,7 +151,7 @@ def test_the_seven_columns_say_what_they_cannot_hold(source: Path, tmp_path: Pat
     assert summary.left_out == {"image_text_multi": 1, "interleaved": 2, "visual_sft": 4}
     assert summary.passed_over == {"image": 1, "provenance": 1, "texts": 1, "vqcode_512-b": 1}
     done = wds_tools("export", "hf", "--input", source, "--output", tmp_path / "told", "--for", "liquid")
-    assert "no column takes 1 image, 1 provenance, 1 texts, 1 vqcode_512-b" in done.stderr.replace("\n", " ")
+    assert "left out for want of a column: 1 image, 1 provenance, 1 texts, 1 vqcode_512-b" in done.stderr.replace("\n", " ")
     told = wds_tools("export", "parquet", "--input", source, "--output", tmp_path / "parquet").stdout
     assert "10 (3 visual_sft" in told or "rows       10 (" in told
     with pytest.raises(UsageError, match="says itself how vqcode_512 was made: leave out --stride"):

@@ -221,7 +221,7 @@ def test_listed_keys_are_taken_or_left_out_and_those_of_no_sample_are_named(
     assert keys(tmp_path / "out") == [3, 5]
     said = capsys.readouterr().err
     assert "--keys: 1 lines are of other datasets, such as elsewhere" in said
-    assert "--keys: 1 keys are of no sample, such as 000000-99999999" in said
+    assert "--keys: 1 key is of no sample, such as 000000-99999999" in said
     choose(source, tmp_path / "rest", exclude=str(listed))
     assert keys(tmp_path / "rest") == [n for n in range(40) if n not in (3, 5)]
     listed.write_bytes(b"a\nb\xff\n")
@@ -232,7 +232,7 @@ def test_listed_keys_are_taken_or_left_out_and_those_of_no_sample_are_named(
 def test_several_inputs_follow_one_another_and_their_keys_are_told_apart(source: Path, tmp_path: Path) -> None:
     other, listed = tmp_path / "other", tmp_path / "keys"
     make_dataset(other, [sample(n) for n in range(5)] + [text_sample(7)], codes=CODES)
-    with pytest.raises(UsageError, match=r"shard-000000-0000.tar and .*other/shard-000000-0000.tar have one key: --key-prefix"):
+    with pytest.raises(UsageError, match=r"-0000.tar and .*other/shard-000000-0000.tar have the same key: --key-prefix"):
         choose((source, other), tmp_path / "out")
     listed.write_text("000000-00000003\n")
     with pytest.raises(UsageError, match=r"1 keys are of several inputs, such as 000000-00000003 \(.*: write DATASET<tab>KEY"):
@@ -376,7 +376,7 @@ def test_third_party_tars_keep_what_they_had(tmp_path: Path) -> None:
     (tmp_path / "tars/9.tar").write_bytes((tmp_path / "tars/0.tar").read_bytes())
     (tmp_path / "tars/manifest.json").unlink()
     index_tars(open_store(str(tmp_path / "tars")))
-    with pytest.raises(UsageError, match="have one key: third-party tars may repeat keys"):
+    with pytest.raises(UsageError, match="have the same key: third-party tars may repeat keys"):
         choose(tmp_path / "tars", tmp_path / "more")
 
 

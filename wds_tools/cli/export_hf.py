@@ -34,7 +34,8 @@ def run(config: Config) -> int:
             error=True,
         )
     if summary.passed_over:
-        say(f"wds-tools: no column takes {itemize(summary.passed_over)} (samples that have it): {TYPED_INSTEAD}", error=True)
+        left_out = f"{itemize(summary.passed_over)} (samples that have it)"
+        say(f"wds-tools: left out for want of a column: {left_out}; {TYPED_INSTEAD}", error=True)
     how = "datasets.load_from_disk" if config.format == "arrow" else 'load_dataset("parquet", ...)'
     show_export(config, config, summary, how)
     return 0

@@ -88,7 +88,8 @@ def describe_dataset(url: str, manifest: Manifest) -> Iterator[str]:
         dropped["equal to an earlier one (--unique)"] = filtered.get("duplicate", 0)
         facts["filtered"] = ", ".join(f"{count:,} {what}" for what, count in dropped.items() if count)
     if isinstance(left_out := manifest.source.get("left_out"), dict):
-        facts["left out"] = f"{left_out.get('files')} files, not read as records, such as {left_out.get('such_as')}"
+        files = left_out.get("files")
+        facts["left out"] = f"{files} file{'' if files == 1 else 's'}, not read as records, such as {left_out.get('such_as')}"
     counts = manifest.source.get("counts")
     if isinstance(counts, dict) and IMAGES in counts:
         enlarged = f", {counts.get(ENLARGED)} smaller than their crop, so enlarged (convert with --min-side leaves such out)"

@@ -143,6 +143,6 @@ def check_kept(rejects: Mapping[str, int], inputs: int) -> None:
     if num_filtered and sum(rejects.values()) == inputs:
         missing = rejects.get("filtered_missing", 0)
         raise TooManyRejects(
-            f"the choice keeps none of the {inputs:,} records: it drops {num_filtered:,}, of which {missing:,} lack a field that "
-            f"--where names, and {inputs - num_filtered:,} can't be used"
+            f"the choice keeps none of the {inputs:,} records: {num_filtered:,} were dropped ({missing:,} of them lack a "
+            f"field that --where names, or have null there), and {inputs - num_filtered:,} can't be used"
         )

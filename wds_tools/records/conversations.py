@@ -202,7 +202,7 @@ class TalkReader:
                 steps = name.removeprefix("json.").split(".")
                 if posixpath.basename(file) not in used and known.isdisjoint(accumulate(steps, "{}.{}".format)):
                     shown = f": {file[:80]!r}" if file else ""
-                    how = f"--image {name} uses it, --keep {name} or --drop {name} leaves it"
+                    how = f"--image {name} uses it, --keep {name} or --drop {name} leaves it out"
                     raise Reject("unused_image", f"{name} holds an image that is not used{shown}; {how}")
 
 

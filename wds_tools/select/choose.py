@@ -30,7 +30,7 @@ from wds_tools.run.local import Report, run_tasks
 from wds_tools.run.progress import Advance, Progress
 from wds_tools.select.fields import CODES_HASH, KEY, TEXT_HASH, Fields, as_text, values_of
 from wds_tools.sources.text.keys import OTHER, read_keys
-from wds_tools.terminal import say
+from wds_tools.terminal import counted, say
 
 FATES: Final = ("", "filtered", "filtered_missing", "wrong_type", "not_chosen", "duplicate")
 """Why a sample is not chosen, by number; 0: it is."""
@@ -85,7 +85,7 @@ class KeyList:
             seen |= keys
         lost = sorted(self.bare - seen) + sorted(set().union(*(keys - of for keys, of in zip(self.named, found, strict=True))))
         if lost:
-            say(f"wds-tools: {option}: {len(lost):,} keys are of no sample, such as {lost[0]}", error=True)
+            say(f"wds-tools: {option}: {counted(len(lost), 'key is', 'keys are')} of no sample, such as {lost[0]}", error=True)
 
 
 @dataclass(frozen=True)
@@ -245,7 +245,7 @@ def choose(
                 mend = "--key-prefix NAME ..., one for each input, tells them apart"
                 if at[0][0] == at[1][0]:
                     mend = "third-party tars may repeat keys, a dataset of ours may not: write them again with DatasetWriter"
-                raise UsageError(f"samples of {where} have one key: {mend}")
+                raise UsageError(f"samples of {where} have the same key: {mend}")
     return fates, sides
 
 

@@ -38,7 +38,7 @@ from wds_tools.sources.composite import Containers
 from wds_tools.sources.inputs import expand_inputs
 from wds_tools.sources.record import InputFile, group_to_limits
 from wds_tools.storage import open_store
-from wds_tools.terminal import say
+from wds_tools.terminal import counted, say
 
 _SAMPLE_BYTES = 40
 """Of a sample in the sort."""
@@ -144,6 +144,11 @@ class _Labels:
         scale = (1 << 64) // max(self.counts["samples"], 1)
         for number, label in self._matches(by_value):
             by_number.add(number * scale, label)
+        if self.counts["samples"] == self.counts["samples_without_row"] and self.lost:
+            raise UsageError(
+                f"--with, --on {config.on}: none of {counted(self.counts['rows'], 'row')} is of any sample: the rows have "
+                f"{self.lost.get('rows_without_sample')}, the samples {self.lost.get('samples_without_row')} and the like"
+            )
         self.in_order = (orjson.loads(row) for _, row in by_number.drain())
 
     def say(self) -> None:

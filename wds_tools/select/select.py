@@ -211,7 +211,9 @@ class CopySamples:
             fates = np.frombuffer(zlib.decompress(b64decode(packed)), np.uint8)
             self._copy(dataset, shard, np.flatnonzero(fates == 0), writer, report)
             for row in np.flatnonzero(fates).tolist():
-                cause = Reject(FATES[fates[row]], "its fields are of types that --where can't compare")
+                cause = Reject(
+                    FATES[fates[row]], "--where can't compare values of these types; float(FIELD) is the number in a text"
+                )
                 writer.reject(cause, source=join(self.urls[dataset], shard.name), element=row)
             report(Advance(units=int((fates != 0).sum())))
             num_samples += shard.samples

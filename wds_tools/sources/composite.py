@@ -167,7 +167,7 @@ def _without_datasets(url: str, sizes: Mapping[str, int]) -> Iterator[str]:
     written = {name[: match.start()] for name in sizes if (match := _WRITTEN.search(name))}
     roots = {root for root in written if f"{root}{MANIFEST}" in sizes or f"{root}{PLAN}" in sizes}
     if "" in roots:
-        raise UsageError(f"{url} is a dataset of wds-tools: it goes into `wds-tools encode`, `pack` or `export hf`")
+        raise UsageError(f"{url} is a dataset of wds-tools: it goes into `wds-tools encode`, `select`, `pack` or `export`")
     for name in sizes:
         if not any(part.startswith(".") for part in name.split("/")) and not any(name.startswith(root) for root in roots):
             yield name
