@@ -210,15 +210,15 @@ class _Process:
         )
 
     def _positions_of(self, step: int) -> PositionRange:
-        return PositionRange(0, *self._steps.part(step, 0))
+        return PositionRange(self._order.latest_epoch, *self._steps.part(step, 0))
 
     def cycle_samples(self) -> float:
         """How many samples of each lane it has read when it has fetched from each of them once more."""
-        spec, length = self._order.spec, self._order.length
+        order, spec, length = self._order, self._order.spec, self._order.length
         middle = np.arange(length // 2, min(length // 2 + _SHARE_SAMPLES, length))
-        shares = np.bincount(self._order.locate(0, middle).source, minlength=len(self._sample_bytes)) / len(middle)
+        shares = np.bincount(order.locate(order.latest_epoch, middle).source, minlength=len(self._sample_bytes)) / len(middle)
         cycles = [1.0]
-        for opened, share, sample_bytes in zip(self._order.sources, shares.tolist(), self._sample_bytes, strict=True):
+        for opened, share, sample_bytes in zip(order.sources, shares.tolist(), self._sample_bytes, strict=True):
             if not share:
                 continue
             shard = max(opened.manifest.shards, key=lambda info: info.samples)

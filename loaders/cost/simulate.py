@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import mmap
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +22,7 @@ from loaders.cost.replay import ProcessCost, replay
 from loaders.order.partition import BatchPartition
 from loaders.order.plan import Ints
 from loaders.order.samples import OpenSource, SampleOrder, order_spec
+from loaders.proof.state import read_state, resumed
 from loaders.reading.planner import shared_lanes
 from wds_tools.errors import UsageError
 from wds_tools.format.manifest import Manifest, ShardInfo
@@ -125,7 +127,14 @@ def _imagined_shard(samples: int, sample_bytes: float) -> ShardInfo:
     )
 
 
-def simulate(sources: Sequence[OpenSource], config: LoaderConfig, world_size: int = 1, *, as_remote: bool = False) -> Simulation:
+def simulate(
+    sources: Sequence[OpenSource],
+    config: LoaderConfig,
+    world_size: int = 1,
+    *,
+    as_remote: bool = False,
+    state: Mapping[str, Any] | None = None,
+) -> Simulation:
     """Find out what training with a config costs.
 
     Args:
@@ -133,19 +142,23 @@ def simulate(sources: Sequence[OpenSource], config: LoaderConfig, world_size: in
         config: as for build_loader.
         world_size: number of ranks.
         as_remote: count local files as if they were fetched.
+        state: of a run that goes on so: its lanes stay, and what differs holds from there on.
 
     Returns:
-        Costs of an epoch, and how well it is mixed.
+        Costs of an epoch, of a run that goes on the first one that begins with these settings, and how well it is mixed.
 
     Raises:
-        UsageError: the settings do not fit the data or the world.
+        UsageError: the settings do not fit the data, the world or the state.
     """
     if config.batch_size < world_size:
         raise UsageError(f"batch_size={config.batch_size} is less than one sample for each of {world_size} ranks")
     before, started = _resident_bytes(), time.perf_counter()
-    order = SampleOrder(sources, order_spec(sources, config))
+    if state is None:
+        order = SampleOrder(sources, order_spec(sources, config))
+    else:
+        order = resumed(read_state(state), config, sources, "future")
     start_s = time.perf_counter() - started
-    order.locate(0, np.arange(1))
+    order.locate(order.latest_epoch, np.arange(1))
     epoch_s = time.perf_counter() - started - start_s
     after = _resident_bytes()
     steps = BatchPartition(order.length, 0, config.batch_size, config.last_batch, world_size)
@@ -188,7 +201,7 @@ def measure_mixing(order: SampleOrder, batch_size: int) -> Mixing:
     length = order.length
     count = max(min(_MIXING_SAMPLES, length) // batch_size, 1)
     begin = max(length // 2 - count * batch_size // 2, 0)
-    located = order.locate(0, np.arange(begin, min(begin + count * batch_size, length)))
+    located = order.locate(order.latest_epoch, np.arange(begin, min(begin + count * batch_size, length)))
     batch = np.arange(len(located.source)) // batch_size
     num_batches = int(batch[-1]) + 1
     apart = _neighbours_apart(order)
@@ -209,7 +222,7 @@ def _neighbours_apart(order: SampleOrder) -> Ints:
         some = np.linspace(0, lanes - 1, min(lanes, _MIXING_LANES)).astype(np.int64)
         num_cursors = min(length // lanes, _MIXING_SAMPLES // len(some))
         positions = (some + lanes * (np.arange(num_cursors) + (length // lanes - num_cursors) // 2)[:, None]).ravel()
-    located = order.locate(0, positions)
+    located = order.locate(order.latest_epoch, positions)
     ascending = np.lexsort((located.sample_index, located.shard, located.source))
     source, shard, sample_index, chunk = (
         np.diff(column[ascending]) for column in (*located[:3], located.first + located.num_in_run)

@@ -96,6 +96,8 @@ class Origin:
     """Number of its samples."""
     num_shards: Count
     """Number of its shards: a dataset that grew has these first."""
+    name: str | None = None
+    """What lines of its mask may call it, if not its URL."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ import hashlib
 import warnings
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Annotated, NamedTuple
 
 import numpy as np
@@ -25,12 +26,11 @@ from wds_tools.dataset.samples import SampleReader
 from wds_tools.errors import UsageError
 from wds_tools.format.manifest import Manifest
 from wds_tools.format.typed_json import Count
-from wds_tools.storage import Store, open_store, split_url
+from wds_tools.sources.text.keys import OTHER, read_keys
+from wds_tools.storage import Store
 
 EXCLUDED = "excluded"
 """Reason of a Substitution."""
-_MAX_BYTES = 1 << 30
-_NO_SAMPLE = -1
 _SHOWN = 5
 
 
@@ -70,20 +70,23 @@ class Mask:
 
     Args:
         ids: keys, each once.
-        codes: (I,) shard << 32 | sample index of each; -1 where the source has no such sample.
+        codes: (C,) shard << 32 | sample index of each sample of each key in turn.
         samples: (S,) samples of each shard.
+        ends: (I,) how many codes are of each key and those before; None: one of each. Third-party tars may repeat a key.
     """
 
-    def __init__(self, ids: Sequence[str] = (), codes: Ints | None = None, samples: Ints | None = None) -> None:
+    def __init__(
+        self, ids: Sequence[str] = (), codes: Ints | None = None, samples: Ints | None = None, ends: Ints | None = None
+    ) -> None:
         self.ids = ids
         self._codes = np.zeros(0, np.int64) if codes is None else codes
+        self._ends = np.concatenate([[0], np.arange(len(ids)) + 1 if ends is None else ends])
         self._rows = self.rows(len(ids))
         self._samples = np.zeros(0, np.int64) if samples is None else samples
 
     def rows(self, num_ids: int) -> Ints:
         """Ascending shard << 32 | sample index of the samples of the first keys."""
-        codes = self._codes[:num_ids]
-        return np.unique(codes[codes != _NO_SAMPLE])
+        return np.unique(self._codes[: self._ends[num_ids]])
 
     def hash(self, num_ids: int) -> str:
         """SHA-256 of the first keys, a line each."""
@@ -136,39 +139,45 @@ def read_mask(url: str, store: Store, manifest: Manifest, names: Collection[str]
 
     Raises:
         NotFound: there is no such file.
-        UsageError: it is too large, or excludes all samples.
+        UsageError: a line is no text, or all samples are excluded.
     """
-    folder, name = split_url(url)
-    data = open_store(folder).read(name)
-    if len(data) > _MAX_BYTES:
-        raise UsageError(f"{url} has {len(data):,} bytes, at most {_MAX_BYTES:,} are read")
-    lines = [line.rpartition("\t") for line in bytes(data).decode("utf-8", "replace").splitlines()]
-    ids = list(dict.fromkeys(key for dataset, tab, key in lines if key and (not tab or dataset in names)))
+    others: dict[str, None] = {}
+    keys: dict[str, None] = {}
+    for number, key in read_keys(url, list(names), "exclude="):
+        (others if number == OTHER else keys)[key] = None
+    if others and not keys:
+        what = f"{url} excludes nothing of {store.url}: all its lines are of other datasets, such as {min(others)}"
+        warnings.warn(what, stacklevel=2)
+    ids = list(keys)
     found = _find(store, manifest, ids)
     if missing := [key for key in ids if key not in found]:
         listing = f"{', '.join(missing[:_SHOWN])}{', ...' if len(missing) > _SHOWN else ''}"
         warnings.warn(f"{len(missing):,} of {len(ids):,} keys of {url} are not in {store.url}: {listing}", stacklevel=2)
     samples = np.array([shard.samples for shard in manifest.shards], np.int64)
-    mask = Mask(ids, np.array([found.get(key, _NO_SAMPLE) for key in ids], np.int64), samples)
+    rows = [found.get(key, []) for key in ids]
+    mask = Mask(ids, np.array(list(chain(*rows)), np.int64), samples, np.cumsum(list(map(len, rows)), dtype=np.int64))
     if len(mask.rows(len(ids))) == manifest.samples:
         raise UsageError(f"{url} excludes all {manifest.samples:,} samples of {store.url}: leave the source out")
     return mask
 
 
-def _find(store: Store, manifest: Manifest, ids: Sequence[str]) -> dict[str, int]:
-    """Key -> shard << 32 | sample index, of those that the dataset has."""
+def _find(store: Store, manifest: Manifest, ids: Sequence[str]) -> dict[str, list[int]]:
+    """Key -> shard << 32 | sample index of each of its samples, of those that the dataset has."""
     reader = SampleReader(store, manifest)
-    found: dict[str, int] = {}
+    found: dict[str, list[int]] = {}
+    is_few = len(ids) * 2 * manifest.samples.bit_length() < manifest.samples
     try:
-        for key in ids if len(ids) * 2 * manifest.samples.bit_length() < manifest.samples else ():
+        for key in ids if is_few and not manifest.is_indexed else ():
             number = reader.find_key(key)
             if number is not None and reader.key_of(number) == key:
                 shard, sample_index = reader.locate(number)
-                found[key] = (shard << 32) + sample_index
+                found[key] = [(shard << 32) + sample_index]
         missing = set(ids) - found.keys()
         for shard in range(len(manifest.shards)) if missing else ():
             for piece in reader.scan(shard, 0, lambda _: False):
-                found |= {sample.key: (shard << 32) + sample.sample_index for sample in piece if sample.key in missing}
+                for sample in piece:
+                    if (key := sample.key) in missing:
+                        found.setdefault(key, []).append((shard << 32) + sample.sample_index)
     finally:
         reader.close()
     return found

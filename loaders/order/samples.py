@@ -52,9 +52,12 @@ class OpenSource:
     def origin(self) -> Origin:
         """What states and receipts say of it."""
         manifest, url = self.manifest, self.store.url
-        num_shards = len(manifest.shards)
         return self.removed or Origin(
-            url=url, fingerprint=manifest.fingerprint(), num_samples=manifest.samples, num_shards=num_shards
+            url=url,
+            fingerprint=manifest.fingerprint(),
+            num_samples=manifest.samples,
+            num_shards=len(manifest.shards),
+            name=self.source.name,
         )
 
     def first(self, num_shards: int) -> OpenSource:
@@ -256,6 +259,12 @@ class SampleOrder:
         return self.spec.length
 
     @property
+    def latest_epoch(self) -> int:
+        """The first epoch that begins no earlier than the last change."""
+        epoch, place = self.epochs.at(self.generations[-1].position)
+        return epoch + (place > 0)
+
+    @property
     def total_bytes(self) -> int:
         """Bytes of all sources' shards."""
         return sum(opened.manifest.bytes for opened in self.sources)
@@ -263,7 +272,7 @@ class SampleOrder:
     @property
     def num_chunks(self) -> int:
         """Chunks of an epoch of every source that is drawn from."""
-        return sum(group.plan.num_chunks for groups in self._groups for _, group in groups[-1:])
+        return sum(group.plan.num_chunks for groups in self._groups for _, group in groups[-1:] if not group.sources[0].removed)
 
     @property
     def weights_error(self) -> float:

@@ -75,7 +75,7 @@ class OrderSpec:
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; `typed_json.shape(OrderSpec, ...)` reads them back."""
         return asdict(self) | {
-            "sources": [asdict(source) for source in self.sources],
+            "sources": [asdict(source) | {"texts": list(map(list, source.texts))} for source in self.sources],
             "schedule": [[position, list(weights)] for position, weights in self.schedule],
         }
 

@@ -28,6 +28,7 @@ from wds_tools.format.manifest import Manifest, parse_manifest, serialize_manife
 from wds_tools.format.schema import Sample
 from wds_tools.jobs.index_tars import rebuild_indices
 from wds_tools.storage import open_store
+from wds_tools.terminal import counted
 
 CODES = {"vqcode_512": {"codebook_size": CODEBOOK_SIZE, "tokenizer": "test", "precision": "fp32"}}
 
@@ -147,7 +148,7 @@ def test_damage_is_found_and_named(folder: Path, what: str, capsys: pytest.Captu
     assert any(name in problem for problem in found), found
     assert len(found) <= 5, found
     assert main(["verify", str(folder), "--quiet"]) == 1
-    assert f"verify: {len(found)} problems" in capsys.readouterr().out
+    assert f"verify: {counted(len(found), 'problem')}" in capsys.readouterr().out
     assert problems(folder, workers=2) == found
 
 

@@ -63,6 +63,8 @@ TURNS = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "This."}]
         ({"data_type": "interleaved", "text": "a <image>", "vqcode_512": [1]}, "coded"),
         ({"data_type": "image_text", "text": "a", "vqcode_512": "[1, 2]", "vqcode_multi768": "no"}, "coded"),
         ({"data_type": "text_pretrain", "text": "a", "vqcode_512": "no", "vqcode_multi768": "no"}, "documents"),
+        ({"data_type": "text_pretrain", "text": "a", "length": 1, "vqcode_512": "no"}, "coded"),
+        ({"data_type": "visual_sft", "text": "", "length": 1, "conversations": TURNS, "vqcode_256": {"codes": [1]}}, "coded"),
     ],
 )
 def test_the_converter_is_what_the_records_hold_unless_told_otherwise(

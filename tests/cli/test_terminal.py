@@ -78,10 +78,10 @@ def test_hostile_receipts_and_leases_are_told_of_in_printable_lines(
     next(iter(loader))
     for number, change in enumerate(
         (
-            {"sources": [{"url": evil, "fingerprint": evil, "num_samples": 8}]},
+            {"generations": [{"sources": [{"url": evil, "fingerprint": evil, "num_samples": 8}]}]},
             {"last_batch": evil},
             {"version": evil},
-            {"spec": {**loader.receipt()["spec"], "seed": evil}},
+            {"generations": [{"spec": evil}]},
         )
     ):
         path = tmp_path / f"receipt-{number}.json"

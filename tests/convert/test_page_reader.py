@@ -83,6 +83,7 @@ def test_every_layout_gives_the_text_with_its_images_in_their_places(record: Rec
         ({"content": ["A", 5]}, "wrong_type: a part of a turn is a int"),
         ({"texts": {"a": "b"}}, "wrong_type: texts is a dict, expected a text, or a list"),
         ({"texts": [None, " "]}, "empty_text: texts is empty"),
+        ({"content": ["A", "pictures/1.jpg", "B"]}, "unused_image: content has 'pictures/1.jpg' among its texts, and no image"),
         ({"texts": ["\ud83d"]}, "invalid_utf8: texts has half a character"),
         ({"text": "A", "scan": STRUCT}, "unused_image: scan holds an image that is not used"),
         ({"text": "A <image>", "images": ["a.jpg"], "cover": "b.jpg"}, "unused_image: cover holds an image that is not used"),

@@ -251,6 +251,12 @@ def test_images_in_answers_keep_their_places_and_edits_are_such_conversations(
             {"image_list": ["a", "b", "c"], "instruction_list": ["Redder."]},
             "image_marks: instruction_list has 1 instructions for 2",
         ),
+        (
+            {"image_list": ["a", None, "c"], "instruction_list": ["Redder.", "Larger."]},
+            "image_marks: image_list has 3 places, and an image at 2 of them",
+        ),
+        ({"source_img": "a", "instruction": ["Redder."], "target_img": ["b", None]}, "image_marks: target_img has 2 places"),
+        ({"input_images": [None, "b"], "instruction": "Join.", "target_img": "c"}, "image_marks: input_images has 2 places"),
         ({"image_list": ["a", "b"], "instruction_list": []}, "missing_field"),
         ({"source_img": "a", "instruction": "", "target_img": "b"}, "missing_field"),
         ({"source_img": "a", "instruction": [5], "target_img": "b"}, "wrong_type: instruction holds a int"),

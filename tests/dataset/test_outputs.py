@@ -68,7 +68,12 @@ def commands_with(*names: str) -> Iterator[tuple[tuple[str, ...], type]]:
 
 def test_a_command_that_has_an_output_is_a_pass_or_one_that_is_known_to_claim_it() -> None:
     others = {words for words, config in commands_with("output") if not issubclass(config, JobOptions)}
-    assert others == {("export", "hf"), ("finalize",), ("vocabulary",)}  # the last makes a new folder by one rename
+    assert others == {
+        ("export", "hf"),
+        ("export", "parquet"),
+        ("finalize",),
+        ("vocabulary",),
+    }  # the last makes a new folder by one rename
     assert issubclass(importlib.import_module("wds_tools.cli.finalize").Config, FinalizeConfig)
 
 
@@ -297,7 +302,11 @@ def test_an_output_that_is_an_input_or_lies_in_one_is_refused_by_every_command(
     source = "s3a://in/" if spelled.startswith("s3") else str(folder)
     output = spelled.replace("IN", str(folder)).replace("link", str(tmp_path / "link"))
     before = tree(folder)
-    more = {"pack": ["--tokenizer", "t", "--seq-len", "8"], "hf": ["--tokenizer", "t", "--codebook-size", "8"]}
+    more = {
+        "relabel": ["--with", "labels.jsonl"],
+        "pack": ["--tokenizer", "t", "--seq-len", "8"],
+        "hf": ["--tokenizer", "t", "--codebook-size", "8"],
+    }
     options = more.get(words[-1], []) if words[0] != "export" else []
     inputs = [source] if words[0] == "vocabulary" else ["--input", source]
     if words[0] == "vocabulary" and spelled.startswith(("s3", "file")):

@@ -445,7 +445,7 @@ def test_a_wide_image_without_its_size_is_refused(tmp_path: Path) -> None:
 def test_codes_of_different_tokenizers_are_not_mixed(tmp_path: Path) -> None:
     for name in ("one", "two"):
         make_dataset(tmp_path / name, [image_sample(0)], codes={"vqcode_512": {"tokenizer": name, "codebook_size": 8192}})
-    with pytest.raises(UsageError, match="different tokenizers"):
+    with pytest.raises(UsageError, match="different image tokenizers"):
         export((tmp_path / "one", tmp_path / "two"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -128,10 +128,11 @@ def test_pandas_and_load_dataset_read_typed_columns(source: Path, tmp_path: Path
 
 
 def test_codes_of_one_name_and_two_tokenizers_are_not_put_into_one_column(source: Path, tmp_path: Path) -> None:
-    make_dataset(tmp_path / "other", [image_sample(1)], codes={"vqcode_512": {**MADE, "tokenizer": "c"}})
-    both = ParquetConfig(input=(str(source), str(tmp_path / "other")), output=str(tmp_path / "out"), quiet=True)
-    with pytest.raises(UsageError, match=r"vqcode_512 of .* come from different tokenizers"):
-        export_parquet(both)
+    for what, made in {"tokenizer": {**MADE, "tokenizer": "c"}, "stride": {**MADE, "stride": 8}, "codebook_size": {}}.items():
+        make_dataset(tmp_path / what, [image_sample(1)], codes={"vqcode_512": made} if made else {})
+        both = ParquetConfig(input=(str(source), str(tmp_path / what)), output=str(tmp_path / "out"), quiet=True)
+        with pytest.raises(UsageError, match=rf"vqcode_512 of .*{what} is of another (tokenizer|{what}) .* than that of .*set"):
+            export_parquet(both)
 
 
 def test_a_finished_export_is_kept_by_resume_and_another_is_refused(source: Path, tmp_path: Path) -> None:

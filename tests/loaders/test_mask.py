@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from commands import tar_bytes
 from hypothesis import given
 from hypothesis import strategies as st
 from test_generations import Training, config, make
@@ -141,6 +142,40 @@ def test_keys_are_found_by_bisection_or_by_a_look_at_all_and_what_is_missing_is_
         Source(url, exclude=7)  # type: ignore[arg-type]
     with pytest.raises(NotFound):
         read_mask(str(tmp_path / "absent.txt"), store, manifest, ())
+
+
+@pytest.mark.parametrize(
+    "line", ["mine\ta-0003", "URL/\ta-0003", "file://URL\ta-0003", "\ufeffa-0003\r", "other\tx\nmine\ta-0003"]
+)
+def test_a_key_holds_however_its_line_is_written_and_the_audit_knows_it(tmp_path: Path, line: str) -> None:
+    url = make(tmp_path, "a", 20)
+    exclude = _write(tmp_path, line.replace("URL", url) + "\n")
+    run = Training()
+    assert "a-0003" not in run.train(config(Source(url, name="mine", exclude=exclude)), 5)
+    assert run.audited(exclude=exclude).excluded == ((url, 0, 1),)
+    Path(exclude).write_bytes("a-0003\n".encode("utf-16"))
+    with pytest.raises(UsageError, match="line 1: expected KEY, or DATASET<tab>KEY, in UTF-8"):
+        build_loader(config(Source(url, exclude=exclude)), World())
+
+
+def test_all_samples_of_a_key_that_third_party_tars_repeat_are_excluded(tmp_path: Path) -> None:
+    for number in range(3):
+        members = [(f"{key}.txt", f"{key} of {number}".encode()) for key in "abcd"]
+        (tmp_path / f"{number}.tar").write_bytes(tar_bytes(members))
+    assert main(["index", str(tmp_path)]) == 0
+    exclude = _write(tmp_path, "c\nnobody\nb\n")
+    run = Training()
+    with pytest.warns(UserWarning, match="1 of 3 keys"):
+        keys = run.train(config(Source(str(tmp_path), exclude=exclude)), 3)
+    assert set(keys) == {"a", "d"}
+    with pytest.warns(UserWarning, match="1 of 3 keys"):
+        assert run.audited(exclude=exclude).excluded == ((str(tmp_path), 0, 6),)
+
+
+def test_a_file_that_names_other_datasets_only_is_said(tmp_path: Path) -> None:
+    url = make(tmp_path, "a", 8)
+    with pytest.warns(UserWarning, match="excludes nothing of .*: all its lines are of other datasets, such as other"):
+        build_loader(config(Source(url, exclude=_write(tmp_path, "other\ta-0001\n"))), World())
 
 
 def _write(folder: Path, text: str) -> str:

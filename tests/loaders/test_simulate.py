@@ -210,6 +210,30 @@ def test_mixtures_are_simulated_too() -> None:
     assert sample_bytes == pytest.approx(0.7 * 4096 + 0.3 * 20_000, rel=0.02)
 
 
+def test_a_run_that_goes_on_has_its_lanes_and_the_data_that_has_grown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before, after = ({"folder": tmp_path / name, "count": count} for name, count in (("before", 200), ("after", 300)))
+    for made in (before, after):
+        make_dataset(made["folder"], (text_sample(number) for number in range(made["count"])), shard_samples=10)
+    loader = build_loader(config(Source(str(before["folder"])), batch_size=5), World())
+    next(iter(loader))
+    (tmp_path / "state.json").write_text(json.dumps(loader.state_dict()))
+    changed = config(Source(str(after["folder"])), batch_size=20)
+    loader = build_loader(changed, World())
+    loader.load_state_dict(json.loads((tmp_path / "state.json").read_bytes()), change="future")
+    while not loader.epoch:
+        list(loader)
+    (tmp_path / "ids.txt").write_text(f"{text_sample(7).key}\n")
+    words = ["simulate", str(after["folder"]), "--batch-size", "20", "--remote", "--state", str(tmp_path / "state.json")]
+    assert main([*words, "--exclude", str(tmp_path / "ids.txt"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["epoch_samples"], found["num_steps"]) == (300, len(loader)) == (300, 15)
+    assert found["num_lanes"] == 5 * found["lanes_per_sample"]
+    assert found["process"]["bytes"] == pytest.approx(found["total_bytes"], rel=0.01)
+    assert any(warning.startswith("1 samples are excluded") for warning in found["warnings"])
+    assert main(["simulate", str(after["folder"]), "--batch-size", "20", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["num_lanes"] == 20 * found["lanes_per_sample"]
+
+
 def test_settings_that_no_loader_would_take_are_refused() -> None:
     with pytest.raises(UsageError, match="less than one sample for each of 65 ranks"):
         imagine(1000, 65)
@@ -249,6 +273,7 @@ def test_the_command_takes_datasets_and_weights(tmp_path: Path, capsys: pytest.C
     [
         ([], 2, "name datasets, or give --samples"),
         (["SET", "--samples", "5"], 2, "not both"),
+        (["--samples", "5", "--state", "state.json"], 2, "of datasets that exist"),
         (["SET", "--weights", "1", "2"], 2, "2 weights for 1 datasets"),
         (["SET", "--world", "11"], 2, "less than one sample for each of 11 ranks"),
         (["SET", "--world", "0"], 2, "--world 0"),

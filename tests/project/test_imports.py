@@ -56,7 +56,7 @@ ALLOWED = {
     "loaders.batches": BELOW_LOADERS | {"loaders.config", "loaders.order", "loaders.reading"},
     "loaders.tokens": BELOW_LOADERS | {"loaders.config", "loaders.order", "loaders.reading", "loaders.batches"},
     "loaders.proof": BELOW_LOADERS | {"loaders.config", "loaders.world", "loaders.order"},
-    "loaders.cost": BELOW_LOADERS | {"loaders.config", "loaders.order", "loaders.reading"},
+    "loaders.cost": BELOW_LOADERS | {"loaders.config", "loaders.order", "loaders.reading", "loaders.proof"},
     "loaders.workers": BELOW_LOADERS | {f"loaders.{name}" for name in LOADERS[:-1] if name != "cost"},
     "loaders": DOORS,
     "loaders.trainers": DOORS | {"loaders"},

@@ -112,6 +112,20 @@ def test_parts_and_overwritten_outputs_have_their_labels(source: Path, tmp_path:
     assert read_manifest(open_store(str(tmp_path / "parts"))).shards == whole.shards
 
 
+def test_a_value_that_says_nothing_changes_nothing_and_keys_that_are_no_text_are_refused(source: Path, tmp_path: Path) -> None:
+    keys = [sample(number).key for number in range(4)]
+    table = {"key": keys, "caption": [" \n", "new", None, ""], "score": [float("nan"), 2.5, None, 7.0]}
+    pq.write_table(pa.table(table), tmp_path / "a.parquet")
+    put(source, tmp_path / "out", tmp_path / "a.parquet", texts=("recap=caption",), fields=("number=score",))
+    found = read_samples(tmp_path / "out")[:4]
+    assert [one.text for one in found] == ["caption 0", "new", "caption 2", "caption 3"]
+    assert [one.texts["recap"] for one in found if one.texts] == [None, "new", None, None]
+    assert [one.provenance["number"] for one in found] == [0, 2.5, 2, 7]
+    pq.write_table(pa.table({"key": [key.encode() for key in keys], "score": [1, 2, 3, 4]}), tmp_path / "b.parquet")
+    with pytest.raises(UsageError, match=r"b.parquet, line 1: a value can't be written as JSON.*bytes"):
+        put(source, tmp_path / "no", tmp_path / "b.parquet", fields=("number=score",))
+
+
 @settings(max_examples=10, deadline=None)
 @given(values=st.lists(NAMES, max_size=8), rows=st.lists(st.tuples(NAMES, st.text(max_size=3)), max_size=8))
 def test_every_sample_has_the_first_row_of_its_value(values: list[str], rows: list[tuple[str, str]]) -> None:

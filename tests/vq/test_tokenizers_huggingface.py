@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from weights import MODELS, Made, one_by_one, pixels, save, spread, vq_model
 
 from loaders import LoaderConfig, Source, build_loader
+from wds_tools.check.compare import CompareConfig, compare_codes
 from wds_tools.check.verify import VerifyConfig, verify
 from wds_tools.encode.encode import EncodeConfig, encode
 from wds_tools.errors import MissingPackage, TokenizerError, UsageError
@@ -93,6 +95,19 @@ def test_a_class_without_a_decoder_says_where_pictures_come_from(
     tokenizer = load_tokenizer(name, weights=str(made(name)[0]), device="cpu")
     with pytest.raises(UsageError, match=f"no image decoder: {instead}"):
         tokenizer.decode(tokenizer.encode(pixels()))
+
+
+def test_codes_of_a_class_without_a_decoder_can_be_compared(made: Callable[[str], tuple[Path, Made]], tmp_path: Path) -> None:
+    image = image_bytes(0, 64, 64)
+    make_dataset(tmp_path / "in", [Sample(key="a", data_type="image_text", text="t", image=image, image_extension="jpg")])
+    weights, sets = str(made("glm-image")[0]), [str(tmp_path / name) for name in "ab"]
+    given: dict[str, Any] = {"tokenizer": "glm-image", "weights": weights, "mode": "cc64", "device": "cpu", "quiet": True}
+    for output in sets:
+        encode(EncodeConfig(input=str(tmp_path / "in"), output=output, **given))
+    wanted = CompareConfig(a=sets[0], b=sets[1], weights=weights, device="cpu", quiet=True)
+    with pytest.raises(UsageError, match=r"no image decoder: .*; --pictures 0 compares codes alone"):
+        compare_codes(wanted)
+    assert compare_codes(replace(wanted, pictures=0)).equal_codes == 16 * 16
 
 
 def test_the_whole_folder_of_glm_image_has_its_model_and_its_preprocessor_inside(

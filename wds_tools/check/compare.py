@@ -79,7 +79,7 @@ class Comparison:
     psnr_between_db: float | None = None
     """PSNR of B's pictures against A's, from the squared error over all; infinite if equal, None if none was decoded."""
     psnr_a_db: float | None = None
-    """PSNR of A's pictures against the photographs; None if these were not kept."""
+    """PSNR of A's pictures against the photographs; None if these were not kept, or are of another size."""
     psnr_b_db: float | None = None
     errors: dict[str, list[float]] = field(default_factory=dict, repr=False)
     """Mean squared error of each picture, by what was compared."""
@@ -94,7 +94,8 @@ def compare_codes(config: CompareConfig) -> Comparison:
     """Compare the codes of two datasets, or two code sets of one.
 
     Raises:
-        UsageError: the codes come from different tokenizers, or the datasets have no such codes.
+        UsageError: the codes come from different tokenizers, the datasets have no such codes, or no pictures are made
+            of them.
         FormatError: keys do not ascend, or the grids of one image differ in size.
     """
     a, b = ((store := open_store(url), read_manifest(store)) for url in (config.a, config.b))
@@ -114,7 +115,10 @@ def compare_codes(config: CompareConfig) -> Comparison:
             is_due = num_looked_at < config.pictures and num_looked_at * every < result.samples
             if tokenizer is not None and is_due and sample_a.grids:
                 num_looked_at += 1
-                _look(result, tokenizer, columns[sample_a.column], sample_a, sample_b)
+                try:
+                    _look(result, tokenizer, columns[sample_a.column], sample_a, sample_b)
+                except UsageError as error:
+                    raise UsageError(f"{error}; --pictures 0 compares codes alone") from error
             if result.samples % _REPORT_EVERY == 0:
                 progress(Advance(units=_REPORT_EVERY, samples=_REPORT_EVERY))
     result.finish()
@@ -210,7 +214,8 @@ def _look(result: Comparison, tokenizer: ImageTokenizer, made: Mapping[str, Any]
         if photographs:
             mode = mode_of_column(a.column).at(tokenizer.name, tokenizer.stride, made.get("min_pixels", 0))
             photograph = prepare(photographs[number].data, mode, _LIMITS)
-            pairs |= {"a": (pictures["a"], photograph), "b": (pictures["b"], photograph)}
+            if photograph.shape == pictures["a"].shape:  # codes without sides may decode to pictures of one size
+                pairs |= {"a": (pictures["a"], photograph), "b": (pictures["b"], photograph)}
         for name, (first, second) in pairs.items():
             error = float(np.square(first.astype(np.float32) - second).mean())
             result.errors.setdefault(name, []).append(error)

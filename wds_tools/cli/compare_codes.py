@@ -31,7 +31,7 @@ def run(config: Config) -> int:
         facts["equal codes"] = (
             f"{result.equal_codes / result.codes:.4%} ({result.codes - result.equal_codes:,} of {result.codes:,} differ)"
         )
-        facts["equal images"] = f"{result.equal_samples / result.samples:.2%} ({result.equal_samples:,})"
+        facts["equal samples"] = f"{result.equal_samples / result.samples:.2%} ({result.equal_samples:,})"
     for name, value in (
         ("PSNR, B against A", result.psnr_between_db),
         ("PSNR, A against the images", result.psnr_a_db),

@@ -12,6 +12,7 @@ from wds_tools.convert.inspect import inspect_input
 from wds_tools.terminal import counted
 
 EXAMPLE = "wds-tools inspect laion/"
+_Kind = Literal["pairs", "documents", "conversations", "interleaved", "coded"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,9 +22,7 @@ class Config(Printed):
 
     input: tyro.conf.Positional[tuple[str, ...]]
     """Files, folders or patterns; paths or URLs."""
-    converter: Annotated[
-        Literal["pairs", "documents", "conversations", "interleaved", "coded"] | None, tyro.conf.arg(name="as")
-    ] = None
+    converter: Annotated[_Kind | None, tyro.conf.arg(name="as")] = None
     """What it is to become. Default: what fits."""
     image_root: tuple[str, ...] = ()
     """Folder that image paths are relative to, or tars with the images; this and what follows as `convert` has it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
@@ -14,6 +14,8 @@ from loaders.cost.simulate import Simulation, imagined_source, simulate
 from loaders.order.samples import open_source
 from wds_tools.cli.summary import Printed, show
 from wds_tools.errors import UsageError
+from wds_tools.format.typed_json import read_json
+from wds_tools.storage import open_store, split_url
 
 EXAMPLE = "wds-tools simulate --samples 10e9 --sample-bytes 4100 --batch-size 4096 --world 512 --workers 4"
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
@@ -47,12 +49,18 @@ class Config(Printed):
     """Memory that one process may take for data that it has read."""
     seed: int = 42
     """Seed of the sample order."""
+    exclude: str | None = None
+    """File of keys to take out, as Source(exclude=...); samples are then looked up in the data."""
+    state: str | None = None
+    """State of a run (JSON) that goes on with these settings: its lanes stay, and what differs holds from there on."""
     remote: bool = False
     """Count local files as if they were fetched from object storage."""
 
     def __post_init__(self) -> None:
         if bool(self.input) == (self.samples is not None):
             raise UsageError("name datasets, or give --samples for one that does not exist yet; not both")
+        if self.samples is not None and (self.state or self.exclude):
+            raise UsageError("--state and --exclude are of datasets that exist, not of --samples")
         if self.weights and len(self.weights) != max(len(self.input), 1):
             raise UsageError(f"{len(self.weights)} weights for {max(len(self.input), 1)} datasets")
         if self.world < 1:
@@ -62,7 +70,10 @@ class Config(Printed):
 def run(config: Config) -> int:
     """Simulate, and print what came out."""
     weights = config.weights or (None,) * max(len(config.input), 1)
-    sources = tuple(Source(url, weight=weight) for url, weight in zip(config.input or ("imagined",), weights, strict=True))
+    sources = tuple(
+        Source(url, weight=weight, exclude=config.exclude)
+        for url, weight in zip(config.input or ("imagined",), weights, strict=True)
+    )
     settings = LoaderConfig(
         sources=sources,
         batch_size=config.batch_size,
@@ -75,7 +86,11 @@ def run(config: Config) -> int:
         opened = [open_source(source) for source in sources]
     else:
         opened = [imagined_source(config.samples, config.sample_bytes, config.shard_samples)]
-    result = simulate(opened, settings, config.world, as_remote=config.remote)
+    state = None
+    if config.state is not None:
+        folder, name = split_url(config.state)
+        state = read_json(dict[str, Any], open_store(folder).read(name), config.state)
+    result = simulate(opened, settings, config.world, as_remote=config.remote, state=state)
     show(config, asdict(result), (f"{name:<12}{fact}" for name, fact in _describe(result, config)))
     return 0
 

@@ -67,9 +67,10 @@ def _describe(result: Stats) -> Iterator[str]:
             yield f"{name:<16}{numbers}{values.most:>12,}{values.mean:>12,.1f}  {_spark(values)}"
     for grid, number in count.grids.most_common(8):
         yield f"{'grid':<16}{grid}: {number:,}"
+    width = max((len(column) + 2 for column in count.codes), default=0)
     for column, use in sorted(count.codes.items()):
         yield (
-            f"{column:<16}{use.used:,} of {use.size:,} codes in use ({use.used / max(use.size, 1):.1%}), "
+            f"{column:<{max(width, 16)}}{use.used:,} of {use.size:,} codes in use ({use.used / max(use.size, 1):.1%}), "
             f"entropy {use.entropy_bits:.3f} bits, perplexity {use.perplexity:,.0f}"
         )
     if count.text_chars.count:

@@ -25,13 +25,14 @@ from wds_tools.convert.select import Selection
 from wds_tools.convert.survey import Read, place_of, shown, survey_records
 from wds_tools.errors import Reject, UsageError
 from wds_tools.format.codes import CODE_COLUMNS
-from wds_tools.format.schema import IMAGE_MARK
+from wds_tools.format.schema import DATA_TYPES, IMAGE_MARK
 from wds_tools.records.conversations import FIELDS as TURN_FIELDS
 from wds_tools.records.edits import EDITED, INSTRUCTIONS
 from wds_tools.records.field_map import FieldMap
 from wds_tools.records.interleaved import TEXT_LISTS
 from wds_tools.sources.composite import kind_of_task
 from wds_tools.sources.inputs import expand_inputs
+from wds_tools.terminal import counted
 
 CONVERTERS: Final[Mapping[str, type[ConvertOptions]]] = {
     "conversations": ConversationsConfig,
@@ -102,6 +103,8 @@ def _options(name: str, patterns: Sequence[str], settings: Mapping[str, Any]) ->
 
 def _fitting(fields: Mapping[str, Any]) -> str:
     """The converter for a record."""
+    if fields.get("data_type") in DATA_TYPES and "length" in fields:  # an export, or Liquid's: of any kind of sample
+        return "coded"
     if any(isinstance(turns := fields.get(name), list) and turns and isinstance(turns[0], dict) for name in TURN_FIELDS):
         return "conversations"
     if any(fields.get(name) for name in EDITED) and any(fields.get(name) for name in INSTRUCTIONS):
@@ -127,7 +130,7 @@ def _first_samples(read: Read, tasks: Sequence[Any], options: ConvertOptions, se
                 continue
             facts = {} if options.image_facts is None else options.image_facts(sample)
             size = [f"{facts['image_width']} x {facts['image_height']} {facts['image_format']}"] if facts else []
-            more = [f"{len(sample.more_images)} more images"] if sample.more_images else []
+            more = [counted(len(sample.more_images), "more image")] if sample.more_images else []
             codes = [f"{column} of {' x '.join(map(str, grid_HW.shape))}" for column, grid_HW in sample.codes.items()]
             text = sample.text or " / ".join(turn["value"] for turn in sample.conversations or ())
             lines.append(f"{place_of(record)}: {', '.join([sample.data_type, *size, *more, *codes, shown(text)])}")

@@ -17,7 +17,6 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby
-from types import MappingProxyType
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import numpy as np
@@ -191,7 +190,7 @@ class CodeGrid:
 
 HW = CodeGrid()
 """What a column is that declares nothing."""
-NO_LAYOUTS: Mapping[str, CodeGrid] = MappingProxyType({})
+NO_LAYOUTS: Mapping[str, CodeGrid] = {}  # a plain dict: it goes to worker processes
 
 
 def join_grids(grids: Sequence[Codes], dtype: np.dtype[Any], layout: CodeGrid = HW) -> tuple[Codes, list[list[int]]]:

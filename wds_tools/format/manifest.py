@@ -19,8 +19,8 @@ from typing import Annotated, Any, Literal
 
 import orjson
 
-from wds_tools.errors import FormatError
-from wds_tools.format.codes import HW, CodeGrid
+from wds_tools.errors import FormatError, UsageError
+from wds_tools.format.codes import HW, CodeGrid, is_code_column
 from wds_tools.format.schema import ANY_MEMBERS, SCHEMA_VERSION
 from wds_tools.format.typed_json import Count, read_json, shape
 
@@ -34,6 +34,8 @@ IMAGES, ENLARGED = "images", "enlarged_images"
 FILTERED = ("filtered", "filtered_missing", "not_chosen", "duplicate")
 """Reasons of records that the user drops (--where; keys, shares and splits; --unique): counted among the rejects, without a line
 under rejects/."""
+_ONE_TOKENIZER = ("tokenizer", "weights_hash", "layout", "codebook_size", "dtype", "stride", "preprocessing_version")
+"""Of a code column's provenance, what has to be the same for codes to be mixed."""
 _XXH128 = re.compile("[0-9a-f]{32}")
 _NO_HASH = "0" * 64
 _OWN_HASH = re.compile(rb'"manifest_hash":\s*"sha256:([0-9a-f]{64})"')
@@ -133,6 +135,11 @@ class Manifest:
         """Suffixes over all shards, in the order of their first shard."""
         kinds = dict.fromkeys(shard.members for shard in self.shards)
         return tuple(dict.fromkeys(member for members in kinds for member in members))
+
+    @property
+    def code_columns(self) -> list[str]:
+        """Columns of codes that its samples have, whether or not `codes` says of what."""
+        return [member.removesuffix(".npy") for member in self.members if is_code_column(member)]
 
     @cached_property
     def layouts(self) -> dict[str, CodeGrid]:
@@ -257,6 +264,27 @@ def parse_manifest(data: bytes, name: str = "manifest.json") -> Manifest:
 def code_layouts(codes: Mapping[str, Mapping[str, Any]], what: str = "codes") -> dict[str, CodeGrid]:
     """Code column -> what its arrays are, from their provenance. Raises FormatError, which names `what` and the column."""
     return {column: shape(CodeGrid, made, f"{what}.{column}") for column, made in codes.items()}
+
+
+def check_one_tokenizer(datasets: Iterable[tuple[str, Manifest, Iterable[str]]]) -> None:
+    """Hold that what is made of several datasets can say of each column of codes what they are.
+
+    Args:
+        datasets: URL, manifest, and the code columns that are used, of each.
+
+    Raises:
+        UsageError: in columns of one name they are of several tokenizers, or lie otherwise.
+    """
+    seen: dict[str, tuple[str, Mapping[str, Any]]] = {}
+    for url, manifest, columns in datasets:
+        for column in columns:
+            made = {**manifest.codes.get(column, {}), **asdict(manifest.layout(column))}
+            first, before = seen.setdefault(column, (url, made))
+            if differs := [name for name in _ONE_TOKENIZER if before.get(name) != made.get(name)]:
+                raise UsageError(
+                    f"{column} of {url} is of another {differs[0]} ({made.get(differs[0])}) than that of {first} "
+                    f"({before.get(differs[0])}): codes of different image tokenizers don't go into one column"
+                )
 
 
 def shard_info_from_json(record: Mapping[str, Any]) -> ShardInfo:

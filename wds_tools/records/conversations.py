@@ -125,6 +125,7 @@ class TalkReader:
         places: list[Any] = []
         own = _own(record, roles)
         if "edited" in roles:
+            _check_no_gaps(record, roles)
             num_sources = len(_own(record, {"image": roles["image"]})) if "image" in roles else min(len(own) - 1, 1)
             found = edit_turns(name, value_of(record, name), num_sources, len(own) - num_sources)
         else:
@@ -209,6 +210,14 @@ def _own(record: Mapping[str, Any], roles: Mapping[str, str]) -> list[Any]:
     """The images that a record has beside its turns: those that are given, then those that were made. Raises as images_in."""
     fields = [roles[role] for role in ("image", "edited") if role in roles]
     return [image for field in fields for image in images_in(field, value_of(record, field))]
+
+
+def _check_no_gaps(record: Mapping[str, Any], roles: Mapping[str, str]) -> None:
+    """Raise Reject where an image of an edit is null: the next one would pass for it."""
+    for field in (roles[role] for role in ("image", "edited") if role in roles):
+        value = value_of(record, field)
+        if isinstance(value, list) and (num_images := len(given_in(value))) < len(value):
+            raise Reject("image_marks", f"{field} has {len(value)} places, and an image at {num_images} of them")
 
 
 def turns_of(record: Mapping[str, Any]) -> list[Turn]:

@@ -21,7 +21,7 @@ from typing import Any, Final, NamedTuple
 from wds_tools.errors import Reject
 from wds_tools.format.schema import IMAGE_MARK
 from wds_tools.records.conversations import TalkReader
-from wds_tools.records.field_map import IMAGE_NAMES, TEXT_NAMES, is_image
+from wds_tools.records.field_map import IMAGE_NAMES, TEXT_NAMES, is_image, names_image
 from wds_tools.records.fields import check_text, value_of
 from wds_tools.records.images import ImageFile
 from wds_tools.records.parts import NOTHING, filled, given_in, part_of
@@ -95,6 +95,11 @@ class PageReader:
         if not text or text.isspace():
             raise Reject("empty_text", f"{name} is empty")
         check_text(text, name)
+        named = [part for part in texts if isinstance(part, str) and names_image(part)] if isinstance(texts, list) else []
+        if not places and (paths := [part for part in named if len(part.split()) == 1]):
+            raise Reject(
+                "unused_image", f"{name} has {paths[0][:80]!r} among its texts, and no image: give {{image: PATH}} there"
+            )
         found = filled(places, given_in(images))
         return Page(text, [record.get(_member_named(record, image), image) for image in found])
 

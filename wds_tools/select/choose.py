@@ -12,7 +12,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import groupby, repeat
 from operator import itemgetter
 from pathlib import Path
@@ -29,17 +28,14 @@ from wds_tools.records.fields import value_of
 from wds_tools.records.where import Where
 from wds_tools.run.local import Report, run_tasks
 from wds_tools.run.progress import Advance, Progress
-from wds_tools.select.fields import CODES_HASH, KEY, TEXT_HASH, Fields, values_of
-from wds_tools.sources.text.lines import number_lines
-from wds_tools.storage import open_store, split_url
-from wds_tools.storage.place import place_of
+from wds_tools.select.fields import CODES_HASH, KEY, TEXT_HASH, Fields, as_text, values_of
+from wds_tools.sources.text.keys import OTHER, read_keys
 from wds_tools.terminal import say
 
 FATES: Final = ("", "filtered", "filtered_missing", "wrong_type", "not_chosen", "duplicate")
 """Why a sample is not chosen, by number; 0: it is."""
 FILTERED, MISSING, NOT_CHOSEN, DUPLICATE = map(FATES.index, ("filtered", "filtered_missing", "not_chosen", "duplicate"))
 UNIQUE = {"text": TEXT_HASH, "codes": CODES_HASH}
-_READ_BYTES = 4 << 20
 RECORD_BYTES = 40
 """Of a hash in the sort."""
 
@@ -59,21 +55,13 @@ class KeyList:
         Raises:
             UsageError: a line is no text, or too long.
         """
-        folder, name = split_url(url)
-        places = {place_of(dataset): number for number, dataset in enumerate(datasets)}
         keys: list[set[str]] = [set() for _ in (*datasets, "bare")]
         others: list[str] = []
-        with open_store(folder).open(name) as stream:
-            for line in number_lines(iter(partial(stream.read, _READ_BYTES), b"")):
-                try:
-                    dataset, tab, key = (b"\xff" if line.data is None else line.data).decode().rstrip("\r").rpartition("\t")
-                except UnicodeDecodeError as error:
-                    raise UsageError(f"{option} {url}, line {line.number}: expected KEY, or DATASET<tab>KEY, in UTF-8") from error
-                number = places.get(place_of(dataset)) if tab else -1
-                if number is None:
-                    others.append(dataset)
-                else:
-                    keys[number].add(key)
+        for number, key in read_keys(url, datasets, option):
+            if number == OTHER:
+                others.append(key)
+            else:
+                keys[number].add(key)
         if others:
             say(f"wds-tools: {option}: {len(others):,} lines are of other datasets, such as {others[0]}", error=True)
         return cls(tuple(map(frozenset, keys[:-1])), frozenset(keys[-1]))
@@ -176,7 +164,7 @@ class Judge:
         )
 
     def _draw(self, value: Any) -> float:
-        return xxh3_64_intdigest(f"{self.draw}\t{value}".encode(), self.seed) / 2.0**64
+        return xxh3_64_intdigest(f"{self.draw}\t{as_text(value)}".encode(), self.seed) / 2.0**64
 
     @staticmethod
     def _ask(where: Where, columns: Mapping[str, Sequence[Any]], fates: NDArray[np.uint8]) -> None:

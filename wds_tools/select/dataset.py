@@ -24,7 +24,7 @@ from wds_tools.dataset.reader import read_manifest, read_shard
 from wds_tools.dataset.samples import PartialSample, SampleReader
 from wds_tools.dataset.writer import ShardLimits, TaskWriter
 from wds_tools.errors import FormatError, UsageError
-from wds_tools.format.manifest import Manifest
+from wds_tools.format.manifest import Manifest, code_layouts
 from wds_tools.format.schema import ANY_MEMBERS, Sample
 from wds_tools.format.shard import sample_from_members
 from wds_tools.select.fields import KEY, Fields, join_tables, values_of
@@ -156,6 +156,7 @@ class DatasetWriter:
         )
         self._output = Output(open_store(url), spec, overwrite=overwrite)
         self._limits = ShardLimits(samples=shard_samples, bytes=shard_bytes)
+        self._layouts = code_layouts(spec.codes)
         self._keys: set[int] = set()
         self._stack = ExitStack()
 
@@ -163,7 +164,7 @@ class DatasetWriter:
         self._output.look()
         self._stack.enter_context(self._output)
         self._output.begin()
-        self._writer = self._stack.enter_context(TaskWriter(self._output.store, 0, self._limits))
+        self._writer = self._stack.enter_context(TaskWriter(self._output.store, 0, self._limits, layouts=self._layouts))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

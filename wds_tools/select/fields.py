@@ -36,6 +36,8 @@ from wds_tools.terminal import say
 KEY, TEXT_HASH, CODES_HASH = "key", "text_hash", "codes_hash"
 _NO_FIELDS = {"text", "conversations", "grids", "texts"}
 _IS_JSON = b"wds_tools_json"
+_EXACT = 1 << 53
+"""Below it a float tells whole numbers apart."""
 _MAX_ROW_BYTES = 1 << 16
 """A file that becomes more for each of its rows, and more than a MiB, is refused."""
 
@@ -179,6 +181,17 @@ def values_of(table: Any, name: str) -> list[Any]:
     if _IS_JSON in (table.schema.field(name).metadata or {}):
         return [None if value is None else orjson.loads(value) for value in values]
     return values
+
+
+def as_text(value: Any) -> str:
+    """A value as text: equal ones have one, be it a whole number among fractions, or from a CSV; none has "".
+
+    Raises:
+        TypeError: it is of no kind that JSON has.
+    """
+    if isinstance(value, float) and value.is_integer() and abs(value) < _EXACT:
+        value = int(value)
+    return "" if value is None else value if isinstance(value, str) else orjson.dumps(value).decode()
 
 
 def join_tables(tables: Sequence[Any]) -> Any:

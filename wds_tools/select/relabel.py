@@ -25,13 +25,14 @@ from wds_tools.dataset.layout import LABELS, MANIFEST
 from wds_tools.dataset.reader import read_manifest, read_stored
 from wds_tools.errors import Reject, UsageError
 from wds_tools.format.checksum import content_hash
+from wds_tools.format.codes import CodeGrid
 from wds_tools.format.manifest import Manifest, shard_info_from_json
 from wds_tools.format.schema import Sample, validate
 from wds_tools.format.shard import encode_members, sample_from_members
 from wds_tools.jobs import Advance, Job, JobOptions, Report, TaskWriter, run_job
 from wds_tools.records.field_map import parse_pairs
 from wds_tools.records.fields import value_of
-from wds_tools.select.fields import KEY, Fields, values_of
+from wds_tools.select.fields import KEY, Fields, as_text, values_of
 from wds_tools.select.select import check_output, of_parents
 from wds_tools.sources.composite import Containers
 from wds_tools.sources.inputs import expand_inputs
@@ -103,7 +104,9 @@ def relabel(config: RelabelConfig) -> Manifest:
         settings={"input": manifest.fingerprint(), "on": config.on, "texts": config.texts, "fields": config.fields},
         tasks=tasks,
         total=manifest.samples,
-        work=WriteLabels(config.input, config.output, tuple(name for what, name in config.pairs if what == "texts")),
+        work=WriteLabels(
+            config.input, config.output, tuple(name for what, name in config.pairs if what == "texts"), manifest.layouts
+        ),
         **of_parents([config.input], [manifest], labels={"files": list(config.labels), **labels.counts}),
     )
     return run_job(job, config)
@@ -132,7 +135,7 @@ class _Labels:
             table = made.read(shard, [KEY, field])
             known.update(table.column_names)
             for key, value in zip(values_of(table, KEY), values_of(table, field), strict=True):
-                digest = xxh3_128_digest(_canonical(value).encode())
+                digest = xxh3_128_digest(as_text(value).encode())
                 record = _SAMPLE + digest[8:] + self.counts["samples"].to_bytes(8, "big") + key.encode()
                 by_value.add(int.from_bytes(digest[:8], "big"), record)
                 self.counts["samples"] += 1
@@ -168,16 +171,17 @@ class _Labels:
             unseen -= row.keys()
             label: dict[str, Any] = {}
             for (what, name), taken in pairs.items():
-                if row.get(taken) in (None, ""):
+                if taken not in row or _is_blank(row[taken]):
                     continue
                 if what == "texts" and not isinstance(row[taken], str):
                     raise UsageError(f"--with {where}: {taken} is a {type(row[taken]).__name__}, expected a text")
                 label[f"{what}.{name}"] = row[taken]
-            value = _canonical(row.get(column))
             try:
-                yield value, orjson.dumps([value, label])
+                value = as_text(row.get(column))
+                line = orjson.dumps([value, label])
             except TypeError as error:
                 raise UsageError(f"--with {where}: a value can't be written as JSON ({error})") from error
+            yield value, line
         if unseen and self.counts["rows"]:
             raise UsageError(f"--with: none of the {self.counts['rows']:,} rows has the column {min(unseen)}")
 
@@ -202,11 +206,9 @@ class _Labels:
                 self._count("rows_without_sample", orjson.loads(rows[digest])[0])
 
 
-def _canonical(value: Any) -> str:
-    """A value as text, so that those of a CSV are those of a json; of none "", which is no key."""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return "" if value is None else value if isinstance(value, str) else orjson.dumps(value).decode()
+def _is_blank(value: Any) -> bool:
+    """Whether a value of a table says nothing: white space, or NaN."""
+    return not value or value.isspace() if isinstance(value, str) else value != value
 
 
 @dataclass(frozen=True)
@@ -217,6 +219,8 @@ class WriteLabels:
     output: str
     names: tuple[str, ...]
     """Of the texts."""
+    layouts: Mapping[str, CodeGrid]
+    """Of the dataset's code columns."""
 
     def __call__(self, task: Sequence[Any], writer: TaskWriter, report: Report) -> int:
         """Write the samples with their labels; returns how many there were."""
@@ -226,7 +230,7 @@ class WriteLabels:
         shards = map(shard_info_from_json, shards)
         for stored, label in zip((stored for shard in shards for stored in read_stored(store, shard)), labels, strict=True):
             sample = self._labelled(sample_from_members(stored.key, stored.payloads), label or {})
-            validate(sample)
+            validate(sample, self.layouts)
             payloads: dict[str, bytes | memoryview] = {**stored.payloads, "json": encode_members(sample)[0][1]}
             writer.add_members(stored.key, payloads.items(), sample)
             report(Advance(units=1))

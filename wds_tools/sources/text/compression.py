@@ -6,7 +6,7 @@ What a call of a decompressor had made when it met damage is lost. So a file tha
 with the damage byte by byte. (Of a file that was cut off, isal holds back what its last few bytes become.) As `gzip` does, zeros
 behind the last member are no damage.
 Cost: that of isal and libzstd, at several hundred MB/s. Memory, also of a bomb: a piece and what comes out of it at once, 1 MiB
-of gzip, of zstd 64 MiB and the window of its frame.
+of gzip, of zstd 16 MiB and the window of its frame.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ _CODECS = {
         part="frame",
         magics=(b"\x28\xb5\x2f\xfd", *(bytes((number,)) + b"\x2a\x4d\x18" for number in range(0x50, 0x60))),  # to be skipped
         padding=b"",
-        piece_bytes=2 << 10,
+        piece_bytes=512,
         opened=lambda: zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES).decompressobj,
         inflate=lambda inflater, piece: iter((inflater.decompress(piece),)),
     ),

@@ -21,6 +21,7 @@ from loaders import LoaderConfig, SequenceConfig, Source, build_loader
 from wds_tools.check.compare import CompareConfig, compare_codes
 from wds_tools.check.stats.describe import StatsConfig, stats
 from wds_tools.check.verify import VerifyConfig, verify
+from wds_tools.cli.main import main
 from wds_tools.cli.summary import print_dataset
 from wds_tools.convert import run_conversion
 from wds_tools.convert.coded import CodedConfig
@@ -142,6 +143,18 @@ def test_statistics_comparison_and_summary_are_of_the_same_codes(
     assert result.psnr_between_db == float("inf")
     print_dataset("it", read_manifest(open_store(str(folder / name))))
     assert f"{name}, {LAYOUTS[name]}, fp32" in capsys.readouterr().out
+    assert main(["stats", str(folder / name), "--quiet"]) == 0
+    told = capsys.readouterr().out
+    for called, use in count.codes.items():
+        assert f"\n{called}  " in told
+        assert f" {use.used:,} of {use.size:,} codes in use" in told
+
+
+def test_pictures_of_another_size_than_the_photographs_are_compared_with_each_other_alone(folder: Path) -> None:
+    run(folder, "line", "small-lines", mode="cc64", sft_mode="cc64")  # it decodes to 128 x 128 all the same
+    sets = str(folder / "small-lines")
+    result = compare_codes(CompareConfig(a=sets, b=sets, device="cpu", quiet=True, code_set_b="vqcode_64"))
+    assert (result.pictures, result.psnr_between_db, result.psnr_a_db) == (5, float("inf"), None)
 
 
 @pytest.mark.parametrize("name", NAMES)
