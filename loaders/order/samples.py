@@ -272,7 +272,7 @@ class SampleOrder:
     @property
     def num_chunks(self) -> int:
         """Chunks of an epoch of every source that is drawn from."""
-        return sum(group.plan.num_chunks for groups in self._groups for _, group in groups[-1:])
+        return sum(group.plan.num_chunks for groups in self._groups for _, group in groups[-1:] if not group.sources[0].removed)
 
     @property
     def weights_error(self) -> float:

@@ -164,8 +164,8 @@ def _excluded(receipts: Sequence[Receipt], order: SampleOrder, exclude: str) -> 
     origins, excluded, unproved = order.generations[-1].sources, [], []
     for number in sorted({held.source for held in held_masks}):
         opened = order.sources[number]
-        url, name = origins[number].url, origins[number].name
-        mask = replace(opened, source=replace(opened.source, exclude=exclude, url=url, name=name)).mask
+        source = replace(opened.source, exclude=exclude, url=origins[number].url, name=origins[number].name)
+        mask = replace(opened, source=source).mask
         for held in (held for held in held_masks if held.source == number):
             if mask.hash(held.num_ids) != held.hash:
                 raise UsageError(

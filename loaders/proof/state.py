@@ -1,6 +1,6 @@
 """Where a run stands, as a small JSON object that is the same on every rank, and how it goes on from there.
 
-    Run -> run_to_json -> state;   state -> read_state -> resumed(config, sources, change) -> Run
+    SampleOrder, position -> state_to_json -> state;   state -> read_state -> resumed(config, sources, change) -> SampleOrder
 
 It holds the position in the endless stream, and what the position means: the generations of the order that it counts in, with
 the fingerprints of the data, and the masks. Data that was moved resumes. What changed is refused with what differs, or, where
@@ -55,7 +55,7 @@ class Versions:
 class Record:
     """What states and receipts share: what their positions mean."""
 
-    masks: tuple[Held, ...] = ()
+    masks: tuple[Held, ...]
     """What was excluded, in the order in which that began."""
     generations: tuple[Generation, ...] = ()
     """The order that positions count in."""

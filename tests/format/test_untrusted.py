@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import orjson
@@ -40,7 +40,7 @@ from wds_tools.errors import FormatError, Reject, UsageError, WdsToolsError
 from wds_tools.format.index import parse_index, serialize_index
 from wds_tools.format.manifest import ShardInfo, parse_manifest
 from wds_tools.format.shard import ShardBuilder
-from wds_tools.format.typed_json import MAX_DEPTH, read_json, shape
+from wds_tools.format.typed_json import MAX_DEPTH, Count, read_json, shape
 from wds_tools.jobs.finalize import FinalizeConfig, finalize
 from wds_tools.sequences.prompts import read_prompts
 from wds_tools.sequences.tokenizer import _special_names
@@ -98,6 +98,18 @@ def _places(value: Any, depth: int = 0) -> Any:
 
 
 NO_DOCUMENTS = [b"", b"null", b"[]", b"1", b'"x"', b"{", b"\xff", b'{"a": NaN}', b'{"a": 1e999}', b"[" * 5000, b'{"a":' * 5000]
+
+
+class Pair(NamedTuple):
+    name: str
+    number: Count
+
+
+def test_a_named_tuple_is_the_list_of_its_fields() -> None:
+    assert read_json(Pair, b'["a", 3]', "p: odd") == Pair("a", 3)
+    for data in (b'["a"]', b'["a", -1]', b'[3, "a"]', b'{"name": "a", "number": 3}'):
+        with pytest.raises(FormatError, match=r"^p: odd \("):
+            read_json(Pair, data, "p: odd")
 
 
 def check(document: Any, read: Read, examples: int = 60) -> None:
