@@ -31,6 +31,7 @@ from urllib.parse import unquote, urlsplit
 
 import orjson
 
+from wds_tools.dataset.external_sort import ExternalSort
 from wds_tools.dataset.files import Written, describe_changed, find_changed, written
 from wds_tools.dataset.lease import Lease, files_of
 from wds_tools.dataset.reader import read_manifest, read_shard
@@ -49,7 +50,7 @@ from wds_tools.export.rows import (
     serialize_table_row,
     write_part,
 )
-from wds_tools.export.shuffle import Shuffle
+from wds_tools.export.shuffle import random_keys
 from wds_tools.export.typed import size_of, typed_columns, typed_schema
 from wds_tools.format.codes import CODE_COLUMNS, chosen_codes, codes_named, is_code_column
 from wds_tools.format.manifest import Manifest, ShardInfo
@@ -63,8 +64,6 @@ from wds_tools.storage.local import translate
 from wds_tools.storage.place import check_apart
 from wds_tools.terminal import say
 
-BUCKET_BYTES = 64 << 20
-"""The shuffle sorts about this much at a time in memory."""
 STATE, INFO = "state.json", "dataset_info.json"
 FILES = "export.json"
 """Sizes and hashes of the other files, but for the card: the export is finished, and this is what it wrote."""
@@ -299,11 +298,11 @@ def _shuffled(
     """Records of the samples in their random order; counts samples that have what no column takes."""
     with _scratch_folder(config.output) as folder:
         size = sum(_record_bytes(row) for _, manifest in sources for row in manifest.shards)
-        shuffle = Shuffle(folder, seed=config.seed, num_buckets=-(-size // BUCKET_BYTES))
+        shuffle = ExternalSort(folder / "rows", size)
         with Progress("export, 1 of 2: reading", rows, quiet=config.quiet) as progress:
             _scatter(sources, config, shuffle, progress, passed_over)
         with Progress("export, 2 of 2: writing", rows, quiet=config.quiet) as progress:
-            yield _counted(shuffle.drain(), progress)
+            yield _counted((record for _, record in shuffle.drain()), progress)
 
 
 @contextmanager
@@ -454,9 +453,9 @@ def _record_bytes(row: ShardInfo) -> int:
 
 
 def _scatter(
-    sources: Sequence[_Source], config: ExportConfig, shuffle: Shuffle, progress: Progress, passed_over: Counter[str]
+    sources: Sequence[_Source], config: ExportConfig, shuffle: ExternalSort, progress: Progress, passed_over: Counter[str]
 ) -> None:
-    code_set = config.code_set
+    code_set, keys = config.code_set, random_keys(config.seed)
     for store, manifest in sources:
         for row in manifest.shards:
             for sample in _counted(read_shard(store, row), progress):
@@ -466,7 +465,8 @@ def _scatter(
                 grids = None if chosen.grids is None else codes_named(chosen.grids, code_set)
                 passed_over.update(name for name in ("texts", "image", "provenance") if getattr(sample, name))
                 passed_over.update(sample.codes.keys() - chosen.codes.keys())
-                shuffle.add(serialize_table_row(chosen._replace(codes=codes_named(chosen.codes, code_set), grids=grids)))
+                record = serialize_table_row(chosen._replace(codes=codes_named(chosen.codes, code_set), grids=grids))
+                shuffle.add(next(keys), record)
 
 
 def _write_parts(
