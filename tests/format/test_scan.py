@@ -131,7 +131,8 @@ def built_index(archive: bytes) -> Any:
     builder = IndexBuilder()
     for stored in group_samples(read_members(archive)):
         checksum = zlib.crc32(archive[stored.start : stored.end])
-        builder.add(stored.start, stored.end - stored.start, stored.layout, checksum, 0, 0)
+        members = [(suffix, found.offset - stored.start, len(found.payload)) for suffix, found in stored.members.items()]
+        builder.add(stored.start, stored.end - stored.start, members, checksum, 0, 0)
     return builder.build(len(archive), "0" * 32)
 
 

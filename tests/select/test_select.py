@@ -252,9 +252,11 @@ def test_several_inputs_follow_one_another_and_their_keys_are_told_apart(source:
 
 
 def test_what_does_not_go_together_is_refused(source: Path, tmp_path: Path) -> None:
-    make_dataset(tmp_path / "wide", [sample(50)], codes={"vqcode_512": {**CODES["vqcode_512"], "codebook_size": 9000}})
-    with pytest.raises(UsageError, match="vqcode_512 is of another codebook_size \\(9000\\) than in an earlier input \\(8192\\)"):
-        choose((source, tmp_path / "wide"), tmp_path / "out")
+    for fact, value in (("codebook_size", 9000), ("dtype", "uint16"), ("stride", 8)):
+        provenance = {"vqcode_512": {**CODES["vqcode_512"], fact: value}}
+        make_dataset(tmp_path / fact, [sample(50)], codes=provenance)
+        with pytest.raises(UsageError, match=f"vqcode_512 of .* come from different tokenizers \\({fact} .* and {value!r}\\)"):
+            choose((source, tmp_path / fact), tmp_path / "out")
     with pytest.raises(UsageError, match="lies in the input"):
         choose(source, source / "inside")
     with pytest.raises(UsageError, match=r"--output .* is the input"):

@@ -20,11 +20,11 @@ import json
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain, islice, product
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 from urllib.parse import unquote, urlsplit
@@ -53,7 +53,7 @@ from wds_tools.export.rows import (
 from wds_tools.export.shuffle import random_keys
 from wds_tools.export.typed import size_of, typed_columns, typed_schema
 from wds_tools.format.codes import CODE_COLUMNS, chosen_codes, codes_named, is_code_column
-from wds_tools.format.manifest import Manifest, ShardInfo
+from wds_tools.format.manifest import Manifest, ShardInfo, join_codes
 from wds_tools.format.schema import IMAGE_EXTENSIONS, Sample
 from wds_tools.format.typed_json import read_json
 from wds_tools.run.progress import Advance, Progress
@@ -71,7 +71,6 @@ _OURS = re.compile(rf"data-\d{{5}}-of-\d{{5}}\.arrow|{STATE}|{INFO}|{FILES}|{CAR
 _NUM_BYTES = re.compile(rb'"num_bytes":(\d+)')
 _UNFINISHED = b"This export is not finished: run the same command again with --overwrite.\n"
 _REPORT_EVERY = 256
-_ONE_TOKENIZER = ("tokenizer", "codebook_size", "weights_hash", "layout", "dtype")
 _MAX_FILES = 99_999
 
 _Source = tuple[Store, Manifest]
@@ -214,7 +213,7 @@ def export_parquet(config: ParquetConfig) -> ExportSummary:
     """Export everything, in order; returns what was written once it is complete. Raises as export_hf."""
     pa = load_pyarrow("exporting")
     sources = _open(config)
-    _check_one_tokenizer((store.url, manifest.codes) for store, manifest in sources)
+    join_codes((store.url, manifest.codes) for store, manifest in sources)
     data_types = dict(sorted(sum((Counter(manifest.data_types) for _, manifest in sources), Counter[str]()).items()))
     made_of = ["wds-tools export parquet 1", *(manifest.fingerprint() for _, manifest in sources)]
     schema = typed_schema(pa, [manifest for _, manifest in sources])
@@ -252,7 +251,8 @@ def _export(
     passed_over: Counter[str],
 ) -> ExportSummary:
     rows = sum(data_types.values())
-    names = _part_names(config.writes, min(config.num_shards, rows))
+    num_files = min(config.num_shards, rows)
+    names = [_NAMES[config.writes].format(number, num_files) for number in range(num_files)]
     fingerprint = hashlib.sha256(orjson.dumps(made_of)).hexdigest()[:16]  # what Hugging Face's caches know the rows by
     page = partial(
         serialize_card,
@@ -340,20 +340,7 @@ def _check_sources(sources: Sequence[_Source], config: ExportConfig) -> None:
         for column, layout in codes_named(manifest.layouts, code_set).items():
             if layout.schema_version > 1:
                 raise UsageError(f"{store.url}: {column} has {layout}, and Liquid's columns have a place for (h, w) codes only")
-    _check_one_tokenizer((store.url, codes_named(manifest.codes, code_set)) for store, manifest in sources)
-
-
-def _check_one_tokenizer(codes: Iterable[tuple[str, Mapping[str, Mapping[str, Any]]]]) -> None:
-    """Raise UsageError if columns of one name, with their provenance at a URL each, are of several tokenizers."""
-    seen: dict[tuple[str, str], tuple[str, Any]] = {}
-    for there, columns in codes:
-        for (column, made), fact in product(columns.items(), _ONE_TOKENIZER):
-            url, value = seen.setdefault((column, fact), (there, made.get(fact)))
-            if value != made.get(fact):
-                raise UsageError(
-                    f"the {column} of {url} and of {there} come from different tokenizers ({fact} {value!r} and "
-                    f"{made.get(fact)!r}), and rows don't say which: export them apart"
-                )
+    join_codes((store.url, codes_named(manifest.codes, code_set)) for store, manifest in sources)
 
 
 def _is_complete(store: Store, config: ExportOptions, page: Callable[..., bytes], names: Sequence[str]) -> bool:
@@ -520,7 +507,3 @@ def _write_state(store: Store, names: Sequence[str], fingerprint: str) -> Writte
     data = json.dumps(state, indent=2, sort_keys=True).encode()
     store.put(STATE, data)
     return written(data)
-
-
-def _part_names(file_format: Format, count: int) -> list[str]:
-    return [_NAMES[file_format].format(number, count) for number in range(count)]

@@ -13,13 +13,13 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
 import orjson
 
-from wds_tools.errors import FormatError
+from wds_tools.errors import FormatError, UsageError
 from wds_tools.format.codes import HW, CodeGrid
 from wds_tools.format.schema import ANY_MEMBERS, SCHEMA_VERSION
 from wds_tools.format.typed_json import Count, read_json, shape
@@ -34,6 +34,8 @@ IMAGES, ENLARGED = "images", "enlarged_images"
 FILTERED = ("filtered", "filtered_missing", "not_chosen", "duplicate")
 """Reasons of records that the user drops (--where; keys, shares and splits; --unique): counted among the rejects, without a line
 under rejects/."""
+ONE_TOKENIZER = ("tokenizer", "codebook_size", "weights_hash", "layout", "dtype")
+"""Of a code column's provenance, what is the same in all codes that may lie in one column."""
 _XXH128 = re.compile("[0-9a-f]{32}")
 _NO_HASH = "0" * 64
 _OWN_HASH = re.compile(rb'"manifest_hash":\s*"sha256:([0-9a-f]{64})"')
@@ -231,15 +233,7 @@ def parse_manifest(data: bytes, name: str = "manifest.json") -> Manifest:
     document = read_json(_Document, data, what)
     shape(_Source, document.source, f"{what}: source")
     code_layouts(document.codes, f"{what}: codes")
-    manifest = Manifest(
-        shards=document.shards,
-        inputs=document.inputs,
-        rejects=document.rejects,
-        codes=document.codes,
-        source=document.source,
-        schema_version=document.schema_version,
-        rejects_hash=document.rejects_hash,
-    )
+    manifest = Manifest(**{entry.name: getattr(document, entry.name) for entry in fields(Manifest)})
     _check_counts(manifest, name)
     for key in ("samples", "bytes", "data_types"):
         _check_stated(name, key, getattr(document, key), getattr(manifest, key))
@@ -257,6 +251,29 @@ def parse_manifest(data: bytes, name: str = "manifest.json") -> Manifest:
 def code_layouts(codes: Mapping[str, Mapping[str, Any]], what: str = "codes") -> dict[str, CodeGrid]:
     """Code column -> what its arrays are, from their provenance. Raises FormatError, which names `what` and the column."""
     return {column: shape(CodeGrid, made, f"{what}.{column}") for column, made in codes.items()}
+
+
+def join_codes(parts: Iterable[tuple[str, Mapping[str, Mapping[str, Any]]]], *more: str) -> dict[str, Mapping[str, Any]]:
+    """The code columns of several datasets, each with the provenance that it has in the first.
+
+    Args:
+        parts: URL, and code column -> provenance, of each dataset.
+        more: facts of the provenance that have to be equal beside those of ONE_TOKENIZER.
+
+    Raises:
+        UsageError: the codes of a column are of different image tokenizers, or of arrays of different kinds.
+    """
+    joined: dict[str, tuple[str, Mapping[str, Any]]] = {}
+    for url, columns in parts:
+        for column, made in columns.items():
+            first, before = joined.setdefault(column, (url, made))
+            for fact in (*ONE_TOKENIZER, *more):
+                if before.get(fact) != made.get(fact):
+                    raise UsageError(
+                        f"the {column} of {first} and of {url} come from different tokenizers ({fact} {before.get(fact)!r} and "
+                        f"{made.get(fact)!r}), and no sample says which: keep them apart"
+                    )
+    return {column: made for column, (_, made) in joined.items()}
 
 
 def shard_info_from_json(record: Mapping[str, Any]) -> ShardInfo:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import zlib
 from base64 import b64decode, b64encode
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ from wds_tools.dataset.reader import read_manifest
 from wds_tools.dataset.samples import SampleReader
 from wds_tools.errors import Reject, UsageError
 from wds_tools.format.index import ABSENT
-from wds_tools.format.manifest import Manifest, ShardInfo, shard_info_from_json
+from wds_tools.format.manifest import Manifest, ShardInfo, join_codes, shard_info_from_json
 from wds_tools.format.schema import check_key
 from wds_tools.format.shard import sample_from_members, split_name
 from wds_tools.format.tar import first_name
@@ -36,8 +36,6 @@ from wds_tools.storage import join, open_store
 from wds_tools.storage.place import check_apart
 
 SPLIT = "{split}"
-_SAME = ("tokenizer", "weights_hash", "codebook_size", "stride", "preprocessing_version")
-"""Of a code column's provenance, what has to be the same for codes to be mixed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,18 +164,12 @@ def of_parents(urls: Sequence[str], manifests: Sequence[Manifest], **more: Any) 
     Raises:
         UsageError: their samples don't go together.
     """
-    codes: dict[str, Mapping[str, Any]] = {}
     first = manifests[0]
     for url, manifest in zip(urls, manifests, strict=True):
         if (manifest.schema_version, manifest.token_rows) != (first.schema_version, first.token_rows):
             raise UsageError(f"{urls[0]} and {url} hold samples of different kinds, which don't go into one dataset")
-        for column, made in manifest.codes.items():
-            before = codes.setdefault(column, made)
-            if differs := [name for name in _SAME if before.get(name) != made.get(name)]:
-                raise UsageError(
-                    f"{url}: {column} is of another {differs[0]} ({made.get(differs[0])}) than in an earlier input "
-                    f"({before.get(differs[0])}): codes of different image tokenizers don't go into one dataset"
-                )
+    all_codes = ((url, manifest.codes) for url, manifest in zip(urls, manifests, strict=True))
+    codes = join_codes(all_codes, "stride", "preprocessing_version")
     facts = ("samples", "inputs", "rejects", "source")
     parents = [
         {"url": url, "fingerprint": manifest.fingerprint(), **{name: getattr(manifest, name) for name in facts}}
