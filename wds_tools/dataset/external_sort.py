@@ -96,10 +96,8 @@ class ExternalSort:
         for bucket, buffer in self._buffers.items():
             path = self._path(bucket)
             try:
-                with path.open("ab", buffering=0) as file:
-                    view = memoryview(buffer)
-                    while view:  # an unbuffered write may take a part only
-                        view = view[file.write(view) :]
+                with path.open("ab") as file:
+                    file.write(buffer)
             except OSError as error:
                 raise translate(error, "write", str(path)) from error
         self._buffers.clear()

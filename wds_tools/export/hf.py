@@ -205,8 +205,8 @@ def export_hf(config: ExportConfig) -> ExportSummary:
     made_of += [] if config.reader == "any" else [{"for": config.reader}]
     passed_over: Counter[str] = Counter()
     records = partial(_shuffled, sources, config, sum(data_types.values()), passed_over)
-    form = _Form(liquid_schema(pa), liquid_columns, len, records, config.seed)
-    return _export(config, sources, form, made_of, data_types, left_out, passed_over)
+    form = _Form(liquid_schema(pa), liquid_columns, len, records, config.seed, data_types, left_out, passed_over)
+    return _export(config, sources, form, made_of)
 
 
 def export_parquet(config: ParquetConfig) -> ExportSummary:
@@ -218,8 +218,7 @@ def export_parquet(config: ParquetConfig) -> ExportSummary:
     made_of = ["wds-tools export parquet 1", *(manifest.fingerprint() for _, manifest in sources)]
     schema = typed_schema(pa, [manifest for _, manifest in sources])
     records = partial(_in_order, sources, config, sum(data_types.values()))
-    form = _Form(schema, typed_columns, size_of, records, None)
-    return _export(config, sources, form, made_of, data_types, {}, Counter())
+    return _export(config, sources, _Form(schema, typed_columns, size_of, records, None, data_types), made_of)
 
 
 def _open(config: ExportOptions) -> list[_Source]:
@@ -239,18 +238,14 @@ class _Form:
     records: Callable[[], AbstractContextManager[Iterator[Any]]]
     seed: int | None
     """Of the shuffle; None: there is none."""
+    data_types: Mapping[str, int]
+    """See ExportSummary, as the next two."""
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    passed_over: Counter[str] = field(default_factory=Counter)
 
 
-def _export(
-    config: ExportOptions,
-    sources: Sequence[_Source],
-    form: _Form,
-    made_of: Sequence[Any],
-    data_types: Mapping[str, int],
-    left_out: Mapping[str, int],
-    passed_over: Counter[str],
-) -> ExportSummary:
-    rows = sum(data_types.values())
+def _export(config: ExportOptions, sources: Sequence[_Source], form: _Form, made_of: Sequence[Any]) -> ExportSummary:
+    rows = sum(form.data_types.values())
     num_files = min(config.num_shards, rows)
     names = [_NAMES[config.writes].format(number, num_files) for number in range(num_files)]
     fingerprint = hashlib.sha256(orjson.dumps(made_of)).hexdigest()[:16]  # what Hugging Face's caches know the rows by
@@ -258,8 +253,8 @@ def _export(
         serialize_card,
         [manifest for _, manifest in sources],
         config.writes,
-        data_types=data_types,
-        left_out=left_out,
+        data_types=form.data_types,
+        left_out=form.left_out,
         files=len(names),
         seed=form.seed,
         columns={column.name: str(column.type) for column in form.schema},
@@ -283,8 +278,8 @@ def _export(
                 store.put(FILES, orjson.dumps(files, option=orjson.OPT_INDENT_2))
             if config.push_to_hub is not None:
                 pushed = push(Path(_local_path(config.output)), config.push_to_hub, private=config.private, quiet=config.quiet)
-    passed = dict(sorted(passed_over.items()))
-    return ExportSummary(rows=rows, files=len(names), data_types=data_types, left_out=left_out, passed_over=passed, pushed=pushed)
+    kinds, passed = {"data_types": form.data_types, "left_out": form.left_out}, dict(sorted(form.passed_over.items()))
+    return ExportSummary(rows=rows, files=len(names), **kinds, passed_over=passed, pushed=pushed)
 
 
 def _takes(config: ExportConfig, data_type: str) -> bool:
