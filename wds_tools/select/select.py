@@ -24,7 +24,7 @@ from wds_tools.dataset.samples import SampleReader
 from wds_tools.errors import Reject, UsageError
 from wds_tools.format.index import ABSENT
 from wds_tools.format.manifest import Manifest, ShardInfo, join_codes, shard_info_from_json
-from wds_tools.format.schema import check_key
+from wds_tools.format.schema import ANY_MEMBERS, check_key
 from wds_tools.format.shard import sample_from_members, split_name
 from wds_tools.format.tar import first_name
 from wds_tools.jobs import Advance, Job, JobOptions, Report, TaskWriter, run_job
@@ -164,9 +164,9 @@ def of_parents(urls: Sequence[str], manifests: Sequence[Manifest], **more: Any) 
     Raises:
         UsageError: their samples don't go together.
     """
-    first = manifests[0]
-    for url, manifest in zip(urls, manifests, strict=True):
-        if (manifest.schema_version, manifest.token_rows) != (first.schema_version, first.token_rows):
+    kinds = [(manifest.schema_version == ANY_MEMBERS, manifest.token_rows) for manifest in manifests]
+    for url, kind in zip(urls, kinds, strict=True):
+        if kind != kinds[0]:
             raise UsageError(f"{urls[0]} and {url} hold samples of different kinds, which don't go into one dataset")
     all_codes = ((url, manifest.codes) for url, manifest in zip(urls, manifests, strict=True))
     codes = join_codes(all_codes, "stride", "preprocessing_version")
@@ -176,8 +176,9 @@ def of_parents(urls: Sequence[str], manifests: Sequence[Manifest], **more: Any) 
         for url, manifest in zip(urls, manifests, strict=True)
     ]
     source: dict[str, Any] = {"input": parents[0]} if len(parents) == 1 else {"inputs": parents}
-    rows = {"rows": first.token_rows} if first.token_rows else {}
-    return {"codes": codes, "source": {**source, **rows, **more}, "schema_version": first.schema_version}
+    rows = {"rows": kinds[0][1]} if kinds[0][1] else {}
+    newest = max(manifest.schema_version for manifest in manifests)
+    return {"codes": codes, "source": {**source, **rows, **more}, "schema_version": newest}
 
 
 def _tasks(manifests: Sequence[Manifest], fates: np.ndarray[Any, Any], config: SelectConfig) -> Iterator[list[list[Any]]]:
