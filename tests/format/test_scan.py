@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import xxhash
 from commands import SHARED
-from factory import image_sample, text_sample
+from factory import image_sample, read_members, text_sample
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,7 +24,7 @@ from wds_tools.format import scan as scan_module
 from wds_tools.format.index import IndexBuilder, serialize_index
 from wds_tools.format.scan import Scan, scan_tar
 from wds_tools.format.shard import ShardBuilder, group_samples
-from wds_tools.format.tar import BLOCK, END, header, padding, read_members
+from wds_tools.format.tar import BLOCK, END, header, padding
 
 TARS = SHARED / "malformed" / "tars"
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}

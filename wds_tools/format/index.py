@@ -73,7 +73,8 @@ class ShardIndex:
         return self._with(lambda name: getattr(self, name)[rows])
 
     def _with(self, column: Callable[[str], _Array]) -> ShardIndex:
-        return replace(self, **{name: column(name) for name in _COLUMNS})
+        columns: dict[str, Any] = {name: column(name) for name in _COLUMNS}
+        return replace(self, **columns)
 
 
 def join_parts(parts: Sequence[ShardIndex]) -> ShardIndex:

@@ -39,10 +39,7 @@ def required_text(record: Mapping[str, Any], names: Sequence[str]) -> str:
             continue
         if type(text) is not str:
             raise Reject("wrong_type", f"{name} is a {type(text).__name__}, expected a string")
-        if not text or text.isspace():
-            raise Reject("empty_text", f"{name} is empty")
-        check_text(text, name)
-        return text
+        return filled_text(text, name)
     raise lacks(record, " or ".join(names[:_SHOWN_NAMES]) + (" ..." if len(names) > _SHOWN_NAMES else ""))
 
 
@@ -50,6 +47,14 @@ def lacks(record: Mapping[str, Any], what: str, hint: str = "", reason: str = "m
     """For a record without what is needed of it: says which fields it has, then the hint."""
     known = ", ".join(list(record)[:_KNOWN_NAMES])[:200] or "none"
     return Reject(reason, f"no {what}; the fields are: {known}{hint}")
+
+
+def filled_text(text: str, name: str) -> str:
+    """The text, or Reject: "empty_text" if it is nothing but white space, or as check_text."""
+    if not text or text.isspace():
+        raise Reject("empty_text", f"{name} is empty")
+    check_text(text, name)
+    return text
 
 
 def check_text(text: str, name: str) -> None:

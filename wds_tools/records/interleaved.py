@@ -22,7 +22,7 @@ from wds_tools.errors import Reject
 from wds_tools.format.schema import IMAGE_MARK
 from wds_tools.records.conversations import TalkReader
 from wds_tools.records.field_map import IMAGE_NAMES, TEXT_NAMES, is_image
-from wds_tools.records.fields import check_text, lacks, value_of
+from wds_tools.records.fields import filled_text, lacks, value_of
 from wds_tools.records.images import ImageFile
 from wds_tools.records.parts import NOTHING, filled, given_in, part_of
 
@@ -91,10 +91,7 @@ class PageReader:
             text, images = "\n\n".join(_pieces(name, _at_gaps(name, texts, images), places)), []
         else:
             text = "".join(_pieces(name, texts, places))
-        if not text or text.isspace():
-            raise Reject("empty_text", f"{name} is empty")
-        check_text(text, name)
-        found = filled(places, given_in(images))
+        text, found = filled_text(text, name), filled(places, given_in(images))
         return Page(text, [record.get(_member_named(record, image), image) for image in found])
 
     def _images(self, record: Mapping[str, Any]) -> tuple[list[str], list[Any]]:
