@@ -108,7 +108,7 @@ class ConvertOptions(JobOptions):
             option, size = f"--{name.replace('_', '-')}", getattr(self, name)
             if size < 1:
                 raise UsageError(f"{option} {size}: at least 1")
-            if self.source is not None and size != getattr(ConvertOptions, name):
+            if self.source is not None and size != getattr(type(self), name):
                 raise UsageError(f"{option} has no effect with --source {self.source}, which cuts the input itself")
 
     @property
