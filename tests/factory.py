@@ -13,6 +13,7 @@ from wds_tools.dataset.writer import ShardLimits, TaskWriter
 from wds_tools.format.codes import join_grids
 from wds_tools.format.manifest import Manifest, code_layouts
 from wds_tools.format.schema import Sample
+from wds_tools.format.tar import Member, TarReader
 from wds_tools.storage import open_store
 
 CODEBOOK_SIZE = 8192
@@ -81,6 +82,14 @@ def answer_sample(number: int, *shapes: tuple[int, int]) -> Sample:
     asked, answered = "<image>" * (len(shapes) > 1), "<image>" * (len(shapes) - (len(shapes) > 1))
     turns = [{"from": "human", "value": f"{asked}Draw {number}."}, {"from": "gpt", "value": f"Here:{answered}"}]
     return talk_sample(number, *shapes)._replace(key=f"answer-{number:08d}", conversations=turns)
+
+
+def read_members(archive: bytes | memoryview, name: str = "tar") -> list[Member]:
+    """All members of a complete archive in memory."""
+    reader = TarReader(name)
+    members = reader.feed(archive)
+    reader.close()
+    return members
 
 
 def random_codes(seed: int, height: int, width: int) -> np.ndarray[Any, np.dtype[np.uint16]]:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import datasets
 import numpy as np
@@ -23,9 +24,11 @@ from factory import image_sample, make_dataset, multi_sample, random_codes, text
 from hypothesis import given
 from hypothesis import strategies as st
 
+from wds_tools.dataset import external_sort
+from wds_tools.dataset.external_sort import ExternalSort
 from wds_tools.errors import FormatError, MissingPackage, NotFound, OutOfSpace, UsageError
 from wds_tools.export.hf import ExportConfig, ExportSummary, export_hf
-from wds_tools.export.shuffle import Shuffle
+from wds_tools.export.shuffle import random_keys
 from wds_tools.format.schema import Sample
 from wds_tools.storage import open_store
 
@@ -248,8 +251,8 @@ def test_neither_format_nor_number_of_files_nor_size_of_buckets_changes_the_orde
 ) -> None:
     export(source, tmp_path / "arrow")
     expected = load(tmp_path / "arrow")
-    monkeypatch.setattr("wds_tools.export.hf.BUCKET_BYTES", 500)
-    monkeypatch.setattr("wds_tools.export.shuffle.BUFFER_BYTES", 300)
+    monkeypatch.setattr("wds_tools.dataset.external_sort.BUCKET_BYTES", 500)
+    monkeypatch.setattr("wds_tools.dataset.external_sort.BUFFER_BYTES", 300)
     export(source, tmp_path / "small", num_shards=7)
     assert load(tmp_path / "small") == expected
     export(source, tmp_path / "parquet", format="parquet", num_shards=3)
@@ -273,11 +276,14 @@ def test_an_input_named_twice_is_in_twice(source: Path, tmp_path: Path) -> None:
 # The shuffle alone
 
 
-def shuffled(folder: Path, records: list[bytes], **settings: Any) -> list[bytes]:
-    shuffle = Shuffle(folder, **{"seed": 42, "num_buckets": 3, **settings})
-    for record in records:
-        shuffle.add(record)
-    return list(shuffle.drain())
+def shuffled(records: list[bytes], *, seed: int = 42, num_buckets: int = 3, buffer_bytes: int = 1 << 20) -> list[bytes]:
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(external_sort, "BUFFER_BYTES", buffer_bytes):
+        sort = ExternalSort(Path(folder) / "sort", (num_buckets - 1) * external_sort.BUCKET_BYTES)
+        for key, record in zip(random_keys(seed), records, strict=False):
+            sort.add(key, record)
+        out = [record for _, record in sort.drain()]
+        assert not list(Path(folder).glob("sort/*"))
+    return out
 
 
 @given(
@@ -289,42 +295,35 @@ def shuffled(folder: Path, records: list[bytes], **settings: Any) -> list[bytes]
 def test_what_comes_out_is_what_went_in_sorted_by_random_keys(
     records: list[bytes], seed: int, num_buckets: int, buffer_bytes: int
 ) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        out = shuffled(Path(folder), records, seed=seed, num_buckets=num_buckets, buffer_bytes=buffer_bytes)
-        assert not list(Path(folder).iterdir())
+    out = shuffled(records, seed=seed, num_buckets=num_buckets, buffer_bytes=buffer_bytes)
     keys = np.random.Philox(key=seed).random_raw(len(records)) if records else np.zeros(0, np.uint64)
     assert out == [records[place] for place in np.argsort(keys, kind="stable")]
     assert Counter(out) == Counter(records)
 
 
-def test_each_permutation_of_four_is_about_equally_frequent(tmp_path: Path) -> None:
+def test_each_permutation_of_four_is_about_equally_frequent() -> None:
     records = [b"a", b"b", b"c", b"d"]
-    found = Counter(tuple(shuffled(tmp_path, records, seed=seed)) for seed in range(2400))
+    found = Counter(tuple(shuffled(records, seed=seed)) for seed in range(2400))
     assert len(found) == 24
     chi_square = sum((count - 100) ** 2 / 100 for count in found.values())
     assert chi_square < 49.7  # 23 degrees of freedom: exceeded once in a thousand
 
 
-def test_records_that_outgrow_a_batch_of_keys_are_all_there(tmp_path: Path) -> None:
+def test_records_that_outgrow_a_batch_of_keys_are_all_there() -> None:
     records = [number.to_bytes(4, "little") for number in range(20_000)]
-    out = shuffled(tmp_path, records, num_buckets=16, buffer_bytes=10_000)
+    out = shuffled(records, num_buckets=16, buffer_bytes=10_000)
     assert out != records
     assert sorted(out) == sorted(records)
 
 
-def test_a_full_disk_is_named_as_such(tmp_path: Path) -> None:
+def test_a_full_disk_is_named_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("needs /dev/full")
-    (tmp_path / "bucket-000000").symlink_to("/dev/full")
-    shuffle = Shuffle(tmp_path, seed=0, num_buckets=1, buffer_bytes=1)
+    monkeypatch.setattr(external_sort, "BUFFER_BYTES", 1)
+    sort = ExternalSort(tmp_path / "sort", 0)
+    (tmp_path / "sort/bucket-000000").symlink_to("/dev/full")
     with pytest.raises(OutOfSpace, match="bucket-000000"):
-        shuffle.add(b"x")
-
-
-@pytest.mark.parametrize("settings", [{"seed": -1}, {"seed": 1 << 64}, {"num_buckets": 0}])
-def test_a_shuffle_that_cannot_be_is_refused(settings: dict[str, int], tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="expected"):
-        shuffled(tmp_path, [], **settings)
+        sort.add(0, b"x")
 
 
 # What the libraries read
@@ -506,7 +505,7 @@ def test_a_failure_leaves_no_temporary_files_and_nothing_that_looks_complete(
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(scratch))
-    monkeypatch.setattr("wds_tools.export.shuffle.BUFFER_BYTES", 100)
+    monkeypatch.setattr("wds_tools.dataset.external_sort.BUFFER_BYTES", 100)
     manifest = make_dataset(tmp_path / "in", samples(), shard_samples=20)
     shard = tmp_path / "in" / manifest.shards[-1].name
     shard.write_bytes(shard.read_bytes()[:5000])
@@ -567,9 +566,10 @@ def test_a_killed_export_cannot_be_read_and_is_repeated_with_overwrite(
 MEASURED = """
 import sys
 from pathlib import Path
-from wds_tools.export import hf, shuffle
+from wds_tools.dataset import external_sort
+from wds_tools.export import hf
 
-hf.BUCKET_BYTES = shuffle.BUFFER_BYTES = 4 << 20
+external_sort.BUCKET_BYTES = external_sort.BUFFER_BYTES = 4 << 20
 hf.export_hf(hf.ExportConfig(input=(sys.argv[1],), output=sys.argv[2], format=sys.argv[3], num_shards=2, quiet=True))
 status = Path("/proc/self/status").read_text()  # not ru_maxrss, which a child inherits from whoever started it
 print(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])

@@ -136,11 +136,11 @@ from wds_tools.export import hf
 
 write = hf.write_part
 
-def write_or_die(writer, records, file_format):
+def write_or_die(*part):
     if "die" in sys.argv:
         os.kill(os.getpid(), signal.SIGKILL)
     sys.argv.append("die")
-    return write(writer, records, file_format)
+    return write(*part)
 
 hf.write_part = write_or_die
 hf.export_hf(hf.ExportConfig(input=(sys.argv[1],), output=sys.argv[2], format=sys.argv[3], num_shards=6, quiet=True))

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import xxhash
+from factory import read_members
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,7 +21,6 @@ from wds_tools.errors import FormatError
 from wds_tools.format.index import ABSENT, IndexBuilder, ShardIndex, check_fresh, parse_index, read_part, serialize_index
 from wds_tools.format.schema import Sample
 from wds_tools.format.shard import ShardBuilder, group_samples, sample_from_members
-from wds_tools.format.tar import read_members
 
 GRID_HW = np.arange(16, dtype="<u2").reshape(4, 4)
 

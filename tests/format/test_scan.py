@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import xxhash
 from commands import SHARED
-from factory import image_sample, text_sample
+from factory import image_sample, read_members, text_sample
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,7 +24,7 @@ from wds_tools.format import scan as scan_module
 from wds_tools.format.index import IndexBuilder, serialize_index
 from wds_tools.format.scan import Scan, scan_tar
 from wds_tools.format.shard import ShardBuilder, group_samples
-from wds_tools.format.tar import BLOCK, END, header, padding, read_members
+from wds_tools.format.tar import BLOCK, END, header, padding
 
 TARS = SHARED / "malformed" / "tars"
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
@@ -131,7 +131,8 @@ def built_index(archive: bytes) -> Any:
     builder = IndexBuilder()
     for stored in group_samples(read_members(archive)):
         checksum = zlib.crc32(archive[stored.start : stored.end])
-        builder.add(stored.start, stored.end - stored.start, stored.layout, checksum, 0, 0)
+        members = [(suffix, found.offset - stored.start, len(found.payload)) for suffix, found in stored.members.items()]
+        builder.add(stored.start, stored.end - stored.start, members, checksum, 0, 0)
     return builder.build(len(archive), "0" * 32)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import xxhash
 from commands import SHARED
-from factory import image_sample
+from factory import image_sample, read_members
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -36,7 +36,7 @@ from wds_tools.format.shard import (
     sample_from_members,
     split_name,
 )
-from wds_tools.format.tar import END, header, padding, read_members
+from wds_tools.format.tar import END, header, padding
 
 TARS = SHARED / "malformed" / "tars"
 CAPTION = (

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 from commands import SHARED, tar_bytes
+from factory import read_members
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wds_tools.errors import FormatError
-from wds_tools.format.tar import BLOCK, END, MAX_MEMBER_BYTES, MAX_SIZE, Member, TarReader, header, padding, read_members
+from wds_tools.format.tar import BLOCK, END, MAX_MEMBER_BYTES, MAX_SIZE, Member, TarReader, header, padding
 
 TARS = SHARED / "malformed" / "tars"
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}

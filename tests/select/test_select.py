@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import webdataset as wds
 from commands import disturb, read_rejects, read_samples, tree, wds_tools
-from factory import image_sample, make_dataset, multi_sample, talk_sample, text_sample
+from factory import image_sample, make_dataset, multi_sample, page_sample, talk_sample, text_sample
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -249,6 +249,15 @@ def test_several_inputs_follow_one_another_and_their_keys_are_told_apart(source:
         "b-000000-00000001",
     ]
     assert list(members(tmp_path / "all").values())[:80] == list(members(source).values())
+
+
+@pytest.mark.parametrize("order", [("old", "new"), ("new", "old")])
+def test_samples_of_an_older_and_a_newer_schema_go_together(order: tuple[str, str], tmp_path: Path) -> None:
+    make_dataset(tmp_path / "old", [text_sample(0)])
+    make_dataset(tmp_path / "new", [page_sample(1, (4, 4))], codes=CODES)
+    manifest = choose([tmp_path / name for name in order], tmp_path / "out")
+    assert manifest.schema_version == read_manifest(open_store(str(tmp_path / "new"))).schema_version == 2
+    assert manifest.data_types == {"interleaved": 1, "text_pretrain": 1}
 
 
 def test_what_does_not_go_together_is_refused(source: Path, tmp_path: Path) -> None:

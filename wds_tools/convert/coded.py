@@ -24,7 +24,7 @@ from wds_tools.images import Mode, parse_mode
 from wds_tools.records.arrays import PICKLED
 from wds_tools.records.coded import ABSENT, IMAGE_TYPES, SIDE_512, TYPED_FIELDS, CodedRows
 from wds_tools.records.field_map import FieldMap
-from wds_tools.records.fields import value_of
+from wds_tools.records.fields import lacks, value_of
 from wds_tools.records.images import ImageSource
 from wds_tools.sources.record import InputFile
 from wds_tools.sources.tables import PARQUET, exported_codes
@@ -157,8 +157,7 @@ class Coded:
             return self.rows.typed(key, fields)
         name, kind = self.roles(fields).get("codes"), fields.get("data_type")
         if name is None and (kind is None or self.rows.other):
-            known = ", ".join(list(fields)[:8])[:200] or "none"
-            raise Reject("missing_codes", f"no {' or '.join((*CODE_COLUMNS, *CODE_NAMES))}; the fields are: {known}; see --codes")
+            raise lacks(fields, " or ".join((*CODE_COLUMNS, *CODE_NAMES)), "; see --codes", "missing_codes")
         if name is None or (name in CODE_COLUMNS and not self.rows.other):
             text = {"text": self.field_map.required_text(fields)} if self.field_map.text or "text" not in fields else {}
             return self.rows.sample(key, {"data_type": IMAGE_TYPES[0], **fields, **text})

@@ -13,7 +13,7 @@ from typing import Any
 from wds_tools.convert.options import ConvertOptions
 from wds_tools.convert.tar_images import TarImages
 from wds_tools.errors import Reject, UsageError
-from wds_tools.format.schema import Sample, SourceImage
+from wds_tools.format.schema import Sample, SourceImage, image_fields
 from wds_tools.images import ImageInfo, ImageLimits, probe
 from wds_tools.records.images import ImageSource, read_image
 from wds_tools.sources.inputs import by_suffix, expand_inputs
@@ -125,8 +125,7 @@ class ImageReader:
             except Reject as cause:
                 raise Reject(cause.reason, f"image {number} of {len(values)}: {cause.detail}") from cause
             images.append(SourceImage(data, info.extension))
-        first = {"image": images[0].data, "image_extension": images[0].extension} if images else {}
-        return {**first, "more_images": tuple(images[1:])}
+        return image_fields(images)
 
     def _read_file(self, records_url: str, path: str, max_bytes: int) -> bytes:
         if self._tars is not None:

@@ -7,7 +7,7 @@ the options of `wds-tools convert NAME`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, cast
 
 from wds_tools.errors import FormatError, UsageError
@@ -104,13 +104,12 @@ class ConvertOptions(JobOptions):
         facts = {*FACTS} & {field for _, field in self.kept} | (condition.facts if condition else set())
         if self.image_facts is None and facts:
             raise UsageError(f"{', '.join(sorted(facts))}: {self.command} reads no images; a field of the record is record.NAME")
-        for field in fields(self):
-            if field.name in _TASK_SIZES:
-                option, size = f"--{field.name.replace('_', '-')}", getattr(self, field.name)
-                if size < 1:
-                    raise UsageError(f"{option} {size}: at least 1")
-                if self.source is not None and size != field.default:
-                    raise UsageError(f"{option} has no effect with --source {self.source}, which cuts the input itself")
+        for name in _TASK_SIZES:
+            option, size = f"--{name.replace('_', '-')}", getattr(self, name)
+            if size < 1:
+                raise UsageError(f"{option} {size}: at least 1")
+            if self.source is not None and size != getattr(type(self), name):
+                raise UsageError(f"{option} has no effect with --source {self.source}, which cuts the input itself")
 
     @property
     def kept(self) -> Pairs:

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from wds_tools.convert.images import NUM_AHEAD, ImageOptions, ImageReader
-from wds_tools.errors import Reject
 from wds_tools.format.schema import Sample
 from wds_tools.images import Mode, parse_mode
 from wds_tools.records.field_map import FieldMap, parse_pairs
-from wds_tools.records.fields import value_of
+from wds_tools.records.fields import lacks, value_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,10 +91,7 @@ class Pairs:
         self.field_map.check_unused(fields, image_field)
         text = self.field_map.required_text(fields)
         if image_field is None:
-            raise Reject(
-                "missing_field",
-                f"no image; the fields are: {', '.join(list(fields)[:8])[:200] or 'none'}; --image FIELD names it",
-            )
+            raise lacks(fields, "image", "; --image FIELD names it")
         value = value_of(fields, image_field)
         if isinstance(value, list) and len(value) == 1:
             value = value[0]

@@ -1,7 +1,8 @@
 """Sort any number of records by 64-bit keys in constant memory.
 
-    add(key, record) -> buffers, flushed to bucket files    (the bucket: which of B equal ranges the key is in)
-    drain()          -> bucket after bucket: read it, sort it by key, yield, delete it
+    add(key, record)            -> buffers, flushed to bucket files    (the bucket: which of B equal ranges the key is in)
+    drain()                     -> bucket after bucket: read it, sort it by key, yield, delete it
+    add_hashed(digest, record), by_hash()    the same by 16 bytes of a hash: all records of one hash together
 
 The buckets are ranges of keys in ascending order, so they only decide on where the sorting happens. Of equal keys the earlier
 record goes first. Cost: memory is the buffers, then one bucket; the disk holds every record once, plus 12 bytes each, less the
@@ -13,17 +14,18 @@ from __future__ import annotations
 import struct
 from array import array
 from collections.abc import Iterator
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
 
-from wds_tools.errors import UsageError
 from wds_tools.storage.local import translate
 
-_BUFFER_BYTES = 64 << 20
+BUFFER_BYTES = 64 << 20
 """Records that wait in memory, over all buckets."""
-_BUCKET_BYTES = 64 << 20
-_MAX_BUCKETS = 4096
+BUCKET_BYTES = 64 << 20
+"""What is sorted at a time in memory, about."""
 _HEAD = struct.Struct("<QI")
 """In front of a record in its bucket: key, size in bytes."""
 
@@ -32,25 +34,16 @@ class ExternalSort:
     """Records in, the same records out by their keys. First every `add`, then one `drain`.
 
     Args:
-        folder: an empty, existing folder for the bucket files; the caller removes it.
-        num_buckets: such that all records / num_buckets fits in memory.
-        buffer_bytes: records that wait in memory, over all buckets.
+        folder: for the bucket files: it is made here, and the caller removes it.
+        num_bytes: of all records, about.
     """
 
-    def __init__(self, folder: Path, *, num_buckets: int, buffer_bytes: int = _BUFFER_BYTES) -> None:
-        if not 0 < num_buckets <= 1 << 32:
-            raise UsageError(f"num_buckets {num_buckets}: expected 1 to 2**32")
+    def __init__(self, folder: Path, num_bytes: int) -> None:
+        folder.mkdir()
         self._folder = folder
         self._buffers: dict[int, bytearray] = {}
-        self._num_buckets = num_buckets
-        self._buffer_bytes = buffer_bytes
+        self._num_buckets = num_bytes // BUCKET_BYTES + 1
         self._waiting_bytes = 0
-
-    @classmethod
-    def of_size(cls, folder: Path, num_bytes: int) -> ExternalSort:
-        """One for records of about so many bytes in all; makes the folder."""
-        folder.mkdir()
-        return cls(folder, num_buckets=min(num_bytes // _BUCKET_BYTES + 1, _MAX_BUCKETS))
 
     def add(self, key: int, record: bytes) -> None:
         """Take a record in; its key is 0 to 2**64 - 1.
@@ -65,7 +58,7 @@ class ExternalSort:
         buffer += _HEAD.pack(key, len(record))
         buffer += record
         self._waiting_bytes += _HEAD.size + len(record)
-        if self._waiting_bytes >= self._buffer_bytes:
+        if self._waiting_bytes >= BUFFER_BYTES:
             self._flush()
 
     def drain(self) -> Iterator[tuple[int, bytes]]:
@@ -87,14 +80,24 @@ class ExternalSort:
             yield from _sorted_records(data)
             del data  # before the next is read
 
+    def add_hashed(self, digest: bytes, record: bytes) -> None:
+        """Take in a record by its hash, of 16 bytes. Raises as `add`."""
+        self.add(int.from_bytes(digest[:8], "big"), digest[8:] + record)
+
+    def by_hash(self) -> Iterator[list[bytes]]:
+        """The records of each hash, the earlier first, where `add_hashed` took them in. Raises as `drain`."""
+        for _, records in groupby(self.drain(), itemgetter(0)):
+            same: dict[bytes, list[bytes]] = {}
+            for _, record in records:
+                same.setdefault(record[:8], []).append(record[8:])
+            yield from same.values()
+
     def _flush(self) -> None:
         for bucket, buffer in self._buffers.items():
             path = self._path(bucket)
             try:
-                with path.open("ab", buffering=0) as file:
-                    view = memoryview(buffer)
-                    while view:  # an unbuffered write may take a part only
-                        view = view[file.write(view) :]
+                with path.open("ab") as file:
+                    file.write(buffer)
             except OSError as error:
                 raise translate(error, "write", str(path)) from error
         self._buffers.clear()

@@ -13,9 +13,8 @@ Cost: an index file is one GET (20 bytes a sample), and INDEX_BYTES are kept; a 
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -272,13 +271,11 @@ class SampleReader:
                     )
             return piece, samples
 
-        futures: deque[Future[tuple[ShardIndex, list[memoryview]]]] = deque()
-        for first, last in pairwise(bounds):
-            futures.append(self._ahead.submit(fetch, first, last))
-            if len(futures) > 1:
-                yield futures.popleft().result()
-        for future in futures:
-            yield future.result()
+        coming = self._ahead.submit(fetch, *bounds[:2])
+        for first, last in pairwise(bounds[1:]):
+            this, coming = coming, self._ahead.submit(fetch, first, last)
+            yield this.result()
+        yield coming.result()
 
     def key_of(self, number: int) -> str:
         """The key of a sample: one GET of a header."""

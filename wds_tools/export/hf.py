@@ -31,6 +31,7 @@ from urllib.parse import unquote, urlsplit
 
 import orjson
 
+from wds_tools.dataset.external_sort import ExternalSort
 from wds_tools.dataset.files import Written, describe_changed, find_changed, written
 from wds_tools.dataset.lease import Lease, files_of
 from wds_tools.dataset.reader import read_manifest, read_shard
@@ -49,7 +50,7 @@ from wds_tools.export.rows import (
     serialize_table_row,
     write_part,
 )
-from wds_tools.export.shuffle import Shuffle
+from wds_tools.export.shuffle import random_keys
 from wds_tools.export.typed import size_of, typed_columns, typed_schema
 from wds_tools.format.codes import CODE_COLUMNS, chosen_codes, codes_named, is_code_column
 from wds_tools.format.manifest import Manifest, ShardInfo, check_one_tokenizer
@@ -63,8 +64,6 @@ from wds_tools.storage.local import translate
 from wds_tools.storage.place import check_apart
 from wds_tools.terminal import say
 
-BUCKET_BYTES = 64 << 20
-"""The shuffle sorts about this much at a time in memory."""
 STATE, INFO = "state.json", "dataset_info.json"
 FILES = "export.json"
 """Sizes and hashes of the other files, but for the card: the export is finished, and this is what it wrote."""
@@ -206,8 +205,8 @@ def export_hf(config: ExportConfig) -> ExportSummary:
     made_of += [] if config.reader == "any" else [{"for": config.reader}]
     passed_over: Counter[str] = Counter()
     records = partial(_shuffled, sources, config, sum(data_types.values()), passed_over)
-    form = _Form(liquid_schema(pa), liquid_columns, len, records, config.seed)
-    return _export(config, sources, form, made_of, data_types, left_out, passed_over)
+    form = _Form(liquid_schema(pa), liquid_columns, len, records, config.seed, data_types, left_out, passed_over)
+    return _export(config, sources, form, made_of)
 
 
 def export_parquet(config: ParquetConfig) -> ExportSummary:
@@ -219,8 +218,7 @@ def export_parquet(config: ParquetConfig) -> ExportSummary:
     made_of = ["wds-tools export parquet 1", *(manifest.fingerprint() for _, manifest in sources)]
     schema = typed_schema(pa, [manifest for _, manifest in sources])
     records = partial(_in_order, sources, config, sum(data_types.values()))
-    form = _Form(schema, typed_columns, size_of, records, None)
-    return _export(config, sources, form, made_of, data_types, {}, Counter())
+    return _export(config, sources, _Form(schema, typed_columns, size_of, records, None, data_types), made_of)
 
 
 def _open(config: ExportOptions) -> list[_Source]:
@@ -240,26 +238,23 @@ class _Form:
     records: Callable[[], AbstractContextManager[Iterator[Any]]]
     seed: int | None
     """Of the shuffle; None: there is none."""
+    data_types: Mapping[str, int]
+    """See ExportSummary, as the next two."""
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    passed_over: Counter[str] = field(default_factory=Counter)
 
 
-def _export(
-    config: ExportOptions,
-    sources: Sequence[_Source],
-    form: _Form,
-    made_of: Sequence[Any],
-    data_types: Mapping[str, int],
-    left_out: Mapping[str, int],
-    passed_over: Counter[str],
-) -> ExportSummary:
-    rows = sum(data_types.values())
-    names = _part_names(config.writes, min(config.num_shards, rows))
+def _export(config: ExportOptions, sources: Sequence[_Source], form: _Form, made_of: Sequence[Any]) -> ExportSummary:
+    rows = sum(form.data_types.values())
+    num_files = min(config.num_shards, rows)
+    names = [_NAMES[config.writes].format(number, num_files) for number in range(num_files)]
     fingerprint = hashlib.sha256(orjson.dumps(made_of)).hexdigest()[:16]  # what Hugging Face's caches know the rows by
     page = partial(
         serialize_card,
         [manifest for _, manifest in sources],
         config.writes,
-        data_types=data_types,
-        left_out=left_out,
+        data_types=form.data_types,
+        left_out=form.left_out,
         files=len(names),
         seed=form.seed,
         columns={column.name: str(column.type) for column in form.schema},
@@ -283,8 +278,8 @@ def _export(
                 store.put(FILES, orjson.dumps(files, option=orjson.OPT_INDENT_2))
             if config.push_to_hub is not None:
                 pushed = push(Path(_local_path(config.output)), config.push_to_hub, private=config.private, quiet=config.quiet)
-    passed = dict(sorted(passed_over.items()))
-    return ExportSummary(rows=rows, files=len(names), data_types=data_types, left_out=left_out, passed_over=passed, pushed=pushed)
+    kinds, passed = {"data_types": form.data_types, "left_out": form.left_out}, dict(sorted(form.passed_over.items()))
+    return ExportSummary(rows=rows, files=len(names), **kinds, passed_over=passed, pushed=pushed)
 
 
 def _takes(config: ExportConfig, data_type: str) -> bool:
@@ -298,11 +293,11 @@ def _shuffled(
     """Records of the samples in their random order; counts samples that have what no column takes."""
     with _scratch_folder(config.output) as folder:
         size = sum(_record_bytes(row) for _, manifest in sources for row in manifest.shards)
-        shuffle = Shuffle(folder, seed=config.seed, num_buckets=-(-size // BUCKET_BYTES))
+        shuffle = ExternalSort(folder / "rows", size)
         with Progress("export, 1 of 2: reading", rows, quiet=config.quiet) as progress:
             _scatter(sources, config, shuffle, progress, passed_over)
         with Progress("export, 2 of 2: writing", rows, quiet=config.quiet) as progress:
-            yield _counted(shuffle.drain(), progress)
+            yield _counted((record for _, record in shuffle.drain()), progress)
 
 
 @contextmanager
@@ -440,9 +435,9 @@ def _record_bytes(row: ShardInfo) -> int:
 
 
 def _scatter(
-    sources: Sequence[_Source], config: ExportConfig, shuffle: Shuffle, progress: Progress, passed_over: Counter[str]
+    sources: Sequence[_Source], config: ExportConfig, shuffle: ExternalSort, progress: Progress, passed_over: Counter[str]
 ) -> None:
-    code_set = config.code_set
+    code_set, keys = config.code_set, random_keys(config.seed)
     for store, manifest in sources:
         for row in manifest.shards:
             for sample in _counted(read_shard(store, row), progress):
@@ -452,7 +447,8 @@ def _scatter(
                 grids = None if chosen.grids is None else codes_named(chosen.grids, code_set)
                 passed_over.update(name for name in ("texts", "image", "provenance") if getattr(sample, name))
                 passed_over.update(sample.codes.keys() - chosen.codes.keys())
-                shuffle.add(serialize_table_row(chosen._replace(codes=codes_named(chosen.codes, code_set), grids=grids)))
+                record = serialize_table_row(chosen._replace(codes=codes_named(chosen.codes, code_set), grids=grids))
+                shuffle.add(next(keys), record)
 
 
 def _write_parts(
@@ -506,7 +502,3 @@ def _write_state(store: Store, names: Sequence[str], fingerprint: str) -> Writte
     data = json.dumps(state, indent=2, sort_keys=True).encode()
     store.put(STATE, data)
     return written(data)
-
-
-def _part_names(file_format: Format, count: int) -> list[str]:
-    return [_NAMES[file_format].format(number, count) for number in range(count)]

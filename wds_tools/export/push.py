@@ -23,7 +23,6 @@ from wds_tools.storage import open_store
 COMMIT_FILES = 32
 """Files of a commit: the Hub allows some hundred commits an hour."""
 _OURS = re.compile(r"data/train-\d{5}-of-\d{5}\.parquet")
-_READ_BYTES = 4 << 20
 
 
 def push(folder: Path, repository: str, *, private: bool = False, quiet: bool = True) -> int:
@@ -106,13 +105,8 @@ def _is_same(remote: Any, path: Path) -> bool:
     if remote is None or remote.size != path.stat().st_size:
         return False
     if remote.lfs is not None:
-        return bool(remote.lfs.sha256 == _digest(path, hashlib.sha256()))
-    git = hashlib.sha1(f"blob {remote.size}\0".encode(), usedforsecurity=False)
-    return bool(remote.blob_id == _digest(path, git))
-
-
-def _digest(path: Path, digest: Any) -> str:
+        stated, digest = remote.lfs.sha256, hashlib.sha256()
+    else:
+        stated, digest = remote.blob_id, hashlib.sha1(f"blob {remote.size}\0".encode(), usedforsecurity=False)
     with path.open("rb") as file:
-        while data := file.read(_READ_BYTES):
-            digest.update(data)
-    return str(digest.hexdigest())
+        return bool(hashlib.file_digest(file, lambda: digest).hexdigest() == stated)

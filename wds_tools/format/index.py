@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from array import array
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -73,10 +73,8 @@ class ShardIndex:
         return self._with(lambda name: getattr(self, name)[rows])
 
     def _with(self, column: Callable[[str], _Array]) -> ShardIndex:
-        columns = {name: column(name) for name in _COLUMNS}
-        return ShardIndex(
-            members=self.members, samples=self.samples, tar_bytes=self.tar_bytes, tar_xxh128=self.tar_xxh128, **columns
-        )
+        columns: dict[str, Any] = {name: column(name) for name in _COLUMNS}
+        return replace(self, **columns)
 
 
 def join_parts(parts: Sequence[ShardIndex]) -> ShardIndex:

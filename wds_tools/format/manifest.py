@@ -13,7 +13,7 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
@@ -238,15 +238,7 @@ def parse_manifest(data: bytes, name: str = "manifest.json") -> Manifest:
     document = read_json(_Document, data, what)
     shape(_Source, document.source, f"{what}: source")
     code_layouts(document.codes, f"{what}: codes")
-    manifest = Manifest(
-        shards=document.shards,
-        inputs=document.inputs,
-        rejects=document.rejects,
-        codes=document.codes,
-        source=document.source,
-        schema_version=document.schema_version,
-        rejects_hash=document.rejects_hash,
-    )
+    manifest = Manifest(**{entry.name: getattr(document, entry.name) for entry in fields(Manifest)})
     _check_counts(manifest, name)
     for key in ("samples", "bytes", "data_types"):
         _check_stated(name, key, getattr(document, key), getattr(manifest, key))

@@ -150,6 +150,14 @@ def pair_fields(column: str, shape: Sequence[int], stride: Any) -> dict[str, Any
     return {"data_type": PAIR_TYPES[not is_square(column)], "width": width, "height": height}
 
 
+def image_fields(images: Sequence[SourceImage]) -> dict[str, Any]:
+    """The fields of a sample that hold these source images."""
+    if not images:
+        return {}
+    (data, extension), *others = images
+    return {"image": data, "image_extension": extension, "more_images": tuple(others)}
+
+
 def is_reserved(suffix: str) -> bool:
     """Whether loaders, or webdataset, could take a member of this suffix for what they say of a sample themselves: `__key__`."""
     return suffix.startswith("__") and suffix.endswith("__")

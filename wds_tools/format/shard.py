@@ -29,7 +29,16 @@ from wds_tools.format.checksum import content_hash, crc32
 from wds_tools.format.codes import NO_LAYOUTS, CodeGrid
 from wds_tools.format.index import IndexBuilder, ShardIndex
 from wds_tools.format.manifest import ShardInfo
-from wds_tools.format.schema import IMAGE_EXTENSIONS, JSON_FIELDS, MARKED_TYPES, Sample, SourceImage, is_reserved, validate
+from wds_tools.format.schema import (
+    IMAGE_EXTENSIONS,
+    JSON_FIELDS,
+    MARKED_TYPES,
+    Sample,
+    SourceImage,
+    image_fields,
+    is_reserved,
+    validate,
+)
 from wds_tools.format.tar import BLOCK, END, Member, header, padding
 
 _PIXELS = {int, type(None)}
@@ -62,12 +71,6 @@ class StoredSample(NamedTuple):
     def payloads(self) -> dict[str, memoryview]:
         """Suffix -> payload, as sample_from_members takes them."""
         return {suffix: member.payload for suffix, member in self.members.items()}
-
-    @property
-    def layout(self) -> list[tuple[str, int, int]]:
-        """(suffix, payload offset from `start`, payload bytes) of each member, as IndexBuilder.add takes them."""
-        start = self.start
-        return [(suffix, member.offset - start, len(member.payload)) for suffix, member in self.members.items()]
 
     @property
     def start(self) -> int:
@@ -148,10 +151,8 @@ def sample_from_members(key: str, members: Mapping[str, bytes | memoryview]) -> 
         width=width,
         height=height,
         codes=codes,
-        image=images[0].data if images else None,
-        image_extension=images[0].extension if images else None,
+        **image_fields(images),
         conversations=record.get("conversations"),
-        more_images=tuple(images[1:]),
         grids=record.get("grids"),
         texts=record.get("texts"),
         provenance={name: value for name, value in record.items() if name not in JSON_FIELDS},

@@ -298,18 +298,6 @@ class TarReader:
             raise FormatError(f"{self._name}: the member name {name!r} at byte {offset} is not UTF-8") from error
 
 
-def read_members(archive: bytes | memoryview, name: str = "tar") -> list[Member]:
-    """All members of a complete archive in memory.
-
-    Raises:
-        FormatError: see TarReader.
-    """
-    reader = TarReader(name)
-    members = reader.feed(archive)
-    reader.close()
-    return members
-
-
 class MemberPlace(NamedTuple):
     """Where one regular file of a tar lies."""
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from wds_tools.errors import FormatError, Reject, UsageError
 from wds_tools.format.codes import CODE_COLUMNS, HW, CodeGrid, Codes, code_dtype, is_code_column
-from wds_tools.format.schema import DATA_TYPES, MARKED_TYPES, Sample, SourceImage, validate
+from wds_tools.format.schema import DATA_TYPES, MARKED_TYPES, Sample, SourceImage, image_fields, validate
 from wds_tools.images import Mode
 from wds_tools.records.arrays import Shape, flat_and_shape
 from wds_tools.records.conversations import turns_of
@@ -149,9 +149,7 @@ class CodedRows:
                 key=key,
                 **{name: row[name] for name in ("data_type", "text", "width", "height", "conversations")},
                 codes=codes,
-                image=images[0].data if images else None,
-                image_extension=images[0].extension if images else None,
-                more_images=tuple(images[1:]),
+                **image_fields(images),
                 grids=grids or None,
                 texts=None if row["texts"] is None else {one["name"]: one["text"] for one in row["texts"]},
                 provenance=orjson.loads(row["provenance"]),

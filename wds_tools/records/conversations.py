@@ -24,7 +24,7 @@ from wds_tools.errors import Reject
 from wds_tools.format.schema import IMAGE_MARK
 from wds_tools.records.edits import EDITED, INSTRUCTIONS, SOURCES, edit_turns
 from wds_tools.records.field_map import IMAGE_NAMES, TEXT_NAMES, images_within, is_image
-from wds_tools.records.fields import value_of
+from wds_tools.records.fields import lacks, value_of
 from wds_tools.records.parts import NOTHING, files_in, filled, given_in, images_in, text_of
 
 FIELDS = ("conversations", "messages", "conversation", "texts")
@@ -97,8 +97,7 @@ class TalkReader:
         if edit := {} if self.edited is None and (found or self.field) else self._edit_roles(record):
             found = [edit["conversations"]]
         if not found:
-            known = ", ".join(list(record)[:8])[:200] or "none"
-            raise Reject("missing_field", f"no {' or '.join(names)}; the fields are: {known}; see --conversations, or --edited")
+            raise lacks(record, " or ".join(names), "; see --conversations, or --edited")
         if len(found) > 1:
             options = " or ".join(f"--conversations {name}" for name in found)
             raise Reject("ambiguous_fields", f"{' and '.join(found)} hold conversations: say {options}")

@@ -120,9 +120,10 @@ class FieldMap:
         """The captions by name, None for one that is missing, null or empty; None if none are asked for. Raises Reject."""
         if not self.texts:
             return None
-        texts = {name: value_of(fields, field) or None for name, field in self.texts}
+        texts = {}
         for name, field in self.texts:
-            if not isinstance(text := texts[name], str | None):
+            texts[name] = text = value_of(fields, field) or None
+            if not isinstance(text, str | None):
                 raise Reject("wrong_type", f"{field} is a {type(text).__name__}, expected a string")
             check_text(text or "", field)
         return texts

@@ -9,7 +9,7 @@ from wds_tools.errors import Reject
 
 CAPTION = ("text_prompt", "text")
 """Fields of a jsonl that a caption is looked for in."""
-_SHOWN_NAMES = 4
+_SHOWN_NAMES, _KNOWN_NAMES = 4, 8
 
 
 def value_of(record: Mapping[str, Any], name: str) -> Any:
@@ -39,13 +39,22 @@ def required_text(record: Mapping[str, Any], names: Sequence[str]) -> str:
             continue
         if type(text) is not str:
             raise Reject("wrong_type", f"{name} is a {type(text).__name__}, expected a string")
-        if not text or text.isspace():
-            raise Reject("empty_text", f"{name} is empty")
-        check_text(text, name)
-        return text
-    known = ", ".join(list(record)[:8]) or "none"
-    others = " ..." if len(names) > _SHOWN_NAMES else ""
-    raise Reject("missing_field", f"no {' or '.join(names[:_SHOWN_NAMES])}{others}; the fields are: {known[:200]}")
+        return filled_text(text, name)
+    raise lacks(record, " or ".join(names[:_SHOWN_NAMES]) + (" ..." if len(names) > _SHOWN_NAMES else ""))
+
+
+def lacks(record: Mapping[str, Any], what: str, hint: str = "", reason: str = "missing_field") -> Reject:
+    """For a record without what is needed of it: says which fields it has, then the hint."""
+    known = ", ".join(list(record)[:_KNOWN_NAMES])[:200] or "none"
+    return Reject(reason, f"no {what}; the fields are: {known}{hint}")
+
+
+def filled_text(text: str, name: str) -> str:
+    """The text, or Reject: "empty_text" if it is nothing but white space, or as check_text."""
+    if not text or text.isspace():
+        raise Reject("empty_text", f"{name} is empty")
+    check_text(text, name)
+    return text
 
 
 def check_text(text: str, name: str) -> None:

@@ -22,7 +22,7 @@ from wds_tools.errors import Reject
 from wds_tools.format.schema import IMAGE_MARK
 from wds_tools.records.conversations import TalkReader
 from wds_tools.records.field_map import IMAGE_NAMES, TEXT_NAMES, is_image, names_image
-from wds_tools.records.fields import check_text, value_of
+from wds_tools.records.fields import filled_text, lacks, value_of
 from wds_tools.records.images import ImageFile
 from wds_tools.records.parts import NOTHING, filled, given_in, part_of
 
@@ -64,8 +64,7 @@ class PageReader:
         names = (*TEXT_LISTS, *TEXT_NAMES) if self.text is None else (self.text,)
         text = next((name for name in names if value_of(record, name) not in NOTHING), None)
         if text is None:
-            known = ", ".join(list(record)[:8])[:200] or "none"
-            raise Reject("missing_field", f"no {', '.join(names[:6])} or the like; the fields are: {known}; see --text")
+            raise lacks(record, f"{', '.join(names[:6])} or the like", "; see --text")
         (fields, images), parts = self._images(record), [{"content": value_of(record, text)}]
         own = given_in(images)
         named = {name for image in own if (name := _member_named(record, image))}
@@ -92,9 +91,7 @@ class PageReader:
             text, images = "\n\n".join(_pieces(name, _at_gaps(name, texts, images), places)), []
         else:
             text = "".join(_pieces(name, texts, places))
-        if not text or text.isspace():
-            raise Reject("empty_text", f"{name} is empty")
-        check_text(text, name)
+        text = filled_text(text, name)
         named = [part for part in texts if isinstance(part, str) and names_image(part)] if isinstance(texts, list) else []
         if not places and (paths := [part for part in named if len(part.split()) == 1]):
             raise Reject(

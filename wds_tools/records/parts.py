@@ -10,7 +10,7 @@ from typing import Any
 from wds_tools.errors import Reject
 from wds_tools.format.schema import IMAGE_MARK
 from wds_tools.records.field_map import is_image, names_image
-from wds_tools.records.fields import check_text
+from wds_tools.records.fields import filled_text
 from wds_tools.records.images import ImageFile
 
 NOTHING: tuple[Any, ...] = (None, "", [], {}, "[]", "{}")
@@ -41,10 +41,7 @@ def text_of(turn: Mapping[str, Any], names: Sequence[str], places: list[Any]) ->
         raise Reject("missing_field", f"a turn has no {' or '.join(names)}; its fields are: {', '.join(turn)[:200] or 'none'}")
     value = turn[name]
     text = "".join(part_of(part, places) for part in value) if isinstance(value, list) else _marked(name, value, places)
-    if not text or text.isspace():
-        raise Reject("empty_text", f"{name} is empty")
-    check_text(text, name)
-    return text
+    return filled_text(text, name)
 
 
 def _marked(name: str, value: Any, places: list[Any]) -> str:

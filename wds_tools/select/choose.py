@@ -12,8 +12,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby, repeat
-from operator import itemgetter
+from itertools import repeat
 from pathlib import Path
 from typing import Any, Final
 
@@ -208,7 +207,7 @@ def choose(
     found = {option: [set[str]() for _ in urls] for option in judge.lists}
     has_content: set[int] = set()
     with tempfile.TemporaryDirectory(prefix="wds-tools-") as folder:
-        contents, keys = (ExternalSort.of_size(Path(folder) / name, total * RECORD_BYTES) for name in ("contents", "keys"))
+        contents, keys = (ExternalSort(Path(folder) / name, total * RECORD_BYTES) for name in ("contents", "keys"))
         with Progress("choose", total, quiet=quiet) as progress:
             for verdict in run_tasks(judge, list(enumerate(tasks)), workers=workers, on_report=progress):
                 dataset, first = tasks[verdict.task][0], int(firsts[verdict.task])
@@ -259,13 +258,9 @@ def add_hashes(sort: ExternalSort, digests: Iterable[bytes | None], first: int) 
     """
     for number, digest in enumerate(digests, first):
         if digest is not None:
-            sort.add(int.from_bytes(digest[:8], "big"), digest[8:] + number.to_bytes(8, "big"))
+            sort.add_hashed(digest, number.to_bytes(8, "big"))
 
 
 def groups(sort: ExternalSort) -> Iterator[list[int]]:
     """The numbers of samples with equal hashes, ascending, of each hash that several have."""
-    for _, records in groupby(sort.drain(), itemgetter(0)):
-        same: dict[bytes, list[int]] = {}
-        for _, record in records:
-            same.setdefault(record[:8], []).append(int.from_bytes(record[8:], "big"))
-        yield from (sorted(numbers) for numbers in same.values() if len(numbers) > 1)
+    return (sorted(int.from_bytes(number, "big") for number in same) for same in sort.by_hash() if len(same) > 1)

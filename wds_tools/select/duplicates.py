@@ -45,7 +45,7 @@ def write_duplicates(url: str, target: str, *, workers: int = 1, quiet: bool = T
     counts = dict.fromkeys(UNIQUE, 0)
     with tempfile.TemporaryDirectory(prefix="wds-tools-") as folder, open_store(home).write(name) as file:
         for what, column in UNIQUE.items():
-            sort, first = ExternalSort.of_size(Path(folder) / what, manifest.samples * RECORD_BYTES), 0
+            sort, first = ExternalSort(Path(folder) / what, manifest.samples * RECORD_BYTES), 0
             for shard in manifest.shards:
                 add_hashes(sort, values_of(fields.read(shard, [column]), column), first)
                 first += shard.samples

@@ -12,8 +12,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import groupby
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -123,21 +121,19 @@ class _Labels:
         source = Containers(2000, 10_000, 256 << 20, config.quiet, (column or field, *config.pairs.values()))
         files = expand_inputs(config.labels, source.choose).files
         size = _EXPANSION * sum(file.size for file in files) + manifest.samples * _SAMPLE_BYTES
-        by_value, by_number = (ExternalSort.of_size(folder / name, size) for name in ("value", "number"))
+        by_value, by_number = (ExternalSort(folder / name, size) for name in ("value", "number"))
         for value, row in self._rows(source, files, column or field):
             if not value:
                 self._count("rows_without_sample", "one without a value")
                 continue
-            digest = xxh3_128_digest(value.encode())
-            by_value.add(int.from_bytes(digest[:8], "big"), _ROW + digest[8:] + row)
+            by_value.add_hashed(xxh3_128_digest(value.encode()), _ROW + row)
         known = set()
         for shard in manifest.shards:
             table = made.read(shard, [KEY, field])
             known.update(table.column_names)
             for key, value in zip(values_of(table, KEY), values_of(table, field), strict=True):
-                digest = xxh3_128_digest(as_text(value).encode())
-                record = _SAMPLE + digest[8:] + self.counts["samples"].to_bytes(8, "big") + key.encode()
-                by_value.add(int.from_bytes(digest[:8], "big"), record)
+                record = _SAMPLE + self.counts["samples"].to_bytes(8, "big") + key.encode()
+                by_value.add_hashed(xxh3_128_digest(as_text(value).encode()), record)
                 self.counts["samples"] += 1
         if self.counts["samples"] and field not in known:
             raise UsageError(f"--on {config.on}: {config.input} has no field {field} in the json of its samples")
@@ -192,23 +188,17 @@ class _Labels:
 
     def _matches(self, by_value: ExternalSort) -> Iterator[tuple[int, bytes]]:
         """Number and label of each sample; null where there is none."""
-        for _, records in groupby(by_value.drain(), itemgetter(0)):
-            rows: dict[bytes, bytes] = {}
-            used = set()
-            for _, record in records:  # rows come before samples, as they were added
-                side, digest, content = record[:1], record[1:9], record[9:]
-                if side == _SAMPLE and digest not in rows:
-                    self._count("samples_without_row", content[8:].decode())
-                    yield int.from_bytes(content[:8], "big"), b"null"
-                elif side == _SAMPLE:
-                    used.add(digest)
-                    yield int.from_bytes(content[:8], "big"), orjson.dumps(orjson.loads(rows[digest])[1])
-                elif digest in rows:
-                    self._count("rows_of_an_earlier_value", orjson.loads(content)[0])
-                else:
-                    rows[digest] = content
-            for digest in rows.keys() - used:
-                self._count("rows_without_sample", orjson.loads(rows[digest])[0])
+        for records in by_value.by_hash():
+            rows = [orjson.loads(record[1:]) for record in records if record[:1] == _ROW]
+            samples = [record[1:] for record in records if record[:1] == _SAMPLE]
+            label = orjson.dumps(rows[0][1] if rows else None)
+            for what, lost in (("rows_of_an_earlier_value", rows[1:]), ("rows_without_sample", rows[:1] if not samples else [])):
+                for value, _ in lost:
+                    self._count(what, value)
+            for sample in samples:
+                if not rows:
+                    self._count("samples_without_row", sample[8:].decode())
+                yield int.from_bytes(sample[:8], "big"), label
 
 
 def _is_blank(value: Any) -> bool:

@@ -11,7 +11,8 @@ from __future__ import annotations
 import re
 import zlib
 from base64 import b64decode, b64encode
-from collections.abc import Iterator, Mapping, Sequence
+from collections import ChainMap
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -24,7 +25,7 @@ from wds_tools.dataset.samples import SampleReader
 from wds_tools.errors import Reject, UsageError
 from wds_tools.format.index import ABSENT
 from wds_tools.format.manifest import Manifest, ShardInfo, check_one_tokenizer, shard_info_from_json
-from wds_tools.format.schema import check_key
+from wds_tools.format.schema import ANY_MEMBERS, check_key
 from wds_tools.format.shard import sample_from_members, split_name
 from wds_tools.format.tar import first_name
 from wds_tools.jobs import Advance, Job, JobOptions, Report, TaskWriter, run_job
@@ -164,21 +165,21 @@ def of_parents(urls: Sequence[str], manifests: Sequence[Manifest], **more: Any) 
     Raises:
         UsageError: their samples don't go together.
     """
-    codes: dict[str, Mapping[str, Any]] = {}
-    first = manifests[0]
-    for url, manifest in zip(urls, manifests, strict=True):
-        if (manifest.schema_version, manifest.token_rows) != (first.schema_version, first.token_rows):
+    kinds = [(manifest.schema_version == ANY_MEMBERS, manifest.token_rows) for manifest in manifests]
+    for url, kind in zip(urls, kinds, strict=True):
+        if kind != kinds[0]:
             raise UsageError(f"{urls[0]} and {url} hold samples of different kinds, which don't go into one dataset")
-        codes = {**manifest.codes, **codes}
     check_one_tokenizer((url, made, made.code_columns) for url, made in zip(urls, manifests, strict=True))
+    codes = dict(ChainMap(*(dict(manifest.codes) for manifest in manifests)))
     facts = ("samples", "inputs", "rejects", "source")
     parents = [
         {"url": url, "fingerprint": manifest.fingerprint(), **{name: getattr(manifest, name) for name in facts}}
         for url, manifest in zip(urls, manifests, strict=True)
     ]
     source: dict[str, Any] = {"input": parents[0]} if len(parents) == 1 else {"inputs": parents}
-    rows = {"rows": first.token_rows} if first.token_rows else {}
-    return {"codes": codes, "source": {**source, **rows, **more}, "schema_version": first.schema_version}
+    rows = {"rows": kinds[0][1]} if kinds[0][1] else {}
+    newest = max(manifest.schema_version for manifest in manifests)
+    return {"codes": codes, "source": {**source, **rows, **more}, "schema_version": newest}
 
 
 def _tasks(manifests: Sequence[Manifest], fates: np.ndarray[Any, Any], config: SelectConfig) -> Iterator[list[list[Any]]]:

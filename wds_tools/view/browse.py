@@ -14,7 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, islice
 from typing import Any
 
 import numpy as np
@@ -83,22 +83,12 @@ def sample(reader: SampleReader, number: int, rows: TokenRows | None = None) -> 
             "width": parsed.width,
             "height": parsed.height,
             "length": parsed.length,
-            "grids": [
-                {"column": column, "image": number, **_grid(codes, reader.manifest.layout(column))}
-                for column in parsed.codes
-                for number, codes in enumerate(parsed.grids_of(column))
-                if codes.size <= MAX_GRID_CODES
-            ][:MAX_GRIDS],
         }
     if rows is not None and "problem" not in shown:
-        grids = enumerate(rows.grids(partial)[:MAX_GRIDS])
-        shown |= rows.shown(partial) | {
-            "text": "",
-            "grids": [
-                {"column": COLUMN, "image": image, "is_guess": guess, **_grid(codes, rows.layout)}
-                for image, (codes, guess) in grids
-            ],
-        }
+        shown |= rows.shown(partial) | {"text": ""}
+    if "problem" not in shown:
+        drawn = (found for found in _grids(partial, parsed, reader.manifest, rows) if found[1].size <= MAX_GRID_CODES)
+        shown["grids"] = [at | _grid(codes, layout) for at, codes, layout in islice(drawn, MAX_GRIDS)]
     return shown
 
 
@@ -140,9 +130,7 @@ def codes_of(reader: SampleReader, number: int, column: str, image: int = 0, row
     """
     partial = reader.sample(number, is_small, max_member_bytes=MAX_MEMBER_BYTES)
     parsed, problem = _parse(partial, reader.manifest)
-    grids = parsed.grids_of(column) if parsed is not None and column in parsed.codes else []
-    if rows is not None and column == COLUMN:
-        grids = [codes for codes, _ in rows.grids(partial)]
+    grids = [codes for at, codes, _ in _grids(partial, parsed, reader.manifest, rows) if at["column"] == column]
     if image >= len(grids):
         raise DataError(problem or f"sample {number:,} has {len(grids)} grids in {column}")
     codes = grids[image]
@@ -244,6 +232,19 @@ def _parse(partial: PartialSample, manifest: Manifest) -> tuple[Sample | None, s
     except DataError as error:
         return None, str(error)
     return parsed, None
+
+
+def _grids(
+    partial: PartialSample, parsed: Sample | None, manifest: Manifest, rows: TokenRows | None
+) -> Iterator[tuple[dict[str, Any], NDArray[Any], CodeGrid]]:
+    """Column and number, codes and layout of each image in a sample, or in a row of tokens. Raises FormatError."""
+    if rows is not None:
+        for number, (codes, is_guess) in enumerate(rows.grids(partial)):
+            yield {"column": COLUMN, "image": number, "is_guess": is_guess}, codes, rows.layout
+    elif parsed is not None:
+        for column in parsed.codes:
+            for number, codes in enumerate(parsed.grids_of(column)):
+                yield {"column": column, "image": number}, codes, manifest.layout(column)
 
 
 def _turns(parsed: Sample) -> list[dict[str, str]]:

@@ -37,6 +37,7 @@ MAX_CONNECTIONS = 64
 IDLE_S = 30.0
 _LOOK_EVERY_S = 0.05
 _MAX_FIELDS = 16
+_STATUSES = ((UsageError, 404), (NotFound, 404), (DataError, 422), (StorageError, 502))
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
@@ -254,12 +255,4 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _status(error: WdsToolsError) -> int:
-    match error:
-        case UsageError() | NotFound():
-            return 404
-        case DataError():
-            return 422
-        case StorageError():
-            return 502
-        case _:
-            return 500
+    return next((status for kind, status in _STATUSES if isinstance(error, kind)), 500)
