@@ -76,12 +76,14 @@ def test_hostile_receipts_and_leases_are_told_of_in_printable_lines(
     make_dataset(tmp_path / "set", map(text_sample, range(8)))
     loader = build_loader(LoaderConfig(sources=(Source(str(tmp_path / "set")),), batch_size=4))
     next(iter(loader))
+    (generation,) = loader.receipt()["generations"]
+    (origin,) = generation["sources"]
     for number, change in enumerate(
         (
-            {"generations": [{"sources": [{"url": evil, "fingerprint": evil, "num_samples": 8}]}]},
+            {"generations": [{**generation, "sources": [{**origin, "url": evil, "fingerprint": evil}]}]},
             {"last_batch": evil},
             {"version": evil},
-            {"generations": [{"spec": evil}]},
+            {"generations": [{**generation, "spec": {**generation["spec"], "seed": evil}}]},
         )
     ):
         path = tmp_path / f"receipt-{number}.json"

@@ -138,7 +138,7 @@ def test_other_weights_are_another_order_and_names_that_are_not_there_stop_the_r
     state, receipt = loader.state_dict(), loader.receipt()
     for document in (state, receipt):
         assert document["generations"][0]["spec"]["sources"][0]["texts"] == [["alt", 0.3], ["recap", 0.7]]
-    with pytest.raises(UsageError, match=r"texts of source 0 was .*0\.7.*, is \(\)"):
+    with pytest.raises(UsageError, match=r"texts of source 0 was .*0\.7.*, is \[\]"):
         build_loader(config(data, "captioned"), World()).load_state_dict(state)
     for sequences in (None, loader.config.sequences):
         with pytest.raises(DataError, match="has no text named 'ocr': its texts are alt, recap"):

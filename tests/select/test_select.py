@@ -217,7 +217,7 @@ def test_listed_keys_are_taken_or_left_out_and_those_of_no_sample_are_named(
 ) -> None:
     listed = tmp_path / "keys"
     listed.write_text(f"000000-00000003\r\n\n{source}/\t000000-00000005\nelsewhere\tx\n000000-99999999\n")
-    choose(source, tmp_path / "out", keys=str(listed))
+    assert choose(source, tmp_path / "out", keys=str(listed)).rejects == {"not_chosen": 38}
     assert keys(tmp_path / "out") == [3, 5]
     said = capsys.readouterr().err
     assert "--keys: 1 lines are of other datasets, such as elsewhere" in said
