@@ -81,7 +81,7 @@ def main(data, out, steps, load_step):
     loader = LoaderConfig(sources=sources, sequences=sequences, packing=True, batch_size=4)
     config.dataloader = TokenRowLoader.Config(loader=loader)
     config.training = TrainingConfig(local_batch_size=4 // num_processes, seq_len=64, steps=steps)
-    config.parallelism = ParallelismConfig(data_parallel_shard_degree=num_processes)
+    config.parallelism = ParallelismConfig(data_parallel_replicate_degree=num_processes, data_parallel_shard_degree=1)
     config.checkpoint = CheckpointManager.Config(enable=True, interval=3, load_step=load_step, last_save_model_only=False)
     config.validator = Validator.Config(enable=False)
     trainer = Trainer(config)

@@ -214,6 +214,7 @@ LIGHTNING_DDP = """
 import json, sys, warnings
 from pathlib import Path
 import lightning, torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 from loaders import EpochLoader, LoaderConfig, SequenceConfig, Source, build_loader, model_inputs
 
@@ -251,10 +252,10 @@ class Module(lightning.LightningModule):
 def fit(steps, checkpoint=None):
     trainer = lightning.Trainer(
         max_steps=steps, accelerator="cpu", devices=2, strategy=strategy, logger=False, enable_progress_bar=False,
-        enable_model_summary=False, enable_checkpointing=False, use_distributed_sampler=False,
+        enable_model_summary=False, use_distributed_sampler=False,
+        callbacks=[ModelCheckpoint(dirpath=out, every_n_train_steps=steps, filename=str(steps))],  # by the processes that train
     )
     trainer.fit(Module(), ckpt_path=checkpoint, weights_only=True)
-    trainer.save_checkpoint(out / f"{steps}.ckpt")
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
