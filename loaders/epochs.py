@@ -9,6 +9,7 @@ is how those trainers count. The state is that of all ranks, so `state_dict` is 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 from loaders.batches.collate import Batch
@@ -53,14 +54,7 @@ class EpochLoader:
         if self._num_steps is None:
             yield from map(self._prepare, self.loader)
             return
-        batches = iter(self.loader)
-        for _ in range(self._num_steps - self._done):
-            batch = next(batches, None)
-            if batch is None:  # an epoch of the loader is over
-                batches = iter(self.loader)
-                batch = next(batches, None)
-                if batch is None:  # and so is the run
-                    return
+        for batch in islice(all_epochs(self.loader), self._num_steps - self._done):
             self._done = (self._done + 1) % self._num_steps
             yield self._prepare(batch)
 
@@ -78,3 +72,14 @@ class EpochLoader:
             )
         self.loader.load_state_dict(state["loader"], change)
         self._done = done % (self._num_steps or 1)
+
+
+def all_epochs(loader: Loader) -> Iterator[Batch]:
+    """The batches of one epoch of a loader after another, up to the end of its last one (`epochs`)."""
+    while True:
+        batches = iter(loader)
+        first = next(batches, None)
+        if first is None:
+            return
+        yield first
+        yield from batches

@@ -16,9 +16,11 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
+from loaders.batches.collate import Batch
 from loaders.config import LoaderConfig
+from loaders.epochs import all_epochs
 from loaders.loader import Loader, build_loader
-from loaders.trainers.shifted import ShiftedRows, endless
+from loaders.trainers.shifted import shifted
 from loaders.world import World
 from wds_tools.errors import UsageError
 
@@ -31,7 +33,7 @@ class MegatronIterator:
         seq_length: tokens of a row.
 
     Raises:
-        UsageError: batch_size is no multiple of the data-parallel size; or see build_loader.
+        UsageError: batch_size is no multiple of the data-parallel size; `epochs` is given; or see build_loader.
     """
 
     def __init__(self, config: LoaderConfig, seq_length: int) -> None:
@@ -39,13 +41,15 @@ class MegatronIterator:
         self._source = parallel_state.get_tensor_model_parallel_src_rank()
         self._device = "cuda" if dist.get_backend(self._group) == "nccl" else "cpu"
         num_readers = parallel_state.get_data_parallel_world_size()
+        if config.epochs is not None:
+            raise UsageError(f"epochs={config.epochs}: the peers of the process that reads would wait for ever behind the last")
         if config.batch_size % num_readers:
             raise UsageError(f"batch_size={config.batch_size} is no multiple of the data-parallel size, {num_readers}")
         self._shape = 3, config.batch_size // num_readers, seq_length
         world = World.from_group(parallel_state.get_data_parallel_group())
         self.loader: Loader | None = build_loader(config, world) if dist.get_rank() == self._source else None
         """The loader, in the process of each tensor-parallel group that reads."""
-        self._rows: Iterator[ShiftedRows] | None = None
+        self._batches: Iterator[Batch] | None = None
 
     def __iter__(self) -> MegatronIterator:
         return self
@@ -60,11 +64,11 @@ class MegatronIterator:
         Raises:
             UsageError: see `shifted`.
         """
-        sent_3BL = torch.empty(self._shape, dtype=torch.int64)
-        if self.loader is not None:
-            self._rows = self._rows or endless(self.loader, self._shape[2])
-            sent_3BL = torch.stack(next(self._rows))
-        sent_3BL = sent_3BL.to(self._device)
+        if self.loader is None:
+            sent_3BL = torch.empty(self._shape, dtype=torch.int64, device=self._device)
+        else:
+            self._batches = self._batches or all_epochs(self.loader)
+            sent_3BL = torch.stack(shifted(next(self._batches), self._shape[2])).to(self._device)
         dist.broadcast(sent_3BL, self._source, group=self._group)
         tokens_BL, labels_BL, positions_BL = sent_3BL
         loss_mask_BL = (labels_BL >= 0).float()
@@ -77,6 +81,6 @@ class MegatronIterator:
 
     def restore_state(self, state: Mapping[str, Any]) -> None:
         """Go on from a state, of any number of ranks. Raises UsageError as Loader.load_state_dict does."""
-        self._rows = None
+        self._batches = None
         if self.loader is not None:
             self.loader.load_state_dict(state)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from loaders.batches.collate import Batch
-from loaders.loader import Loader
 from wds_tools.errors import UsageError
 
 
@@ -44,10 +42,3 @@ def shifted(batch: Batch | dict[str, Any], seq_len: int) -> ShiftedRows:
     labels_BL = torch.full_like(batch["labels"], -100)
     labels_BL[:, :-1] = batch["labels"][:, 1:]
     return ShiftedRows(ids_BL, labels_BL, positions_BL)
-
-
-def endless(loader: Loader, seq_len: int) -> Iterator[ShiftedRows]:
-    """The batches of one epoch after another. Args and Raises as `shifted`."""
-    while True:
-        for batch in loader:
-            yield shifted(batch, seq_len)

@@ -18,15 +18,16 @@ from torch import Tensor
 from torchtitan.components.dataloader import BaseDataLoader
 
 from loaders.config import LoaderConfig
+from loaders.epochs import all_epochs
 from loaders.loader import build_loader
-from loaders.trainers.shifted import endless
+from loaders.trainers.shifted import shifted
 from loaders.world import World
 from wds_tools.errors import UsageError
 from wds_tools.format.typed_json import read_json
 
 
 class TokenRowLoader(BaseDataLoader):  # type: ignore[misc]  # torchtitan may be absent
-    """Batches of token rows as torchtitan takes them, epoch after epoch without an end.
+    """Batches of token rows as torchtitan takes them, epoch after epoch.
 
     Args:
         config: what to read.
@@ -62,7 +63,8 @@ class TokenRowLoader(BaseDataLoader):  # type: ignore[misc]  # torchtitan may be
         Raises:
             UsageError: see `shifted`.
         """
-        for ids_BL, labels_BL, positions_BL in endless(self.loader, self._seq_len):
+        for batch in all_epochs(self.loader):
+            ids_BL, labels_BL, positions_BL = shifted(batch, self._seq_len)
             yield {"input": ids_BL, "positions": positions_BL}, labels_BL
 
     def state_dict(self) -> dict[str, Any]:
