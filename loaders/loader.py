@@ -245,16 +245,18 @@ class Loader:
 
     def _compare(self) -> None:
         """Compare what ranks of one run have in common, where there is a group to do it over."""
+        self._is_compared = True
+        if self.world.group is None:
+            return
         self.world.compare(
             {
-                "data": [opened.manifest.fingerprint() for opened in self._sources],
+                "data": [opened.origin.fingerprint for opened in self._sources],
                 "batch size": [self.config.batch_size, self.config.last_batch],
                 "order": self._order.spec.to_json(),
                 "token rows": self._maker and [self._maker.spec, self.config.packing],
                 "place": [self.epoch, self.position],
             }
         )
-        self._is_compared = True
 
     def _steps(self) -> BatchPartition:
         length = ENDLESS if self.config.packing else self._order.epochs.length(self.epoch)

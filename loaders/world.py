@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -95,7 +95,7 @@ class World:
             raise UsageError(
                 f"SLURM_PROCID={rank!r}, SLURM_NTASKS={world_size!r}: expected two numbers; was this started by srun?"
             )
-        return replace(cls(rank=int(rank), world_size=int(world_size)), is_detected=True)
+        return cls(rank=int(rank), world_size=int(world_size), is_detected=True)
 
     @classmethod
     def from_group(cls, group: ProcessGroup) -> Self:
@@ -182,16 +182,14 @@ class World:
         return [padded[: int(size)].cpu().numpy().tobytes() for padded, size in zip(received, sizes, strict=True)]
 
     def compare(self, facts: Mapping[str, object]) -> None:
-        """Compare facts that must be equal on all ranks, where the world has a group to do it over.
+        """Compare facts that must be equal on all ranks. To be called by all.
 
         Args:
             facts: what must be equal, by name; values that json knows.
 
         Raises:
-            UsageError: they differ; says which, and how.
+            UsageError: they differ; says which, and how. Or see `gather`.
         """
-        if self.group is None:
-            return
         mine = {name: json.dumps(value) for name, value in facts.items()}
         for rank, data in enumerate(self.gather(json.dumps(mine).encode())):
             others = json.loads(data)

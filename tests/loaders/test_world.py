@@ -63,7 +63,7 @@ def main():
             found["no group"] = str(error)
     else:
         try:
-            World.from_group(dist.group.WORLD) if rank == 9 else World._of_members([0, 2])
+            World._of_members([0, 2])
         except UsageError as error:
             found["stranger"] = str(error)
     print(json.dumps(found), flush=True)
