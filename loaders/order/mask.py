@@ -168,8 +168,7 @@ def _find(store: Store, manifest: Manifest, ids: Sequence[str]) -> dict[str, lis
     is_few = len(ids) * 2 * manifest.samples.bit_length() < manifest.samples
     try:
         for key in ids if is_few and not manifest.is_indexed else ():
-            number = reader.find_key(key)
-            if number is not None and reader.key_of(number) == key:
+            if (number := reader.number_of(key)) is not None:
                 shard, sample_index = reader.locate(number)
                 found[key] = [(shard << 32) + sample_index]
         missing = set(ids) - found.keys()

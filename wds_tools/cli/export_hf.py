@@ -37,15 +37,15 @@ def run(config: Config) -> int:
         left_out = f"{itemize(summary.passed_over)} (samples that have it)"
         say(f"wds-tools: left out for want of a column: {left_out}; {TYPED_INSTEAD}", error=True)
     how = "datasets.load_from_disk" if config.format == "arrow" else 'load_dataset("parquet", ...)'
-    show_export(config, config, summary, how)
+    show_export(config, summary, how, json=config.json)
     return 0
 
 
-def show_export(printed: Printed, config: ExportOptions, summary: ExportSummary, how: str) -> None:
+def show_export(config: ExportOptions, summary: ExportSummary, how: str, *, json: bool) -> None:
     """Say what an export wrote, and what loads it."""
     lines = [f"exported   {config.output}", f"rows       {summary.rows:,} ({itemize(summary.data_types)})"]
     lines += [f"left out   {itemize(summary.left_out)}: for Liquid's own trainer"] if summary.left_out else []
     lines.append(f"files      {summary.files:,}, for {how}")
     if summary.pushed is not None:
         lines.append(f"pushed     {counted(summary.pushed, 'file')} to hf://datasets/{config.push_to_hub}")
-    show(printed, {"output": config.output, "format": config.writes, **asdict(summary)}, lines)
+    show(Printed(json=json), {"output": config.output, "format": config.writes, **asdict(summary)}, lines)

@@ -18,5 +18,5 @@ class Config(Printed, ParquetConfig):
 
 def run(config: Config) -> int:
     """Export, and say what came of it."""
-    show_export(config, config, export_parquet(config), 'load_dataset("parquet", ...), pandas and others')
+    show_export(config, export_parquet(config), 'load_dataset("parquet", ...), pandas and others', json=config.json)
     return 0

@@ -281,6 +281,11 @@ class SampleReader:
         """The key of a sample: one GET of a header."""
         return self.sample(number, lambda _: False).key
 
+    def number_of(self, key: str) -> int | None:
+        """The number of the sample of this key; None: see `find_key`."""
+        number = self.find_key(key)
+        return number if number is not None and self.key_of(number) == key else None
+
     def find_key(self, prefix: str) -> int | None:
         """The number of the first sample whose key begins with `prefix`, by bisection: about 2 log2(N) small GETs.
 

@@ -105,8 +105,7 @@ class Dataset:
         return self._reader.sample(self._find(which) if isinstance(which, str) else which, lambda _: True)
 
     def _find(self, key: str) -> int:
-        number = self._reader.find_key(key)
-        if number is not None and self._reader.key_of(number) == key:
+        if (number := self._reader.number_of(key)) is not None:
             return number
         first = 0
         for shard in self.manifest.shards:
