@@ -78,6 +78,9 @@ class LoaderConfig:
     schedule: tuple[tuple[int, tuple[float, ...]], ...] = ()
     """Changes of the weights: (step of the whole training from which they hold, weights in the order of the sources). A step is
     a batch of the run's first batch size."""
+    unit: Literal["samples", "tokens"] = "samples"
+    """What weights are shares of. tokens: those of texts and images, as `wds-tools index SOURCE --tokens TOKENIZER` has counted
+    them by the tokenizer of `sequences`; a weight is divided by the mean of its source, so shares are exact over whole passes."""
     epochs: int | None = None
     """Epochs of the run: behind the last, iterating gives nothing, and nothing is fetched for another; None: there is no last."""
     num_workers: int = 0
@@ -124,17 +127,10 @@ class LoaderConfig:
         weighted = [source.weight is not None for source in self.sources]
         if any(weighted) and not all(weighted):
             raise UsageError("some sources have a weight and some have none: give every one a weight, or none")
-        if not any(weighted) and self.schedule:
-            raise UsageError("a schedule of weights needs a weight for every source")
-        if not any(weighted) and self.stop_at != "first_exhausted":
-            raise UsageError(f"stop_at={self.stop_at!r} is for sources with weights: without, an epoch is every sample once")
-        if any(weighted) and not self.shuffle:
-            raise UsageError("shuffle=False has no meaning for a mixture with weights")
-        if self.stop_at not in ("first_exhausted", "all_exhausted") and not (type(self.stop_at) is int and self.stop_at >= 1):
-            raise UsageError(f"stop_at={self.stop_at!r}: expected 'first_exhausted', 'all_exhausted' or a number of samples")
-        for step, weights in self.schedule:
-            if step < 1 or len(weights) != len(self.sources):
-                raise UsageError(f"schedule entry {(step, weights)}: expected (step of 1 or more, one weight per source)")
+        if self.unit not in ("samples", "tokens"):
+            raise UsageError(f"unit={self.unit!r} is not samples or tokens")
+        if self.unit == "tokens" and not (all(weighted) and self.sequences):
+            raise UsageError("unit='tokens' is for sources with weights, by the tokenizer of sequences=SequenceConfig(...)")
 
 
 def _check_ints(where: str, settings: Source | LoaderConfig, **least: int) -> None:

@@ -21,7 +21,7 @@ from loaders.config import LoaderConfig, Source
 from loaders.cost.replay import ProcessCost, replay
 from loaders.order.partition import BatchPartition
 from loaders.order.plan import Ints
-from loaders.order.samples import OpenSource, SampleOrder, order_spec
+from loaders.order.samples import OpenSource, SampleOrder, count_tokens, order_spec
 from loaders.proof.state import read_state, resumed
 from loaders.reading.planner import shared_lanes
 from wds_tools.errors import UsageError
@@ -47,6 +47,20 @@ class Mixing:
     puts neighbours anywhere."""
     neighbours_p5: float | None
     """The same for the closest 5 % of them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceTokens:
+    """What an epoch has of a source, on average."""
+
+    source: str
+    """Its name."""
+    samples: float
+    """Samples of it."""
+    text_tokens: float
+    """Tokens of their texts; those that a template puts around them are not counted."""
+    image_tokens: float
+    """Codes of their images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +101,8 @@ class Simulation:
     """How well the order is mixed."""
     process: ProcessCost
     """What one process reads."""
+    tokens: tuple[SourceTokens, ...]
+    """Of each source; none where the config's sequences name no tokenizer."""
     warnings: tuple[str, ...]
     """Settings that cost more than they need."""
 
@@ -185,10 +201,28 @@ def simulate(
         plan_bytes=None if before is None or after is None else max(after - before, 0),
         mixing=measure_mixing(order, config.batch_size),
         process=process,
+        tokens=tuple(_tokens(order, config)),
         warnings=tuple(
             _warnings(order, config, world_size, process, shared_lanes(order, config, world_size, as_remote=as_remote))
         ),
     )
+
+
+def _tokens(order: SampleOrder, config: LoaderConfig) -> Iterator[SourceTokens]:
+    if config.sequences is None:
+        return
+    weights = order.spec.schedule[0][1] if order.spec.schedule else ()
+    for number, opened in enumerate(order.sources):
+        held, samples = opened.manifest.samples, float(opened.manifest.samples * opened.source.repeat)
+        if weights:
+            samples = order.length * weights[number] / sum(weights)
+        text_tokens, image_tokens = count_tokens(opened, config.sequences.tokenizer)
+        yield SourceTokens(
+            source=opened.name,
+            samples=samples,
+            text_tokens=samples * text_tokens / held,
+            image_tokens=samples * image_tokens / held,
+        )
 
 
 def measure_mixing(order: SampleOrder, batch_size: int) -> Mixing:

@@ -10,9 +10,9 @@ on where it ended.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -25,10 +25,12 @@ from loaders.order.mix import Mixture
 from loaders.order.plan import Ints, SourcePlan, default_order
 from loaders.order.spec import OrderSpec, SourceSpec
 from wds_tools.dataset.layout import MANIFEST
+from wds_tools.dataset.token_counts import read_token_count
 from wds_tools.errors import NotFound, UsageError
 from wds_tools.format.manifest import Manifest, parse_manifest
 from wds_tools.format.schema import ANY_MEMBERS
 from wds_tools.sequences.choices import Weights, text_weights
+from wds_tools.sequences.tokenizer import tokenizer_hash
 from wds_tools.storage import Store, open_store
 
 _BLOCK_BITS = 40
@@ -171,8 +173,13 @@ def order_spec(
         spec = replace(saved, seed=config.seed, shuffle=config.shuffle)
     counts = [min(opened.max_samples or opened.manifest.samples, opened.manifest.samples) for opened in sources]
     length = sum(count * opened.source.repeat for count, opened in zip(counts, sources, strict=True))
-    weights = tuple(float(source.weight) for source in config.sources if source.weight is not None)
-    steps = [(at, tuple(map(float, changed))) for at, changed in config.schedule]
+    mean_tokens = cache(lambda number: _mean_tokens(sources[number], config))
+
+    def in_samples(weights: Iterable[float]) -> tuple[float, ...]:
+        return tuple(float(weight) and weight / mean_tokens(number) for number, weight in enumerate(weights))
+
+    weights = in_samples(source.weight for source in config.sources if source.weight is not None)
+    steps = [(at, in_samples(changed)) for at, changed in config.schedule]
     position, begun, step_samples = counted or (0, 0, spec.batch_size)
     held = [changed for at, changed in steps if at <= begun]
     changes = [(position + (at - begun) * step_samples, changed) for at, changed in steps if at > begun]
@@ -194,6 +201,30 @@ def order_spec(
         for opened in sources
     )
     return replace(spec, sources=specs, schedule=schedule, length=length)
+
+
+def count_tokens(opened: OpenSource, tokenizer: str) -> tuple[int, int]:
+    """Tokens of a source: (of all texts by this tokenizer, of all images).
+
+    Raises:
+        UsageError: they have not been counted, or not of this content.
+    """
+    count = read_token_count(opened.store, opened.manifest, tokenizer_hash(tokenizer))
+    if count is None:
+        raise UsageError(
+            f"the tokens of {opened.store.url} have not been counted by this tokenizer, or it has changed since: "
+            f"wds-tools index {opened.source.url} --tokens {tokenizer}"
+        )
+    return count.text_tokens, sum(shard.num_codes for shard in opened.manifest.shards)
+
+
+def _mean_tokens(opened: OpenSource, config: LoaderConfig) -> float:
+    """Tokens of a source's samples on average, which a weight is divided by; 1 where weights are shares of samples."""
+    if config.sequences is None or config.unit == "samples":
+        return 1.0
+    if not (num_tokens := sum(count_tokens(opened, config.sequences.tokenizer))):
+        raise UsageError(f"{opened.store.url} has no tokens at all, so it can't have a share of them: leave it out")
+    return num_tokens / opened.manifest.samples
 
 
 class SampleOrder:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from wds_tools.check.token_rows import check_row
-from wds_tools.dataset.layout import FIELDS_FILE, INDEX_SUFFIX, MANIFEST, REJECTS, TAR_SUFFIX, index_name
+from wds_tools.dataset.layout import INDEX_SUFFIX, MADE_AGAIN, MANIFEST, REJECTS, TAR_SUFFIX, index_name
 from wds_tools.dataset.reader import ShardBytes, read_manifest
 from wds_tools.errors import DataError, FormatError, StorageError, UsageError
 from wds_tools.format.index import check_fresh, parse_index, serialize_index
@@ -242,7 +242,7 @@ def _check_files(store: Store, manifest: Manifest) -> Iterator[str]:
                 )
             except (FormatError, StorageError) as error:
                 yield str(error)
-        elif entry.name not in known and not entry.name.startswith(_ENERGON_FOLDER) and not FIELDS_FILE.fullmatch(entry.name):
+        elif entry.name not in known and not entry.name.startswith(_ENERGON_FOLDER) and not MADE_AGAIN.fullmatch(entry.name):
             yield f"{entry.name}: not in the manifest: left by something else, or by a run that was interrupted"
     listed = {reason: count for reason, count in manifest.rejects.items() if reason not in FILTERED}
     if rejects != Counter(listed):

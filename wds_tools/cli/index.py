@@ -12,6 +12,7 @@ from wds_tools.dataset.layout import MANIFEST
 from wds_tools.errors import UsageError
 from wds_tools.format.manifest import PASSED_OVER
 from wds_tools.jobs.index_tars import index_tars, rebuild_indices
+from wds_tools.pack.count import count_tokens
 from wds_tools.select.fields import Fields
 from wds_tools.storage import open_store
 from wds_tools.terminal import counted
@@ -29,6 +30,8 @@ class Config(Printed):
     """Processes to use."""
     fields: bool = False
     """Make the fields of the samples too, which `select`, `relabel` and `stats --duplicates` read, if they are not there."""
+    tokens: str | None = None
+    """Count the tokens of the texts too, by the Hugging Face tokenizer in this folder, for LoaderConfig(unit="tokens")."""
     quiet: bool = False
     """Show no progress."""
 
@@ -45,6 +48,9 @@ def run(config: Config) -> int:
     manifest = (rebuild_indices if is_set else index_tars)(store, workers=config.workers, quiet=config.quiet)
     if config.fields:
         Fields.make(store, manifest, workers=config.workers, quiet=config.quiet)
+    counted_tokens = None
+    if config.tokens is not None:
+        counted_tokens = count_tokens(store, manifest, config.tokens, workers=config.workers, quiet=config.quiet).text_tokens
     elapsed_s = time.monotonic() - begun
     what = f"{'rebuilt' if is_set else 'indexed'} {counted(len(manifest.shards), 'index file' if is_set else 'tar')}"
     passed_over = manifest.source.get("counts", {}).get(PASSED_OVER)
@@ -53,6 +59,8 @@ def run(config: Config) -> int:
         f"{manifest.samples / elapsed_s:,.0f} samples/s",
         f"schema: {describe_samples(manifest)}",
     ]
+    if counted_tokens is not None:
+        lines.append(f"tokens: {counted_tokens:,} of texts, {sum(shard.num_codes for shard in manifest.shards):,} of images")
     if passed_over:
         what = counted(passed_over, "member that is", "members that are")
         lines.append(f"passed over: {what} no part of a sample: hidden ones, without a suffix, or links")

@@ -15,9 +15,12 @@ from loaders.order.samples import open_source
 from wds_tools.cli.summary import Printed, show
 from wds_tools.errors import UsageError
 from wds_tools.format.typed_json import read_json
+from wds_tools.sequences.config import SequenceConfig
 from wds_tools.storage import open_store, split_url
 
 EXAMPLE = "wds-tools simulate --samples 10e9 --sample-bytes 4100 --batch-size 4096 --world 512 --workers 4"
+_NO_LENGTH = 1 << 20
+"""Of rows, none of which are made."""
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
 
@@ -43,6 +46,9 @@ class Config(Printed):
     """Worker processes of a rank that read; 0: the rank reads by itself."""
     weights: tuple[float, ...] = ()
     """Weights of the datasets in the mixture, in their order; by default every sample of each once an epoch."""
+    tokenizer: str | None = None
+    """Folder of a Hugging Face tokenizer, by which `index --tokens` counted the datasets: weights are shares of tokens, and the
+    tokens of texts and images of each dataset are told."""
     last_batch: Literal["drop", "short", "wrap"] = "drop"
     """What happens to the last, incomplete batch of an epoch."""
     memory_bytes: int = 2 << 30
@@ -63,6 +69,8 @@ class Config(Printed):
             raise UsageError("--state and --exclude are of datasets that exist, not of --samples")
         if self.weights and len(self.weights) != max(len(self.input), 1):
             raise UsageError(f"{len(self.weights)} weights for {max(len(self.input), 1)} datasets")
+        if self.tokenizer and self.samples is not None:
+            raise UsageError("--tokenizer counts tokens of datasets that exist, not of --samples")
         if self.world < 1:
             raise UsageError(f"--world {self.world}: 1 or more")
 
@@ -77,6 +85,8 @@ def run(config: Config) -> int:
     settings = LoaderConfig(
         sources=sources,
         batch_size=config.batch_size,
+        unit="tokens" if config.tokenizer and config.weights else "samples",
+        sequences=SequenceConfig(tokenizer=config.tokenizer, max_length=_NO_LENGTH) if config.tokenizer else None,
         seed=config.seed,
         last_batch=config.last_batch,
         num_workers=config.workers,
@@ -108,6 +118,13 @@ def _describe(result: Simulation, config: Config) -> Iterator[tuple[str, str]]:
     )
     if result.weights_error:
         yield "", f"weights are kept as parts of 2**20: to {result.weights_error:.2g} of each"
+    total = sum(one.text_tokens + one.image_tokens for one in result.tokens) or 1.0
+    for one in result.tokens:
+        yield (
+            "tokens",
+            f"{(one.text_tokens + one.image_tokens) / total:6.1%} from {one.source}: {one.samples:,.0f} samples, "
+            f"{one.text_tokens:,.0f} tokens of texts, {one.image_tokens:,.0f} of images",
+        )
     yield "plan", f"{result.start_s:.2f} s at the start, {result.epoch_s:.2f} s each epoch{plan}"
     mixing = result.mixing
     yield (

@@ -9,6 +9,7 @@ _work/task-TTTTTT.json     ... which tasks are done ...
 _work/run-ID.json          ... and who writes (`lease`); of a part run-ID-PART-of-PARTS.json
 _work/labels/HASH.json     what `relabel` puts into the samples of a task
 fields/ID/SHARD.parquet    the fields of a shard's samples, made again at will; ID is 16 digits of a dataset's fingerprint
+tokens/HASH.json           how many tokens its texts are, by the tokenizer of this hash (`token_counts`); made again at will
 """
 
 from __future__ import annotations
@@ -26,14 +27,15 @@ TASKS = WORK + "task-"
 LEASES = WORK + "run-"
 LABELS = WORK + "labels/"
 FIELDS = "fields/"
+TOKENS = "tokens/"
 
 _REJECTS_FILE = rf"{REJECTS}task-\d{{6,}}\.jsonl"
 REMOVABLE = re.compile(rf"shard-\d{{6,}}-\d{{4,}}\.tar(\.index)?|{_REJECTS_FILE}|{re.escape(PLAN)}|{TASKS}\d{{6,}}\.json")
 """The files of a dataset, but for the manifest and leases. Only these are ever removed."""
-FIELDS_FILE = re.compile(rf"{FIELDS}[0-9a-f]{{16}}/.+\.parquet")
+MADE_AGAIN = re.compile(rf"{FIELDS}[0-9a-f]{{16}}/.+\.parquet|{TOKENS}[0-9a-f]{{32}}\.json")
 """Removed with a dataset too; they may be there before it."""
-IS_REJECTS_FILE = re.compile(rf"(^|/)({_REJECTS_FILE}|{FIELDS_FILE.pattern})$")
-"""Finds the rejects of a dataset, and its fields, among the files of any folder."""
+IS_REJECTS_FILE = re.compile(rf"(^|/)({_REJECTS_FILE}|{MADE_AGAIN.pattern})$")
+"""Finds the rejects of a dataset, and what is made again at will, among the files of any folder."""
 
 
 def shard_name(task: int, number: int) -> str:

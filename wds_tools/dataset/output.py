@@ -27,8 +27,8 @@ import orjson
 
 from wds_tools.dataset.files import Written, describe_changed, find_changed
 from wds_tools.dataset.layout import (
-    FIELDS_FILE,
     LEASES,
+    MADE_AGAIN,
     MANIFEST,
     PLAN,
     REMOVABLE,
@@ -247,7 +247,7 @@ class Output:
             manifest = parse_manifest(data, f"{store.url}/{MANIFEST}")
             self._check_same_plan(manifest.source)
             return manifest
-        names = [] if store.exists(PLAN) else [name for name in files_of(store) if not FIELDS_FILE.fullmatch(name)]
+        names = [] if store.exists(PLAN) else [name for name in files_of(store) if not MADE_AGAIN.fullmatch(name)]
         if store.exists(PLAN):  # asked again: another part may just have claimed the output
             if not self._goes_on:
                 raise UsageError(
@@ -339,7 +339,7 @@ def _check_removable(store: Store) -> list[str]:
     """The files that `remove` deletes beside the manifest, or UsageError if no dataset of this project is there."""
     data = _manifest_data(store)
     names = files_of(store)
-    removable = [name for name in names if REMOVABLE.fullmatch(name) or FIELDS_FILE.fullmatch(name)]
+    removable = [name for name in names if REMOVABLE.fullmatch(name) or MADE_AGAIN.fullmatch(name)]
     if names and not removable and data is None:
         raise UsageError(f"{store.url} holds files, but no dataset of this project to overwrite: choose another output")
     return removable

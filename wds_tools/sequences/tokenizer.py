@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from xxhash import xxh3_128_hexdigest
 
 from wds_tools.errors import MissingPackage, TokenizerError, UsageError
 from wds_tools.format.typed_json import read_json
@@ -136,6 +137,12 @@ class TextTokenizer:
         except (TypeError, UnicodeEncodeError) as error:
             raise TokenizerError(f"{self.path} can't encode a text: {error}") from error
         return [np.array(one.ids, np.int32) for one in encoded]
+
+
+@lru_cache(4)
+def tokenizer_hash(path: str) -> str:
+    """XXH3-128 of all that a tokenizer is, in 32 hex digits. Raises as TextTokenizer."""
+    return xxh3_128_hexdigest(load_backend(Path(path)).to_str().encode())
 
 
 def load_backend(path: Path) -> Tokenizer:
