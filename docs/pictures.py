@@ -1,7 +1,7 @@
 """Draws the pictures of the README: `make pictures`. Its photographs are in the public domain or CC0, from scikit-image's wheel.
 
-docs/decoded.jpg: photographs above, the pictures that their codes decode to below. docs/viewer.webp: one of them in the viewer, as
-Chromium shows it, which Playwright drives.
+docs/decoded.jpg: photographs above, the pictures that their codes decode to below. docs/viewer.webp: one of them in the viewer,
+photographed in Chromium, which Playwright drives.
 """
 
 from __future__ import annotations
