@@ -5,7 +5,7 @@
 # make test-chaos   kills, flipped bits, a broken network, hostile documents, at random (10 minutes; SECONDS=120, SEED=N, CASE=kills:17)
 # make bench    throughput against the plain way
 # make bench-encode   encoding against one image at a time (4 minutes, on a CPU)
-# make docs     the documentation as a site, into site/
+# make docs     the documentation as a site, into site/      make pictures   draw those of the README again (needs Chromium)
 # make dist     source distribution and wheel, into dist/
 # make bench-loader   the loader against its peers (15 minutes; bench-peers builds their environment, 7 GB, when it is missing)
 # make bench-mixing   how well orders mix a dataset sorted by label, beside others' (10 minutes; no data is written)
@@ -30,7 +30,7 @@ ARGS ?=
 TORCH_INDEX ?=
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: setup demo train-demo test test-slow test-chaos check lint types docs dist bench bench-encode bench-loader bench-mixing bench-sequences bench-select bench-peers convert-pairs convert-dclm encode export clean
+.PHONY: setup demo train-demo test test-slow test-chaos check lint types docs pictures dist bench bench-encode bench-loader bench-mixing bench-sequences bench-select bench-peers convert-pairs convert-dclm encode export clean
 
 setup: $(READY)
 
@@ -72,6 +72,9 @@ check: lint types test
 
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --clean
+
+pictures: $(READY)
+	$(BIN)/python docs/pictures.py
 
 dist: $(READY)
 	rm -rf build dist

@@ -18,6 +18,7 @@ import pytest
 import zstandard
 from commands import ROOT, image_bytes, read_samples, tar_bytes
 
+from loaders import LoaderConfig, Source, World, build_loader
 from wds_tools.cli.main import main
 
 PAGE = ROOT / "docs" / "inputs.md"
@@ -285,6 +286,25 @@ def test_a_layout_goes_in_with_the_command_of_the_page(number: str, tmp_path: Pa
     words = shlex.split(found[1].replace(r"\|", "|"))
     assert main([*words, "--output", "out", "--max-rejects", "0", "--quiet"]) == 0
     assert len(list(read_samples(tmp_path / "out"))) == num_samples
+
+
+README = (ROOT / "README.md").read_text().partition("## You have … → run …\n")[2].partition("\n## ")[0]
+
+
+@pytest.mark.parametrize("command", re.findall(r"^\|.*`wds-tools (convert .*) --output data` \|$", README, re.MULTILINE))
+def test_what_the_readme_says_to_run_gives_a_training_batch(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = command.removesuffix(" --encode tiny")
+    write, num_samples = next(LAYOUTS[number] for number, cell in table().items() if f"`{told}`" in cell)
+    write(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert main([*shlex.split(command), "--output", "data", "--quiet"]) == 0
+    loader = build_loader(LoaderConfig(sources=(Source("data"),), batch_size=num_samples, seed=42), World())
+    (batch,) = loader
+    loader.close()
+    assert len(batch["__key__"]) == num_samples
+    assert ("codes" in batch) == ("documents" not in command)
 
 
 def test_the_page_has_each_layout_and_says_what_is_not_taken_and_why() -> None:

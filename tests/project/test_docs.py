@@ -1,7 +1,8 @@
 """Every block of the documentation that is marked `python` or `bash` runs, page by page, in a folder such as the pages speak of;
 commands in `text` are parsed.
 
-That of the README is the path of a newcomer: in a folder with pictures and captions, what it says, in its order, nothing else.
+That of the README is the path of a newcomer: in a folder with pictures and captions, what it says, in its order, nothing else. An
+`output` block is what the block before it prints, but for `…`, which stands for anything on its line.
 """
 
 from __future__ import annotations
@@ -49,6 +50,8 @@ with open("refused" if status else "parsed", "a") as file:
     print(*sys.argv[1:], file=file)
 sys.exit(status)
 """
+END_OF_BLOCK = "\x1e"
+"""What a page's program prints after each of its blocks."""
 _BLOCK = re.compile(r"^```(\S*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -65,7 +68,21 @@ def script(page: str) -> str:
             lines.append(content)
         elif language == "bash":
             lines.append(f"_subprocess.run(['bash', '-euc', {content!r}], check=True)")
+        else:
+            continue
+        lines.append(f"print({END_OF_BLOCK!r}, flush=True)")
     return "\n".join(lines)
+
+
+def shown_outputs(page: str) -> dict[int, str]:
+    """Number of a block that runs -> what the page says it prints, as a pattern."""
+    outputs: dict[int, str] = {}
+    number = -1
+    for language, content in blocks(page):
+        if language == "output":
+            outputs[number] = re.escape(content).replace("…", ".*")
+        number += language in ("python", "bash")
+    return outputs
 
 
 @pytest.fixture(scope="module")
@@ -128,9 +145,9 @@ def test_every_block_of_a_page_runs(page: str, place: Path, s3: S3Server) -> Non
     program.write_text(script(page))
     done = subprocess.run([sys.executable, program], cwd=place, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    if page == "README.md":
-        first = done.stdout.partition("verify: all is well")[2].splitlines()[1]
-        assert re.fullmatch(r"\['picture \d+'(, 'picture \d+'){3}\] \[torch.Size\(\[32, 32\]\)(, .*){3}\]", first)
+    printed = done.stdout.split(f"{END_OF_BLOCK}\n")
+    for number, shown in shown_outputs(page).items():
+        assert re.fullmatch(shown, printed[number]), f"block {number} printed:\n{printed[number]}"
 
 
 def parse_only(place: Path) -> Path:
@@ -182,13 +199,29 @@ def test_commands_that_are_only_shown_are_those_that_there_are(page: str, tmp_pa
 def test_the_readme_begins_with_a_newcomers_path_from_pictures_to_a_batch() -> None:
     section = (ROOT / "README.md").read_text().partition("to a training batch\n")[2].partition("\n## ")[0]
     path = _BLOCK.findall(section)
-    assert path == blocks("README.md")[:2]
-    assert [language for language, _ in path] == ["bash", "python"]
+    assert path == blocks("README.md")[:4]
+    assert [language for language, _ in path] == ["bash", "output", "python", "output"]
+
+
+def test_the_readme_is_short_and_its_pictures_are_small() -> None:
+    readme = (ROOT / "README.md").read_text()
+    pictures = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", readme)
+    assert len(readme.splitlines()) <= 200
+    assert len(pictures) == 3
+    assert sum((ROOT / picture).stat().st_size for picture in pictures) < 300_000
+
+
+def test_what_the_readme_sets_for_a_model_is_what_the_page_on_tokenizers_says() -> None:
+    section = (ROOT / "README.md").read_text().partition("Your model wants … → set …\n")[2].partition("\n## ")[0]
+    settings = re.findall(r"`--encode ([^`]+)`", section.partition("| your model")[2])
+    page = (ROOT / "docs/tokenizers.md").read_text()
+    assert len(settings) >= 7
+    assert [words for words in settings if f"`--tokenizer {words}`" not in page] == []
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_blocks_say_what_they_are_and_none_hides_a_command_by_its_indent(page: str) -> None:
-    assert {language for language, _ in blocks(page)} <= {"python", "bash", "text", "json", "yaml", "toml"}
+    assert {language for language, _ in blocks(page)} <= {"python", "bash", "output", "text", "json", "yaml", "toml"}
     text = _BLOCK.sub("", (ROOT / page).read_text())
     assert re.findall(r"^ {4,}(?:wds-tools|pip|make|python|torchrun) .*$", text, re.MULTILINE) == []
 
