@@ -38,6 +38,7 @@ from wds_tools.format.schema import Sample, SourceImage
 from wds_tools.jobs.index_tars import index_tars
 from wds_tools.storage import LocalStore, open_store
 from wds_tools.view import browse, rejects
+from wds_tools.view.filters import Tables
 from wds_tools.view.pages import PagesConfig, Request
 from wds_tools.view.server import IDLE_S, MAX_CONNECTIONS, ViewConfig, ViewServer
 from wds_tools.vq import load_tokenizer
@@ -177,7 +178,7 @@ def search_all(reader: SampleReader, query: browse.Query, limit: int, budget_s: 
     after: int | None = 0
     calls = 0
     while after is not None:
-        answer = browse.search(reader, query, after, limit, budget_s)
+        answer = browse.search(reader, Tables(reader), query, after, limit, budget_s)
         assert len(answer["samples"]) <= limit
         assert answer["next"] is None or answer["next"] > after
         found += [card["number"] for card in answer["samples"]]
@@ -210,7 +211,7 @@ def test_a_search_finds_every_match_once_however_it_is_cut(
 def test_a_hit_far_inside_a_text_is_shown_with_what_is_around_it(tmp_path: Path) -> None:
     make_dataset(tmp_path / "set", [text_sample(0, "word " * 5000 + "needle" + " word" * 5000)])
     reader = reader_of(tmp_path / "set")
-    (card,) = browse.search(reader, browse.Query(text="NEEDLE"), 0, 10)["samples"]
+    (card,) = browse.search(reader, Tables(reader), browse.Query(text="NEEDLE"), 0, 10)["samples"]
     reader.close()
     assert "needle" in card["text"]
     assert len(card["text"]) < 500
@@ -624,7 +625,7 @@ def test_the_command_serves_until_it_is_interrupted_and_leaves_nothing(folder: P
         assert session(process.pid)
         process.send_signal(ending)
         _, errors = process.communicate(timeout=30)
-        expected = {signal.SIGINT: (0, ""), signal.SIGTERM: (143, "wds-tools: stopped by SIGTERM; run the same command again\n")}
+        expected = {signal.SIGINT: (0, ""), signal.SIGTERM: (143, "wds-tools: stopped by SIGTERM\n")}
         assert (process.returncode, errors) == expected[ending]
         wait_until(lambda pid=process.pid: not session(pid), "its processes are still there")
 
