@@ -240,11 +240,14 @@ class Pages:
 
     def _ranked(self, request: Request) -> Answer:
         """The samples of a page in the order of a field, once all of the dataset is looked at; until then, how far it is."""
-        by, where, first = request.word("by"), request.word("where"), request.number("first")
+        if request.word("text") or request.word("key"):
+            raise UsageError("what a search finds has no order by a field: choose by a condition on fields (where) instead")
+        by, where, kind, first = request.word("by"), request.word("where"), request.word("type"), request.number("first")
+        where = " and ".join(filter(None, (where and f"({where})", kind and f"data_type == {kind!r}")))
         ranking = self._rankings.get((by, where), lambda _: Ranking(self._tables, self.reader, by, where))
         found = ranking.advance(browse.SEARCH_S)
         numbers = found.pop("numbers")
-        shown = numbers[first : first + request.number("count", 24)] if found["looked_at"] == len(self.reader) else []
+        shown = numbers[first : first + min(request.number("count", 24), browse.MAX_COUNT)] if found["looked_at"] == len(self.reader) else []
         return _json(found | {"ranked": len(numbers), "samples": browse.cards(self.reader, shown, rows=self._rows)})
 
     def _find(self, request: Request) -> Answer:

@@ -21,7 +21,7 @@ function show() {
     return;
   }
   const view = { "/rejects": showRejects, "/marks": showMarks }[url.pathname] ?? (url.pathname.startsWith("/sample/") ? showSample : showSamples);
-  keys = { r: random, ...view(main, url, leaving.signal) };
+  keys = view(main, url, leaving.signal);
 }
 
 function random() {
@@ -46,6 +46,8 @@ document.addEventListener("keydown", (event) => {
   if (keys[event.key]) {
     event.preventDefault();
     keys[event.key](event);
+  } else if (event.key === "r") {
+    random();
   }
 });
 

@@ -20,8 +20,8 @@ function keep(marked) {
 }
 
 // A button that marks a sample, or takes the mark off.
-export function markButton({ number, key }) {
-  const button = el("button", { type: "button", className: "mark", title: "Mark (x)", "aria-label": `mark ${plain(key)}` }, "✓");
+export function markButton({ number, key }, text = "✓") {
+  const button = el("button", { type: "button", className: "mark", title: "Mark (x)", "aria-label": `mark ${plain(key)}` }, text);
   const show = (isMarked) => button.setAttribute("aria-pressed", String(isMarked));
   show(marks().has(number));
   if (!key.trim() || /[\t\r\n]/.test(key)) {

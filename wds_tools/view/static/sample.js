@@ -36,7 +36,7 @@ export function showSample(main, url, signal) {
   fetchSample(number).then((sample) => {
     if (signal.aborted) return;
     const grids = [];
-    const mark = markButton(sample);
+    const mark = markButton(sample, "✓ Mark");
     title(sample.key, `sample ${count(number)}`);
     replace(main, head(sample, number, step, back, mark, copied), body(sample, number, signal, grids));
     keys.x = () => mark.click();
