@@ -13,6 +13,7 @@ from commands import image_bytes, read_samples, start, tar_bytes
 from factory import answer_sample, image_sample, make_dataset, page_sample, text_sample
 from viewer import CODES, HOSTILE, fetch, samples, serving, small_codes
 
+from wds_tools.dataset.reader import read_manifest
 from wds_tools.format.schema import SourceImage
 from wds_tools.jobs.index_tars import index_tars
 from wds_tools.select.select import SelectConfig, select
@@ -284,6 +285,14 @@ def test_marks_are_kept_and_become_a_file_that_select_takes(watched: Watched, fo
     assert page.locator("tbody a").all_inner_texts() == keys[1:]
     page.get_by_role("button", name="Take all marks off").click()
     page.wait_for_selector("text=Nothing is marked")
+    place = f"'marks {read_manifest(open_store(str(folder))).fingerprint()[7:23]}'"
+    page.evaluate(f"localStorage.setItem({place}, JSON.stringify([...Array(10000).keys()].map(at => [at + 100, 'key'])))")
+    watched.open("/sample/3")
+    page.locator(".mark").click()
+    assert page.locator(".mark").inner_text() == "full"
+    page.evaluate(f"localStorage.setItem({place}, 'nothing that this page wrote')")
+    watched.open("/marks")
+    page.wait_for_selector("text=Nothing is marked")
 
 
 @pytest.mark.slow
@@ -327,7 +336,9 @@ def test_the_window_is_called_by_the_page_and_the_dataset(watched: Watched) -> N
 def test_a_sample_of_others_is_shown_member_by_member(browser: Browser, tmp_path: Path) -> None:
     pictures = {"JPG": image_bytes(0), "mask.png": image_bytes(1, kind="PNG")}
     members = {**pictures, "txt": HOSTILE.encode(), "json": b'{"a": 1}', "bin": b"\0"}
-    (tmp_path / "a.tar").write_bytes(tar_bytes([(f"\u202ekey.{suffix}", data) for suffix, data in members.items()]))
+    (tmp_path / "a.tar").write_bytes(
+        tar_bytes([(f"\u202ekey.{suffix}", data) for suffix, data in members.items()] + [("tab\tkey.txt", b"a")])
+    )
     index_tars(open_store(str(tmp_path)))
     with serving(tmp_path) as server:
         watched = Watched(browser, server)
@@ -338,6 +349,11 @@ def test_a_sample_of_others_is_shown_member_by_member(browser: Browser, tmp_path
         assert page.locator(".prose").inner_text() == HOSTILE
         assert page.locator("h1").inner_text() == r"\u202ekey"
         assert "1 bytes, not shown" in page.locator(".side:first-child > :last-child").inner_text()
+        assert page.locator(".mark").is_enabled()
+        watched.open("/sample/1")
+        page.wait_for_selector(".prose")
+        assert page.locator("h1").inner_text() == r"tab\u0009key"
+        assert page.locator(".mark").is_disabled()  # a line of keys can't hold it
         watched.context.close()
         assert watched.problems == []
 

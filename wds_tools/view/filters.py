@@ -5,7 +5,7 @@
 
 Invariant: a condition chooses here what `wds-tools select --where` chooses. Nothing is written: the tables are those of
 `wds-tools index --fields`; where there are none, that of a shard up to SMALL_SHARD_BYTES is made in memory for the answer.
-Cost: about 3 us a sample; memory is one table, and a shard of that size.
+Cost: about 3 us a sample, 5 to sort, three times that where tables are made; memory is one table, and a shard of that size.
 """
 
 from __future__ import annotations

@@ -246,8 +246,8 @@ class Pages:
         where = " and ".join(filter(None, (where and f"({where})", kind and f"data_type == {kind!r}")))
         ranking = self._rankings.get((by, where), lambda _: Ranking(self._tables, self.reader, by, where))
         found = ranking.advance(browse.SEARCH_S)
-        numbers = found.pop("numbers")
-        shown = numbers[first : first + min(request.number("count", 24), browse.MAX_COUNT)] if found["looked_at"] == len(self.reader) else []
+        numbers, last = found.pop("numbers"), first + min(request.number("count", 24), browse.MAX_COUNT)
+        shown = numbers[first:last] if found["looked_at"] == len(self.reader) else []
         return _json(found | {"ranked": len(numbers), "samples": browse.cards(self.reader, shown, rows=self._rows)})
 
     def _find(self, request: Request) -> Answer:

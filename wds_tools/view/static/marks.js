@@ -15,8 +15,14 @@ export function marks() {
   }
 }
 
+// Whether there was room for them.
 function keep(marked) {
-  localStorage.setItem(PLACE, JSON.stringify([...marked].sort(([one], [other]) => one - other)));
+  try {
+    if (marked.size <= MOST) localStorage.setItem(PLACE, JSON.stringify([...marked].sort(([one], [other]) => one - other)));
+    return marked.size <= MOST;
+  } catch {
+    return false; // browsers keep 5 MB
+  }
 }
 
 // A button that marks a sample, or takes the mark off.
@@ -30,15 +36,13 @@ export function markButton({ number, key }, text = "✓") {
   }
   button.addEventListener("click", () => {
     const marked = marks();
-    if (!marked.delete(number)) {
-      if (marked.size >= MOST) {
-        button.title = `${count(MOST)} samples are marked, which is the most: download them, and take the marks off`;
-        return;
-      }
-      marked.set(number, key);
+    if (!marked.delete(number)) marked.set(number, key);
+    if (keep(marked)) {
+      show(marked.has(number));
+    } else {
+      button.textContent = "full";
+      button.title = `There is room for ${count(MOST)} marks at most: download them, and take the marks off`;
     }
-    keep(marked);
-    show(marked.has(number));
   });
   return button;
 }
