@@ -336,9 +336,8 @@ def test_the_window_is_called_by_the_page_and_the_dataset(watched: Watched) -> N
 def test_a_sample_of_others_is_shown_member_by_member(browser: Browser, tmp_path: Path) -> None:
     pictures = {"JPG": image_bytes(0), "mask.png": image_bytes(1, kind="PNG")}
     members = {**pictures, "txt": HOSTILE.encode(), "json": b'{"a": 1}', "bin": b"\0"}
-    (tmp_path / "a.tar").write_bytes(
-        tar_bytes([(f"\u202ekey.{suffix}", data) for suffix, data in members.items()] + [("tab\tkey.txt", b"a")])
-    )
+    named = {f"\u202ekey.{suffix}": data for suffix, data in members.items()} | {"tab\tkey.txt": b"a"}
+    (tmp_path / "a.tar").write_bytes(tar_bytes(named.items()))
     index_tars(open_store(str(tmp_path)))
     with serving(tmp_path) as server:
         watched = Watched(browser, server)
