@@ -44,7 +44,7 @@ ALLOWED = {
     "wds_tools.pack": JOBS | {"wds_tools.sequences"},
     "wds_tools.export": SOURCES,
     "wds_tools.check": JOBS | {"wds_tools.images", "wds_tools.vq", "wds_tools.sequences", "wds_tools.encode"},
-    "wds_tools.view": DATASET | {"wds_tools.images", "wds_tools.vq", "wds_tools.check", "wds_tools.sequences"},
+    "wds_tools.view": JOBS | {f"wds_tools.{room}" for room in ("images", "vq", "check", "select", "sequences")},
     "wds_tools.api": JOBS | {f"wds_tools.{room}" for room in ("convert", "encode", "pack", "select", "export", "check")},
     "wds_tools.cli": JOBS
     | {f"wds_tools.{room}" for room in ("plugins", "convert", "encode", "pack", "select", "sequences", "export", "check", "view")}

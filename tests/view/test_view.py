@@ -27,8 +27,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from s3 import S3Server
-from viewer import CODES, TINY, ask, conversation, fetch, samples, serving, small_codes, write_set
+from viewer import CODES, HOSTILE, TINY, ask, conversation, fetch, samples, serving, small_codes, write_set
 
+from wds_tools.check.stats.describe import StatsConfig, stats
+from wds_tools.check.stats.report import render
 from wds_tools.dataset.reader import read_manifest
 from wds_tools.dataset.samples import SampleReader
 from wds_tools.errors import FormatError, NotFound, TokenizerError
@@ -38,6 +40,7 @@ from wds_tools.format.schema import Sample, SourceImage
 from wds_tools.jobs.index_tars import index_tars
 from wds_tools.storage import LocalStore, open_store
 from wds_tools.view import browse, rejects
+from wds_tools.view.filters import Tables
 from wds_tools.view.pages import PagesConfig, Request
 from wds_tools.view.server import IDLE_S, MAX_CONNECTIONS, ViewConfig, ViewServer
 from wds_tools.vq import load_tokenizer
@@ -136,6 +139,16 @@ def test_the_statistics_page_is_the_report(server: ViewServer) -> None:
     assert b"All 70 samples" in body
     assert b"<style" not in body
     assert b"<script>" not in body
+    assert b"<title>Statistics \xc2\xb7 set</title>" in body
+    assert fetch(server, "/marks")[2].split(b"<header")[1].split(b"</header>")[0] in body  # one frame
+
+
+def test_duplicates_in_the_statistics_lead_to_their_samples(tmp_path: Path) -> None:
+    make_dataset(tmp_path / "set", [text_sample(0), text_sample(1, HOSTILE), text_sample(2, HOSTILE)])
+    with serving(tmp_path / "set") as server:
+        body = fetch(server, "/stats")[2].decode()
+    assert '<td>2</td><td><a href="/sample/1">text-00000001</a></td><td>&lt;script&gt;' in body
+    assert "<a href" not in render(stats(StatsConfig(input=str(tmp_path / "set"), quiet=True)))  # a file leads nowhere
 
 
 def test_text_tokens_are_counted_where_a_tokenizer_is_given(tmp_path: Path) -> None:
@@ -177,7 +190,7 @@ def search_all(reader: SampleReader, query: browse.Query, limit: int, budget_s: 
     after: int | None = 0
     calls = 0
     while after is not None:
-        answer = browse.search(reader, query, after, limit, budget_s)
+        answer = browse.search(reader, Tables(reader), query, after, limit, budget_s)
         assert len(answer["samples"]) <= limit
         assert answer["next"] is None or answer["next"] > after
         found += [card["number"] for card in answer["samples"]]
@@ -210,7 +223,7 @@ def test_a_search_finds_every_match_once_however_it_is_cut(
 def test_a_hit_far_inside_a_text_is_shown_with_what_is_around_it(tmp_path: Path) -> None:
     make_dataset(tmp_path / "set", [text_sample(0, "word " * 5000 + "needle" + " word" * 5000)])
     reader = reader_of(tmp_path / "set")
-    (card,) = browse.search(reader, browse.Query(text="NEEDLE"), 0, 10)["samples"]
+    (card,) = browse.search(reader, Tables(reader), browse.Query(text="NEEDLE"), 0, 10)["samples"]
     reader.close()
     assert "needle" in card["text"]
     assert len(card["text"]) < 500
@@ -339,21 +352,44 @@ def test_a_conversation_shows_the_codes_and_images_of_all_its_pictures(tmp_path:
         assert server.pages.answer("/stats", Request(query={})) is not None
 
 
-def test_tars_of_others_are_shown_too(tmp_path: Path) -> None:
+def test_tars_of_others_are_shown_member_by_member(tmp_path: Path) -> None:
+    members = {
+        "JPG": image_bytes(0),
+        "left.png": image_bytes(1, kind="PNG"),
+        "txt": b"a caption",
+        "json": b'{"score": 0.5}',
+        "cls": b"7",
+        "html": HOSTILE.encode(),
+        "bin": bytes(range(256)),
+        "gz": b"\x1f\x8b\x08",
+        "TXT2": "\u202emore \u05d0".encode(),
+    }
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for number in range(5):
-            for suffix, data in (("jpg", image_bytes(number)), ("txt", f"a caption {number}".encode()), ("cls", b"7")):
+            for suffix, data in members.items():
                 member = tarfile.TarInfo(f"./some/where/{number:03d}.{suffix}")
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
     index_tars(open_store(str(tmp_path)))
     with serving(tmp_path) as server:
-        cards = ask(server, "/api/samples")["samples"]
-        assert [(card["key"], card["text"], card["images"]) for card in cards][3] == ("some/where/003", "a caption 3", ["jpg"])
-        shown = ask(server, "/api/sample/3")
-        assert [member["suffix"] for member in shown["members"]] == ["jpg", "txt", "cls"]
-        assert fetch(server, "/image/3")[2] == image_bytes(3)
-        assert [card["number"] for card in ask(server, "/api/search?text=caption%204")["samples"]] == [4]
+        card = ask(server, "/api/samples")["samples"][3]
+        assert (card["key"], card["text"], card["images"]) == ("some/where/003", 'a caption\n{"score": 0.5}', ["JPG", "left.png"])
+        assert ask(server, "/api/sample/3")["members"] == [
+            {"suffix": "JPG", "bytes": len(members["JPG"]), "image": 0},
+            {"suffix": "left.png", "bytes": len(members["left.png"]), "image": 1},
+            *(
+                {"suffix": name, "bytes": len(members[name]), "text": members[name].decode()}
+                for name in ("txt", "json", "cls", "html")
+            ),
+            {"suffix": "bin", "bytes": 256},
+            {"suffix": "gz", "bytes": 3},
+            {"suffix": "TXT2", "bytes": len(members["TXT2"]), "text": members["TXT2"].decode()},
+        ]
+        for image, suffix in enumerate(("JPG", "left.png")):
+            _, headers, body = fetch(server, f"/image/3?image={image}")
+            assert (headers["Content-Type"], body) == (("image/jpeg", "image/png")[image], members[suffix])
+        assert len(ask(server, "/api/search?text=caption&key=004")["samples"]) == 1
+        assert len(ask(server, "/api/search?where=score+%3E+0.4")["samples"]) == 5
         assert fetch(server, "/stats")[0] == 200
 
 
@@ -526,6 +562,29 @@ def test_what_is_not_there_is_said(server: ViewServer) -> None:
     assert "whole number" in ask(server, "/api/samples?first=x", 404)["error"]
 
 
+@pytest.mark.parametrize("path", ["/nothing", "/sample/70", "/stats/<b>", "/image/69", "/static/none.js"])
+def test_a_person_gets_a_page_where_there_is_nothing_and_a_script_a_sentence(server: ViewServer, path: str) -> None:
+    status, headers, body = fetch(server, path, headers={"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"})
+    assert (status, headers["Content-Type"]) == (fetch(server, path)[0], "text/html; charset=utf-8")
+    assert b"There is nothing to show here" in body
+    assert b'<a href="/">All samples</a>' in body
+    assert b"<b>" not in body
+    assert headers["Content-Security-Policy"].startswith("default-src 'none'")
+    assert "error" in json.loads(fetch(server, path)[2])
+    status, headers, body = fetch(server, path, headers={"Accept": "text/html", "Host": "evil.example"})
+    assert (status, headers["Content-Type"]) == (421, "application/json; charset=utf-8")  # not with the dataset's name in it
+
+
+def test_a_dataset_of_a_hostile_name_is_shown_by_it(tmp_path: Path) -> None:
+    folder = tmp_path / '<b>"$main \u202e&amp;'
+    make_dataset(folder, [text_sample(0)])
+    with serving(folder) as server:
+        for path in ("/", "/stats", "/nothing"):
+            body = fetch(server, path, headers={"Accept": "text/html"})[2].decode()
+            assert "&lt;b&gt;&quot;$main \\u202e&amp;amp;</title>" in body
+            assert '<b>"' not in body
+
+
 def test_a_lost_index_names_the_command_that_brings_it_back(folder: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(folder, tmp_path / "set"))
     (copy / "shard-000000-0000.tar.index").unlink()
@@ -624,7 +683,7 @@ def test_the_command_serves_until_it_is_interrupted_and_leaves_nothing(folder: P
         assert session(process.pid)
         process.send_signal(ending)
         _, errors = process.communicate(timeout=30)
-        expected = {signal.SIGINT: (0, ""), signal.SIGTERM: (143, "wds-tools: stopped by SIGTERM; run the same command again\n")}
+        expected = {signal.SIGINT: (0, ""), signal.SIGTERM: (143, "wds-tools: stopped by SIGTERM\n")}
         assert (process.returncode, errors) == expected[ending]
         wait_until(lambda pid=process.pid: not session(pid), "its processes are still there")
 

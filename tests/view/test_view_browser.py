@@ -1,96 +1,27 @@
-"""The viewer in a real browser: what people see and press, that nothing in the data runs, and that nothing leaves the machine.
-
-Needs Chromium (Debian's `chromium`) and Playwright's Python package, which drives it; skipped where one is missing.
-"""
+"""The viewer in a real browser: what people see and press, that nothing in the data runs, and that nothing leaves the machine."""
 
 from __future__ import annotations
 
 import re
-import shutil
-from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
-from commands import image_bytes, start, wait_until
+from browsing import Watched, keys_shown, until
+from commands import image_bytes, read_samples, start, tar_bytes
 from factory import answer_sample, image_sample, make_dataset, page_sample, text_sample
-from viewer import CODES, HOSTILE, fetch, samples, serving, small_codes, write_set
+from viewer import CODES, HOSTILE, fetch, samples, serving, small_codes
 
+from wds_tools.dataset.reader import read_manifest
 from wds_tools.format.schema import SourceImage
+from wds_tools.jobs.index_tars import index_tars
+from wds_tools.select.select import SelectConfig, select
+from wds_tools.storage import open_store
 from wds_tools.view.server import ViewServer
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, ConsoleMessage, Page
-
-SIZE = {"width": 1200, "height": 800}
-_BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install playwright")
-    path = next(filter(None, map(shutil.which, _BROWSERS)), None)
-    if path is None:
-        pytest.skip("needs Chromium: apt-get install chromium")
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
-        yield browser
-        browser.close()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_set(tmp_path_factory.mktemp("browser") / "set")
-
-
-@pytest.fixture(scope="module")
-def server(folder: Path, browser: Browser) -> Iterator[ViewServer]:
-    with serving(folder, device="cpu") as server:
-        yield server
-
-
-class Watched:
-    """A page, and what went wrong on it."""
-
-    def __init__(self, browser: Browser, server: ViewServer, **context: Any) -> None:
-        self.context = browser.new_context(viewport=SIZE, **context)
-        self.page: Page = self.context.new_page()
-        self.page.set_default_timeout(20_000)
-        self.base = server.url.rstrip("/")
-        self.problems: list[str] = []
-        self.requests: list[str] = []
-        self.page.on("pageerror", lambda error: self.problems.append(str(error)))
-        self.page.on("console", self._hear)
-        self.page.on("dialog", lambda dialog: (self.problems.append(dialog.message), dialog.dismiss()))
-        self.page.on("request", lambda request: self.requests.append(request.url))
-
-    def _hear(self, said: ConsoleMessage) -> None:
-        if said.type in ("error", "warning") and not said.text.startswith("Canvas2D: Multiple readback"):  # by these tests
-            self.problems.append(said.text)
-
-    def open(self, path: str) -> Page:
-        self.page.goto(self.base + path)
-        return self.page
-
-
-@pytest.fixture
-def watched(browser: Browser, server: ViewServer) -> Iterator[Watched]:
-    watched = Watched(browser, server)
-    yield watched
-    outside = [url for url in watched.requests if not url.startswith((watched.base, "blob:", "data:"))]
-    watched.context.close()
-    assert watched.problems == []
-    assert outside == []
-
-
-def until(page: Page, condition: str) -> None:
-    """Wait until it holds. Not Playwright's own way, which evaluates text in the page: the page's policy forbids that."""
-    wait_until(lambda: page.evaluate(condition), condition, timeout_s=20)
-
-
-def keys_shown(page: Page) -> list[str]:
-    page.wait_for_selector("#cards:not(.stale) .card, .state")
-    return page.locator(".card .foot .mono").all_inner_texts()
+    from playwright.sync_api import Browser
 
 
 @pytest.mark.slow
@@ -250,16 +181,6 @@ def test_help_is_a_key_away(watched: Watched) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("width", [360, 768])
-def test_nothing_is_wider_than_a_narrow_screen(watched: Watched, width: int) -> None:
-    watched.page.set_viewport_size({"width": width, "height": 740})
-    for path in ("/", "/sample/3", "/sample/41", "/sample/69", "/rejects", "/stats", "/?text=caption"):
-        page = watched.open(path)
-        page.wait_for_load_state("networkidle")
-        assert page.evaluate("document.documentElement.scrollWidth") <= width, path
-
-
-@pytest.mark.slow
 def test_codes_stand_in_for_pictures_that_can_not_be_decoded(browser: Browser, tmp_path: Path) -> None:
     codes = {"vqcode_512": {"tokenizer": "chameleon", "codebook_size": 4096, "precision": "fp32"}}
     make_dataset(tmp_path / "set", [small_codes(image_sample(number)) for number in range(3)], codes=codes)
@@ -299,6 +220,139 @@ def test_pictures_stand_in_their_places_in_documents_and_answers(browser: Browse
         watched.open("/sample/2")
         until(page, "document.querySelectorAll('.turn .image img').length === 2")
         assert page.locator(".turn.answer .image img").evaluate("image => image.naturalWidth") == 40
+        watched.context.close()
+        assert watched.problems == []
+
+
+@pytest.mark.slow
+def test_fields_choose_and_order_samples_and_what_they_lack_is_said(watched: Watched) -> None:
+    page = watched.open("/")
+    keys_shown(page)
+    page.get_by_label("search in").select_option("where")
+    page.locator("#search").fill("text_chars > 2500")
+    page.locator("#search").press("Enter")
+    until(page, "document.querySelector('.progress').textContent.includes('4 found in 70 samples')")
+    assert keys_shown(page) == [f"text-{number:08d}" for number in range(21, 25)]
+    assert page.title() == "text_chars > 2500 · set"
+    page.get_by_label("sort by").fill("-text_chars")
+    page.get_by_label("sort by").press("Enter")
+    until(page, "document.querySelector('.progress').textContent === '4 by -text_charsStop'")
+    assert keys_shown(page) == [f"text-{number:08d}" for number in range(24, 20, -1)]
+    page.locator("#search").fill("")
+    page.locator("#search").press("Enter")
+    until(page, "document.querySelector('.progress').textContent.startsWith('70 by')")
+    page.keyboard.press("Escape")
+    page.get_by_role("button", name="Next").click()
+    page.wait_for_url("**first=24")
+    page.get_by_label("sort by").fill("width")
+    page.get_by_label("sort by").press("Enter")
+    until(page, "document.querySelector('.progress').textContent.includes(' · 60 have no number or text there')")
+    page.get_by_label("sort by").fill("")
+    page.get_by_label("sort by").press("Enter")
+    page.wait_for_url(re.compile(r"/\?$"))
+    page.get_by_label("search in").select_option("where")
+    page.locator("#search").fill("aesthetic >= 5.5")
+    page.locator("#search").press("Enter")
+    page.wait_for_selector("text=No sample looked at has a field aesthetic; the fields are key, shard")
+    page.locator("#search").fill("aesthetic >=")
+    page.locator("#search").press("Enter")
+    page.wait_for_selector("text=not an expression")
+    watched.problems.clear()  # the refusal
+
+
+@pytest.mark.slow
+def test_marks_are_kept_and_become_a_file_that_select_takes(watched: Watched, folder: Path, tmp_path: Path) -> None:
+    page = watched.open("/")
+    keys_shown(page)
+    page.locator(".cell .mark").nth(3).click()
+    watched.open("/sample/41")
+    page.get_by_role("button", name="mark talk-").click()
+    page.reload()
+    assert page.locator(".mark[aria-pressed=true]").count() == 1
+    watched.open("/marks")
+    with page.expect_download() as download:
+        page.get_by_role("link", name="Download keys").click()
+    download.value.save_as(tmp_path / "marks.txt")
+    keys = [samples()[3].key, samples()[41].key]
+    assert (tmp_path / "marks.txt").read_text().splitlines() == [f"{folder.resolve()}\t{key}" for key in keys]
+    config = SelectConfig(input=(str(folder),), keys=str(tmp_path / "marks.txt"), output=str(tmp_path / "out"), quiet=True)
+    select(config)
+    assert [one.key for one in read_samples(tmp_path / "out")] == keys
+    config = replace(config, keys=None, exclude=str(tmp_path / "marks.txt"), output=str(tmp_path / "others"))
+    select(config)
+    assert [one.key for one in read_samples(tmp_path / "others")] == [one.key for one in samples() if one.key not in keys]
+    page.get_by_role("button", name="take the mark off sample 3", exact=True).click()
+    assert page.locator("tbody a").all_inner_texts() == keys[1:]
+    page.get_by_role("button", name="Take all marks off").click()
+    page.wait_for_selector("text=Nothing is marked")
+    place = f"'marks {read_manifest(open_store(str(folder))).fingerprint()[7:23]}'"
+    page.evaluate(f"localStorage.setItem({place}, JSON.stringify([...Array(10000).keys()].map(at => [at + 100, 'key'])))")
+    watched.open("/sample/3")
+    page.locator(".mark").click()
+    assert page.locator(".mark").inner_text() == "full"
+    page.evaluate(f"localStorage.setItem({place}, 'nothing that this page wrote')")
+    watched.open("/marks")
+    page.wait_for_selector("text=Nothing is marked")
+
+
+@pytest.mark.slow
+def test_until_the_first_picture_is_there_the_page_says_what_it_waits_for(watched: Watched) -> None:
+    watched.page.route("**/api/set", lambda _: None)
+    page = watched.open("/")
+    page.wait_for_selector("[role=status] >> text=Loading")
+    page.unroute_all(behavior="ignoreErrors")
+    page.route("**/picture/**", lambda _: None)
+    page = watched.open("/")
+    page.wait_for_selector(".thumb.waiting >> text=loading the tokenizer")
+    assert page.locator(".thumb.waiting").count() == 24
+    page.unroute_all(behavior="ignoreErrors")
+    watched.open("/")
+    until(page, "document.querySelectorAll('.thumb.waiting').length === 0")
+
+
+@pytest.mark.slow
+def test_the_window_is_called_by_the_page_and_the_dataset(watched: Watched) -> None:
+    for path, title in {
+        "/": "set",
+        "/?text=caption": "caption · set",
+        "/sample/3": "image-00000003 · sample 3 · set",
+        "/rejects?reason=bad_json": "Rejects · bad_json · set",
+        "/marks": "Marks · set",
+        "/stats": "Statistics · set",
+        "/sample/99": "Nothing here · set",
+    }.items():
+        page = watched.open(path)
+        page.wait_for_load_state("networkidle")
+        assert page.title() == title
+        assert page.locator(".bar nav a").all_inner_texts() == ["Samples", "Statistics", "Rejects", "Marks"]
+        here = "Samples" if path.startswith(("/?", "/sample")) or path == "/" else title.split()[0]
+        assert page.locator(".bar nav a[aria-current=page]").all_inner_texts() == [here]
+        page.get_by_role("button", name="keyboard").click()
+        assert page.get_by_role("heading", name="Keyboard").is_visible()
+    watched.problems.clear()  # the status of the last
+
+
+@pytest.mark.slow
+def test_a_sample_of_others_is_shown_member_by_member(browser: Browser, tmp_path: Path) -> None:
+    pictures = {"JPG": image_bytes(0), "mask.png": image_bytes(1, kind="PNG")}
+    members = {**pictures, "txt": HOSTILE.encode(), "json": b'{"a": 1}', "bin": b"\0"}
+    named = {f"\u202ekey.{suffix}": data for suffix, data in members.items()} | {"tab\tkey.txt": b"a"}
+    (tmp_path / "a.tar").write_bytes(tar_bytes(named.items()))
+    index_tars(open_store(str(tmp_path)))
+    with serving(tmp_path) as server:
+        watched = Watched(browser, server)
+        page = watched.open("/sample/0")
+        until(page, "document.querySelectorAll('.pane img').length === 2")
+        names = "nodes => nodes.map(node => node.querySelector('header, h2').textContent)"
+        assert page.locator(".side:first-child > *").evaluate_all(names) == list(members)
+        assert page.locator(".prose").inner_text() == HOSTILE
+        assert page.locator("h1").inner_text() == r"\u202ekey"
+        assert "1 bytes, not shown" in page.locator(".side:first-child > :last-child").inner_text()
+        assert page.locator(".mark").is_enabled()
+        watched.open("/sample/1")
+        page.wait_for_selector(".prose")
+        assert page.locator("h1").inner_text() == r"tab\u0009key"
+        assert page.locator(".mark").is_disabled()  # a line of keys can't hold it
         watched.context.close()
         assert watched.problems == []
 

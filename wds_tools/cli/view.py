@@ -34,9 +34,12 @@ def run(config: Config) -> int:
     try:
         server.serve_forever()
     except KeyboardInterrupt as stop:
-        if stop.args != (signal.SIGINT,):
-            raise
-        say("")
+        number = signal.Signals(stop.args[0] if stop.args else signal.SIGINT)
+        if number == signal.SIGINT:
+            say("")
+            return 0
+        say(f"wds-tools: stopped by {number.name}", error=True)
+        return 128 + number
     finally:
         server.server_close()
     return 0

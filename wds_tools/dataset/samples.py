@@ -51,7 +51,7 @@ Wanted = Callable[[str], bool]
 
 def is_text(suffix: str) -> bool:
     """Members that people can read."""
-    return suffix in ("json", "txt", "text", "caption")
+    return suffix.lower() in ("json", "txt", "text", "caption")
 
 
 def is_small(suffix: str) -> bool:
@@ -61,7 +61,7 @@ def is_small(suffix: str) -> bool:
 
 def is_image(suffix: str) -> bool:
     """A source image, by the name of its member; "1.jpg" is a conversation's second."""
-    return suffix.rpartition(".")[2] in (*IMAGE_EXTENSIONS, "jpeg", "tiff")
+    return suffix.rpartition(".")[2].lower() in (*IMAGE_EXTENSIONS, "jpeg", "tiff")
 
 
 class IndexReader:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import orjson
@@ -56,6 +56,12 @@ class Fields:
     shards: ShardBytes = field(default_factory=ShardBytes, repr=False)
 
     @classmethod
+    def find(cls, store: Store, manifest: Manifest) -> Fields:
+        """Those that are in a dataset; if any are missing, each table is made when it is asked for. Nothing is written."""
+        found = cls(store, manifest.schema_version, store, _folder(manifest))
+        return replace(found, home=None) if found._missing(manifest) else found
+
+    @classmethod
     def make(
         cls, store: Store, manifest: Manifest, *, spare: Store | None = None, workers: int = 1, quiet: bool = True
     ) -> Fields:
@@ -73,7 +79,7 @@ class Fields:
             FormatError: a shard is damaged.
         """
         load_pyarrow("reading the fields of samples")
-        folder = f"{FIELDS}{manifest.fingerprint()[7:23]}/"
+        folder = _folder(manifest)
         for home in (store, spare):
             made = cls(store, manifest.schema_version, home, folder)
             missing = made._missing(manifest)
@@ -171,6 +177,10 @@ class Fields:
         names = dict.fromkeys(name for record in records for name in record if name not in own and name not in _NO_FIELDS)
         columns += [_column(pa, name, [record.get(name) for record in records]) for name in names]
         return _table_of(pa, columns)
+
+
+def _folder(manifest: Manifest) -> str:
+    return f"{FIELDS}{manifest.fingerprint()[7:23]}/"
 
 
 def values_of(table: Any, name: str) -> list[Any]:

@@ -3,6 +3,7 @@
     page(first, count)     a few index reader and one range        card: number, key, type, the text's beginning, sizes
     sample(number)         one sample without its source image   card + whole text, turns, code grids, members, CRC
     search(query, after)   shards from a number on, piece by piece, for a quarter of a second; says where to go on
+    cards(numbers)         of any samples, in this order
 
 Invariant: every value is data. Nothing is markup; the page puts texts into text nodes only. A sample that breaks the schema
 is shown as one that does, with the reason, and its neighbours as usual.
@@ -11,8 +12,10 @@ Cost: memory is a page, or two pieces of a search; texts beyond MAX_TEXT_CHARS a
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby, islice
 from typing import Any
@@ -21,13 +24,14 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from wds_tools.dataset.samples import PartialSample, SampleReader, is_small, is_text
+from wds_tools.dataset.samples import PartialSample, SampleReader, Wanted, is_image, is_small, is_text
 from wds_tools.errors import DataError, FormatError
 from wds_tools.format.checksum import crc32
 from wds_tools.format.codes import CodeGrid
 from wds_tools.format.manifest import Manifest
 from wds_tools.format.schema import ANY_MEMBERS, Sample, validate
 from wds_tools.format.shard import sample_from_members
+from wds_tools.view.filters import Chosen, Tables
 from wds_tools.view.token_rows import COLUMN, TokenRows
 
 MAX_MEMBER_BYTES = 16 << 20
@@ -38,6 +42,8 @@ MAX_GRID_CODES = 1 << 16
 MAX_GRIDS = 16
 """Of a conversation's images, those whose codes are shown."""
 CARD_TEXT_CHARS = 400
+_BINARY = re.compile(r"[\x00-\x08\x0e-\x1f]")
+"""Characters that no text has."""
 MAX_COUNT = 200
 SEARCH_S = 0.25
 
@@ -51,27 +57,34 @@ class Query:
     key: str = ""
     """Contained in the key."""
     data_type: str = ""
+    where: str = ""
+    """A condition on fields, as `select --where` takes it."""
+
+    @property
+    def reads_samples(self) -> bool:
+        """Whether fields alone do not say what matches."""
+        return bool(self.text or self.key or self.data_type)
 
 
 def page(reader: SampleReader, first: int, count: int, needle: str = "", rows: TokenRows | None = None) -> dict[str, Any]:
     """The cards of `count` samples from number `first` on; see `card`."""
     samples = reader.page(first, min(count, MAX_COUNT), is_small, max_member_bytes=MAX_MEMBER_BYTES)
-    cards = [card(partial, reader.manifest, needle, rows) for partial in samples]
-    return {"first": first, "total": len(reader), "samples": cards}
+    shown = [card(partial, reader.manifest, needle, rows) for partial in samples]
+    return {"first": first, "total": len(reader), "samples": shown}
 
 
 def sample(reader: SampleReader, number: int, rows: TokenRows | None = None) -> dict[str, Any]:
     """One sample in full, but for its source image; of `rows`, a row of tokens."""
-    partial = reader.sample(number, is_small, max_member_bytes=MAX_MEMBER_BYTES)
+    is_of_others = reader.manifest.schema_version == ANY_MEMBERS and rows is None
+    wanted: Wanted = (lambda suffix: not is_image(suffix)) if is_of_others else is_small
+    partial = reader.sample(number, wanted, max_member_bytes=MAX_MEMBER_BYTES)
     shown = card(partial, reader.manifest, rows=rows)
-    texts = {suffix: _decode(payload) for suffix, payload in partial.payloads.items() if is_text(suffix)}
     shown |= {
         "shard": partial.shard,
         "sample_index": partial.sample_index,
         "start": partial.start,
-        "members": [{"suffix": suffix, "bytes": length} for suffix, length in partial.lengths.items()],
+        "members": [_member(partial, suffix, is_of_others=is_of_others) for suffix in partial.spans],
         "intact": _is_intact(reader, partial),
-        "raw": {suffix: text[:MAX_TEXT_CHARS] for suffix, text in texts.items()},
         "total": len(reader),
     }
     parsed, _ = _parse(partial, reader.manifest)
@@ -139,62 +152,87 @@ def codes_of(reader: SampleReader, number: int, column: str, image: int = 0, row
     return codes
 
 
-def search(reader: SampleReader, query: Query, after: int, limit: int, budget_s: float = SEARCH_S) -> dict[str, Any]:
+def search(
+    reader: SampleReader,
+    tables: Tables,
+    query: Query,
+    after: int,
+    limit: int,
+    budget_s: float = SEARCH_S,
+    rows: TokenRows | None = None,
+) -> dict[str, Any]:
     """The next samples that match, as many as are found in the time that there is.
 
     Args:
         reader: the dataset.
+        tables: its fields.
         query: what to look for.
         after: the number of the first sample to look at.
         limit: at most so many.
         budget_s: when it is used up, the piece at hand is finished and no other begun.
+        rows: that its samples are, if they are rows of tokens.
 
     Returns:
-        Cards; `next`, the number to go on from, None at the end; `looked_at`, how many samples this call has passed.
+        Cards; `next`, the number to go on from, None at the end; `looked_at`, how many samples this call has passed; with a
+        condition on fields, `absent` and `wrong_type` as Chosen has them, of the shards that this call is the first to look at.
     """
     deadline = time.monotonic() + budget_s
     numbers: list[int] = []
+    verdicts: dict[int, Chosen] = {}
     end = after
-    for piece, end in _pieces(reader, query, after):
-        for partial in piece:
-            if _matches(partial, query, reader.manifest.schema_version):
-                numbers.append(partial.number)
-                if len(numbers) >= limit:
-                    end = partial.number + 1
-                    break
+    for found, end in _found(reader, tables, query, after, verdicts):
+        numbers += found[: limit - len(numbers)]
+        if len(numbers) >= limit:
+            end = numbers[-1] + 1
         if len(numbers) >= limit or time.monotonic() >= deadline:
             break
     else:
         end = len(reader)
+    begun = [chosen for shard, chosen in verdicts.items() if reader.first_of(shard) >= after]
     return {
-        "samples": _cards(reader, numbers, query.text),
+        "samples": cards(reader, numbers, query.text, rows),
         "next": None if end >= len(reader) else end,
         "looked_at": end - after,
         "total": len(reader),
+        "absent": sorted(frozenset.intersection(*(chosen.absent for chosen in begun))) if begun else None,
+        "wrong_type": sum(chosen.num_wrong_type for chosen in begun),
     }
 
 
-def _cards(reader: SampleReader, numbers: Sequence[int], needle: str) -> list[dict[str, Any]]:
-    """The cards of these samples, in ascending order; neighbours are read together."""
-    cards: list[dict[str, Any]] = []
+def cards(reader: SampleReader, numbers: Sequence[int], needle: str = "", rows: TokenRows | None = None) -> list[dict[str, Any]]:
+    """The cards of these samples, in this order; neighbours are read together."""
+    shown: list[dict[str, Any]] = []
     for _, run in groupby(enumerate(numbers), lambda numbered: numbered[1] - numbered[0]):
         members = list(run)
-        cards += page(reader, members[0][1], len(members), needle)["samples"]
-    return cards
+        shown += page(reader, members[0][1], len(members), needle, rows)["samples"]
+    return shown
 
 
-def _pieces(reader: SampleReader, query: Query, after: int) -> Iterator[tuple[list[PartialSample], int]]:
-    """The samples that may match, and the number after the last. Shards without the data type asked for are passed unread."""
+def _found(
+    reader: SampleReader, tables: Tables, query: Query, after: int, verdicts: dict[int, Chosen]
+) -> Iterator[tuple[list[int], int]]:
+    """The samples of each piece that match, and the number after its last; into `verdicts`, what `query.where` says of a shard.
+
+    Shards without the data type asked for, and those of which no sample is chosen, are passed unread.
+    """
     if after >= len(reader):
         return
     shard, first = reader.locate(after)
     for number in range(shard, len(reader.manifest.shards)):
-        described = reader.manifest.shards[number]
+        described, begin = reader.manifest.shards[number], reader.first_of(number)
+        rows = np.arange(first, described.samples)
         if query.data_type and described.data_types and query.data_type not in described.data_types:
-            yield [], reader.first_of(number) + described.samples
-        else:
+            rows = rows[:0]
+        elif query.where:
+            verdicts[number] = tables.chosen(query.where, number)
+            rows = np.intersect1d(rows, verdicts[number].rows)
+        if query.reads_samples and len(rows):
             for piece in reader.scan(number, first, is_text):
-                yield piece, piece[-1].number + 1
+                chosen = [piece[at] for at in np.flatnonzero(np.isin([one.sample_index for one in piece], rows))]
+                matching = [one.number for one in chosen if _matches(one, query, reader.manifest.schema_version)]
+                yield matching, piece[-1].number + 1
+        else:
+            yield (rows + begin).tolist(), begin + described.samples
         first = 0
 
 
@@ -245,6 +283,19 @@ def _grids(
         for column in parsed.codes:
             for number, codes in enumerate(parsed.grids_of(column)):
                 yield {"column": column, "image": number}, codes, manifest.layout(column)
+
+
+def _member(partial: PartialSample, suffix: str, *, is_of_others: bool) -> dict[str, Any]:
+    """What is said of a member: `image`, its number among the images, or `text`, if it is one of them and not too large."""
+    shown: dict[str, Any] = {"suffix": suffix, "bytes": partial.lengths[suffix]}
+    if is_image(suffix):
+        return shown | {"image": partial.images.index(suffix)}
+    if suffix in partial.payloads and (is_of_others or is_text(suffix)):
+        with suppress(UnicodeDecodeError):
+            text = bytes(partial.payloads[suffix]).decode(errors="replace" if is_text(suffix) else "strict")
+            if is_text(suffix) or not _BINARY.search(text):
+                shown["text"] = text[:MAX_TEXT_CHARS]
+    return shown
 
 
 def _turns(parsed: Sample) -> list[dict[str, str]]:

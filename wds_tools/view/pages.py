@@ -1,8 +1,8 @@
 """Path and query -> answer, for one dataset: what `server` serves, without HTTP around it.
 
-    /  /sample/N  /rejects       the page (static/index.html), which asks for the rest:
-    /static/NAME                 its parts, from a fixed list
-    /api/set samples sample/N search find rejects usage/N/COLUMN     JSON
+    /  /sample/N  /rejects  /marks     the page (static/index.html), which asks for the rest:
+    /static/NAME                       its parts, from a fixed list
+    /api/set samples sample/N search ranked fields find rejects usage/N/COLUMN     JSON
     /picture/N/COLUMN.png        decoded from the codes          /codes/N/COLUMN.png   a pixel a code
     /image/N                     the source image                /stats                the report, of a part of the samples
 
@@ -16,7 +16,9 @@ import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from html import escape
 from importlib.resources import files
+from string import Template
 from typing import Any
 
 import numpy as np
@@ -25,19 +27,23 @@ from numpy.typing import NDArray
 
 from wds_tools.check.stats.describe import Stats, sample_stats
 from wds_tools.check.stats.png import png_bytes
-from wds_tools.check.stats.report import render
+from wds_tools.check.stats.report import main_part
 from wds_tools.dataset.reader import read_manifest
 from wds_tools.dataset.samples import SampleReader
 from wds_tools.errors import DataError, NotFound, UsageError
 from wds_tools.format.schema import ANY_MEMBERS
 from wds_tools.sequences.tokenizer import TextTokenizer
 from wds_tools.storage import Store
+from wds_tools.storage.place import place_of
+from wds_tools.storage.recent import Recent
+from wds_tools.terminal import printable
 from wds_tools.view import browse
+from wds_tools.view.filters import Ranking, Tables
 from wds_tools.view.pictures import Pictures, code_map
 from wds_tools.view.rejects import Rejects
 from wds_tools.view.token_rows import COLUMN, TokenRows
 
-_SCRIPTS = ("main", "api", "dom", "samples", "sample", "grid", "rejects", "shell")
+_SCRIPTS = ("main", "api", "dom", "samples", "sample", "grid", "rejects", "marks", "shell")
 _STATIC = {
     **{f"{name}.js": "text/javascript" for name in _SCRIPTS},
     "common.css": "text/css",
@@ -50,6 +56,8 @@ _PIECE_BYTES = 4 << 20
 _MAX_TIFF_PIXELS = 1 << 26
 _REJECTS_COUNT = 100
 _MAX_PASSES = 8
+_KEPT_RANKINGS = 8
+_LOADING = '<main id="main"><div class="state" role="status"><b>Loading</b></div></main>'
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +126,8 @@ class Pages:
         self.reader = SampleReader(store, manifest)
         self._store = store
         self._rejects = Rejects(store)
+        self._tables = Tables(self.reader)
+        self._rankings: Recent[tuple[str, str], Ranking] = Recent(_KEPT_RANKINGS, lambda _: 1)
         self._tokenizer = None if config.text_tokenizer is None else TextTokenizer(config.text_tokenizer)
         self._rows: TokenRows | None = None
         if manifest.token_rows is not None:
@@ -130,13 +140,16 @@ class Pages:
         self.version = manifest.fingerprint().removeprefix("sha256:")[:16]
         number, column = r"(\d{1,15})", r"([A-Za-z0-9_-]{1,64})"
         routes: tuple[tuple[str, Callable[..., Answer]], ...] = (
-            (r"/|/rejects|/sample/\d{1,15}", lambda _: _static("index.html", "text/html")),
+            (r"/|/rejects|/marks", lambda _: self._page()),
+            (rf"/sample/{number}", self._sample_page),
             (r"/static/([a-z]{1,20}\.[a-z]{1,4})", lambda _, name: _known_static(name)),
-            (r"/stats", lambda _: _answer(render(self._sampled(), served=True).encode(), "text/html")),
+            (r"/stats", lambda _: self._page(main_part(self._sampled(), served=True), "Statistics · ")),
             (r"/api/set", lambda _: _json(self._describe())),
             (r"/api/samples", self._samples),
             (rf"/api/sample/{number}", self._sample),
             (r"/api/search", self._search),
+            (r"/api/ranked", self._ranked),
+            (r"/api/fields", lambda _: _json({"names": self._tables.names()})),
             (r"/api/find", self._find),
             (r"/api/rejects", self._reject_lines),
             (rf"/api/usage/{number}/{column}", self._usage),
@@ -167,10 +180,34 @@ class Pages:
                 return answer(request, *match.groups())
         return None
 
+    def failure(self, why: str) -> Answer:
+        """A page that says why there is no other at an address that a person has opened."""
+        said = f"<h1>There is nothing to show here</h1><p>{escape(printable(why))}</p>"
+        return self._page(
+            f'<main id="main"><div class="state" role="alert">{said}<p><a href="/">All samples</a></p></div></main>',
+            "Nothing here · ",
+        )
+
+    def _page(self, main: str = "", title: str = "") -> Answer:
+        """static/index.html around `main`, which is markup; without, the scripts fill it in."""
+        place = place_of(self._store.url)
+        page = Template((files(__package__) / "static" / "index.html").read_text(encoding="utf-8")).substitute(
+            title=escape(printable(f"{title}{place.rpartition('/')[2]}")),
+            where=escape(printable(self._store.url)),
+            main=main or _LOADING,
+            script="" if main else '<script type="module" src="/static/main.js"></script>',
+        )
+        return _answer(page.encode(), "text/html")
+
+    def _sample_page(self, _: Request, number: str) -> Answer:
+        self.reader.locate(int(number))
+        return self._page()
+
     def _describe(self) -> dict[str, Any]:
         manifest = self.reader.manifest
         return {
             "url": self._store.url,
+            "place": place_of(self._store.url),
             "version": self.version,
             "samples": manifest.samples,
             "inputs": manifest.inputs,
@@ -180,7 +217,7 @@ class Pages:
             "rejects": dict(manifest.rejects),
             "earlier": list(_earlier(manifest.source)),
             "columns": list(manifest.codes),
-            "has_schema": manifest.schema_version != ANY_MEMBERS,
+            "has_schema": manifest.schema_version != ANY_MEMBERS or self._rows is not None,
             "counts_tokens": self._tokenizer is not None,
         }
 
@@ -195,9 +232,23 @@ class Pages:
         return _json(shown)
 
     def _search(self, request: Request) -> Answer:
-        query = browse.Query(text=request.word("text"), key=request.word("key"), data_type=request.word("type"))
+        query = browse.Query(
+            text=request.word("text"), key=request.word("key"), data_type=request.word("type"), where=request.word("where")
+        )
         limit = max(1, min(request.number("limit", 24), browse.MAX_COUNT))
-        return _json(browse.search(self.reader, query, request.number("after"), limit))
+        return _json(browse.search(self.reader, self._tables, query, request.number("after"), limit, rows=self._rows))
+
+    def _ranked(self, request: Request) -> Answer:
+        """The samples of a page in the order of a field, once all of the dataset is looked at; until then, how far it is."""
+        if request.word("text") or request.word("key"):
+            raise UsageError("what a search finds has no order by a field: choose by a condition on fields (where) instead")
+        by, where, kind, first = request.word("by"), request.word("where"), request.word("type"), request.number("first")
+        where = " and ".join(filter(None, (where and f"({where})", kind and f"data_type == {kind!r}")))
+        ranking = self._rankings.get((by, where), lambda _: Ranking(self._tables, self.reader, by, where))
+        found = ranking.advance(browse.SEARCH_S)
+        numbers, last = found.pop("numbers"), first + min(request.number("count", 24), browse.MAX_COUNT)
+        shown = numbers[first:last] if found["looked_at"] == len(self.reader) else []
+        return _json(found | {"ranked": len(numbers), "samples": browse.cards(self.reader, shown, rows=self._rows)})
 
     def _find(self, request: Request) -> Answer:
         key = request.word("key")
@@ -243,7 +294,7 @@ class Pages:
             bytes(self._store.read_range(partial.shard, start, min(start + _PIECE_BYTES, end)))
             for start in range(begin, end, _PIECE_BYTES)
         )
-        kind = _IMAGE_TYPES.get(suffix.rpartition(".")[2])
+        kind = _IMAGE_TYPES.get(suffix.rpartition(".")[2].lower())
         if kind is not None:
             return Answer(body=pieces, content_type=f"image/{kind}", length=end - begin, is_fixed=True)
         return _png(_tiff_to_png(b"".join(pieces)))

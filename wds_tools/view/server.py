@@ -180,8 +180,10 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             answer = self.server.pages.answer(path, Request(query=fields, is_wanted=self._is_connected))
             if answer is None:
-                return self._fail(404, "there is nothing at this address")
+                raise NotFound("there is nothing at this address")
         except WdsToolsError as error:
+            if "text/html" in self.headers.get("Accept", ""):  # a person opens it: scripts and images ask for other things
+                return self._send(_status(error), self.server.pages.failure(str(error)))
             return self._fail(_status(error), str(error))
         except Exception:  # noqa: BLE001 (our own mistake: said here, in full, and never to the browser)
             traceback.print_exc()

@@ -1,7 +1,7 @@
 """`Stats` as JSON values, and as one HTML page: no script, nothing fetched, light and dark.
 
-The same page is a file of its own (styles inside) and part of the viewer (styles linked, its head above). All that comes from
-data (names, texts, keys, reasons) is escaped here, once, where it is put in.
+The same page is a file of its own (styles inside) and part of the viewer (in its frame, with links to samples). All that
+comes from data (names, texts, keys, reasons) is escaped here, once, where it is put in.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from html import escape
 from importlib.resources import files
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import orjson
@@ -86,40 +86,36 @@ def _use_json(use: CodeUse) -> dict[str, Any]:
     }
 
 
-def render(stats: Stats, *, served: bool = False) -> str:
-    """The page.
-
-    Args:
-        stats: what to show.
-        served: as a part of the viewer: with its navigation and linked styles.
-    """
+def render(stats: Stats) -> str:
+    """The page that is a file of its own."""
     style = (files("wds_tools.view") / "static" / "common.css").read_text(encoding="utf-8")
-    head = _LINKS if served else f"<style>{style}</style>"
-    title = escape(stats.url)
     return "".join(
         (
             '<!doctype html><html lang="en"><head><meta charset="utf-8">',
             '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">',
-            f"<title>{title}: statistics</title>{head}</head><body>",
-            _NAVIGATION if served else "",
-            f'<main class="report"><header><h1>{title}</h1>{_scope(stats, served)}</header>',
-            _tiles(*_totals(stats)),
-            '<div class="sections">',
-            *_sections(stats),
-            f"</div><footer>{escape(stats.manifest.fingerprint())}</footer></main></body></html>",
+            f"<title>{escape(stats.url)}: statistics</title><style>{style}</style></head><body>",
+            main_part(stats),
+            "</body></html>",
         )
     )
 
 
-_LINKS = (
-    '<link rel="stylesheet" href="/static/common.css"><link rel="icon" href="/static/icon.svg">'
-    '<script src="/static/shell.js"></script>'
-)
-_NAVIGATION = (
-    '<header class="bar"><a class="brand" href="/">wds-tools</a><nav><a href="/">Samples</a><a href="/stats" aria-current="page">'
-    'Statistics</a><a href="/rejects">Rejects</a></nav><span class="grow"></span>'
-    '<button id="theme" class="quiet" type="button" title="Light or dark">◐</button></header>'
-)
+def main_part(stats: Stats, *, served: bool = False) -> str:
+    """What stands on the page, as its <main>.
+
+    Args:
+        stats: what to show.
+        served: by the viewer, whose pages of samples it leads to.
+    """
+    return "".join(
+        (
+            f'<main class="report"><header><h1>{escape(stats.url)}</h1>{_scope(stats, served)}</header>',
+            _tiles(*_totals(stats)),
+            '<div class="sections">',
+            *_sections(stats, served),
+            f"</div><footer>{escape(stats.manifest.fingerprint())}</footer></main>",
+        )
+    )
 
 
 def _scope(stats: Stats, served: bool) -> str:
@@ -140,7 +136,7 @@ def _totals(stats: Stats) -> Iterable[tuple[str, str, str]]:
         yield column, f"{use.used / max(use.size, 1):.1%}", f"of {use.size:,} codes in use, {use.entropy_bits:.2f} bits"
 
 
-def _sections(stats: Stats) -> Iterable[str]:
+def _sections(stats: Stats, served: bool) -> Iterable[str]:
     manifest, count = stats.manifest, stats.count
     if count.text_chars.count:
         yield _distribution("Text length", "characters", count.text_chars)
@@ -154,9 +150,9 @@ def _sections(stats: Stats) -> Iterable[str]:
     for column, use in sorted(count.codes.items()):
         yield _codebook(column, use, manifest.codes.get(column.partition(" ")[0], {}))
     if count.text_chars.count:
-        yield _duplicates("Duplicates by text", stats.text_repeats, stats.largest.get("text", ()), "texts")
+        yield _duplicates("Duplicates by text", stats.text_repeats, stats.largest.get("text", ()), "texts", served)
     if count.codes:
-        yield _duplicates("Duplicates by codes", stats.code_repeats, stats.largest.get("codes", ()), "codes")
+        yield _duplicates("Duplicates by codes", stats.code_repeats, stats.largest.get("codes", ()), "codes", served)
     if len(stats.shards) > 1 and count.text_chars.count:
         yield _drift(stats)
     if manifest.rejects:
@@ -211,7 +207,7 @@ def _map(counts: np.ndarray[Any, np.dtype[np.int64]]) -> np.ndarray[Any, np.dtyp
     return np.stack(channels, axis=-1).astype(np.uint8).reshape(height, _MAP_WIDTH, 3)
 
 
-def _duplicates(title: str, repeated: Repeats, largest: Sequence[tuple[int, str, str]], what: str) -> str:
+def _duplicates(title: str, repeated: Repeats, largest: Sequence[tuple[int, str, str]], what: str, served: bool) -> str:
     how = (
         f"All {what} were compared with each other, by a 64-bit hash."
         if repeated.share_kept == 1
@@ -224,7 +220,10 @@ def _duplicates(title: str, repeated: Repeats, largest: Sequence[tuple[int, str,
             ("different contents", f"{repeated.contents:,}"),
         ]
     )
-    rows = [(f"{copies:,}", key, text) for copies, key, text in largest]
+    rows = [
+        (f"{copies:,}", _SampleLink(number, key) if served else key, text)
+        for (copies, key, text), (_, number) in zip(largest, repeated.largest, strict=False)
+    ]
     return _section(title, f"<p>{how}</p>" + facts + (_table(("copies", "first key", "text"), rows) if rows else ""))
 
 
@@ -283,10 +282,21 @@ def _facts(facts: Sequence[tuple[str, str]]) -> str:
     )
 
 
-def _table(names: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    head = "".join(f"<th>{escape(name)}</th>" for name in names)
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+class _SampleLink(NamedTuple):
+    """A cell that leads to a sample's page in the viewer."""
+
+    number: int
+    key: str
+
+
+def _table(names: Sequence[str], rows: Iterable[Sequence[str | _SampleLink]]) -> str:
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in names)
+    body = "".join("<tr>" + "".join(f"<td>{_cell(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _cell(cell: str | _SampleLink) -> str:
+    return escape(cell) if isinstance(cell, str) else f'<a href="/sample/{cell.number}">{escape(cell.key)}</a>'
 
 
 def _bytes(count: float) -> str:

@@ -26,21 +26,28 @@ async function request(url, signal) {
 
 export const dataset = await get("/api/set").catch((error) => ({ error }));
 
+let isDecoderReady = false; // the first picture takes seconds: the tokenizer is loaded for it
+
+// What stands in the place of an image until it is there.
+export function waiting(url) {
+  return url.startsWith("/picture/") && !isDecoderReady ? "loading the tokenizer …" : "loading …";
+}
+
 const MOST_AT_ONCE = 3; // of the six connections that browsers open to a server
 let running = 0;
-const waiting = [];
+const queue = [];
 
 // Put the image at `url` into `img`, when it is its turn.
 export function load(img, url, signal) {
   return new Promise((resolve, reject) => {
-    waiting.push({ img, url, signal, resolve, reject });
+    queue.push({ img, url, signal, resolve, reject });
     next();
   });
 }
 
 async function next() {
-  if (running >= MOST_AT_ONCE || !waiting.length) return;
-  const { img, url, signal, resolve, reject } = waiting.shift();
+  if (running >= MOST_AT_ONCE || !queue.length) return;
+  const { img, url, signal, resolve, reject } = queue.shift();
   if (signal?.aborted) {
     reject(new Left());
     return next();
@@ -54,6 +61,7 @@ async function next() {
       img.onerror = () => failed(new Error("This browser can't show the image: it is damaged, or of a kind that it does not know."));
       img.src = address;
     }).finally(() => URL.revokeObjectURL(address));
+    isDecoderReady ||= url.startsWith("/picture/");
     resolve();
   } catch (error) {
     reject(error.name === "AbortError" ? new Left() : error);

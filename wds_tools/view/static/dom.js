@@ -1,4 +1,5 @@
 // Elements from values. Text only ever becomes a text node: nothing that comes from data is parsed as markup.
+import { dataset } from "/static/api.js";
 
 export function el(tag, properties = {}, ...children) {
   const node = document.createElement(tag);
@@ -15,6 +16,16 @@ export function el(tag, properties = {}, ...children) {
 export function replace(node, ...children) {
   node.replaceChildren(...children.flat().filter(Boolean));
   return node;
+}
+
+// A name with everything shown that a page would hide, or turn the direction by.
+export function plain(name) {
+  return name.replace(/[\p{Cc}\p{Cf}\p{Zl}\p{Zp}]/gu, (sign) => [...Array(sign.length).keys()].map((at) => `\\u${sign.charCodeAt(at).toString(16).padStart(4, "0")}`).join(""));
+}
+
+// What the window is called: the page, then the dataset.
+export function title(...parts) {
+  document.title = [...parts, dataset.place.split("/").pop() || dataset.place].map(plain).join(" · ");
 }
 
 export const count = (number) => number.toLocaleString("en-US");

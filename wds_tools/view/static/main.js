@@ -2,6 +2,7 @@
 // says that another one has taken its place.
 import { dataset } from "/static/api.js";
 import { failure, go, replace } from "/static/dom.js";
+import { showMarks } from "/static/marks.js";
 import { showRejects } from "/static/rejects.js";
 import { showSample } from "/static/sample.js";
 import { showSamples } from "/static/samples.js";
@@ -15,20 +16,20 @@ function show() {
   leaving.abort();
   leaving = new AbortController();
   const url = new URL(location.href);
-  for (const link of document.querySelectorAll(".bar nav a")) {
-    const here = link.getAttribute("href") === "/rejects" ? url.pathname === "/rejects" : link.getAttribute("href") === "/" && url.pathname !== "/rejects";
-    if (here) link.setAttribute("aria-current", "page");
-    else link.removeAttribute("aria-current");
-  }
   if (dataset.error) {
     replace(main, failure(dataset.error, () => location.reload()));
     return;
   }
-  const view = url.pathname === "/rejects" ? showRejects : url.pathname.startsWith("/sample/") ? showSample : showSamples;
+  const view = { "/rejects": showRejects, "/marks": showMarks }[url.pathname] ?? (url.pathname.startsWith("/sample/") ? showSample : showSamples);
   keys = view(main, url, leaving.signal);
 }
 
+function random() {
+  if (dataset.samples) go(`/sample/${Math.floor(Math.random() * dataset.samples)}`);
+}
+
 document.addEventListener("click", (event) => {
+  if (event.target.closest("[data-random]")) random();
   const link = event.target.closest("a[data-inside]");
   if (!link || event.defaultPrevented || event.button || event.ctrlKey || event.metaKey || event.shiftKey) return;
   event.preventDefault();
@@ -42,17 +43,13 @@ document.addEventListener("keydown", (event) => {
     if (event.key === "Escape") field.blur();
     return;
   }
-  if (event.key === "?") {
-    help.showModal();
-  } else if (keys[event.key]) {
+  if (keys[event.key]) {
     event.preventDefault();
     keys[event.key](event);
+  } else if (event.key === "r") {
+    random();
   }
 });
 
-document.getElementById("help").addEventListener("click", () => help.showModal());
-help.addEventListener("click", (event) => { if (event.target === help) help.close(); });
 window.addEventListener("popstate", show);
-document.getElementById("where").textContent = dataset.url ?? "";
-document.title = dataset.url ? `${dataset.url} · wds-tools` : "wds-tools";
 show();

@@ -1,9 +1,10 @@
 // What was not converted, and why: reasons to choose from, and lines that come as one scrolls on.
 import { dataset, get, unlessLeft } from "/static/api.js";
-import { count, el, failure, replace, state } from "/static/dom.js";
+import { count, el, failure, plain, replace, state, title } from "/static/dom.js";
 
 export function showRejects(main, url, signal) {
   const reason = url.searchParams.get("reason") ?? "";
+  title("Rejects", ...(reason ? [reason] : []));
   const total = Object.values(dataset.rejects).reduce((sum, number) => sum + number, 0);
   if (!total) {
     const earlier = dataset.earlier.filter((pass) => Object.keys(pass.rejects).length).map((pass) => el("p", {},
@@ -13,12 +14,12 @@ export function showRejects(main, url, signal) {
     return {};
   }
   const chip = (name, number) => el("a", { href: name ? `/rejects?reason=${encodeURIComponent(name)}` : "/rejects", "data-inside": true, "aria-current": name === reason ? "true" : null },
-    `${name || "all"} ${count(number)}`);
+    `${plain(name) || "all"} ${count(number)}`);
   const reasons = Object.entries(dataset.rejects).sort((a, b) => b[1] - a[1]);
   const body = el("tbody");
   const more = el("button", { type: "button" }, "Show more");
   const status = el("p", { className: "nothing", role: "status" });
-  const names = ["reason", "detail", "source", "line or key"].map((name) => el("th", {}, name));
+  const names = ["reason", "detail", "source", "line or key"].map((name) => el("th", { scope: "col" }, name));
   replace(main,
     el("div", { className: "reasons" }, chip("", total), reasons.map(([name, number]) => chip(name, number))),
     el("section", {}, el("div", { className: "scroll" }, el("table", {}, el("thead", {}, el("tr", {}, names)), body)), status, more));

@@ -1,7 +1,8 @@
 // One sample: the picture from its codes, the original, the codes themselves, its text or conversation, and where it lies.
-import { dataset, get, load, unlessLeft } from "/static/api.js";
-import { bytes, count, el, facts, failure, go, replace } from "/static/dom.js";
+import { dataset, get, load, unlessLeft, waiting } from "/static/api.js";
+import { bytes, count, el, facts, failure, go, plain, replace, title } from "/static/dom.js";
 import { codeGrid } from "/static/grid.js";
+import { markButton } from "/static/marks.js";
 
 const PAGE = 24;
 const kept = new Map(); // the last few answers, and those of the neighbours
@@ -18,6 +19,7 @@ function fetchSample(number) {
 
 export function showSample(main, url, signal) {
   const number = Number(url.pathname.slice("/sample/".length));
+  title(`Sample ${count(number)}`);
   const step = (by) => () => {
     const to = number + by;
     if (to >= 0 && to < dataset.samples) go(`/sample/${to}`, { replacing: true });
@@ -28,38 +30,44 @@ export function showSample(main, url, signal) {
   const copy = () => navigator.clipboard.writeText(location.href).then(
     () => { copied.textContent = "Copied"; }, () => { copied.textContent = "Copy it from the address bar"; });
   copied.addEventListener("click", copy);
-  const keys = { ArrowLeft: step(-1), ArrowRight: step(1), k: step(-1), j: step(1), Escape: back, u: back, c: copy, "/": () => go(list), g: () => go(list), m: () => {} };
+  const keys = { ArrowLeft: step(-1), ArrowRight: step(1), k: step(-1), j: step(1), Escape: back, u: back, c: copy, "/": () => go(list), g: () => go(list), f: () => go(list), m: () => {}, x: () => {} };
 
-  const waiting = setTimeout(() => main.classList.add("stale"), 150);
+  const late = setTimeout(() => main.classList.add("stale"), 150);
   fetchSample(number).then((sample) => {
     if (signal.aborted) return;
     const grids = [];
-    replace(main, head(sample, number, step, back, copied), body(sample, number, signal, grids));
+    const mark = markButton(sample, "✓ Mark");
+    title(sample.key, `sample ${count(number)}`);
+    replace(main, head(sample, number, step, back, mark, copied), body(sample, number, signal, grids));
+    keys.x = () => mark.click();
     keys.m = () => grids.forEach((grid) => grid.nextMode());
     for (const near of [number + 1, number - 1]) if (near >= 0 && near < dataset.samples) fetchSample(near).catch(() => {});
   }).catch(unlessLeft((error) => {
     if (!signal.aborted) replace(main, failure(error, () => go(list)));
   })).finally(() => {
-    clearTimeout(waiting);
+    clearTimeout(late);
     main.classList.remove("stale");
   });
   return keys;
 }
 
-function head(sample, number, step, back, copied) {
+function head(sample, number, step, back, mark, copied) {
   return el("div", { className: "head" },
     el("button", { type: "button", onclick: back, title: "Back to the list (Esc)" }, "↑ List"),
-    el("button", { type: "button", onclick: step(-1), disabled: number <= 0, title: "Previous sample (k, ←)", id: "previous" }, "‹"),
-    el("button", { type: "button", onclick: step(1), disabled: number + 1 >= sample.total, title: "Next sample (j, →)", id: "next" }, "›"),
+    el("button", { type: "button", onclick: step(-1), disabled: number <= 0, title: "Previous sample (k, ←)", "aria-label": "previous sample", id: "previous" }, "‹"),
+    el("button", { type: "button", onclick: step(1), disabled: number + 1 >= sample.total, title: "Next sample (j, →)", "aria-label": "next sample", id: "next" }, "›"),
     el("span", { className: "count" }, `#${count(number)} of ${count(sample.total)}`),
-    el("h1", { title: "key" }, sample.key),
+    el("h1", { title: "key" }, plain(sample.key)),
     sample.type ? el("span", { className: "chip" }, sample.type) : null,
     sample.intact === true ? el("span", { className: "chip good", title: "Its bytes have the CRC-32 of the index" }, "intact") : null,
     sample.intact === false ? el("span", { className: "chip bad", title: "Its bytes do not have the CRC-32 of the index" }, "damaged") : null,
-    el("span", { className: "grow" }), copied);
+    el("span", { className: "grow" }), mark, copied);
 }
 
 function body(sample, number, signal, grids) {
+  if (!dataset.has_schema) {
+    return el("div", { className: "sample panes-0" }, el("div", { className: "side" }, sample.members.map((each) => member(number, each, signal))), el("div", { className: "side" }, about(sample)));
+  }
   const panes = (sample.grids ?? []).flatMap((grid) => codePanes(sample, number, grid, signal, grids));
   if (!panes.length) panes.push(...sample.images.map((_, image) => original(number, image, null, signal)));
   const text = el("div", { className: "side" }, words(sample, number, signal));
@@ -71,16 +79,24 @@ function body(sample, number, signal, grids) {
   return el("div", { className: `sample panes-${Math.min(panes.length, 3)}` }, panes, text, rest);
 }
 
+// A member of a sample that is of no schema of ours.
+function member(number, { suffix, bytes: size, image, text }, signal) {
+  if (image !== undefined) return original(number, image, null, signal, plain(suffix));
+  return el("section", {}, el("h2", {}, plain(suffix)),
+    text === undefined ? el("p", { className: "nothing" }, `${bytes(size)}, not shown: no picture, and no text`)
+      : suffix.toLowerCase() === "json" ? el("pre", {}, text) : el("p", { className: "prose", dir: "auto" }, text));
+}
+
 function codePanes(sample, number, grid, signal, grids) {
   const codes = grid.problem ? null : codeGrid(number, grid, signal);
   const [rows, columns] = grid.shape;
   const places = grid.shape.length === 2 ? codes : null; // which lie in the picture as they do in the grid
   const ratio = grid.shape.length > 1 ? `${columns} / ${rows}` : sample.width ? `${sample.width} / ${sample.height}` : "1 / 1";
-  const decoded = frame(ratio);
+  const decoded = frame(ratio, "/picture/");
   const img = el("img", { alt: "the picture decoded from its codes" });
   load(img, `/picture/${number}/${grid.column}.png?image=${grid.image}`, signal)
     .then(() => fill(decoded, img, places?.overlay()), unlessLeft((error) => fill(decoded, el("p", {}, error.message))));
-  const cells = fill(frame(codes ? `${grid.width} / ${grid.height}` : ratio), codes?.cells ?? el("p", {}, grid.problem), codes?.overlay());
+  const cells = fill(frame(codes ? `${grid.width} / ${grid.height}` : ratio, ""), codes?.cells ?? el("p", {}, grid.problem), codes?.overlay());
   codes?.follow(cells);
   places?.follow(decoded);
   if (codes) grids.push(codes);
@@ -92,8 +108,8 @@ function codePanes(sample, number, grid, signal, grids) {
   ].filter(Boolean);
 }
 
-function frame(ratio) {
-  const node = el("div", { className: "frame thumb waiting" });
+function frame(ratio, url) {
+  const node = el("div", { className: "frame thumb waiting" }, el("p", {}, waiting(url)));
   node.style.aspectRatio = ratio; // set by script, which the page's policy allows; as an attribute it would not
   return node;
 }
@@ -104,8 +120,8 @@ function fill(node, ...children) {
 }
 
 // The source image, cut as it was for the tokenizer, or whole.
-function original(number, image, ratio, signal) {
-  const node = frame(ratio ?? "auto");
+function original(number, image, ratio, signal, name = "Original") {
+  const node = frame(ratio ?? "auto", "/image/");
   const img = el("img", { alt: "the source image", className: ratio ? "cover" : "" });
   load(img, `/image/${number}?image=${image}`, signal)
     .then(() => fill(node, img), unlessLeft((error) => fill(node, el("p", {}, error.message))));
@@ -115,7 +131,7 @@ function original(number, image, ratio, signal) {
     img.className = isWhole ? "whole" : "cover";
     button.setAttribute("aria-pressed", String(isWhole));
   });
-  return el("figure", { className: "pane" }, el("header", {}, "Original", ratio ? el("span", { className: "switch" }, button) : null), node);
+  return el("figure", { className: "pane" }, el("header", {}, name, ratio ? el("span", { className: "switch" }, button) : null), node);
 }
 
 function words(sample, number, signal) {
@@ -175,10 +191,10 @@ function about(sample) {
       ["bytes", count(sample.bytes)],
       ...Object.entries(sample.provenance ?? {}),
     ]),
-    el("div", { className: "scroll" }, el("table", {}, el("thead", {}, el("tr", {}, el("th", {}, "member"), el("th", {}, "size"))),
-      el("tbody", {}, sample.members.map((member) => el("tr", {}, el("td", { className: "mono" }, member.suffix), el("td", {}, bytes(member.bytes))))))));
+    el("div", { className: "scroll" }, el("table", {}, el("thead", {}, el("tr", {}, el("th", { scope: "col" }, "member"), el("th", { scope: "col" }, "size"))),
+      el("tbody", {}, sample.members.map((member) => el("tr", {}, el("td", { className: "mono" }, plain(member.suffix)), el("td", {}, bytes(member.bytes))))))));
 }
 
 function raw(sample) {
-  return Object.entries(sample.raw).map(([suffix, text]) => el("details", { open: !sample.type }, el("summary", {}, suffix), el("pre", {}, text)));
+  return sample.members.filter(({ text }) => text !== undefined).map(({ suffix, text }) => el("details", { open: !sample.type }, el("summary", {}, suffix), el("pre", {}, text)));
 }

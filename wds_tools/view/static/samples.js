@@ -1,22 +1,24 @@
-// A page of samples, or what a search has found so far.
-import { dataset, get, load, unlessLeft } from "/static/api.js";
-import { count, el, failure, go, marked, replace, state } from "/static/dom.js";
+// A page of samples: of all in their order, of all in the order of a field, or what a search or a filter has found so far.
+import { dataset, get, load, unlessLeft, waiting } from "/static/api.js";
+import { count, el, failure, go, marked, plain, replace, state, title } from "/static/dom.js";
+import { markButton } from "/static/marks.js";
 
 const PAGE = 24;
 let shown = null; // the cards of the last page, kept while the next one comes
 
 export function card(sample, needle, signal, onproblem) {
   const column = Object.keys(sample.columns)[0];
-  const thumb = column || sample.images.length ? el("div", { className: "thumb waiting" }) : null;
+  const thumb = column || sample.images.length ? el("div", { className: "thumb waiting" }, waiting(column ? "/picture/" : "/image/")) : null;
   if (thumb) picture(thumb, sample, column, signal, onproblem);
   const text = sample.problem ?? sample.text;
-  return el("a", { className: `card${sample.problem ? " broken" : ""}`, href: `/sample/${sample.number}`, "data-inside": true, "data-number": sample.number },
+  const link = el("a", { className: `card${sample.problem ? " broken" : ""}`, href: `/sample/${sample.number}`, "data-inside": true, "data-number": sample.number },
     thumb,
     el("div", { className: `text${text ? "" : " none"}`, dir: "auto" }, text ? marked(text, needle) : "no text"),
     el("div", { className: "foot" },
-      el("span", { className: "mono", title: sample.key }, sample.key || `#${sample.number}`),
+      el("span", { className: "mono", title: plain(sample.key) }, plain(sample.key) || `#${sample.number}`),
       sample.turns_count ? el("span", { className: "chip" }, `${sample.turns_count} turns`) : null,
       el("span", { className: "chip" }, sample.row_tokens ? `${count(sample.row_tokens)} tokens` : `${count(sample.chars)} chars`)));
+  return el("div", { className: "cell" }, link, markButton(sample));
 }
 
 function picture(thumb, sample, column, signal, onproblem) {
@@ -37,15 +39,16 @@ function picture(thumb, sample, column, signal, onproblem) {
 }
 
 export function showSamples(main, url, signal) {
-  const query = Object.fromEntries(["text", "key", "type"].map((name) => [name, url.searchParams.get(name) ?? ""]));
-  const isSearch = Boolean(query.text || query.key || query.type);
+  const query = Object.fromEntries(["text", "key", "where", "type", "by"].map((name) => [name, url.searchParams.get(name) ?? ""]));
+  const isSearch = Boolean(query.text || query.key || query.where || query.type);
+  title(...[query.text, query.key, query.where, query.type, query.by && `by ${query.by}`].filter(Boolean));
   const first = Math.max(0, Number(url.searchParams.get("first")) || 0);
   const notice = el("div", { className: "notice", hidden: true });
   const onproblem = (error) => {
     notice.hidden = false;
     notice.textContent = `Pictures can't be decoded, so their codes are shown as colours. ${error.message}`;
   };
-  const cards = el("div", { className: "cards stale", id: "cards" }, ...(shown ? [...shown.children] : []));
+  const cards = el("div", { className: "cards stale", id: "cards" }, ...(shown ? [...shown.children] : [state("Loading", "")]));
   if (shown) cards.className = `${shown.className} stale`;
   const progress = el("div", { className: "progress", hidden: true });
   const pager = el("footer", { className: "pager" });
@@ -63,12 +66,69 @@ export function showSamples(main, url, signal) {
     replace(cards, samples.map((sample) => card(sample, query.text, signal, onproblem)));
   };
   let turn;
-  if (isSearch) {
+  if (query.by) {
+    turn = rank(query, first, { place, progress, pager, fill }, signal);
+  } else if (isSearch) {
     turn = search(query, first, { cards, place, progress, pager, fill, onproblem }, signal);
   } else {
     turn = browse(first, { place, pager, fill }, signal);
   }
   return keysOf(cards, ...turn);
+}
+
+// What the server looks at bit by bit: how far it is, and a button that ends it.
+function watch(progress, from, stopping) {
+  const bar = el("progress", { max: dataset.samples, value: from, "aria-label": "looked at" });
+  const said = el("span", { role: "status" });
+  const stop = el("button", { type: "button", onclick: () => stopping.abort(), title: "Stop (Esc)" }, "Stop");
+  progress.hidden = false;
+  replace(progress, bar, el("div", {}, said, el("span", { className: "grow" }), stop));
+  return { bar, said, stop };
+}
+
+// What a condition could not be asked of: nothing of this goes by without a word.
+function left(wrongType, without = 0) {
+  return (wrongType ? ` · ${count(wrongType)} have values that it can't compare` : "") + (without ? ` · ${count(without)} have no number or text there, and are left out` : "");
+}
+
+async function absence(names, signal) {
+  if (!names?.length) return "";
+  const known = await get("/api/fields", {}, signal);
+  return ` No sample looked at has a field ${names.map(plain).join(", ")}; the fields are ${known.names.map(plain).join(", ")}.`;
+}
+
+const addressOf = (query, first) => `/?${new URLSearchParams({ ...Object.fromEntries(Object.entries(query).filter(([, value]) => value)), first })}`;
+
+// All that a filter chooses, in the order of a field.
+function rank(query, first, { place, progress, pager, fill }, signal) {
+  const stopping = new AbortController();
+  signal.addEventListener("abort", () => stopping.abort());
+  const { bar, said, stop } = watch(progress, 0, stopping);
+  let forward = () => {};
+  const back = () => { if (first > 0) go(addressOf(query, Math.max(0, first - PAGE))); };
+
+  async function run() {
+    let answer;
+    do {
+      answer = await get("/api/ranked", { ...query, first, count: PAGE }, stopping.signal);
+      bar.value = answer.looked_at;
+      said.textContent = `${count(answer.looked_at)} of ${count(dataset.samples)} samples looked at`;
+    } while (answer.looked_at < dataset.samples);
+    const all = answer.chosen - answer.without;
+    said.textContent = `${count(all)} by ${plain(query.by)}${answer.ranked < all ? `, of which the first ${count(answer.ranked)} are shown` : ""}${left(answer.wrong_type, answer.without)}`;
+    if (!answer.samples.length) replace(place, state("Nothing found", `None of ${count(dataset.samples)} samples is there.${await absence(answer.absent, signal)}`));
+    fill(answer.samples);
+    forward = () => { if (first + PAGE < answer.ranked) go(addressOf(query, first + PAGE)); };
+    replace(pager,
+      el("button", { type: "button", onclick: back, disabled: first <= 0, title: "Previous page (p)" }, "‹ Previous"), el("span", { className: "grow" }),
+      el("button", { type: "button", onclick: forward, disabled: first + PAGE >= answer.ranked, title: "Next page (n)" }, "Next ›"));
+  }
+  run().catch((error) => {
+    if (signal.aborted) return;
+    if (stopping.signal.aborted) said.textContent += " · stopped";
+    else replace(place, failure(error, () => go(location.href, { replacing: true })));
+  }).finally(() => { stop.hidden = true; });
+  return [() => forward(), back, () => stopping.abort()];
 }
 
 function browse(first, { place, pager, fill }, signal) {
@@ -97,21 +157,18 @@ function browse(first, { place, pager, fill }, signal) {
 function search(query, first, { cards, place, progress, pager, fill, onproblem }, signal) {
   const stopping = new AbortController();
   signal.addEventListener("abort", () => stopping.abort());
-  const bar = el("progress", { max: dataset.samples, value: first });
-  const said = el("span");
-  const stop = el("button", { type: "button", onclick: () => stopping.abort(), title: "Stop (Esc)" }, "Stop");
-  progress.hidden = false;
-  replace(progress, bar, el("div", {}, said, el("span", { className: "grow" }), stop));
+  const { bar, said, stop } = watch(progress, first, stopping);
   let next = first;
   let found = 0;
+  let wrongType = 0;
+  let absent = null;
   let isOver = false;
-  const address = (from) => `/?${new URLSearchParams({ ...Object.fromEntries(Object.entries(query).filter(([, value]) => value)), first: from })}`;
-  const forward = () => { if (isOver && next !== null) go(address(next)); };
+  const forward = () => { if (isOver && next !== null) go(addressOf(query, next)); };
   const back = () => history.back();
   fill([]);
 
   async function run() {
-    if (query.key && !query.text && !query.type && !first) {
+    if (query.key && !query.text && !query.where && !query.type && !first) {
       const { number } = await get("/api/find", { key: query.key }, stopping.signal);
       if (number !== null) return go(`/sample/${number}`, { replacing: true });
     }
@@ -123,8 +180,11 @@ function search(query, first, { cards, place, progress, pager, fill, onproblem }
       next = answer.next;
       const seen = next ?? dataset.samples;
       bar.value = seen;
-      said.textContent = `${count(found)} found in ${count(seen - first)} samples looked at, of ${count(dataset.samples)}`;
+      wrongType += answer.wrong_type;
+      absent = absent && answer.absent ? absent.filter((name) => answer.absent.includes(name)) : answer.absent ?? absent;
+      said.textContent = `${count(found)} found in ${count(seen - first)} samples looked at, of ${count(dataset.samples)}${left(wrongType)}`;
     }
+    if (!found) replace(place, state("Nothing found", `None of the ${count(dataset.samples - first)} samples looked at match.${await absence(absent, signal)}`));
     return null;
   }
   run().catch((error) => {
@@ -135,7 +195,6 @@ function search(query, first, { cards, place, progress, pager, fill, onproblem }
     isOver = true;
     stop.hidden = true;
     if (signal.aborted) return;
-    if (!found && next === null) replace(place, state("Nothing found", `None of the ${count(dataset.samples - first)} samples looked at match.`));
     replace(pager,
       el("button", { type: "button", onclick: back, title: "Back (p)" }, "‹ Back"), el("span", { className: "grow" }),
       el("button", { type: "button", onclick: forward, disabled: next === null, title: "Go on (n)" }, "Search on ›"));
@@ -144,9 +203,14 @@ function search(query, first, { cards, place, progress, pager, fill, onproblem }
 }
 
 function tools(query) {
-  const scope = el("select", { "aria-label": "search in" }, ["text", "key", "number"].map((name) => el("option", { value: name }, name)));
-  scope.value = query.key ? "key" : "text";
-  const input = el("input", { type: "search", placeholder: "Search  ( / )", value: query.text || query.key, "aria-label": "search", spellcheck: false, id: "search", maxLength: 500 });
+  const scope = el("select", { "aria-label": "search in" }, ["text", "key", "number", "where"].map((name) => el("option", { value: name }, name)));
+  scope.value = query.where ? "where" : query.key ? "key" : "text";
+  const input = el("input", { type: "search", value: query.where || query.text || query.key, "aria-label": "search", spellcheck: false, id: "search", maxLength: 4000 });
+  const hint = () => { input.placeholder = scope.value === "where" ? "aesthetic >= 5.5 and not watermark" : "Search  ( / )"; };
+  hint();
+  const names = el("datalist", { id: "fields" });
+  const by = el("input", { value: query.by, placeholder: "Sort by", title: "A field; -FIELD for the largest first", "aria-label": "sort by a field; minus before it for the largest first", list: "fields", spellcheck: false, maxLength: 500 });
+  by.addEventListener("focus", () => get("/api/fields").then((known) => replace(names, known.names.flatMap((name) => [name, `-${name}`]).map((value) => el("option", { value })))).catch(unlessLeft((error) => { by.title = error.message; })), { once: true });
   const types = Object.keys(dataset.data_types);
   const type = el("select", { "aria-label": "type" }, el("option", { value: "" }, "all types"),
     types.map((name) => el("option", { value: name }, `${name} (${count(dataset.data_types[name])})`)));
@@ -157,20 +221,24 @@ function tools(query) {
       go(`/sample/${value.replace(/[^0-9]/g, "") || 0}`);
       return;
     }
-    const wanted = { [scope.value]: value, type: type.value };
+    const wanted = { [scope.value]: value, type: type.value, by: scope.value === "where" || !value ? by.value.trim() : "" }; // an order is of fields alone
     go(`/?${new URLSearchParams(Object.entries(wanted).filter(([, text]) => text))}`);
   };
+  const sort = () => { if (scope.value !== "where") input.value = ""; submit(); };
+  by.addEventListener("keydown", (event) => { if (event.key === "Enter") sort(); });
+  by.addEventListener("change", () => { if (document.activeElement === by || !by.value) sort(); });
   input.addEventListener("keydown", (event) => { if (event.key === "Enter") submit(); });
-  input.addEventListener("search", () => { if (!input.value && (query.text || query.key)) submit(); });
+  input.addEventListener("search", () => { if (!input.value && (query.text || query.key || query.where)) submit(); });
   type.addEventListener("change", submit);
-  scope.addEventListener("change", () => input.focus());
-  return el("div", { className: "tools" }, el("div", { className: "search" }, scope, input), types.length > 1 || query.type ? type : null);
+  scope.addEventListener("change", () => { hint(); input.focus(); });
+  return el("div", { className: "tools", role: "search" }, el("div", { className: "search" }, scope, input), types.length > 1 || query.type ? type : null, by, names,
+    el("button", { type: "button", "data-random": true, title: "Open a sample drawn at random (r)" }, "Random"));
 }
 
 function keysOf(cards, forward, back, stop = () => {}) {
   const all = () => [...cards.querySelectorAll(".card")];
   const columns = () => {
-    const tops = all().map((node) => node.offsetTop);
+    const tops = all().map((node) => node.parentElement.offsetTop);
     return Math.max(1, tops.filter((top) => top === tops[0]).length);
   };
   const move = (step) => {
@@ -189,6 +257,7 @@ function keysOf(cards, forward, back, stop = () => {}) {
   return {
     ArrowRight: () => move(1), ArrowLeft: () => move(-1), ArrowDown: () => move(columns()), ArrowUp: () => move(-columns()),
     j: () => move(1), k: () => move(-1), n: forward, p: back, PageDown: forward, PageUp: back, Escape: stop,
-    "/": () => focus("text"), g: () => focus("number"),
+    "/": () => focus("text"), g: () => focus("number"), f: () => focus("where"),
+    x: () => document.activeElement.closest(".cell")?.querySelector(".mark").click(),
   };
 }

@@ -1,0 +1,55 @@
+"""Chromium, a viewer that it looks at, and a page that must stay without a fault.
+
+Needs Chromium (Debian's `chromium`) and Playwright's Python package, which drives it; skipped where one is missing.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from browsing import Watched
+from viewer import serving, write_set
+
+from wds_tools.view.server import ViewServer
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
+
+_BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install playwright")
+    path = next(filter(None, map(shutil.which, _BROWSERS)), None)
+    if path is None:
+        pytest.skip("needs Chromium: apt-get install chromium")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_set(tmp_path_factory.mktemp("browser") / "set")
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path, browser: Browser) -> Iterator[ViewServer]:
+    with serving(folder, device="cpu") as server:
+        yield server
+
+
+@pytest.fixture
+def watched(browser: Browser, server: ViewServer) -> Iterator[Watched]:
+    watched = Watched(browser, server)
+    yield watched
+    outside = [url for url in watched.requests if not url.startswith((watched.base, "blob:", "data:"))]
+    watched.context.close()
+    assert watched.problems == []
+    assert outside == []
