@@ -234,7 +234,8 @@ class Loader:
         """Go on without some steps: behind the batch `start` - 1 of the run comes the one that would have been number `stop`.
 
         Batches go on being counted as they are handed over: it gets number `start`. State and receipts say what was skipped,
-        so that it is left out once, however often a run is resumed and this is called.
+        so that it is left out once, however often a run is resumed and this is called. All ranks call it, behind
+        `load_state_dict`, which takes what the state says instead.
 
         Args:
             start: number of the first step that is left out, from 0; this one or one that is still to come.

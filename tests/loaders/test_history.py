@@ -185,6 +185,7 @@ def test_a_skipped_stretch_is_left_out_once_however_often_the_run_is_resumed_and
     run.go_on(wanted, 2, skips=((3, 5),))
     assert run.state is not None
     assert run.state["skips"] == [[3, 5]]
+    early = run.asked()
     begun = build_loader(wanted, World())
     begun.load_state_dict(run.state)
     assert len(begun) == 11 - 2 - 2
@@ -192,6 +193,8 @@ def test_a_skipped_stretch_is_left_out_once_however_often_the_run_is_resumed_and
     assert run.state["position"] == 5 * 4
     run.go_on(wanted, 2, skips=((3, 5), (9, 30)))  # the second goes beyond the epoch
     check(run, run.asked())
+    for number in range(2, 5):  # to come, when that state was saved
+        assert [key_of(early, place) for place in early.at(number).places] == [key for _, key in run.steps[number]]
     run.go_on(replace(wanted, batch_size=6), 9, world_size=3)
     handed = [key for step in run.steps for _, key in step]
     assert handed[: 3 * 4] == plain[: 3 * 4]
