@@ -10,7 +10,7 @@
 # make bench-loader   the loader against its peers (15 minutes; bench-peers builds their environment, 7 GB, when it is missing)
 # make bench-mixing   how well orders mix a dataset sorted by label, beside others' (10 minutes; no data is written)
 # make bench-sequences   token rows against the straightforward collator (6 minutes)
-# make bench-select      fields, choices and copies of samples (4 minutes)
+# make bench-select      fields, choices and copies of samples; asking a run (5 minutes)
 # make convert-pairs|convert-dclm|encode|export INPUT=... OUTPUT=... [ARGS="--workers 4"]
 
 PYTHON ?= python3
@@ -97,6 +97,7 @@ bench-sequences: $(READY)
 
 bench-select: $(READY)
 	$(BIN)/python -m benchmarks.select $(ARGS)
+	$(BIN)/python -m benchmarks.ask
 
 bench-peers: $(PEERS_READY)
 

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import secrets
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
 from loaders.config import LoaderConfig
-from loaders.order.mask import EXCLUDED, Held
-from loaders.order.samples import SampleOrder
+from loaders.order.mask import EXCLUDED
 from loaders.proof.receipt import MODULUS, RECEIPT_VERSION, Span
-from loaders.proof.state import order_to_json
 from loaders.workers.steps import StepResult
 from loaders.world import World
 from wds_tools.errors import DataError
@@ -35,6 +33,8 @@ class Ledger:
         self._num_excluded = 0
         self.num_dropped = 0
         """Samples that last_batch="drop" left out."""
+        self.num_skipped = 0
+        """Samples that Loader.skip left out."""
         self.waits: deque[float] = deque(maxlen=_WAITS_KEPT)
         """Seconds that the trainer waited for each of the latest batches."""
         self._bad: Counter[str] = Counter()
@@ -78,10 +78,11 @@ class Ledger:
         self._num_batches += 1
         self._counts[result.worker] = result.counts
 
-    def receipt(self, order: SampleOrder, masks: Sequence[Held], world: World, config: LoaderConfig) -> dict[str, Any]:
-        """See Loader.receipt."""
+    def receipt(self, state: Mapping[str, Any], world: World, config: LoaderConfig) -> dict[str, Any]:
+        """See Loader.receipt; `state` is that of the loader now."""
         return {
-            **order_to_json(order, masks, RECEIPT_VERSION),
+            **state,
+            "version": RECEIPT_VERSION,
             "run": self._run,
             "rank": world.rank,
             "world_size": world.world_size,
@@ -102,6 +103,7 @@ class Ledger:
             "batches": self._num_batches,
             "samples": self._num_handed_over,
             "dropped": self.num_dropped,
+            "skipped": self.num_skipped,
             "excluded": self._num_excluded,
             "bad": self._bad.total(),
             **{f"bad_{reason}": count for reason, count in sorted(self._bad.items())},

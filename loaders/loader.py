@@ -13,6 +13,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -20,10 +21,12 @@ import numpy as np
 from loaders.batches.collate import Batch
 from loaders.config import LoaderConfig
 from loaders.ledger import Ledger
+from loaders.order.generations import Epochs
 from loaders.order.mask import held_masks
 from loaders.order.partition import BatchPartition
 from loaders.order.samples import SampleOrder, open_source, order_spec
 from loaders.proof.state import Change, Start, next_starts, read_state, resumed, state_to_json
+from loaders.proof.steps import Skip, StepSpan, ahead, position_at
 from loaders.reading.planner import shared_lanes
 from loaders.tokens.lanes import ENDLESS, LaneBook, LaneState, check_packing, lanes_to_json, merge_states, parse_lanes
 from loaders.tokens.rows import RowMaker
@@ -74,7 +77,7 @@ class Loader:
         self._maker = RowMaker(config.sequences, config.seed, self._sources) if config.sequences else None
         self._book = LaneBook(self._order.spec.lanes, world.rank)
         self._step = 0
-        self._starts: tuple[Start, ...] = ((0, 0, config.batch_size),)
+        self._skips: tuple[Skip, ...] = ()
         self._masks = held_masks((), [opened.mask for opened in self._sources], 0)
         if config.last_batch == "drop" and not config.packing and self._order.length < config.batch_size:
             raise UsageError(
@@ -85,7 +88,8 @@ class Loader:
         self.epoch = 0
         """The epoch that the next batch belongs to."""
         self.position = 0
-        """Samples of the epoch that were handed over, over all ranks; rows, where they are packed on the fly."""
+        """Samples of the epoch that were handed over or skipped, over all ranks; rows, where they are packed on the fly."""
+        self._starts: tuple[Start, ...] = (self._here,)
         self._is_compared = False
         """Whether the ranks were compared since this loader was made or took a state."""
         self._loop = 0
@@ -116,7 +120,7 @@ class Loader:
         """
         if self.config.packing:
             raise TypeError("rows packed on the fly have no end: count steps")
-        return 0 if self._is_over else len(self._steps())
+        return sum(span.num_steps for span in self._rest())
 
     @property
     def num_samples(self) -> int:
@@ -129,23 +133,24 @@ class Loader:
             self._compare()
         if self._is_over:
             return
-        steps = self._steps()
         self._loop = loop = self._loop + 1
         self._book.begin()
         book = self._book if self.config.packing else None
         with self._noted():
-            self._pool.begin(requests_of(self.epoch, steps, max(self.config.num_workers, 1), loop, book))
-            for step in range(len(steps)):
-                if self._loop != loop:
-                    raise UsageError(
-                        "another loop over this loader, load_state_dict or close came since this loop began: begin again"
-                    )
-                started = time.perf_counter()
-                result = self._pool.next()
-                self._ledger.waits.append(time.perf_counter() - started)
-                batch = self._batch(result)
-                self._hand_over(result, steps, step)
-                yield batch
+            for span in self._rest():
+                self._pool.begin(requests_of(span, max(self.config.num_workers, 1), loop, book))
+                for step in range(span.num_steps):
+                    if self._loop != loop:
+                        raise UsageError(
+                            "another loop over this loader, load_state_dict, skip or close came since this loop began: "
+                            "begin again"
+                        )
+                    started = time.perf_counter()
+                    result = self._pool.next()
+                    self._ledger.waits.append(time.perf_counter() - started)
+                    batch = self._batch(result)
+                    self._hand_over(result, span.steps, step)
+                    yield batch
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -163,8 +168,7 @@ class Loader:
 
         Of rows packed on the fly it has this rank's lanes: see `merge_states` and `gather_state`.
         """
-        position = self.position if self.config.packing else self._order.epochs.start(self.epoch) + self.position
-        state = state_to_json(self._order, self._masks, position, self._step, self._starts)
+        state = state_to_json(self._order, self._here.position, self._step, self._starts, self._skips, self._masks)
         if self._maker is not None and self.config.packing:
             state["packing"] = {"spec": self._maker.spec, "lanes": lanes_to_json(self._book.lanes)}
         return state
@@ -208,8 +212,9 @@ class Loader:
         self._order, self._masks = order, masks
         self._book = LaneBook(order.spec.lanes, self.world.rank, lanes)
         self._pool = self._new_pool()
-        self._step, self._starts = saved.step, next_starts(saved, self.config.batch_size)
-        self.epoch, self.position = (0, saved.position) if self.config.packing else order.epochs.at(saved.position)
+        self._step, self._skips = saved.step, saved.skips
+        self.epoch, self.position = self._epochs.at(saved.position)
+        self._starts = next_starts(saved, self._here)
         self._is_compared = False
         self._end_epoch_if_done()
         self._ledger.begin_receipt()
@@ -223,14 +228,45 @@ class Loader:
         """
         if self.config.packing:
             raise UsageError("rows packed on the fly have no receipt: pack ahead (`wds-tools pack`), or train on padded rows")
-        return self._ledger.receipt(self._order, self._masks, self.world, self.config)
+        return self._ledger.receipt(self.state_dict(), self.world, self.config)
+
+    def skip(self, start: int, stop: int) -> None:
+        """Go on without some steps: behind the batch `start` - 1 of the run comes the one that would have been number `stop`.
+
+        Batches go on being counted as they are handed over: it gets number `start`. State and receipts say what was skipped,
+        so that it is left out once, however often a run is resumed and this is called. All ranks call it, behind
+        `load_state_dict`, which takes what the state says instead.
+
+        Args:
+            start: number of the first step that is left out, from 0; this one or one that is still to come.
+            stop: number of the first step behind them.
+
+        Raises:
+            UsageError: the run is past them, or they are none; or rows are packed on the fly.
+        """
+        if (start, stop) in self._skips:
+            return
+        if self.config.packing:
+            raise UsageError(
+                "rows packed on the fly can't be skipped: their lanes go on from row to row; pack ahead (`wds-tools pack`)"
+            )
+        if not self._step <= start < stop:
+            raise UsageError(
+                f"skip({start}, {stop}): the run stands at step {self._step}: give steps that are still to come, first < stop; "
+                "to leave out what was handed over, load a state from before it"
+            )
+        self._loop += 1
+        self._skips = tuple(sorted((*self._skips, (start, stop))))
+        if start == self._step:
+            self._pass_over(stop)
 
     def stats(self) -> dict[str, float]:
         """Numbers for a training log, of this rank, since it was made.
 
         Returns:
-            epoch, position; batches, samples, dropped; bad and bad_REASON; wait_p50_s and wait_p99_s (seconds the trainer waited
-            for a batch, of the last 10,000); requests, bytes (of data fetched from object storage), evicted, cache_*.
+            epoch, position; batches, samples, dropped, skipped; bad and bad_REASON; wait_p50_s and wait_p99_s (seconds the
+            trainer waited for a batch, of the last 10,000); requests, bytes (of data fetched from object storage), evicted,
+            cache_*.
         """
         return {"epoch": self.epoch, "position": self.position, **self._ledger.stats()}
 
@@ -255,13 +291,32 @@ class Loader:
                 "order": self._order.spec.to_json(),
                 "excluded": [(held.source, held.num_ids, held.hash) for held in self._masks],
                 "token rows": self._maker and [self._maker.spec, self.config.packing],
-                "place": [self.epoch, self.position],
+                "place": [self.epoch, self.position, self._skips],
             }
         )
 
-    def _steps(self) -> BatchPartition:
-        length = ENDLESS if self.config.packing else self._order.epochs.length(self.epoch)
-        return BatchPartition(length, self.position, self.config.batch_size, self.config.last_batch, self.world.world_size)
+    @property
+    def _epochs(self) -> Epochs:
+        return Epochs(ENDLESS) if self.config.packing else self._order.epochs
+
+    @property
+    def _here(self) -> Start:
+        position = self._epochs.start(self.epoch) + self.position
+        return Start(position, self._step, self.config.batch_size, self.world.world_size, self.config.last_batch)
+
+    def _rest(self) -> Iterator[StepSpan]:
+        """The steps that are left of the current epoch."""
+        epoch = self.epoch
+        coming = ahead(self._epochs, self._here, self._skips)
+        return iter(()) if self._is_over else takewhile(lambda span: span.epoch == epoch, coming)
+
+    def _pass_over(self, step: int) -> None:
+        """Go on where a later step would have begun."""
+        here = self._here
+        there = here._replace(position=position_at(self._epochs, here, step))
+        self._starts = (*(start for start in self._starts if start.step != here.step), there)
+        self._ledger.num_skipped += there.position - here.position
+        self.epoch, self.position = self._epochs.at(there.position)
 
     def _lanes(self, state: Mapping[str, Any], num_lanes: int, *, is_whole: bool) -> dict[int, LaneState]:
         """Where lanes stand by a state, which is to know all of them if `is_whole`; none without packing.
@@ -306,10 +361,14 @@ class Loader:
         self.position = high
         self._step += 1
         self._end_epoch_if_done()
+        for first, stop in self._skips:
+            if first == self._step:
+                self._pass_over(stop)
 
     def _end_epoch_if_done(self) -> None:
         """Go over to the next epoch after the last batch: whoever counts batches never asks for one too many."""
-        steps = self._steps()
+        config, length = self.config, self._epochs.length(self.epoch)
+        steps = BatchPartition(length, self.position, config.batch_size, config.last_batch, self.world.world_size)
         if not len(steps) and not self._is_over:
             self._ledger.num_dropped += steps.dropped
             self.epoch, self.position = self.epoch + 1, 0

@@ -106,7 +106,7 @@ class ShardDataset(wds.DataPipeline, wds.compat.FluidInterface):  # type: ignore
         """Where this process stands: small JSON, the same on every rank that has handed out as many samples."""
         source = self._source
         position = source.order.epochs.start(source.epoch) + min(source.position, source.order.length)
-        return {**state_to_json(source.order, (), position, position, source.starts), "epoch": source.epoch}
+        return {**state_to_json(source.order, position, position, source.starts), "epoch": source.epoch}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state with the next iteration: behind the last sample of an epoch, with the next epoch.
@@ -129,8 +129,8 @@ class _Samples:
         """Calls of set_epoch, and the epoch of the last: workers that stay hear of it here."""
         self._heard = 0
         self.epoch = epoch
-        self.starts: tuple[Start, ...] = ((0, 0, 1),)
-        """See State.starts: a step is a sample."""
+        self.starts: tuple[Start, ...] = (Start(0, 0, 1, 1, config.last_batch),)
+        """See Record: a step is a sample."""
         self.start = 0
         """Position at which the next iteration begins."""
         self.position = 0
@@ -148,7 +148,7 @@ class _Samples:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         saved = read_state(state)
         self.order = resumed(saved, self._config, self.order.sources)
-        self.starts = next_starts(saved, 1)
+        self.starts = next_starts(saved, Start(saved.position, saved.step, 1, 1, self._config.last_batch))
         self.epoch, self.position = self.order.epochs.at(saved.position)
         if saved.epoch == self.epoch - 1 and not self.position and get_worker_info():  # others may not have done their part
             self.epoch, self.position = saved.epoch, self.order.epochs.length(saved.epoch)

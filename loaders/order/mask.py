@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import chain
@@ -85,6 +85,11 @@ class Mask:
         self._rows = self.rows(len(ids))
         self._samples = np.zeros(0, np.int64) if samples is None else samples
 
+    def first(self, num_ids: int) -> Mask:
+        """It as it was before it grew."""
+        ends = self._ends[: num_ids + 1]
+        return Mask(self.ids[:num_ids], self._codes[: ends[-1]], self._samples, ends[1:])
+
     def rows(self, num_ids: int) -> Ints:
         """Ascending shard << 32 | sample index of the samples of the first keys."""
         return np.unique(self._codes[: self._ends[num_ids]])
@@ -108,6 +113,14 @@ class Mask:
             if found:
                 yield from found
                 return
+
+    def replaced_by(self, shard: int, sample_index: int) -> list[tuple[int, int]]:
+        """Shard and sample index of the excluded samples that one stands in for."""
+        shards = self._rows >> 32
+        is_gone = np.bincount(shards, minlength=len(self._samples)) == self._samples
+        rows = self._rows[(shards == shard) | is_gone[shards]].tolist()
+        places = ((row >> 32, row & 0xFFFFFFFF) for row in rows)
+        return [place for place in places if next(self.after(*place)) == (shard, sample_index)]
 
 
 def held_masks(held: Sequence[Held], masks: Sequence[Mask | None], position: int) -> tuple[Held, ...]:
@@ -168,19 +181,27 @@ def read_mask(url: str, store: Store, manifest: Manifest, names: Collection[str]
 def _find(store: Store, manifest: Manifest, ids: Sequence[str]) -> dict[str, list[int]]:
     """Key -> shard << 32 | sample index of each of its samples, of those that the dataset has."""
     reader = SampleReader(store, manifest)
-    found: dict[str, list[int]] = {}
-    is_few = len(ids) * 2 * manifest.samples.bit_length() < manifest.samples
     try:
-        for key in ids if is_few and not manifest.is_indexed else ():
-            if (number := reader.number_of(key)) is not None:
-                shard, sample_index = reader.locate(number)
-                found[key] = [(shard << 32) + sample_index]
-        missing = set(ids) - found.keys()
-        for shard in range(len(manifest.shards)) if missing else ():
-            for piece in reader.scan(shard, 0, lambda _: False):
-                for sample in piece:
-                    if (key := sample.key) in missing:
-                        found.setdefault(key, []).append((shard << 32) + sample.sample_index)
+        is_few = len(ids) * 2 * manifest.samples.bit_length() < manifest.samples
+        found = find_quickly(reader, ids) if is_few else {}
+        return found | find_in_headers(reader, set(ids) - found.keys())
     finally:
         reader.close()
+
+
+def find_quickly(reader: SampleReader, keys: Iterable[str]) -> dict[str, list[int]]:
+    """Key -> [shard << 32 | sample index], of those that are found by bisection: all where keys ascend."""
+    numbers = {} if reader.manifest.is_indexed else {key: reader.number_of(key) for key in keys}
+    located = {key: reader.locate(number) for key, number in numbers.items() if number is not None}
+    return {key: [(shard << 32) + sample_index] for key, (shard, sample_index) in located.items()}
+
+
+def find_in_headers(reader: SampleReader, keys: Collection[str]) -> dict[str, list[int]]:
+    """Key -> shard << 32 | sample index of each of its samples, by a look at the header of every sample."""
+    found: dict[str, list[int]] = {}
+    for shard in range(len(reader.manifest.shards)) if keys else ():
+        for piece in reader.scan(shard, 0, lambda _: False):
+            for sample in piece:
+                if (key := sample.key) in keys:
+                    found.setdefault(key, []).append((shard << 32) + sample.sample_index)
     return found

@@ -163,10 +163,8 @@ class Mixture:
         Returns:
             The first of these epochs.
         """
-        lane = np.arange(min(self._lanes, position))
-        num_drawn = self._drawn(source, lane, -((lane - position) // self._lanes))
-        drawn_until = int(np.where(num_drawn > 0, (num_drawn - 1) * self._lanes + lane + 1, 0).max(initial=0))
-        epochs = self._grown.setdefault(source, Epochs(int(self._num_samples[source])))
+        drawn_until = self._drawn_until(source, position)
+        self._grown[source] = epochs = self._epochs_of(source)
         return epochs.change(drawn_until, num_samples)
 
     def locate(self, positions: Ints) -> Draws:
@@ -190,6 +188,31 @@ class Mixture:
             epoch[held], position[held] = epochs.locate(index[held])
         return Draws(source, epoch, position)
 
+    def epochs_between(self, source: int, low: int, high: int) -> range:
+        """The epochs of a source that positions low ... high - 1 of the stream may draw from."""
+        lane = np.arange(min(self._lanes, high))
+        drawn_before = self._drawn(source, lane, np.maximum(-((lane - low) // self._lanes), 0)) * self._lanes + lane
+        epochs, last = self._epochs_of(source), self._drawn_until(source, high) - 1
+        return range(epochs.at(int(drawn_before.min(initial=last + 1)))[0], epochs.at(last)[0] + 1) if last >= 0 else range(0)
+
+    def positions_of(self, source: int, epoch: int, positions: Ints, high: int) -> Ints:
+        """Where positions of an epoch of a source are drawn: the inverse of `locate`.
+
+        Args:
+            source: number of the source.
+            epoch: of its own.
+            positions: (K,) of that epoch.
+            high: a position of the stream.
+
+        Returns:
+            Positions of the stream, (K,); `high` for those that are not drawn before it.
+        """
+        draw, lane = np.divmod(self._epochs_of(source).start(epoch) + positions, self._lanes)
+        most = np.maximum(-((lane - high) // self._lanes), 0)
+        cursor = self._cursor_after(source, lane, draw + 1, most) - 1
+        is_drawn = self._drawn(source, lane, most) > draw
+        return np.where(is_drawn, cursor * self._lanes + lane, high)
+
     def exhausted_at(self, source: int, times: int = 1) -> int:
         """The number of positions until the source has been drawn in full, `times` times.
 
@@ -202,17 +225,31 @@ class Mixture:
         """
         lane = np.arange(min(self._lanes, int(self._num_samples[source]) * times))
         wanted = -(-(self._num_samples[source] * times - lane) // self._lanes)
-        low, high = np.zeros_like(lane), np.ones_like(lane)
+        high = np.ones_like(lane)
         while (todo := self._drawn(source, lane, high) < wanted).any():
             if int(high.max()) > 1 << 50:
                 raise UsageError(f"source {source} is never seen in full: its weight becomes 0 before that")
             high[todo] *= 2
-        while (low < high).any():  # the smallest cursor before which it was drawn as often as wanted
+        return int(((self._cursor_after(source, lane, wanted, high) - 1) * self._lanes + lane).max(initial=-1)) + 1
+
+    def _cursor_after(self, source: int, lane: Ints, wanted: Ints, high: Ints) -> Ints:
+        """The smallest cursor of each lane, up to `high`, before which the source was drawn as often as wanted."""
+        low = np.zeros_like(lane)
+        while (low < high).any():
             middle = (low + high) // 2
             enough = self._drawn(source, lane, middle) >= wanted
             high = np.where(enough, middle, high)
-            low = np.where(enough, low, middle + 1)
-        return int(((high - 1) * self._lanes + lane).max(initial=-1)) + 1
+            low = np.where(enough, low, np.minimum(middle + 1, high))
+        return high
+
+    def _drawn_until(self, source: int, position: int) -> int:
+        """Behind the last sample of a source, through all its epochs, that is drawn before a position of the stream."""
+        lane = np.arange(min(self._lanes, position))
+        num_drawn = self._drawn(source, lane, -((lane - position) // self._lanes))
+        return int(np.where(num_drawn > 0, (num_drawn - 1) * self._lanes + lane + 1, 0).max(initial=0))
+
+    def _epochs_of(self, source: int) -> Epochs:
+        return self._grown.get(source) or Epochs(int(self._num_samples[source]))
 
     def _draw(self, positions: Ints, lane: Ints, cursor: Ints) -> tuple[Ints, Ints]:
         segment = np.searchsorted(self._starts, positions, "right") - 1

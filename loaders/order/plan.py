@@ -7,7 +7,7 @@
 
 So a batch has a sample of every k-th stretch, a rank's lanes are neighbouring stretches, a lane reads its chunks from start to
 end, and no more than one shuffle block of each lane is open at a time.
-Invariant: for every epoch, `locate` maps [0, num_samples) one to one onto the samples.
+Invariant: for every epoch, `locate` maps [0, num_samples) one to one onto the samples, and `positions_of` is its inverse.
 Cost: 16 bytes a chunk and epoch; a position takes no state, about 0.3 us when asked in arrays.
 The chunks are sorted by keys from Philox (Salmon et al., SC 2011), whose stream numpy keeps fixed; samples go through a small
 Feistel network (Black and Rogaway, CT-RSA 2002: cycle walking), mixed by MurmurHash3's finalizer as varied by D. Stafford.
@@ -177,27 +177,77 @@ class SourcePlan:
         Returns:
             Arrays (K,).
         """
-        spec = self.spec
         chunks, starts = self._shuffled_chunks(epoch)
-        lane, cursor = positions % spec.lanes, positions // spec.lanes
-        short, num_longer = divmod(self.num_samples, spec.lanes)
-        lane_start = self._lane_start(lane, short, num_longer)
-        lane_end = lane_start + short + (lane < num_longer)
+        lane, cursor = positions % self.spec.lanes, positions // self.spec.lanes
+        lane_start, lane_end = self._lane_bounds(lane)
         ordinal = lane_start + cursor  # number of the sample in the shuffled chunks, as the starts of chunks and blocks
         number = np.searchsorted(starts, ordinal, "right") - 1
         chunk, start, end = chunks[number], starts[number], starts[number + 1]
         shard = np.searchsorted(self._chunks_before, chunk, "right") - 1
-        block_size = self._block_samples[shard]
-        whole_block = start + (ordinal - start) // block_size * block_size
-        block = np.maximum(whole_block, lane_start)
-        end = np.minimum(end, lane_end)
-        num_samples = np.minimum(whole_block + block_size, end) - block
+        block, num_samples, end = self._block(shard, ordinal, start, end, lane_start, lane_end)
         first = (chunk - self._chunks_before[shard]) * self._chunk_samples[shard] + block - start
         num_done = ordinal - block
-        inside = num_done
-        if spec.shuffle and num_samples.max(initial=1) > 1:
-            inside = _permuted(num_done, num_samples, _key(spec.seed, epoch), block)
+        inside = self._permuted(epoch, num_done, num_samples, block)
         return Planned(shard, first + inside, block, first, num_samples, num_done, end - block)
+
+    def positions_of(self, epoch: int, shard: Ints, sample_index: Ints) -> tuple[Ints, Ints]:
+        """Where samples stand in an epoch: the inverse of `locate`.
+
+        Args:
+            epoch: from 0.
+            shard, sample_index: (K,) of each sample.
+
+        Returns:
+            Number of the sample among the K, and a position; (M,) each. One that is not used has none, a repeated one several.
+        """
+        chunks, starts = self._shuffled_chunks(epoch)
+        wanted = self._chunks_before[shard] + sample_index // self._chunk_samples[shard]
+        numbers = np.flatnonzero(np.isin(chunks, wanted))
+        ascending = numbers[np.argsort(chunks[numbers], kind="stable")]
+        low, high = (np.searchsorted(chunks[ascending], wanted, side) for side in ("left", "right"))  # several, where repeated
+        which = np.repeat(np.arange(len(wanted)), high - low)
+        number = ascending[np.arange(len(which)) + np.repeat(low - np.cumsum(high - low) + high - low, high - low)]
+        shard, start, end = shard[which], starts[number], starts[number + 1]
+        place = start + sample_index[which] % self._chunk_samples[shard]
+        used = place < end  # of a chunk that max_samples cuts off
+        which, shard, start, end, place = (column[used] for column in (which, shard, start, end, place))
+        lane = self._lane_at(place)
+        lane_start, lane_end = self._lane_bounds(lane)
+        block, num_samples, _ = self._block(shard, place, start, end, lane_start, lane_end)
+        ordinal = block + self._permuted(epoch, place - block, num_samples, block, back=True)
+        return which, (ordinal - lane_start) * self.spec.lanes + lane
+
+    def _block(
+        self, shard: Ints, ordinal: Ints, start: Ints, end: Ints, lane_start: Ints, lane_end: Ints
+    ) -> tuple[Ints, Ints, Ints]:
+        """Start and size of the shuffle block of each sample of a chunk and a lane, and where the first of these two ends."""
+        block_size = self._block_samples[shard]
+        whole_block = start + (ordinal - start) // block_size * block_size
+        block, end = np.maximum(whole_block, lane_start), np.minimum(end, lane_end)
+        return block, np.minimum(whole_block + block_size, end) - block, end
+
+    def _permuted(self, epoch: int, inside: Ints, num_samples: Ints, block: Ints, *, back: bool = False) -> Ints:
+        """The place in its shuffle block that each gets, or, `back`, that it had."""
+        if not self.spec.shuffle or num_samples.max(initial=1) <= 1:
+            return inside
+        return _permuted(inside, num_samples, _key(self.spec.seed, epoch), block, back=back)
+
+    def _lane_bounds(self, lane: Ints) -> tuple[Ints, Ints]:
+        """Number of the first sample of each lane in the shuffled chunks, and the one after its last."""
+        short, num_longer = divmod(self.num_samples, self.spec.lanes)
+        start = self._lane_start(lane, short, num_longer)
+        return start, start + short + (lane < num_longer)
+
+    def _lane_at(self, ordinal: Ints) -> Ints:
+        """The lane that reads each sample of the shuffled chunks."""
+        places, batches = (self.spec.batch_size, self.spec.lanes_per_sample) if self.spec.shuffle else (1, 1)
+        low, high = np.zeros_like(ordinal), np.full_like(ordinal, self.spec.lanes)
+        while (high - low > 1).any():  # the last stretch that begins no later
+            middle = (low + high) // 2
+            begins = self._lane_bounds(middle // batches + middle % batches * places)[0] <= ordinal
+            low, high = np.where(begins, middle, low), np.where(begins, high, middle)
+        lane: Ints = low // batches + low % batches * places
+        return lane
 
     def _lane_start(self, lane: Ints, short: int, num_longer: int) -> Ints:
         """Number of the first sample of each lane in the shuffled chunks; the lanes before `num_longer` have short + 1 each."""
@@ -253,8 +303,9 @@ def mix64(words: _Words) -> _Words:
     return words ^ (words >> np.uint64(31))
 
 
-def _permuted(inside: Ints, num_samples: Ints, key: np.uint64, block: Ints) -> Ints:
-    """Where each sample goes in its shuffle block: for each (key, block) a permutation of range(num_samples), at `inside`.
+def _permuted(inside: Ints, num_samples: Ints, key: np.uint64, block: Ints, *, back: bool) -> Ints:
+    """Where each sample goes in its shuffle block: for each (key, block) a permutation of range(num_samples), at `inside`; or,
+    `back`, its inverse.
 
     A number is a pair (left, right) on a grid of at least num_samples cells, nearly square. Each round shifts one by a hash of
     the other, which can be undone, so the network permutes the grid; a cell beyond num_samples is sent through again.
@@ -266,12 +317,17 @@ def _permuted(inside: Ints, num_samples: Ints, key: np.uint64, block: Ints) -> I
     out = inside.astype(np.uint64)
     todo: Any = slice(None)
     while True:
-        left, right = np.divmod(out[todo], width[todo])
-        for number in range(_ROUNDS):
+        rows, columns, mine = height[todo], width[todo], keys[todo]
+        left, right = np.divmod(out[todo], columns)
+        for number in reversed(range(_ROUNDS)) if back else range(_ROUNDS):
             salt = np.uint64((2 * number + 1) * _GOLDEN & _MASK)
-            left = (left + (mix64(right + keys[todo] + salt) >> np.uint64(32))) % height[todo]
-            right = (right + (mix64(left + keys[todo] - salt) >> np.uint64(32))) % width[todo]
-        out[todo] = left * width[todo] + right
+            if back:
+                right = (right + columns - (mix64(left + mine - salt) >> np.uint64(32)) % columns) % columns
+                left = (left + rows - (mix64(right + mine + salt) >> np.uint64(32)) % rows) % rows
+            else:
+                left = (left + (mix64(right + mine + salt) >> np.uint64(32))) % rows
+                right = (right + (mix64(left + mine - salt) >> np.uint64(32))) % columns
+        out[todo] = left * columns + right
         outside = np.flatnonzero(out >= count)
         if not len(outside):
             return out.astype(np.int64)

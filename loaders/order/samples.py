@@ -1,7 +1,7 @@
 """The whole order of a run: sources opened, their plans, and the mixture over them.
 
     config + manifests -> order_spec -> OrderSpec;   OrderSpec + manifests -> SampleOrder
-    SampleOrder.locate(epoch, positions) -> source, shard and sample index of each
+    SampleOrder.locate(epoch, positions) -> source, shard and sample index of each;   SampleOrder.positions_of: the inverse
 
 Sources without weights are one pool: the chunks of all are shuffled together, so an epoch has every sample exactly `repeat`
 times. Sources with weights have a plan each, and a Mixture draws from them. An epoch is `length` positions; the next one goes
@@ -259,6 +259,7 @@ class SampleOrder:
         self.spec = spec
         self.generations = tuple(generations) or (first_generation(spec, [opened.origin for opened in sources]),)
         self.epochs = epochs_of(self.generations)
+        self._earlier: dict[int, SampleOrder] = {}
         schedule = schedule_of(self.generations)
         numbers = range(len(sources))
         first_seen = (next(each for each in self.generations if number < len(each.sources)) for number in numbers)
@@ -283,6 +284,16 @@ class SampleOrder:
                 raise UsageError(
                     f"an epoch of {self.epochs.length(first)} samples, but the sources have {group.plan.num_samples}"
                 )
+
+    def before(self, num_generations: int) -> SampleOrder:
+        """The order as it was until its later changes: what filled up the last batch before one may be another since."""
+        if num_generations == len(self.generations):
+            return self
+        if num_generations not in self._earlier:
+            generations = self.generations[:num_generations]
+            sources = self.sources[: len(generations[-1].sources)]
+            self._earlier[num_generations] = SampleOrder(sources, generations[-1].spec, generations)
+        return self._earlier[num_generations]
 
     @property
     def length(self) -> int:
@@ -331,6 +342,31 @@ class SampleOrder:
             for column, values in zip(out, self._locate(plan_epoch, draws.position[chosen]), strict=True):
                 column[chosen] = values
         return Located(*out)
+
+    def positions_of(self, source: Ints, shard: Ints, sample_index: Ints, low: int, high: int) -> tuple[Ints, Ints]:
+        """Where samples stand in a part of the stream: the inverse of `locate`.
+
+        Args:
+            source, shard, sample_index: (K,) of each sample.
+            low, high: positions of the stream, through all epochs.
+
+        Returns:
+            Number of the sample among the K, and a position in low ... high - 1; (M,) each, by position.
+        """
+        found = [np.zeros((2, 0), np.int64)]
+        for number in range(len(self._groups)):
+            members = np.flatnonzero(source == number) if self.spec.schedule else np.arange(len(source))
+            for epoch in self._mixture.epochs_between(number, low, high) if len(members) and self._groups[number] else ():
+                group = self._group_of(number, epoch)
+                shards = [np.flatnonzero((group.source == source[each]) & (group.shard == shard[each])) for each in members]
+                sample = np.repeat(members, list(map(len, shards)))  # without weights, a source that is repeated has several
+                which, places = group.plan.positions_of(epoch, np.concatenate(shards), sample_index[sample])
+                positions = self._mixture.positions_of(number, epoch, places, high)
+                is_inside = (low <= positions) & (positions < high)
+                found.append(np.stack([sample[which[is_inside]], positions[is_inside]]))
+        which, positions = np.concatenate(found, axis=1)
+        ascending = np.argsort(positions, kind="stable")
+        return which[ascending], positions[ascending]
 
     def source_epochs(self, epoch: int, positions: Ints) -> Ints:
         """Which epoch of its source each of these positions is in; see `locate`."""

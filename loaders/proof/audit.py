@@ -12,19 +12,19 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import zip_longest
 
 import numpy as np
 
-from loaders.config import Source
-from loaders.order.generations import Generation, Origin
+from loaders.order.generations import Generation
 from loaders.order.mask import Held
 from loaders.order.plan import Ints
-from loaders.order.samples import OpenSource, SampleOrder, open_source
+from loaders.order.samples import SampleOrder
 from loaders.proof.coverage import Coverage, EpochAudit, runs_of
+from loaders.proof.data import open_order, read_masks
 from loaders.proof.receipt import Receipt, Span, parse_receipt
-from wds_tools.errors import FormatError, NotFound, UsageError
+from wds_tools.errors import FormatError, UsageError
 from wds_tools.storage import join, open_store, split_url
 
 
@@ -129,7 +129,7 @@ def audit(
         raise UsageError("no receipts to audit")
     latest = _latest(receipts)
     _check_alike(receipts, latest)
-    order = _order_of(latest, _open_sources(latest, moved))
+    order = open_order(latest, moved, latest.name)
     _check_substitutions(receipts, order)
     counted, superseded = _last_of_runs(receipts)
     if exclude and quick:
@@ -159,21 +159,16 @@ def audit(
 def _excluded(receipts: Sequence[Receipt], order: SampleOrder, exclude: str) -> tuple[list[tuple[Held, Ints]], list[str]]:
     """The masks of the receipts with the rows that they exclude, and sentences about keys that none of them has."""
     held_masks = sorted({held for receipt in receipts for held in receipt.masks})
-    if not held_masks or held_masks[-1].source >= len(order.sources):
+    if not held_masks:
         raise UsageError(f"no receipt says that the run excluded {exclude}: it shows nothing about its samples")
-    origins, excluded, unproved = order.generations[-1].sources, [], []
-    for number in sorted({held.source for held in held_masks}):
-        opened = order.sources[number]
-        source = replace(opened.source, exclude=exclude, url=origins[number].url, name=origins[number].name)
-        mask = replace(opened, source=source).mask
-        for held in (held for held in held_masks if held.source == number):
-            if mask.hash(held.num_ids) != held.hash:
-                raise UsageError(
-                    f"{exclude} is not what the run excluded: its first {held.num_ids:,} keys of {opened.name} differ"
-                )
-            excluded.append((held, mask.rows(held.num_ids)))
-        if rest := len(mask.rows(len(mask.ids))) - len(excluded[-1][1]):
-            unproved.append(f"{rest:,} samples of {opened.name} are in {exclude}, but no receipt says that they were excluded")
+    masks = read_masks(held_masks, order, exclude)
+    excluded = [(held, masks[held.source].rows(held.num_ids)) for held in held_masks]
+    unproved = []
+    for number, mask in masks.items():
+        largest = max((len(rows) for held, rows in excluded if held.source == number), default=0)
+        if rest := len(mask.rows(len(mask.ids))) - largest:
+            name = order.sources[number].name
+            unproved.append(f"{rest:,} samples of {name} are in {exclude}, but no receipt says that they were excluded")
     return excluded, unproved
 
 
@@ -211,46 +206,6 @@ def _differences(generation: Generation, wanted: Generation) -> Iterator[str]:
         fingerprint, other = (origin and origin.fingerprint for origin in origins)
         if fingerprint != other:
             yield f"fingerprint of source {number} is {fingerprint!r}, not {other!r}"
-
-
-def _open_sources(receipt: Receipt, moved: Sequence[str]) -> list[OpenSource]:
-    """The sources of a receipt, at its URLs or where they were moved to."""
-    moved_sources = {}
-    for url in moved:
-        opened = open_source(Source(url))
-        fingerprint = opened.manifest.fingerprint()
-        if fingerprint not in {origin.fingerprint for origin in receipt.sources}:
-            expected = ", ".join(f"{origin.url} {origin.fingerprint[:19]}" for origin in receipt.sources)
-            raise UsageError(f"{opened.store.url} has {fingerprint[:19]}, which is not data of the receipts ({expected})")
-        moved_sources[fingerprint] = opened
-    opened_sources = [moved_sources.get(origin.fingerprint) or _open_unmoved(origin) for origin in receipt.sources]
-    for generation in receipt.generations:
-        for origin, opened in zip(generation.sources, opened_sources, strict=False):
-            if opened.first(origin.num_shards).origin.fingerprint != origin.fingerprint:
-                raise FormatError(f"{receipt.name}: the first {origin.num_shards} shards of {opened.store.url} are not its data")
-    return opened_sources
-
-
-def _open_unmoved(origin: Origin) -> OpenSource:
-    hint = "if the data of the run lies elsewhere now, say where with --source"
-    try:
-        opened = open_source(Source(origin.url))
-    except NotFound as error:
-        raise NotFound(f"{error}; {hint}") from error
-    fingerprint = opened.manifest.fingerprint()
-    if fingerprint != origin.fingerprint:
-        raise UsageError(
-            f"{origin.url} is not the data of the receipts: it has {fingerprint[:19]}, they {origin.fingerprint[:19]}; {hint}"
-        )
-    return opened
-
-
-def _order_of(receipt: Receipt, sources: Sequence[OpenSource]) -> SampleOrder:
-    """The order that a receipt is of."""
-    try:
-        return SampleOrder(sources, receipt.spec, receipt.generations)
-    except UsageError as error:
-        raise FormatError(f"{receipt.name}: the spec of its order does not fit its data ({error})") from error
 
 
 def _check_substitutions(receipts: Sequence[Receipt], order: SampleOrder) -> None:

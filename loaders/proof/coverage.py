@@ -3,7 +3,7 @@
     spans of all receipts, in windows of positions -> times handed over -> missing and repeated ranges
     the same through SampleOrder.locate -> samples -> the total of each receipt, and of each complete epoch
 
-Invariant: handed_over = expected - missing - dropped - unseen + repeated.
+Invariant: handed_over = expected - missing - dropped - skipped - unseen + repeated.
 Cost: about 0.4 us a sample, a twentieth of it without hashes; memory is a window and the plan.
 """
 
@@ -21,6 +21,7 @@ from loaders.order.mask import Held, Substitution
 from loaders.order.plan import Ints
 from loaders.order.samples import OpenSource, SampleOrder
 from loaders.proof.receipt import MODULUS, Receipt, SampleHash, Span, total_of
+from loaders.proof.steps import skipped
 from wds_tools.storage import join
 
 _WINDOW = 1 << 18
@@ -81,6 +82,8 @@ class EpochAudit:
     """Names of the receipts that have the first position of each of `repeated.positions`."""
     dropped: int
     """Samples at the end, less than a batch, that last_batch="drop" left out."""
+    skipped: int
+    """Samples that Loader.skip left out, and that were not handed over otherwise."""
     wrapped: int
     """Samples of the next epoch that filled up a last batch: last_batch="wrap". That epoch has them again."""
     unseen: int
@@ -137,6 +140,7 @@ class Coverage:
         """Receipt -> (epoch, source, shard, sample index) of excluded samples at its positions, and how often."""
         self._order = order
         self._receipts = receipts
+        self._skipped = sorted({bounds for receipt in receipts for bounds in skipped(order.epochs, receipt)})
         self._quick = quick
         self._show = show
         self._on_counted = on_counted
@@ -157,13 +161,15 @@ class Coverage:
         """
         length = self._order.epochs.length(epoch)
         spans = [(number, span) for number, receipt in enumerate(self._receipts) for span in receipt.spans if span[0] == epoch]
-        last = max((span[2] for _, span in spans), default=0)
+        base = self._order.epochs.start(epoch)
+        left_out = [(low - base, min(high - base, length)) for low, high in self._skipped if low < base + length and high > base]
+        last = max(*(span[2] for _, span in spans), *(high for _, high in left_out), 0, 0)
         reached = min(last, length)
         dropped = length - reached if self._is_dropped(epoch, reached) else 0
         unseen = length - reached - dropped if may_end_early else 0
         due = length - dropped - unseen
         missing, repeated = _Collector(self._show), _Collector(self._show)
-        handed_over = wrapped = 0
+        handed_over = wrapped = num_skipped = 0
         window, stop = _QUICK_WINDOW if self._quick else _WINDOW, max(length - unseen, last)
         for begin in range(0, stop, window):
             end = min(begin + window, stop)
@@ -172,9 +178,13 @@ class Coverage:
             inside = times[: max(length - begin, 0)]
             handed_over += int(inside.sum())
             wrapped += int(times[len(inside) :].sum())
-            missing.add(begin, times[: max(due - begin, 0)] == 0)
+            absent, is_skipped = inside == 0, np.zeros(len(inside), bool)
+            for low, high in left_out:
+                is_skipped[max(low - begin, 0) : max(high - begin, 0)] = True
+            num_skipped += int((absent & is_skipped).sum())
+            missing.add(begin, (absent & ~is_skipped)[: max(due - begin, 0)])
             repeated.add(begin, inside > 1, int((inside - 1).clip(0).sum()))
-            accounted = inside > 0
+            accounted = (inside > 0) | is_skipped
             accounted[max(due - begin, 0) :] = True
             self._add_up(epoch, begin, end, handed, accounted)
             self._on_counted(end - begin)
@@ -188,6 +198,7 @@ class Coverage:
             repeated=too_often,
             repeated_by=tuple(tuple(self._handed_by(spans, low)) for low, _ in too_often.positions),
             dropped=dropped,
+            skipped=num_skipped,
             wrapped=wrapped,
             unseen=unseen,
             substituted=dict(sorted(Counter(bad.reason for bad in replaced).items())),
@@ -267,22 +278,26 @@ class Coverage:
             self._num_samples[number] += int((high - low).sum())
         if self._quick or not (handed or accounted.any()):
             return
-        located = self._order.locate(epoch, np.arange(begin, end))
-        columns = located[:3]
-        is_excluded = np.zeros(end - begin, bool)
-        for held, rows in self._excluded:
-            is_later = self._order.epochs.start(epoch) + np.arange(begin, end) >= held.position
-            codes = (located.shard << 32) + located.sample_index
-            is_excluded |= is_later & (located.source == held.source) & np.isin(codes, rows)
+        # A mask begins between batches, also if one is filled up from the next epoch.
+        stream = self._order.epochs.start(epoch) + np.minimum(np.arange(begin, end), self._order.epochs.length(epoch) - 1)
+        latest, known = len(self._order.generations), {len(self._receipts[number].generations) for number, _, _ in handed}
+        columns_of, excluded_of = {}, {}
+        for number in known | {latest}:
+            columns_of[number] = source, shard, sample_index = self._order.before(number).locate(epoch, np.arange(begin, end))[:3]
+            excluded_of[number] = np.zeros(end - begin, bool)
+            for held, rows in self._excluded:
+                is_held = np.isin((shard << 32) + sample_index, rows) & (source == held.source)
+                excluded_of[number] |= is_held & (stream >= held.position)
         for ranges in handed:
             if len(ranges.low):
                 inside = ranges.positions() - begin
-                seen = inside[is_excluded[inside]]
-                samples = zip(*(column[seen].tolist() for column in columns), strict=True)
+                number = len(self._receipts[ranges.receipt].generations)
+                seen = inside[excluded_of[number][inside]]
+                samples = zip(*(column[seen].tolist() for column in columns_of[number]), strict=True)
                 self._excluded_seen[ranges.receipt].update((epoch, *sample) for sample in samples)
-                self._totals[ranges.receipt] += total_of(self._hashes, *(column[inside] for column in columns))
+                self._totals[ranges.receipt] += total_of(self._hashes, *(column[inside] for column in columns_of[number]))
         inside = np.flatnonzero(accounted)
-        self._sources.add(epoch, begin + inside, *(column[inside] for column in columns))
+        self._sources.add(epoch, begin + inside, *(column[inside] for column in columns_of[latest]))
 
 
 class _SourceTotals:

@@ -17,19 +17,18 @@ from typing import Annotated, Any
 import numpy as np
 
 from loaders.config import LastBatch
-from loaders.order.generations import Epochs, Origin, epochs_of
+from loaders.order.generations import Epochs, epochs_of
 from loaders.order.mask import Substitution
 from loaders.order.partition import BatchPartition
 from loaders.order.plan import Ints, mix64
-from loaders.order.spec import OrderSpec
 from loaders.proof.state import Record, read_record
 from wds_tools.errors import FormatError
 from wds_tools.format.typed_json import Count, read_json
 
 MODULUS = 1 << 128
-RECEIPT_VERSION = 4
+RECEIPT_VERSION = 5
 """1: last_batch="short" dealt the last step out so that ranks could come away empty. 2: the order spec stood in two places.
-3: a run could not change."""
+3: a run could not change. 4: it did not say which steps its positions are."""
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -62,16 +61,6 @@ class Receipt(Record):
     substitutions: tuple[EpochSubstitution, ...]
     name: str = ""
     """Where it was read, for messages."""
-
-    @property
-    def spec(self) -> OrderSpec:
-        """The order from the last change on."""
-        return self.generations[-1].spec
-
-    @property
-    def sources(self) -> tuple[Origin, ...]:
-        """All sources, as they were when it was written."""
-        return self.generations[-1].sources
 
     @cached_property
     def epochs(self) -> Epochs:

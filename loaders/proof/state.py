@@ -12,9 +12,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
-from loaders.config import LoaderConfig, Source
+from loaders.config import LastBatch, LoaderConfig, Source
 from loaders.order.generations import (
     MAX_GENERATIONS,
     Generation,
@@ -32,13 +32,27 @@ from wds_tools.format.manifest import Manifest, ShardInfo
 from wds_tools.format.typed_json import shape
 from wds_tools.storage import open_store
 
-STATE_VERSION = 2
+STATE_VERSION = 3
+"""2: starts did not say ranks and last batch, and nothing could be skipped."""
 _NO_STATE = "not the state of a loader"
-_MAX_STARTS, _MAX_MASKS = 1 << 16, 1 << 12
+_MAX_STARTS, _MAX_MASKS, _MAX_SKIPS = 1 << 16, 1 << 12, 1 << 10
 _FUTURE = "; load_state_dict(state, change='future') has it hold from here on"
 Change = Literal["future"] | None
-Start = tuple[Position, Position, Position]
-"""(position, step, batch size) at which a run began or went on."""
+_Some = Annotated[int, range(1, 1 << 40)]
+
+
+class Start(NamedTuple):
+    """Where a run began, went on, or went on behind what it skipped."""
+
+    position: Position
+    """Position of the stream."""
+    step: Position
+    """Batches handed over before."""
+    batch_size: _Some
+    """Samples of a batch over all ranks, from here on."""
+    world_size: _Some
+    """Number of ranks."""
+    last_batch: LastBatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +67,17 @@ class Versions:
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """What states and receipts share: what their positions mean."""
+    """What states and receipts share: where the run stands, how it came there, and what positions mean."""
 
+    position: Position
+    """Samples handed over over all ranks, through all epochs, those left out at their ends or skipped among them; rows, where
+    they are packed on the fly."""
+    step: Position
+    """Batches handed over."""
+    starts: tuple[Start, ...]
+    """Where the run began and went on."""
+    skips: tuple[tuple[Position, Position], ...]
+    """(step, step) between which batches are left out, ascending. Those at or before the step of the last start are done."""
     masks: tuple[Held, ...]
     """What was excluded, in the order in which that began."""
     generations: tuple[Generation, ...] = ()
@@ -68,24 +91,28 @@ _Record = TypeVar("_Record", bound=Record)
 class State(Record):
     """A state of this version."""
 
-    position: Position
-    """Samples handed over over all ranks, through all epochs, those left out at their ends among them; rows, where they are
-    packed on the fly."""
-    step: Position
-    """Batches handed over."""
-    starts: tuple[Start, ...]
-    """Where the run began, went on, and with which batch size: step s is position + (s - step) x batch size."""
     epoch: Position | None = None
     """Of a ShardDataset: its epoch, at whose end a worker may stand while others have not done their part."""
 
 
-def order_to_json(order: SampleOrder, masks: Sequence[Held], version: int) -> dict[str, Any]:
-    """The fields of a Record, and the versions."""
+def state_to_json(
+    order: SampleOrder,
+    position: int,
+    step: int,
+    starts: Sequence[Start],
+    skips: Sequence[tuple[int, int]] = (),
+    masks: Sequence[Held] = (),
+) -> dict[str, Any]:
+    """The state of a run, and the fields of a receipt that it shares; see Record."""
     return {
-        "version": version,
+        "version": STATE_VERSION,
         "order_version": ORDER_VERSION,
         "generations": generations_to_json(order.generations),
         "masks": list(map(list, masks)),
+        "position": position,
+        "step": step,
+        "starts": list(map(list, starts)),
+        "skips": list(map(list, skips)),
     }
 
 
@@ -111,12 +138,17 @@ def read_record(
             f"{version} and {ORDER_VERSION}: the same positions would be other samples; use the release that wrote it"
         )
     fields = {name: value for name, value in record.items() if name != "generations"}
-    return replace(shape(kind, fields, what, error), generations=parse_generations(record, what, error))
-
-
-def state_to_json(order: SampleOrder, masks: Sequence[Held], position: int, step: int, starts: Sequence[Start]) -> dict[str, Any]:
-    """The state of a run; see State."""
-    return {**order_to_json(order, masks, STATE_VERSION), "position": position, "step": step, "starts": list(map(list, starts))}
+    read = replace(shape(kind, fields, what, error), generations=parse_generations(record, what, error))
+    steps, positions = [start.step for start in read.starts], [start.position for start in read.starts]
+    is_ascending = steps[:1] == [0] and steps == sorted(set(steps)) and positions == sorted(positions)
+    if not is_ascending or len(steps) > _MAX_STARTS or read.step < steps[-1]:
+        raise error(f"{what} (its {len(steps):,} starts are not 1 to {_MAX_STARTS:,} that ascend from step 0 to {read.step:,})")
+    if len(read.masks) > _MAX_MASKS or len(read.skips) > _MAX_SKIPS:
+        raise error(
+            f"{what} (it has {len(read.masks):,} masks and {len(read.skips):,} skips, at most {_MAX_MASKS:,} and {_MAX_SKIPS:,} "
+            "are read)"
+        )
+    return read
 
 
 def read_state(state: Mapping[str, Any]) -> State:
@@ -125,21 +157,17 @@ def read_state(state: Mapping[str, Any]) -> State:
     Raises:
         UsageError: it is damaged, or of another version.
     """
-    saved = read_record(State, state, _NO_STATE, STATE_VERSION, UsageError)
-    starts = [start[:2] for start in saved.starts]
-    if starts[:1] != [(0, 0)] or starts != sorted(starts) or len(starts) > _MAX_STARTS or saved.step < starts[-1][1]:
-        raise UsageError(f"{_NO_STATE} (its {len(starts):,} starts are not 1 to {_MAX_STARTS:,} that ascend from (0, 0) to step)")
-    if len(saved.masks) > _MAX_MASKS:
-        raise UsageError(f"{_NO_STATE} (it has {len(saved.masks):,} masks, at most {_MAX_MASKS:,} are read)")
-    return saved
+    return read_record(State, state, _NO_STATE, STATE_VERSION, UsageError)
 
 
-def next_starts(saved: State, batch_size: int) -> tuple[Start, ...]:
+def next_starts(saved: State, start: Start) -> tuple[Start, ...]:
     """The starts of a run that goes on from a state; one from which nothing was handed over is replaced."""
-    starts = [start for start in saved.starts if start[:2] != (saved.position, saved.step)]
-    if len(starts) >= _MAX_STARTS - 1:  # those that go on with the same batch size say nothing new
-        starts = [start for before, start in zip([(0, 0, 0), *starts], starts, strict=False) if before[2] != start[2]]
-    return (*starts, (saved.position, saved.step, batch_size))
+    starts = [earlier for earlier in saved.starts if earlier.step != start.step]
+    if len(starts) >= _MAX_STARTS - 1:  # those that go on as before say nothing new
+        skipped = {first for first, _ in saved.skips}
+        pairs = zip((None, *starts), starts, strict=False)
+        starts = [each for before, each in pairs if each.step in skipped or before is None or before[2:] != each[2:]]
+    return (*starts, start)
 
 
 def resumed(

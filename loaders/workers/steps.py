@@ -22,6 +22,7 @@ from loaders.order.mask import Substitution
 from loaders.order.partition import BatchPartition
 from loaders.order.samples import Located, SampleOrder
 from loaders.proof.receipt import SampleHash, total_of
+from loaders.proof.steps import StepSpan
 from loaders.reading.planner import PositionRange
 from loaders.reading.reader import PositionReader, ReadAhead, open_reader
 from loaders.reading.source import LoadedSamples
@@ -49,13 +50,14 @@ class StepRequest:
     """With packing: where lanes stand that this worker meets for the first time in the loop."""
 
 
-def requests_of(epoch: int, steps: BatchPartition, stride: int, loop: int, book: LaneBook | None) -> Iterator[StepRequest]:
-    """The requests of a loop over some steps; see StepRequest.
+def requests_of(span: StepSpan, stride: int, loop: int, book: LaneBook | None) -> Iterator[StepRequest]:
+    """The requests of some steps of a loop; see StepRequest.
 
     Args:
         book: with packing: what is known of the lanes.
     """
-    for step in range(len(steps)):
+    epoch, steps = span.epoch, span.steps
+    for step in range(span.num_steps):
         yield StepRequest(epoch, steps, step, stride, loop, book.new_lanes(steps, step, stride) if book else {})
 
 

@@ -23,7 +23,7 @@ from loaders.order.samples import SampleOrder, open_source, order_spec
 from loaders.proof.audit import Audit, audit, num_positions, read_receipts
 from loaders.proof.coverage import Coverage, SampleRange
 from loaders.proof.receipt import RECEIPT_VERSION, Receipt, SampleHash, parse_receipt, total_of
-from loaders.proof.state import order_to_json
+from loaders.proof.state import Start, state_to_json
 from wds_tools.cli.main import main
 from wds_tools.errors import FormatError, NotFound, UsageError
 from wds_tools.format.schema import Sample
@@ -304,7 +304,7 @@ def test_a_receipt_that_can_not_be_is_refused(tmp_path: Path, change: dict[str, 
         audited(receipts[0] | change)
 
 
-@pytest.mark.parametrize("data", [b"", b"[]", b"{}", b'{"version": 4, "order_version": 2}', b"\xff"])
+@pytest.mark.parametrize("data", [b"", b"[]", b"{}", b'{"version": 5, "order_version": 2}', b"\xff"])
 def test_what_is_no_receipt_is_said_to_be_none(data: bytes) -> None:
     with pytest.raises(FormatError, match="x: not the receipt of a loader"):
         parse_receipt(data, "x")
@@ -318,10 +318,10 @@ def test_moved_data_is_found_by_its_fingerprint_and_changed_data_refused(tmp_pat
     with pytest.raises(NotFound, match="say where with --source"):
         audited(*receipts)
     assert audited(*receipts, moved=[moved], complete=True).is_exact()
-    with pytest.raises(UsageError, match="not data of the receipts"):
+    with pytest.raises(UsageError, match="not data of the run"):
         audited(*receipts, moved=[other])
     shutil.move(other, url)
-    with pytest.raises(UsageError, match="is not the data of the receipts"):
+    with pytest.raises(UsageError, match="is not the data of the run"):
         audited(*receipts)
 
 
@@ -344,7 +344,8 @@ def receipt_of(
     located = order.locate(epoch, np.concatenate(parts))
     total = total_of([SampleHash(fingerprint) for fingerprint in order.fingerprints], *located[:3])
     record = {
-        **order_to_json(order, (), RECEIPT_VERSION),
+        **state_to_json(order, 0, 0, [Start(0, 0, batch_size, world.world_size, last_batch)]),
+        "version": RECEIPT_VERSION,
         "run": "",
         "rank": world.rank,
         "world_size": world.world_size,
@@ -429,7 +430,7 @@ def test_the_command_says_what_is_missing_and_exits_with_1(tmp_path: Path, capsy
     folder = write(tmp_path / "receipts", receipts)
     assert main(["audit", folder, "--complete"]) == 0
     said = capsys.readouterr().out
-    assert "100 expected, 100 handed over, 0 missing, 0 repeated, 0 dropped, 0 wrapped, 0 substituted: exact" in said
+    assert "100 expected, 100 handed over, 0 missing, 0 repeated, 0 dropped, 0 skipped, 0 wrapped, 0 substituted: exact" in said
     assert last_line(said) == "audit: all is well"
     (tmp_path / "receipts/receipt-1.json").unlink()
     assert main(["audit", folder, "--show", "2"]) == 1

@@ -273,7 +273,7 @@ def test_a_state_has_under_two_kilobytes_with_a_generation_and_twenty_starts(tmp
         sizes.append(len(json.dumps(run.state)))
     assert run.state is not None
     assert (len(run.state["starts"]), len(run.state["generations"])) == (20, 2)
-    assert run.state["starts"][:3] == [[0, 0, 4], [4, 1, 5], [9, 2, 4]]
+    assert run.state["starts"][:3] == [[0, 0, 4, 1, "short"], [4, 1, 5, 1, "short"], [9, 2, 4, 1, "short"]]
     assert sizes[-1] < 2000
     assert all(after - before < 30 for number, (before, after) in enumerate(pairwise(sizes)) if number != 9)
     assert sizes[10] - sizes[9] < 400

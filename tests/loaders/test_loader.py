@@ -428,8 +428,10 @@ def test_a_state_of_another_order_is_refused_with_what_differs(tmp_path: Path, c
         ({"position": -1}, "position is -1, expected a whole number from 0 to"),
         ({"step": "1"}, "step is '1', expected a whole number"),
         ({"starts": []}, "starts are not"),
-        ({"starts": [[0, 0, 4], [9, 3, 4], [8, 2, 4]]}, "3 starts are not"),
-        ({"starts": [[0, 0, 4]] * (1 << 16 | 1)}, "65,537 starts are not"),
+        ({"starts": [[0, 0, 4, 1, "drop"], [9, 3, 4, 1, "drop"], [8, 2, 4, 1, "drop"]]}, "3 starts are not"),
+        ({"starts": [[0, 0, 4, 1, "drop"]] * (1 << 16 | 1)}, "65,537 starts are not"),
+        ({"starts": [[0, 0, 0, 1, "drop"]]}, "expected a whole number from 1"),
+        ({"skips": [[1, 2]] * 1025}, "1,025 skips"),
         ({"generations": []}, "expected 1 to 256"),
         ({"generations": [{}] * 257}, "257, expected 1 to 256"),
         ({"generations": [{}]}, "not the state"),
@@ -450,7 +452,7 @@ def test_a_state_is_small_json_whatever_was_read(tmp_path: Path) -> None:
     state = made.state_dict()
     assert json.loads(json.dumps(state)) == state
     assert len(json.dumps(state)) < 1000
-    assert (state["position"], state["step"], state["starts"]) == (30, 8, [[0, 0, 4]])
+    assert (state["position"], state["step"], state["starts"]) == (30, 8, [[0, 0, 4, 1, "short"]])
 
 
 def test_a_loop_that_is_overtaken_by_another_says_so(tmp_path: Path) -> None:

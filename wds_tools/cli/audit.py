@@ -108,6 +108,7 @@ def _describe(audited: EpochAudit) -> Iterator[str]:
         "missing": audited.missing.num_samples,
         "repeated": audited.repeated.num_samples,
         "dropped": audited.dropped,
+        "skipped": audited.skipped,
         "wrapped": audited.wrapped,
         "substituted": sum(audited.substituted.values()),
     }

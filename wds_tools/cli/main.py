@@ -48,6 +48,8 @@ COMMANDS = {
     ("view",): ("view", "look at a dataset in a browser"),
     ("index",): ("index", "index the tars of a dataset, or of others"),
     ("audit",): ("audit", "compare receipts of a training run with the manifests"),
+    ("at",): ("at", "what a training run was handed at a step: texts, sources, pictures"),
+    ("seen",): ("seen", "when a training run was handed a sample: epochs, steps, ranks"),
     ("doctor",): ("doctor", "what is installed, what devices there are, what can be read"),
     ("completion",): ("completion", "make a shell complete these commands"),
     ("simulate",): ("simulate", "what a training run will cost, from the manifests alone"),
