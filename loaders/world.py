@@ -167,9 +167,12 @@ class World:
         Raises:
             UsageError: there is no group, and torch.distributed has other processes than this world.
         """
-        if self.group is None and dist.get_world_size() != self.world_size:
+        if self.group is None and self.world_size == 1:
+            return [value]
+        num_processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        if self.group is None and num_processes != self.world_size:
             raise UsageError(
-                f"this world has {self.world_size} ranks, torch.distributed {dist.get_world_size()} processes: make it with "
+                f"this world has {self.world_size} ranks, torch.distributed {num_processes} processes: make it with "
                 "World.from_group(group) or World.from_mesh(mesh), so that those who read can speak with each other"
             )
         device = "cuda" if dist.get_backend(self.group) == "nccl" else "cpu"

@@ -43,7 +43,7 @@ def main():
         packed = LoaderConfig(sources=sources, sequences=sequences, packing=True, batch_size=4)
         epochs = EpochLoader(build_loader(packed, world), steps=4)
         next(iter(epochs))
-        found["lanes"] = len(epochs.state_dict()["loader"]["packing"]["lanes"])
+        found["lanes"] = len(epochs.state_dict()["packing"]["lanes"])
         for name, settings in {"order": {"seed": rank}, "batch size": {"batch_size": 6 + rank}}.items():
             other = LoaderConfig(**{"sources": (Source(pairs),), "batch_size": 6, **settings})
             try:

@@ -48,7 +48,7 @@ def test_two_ranks_that_pack_on_the_fly_go_on_from_their_merged_state_with_the_s
     whole = train(data, tmp_path / "whole", ranks=2, steps=6)
     train(data, tmp_path / "broken", ranks=2, steps=3)
     assert train(data, tmp_path / "broken", ranks=2, steps=6) == whole
-    state = json.loads((tmp_path / "broken/checkpoint-000003/loader.json").read_text())
+    state = json.loads((tmp_path / "broken/loader-000001.json").read_text())["state"]
     assert (state["position"], len(state["packing"]["lanes"])) == (12, 12)
     assert len(whole) == 6
 
