@@ -82,8 +82,8 @@ class LoaderCallback(TrainerCallback):
         if counted != self._epoch_loader.done:
             raise UsageError(
                 f"{folder} is of update {state.global_step:,}: the Trainer counts {counted} batches into an epoch of {steps}, "
-                f"the loader is {self._epoch_loader.done} into one: keep gradient_accumulation_steps, batch_size and the steps of "
-                "EpochLoader as they were"
+                f"the loader is {self._epoch_loader.done} into one: keep gradient_accumulation_steps, batch_size and the steps "
+                "of EpochLoader as they were"
             )
 
 
