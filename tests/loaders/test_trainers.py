@@ -165,6 +165,21 @@ def test_accelerate_saves_and_restores_the_loader_with_its_state(data: Path, tmp
     assert first + train(net, iter(rounds), optimizer) == whole
 
 
+@PACKING
+def test_checkpoints_of_torch_distributed_hold_all_that_a_state_has(data: Path, tmp_path: Path, packing: bool) -> None:
+    import torch.distributed.checkpoint as dcp
+
+    saved, restored = (EpochLoader(loader(data, packing=packing), steps=50) for _ in range(2))
+    list(islice(saved, 6))
+    dcp.save({"loader": saved}, checkpoint_id=tmp_path / "checkpoint", no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "the state does not know")
+        dcp.load({"loader": restored}, checkpoint_id=tmp_path / "checkpoint", no_dist=True)
+    assert restored.state_dict() == {**saved.state_dict(), "starts": [[0, 0, 4], [24, 6, 4]]}
+    for expected, found in zip(islice(saved, 5), islice(restored, 5), strict=True):
+        assert expected["input_ids"].tolist() == found["input_ids"].tolist()
+
+
 @pytest.mark.slow
 @PACKING
 def test_lightning_saves_and_restores_the_loader_with_its_checkpoints(data: Path, tmp_path: Path, packing: bool) -> None:
