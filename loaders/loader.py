@@ -33,6 +33,7 @@ from loaders.workers.pool import WorkerPool
 from loaders.workers.steps import StepDataset, StepResult, requests_of
 from loaders.world import World
 from wds_tools.errors import UsageError, WdsToolsError
+from wds_tools.sequences.rows import NOT_TRAINED
 from wds_tools.sequences.vocabulary import Vocabulary
 from wds_tools.storage import open_store
 
@@ -339,7 +340,17 @@ class Loader:
             batch |= result.columns.tokens.to_columns()
         if result.columns.codes is not None:
             batch["codes"] = result.columns.codes.to_tensors()
+        if self.config.trained_tokens:
+            batch["trained_tokens"] = self._trained_tokens(batch)
         return batch
+
+    def _trained_tokens(self, batch: Batch) -> int:
+        """Of all ranks. A group may have peers of each, which read the same."""
+        if "labels" not in batch:
+            raise UsageError("trained_tokens=True: these are no token rows, so nothing says which tokens are trained")
+        mine = int((batch["labels"][:, 1:] != NOT_TRAINED).sum())
+        given = self.world.gather(str(mine).encode())
+        return sum(map(int, given)) * self.world.world_size // len(given)
 
     def _hand_over(self, result: StepResult, steps: BatchPartition, step: int) -> None:
         high = steps.end(step)

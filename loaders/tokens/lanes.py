@@ -95,7 +95,12 @@ def parse_lanes(lanes: Any, num_lanes: int, position: int, *, is_whole: bool = F
     parsed: dict[int, LaneState] = {}
     for lane, state in shape(list[tuple[int, LaneState]], lanes, _NO_LANES, UsageError):
         cursors = [cursor for cursor, _ in state.waiting]
-        if lane in parsed or not 0 <= lane < num_lanes or cursors != sorted(set(cursors)) or max(cursors, default=-1) >= state.cursor:
+        if (
+            lane in parsed
+            or not 0 <= lane < num_lanes
+            or cursors != sorted(set(cursors))
+            or max(cursors, default=-1) >= state.cursor
+        ):
             raise UsageError(f"{_NO_LANES} (lane {lane} of {num_lanes} stands at {list(state)})")
         parsed[lane] = state
     known = min(num_lanes, position)

@@ -1,23 +1,21 @@
 """Saves of a loader: whole or not at all, the newest counts, and it proves the run from its beginning, whatever ranks there were.
 
-Ranks are threads here; tests/project/test_train_example.py has processes.
+Ranks are threads here (tests/ranks.py); tests/project/test_train_example.py has processes.
 """
 
 from __future__ import annotations
 
-import threading
 import warnings
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, islice
 from pathlib import Path
 from shutil import copytree
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 from factory import make_dataset, text_sample
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ranks import on_ranks
 from tokens import write_small_sets
 
 from loaders import LoaderConfig, SequenceConfig, Source, World, build_loader
@@ -28,45 +26,8 @@ from wds_tools.storage import LocalStore
 NUM_SAMPLES, BATCH = 60, 6
 
 
-class Meeting(NamedTuple):
-    """What the ranks of a world share: a barrier, and a place for what each brings."""
-
-    barrier: threading.Barrier
-    brought: list[bytes]
-
-
-class ThreadWorld(World):
-    """A world whose ranks are threads: what torch.distributed would carry goes through a list."""
-
-    def gather(self, value: bytes) -> list[bytes]:
-        self.group.brought[self.rank] = value
-        self.group.barrier.wait(timeout=20)
-        given = list(self.group.brought)
-        self.group.barrier.wait(timeout=20)
-        return given
-
-
 class Killed(BaseException):
     """The process is gone."""
-
-
-def on_ranks(world_size: int, do: Callable[[World], Any]) -> list[Any]:
-    """What `do` gives on each rank. A rank that is killed takes the others with it."""
-    meeting = Meeting(threading.Barrier(world_size), [b""] * world_size)
-
-    def run(rank: int) -> Any:
-        try:
-            return do(ThreadWorld(rank=rank, world_size=world_size, group=meeting))
-        except BaseException:
-            meeting.barrier.abort()
-            raise
-
-    with ThreadPoolExecutor(world_size) as threads:
-        waiting = [threads.submit(run, rank) for rank in range(world_size)]
-    errors = [error for future in waiting if (error := future.exception())]
-    for error in sorted(errors, key=lambda error: isinstance(error, threading.BrokenBarrierError)):
-        raise error
-    return [future.result() for future in waiting]
 
 
 @pytest.fixture(scope="module")
