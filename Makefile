@@ -2,7 +2,7 @@
 # make train-demo   train from an S3 server on this machine: killed, resumed, audited; into train-demo-out/
 # make train-proof  the same losses on 1, 2, 3 and 4 ranks and on 4, 3, 4; into train-proof-out/ and docs/train-proof.svg
 # make test     all quick tests, two at a time (JOBS=N)      make test-slow   those of more than 3 s each
-# make check    what CI runs: lint, types, quick tests
+# make check    lint, types, quick tests: what CI runs, with two minutes of test-chaos behind it
 # make test-chaos   kills, flipped bits, a broken network, hostile documents, at random (10 minutes; SECONDS=120, SEED=N, CASE=kills:17)
 # make bench    throughput against the plain way
 # make bench-encode   encoding against one image at a time (4 minutes, on a CPU)
