@@ -1,5 +1,6 @@
 # make demo     the whole job on real input, into demo-out/ (installs what it needs; TORCH_INDEX=URL for another build of torch)
 # make train-demo   train from an S3 server on this machine: killed, resumed, audited; into train-demo-out/
+# make train-proof  the same losses on 1, 2, 3 and 4 ranks and on 4, 3, 4; into train-proof-out/ and docs/train-proof.svg
 # make test     all quick tests, two at a time (JOBS=N)      make test-slow   those of more than 3 s each
 # make check    lint, types, quick tests: what CI runs, with two minutes of test-chaos behind it
 # make test-chaos   kills, flipped bits, a broken network, hostile documents, at random (10 minutes; SECONDS=120, SEED=N, CASE=kills:17)
@@ -30,7 +31,7 @@ ARGS ?=
 TORCH_INDEX ?=
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: setup demo train-demo test test-slow test-chaos check lint types docs pictures dist bench bench-encode bench-loader bench-mixing bench-sequences bench-select bench-peers convert-pairs convert-dclm encode export clean
+.PHONY: setup demo train-demo train-proof test test-slow test-chaos check lint types docs pictures dist bench bench-encode bench-loader bench-mixing bench-sequences bench-select bench-peers convert-pairs convert-dclm encode export clean
 
 setup: $(READY)
 
@@ -51,6 +52,9 @@ demo: $(DEMO_READY)
 
 train-demo: $(READY)
 	$(BIN)/python examples/train_demo.py train-demo-out
+
+train-proof: $(READY)
+	$(BIN)/python examples/train_proof.py train-proof-out
 
 test: $(READY)
 	$(BIN)/python -m pytest -m "not slow" --numprocesses $(JOBS) --dist loadfile tests
@@ -132,4 +136,4 @@ export: $(DEMO_READY) need-in-out
 	$(BIN)/wds-tools export hf --input $(INPUT) --output $(OUTPUT) $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(PEERS) $(TRAINERS) build dist site *.egg-info demo-out train-demo-out bench-out .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PEERS) $(TRAINERS) build dist site *.egg-info demo-out train-demo-out train-proof-out bench-out .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -2,16 +2,15 @@
 
     torchrun --nproc-per-node 2 examples/train.py --source s3://bucket/pairs s3://bucket/dclm --tokenizer tok/ --output run/
 
-A checkpoint is a folder with the weights, the optimizer, the loader's state, and each rank's receipt, published when all is in
-it. Every start goes on from the last one, on any number of ranks. With as many ranks as before the losses are those of a run
-that was never stopped. The model is transformers' Llama, made from a configuration, with random weights.
+A checkpoint is a file with the weights and the optimizer, and behind it a save of the loader: without one it does not count.
+Every start goes on from the last one, on any number of ranks. With as many ranks as before the losses are those of a run that
+was never stopped. The model is transformers' Llama, made from a configuration, with random weights.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -69,20 +68,19 @@ def train(config: TrainConfig) -> None:
     loader = make_loader(config, world)
     model = make_model(config, loader)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate)
-    step = restore(config, loader, model, optimizer)
+    resume(config, loader, model, optimizer)
     parallel = DistributedDataParallel(model) if dist.is_initialized() else model
     epoch = loader.epoch
-    for batch in islice(loader, None if config.steps is None else config.steps - step):
+    for batch in islice(loader, None if config.steps is None else config.steps - loader.step):
         loss = train_step(parallel, batch, optimizer)
-        step += 1
         if world.rank == 0:
             with (config.output / "losses.jsonl").open("a") as log:
-                log.write(json.dumps({"step": step, "loss": loss}) + "\n")
-        if step % config.save_every == 0 or loader.epoch != epoch or step == config.steps:
-            save(config, step, loader, model, optimizer)
+                log.write(json.dumps({"step": loader.step, "loss": loss}) + "\n")
+        if loader.step % config.save_every == 0 or loader.epoch != epoch or loader.step == config.steps:
+            save(config, loader, model, optimizer)
     stats = loader.stats()
     print(
-        f"rank {world.rank} of {world.world_size}: step {step}, waited {stats['wait_p50_s'] * 1e3:.1f} ms a step (median)",
+        f"rank {world.rank} of {world.world_size}: step {loader.step}, waited {stats['wait_p50_s'] * 1e3:.1f} ms a step (median)",
         flush=True,
     )
     loader.close()
@@ -133,37 +131,20 @@ def train_step(model: torch.nn.Module, batch: dict[str, Any], optimizer: torch.o
     return float(totals[0] / totals[1])
 
 
-def save(config: TrainConfig, step: int, loader: Loader, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Write a checkpoint: all ranks into one folder, which gets its name when it is complete."""
-    state = loader.gather_state()
-    folder = config.output / f".checkpoint-{step:06d}"
-    folder.mkdir(exist_ok=True)
-    if config.packing == "none":
-        world = loader.world
-        (folder / f"receipt-{world.rank}-of-{world.world_size}.json").write_text(json.dumps(loader.receipt()))
+def save(config: TrainConfig, loader: Loader, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Write a checkpoint: the weights first, since it counts once the loader's save is whole."""
     if loader.world.rank == 0:
-        (folder / "loader.json").write_text(json.dumps(state))
-        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, folder / "weights.pt")
-    if dist.is_initialized():
-        dist.barrier()
-    if loader.world.rank == 0:
-        final = folder.with_name(folder.name.removeprefix("."))
-        shutil.rmtree(final, ignore_errors=True)  # of a run that was killed behind it, and is repeated
-        folder.rename(final)
-    if dist.is_initialized():
-        dist.barrier()
+        weights = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        torch.save(weights, config.output / f"weights-{loader.step:06d}.pt")
+    loader.save(config.output)
 
 
-def restore(config: TrainConfig, loader: Loader, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Go on from the last checkpoint, if there is one; returns its step."""
-    checkpoints = sorted(config.output.glob("checkpoint-*"))
-    if not checkpoints:
-        return 0
-    weights = torch.load(checkpoints[-1] / "weights.pt", weights_only=True)
-    model.load_state_dict(weights["model"])
-    optimizer.load_state_dict(weights["optimizer"])
-    loader.load_state_dict(json.loads((checkpoints[-1] / "loader.json").read_text()))
-    return int(checkpoints[-1].name.removeprefix("checkpoint-"))
+def resume(config: TrainConfig, loader: Loader, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Go on from the last checkpoint, if there is one."""
+    if step := loader.resume(config.output):
+        weights = torch.load(config.output / f"weights-{step:06d}.pt", weights_only=True)
+        model.load_state_dict(weights["model"])
+        optimizer.load_state_dict(weights["optimizer"])
 
 
 if __name__ == "__main__":

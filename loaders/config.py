@@ -103,6 +103,9 @@ class LoaderConfig:
     packing: bool = False
     """With sequences: pack rows of exactly max_length on the fly. batch_size counts rows, and there is no end: see
     docs/training.md."""
+    trained_tokens: bool = False
+    """Of token rows: `trained_tokens` of a batch is the number of its trained tokens over all ranks, to divide summed losses by.
+    Ranks add up over their group or torch.distributed at each batch, so all must go on together."""
     on_error: Literal["raise", "substitute"] = "raise"
     """What an unreadable sample does: it stops the run, or is replaced by the next readable one of its shard, and counted."""
     max_bad: int = 100

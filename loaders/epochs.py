@@ -42,36 +42,33 @@ class EpochLoader:
         self.loader = loader
         self._num_steps = steps
         self._prepare = prepare
-        self._done = 0
+
+    @property
+    def done(self) -> int:
+        """Steps of the current epoch that are done; with `steps`, epochs are counted from the first step of the run."""
+        if self._num_steps is not None:
+            return self.loader.step % self._num_steps
+        return -(-self.loader.position // self.loader.config.batch_size)
 
     def __len__(self) -> int:
         """Steps of an epoch, including those done."""
         if self._num_steps is not None:
             return self._num_steps
-        return -(-self.loader.position // self.loader.config.batch_size) + len(self.loader)
+        return self.done + len(self.loader)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         if self._num_steps is None:
             yield from map(self._prepare, self.loader)
             return
-        for batch in islice(all_epochs(self.loader), self._num_steps - self._done):
-            self._done = (self._done + 1) % self._num_steps
-            yield self._prepare(batch)
+        yield from map(self._prepare, islice(all_epochs(self.loader), self._num_steps - self.done))
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of all ranks, the same on each: all must call it."""
-        return {"loader": self.loader.gather_state(), "done": self._done}
+        """The state of all ranks, the same on each: all must call it. See Loader.gather_state."""
+        return self.loader.gather_state()
 
     def load_state_dict(self, state: Mapping[str, Any], change: Change = None) -> None:
         """Go on from a state, of any number of ranks. Args and raises UsageError as Loader.load_state_dict."""
-        done = state.get("done") if isinstance(state, Mapping) else None
-        if type(done) is not int or "loader" not in state:
-            raise UsageError(
-                f"not the state of an EpochLoader, which has `loader` and `done`: {str(state)[:80]}; a loader's is for "
-                "epoch_loader.loader"
-            )
-        self.loader.load_state_dict(state["loader"], change)
-        self._done = done % (self._num_steps or 1)
+        self.loader.load_state_dict(state, change)
 
 
 def all_epochs(loader: Loader) -> Iterator[Batch]:

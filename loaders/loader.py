@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import takewhile
+from os import PathLike
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from loaders.order.generations import Epochs
 from loaders.order.mask import held_masks
 from loaders.order.partition import BatchPartition
 from loaders.order.samples import SampleOrder, open_source, order_spec
+from loaders.proof.saves import newest_save, write_save
 from loaders.proof.state import Change, Start, next_starts, read_state, resumed, state_to_json
 from loaders.proof.steps import Skip, StepSpan, ahead, position_at
 from loaders.reading.planner import shared_lanes
@@ -34,7 +36,9 @@ from loaders.workers.pool import WorkerPool
 from loaders.workers.steps import StepDataset, StepResult, requests_of
 from loaders.world import World
 from wds_tools.errors import UsageError, WdsToolsError
+from wds_tools.sequences.rows import NOT_TRAINED
 from wds_tools.sequences.vocabulary import Vocabulary
+from wds_tools.storage import open_store
 
 _WEIGHTS_ERROR = 0.01
 
@@ -76,7 +80,8 @@ class Loader:
         self._order = SampleOrder(self._sources, order_spec(self._sources, config))
         self._maker = RowMaker(config.sequences, config.seed, self._sources) if config.sequences else None
         self._book = LaneBook(self._order.spec.lanes, world.rank)
-        self._step = 0
+        self.step = 0
+        """Batches that were handed over since the run began, through all its starts."""
         self._skips: tuple[Skip, ...] = ()
         self._masks = held_masks((), [opened.mask for opened in self._sources], 0)
         if config.last_batch == "drop" and not config.packing and self._order.length < config.batch_size:
@@ -96,6 +101,8 @@ class Loader:
         """Counts what begins or ends loops: one that it has moved past is over."""
         self._pool = self._new_pool()
         self._ledger = Ledger(config.max_bad)
+        self._earlier: list[dict[str, Any]] = []
+        """Receipts of the run before this loader that its saves bring on."""
 
     def _warn_of_cost(self, stacklevel: int) -> None:
         if shared := shared_lanes(self._order, self.config, self.world.world_size):
@@ -168,7 +175,7 @@ class Loader:
 
         Of rows packed on the fly it has this rank's lanes: see `merge_states` and `gather_state`.
         """
-        state = state_to_json(self._order, self._here.position, self._step, self._starts, self._skips, self._masks)
+        state = state_to_json(self._order, self._here.position, self.step, self._starts, self._skips, self._masks)
         if self._maker is not None and self.config.packing:
             state["packing"] = {"spec": self._maker.spec, "lanes": lanes_to_json(self._book.lanes)}
         return state
@@ -184,7 +191,7 @@ class Loader:
         """
         state = self.state_dict()
         self._compare()
-        if not self.config.packing or self.world.world_size == 1:
+        if not self.config.packing:
             return state
         return merge_states([json.loads(data) for data in self.world.gather(json.dumps(state).encode())])
 
@@ -212,13 +219,50 @@ class Loader:
         self._order, self._masks = order, masks
         self._book = LaneBook(order.spec.lanes, self.world.rank, lanes)
         self._pool = self._new_pool()
-        self._step, self._skips = saved.step, saved.skips
+        self.step, self._skips = saved.step, saved.skips
         self.epoch, self.position = self._epochs.at(saved.position)
         self._starts = next_starts(saved, self._here)
         self._is_compared = False
+        self._earlier = []
         self._end_epoch_if_done()
         self._ledger.begin_receipt()
         self._warn_of_cost(stacklevel=3)
+
+    def save(self, folder: str | PathLike[str]) -> None:
+        """Save state and receipts, whole or not at all; to be called by all ranks, after the same step.
+
+        To be called last, behind the weights: what was written before it belongs to the save. Several ranks without a group speak
+        over torch.distributed. `wds-tools audit` takes the folder.
+
+        Args:
+            folder: a directory or URL, one for all saves of a run or one for each; may hold other files.
+
+        Raises:
+            StorageError: a rank can't write.
+            UsageError: ranks stand at different places, or can't speak with each other; see World.gather.
+        """
+        receipts = self._earlier if self.config.packing else [*self._earlier, self.receipt()]
+        write_save(open_store(str(folder)), self.world, self.gather_state(), receipts)
+
+    def resume(self, folder: str | PathLike[str], change: Change = None) -> int:
+        """Go on from the newest whole save in a folder, if there is one; to be called by all ranks, of any number.
+
+        Args:
+            folder: see `save`.
+            change: see `load_state_dict`.
+
+        Returns:
+            The step at which the run goes on (`step`); 0 if there is no save, and nothing changes.
+
+        Raises:
+            FormatError, UsageError: the save is damaged, or see load_state_dict.
+        """
+        store = open_store(str(folder))
+        if (save := newest_save(store, self.world)) is None:
+            return 0
+        self.load_state_dict(save.state, change)
+        self._earlier = [receipt for _, receipt in save.receipts(store, self.world.rank, self.world.world_size)]
+        return self.step
 
     def receipt(self) -> dict[str, Any]:
         """What this rank has handed over since it was made, or took a state: small JSON for `wds-tools audit`.
@@ -250,14 +294,14 @@ class Loader:
             raise UsageError(
                 "rows packed on the fly can't be skipped: their lanes go on from row to row; pack ahead (`wds-tools pack`)"
             )
-        if not self._step <= start < stop:
+        if not self.step <= start < stop:
             raise UsageError(
-                f"skip({start}, {stop}): the run stands at step {self._step}: give steps that are still to come, first < stop; "
+                f"skip({start}, {stop}): the run stands at step {self.step}: give steps that are still to come, first < stop; "
                 "to leave out what was handed over, load a state from before it"
             )
         self._loop += 1
         self._skips = tuple(sorted((*self._skips, (start, stop))))
-        if start == self._step:
+        if start == self.step:
             self._pass_over(stop)
 
     def stats(self) -> dict[str, float]:
@@ -302,7 +346,7 @@ class Loader:
     @property
     def _here(self) -> Start:
         position = self._epochs.start(self.epoch) + self.position
-        return Start(position, self._step, self.config.batch_size, self.world.world_size, self.config.last_batch)
+        return Start(position, self.step, self.config.batch_size, self.world.world_size, self.config.last_batch)
 
     def _rest(self) -> Iterator[StepSpan]:
         """The steps that are left of the current epoch."""
@@ -352,17 +396,27 @@ class Loader:
             batch |= result.columns.tokens.to_columns()
         if result.columns.codes is not None:
             batch["codes"] = result.columns.codes.to_tensors()
+        if self.config.trained_tokens:
+            batch["trained_tokens"] = self._trained_tokens(batch)
         return batch
+
+    def _trained_tokens(self, batch: Batch) -> int:
+        """Of all ranks. A group may have peers of each, which read the same."""
+        if "labels" not in batch:
+            raise UsageError("trained_tokens=True: these are no token rows, so nothing says which tokens are trained")
+        mine = int((batch["labels"][:, 1:] != NOT_TRAINED).sum())
+        given = self.world.gather(str(mine).encode())
+        return sum(map(int, given)) * self.world.world_size // len(given)
 
     def _hand_over(self, result: StepResult, steps: BatchPartition, step: int) -> None:
         high = steps.end(step)
         self._ledger.record(result, (self.epoch, steps.start + step * steps.batch_size, high, steps.batch_size))
         self._book.lanes.update(result.lanes)
         self.position = high
-        self._step += 1
+        self.step += 1
         self._end_epoch_if_done()
         for first, stop in self._skips:
-            if first == self._step:
+            if first == self.step:
                 self._pass_over(stop)
 
     def _end_epoch_if_done(self) -> None:

@@ -8,8 +8,8 @@ decoded `_READ_TOGETHER` at a time; what comes out are single samples.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Self
 
 import torch
 import webdataset as wds
@@ -25,6 +25,7 @@ from loaders.reading.planner import PositionRange
 from loaders.reading.reader import ReadAhead, open_reader
 from loaders.workers.handover import tell_of_failures
 from loaders.world import World
+from wds_tools.errors import UsageError
 
 _READ_TOGETHER = 256
 _BATCH = 128
@@ -40,8 +41,8 @@ class ShardDataset(wds.DataPipeline, wds.compat.FluidInterface):  # type: ignore
     `__url__` and the members' bytes by suffix, as webdataset does.
 
     An iteration is an epoch; `set_epoch` chooses the order of the next, and is called before each. `state_dict` stands behind
-    the last sample that came out, so it is exact for stages that keep nothing back (`map`, `select`; not `shuffle` or
-    `batched`), and under torchdata's StatefulDataLoader, which asks each worker. For batches, mixtures, receipts: build_loader.
+    the last sample that came out, so it is exact for stages that keep nothing back (`map`, on one rank `select`; not `shuffle`
+    or `batched`), and under torchdata's StatefulDataLoader, which asks each worker. Batches, mixtures, receipts: build_loader.
 
     Args:
         url: the dataset: a directory or URL.
@@ -98,6 +99,19 @@ class ShardDataset(wds.DataPipeline, wds.compat.FluidInterface):  # type: ignore
         """Samples of an epoch over all ranks."""
         return self._source.order.length
 
+    def select(self, predicate: Callable[[Sample], bool]) -> Self:
+        """Samples for which a function is true, on one rank.
+
+        Raises:
+            UsageError: there are several, which would come to different numbers of samples, and wait for each other for ever.
+        """
+        if (ranks := self._source.world.world_size) > 1:
+            raise UsageError(
+                f"select() on {ranks} ranks: each would keep another number of samples, and all wait for the first that ends: "
+                "choose before training (`wds-tools select`), or take samples out with Source(exclude=) of build_loader"
+            )
+        return super().select(predicate)  # type: ignore[no-any-return]
+
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose order the next iteration takes, from its start; of persistent workers too."""
         self._source.set_epoch(epoch)
@@ -122,7 +136,7 @@ class _Samples:
 
     def __init__(self, config: LoaderConfig, world: World, epoch: int) -> None:
         self._config = config
-        self._world = world
+        self.world = world
         sources = [open_source(config.sources[0])]
         self.order = SampleOrder(sources, order_spec(sources, config))
         self._chosen = torch.tensor([0, epoch]).share_memory_()  # type: ignore[no-untyped-call]
@@ -155,13 +169,13 @@ class _Samples:
         self.start = self.position
 
     def __call__(self) -> Iterator[Sample]:
-        self._world.check()
+        self.world.check()
         info = get_worker_info()
         worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
         if info:
             tell_of_failures(wrapped=True)
         self._hear()
-        rank, world_size, epoch = self._world.rank, self._world.world_size, self.epoch
+        rank, world_size, epoch = self.world.rank, self.world.world_size, self.epoch
         stride = world_size * num_workers
         self.position, self.start = self.start, 0
         steps = BatchPartition(self.order.length, self.position, world_size, self._config.last_batch, world_size)

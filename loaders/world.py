@@ -165,12 +165,15 @@ class World:
         """What each process of the group gives, on all of them. To be called by all.
 
         Raises:
-            UsageError: there is no group, and torch.distributed has other processes than this world.
+            UsageError: there is no group, and torch.distributed is not initialized or has other processes than this world.
         """
-        if self.group is None and dist.get_world_size() != self.world_size:
+        if self.group is None and self.world_size == 1:
+            return [value]
+        num_processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        if self.group is None and num_processes != self.world_size:
             raise UsageError(
-                f"this world has {self.world_size} ranks, torch.distributed {dist.get_world_size()} processes: make it with "
-                "World.from_group(group) or World.from_mesh(mesh), so that those who read can speak with each other"
+                f"this world has {self.world_size} ranks, torch.distributed {num_processes} processes: init_process_group, or "
+                "make it with World.from_group(group) or World.from_mesh(mesh), so that those who read can speak with each other"
             )
         device = "cuda" if dist.get_backend(self.group) == "nccl" else "cpu"
         sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size(self.group))]

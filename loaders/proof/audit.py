@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 
 import numpy as np
+import orjson
 
 from loaders.order.generations import Generation
 from loaders.order.mask import Held
@@ -24,6 +25,8 @@ from loaders.order.samples import SampleOrder
 from loaders.proof.coverage import Coverage, EpochAudit, runs_of
 from loaders.proof.data import open_order, read_masks
 from loaders.proof.receipt import Receipt, Span, parse_receipt
+from loaders.proof.saves import newest_save
+from loaders.world import World
 from wds_tools.errors import FormatError, UsageError
 from wds_tools.storage import join, open_store, split_url
 
@@ -56,12 +59,12 @@ def read_receipts(urls: Sequence[str]) -> list[Receipt]:
     """Read receipts.
 
     Args:
-        urls: URLs of .json files, or of folders of them.
+        urls: URLs of .json files, of folders of them, or of folders with saves, of which the newest counts.
 
     Raises:
         NotFound: a file does not exist.
         FormatError: a file is not a receipt.
-        UsageError: a folder has no .json files, or a receipt is of another version.
+        UsageError: a folder has neither saves nor .json files, or a receipt is of another version.
     """
     receipts = []
     for url in urls:
@@ -70,9 +73,13 @@ def read_receipts(urls: Sequence[str]) -> list[Receipt]:
             store, names = open_store(folder), [name]
         else:
             store = open_store(url)
+            if save := newest_save(store, World()):
+                found = enumerate(save.receipts(store))
+                receipts += [parse_receipt(orjson.dumps(receipt), f"{where}, entry {n}") for n, (where, receipt) in found]
+                continue
             names = [entry.name for entry in store.list() if entry.name.endswith(".json")]
         if not names:
-            raise UsageError(f"{store.url}: no .json files: expected receipts, as json.dump(loader.receipt(), file) writes them")
+            raise UsageError(f"{store.url}: no saves, no .json files: expected what loader.save(folder) writes, or receipts")
         receipts += [parse_receipt(store.read(name), join(store.url, name)) for name in names]
     return receipts
 

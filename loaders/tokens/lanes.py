@@ -20,7 +20,6 @@ from wds_tools.format.typed_json import shape
 ENDLESS = 1 << 39
 """Rows of the one epoch that there is."""
 _NO_LANES = "the state's lane cursors are invalid"
-_MOST_DIGITS = 10
 _Number = Annotated[int, range(ENDLESS)]
 
 
@@ -76,9 +75,9 @@ class LaneBook:
         return {lane: self.lanes.get(lane, LaneState()) for lane in sorted(new)}
 
 
-def lanes_to_json(lanes: Mapping[int, LaneState]) -> dict[str, Any]:
-    """Where lanes stand, as JSON values."""
-    return {str(lane): [row, cursor, list(map(list, waiting))] for lane, (row, cursor, waiting) in sorted(lanes.items())}
+def lanes_to_json(lanes: Mapping[int, LaneState]) -> list[Any]:
+    """Where lanes stand, as JSON values: a list, since torch.distributed.checkpoint reads of a dict the keys it had before."""
+    return [[lane, [row, cursor, list(map(list, waiting))]] for lane, (row, cursor, waiting) in sorted(lanes.items())]
 
 
 def parse_lanes(lanes: Any, num_lanes: int, position: int, *, is_whole: bool = False) -> dict[int, LaneState]:
@@ -94,11 +93,15 @@ def parse_lanes(lanes: Any, num_lanes: int, position: int, *, is_whole: bool = F
         UsageError: no lane can stand so, or some are lacking.
     """
     parsed: dict[int, LaneState] = {}
-    for name, state in shape(dict[str, LaneState], lanes, _NO_LANES, UsageError).items():
-        lane = int(name) if name.isdecimal() and len(name) <= _MOST_DIGITS else -1
+    for lane, state in shape(list[tuple[int, LaneState]], lanes, _NO_LANES, UsageError):
         cursors = [cursor for cursor, _ in state.waiting]
-        if not 0 <= lane < num_lanes or cursors != sorted(set(cursors)) or max(cursors, default=-1) >= state.cursor:
-            raise UsageError(f"{_NO_LANES} (lane {name[:40]} of {num_lanes} stands at {list(state)})")
+        if (
+            lane in parsed
+            or not 0 <= lane < num_lanes
+            or cursors != sorted(set(cursors))
+            or max(cursors, default=-1) >= state.cursor
+        ):
+            raise UsageError(f"{_NO_LANES} (lane {lane} of {num_lanes} stands at {list(state)})")
         parsed[lane] = state
     known = min(num_lanes, position)
     num_behind = sum(parsed.get(lane, LaneState()).row < -((lane - position) // num_lanes) for lane in range(known))
@@ -130,9 +133,9 @@ def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     Needed where rows are packed on the fly, since a rank knows its own lanes only; else all states are equal. Of a lane that
     several know, what is furthest is kept:
 
-    >>> ours, theirs = {"0": [2, 5, []]}, {"0": [0, 0, []], "1": [1, 3, [[2, 40]]]}
+    >>> ours, theirs = [[0, [2, 5, []]]], [[0, [0, 0, []]], [1, [1, 3, [[2, 40]]]]]
     >>> merge_states([{"packing": {"lanes": lanes}} for lanes in (ours, theirs)])
-    {'packing': {'lanes': {'0': [2, 5, []], '1': [1, 3, [[2, 40]]]}}}
+    {'packing': {'lanes': [[0, [2, 5, []]], [1, [1, 3, [[2, 40]]]]]}}
 
     Args:
         states: of all ranks, in any order. With fewer, what the others packed is packed again from where it is known.
@@ -152,12 +155,8 @@ def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             names = [name for name in first | other if first.get(name) != other.get(name)]
             raise UsageError(f"states of different steps or runs can't be merged: they differ in {', '.join(names)}")
     if "packing" in merged:
-        lanes: dict[str, Any] = {}
-        for state in states:
-            for lane, lane_state in state["packing"]["lanes"].items():
-                if lane not in lanes or lanes[lane][0] < lane_state[0]:
-                    lanes[lane] = lane_state
-        merged["packing"] = {**merged["packing"], "lanes": dict(sorted(lanes.items(), key=lambda item: int(item[0])))}
+        known = sorted(lane for state in states for lane in state["packing"]["lanes"])
+        merged["packing"] = {**merged["packing"], "lanes": list(map(list, dict(known).items()))}
     return merged
 
 

@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
 
 from loaders.batches.collate import (
     NAME_BYTES,
@@ -34,7 +35,7 @@ from wds_tools.format.schema import TOKEN_MEMBERS, Sample
 from wds_tools.format.shard import parse_npy
 from wds_tools.sequences.build import Example, ExampleBuilder
 from wds_tools.sequences.config import SequenceConfig
-from wds_tools.sequences.rows import SEGMENTS, cut, packed_batch, padded_batch
+from wds_tools.sequences.rows import NOT_TRAINED, SEGMENTS, cut, packed_batch, padded_batch
 from wds_tools.sequences.sources import codebook_size_of
 
 
@@ -203,18 +204,39 @@ def model_inputs(batch: dict[str, Any]) -> dict[str, Any]:
     return {name: batch[name] for name in ("input_ids", "labels", "attention_mask", "position_ids") if name in batch}
 
 
-def flatten(batch: dict[str, Any]) -> dict[str, Any]:
+def flatten(batch: dict[str, Any], pad_multiple: int = 1, num_segments: int | None = None) -> dict[str, Any]:
     """A batch of packed rows in the form of transformers' DataCollatorWithFlattening(return_flash_attn_kwargs=True).
 
+    Args:
+        batch: of packed rows.
+        pad_multiple: each segment is padded to a multiple of it: 2 * cp for context parallelism over cp ranks, each of which
+            takes two equal parts of every segment. The rows are the same for any number of ranks.
+        num_segments: pad cu_seq_lens to that many segments, of which the last are empty, so that shapes stay the same for
+            torch.compile and CUDA graphs; max_length is then that of any row.
+
     Returns:
-        input_ids, labels, position_ids (1, N); cu_seq_lens_q and _k int32; max_length_q and _k int. Views, no copies.
+        input_ids, labels, position_ids (1, N); cu_seq_lens_q and _k int32; max_length_q and _k int. Views, no copies,
+        but with pad_multiple: N is larger, padding has label -100, and cu_seq_lens_q_padded and _k_padded say where segments
+        begin, while cu_seq_lens_q and _k count their own tokens, as Transformer Engine takes them.
+
+    Raises:
+        UsageError: the batch has more segments than num_segments.
     """
-    cu_seqlens = batch["cu_seqlens"]
-    longest = int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
-    return {
-        **{name: batch[name].reshape(1, -1) for name in ("input_ids", "labels", "position_ids")},
-        "cu_seq_lens_q": cu_seqlens,
-        "cu_seq_lens_k": cu_seqlens,
-        "max_length_q": longest,
-        "max_length_k": longest,
-    }
+    begins = padded = batch["cu_seqlens"]
+    columns = {name: batch[name].reshape(1, -1) for name in ("input_ids", "labels", "position_ids")}
+    if pad_multiple > 1:
+        rooms = -(-begins.diff() // pad_multiple) * pad_multiple
+        padded = torch.cat([begins[:1], rooms.cumsum(0, dtype=torch.int32)])
+        total = int(padded[-1])
+        columns["position_ids"] = (torch.arange(total) - padded[:-1].repeat_interleave(rooms))[None]
+        is_token = columns["position_ids"][0] < begins.diff().repeat_interleave(rooms)
+        for name, filler in ("input_ids", 0), ("labels", NOT_TRAINED):
+            columns[name] = torch.full((1, total), filler).masked_scatter_(is_token, columns[name])
+    longest = int(padded.diff().max())
+    if num_segments is not None:
+        if (room := num_segments + 1 - len(begins)) < 0:
+            raise UsageError(f"the batch has {len(begins) - 1} segments, num_segments={num_segments}: give at least as many")
+        begins, padded = (torch.cat([each, each[-1:].expand(room)]) for each in (begins, padded))
+        longest = -(-batch["input_ids"].shape[1] // pad_multiple) * pad_multiple
+    found = {**columns, "max_length_q": longest, "max_length_k": longest, "cu_seq_lens_q": begins, "cu_seq_lens_k": begins}
+    return found if pad_multiple == 1 else {**found, "cu_seq_lens_q_padded": padded, "cu_seq_lens_k_padded": padded}

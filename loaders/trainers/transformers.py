@@ -1,33 +1,31 @@
-"""A loader under the Trainer of transformers: batches as they come, and a state in every checkpoint.
+"""A loader under the Trainer of transformers: batches as they come, and a save in every checkpoint.
 
     epoch_loader = EpochLoader(loader, steps)
     LoaderTrainer(train_dataset=epoch_loader, callbacks=[LoaderCallback(epoch_loader)], ...)
 
 The Trainer would wrap a dataset in a DataLoader of accelerate's, which deals out batches again and reads one ahead of what was
-trained; the loader's batches are this rank's already, so they go to the model as they are. After a resume it would skip what
-was seen by reading it again: `ignore_data_skip=True` leaves that to the loader, which goes on where the checkpoint stands.
+trained; the loader's batches are this rank's already, so they go to the model as they are. After a resume the Trainer passes
+over the batches of the epoch that were trained, so as to count on: here these are empty ones, made on the spot, and the loader
+goes on where the checkpoint stands. So an epoch may end with fewer batches than gradients are accumulated over.
 """
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from loaders.epochs import EpochLoader
 from wds_tools.errors import UsageError
-from wds_tools.format.typed_json import read_json
-from wds_tools.storage import open_store
-
-STATE = "loader.json"
-"""Name of the loader's state in a checkpoint."""
 
 
 class LoaderTrainer(Trainer):
-    """A Trainer whose `train_dataset` is an EpochLoader. Needs `ignore_data_skip=True`; batch sizes are the loader's."""
+    """A Trainer whose `train_dataset` is an EpochLoader; batch sizes are the loader's. Needs `ignore_data_skip=False`."""
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **settings: Any) -> Any:
         """As Trainer.train; the callback is told which checkpoint was named."""
@@ -35,14 +33,27 @@ class LoaderTrainer(Trainer):
         return super().train(resume_from_checkpoint, *args, **settings)
 
     def get_train_dataloader(self) -> Any:
-        """The EpochLoader itself."""
-        if not self.args.ignore_data_skip:
-            raise UsageError("TrainingArguments(ignore_data_skip=True): the loader goes on by itself where the checkpoint stands")
-        return self.train_dataset
+        """The batches of the EpochLoader, epoch by epoch."""
+        if self.args.ignore_data_skip:
+            raise UsageError(
+                "TrainingArguments(ignore_data_skip=True): leave it out, or the Trainer counts a resumed epoch from its start; "
+                "the loader goes on by itself where the checkpoint stands, nothing is read again"
+            )
+        own = torch.Generator()  # else each epoch would take a number from the trainer's
+        return DataLoader(_Epochs(self.train_dataset), batch_size=None, collate_fn=_as_it_is, generator=own)
+
+    def num_examples(self, dataloader: Any) -> int:
+        """Samples of an epoch over all ranks: rows, where the loader packs them."""
+        epochs = getattr(dataloader, "dataset", None)
+        return len(epochs) * epochs.batch_size if isinstance(epochs, _Epochs) else int(super().num_examples(dataloader))
+
+    def get_total_train_batch_size(self, args: Any) -> int:
+        """Samples of an update over all ranks, of which the Trainer makes samples per second."""
+        return _Epochs(self.train_dataset).batch_size * int(args.gradient_accumulation_steps)
 
 
 class LoaderCallback(TrainerCallback):
-    """Saves the loader's state with each checkpoint, and restores it when training begins from one.
+    """Saves the loader with each checkpoint, and goes on from there when training begins from one.
 
     Args:
         epoch_loader: the `train_dataset` of the Trainer.
@@ -52,25 +63,48 @@ class LoaderCallback(TrainerCallback):
         self._epoch_loader = epoch_loader
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-        """Write the state into the checkpoint that was just saved."""
-        saved = self._epoch_loader.state_dict()  # on every rank
-        if args.should_save:
-            folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-            open_store(str(folder)).put(STATE, json.dumps(saved).encode())
+        """Save into the checkpoint that was just written: see Loader.save."""
+        self._epoch_loader.loader.save(_checkpoint(args, state))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-        """Take up the state of the checkpoint that training goes on from."""
-        if state.global_step:
-            last = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-            self.restore(args.resume_from_checkpoint or last)
-
-    def restore(self, checkpoint: str | Path) -> None:
-        """Take up the state in a checkpoint's folder.
+        """Go on from the checkpoint that training goes on from.
 
         Raises:
-            UsageError: there is none, or it is of other data.
+            UsageError: it has no save, one of other data, or one that stands elsewhere in an epoch than the Trainer.
         """
-        path = Path(checkpoint) / STATE
-        if not path.exists():
-            raise UsageError(f"{path} does not exist: was the checkpoint saved with a LoaderCallback?")
-        self._epoch_loader.load_state_dict(read_json(dict[str, Any], path.read_bytes(), f"{path}: not a state", UsageError))
+        if not state.global_step:
+            return
+        folder = args.resume_from_checkpoint or _checkpoint(args, state)
+        if not self._epoch_loader.loader.resume(folder):
+            raise UsageError(f"{folder} has no save of a loader: was the checkpoint written with a LoaderCallback?")
+        steps, accumulated = len(self._epoch_loader), args.gradient_accumulation_steps
+        counted = state.global_step % -(-steps // accumulated) * accumulated
+        if counted != self._epoch_loader.done:
+            raise UsageError(
+                f"{folder} is of update {state.global_step:,}: the Trainer counts {counted} batches into an epoch of {steps}, "
+                f"the loader is {self._epoch_loader.done} into one: keep gradient_accumulation_steps, batch_size and the steps "
+                "of EpochLoader as they were"
+            )
+
+
+class _Epochs(IterableDataset[dict[str, Any]]):
+    """Epochs of the same number of batches: those that were done before a resume are empty, and passed over by the Trainer."""
+
+    def __init__(self, epoch_loader: Any) -> None:
+        self._epoch_loader: EpochLoader = epoch_loader
+        self.batch_size = self._epoch_loader.loader.config.batch_size
+
+    def __len__(self) -> int:
+        return len(self._epoch_loader)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        yield from ({} for _ in range(self._epoch_loader.done))
+        yield from self._epoch_loader
+
+
+def _checkpoint(args: Any, state: Any) -> Path:
+    return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch

@@ -8,6 +8,7 @@ torch's DataLoader runs them. What it tells of a dead worker is translated into 
 from __future__ import annotations
 
 import atexit
+import multiprocessing
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -20,8 +21,10 @@ from loaders.order.samples import OpenSource
 from loaders.workers.handover import affordable_prefetch, tell_of_failures
 from loaders.workers.steps import StepDataset, StepRequest, StepResult
 from loaders.world import World
-from wds_tools.errors import StorageError, WdsToolsError, WorkerDied
+from wds_tools.errors import StorageError, UsageError, WdsToolsError, WorkerDied
 from wds_tools.storage import LocalStore, join
+
+_GUARD = "a script puts what it does below `if __name__ == '__main__':`, since worker processes import it"
 
 
 class WorkerPool:
@@ -40,6 +43,7 @@ class WorkerPool:
         """The DataLoader."""
         self._requests = _Requests()
         self._results: Iterator[StepResult | WdsToolsError] = iter(())
+        self._has_answered = False
 
     def begin(self, requests: Iterable[StepRequest]) -> None:
         """Ask for the steps of a loop.
@@ -61,6 +65,7 @@ class WorkerPool:
         """
         with self._named_death():
             result = next(self._results)
+        self._has_answered = True
         if isinstance(result, WdsToolsError):
             raise result
         return result
@@ -78,6 +83,8 @@ class WorkerPool:
     def _fetched(self) -> Iterable[StepResult | WdsToolsError]:
         if not self._config.num_workers:
             return map(self._dataset.__getitem__, self._requests)
+        if getattr(multiprocessing.current_process(), "_inheriting", False):  # what multiprocessing itself looks at
+            raise UsageError(f"this process imports the script that started it, which reads at once: {_GUARD}")
         if self._workers is None:
             self._workers = torch.utils.data.DataLoader(
                 self._dataset,
@@ -103,7 +110,9 @@ class WorkerPool:
             if isinstance(error, WdsToolsError) or not (_tells_of_a_worker(error) or isinstance(error, OSError | EOFError)):
                 raise
             self.close()
-            raise WorkerDied(f"a worker process ended ({error}{self._cut_off()})") from error
+            method = self._config.start_method or multiprocessing.get_start_method()
+            hint = "" if self._has_answered or method == "fork" else f"; where workers are started by {method}, {_GUARD}"
+            raise WorkerDied(f"a worker process ended ({error}{self._cut_off()}){hint}") from error
 
     def _cut_off(self) -> str:
         """A local shard that is not as long as it was: who touches what is missing of a mapped file, dies."""

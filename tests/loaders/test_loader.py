@@ -746,6 +746,14 @@ def test_less_memory_reads_more_often_and_never_changes_the_order(
     assert (whole.stats()["evicted"], tight.stats()["evicted"] > 0) == (0, True)
 
 
+def test_select_on_several_ranks_is_refused_since_they_would_end_at_different_steps(tmp_path: Path) -> None:
+    url = make_pairs(tmp_path / "set", 31)
+    kept = [sample["__key__"] for sample in ShardDataset(url).map(dict).select(lambda sample: sample["__key__"][-1] in "05")]
+    assert len(kept) == 7
+    with pytest.raises(UsageError, match=r"on 2 ranks: .*`wds-tools select`"):
+        ShardDataset(url, rank=0, world_size=2).map(dict).select(bool)
+
+
 def test_shard_dataset_reads_the_order_of_the_plan_and_resumes_on_other_ranks(tmp_path: Path) -> None:
     url = make_pairs(tmp_path / "set", 31)
     whole = [sample["__key__"] for sample in ShardDataset(url)]

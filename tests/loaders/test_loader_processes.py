@@ -393,6 +393,28 @@ def test_workers_read_one_sequence_however_they_are_started(url: str, how: Any) 
     made.close()
 
 
+WITHOUT_GUARD = """
+import sys
+from loaders import LoaderConfig, Source, build_loader
+
+for batch in build_loader(LoaderConfig(sources=(Source(sys.argv[1]),), batch_size=8, num_workers=1, start_method=sys.argv[2])):
+    print(batch["__key__"])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["spawn", "forkserver"])
+def test_a_script_without_a_guard_ends_with_what_it_lacks(url: str, how: str, tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(WITHOUT_GUARD)
+    command = [sys.executable, str(tmp_path / "train.py"), url, how]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False, timeout=200)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "UsageError: this process imports the script that started it, which reads at once" in done.stderr
+    assert "WorkerDied: a worker process ended" in done.stderr
+    last = done.stderr.strip().splitlines()[-2:]
+    assert f"where workers are started by {how}, a script puts what it does below `if __name__ == '__main__':`" in "".join(last)
+
+
 @pytest.mark.parametrize("how", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_workers_read_a_store_that_their_parent_has_used(url: str, how: Any, request: pytest.FixtureRequest) -> None:
     s3 = request.getfixturevalue("s3")

@@ -88,6 +88,7 @@ SETTINGS: dict[str, list[Any]] = {
     "epochs": [None, *range(1, 10)],
     "last_batch": ["drop", "short", "wrap"],
     "check_crc": [False, True],
+    "trained_tokens": [False, True],
     "max_bad": list(range(10)),
 }
 

@@ -57,7 +57,7 @@ def test_weights_change_from_the_first_step_that_no_lane_has_read(data: Path) ->
     with pytest.raises(UsageError, match=r"may change from step (\d+) on") as refusal:
         rows(config(data, packing=True, weights=(0.1, 0.9)), state, 4, "future")
     allowed = int(re.findall(r"from step (\d+) on", str(refusal.value))[0])
-    deepest = max(cursor for _, cursor, _ in state["packing"]["lanes"].values())
+    deepest = max(cursor for _, (_, cursor, _) in state["packing"]["lanes"])
     assert allowed == -(-deepest * 8 // 4)
     with pytest.raises(UsageError, match=f"from step {allowed} on"):
         rows(replace(before, schedule=((allowed - 1, (0.1, 0.9)),)), state, 4, "future")
@@ -107,7 +107,7 @@ def test_a_mask_holds_at_once_even_for_documents_that_wait(data: Path, tmp_path:
     assert rows(replace(masked, batch_size=10), end, 20, None, 2)[0] == rows(masked, end, 20)[0]
     with pytest.raises(UsageError, match="grows at its end"):
         rows(plain, end, 4)
-    lanes = dict(list(state["packing"]["lanes"].items())[:3])
+    lanes = state["packing"]["lanes"][:3]
     part = state | {"packing": state["packing"] | {"lanes": lanes}}
     with pytest.raises(UsageError, match=r"5 of 8 lanes stand, so nothing that they read can change: merge the states"):
         rows(masked, part, 4)

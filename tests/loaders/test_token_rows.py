@@ -411,7 +411,8 @@ def test_states_of_other_rows_are_refused_with_what_differs(data: Path) -> None:
     other = build_loader(config(data, packing=True, sequences=sequences(data, t2i_ratio=0.9)), World())
     with pytest.raises(UsageError, match=r"t2i_ratio was 0\.5, is 0\.9"):
         other.load_state_dict(state)
-    for lanes in ({"9": [0, 0, []]}, {"0": [0, 0, [[0, 0]]]}, {"0": [-1, 0, []]}, {"a": 1}, [], {"0": [0, 5, [[3, 0], [2, 0]]]}):
+    wrong = [[9, [0, 0, []]]], [[0, [0, 0, [[0, 0]]]]], [[0, [-1, 0, []]]], ["a"], {}, [[0, [0, 5, [[3, 0], [2, 0]]]]]
+    for lanes in (*wrong, [[0, [0, 0, []]]] * 2):
         with pytest.raises(UsageError, match="lane cursors are invalid"):
             packed.load_state_dict({**state, "packing": {**state["packing"], "lanes": lanes}})
     with pytest.raises(TypeError, match="no end"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 import warnings
@@ -79,52 +78,68 @@ def test_a_plain_loop_goes_on_from_its_state_with_the_same_losses(data: Path, pa
     assert whole[-1] < whole[0]
 
 
-@pytest.mark.slow
-@PACKING
-def test_the_trainer_of_transformers_goes_on_from_its_checkpoint_with_the_same_losses(
-    data: Path, tmp_path: Path, packing: bool
-) -> None:
+def run_trainer(
+    data: Path,
+    output: Path,
+    updates: int,
+    resume: Path | None = None,
+    *,
+    steps: int | None = 7,
+    packing: bool = False,
+    **settings: Any,
+) -> tuple[list[tuple[float, float]], dict[str, float]]:
+    """(loss, epoch) of each update of the Trainer of transformers, and what it logs at last."""
     from transformers import TrainingArguments
 
     from loaders.trainers.transformers import LoaderCallback, LoaderTrainer
 
-    def run(name: str, steps: int, resume: str | None = None, **settings: Any) -> list[float]:
-        rounds = EpochLoader(loader(data, packing=packing), steps=4)
-        arguments = TrainingArguments(
-            **{
-                "output_dir": str(tmp_path / name),
-                "max_steps": steps,
-                "lr_scheduler_type": "constant",
-                "logging_steps": 1,
-                "save_steps": 3,
-                "gradient_accumulation_steps": 2,
-                "ignore_data_skip": True,
-                "use_cpu": True,
-                "report_to": [],
-                "disable_tqdm": True,
-                **settings,
-            }
-        )
-        trainer = LoaderTrainer(model=model(), args=arguments, train_dataset=rounds, callbacks=[LoaderCallback(rounds)])
-        trainer.train(resume_from_checkpoint=resume)
-        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    rounds = EpochLoader(loader(data, packing=packing), steps=steps)
+    arguments = TrainingArguments(
+        **{
+            "output_dir": str(output),
+            "max_steps": updates,
+            "lr_scheduler_type": "constant",
+            "logging_steps": 1,
+            "save_steps": 1,
+            "gradient_accumulation_steps": 2,
+            "use_cpu": True,
+            "report_to": [],
+            "disable_tqdm": True,
+            **settings,
+        }
+    )
+    trainer = LoaderTrainer(model=model(), args=arguments, train_dataset=rounds, callbacks=[LoaderCallback(rounds)])
+    trainer.train(resume_from_checkpoint=resume and str(resume))
+    *log, last = trainer.state.log_history
+    return [(entry["loss"], entry["epoch"]) for entry in log if "loss" in entry], last
 
-    whole = run("whole", 5)
-    assert len(whole) == 5
-    run("broken", 3)
-    resumed = run("broken", 5, str(tmp_path / "broken/checkpoint-3"))
-    assert resumed == whole
-    kept = shutil.copytree(tmp_path / "broken/checkpoint-3", tmp_path / "kept")
-    (kept / "loader.json").rename(tmp_path / "loader.json")
-    with pytest.raises(UsageError, match=r"kept/loader\.json does not exist"):  # rather than that of the other run there
-        run("broken", 5, str(kept))
-    (tmp_path / "loader.json").rename(kept / "loader.json")
-    assert run("again", 5, str(kept)) == whole
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("steps", "packing"), [(7, False), (7, True), (None, False)])
+def test_the_trainer_of_transformers_goes_on_from_any_checkpoint_with_the_same_losses_and_epochs(
+    data: Path, tmp_path: Path, steps: int | None, packing: bool
+) -> None:
+    whole, last = run_trainer(data, tmp_path / "whole", 6, steps=steps, packing=packing)
+    if steps:
+        assert [epoch for _, epoch in whole] == pytest.approx([2 / 7, 4 / 7, 6 / 7, 1, 9 / 7, 11 / 7])
+    assert last["train_samples_per_second"] * last["train_runtime"] == pytest.approx(6 * 2 * 4, rel=0.01)
+    for update in (3, 5):  # of seven batches, the fourth update has one
+        kept = tmp_path / "whole" / f"checkpoint-{update}"
+        found, _ = run_trainer(data, tmp_path / f"again-{update}", 6, kept, steps=steps, packing=packing)
+        assert found == whole
+
+
+@pytest.mark.slow
+def test_what_the_trainer_of_transformers_would_count_otherwise_is_refused(data: Path, tmp_path: Path) -> None:
+    run_trainer(data, tmp_path, 3)
+    checkpoint = tmp_path / "checkpoint-3"
+    with pytest.raises(UsageError, match="update 3: the Trainer counts 3 batches into an epoch of 7, the loader is 6"):
+        run_trainer(data, tmp_path / "other", 6, checkpoint, gradient_accumulation_steps=1, max_grad_norm=0.0)
     with pytest.raises(UsageError, match="ignore_data_skip=True"):
-        run("other", 1, ignore_data_skip=False)
-    (tmp_path / "broken/checkpoint-3/loader.json").unlink()
-    with pytest.raises(UsageError, match="LoaderCallback"):
-        run("broken", 5, str(tmp_path / "broken/checkpoint-3"))
+        run_trainer(data, tmp_path / "other", 6, ignore_data_skip=True)
+    (checkpoint / "loader-000001.json").unlink()
+    with pytest.raises(UsageError, match="checkpoint-3 has no save of a loader"):
+        run_trainer(data, tmp_path / "other", 6, checkpoint)
 
 
 @PACKING
@@ -148,6 +163,21 @@ def test_accelerate_saves_and_restores_the_loader_with_its_state(data: Path, tmp
     accelerator.load_state(str(tmp_path / "state"))
     assert len(rounds) == STEPS
     assert first + train(net, iter(rounds), optimizer) == whole
+
+
+@PACKING
+def test_checkpoints_of_torch_distributed_hold_all_that_a_state_has(data: Path, tmp_path: Path, packing: bool) -> None:
+    import torch.distributed.checkpoint as dcp
+
+    saved, restored = (EpochLoader(loader(data, packing=packing), steps=50) for _ in range(2))
+    list(islice(saved, 6))
+    dcp.save({"loader": saved}, checkpoint_id=tmp_path / "checkpoint", no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "the state does not know")
+        dcp.load({"loader": restored}, checkpoint_id=tmp_path / "checkpoint", no_dist=True)
+    assert restored.state_dict() == {**saved.state_dict(), "starts": [[0, 0, 4], [24, 6, 4]]}
+    for expected, found in zip(islice(saved, 5), islice(restored, 5), strict=True):
+        assert expected["input_ids"].tolist() == found["input_ids"].tolist()
 
 
 @pytest.mark.slow
@@ -202,9 +232,6 @@ def test_rounds_go_on_over_epochs_and_keep_their_length(data: Path) -> None:
     assert [batch["__key__"] for batch in islice(epochs, 3)] == expected[:3]
     assert len(epochs) == 20
     assert [batch["__key__"] for batch in epochs] == expected[3:20]
-    for state in (rounds.loader.state_dict(), {"loader": rounds.loader.state_dict(), "done": "7"}, None):
-        with pytest.raises(UsageError, match="not the state of an EpochLoader"):
-            rounds.load_state_dict(state)  # type: ignore[arg-type]
     for settings in ({"steps": 0}, {}):
         with pytest.raises(UsageError, match="steps"):
             EpochLoader(loader(data, packing=True), **settings)

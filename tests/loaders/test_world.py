@@ -43,7 +43,7 @@ def main():
         packed = LoaderConfig(sources=sources, sequences=sequences, packing=True, batch_size=4)
         epochs = EpochLoader(build_loader(packed, world), steps=4)
         next(iter(epochs))
-        found["lanes"] = len(epochs.state_dict()["loader"]["packing"]["lanes"])
+        found["lanes"] = len(epochs.state_dict()["packing"]["lanes"])
         masked = Source(pairs, exclude=data + "/ids.txt") if rank else Source(pairs)
         differences = {"order": {"seed": rank}, "batch size": {"batch_size": 6 + rank}, "excluded": {"sources": (masked,)}}
         for name, settings in differences.items():

@@ -150,6 +150,52 @@ def test_every_block_of_a_page_runs(page: str, place: Path, s3: S3Server) -> Non
         assert re.fullmatch(shown, printed[number]), f"block {number} printed:\n{printed[number]}"
 
 
+FRAMEWORKS = {
+    "own loop": "train()",
+    "transformers": "trainer_of",
+    "Accelerate": "Accelerator()",
+    "Lightning": "lightning.Trainer",
+}
+"""What is in the block of each."""
+ON_RANKS = """
+import multiprocessing
+
+import torch
+
+if __name__ == "__main__":
+    multiprocessing.set_start_method({method!r})
+    torch.set_num_threads(1)
+    if {own_loop!r}:
+        torch.distributed.init_process_group("gloo")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_a_snippet_of_each_framework_runs_on_two_processes_however_workers_are_started(
+    framework: str, method: str, place: Path
+) -> None:
+    page = blocks("docs/training.md")
+    python = [content for language, content in page if language == "python"]
+    common = python[0].partition("if __name__")[0]
+    of_framework = next(block for block in python if FRAMEWORKS[framework] in block).removeprefix(common)
+    (before,) = [content for language, content in page if language == "bash" and "vocabulary gemma/" in content]
+    (prompts,) = [content for language, content in page if language == "bash" and "prompts.json" in content]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": f"{place / 'bin'}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    subprocess.run(["bash", "-euc", before + prompts], cwd=place, env=environment, check=True, capture_output=True)
+    head = ON_RANKS.format(method=method, own_loop=framework == "own loop")
+    (place / "train.py").write_text("\n".join([head, common, of_framework]))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node=2"]
+    done = subprocess.run([*torchrun, "train.py"], cwd=place, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-5000:]
+    saves = {"own loop": "run", "transformers": "out/checkpoint-4", "Accelerate": "accelerate-state", "Lightning": "."}
+    found = {path.name for path in (place / saves[framework]).iterdir()}
+    assert found & {"loader-000001.json", "custom_checkpoint_0.pkl", "last.ckpt"}
+    assert "does not know where" not in done.stderr
+
+
 def parse_only(place: Path) -> Path:
     """A program that takes our commands' arguments and says whether they are right: files `parsed` and `refused`."""
     program = place / "parse_only.py"

@@ -48,7 +48,7 @@ def test_two_ranks_that_pack_on_the_fly_go_on_from_their_merged_state_with_the_s
     whole = train(data, tmp_path / "whole", ranks=2, steps=6)
     train(data, tmp_path / "broken", ranks=2, steps=3)
     assert train(data, tmp_path / "broken", ranks=2, steps=6) == whole
-    state = json.loads((tmp_path / "broken/checkpoint-000003/loader.json").read_text())
+    state = json.loads((tmp_path / "broken/loader-000001.json").read_text())["state"]
     assert (state["position"], len(state["packing"]["lanes"])) == (12, 12)
     assert len(whole) == 6
 
@@ -64,3 +64,20 @@ def test_the_training_demo_runs_to_its_end(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "each the same as in the undisturbed run" in done.stdout
     assert "0 missing, 0 repeated" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_one_training_has_the_same_losses_on_any_number_of_ranks(tmp_path: Path) -> None:
+    program = "import sys, pathlib, train_proof as a; out = pathlib.Path(sys.argv[1]); print(a.prove(out / 'out', out / 'a.svg'))"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "examples")])}
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    *runs, worst = done.stdout.splitlines()[-6:]
+    assert [line.rpartition(", ")[2] for line in runs] == ["audit exact: True"] * 5
+    assert float(worst) <= 1e-9
+    lines = [json.loads(line) for line in (tmp_path / "out/4-3-4-ranks/losses.jsonl").read_text().splitlines()]
+    assert [line["ranks"] for line in lines] == [4] * 4 + [3] * 4 + [4] * 4
+    assert {line["epoch"] for line in lines} == {0}
+    assert (tmp_path / "a.svg").read_text().count("<polyline") == 5

@@ -15,7 +15,7 @@ from wds_tools.run.progress import Advance, Progress
 from wds_tools.storage import join
 from wds_tools.terminal import counted
 
-EXAMPLE = "wds-tools audit s3://bucket/run-7/receipts --complete"
+EXAMPLE = "wds-tools audit s3://bucket/run-7 --complete"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,8 @@ class Config(Printed):
     Exit status 1 if anything is missing or repeated."""
 
     input: tyro.conf.Positional[tuple[str, ...]]
-    """Receipts of all ranks and restarts: .json files, or folders or URLs of them."""
+    """Folders or URLs with saves of a loader, of which the newest counts; or receipts of all ranks and restarts: .json files, or
+    folders of them."""
     epoch: int | None = None
     """Report this epoch only. Receipts are added up over all of theirs."""
     source: tuple[str, ...] = ()
