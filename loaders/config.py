@@ -68,7 +68,10 @@ class LoaderConfig:
     seed: int = 42
     """Seed of the sample order, 0 ... 2**64 - 1."""
     shuffle: bool = True
-    """False: the order of the manifest, for evaluation. One source or several without weights."""
+    """False: the order of the manifest. One source or several without weights."""
+    evaluation: bool = False
+    """Every loop is a pass over a validation set: all samples once in the order of the manifest, from the start, with the same
+    form, wording, text and draws at each pass and on any topology (docs/training.md#validation)."""
     last_batch: LastBatch = "drop"
     """What happens to the last, incomplete batch of an epoch: `drop` leaves its samples out (and counts them), `short` gives a
     smaller batch (or, if they are fewer than the ranks, a larger one before), `wrap` fills it up from the beginning of the next
@@ -115,6 +118,8 @@ class LoaderConfig:
             raise UsageError(f"epochs={self.epochs}: rows packed on the fly have no epochs")
         if self.seed >= 1 << 64:
             raise UsageError(f"seed={self.seed} is not in 0 ... 2**64 - 1")
+        if self.evaluation:
+            self._become_evaluation()
         if self.last_batch not in ("drop", "short", "wrap"):
             raise UsageError(f"last_batch={self.last_batch!r} is not drop, short or wrap")
         if self.on_error not in ("raise", "substitute"):
@@ -135,6 +140,22 @@ class LoaderConfig:
         for step, weights in self.schedule:
             if step < 1 or len(weights) != len(self.sources):
                 raise UsageError(f"schedule entry {(step, weights)}: expected (step of 1 or more, one weight per source)")
+
+    def _become_evaluation(self) -> None:
+        """Settle what a pass over all samples needs; refuse what contradicts it."""
+        if self.packing:
+            raise UsageError(
+                "evaluation=True: rows packed on the fly have no end; take padded rows, or pack ahead (`wds-tools pack`)"
+            )
+        if any(source.weight is not None for source in self.sources):
+            raise UsageError("evaluation=True hands over every sample once: leave weights out, or make a loader of each source")
+        if self.epochs not in (None, 1) or self.last_batch == "wrap":
+            raise UsageError(
+                f"evaluation=True with epochs={self.epochs}, last_batch={self.last_batch!r}: every loop is one pass over all "
+                "samples, each once; leave these out"
+            )
+        for name, value in {"shuffle": False, "last_batch": "short", "epochs": 1}.items():
+            object.__setattr__(self, name, value)
 
 
 def _check_ints(where: str, settings: Source | LoaderConfig, **least: int) -> None:

@@ -59,7 +59,7 @@ class Loader:
     has none. Samples with encoded images or conversations add `image` (bytes) and `conversations`. A conversation has a list of
     grids in `codes`, and of images in `image`, one for each `<image>`. Sources without our schema give `__key__`, `__source__`,
     and the members' bytes by suffix, as lists. Batches of token rows are described in docs/training.md.
-    A loop that was left goes on where it stopped. Use from one thread.
+    A loop that was left goes on where it stopped; of an evaluation, each begins from the start. Use from one thread.
     """
 
     def __init__(self, config: LoaderConfig, world: World) -> None:
@@ -109,7 +109,8 @@ class Loader:
         return WorkerPool(dataset, self.config, self.world, self._sources)
 
     def __len__(self) -> int:
-        """Batches that the next iteration gives: those left of the epoch. The same on every rank.
+        """Batches that the next iteration gives: those left of the epoch. The same on every rank; in an evaluation of fewer
+        samples than ranks, those without a sample get none.
 
         Raises:
             TypeError: rows packed on the fly have no end.
@@ -129,7 +130,12 @@ class Loader:
             self._compare()
         if self._is_over:
             return
+        if self.config.evaluation:
+            self.position = 0
+            self._ledger.begin_receipt()
         steps = self._steps()
+        if steps.part(0, self.world.rank)[0] == steps.part(0, self.world.rank)[1]:
+            return
         self._loop = loop = self._loop + 1
         self._book.begin()
         book = self._book if self.config.packing else None
@@ -162,7 +168,11 @@ class Loader:
         """Where the run stands after the last batch handed over: small, JSON, the same on every rank.
 
         Of rows packed on the fly it has this rank's lanes: see `merge_states` and `gather_state`.
+
+        Raises:
+            UsageError: an evaluation has no state, nor a receipt.
         """
+        self._check_trains()
         position = self.position if self.config.packing else self._order.epochs.start(self.epoch) + self.position
         state = state_to_json(self._order, self._masks, position, self._step, self._starts)
         if self._maker is not None and self.config.packing:
@@ -195,6 +205,7 @@ class Loader:
         Raises:
             UsageError: the state is damaged, or of other data or another order; says what differs.
         """
+        self._check_trains()
         saved = read_state(state)
         num_held = sum({held.source: held.num_ids for held in saved.masks}.values())
         has_new_mask = sum(len(opened.mask.ids) for opened in self._sources) > num_held
@@ -221,6 +232,7 @@ class Loader:
         Raises:
             UsageError: rows are packed on the fly, so a rank's samples are not spans of positions.
         """
+        self._check_trains()
         if self.config.packing:
             raise UsageError("rows packed on the fly have no receipt: pack ahead (`wds-tools pack`), or train on padded rows")
         return self._ledger.receipt(self._order, self._masks, self.world, self.config)
@@ -260,7 +272,15 @@ class Loader:
 
     def _steps(self) -> BatchPartition:
         length = ENDLESS if self.config.packing else self._order.epochs.length(self.epoch)
-        return BatchPartition(length, self.position, self.config.batch_size, self.config.last_batch, self.world.world_size)
+        is_pass = self.config.evaluation
+        start = 0 if is_pass else self.position
+        return BatchPartition(
+            length, start, self.config.batch_size, self.config.last_batch, self.world.world_size, makes_up=not is_pass
+        )
+
+    def _check_trains(self) -> None:
+        if self.config.evaluation:
+            raise UsageError("an evaluation has no state and no receipt: every pass is the same, from the start")
 
     def _lanes(self, state: Mapping[str, Any], num_lanes: int, *, is_whole: bool) -> dict[int, LaneState]:
         """Where lanes stand by a state, which is to know all of them if `is_whole`; none without packing.

@@ -6,6 +6,7 @@
 The Trainer would wrap a dataset in a DataLoader of accelerate's, which deals out batches again and reads one ahead of what was
 trained; the loader's batches are this rank's already, so they go to the model as they are. After a resume it would skip what
 was seen by reading it again: `ignore_data_skip=True` leaves that to the loader, which goes on where the checkpoint stands.
+Its loss of an evaluation is the mean over batches, which depends on how samples are dealt out; here it is that over all tokens.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import gather_object
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from loaders.epochs import EpochLoader
 from wds_tools.errors import UsageError
 from wds_tools.format.typed_json import read_json
+from wds_tools.sequences.rows import NOT_TRAINED
 from wds_tools.storage import open_store
 
 STATE = "loader.json"
@@ -28,6 +31,9 @@ STATE = "loader.json"
 
 class LoaderTrainer(Trainer):
     """A Trainer whose `train_dataset` is an EpochLoader. Needs `ignore_data_skip=True`; batch sizes are the loader's."""
+
+    _evaluated = 0.0, 0
+    """Loss summed over tokens, and number of these tokens, of this rank in an evaluation."""
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **settings: Any) -> Any:
         """As Trainer.train; the callback is told which checkpoint was named."""
@@ -39,6 +45,47 @@ class LoaderTrainer(Trainer):
         if not self.args.ignore_data_skip:
             raise UsageError("TrainingArguments(ignore_data_skip=True): the loader goes on by itself where the checkpoint stands")
         return self.train_dataset
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """An EpochLoader of an evaluation itself; of anything else what the Trainer makes.
+
+        Raises:
+            UsageError: its loader is none for an evaluation, or has fewer samples than there are ranks, which then would wait.
+        """
+        found = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(found, str):
+            found = self.eval_dataset[found]
+        if not isinstance(found, EpochLoader):
+            return super().get_eval_dataloader(eval_dataset)
+        if not found.loader.config.evaluation:
+            raise UsageError("eval_dataset: its loader goes on from epoch to epoch; make it with LoaderConfig(evaluation=True)")
+        if found.loader.num_samples < found.loader.world.world_size:
+            raise UsageError(
+                f"eval_dataset: {found.loader.num_samples} samples for {found.loader.world.world_size} ranks: give every rank one"
+            )
+        return found
+
+    def evaluation_loop(self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **settings: Any) -> Any:
+        """As Trainer.evaluation_loop; of an EpochLoader the loss is the mean over its trained tokens on all ranks."""
+        if not isinstance(dataloader, EpochLoader):
+            return super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **settings)
+        averaged, self.args.average_tokens_across_devices = self.args.average_tokens_across_devices, False
+        self._evaluated = (0.0, 0)
+        try:
+            output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **settings)
+        finally:
+            self.args.average_tokens_across_devices = averaged
+        losses, num_tokens = map(sum, zip(*gather_object([self._evaluated]), strict=True))
+        metrics = {**(output.metrics or {}), f"{metric_key_prefix}_loss": losses / max(num_tokens, 1)}
+        return output._replace(metrics=metrics, num_samples=dataloader.loader.num_samples)
+
+    def prediction_step(self, model: Any, inputs: Any, *args: Any, **settings: Any) -> Any:
+        """As Trainer.prediction_step; counts the loss of an evaluation."""
+        num_tokens = int((inputs["labels"][..., 1:] != NOT_TRAINED).sum()) if "labels" in inputs else 0
+        outputs = super().prediction_step(model, inputs, *args, **settings)
+        if num_tokens:
+            self._evaluated = self._evaluated[0] + float(outputs[0]) * num_tokens, self._evaluated[1] + num_tokens
+        return outputs
 
 
 class LoaderCallback(TrainerCallback):
