@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from wds_tools.errors import UsageError
 from wds_tools.sequences.choices import text_weights
@@ -89,6 +89,10 @@ class LoaderConfig:
     """Batches that each worker prepares ahead."""
     start_method: Literal["fork", "spawn", "forkserver"] | None = None
     """How worker processes are started; None: as torch does."""
+    timeout_s: float = 1800.0
+    """With workers: seconds to wait for a batch before the run ends with an error."""
+    pin_memory: bool = False
+    """Put the tensors of batches into pinned memory, from which `to(device, non_blocking=True)` does not wait for the copy."""
     memory_bytes: int = 2 << 30
     """Memory that one process may take for data that it has read. Less costs more requests, never another order."""
     cache_dir: str | None = None
@@ -97,6 +101,15 @@ class LoaderConfig:
     """Size limit of that folder."""
     check_crc: bool = False
     """Compare every sample's bytes with the CRC-32 of the index."""
+    transform: Callable[[dict[str, Any], Any], dict[str, Any] | None] | None = None
+    """Your own code, run in the processes that read. It takes a sample, as ShardDataset gives it, and a context (`rng`, `epoch`,
+    `key`), and gives a dict of arrays; or None: it is not used, the next sample of its shard stands in (docs/training.md)."""
+    collate: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None
+    """Makes a batch of what transform gave, in the same process. None: values of one shape become a tensor, others a list."""
+    transform_id: str | None = None
+    """Name of what transform does: a state or receipt of another one is refused. None: nothing is compared."""
+    max_unused: float = 0.01
+    """Share of the samples that transform may leave unused, 0 ... 1; more stop the run. The first 1,000 count as one piece."""
     sequences: SequenceConfig | None = None
     """Batches of token rows instead of texts and codes: how they are made. None: as stored; shards of `wds-tools pack` give token
     rows by themselves."""
@@ -124,6 +137,14 @@ class LoaderConfig:
             raise UsageError(f"last_batch={self.last_batch!r} is not drop, short or wrap")
         if self.on_error not in ("raise", "substitute"):
             raise UsageError(f"on_error={self.on_error!r} is not raise or substitute")
+        if self.transform is not None and self.sequences is not None:
+            raise UsageError("transform= and sequences= both say what becomes of a sample: give one of them")
+        if self.transform is None and (self.collate is not None or self.transform_id is not None):
+            raise UsageError("collate= and transform_id= are of what transform= gives: give transform= too")
+        if not 0 <= self.max_unused <= 1:
+            raise UsageError(f"max_unused={self.max_unused} is not in 0 ... 1")
+        if not self.timeout_s > 0:
+            raise UsageError(f"timeout_s={self.timeout_s}, expected seconds, more than 0")
         if self.packing and self.sequences is None:
             raise UsageError("packing=True packs token rows: give sequences=SequenceConfig(...) too")
         weighted = [source.weight is not None for source in self.sources]

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import torch
 
 from loaders.batches.collate import Batch
 from loaders.config import LoaderConfig
@@ -91,7 +92,7 @@ class Loader:
         self._loop = 0
         """Counts what begins or ends loops: one that it has moved past is over."""
         self._pool = self._new_pool()
-        self._ledger = Ledger(config.max_bad)
+        self._ledger = Ledger(config.max_bad, config.max_unused)
 
     def _warn_of_cost(self, stacklevel: int) -> None:
         if shared := shared_lanes(self._order, self.config, self.world.world_size):
@@ -241,8 +242,9 @@ class Loader:
         """Numbers for a training log, of this rank, since it was made.
 
         Returns:
-            epoch, position; batches, samples, dropped; bad and bad_REASON; wait_p50_s and wait_p99_s (seconds the trainer waited
-            for a batch, of the last 10,000); requests, bytes (of data fetched from object storage), evicted, cache_*.
+            epoch, position; batches, samples, dropped; bad and bad_REASON; unused and unused_REASON; wait_p50_s and wait_p99_s
+            (seconds the trainer waited for a batch, of the last 10,000); requests, bytes (of data fetched from object storage),
+            evicted, cache_*.
         """
         return {"epoch": self.epoch, "position": self.position, **self._ledger.stats()}
 
@@ -316,7 +318,10 @@ class Loader:
             batch |= result.columns.tokens.to_columns()
         if result.columns.codes is not None:
             batch["codes"] = result.columns.codes.to_tensors()
-        return batch
+        batch = (result.columns.made or {}) | batch
+        if not self.config.pin_memory:
+            return batch
+        return {name: value.pin_memory() if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
 
     def _hand_over(self, result: StepResult, steps: BatchPartition, step: int) -> None:
         high = steps.end(step)

@@ -52,9 +52,8 @@ class LoaderTrainer(Trainer):
         Raises:
             UsageError: its loader is none for an evaluation, or has fewer samples than there are ranks, which then would wait.
         """
-        found = self.eval_dataset if eval_dataset is None else eval_dataset
-        if isinstance(found, str):
-            found = self.eval_dataset[found]
+        named: Any = self.eval_dataset
+        found = named if eval_dataset is None else named[eval_dataset] if isinstance(eval_dataset, str) else eval_dataset
         if not isinstance(found, EpochLoader):
             return super().get_eval_dataloader(eval_dataset)
         if not found.loader.config.evaluation:
@@ -65,24 +64,26 @@ class LoaderTrainer(Trainer):
             )
         return found
 
-    def evaluation_loop(self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **settings: Any) -> Any:
+    def evaluation_loop(self, dataloader: Any, *args: Any, **settings: Any) -> Any:
         """As Trainer.evaluation_loop; of an EpochLoader the loss is the mean over its trained tokens on all ranks."""
         if not isinstance(dataloader, EpochLoader):
-            return super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **settings)
+            return super().evaluation_loop(dataloader, *args, **settings)
         averaged, self.args.average_tokens_across_devices = self.args.average_tokens_across_devices, False
-        self._evaluated = (0.0, 0)
+        self._evaluated = 0.0, 0
+        loader: Any = dataloader
         try:
-            output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **settings)
+            output = super().evaluation_loop(loader, *args, **settings)
         finally:
             self.args.average_tokens_across_devices = averaged
         losses, num_tokens = map(sum, zip(*gather_object([self._evaluated]), strict=True))
-        metrics = {**(output.metrics or {}), f"{metric_key_prefix}_loss": losses / max(num_tokens, 1)}
+        name = f"{settings.get('metric_key_prefix', 'eval')}_loss"
+        metrics = {**(output.metrics or {}), name: losses / max(num_tokens, 1)}
         return output._replace(metrics=metrics, num_samples=dataloader.loader.num_samples)
 
     def prediction_step(self, model: Any, inputs: Any, *args: Any, **settings: Any) -> Any:
         """As Trainer.prediction_step; counts the loss of an evaluation."""
         num_tokens = int((inputs["labels"][..., 1:] != NOT_TRAINED).sum()) if "labels" in inputs else 0
-        outputs = super().prediction_step(model, inputs, *args, **settings)
+        outputs: Any = super().prediction_step(model, inputs, *args, **settings)
         if num_tokens:
             self._evaluated = self._evaluated[0] + float(outputs[0]) * num_tokens, self._evaluated[1] + num_tokens
         return outputs

@@ -8,12 +8,14 @@ torch's DataLoader runs them. What it tells of a dead worker is translated into 
 from __future__ import annotations
 
 import atexit
+import time
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
+from torch.utils.data._utils import MP_STATUS_CHECK_INTERVAL
 
 from loaders.config import LoaderConfig
 from loaders.order.samples import OpenSource
@@ -38,6 +40,9 @@ class WorkerPool:
         self._dataset, self._config, self._world, self._sources = dataset, config, world, sources
         self._workers: Any = None
         """The DataLoader."""
+        self._timed: Any = None
+        """Its iterator, whose waits end; it stays as long as the workers."""
+        self._waits_since = 0.0
         self._requests = _Requests()
         self._results: Iterator[StepResult | WdsToolsError] = iter(())
 
@@ -49,16 +54,21 @@ class WorkerPool:
             WorkerDied: a worker ended.
         """
         self._requests.current = requests
+        self._waits_since = time.monotonic()
         with self._named_death():
             self._results = iter(self._fetched())
+            if self._workers is not None and self._timed is not self._results:
+                self._timed = self._results
+                self._timed._try_get_data = self._in_time(self._timed._try_get_data)
 
     def next(self) -> StepResult:
         """The result of the next step.
 
         Raises:
             WdsToolsError: the step met an error.
-            WorkerDied: a worker ended.
+            WorkerDied: a worker ended, or gives no batch for timeout_s.
         """
+        self._waits_since = time.monotonic()
         with self._named_death():
             result = next(self._results)
         if isinstance(result, WdsToolsError):
@@ -74,6 +84,20 @@ class WorkerPool:
             except RuntimeError as error:  # torch's handler of SIGCHLD tells, in the midst of this, of one that was killed
                 if not _tells_of_a_worker(error):
                     raise
+
+    def _in_time(self, wait: Callable[..., Any]) -> Callable[..., Any]:
+        """DataLoader's own wait for a batch, which it repeats for ever. Its `timeout` would not look whether workers live."""
+
+        def wait_on() -> Any:
+            left = self._waits_since + self._config.timeout_s - time.monotonic()
+            if left <= 0:
+                raise WorkerDied(
+                    f"the workers gave no batch for timeout_s={self._config.timeout_s:g} seconds: a transform that never ends, a "
+                    "lock that was held when they were forked (start_method='spawn' helps), or a slow storage"
+                )
+            return wait(timeout=min(left, MP_STATUS_CHECK_INTERVAL))
+
+        return wait_on
 
     def _fetched(self) -> Iterable[StepResult | WdsToolsError]:
         if not self._config.num_workers:
