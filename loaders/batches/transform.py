@@ -96,8 +96,7 @@ class Transformer:
                 key, result, substitutions[number] = self._stand_in(loaded[number], before, result, epoch)
             keys.append(key)
             made.append(result)
-        batch = collate(made) if self.collate is None else _called("collate", keys[0], "and others", self.collate, made)
-        return Columns({"__key__": keys}, None, made=batch), substitutions
+        return Columns({"__key__": keys}, None, made=self._collated(keys, made)), substitutions
 
     def _stand_in(
         self, samples: LoadedSamples, before: Substitution, error: Reject, epoch: int
@@ -122,24 +121,34 @@ class Transformer:
             one = [(key, sample["text"], sample["texts"])]
             (sample["text"],) = chosen_texts([weights], self.seed, np.array([epoch]), [0], one)
         context = Context(self.seed, epoch, key)
-        result = _called("transform", key, sample["__url__"], self.transform, sample, context)
+        try:
+            result = self.transform(sample, context)
+        except Exception as error:
+            raise _raised("transform", f"{key} ({sample['__url__']})", error) from error
+        if isinstance(result, dict):
+            return result
         if result is None:
             return Reject(f"{UNUSED}_{context.reason}" if context.reason else UNUSED, f"transform gave None for {key}")
-        return dict(result)
+        raise TransformError(
+            f"transform gave a {type(result).__name__} for {key}, expected a dict of arrays, or None for a sample that is not used"
+        )
+
+    def _collated(self, keys: list[str], made: list[dict[str, Any]]) -> Batch:
+        if self.collate is None:
+            return collate(made)
+        try:
+            batch = self.collate(made)
+        except Exception as error:
+            raise _raised("collate", f"{', '.join(keys[:3])}, ...", error) from error
+        if not isinstance(batch, dict):
+            raise TransformError(f"collate gave a {type(batch).__name__}, expected a dict")
+        return batch
 
 
-def _called(name: str, key: str, where: str, function: Callable[..., Any], *args: Any) -> Any:
-    """What the user's function gives: a dict, or None of a transform."""
-    try:
-        result = function(*args)
-    except Exception as error:
-        told = TransformError(f"{name} raised {type(error).__name__} for sample {key} ({where}): {error}")
-        told.add_note("".join(traceback.format_exception(error)))  # a cause does not travel between processes
-        raise told from error
-    if isinstance(result, dict) or (result is None and name == "transform"):
-        return result
-    expected = "a dict of arrays, or None for a sample that is not used" if name == "transform" else "a dict"
-    raise TransformError(f"{name} gave a {type(result).__name__} for sample {key} ({where}), expected {expected}")
+def _raised(name: str, what: str, error: Exception) -> TransformError:
+    told = TransformError(f"{name} raised {type(error).__name__} for {what}: {error}")
+    told.add_note("".join(traceback.format_exception(error)))  # a cause does not travel between processes
+    return told
 
 
 def collate(samples: list[dict[str, Any]]) -> Batch:
@@ -154,14 +163,12 @@ def collate(samples: list[dict[str, Any]]) -> Batch:
 
 
 def _stacked(values: list[Any]) -> Any:
-    kind = type(values[0])
-    if any(type(value) is not kind for value in values):
+    kinds = set(map(type, values))
+    if len(kinds) > 1 or not issubclass(*kinds, torch.Tensor | np.ndarray | np.number | int | float):
         return values
-    if issubclass(kind, torch.Tensor):
-        is_alike = all((value.shape, value.dtype) == (values[0].shape, values[0].dtype) for value in values)
-        return torch.stack(values) if is_alike else values
-    if not issubclass(kind, np.ndarray | np.number | int | float):
+    arrays = values if issubclass(*kinds, torch.Tensor | np.ndarray) else list(map(np.asarray, values))
+    if len({(array.shape, array.dtype) for array in arrays}) > 1:
         return values
-    arrays = list(map(np.asarray, values))
-    is_alike = all((array.shape, array.dtype) == (arrays[0].shape, arrays[0].dtype) for array in arrays)
-    return torch.from_numpy(np.stack(arrays)) if is_alike and arrays[0].dtype.kind in "biuf" else values
+    if isinstance(arrays[0], torch.Tensor):
+        return torch.stack(arrays)
+    return torch.from_numpy(np.stack(arrays)) if arrays[0].dtype.kind in "biuf" else values

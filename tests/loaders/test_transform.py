@@ -224,7 +224,7 @@ def test_an_error_of_the_users_code_names_the_sample_and_shows_the_line(pictures
         return {"size": sample["no such field"]}
 
     made = loader(pictures, transform=broken, num_workers=num_workers, on_error="substitute")
-    with pytest.raises(TransformError, match=r"transform raised KeyError for sample p-\d{5} \(.*shard-.*\.tar\)") as caught:
+    with pytest.raises(TransformError, match=r"transform raised KeyError for p-\d{5} \(.*shard-.*\.tar\)") as caught:
         list(made)
     assert any('return {"size": sample["no such field"]}' in note for note in caught.value.__notes__)
     made.close()
