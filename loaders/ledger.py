@@ -13,7 +13,7 @@ import numpy as np
 from loaders.config import LoaderConfig
 from loaders.order.mask import EXCLUDED, UNUSED, Held
 from loaders.order.samples import SampleOrder
-from loaders.proof.receipt import MODULUS, RECEIPT_VERSION, Span
+from loaders.proof.receipt import MODULUS, RECEIPT_VERSION, Span, substitutions_to_json
 from loaders.proof.state import order_to_json
 from loaders.workers.steps import StepResult
 from loaders.world import World
@@ -101,7 +101,7 @@ class Ledger:
             "spans": list(map(list, self._spans)),
             "num_samples": self._num_samples,
             "hash_total": f"{self._hash_total:032x}",
-            "substitutions": list(map(dict, self._substitutions)),
+            "substitutions": substitutions_to_json(self._substitutions),
         }
 
     def stats(self) -> dict[str, float]:

@@ -130,7 +130,7 @@ class Transformer:
         if result is None:
             return Reject(f"{UNUSED}_{context.reason}" if context.reason else UNUSED, f"transform gave None for {key}")
         raise TransformError(
-            f"transform gave a {type(result).__name__} for {key}, expected a dict of arrays, or None for a sample that is not used"
+            f"transform gave a {type(result).__name__} for {key}, expected a dict of arrays, or None if it is not used"
         )
 
     def _collated(self, keys: list[str], made: list[dict[str, Any]]) -> Batch:

@@ -15,7 +15,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import gather_object
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -75,7 +74,10 @@ class LoaderTrainer(Trainer):
             output = super().evaluation_loop(loader, *args, **settings)
         finally:
             self.args.average_tokens_across_devices = averaged
-        losses, num_tokens = map(sum, zip(*gather_object([self._evaluated]), strict=True))
+        world, sums = loader.loader.world, [self._evaluated]
+        if world.world_size > 1:
+            sums = [tuple(json.loads(data)) for data in world.gather(json.dumps(self._evaluated).encode())]
+        losses, num_tokens = map(sum, zip(*sums, strict=True))
         name = f"{settings.get('metric_key_prefix', 'eval')}_loss"
         metrics = {**(output.metrics or {}), name: losses / max(num_tokens, 1)}
         return output._replace(metrics=metrics, num_samples=dataloader.loader.num_samples)

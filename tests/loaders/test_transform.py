@@ -154,6 +154,20 @@ def test_whatever_is_left_out_every_rank_takes_the_same_steps_and_finds_the_same
     assert seen == set(range(40)) - unused
 
 
+def test_a_receipt_has_neighbours_with_one_stand_in_as_a_range(pictures: str) -> None:
+    made = loader(pictures, transform=lambda sample, _: None if "p-00020" <= sample["__key__"] <= "p-00024" else {})
+    assert sum(len(batch["__key__"]) for batch in made) == 40
+    (found,) = made.receipt()["substitutions"]
+    assert {name: found[name] for name in ("sample_index", "num_samples", "substitute_index")} == {
+        "sample_index": 2,
+        "num_samples": 5,
+        "substitute_index": 7,
+    }
+    audited = audit([parse_receipt(json.dumps(made.receipt()).encode(), "receipt.json")], complete=True)
+    assert audited.is_exact()
+    assert dict(audited.epochs[0].substituted) == {"unused": 5}
+
+
 def test_an_unreadable_sample_and_one_that_is_not_used_have_their_own_stand_ins(tmp_path: Path) -> None:
     url = tmp_path / "set"
     make_dataset(url, [text_sample(number) for number in range(12)])
@@ -228,7 +242,7 @@ def test_an_error_of_the_users_code_names_the_sample_and_shows_the_line(pictures
         list(made)
     assert any('return {"size": sample["no such field"]}' in note for note in caught.value.__notes__)
     made.close()
-    with pytest.raises(TransformError, match=r"transform gave a list.*expected a dict of arrays, or None"):
+    with pytest.raises(TransformError, match=r"transform gave a list.*expected a dict of arrays, or None if it is not used"):
         list(loader(pictures, transform=lambda *_: [1]))
     with pytest.raises(TransformError, match=r"collate gave a NoneType.*expected a dict"):
         list(loader(pictures, collate=lambda _: None))
