@@ -163,10 +163,10 @@ def collate(samples: list[dict[str, Any]]) -> Batch:
 
 
 def _stacked(values: list[Any]) -> Any:
-    kinds = set(map(type, values))
-    if len(kinds) > 1 or not issubclass(*kinds, torch.Tensor | np.ndarray | np.number | int | float):
+    kind, *others = set(map(type, values))
+    if others or not issubclass(kind, torch.Tensor | np.ndarray | np.number | int | float):
         return values
-    arrays = values if issubclass(*kinds, torch.Tensor | np.ndarray) else list(map(np.asarray, values))
+    arrays: list[Any] = values if issubclass(kind, torch.Tensor | np.ndarray) else list(map(np.asarray, values))
     if len({(array.shape, array.dtype) for array in arrays}) > 1:
         return values
     if isinstance(arrays[0], torch.Tensor):
