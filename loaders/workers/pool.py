@@ -8,14 +8,16 @@ torch's DataLoader runs them. What it tells of a dead worker is translated into 
 from __future__ import annotations
 
 import atexit
+import math
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch.utils.data._utils import MP_STATUS_CHECK_INTERVAL
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from loaders.config import LoaderConfig
 from loaders.order.samples import OpenSource
@@ -40,9 +42,6 @@ class WorkerPool:
         self._dataset, self._config, self._world, self._sources = dataset, config, world, sources
         self._workers: Any = None
         """The DataLoader."""
-        self._timed: Any = None
-        """Its iterator, whose waits end; it stays as long as the workers."""
-        self._waits_since = 0.0
         self._requests = _Requests()
         self._results: Iterator[StepResult | WdsToolsError] = iter(())
 
@@ -54,12 +53,9 @@ class WorkerPool:
             WorkerDied: a worker ended.
         """
         self._requests.current = requests
-        self._waits_since = time.monotonic()
+        self._begin_to_wait()
         with self._named_death():
             self._results = iter(self._fetched())
-            if self._workers is not None and self._timed is not self._results:
-                self._timed = self._results
-                self._timed._try_get_data = self._in_time(self._timed._try_get_data)
 
     def next(self) -> StepResult:
         """The result of the next step.
@@ -68,7 +64,7 @@ class WorkerPool:
             WdsToolsError: the step met an error.
             WorkerDied: a worker ended, or gives no batch for timeout_s.
         """
-        self._waits_since = time.monotonic()
+        self._begin_to_wait()
         with self._named_death():
             result = next(self._results)
         if isinstance(result, WdsToolsError):
@@ -85,25 +81,15 @@ class WorkerPool:
                 if not _tells_of_a_worker(error):
                     raise
 
-    def _in_time(self, wait: Callable[..., Any]) -> Callable[..., Any]:
-        """DataLoader's own wait for a batch, which it repeats for ever. Its `timeout` would not look whether workers live."""
-
-        def wait_on() -> Any:
-            left = self._waits_since + self._config.timeout_s - time.monotonic()
-            if left <= 0:
-                raise WorkerDied(
-                    f"the workers gave no batch for timeout_s={self._config.timeout_s:g} seconds: a transform that never ends, a "
-                    "lock that was held when they were forked (start_method='spawn' helps), or a slow storage"
-                )
-            return wait(timeout=min(left, MP_STATUS_CHECK_INTERVAL))
-
-        return wait_on
+    def _begin_to_wait(self) -> None:
+        if self._workers is not None and self._workers._iterator is not None:
+            self._workers._iterator.begun, self._workers._iterator.timeout_s = time.monotonic(), self._config.timeout_s
 
     def _fetched(self) -> Iterable[StepResult | WdsToolsError]:
         if not self._config.num_workers:
             return map(self._dataset.__getitem__, self._requests)
         if self._workers is None:
-            self._workers = torch.utils.data.DataLoader(
+            self._workers = _Workers(
                 self._dataset,
                 sampler=self._requests,
                 batch_size=None,
@@ -137,6 +123,28 @@ class WorkerPool:
                     if (size := opened.store.size(info.name)) < info.bytes:
                         return f"; {join(opened.store.url, info.name)} has {size} bytes, the manifest says {info.bytes}"
         return ""
+
+
+class _Waiting(_MultiProcessingDataLoaderIter):
+    """Waits for a batch as DataLoader does, which does so for ever, but no longer than `timeout_s`. DataLoader's own `timeout`
+    would not look whether the workers live."""
+
+    begun, timeout_s = 0.0, math.inf
+
+    def _try_get_data(self, timeout: float = MP_STATUS_CHECK_INTERVAL) -> Any:
+        left = self.begun + self.timeout_s - time.monotonic()
+        if left <= 0:
+            raise WorkerDied(
+                f"the workers gave no batch for timeout_s={self.timeout_s:g} seconds: a transform that never ends, a lock that "
+                "was held when they were forked (start_method='spawn' helps), or a slow storage"
+            )
+        return super()._try_get_data(min(left, timeout))  # type: ignore[no-untyped-call]
+
+
+class _Workers(torch.utils.data.DataLoader["StepResult | WdsToolsError"]):
+    def _get_iterator(self) -> Any:
+        self.check_worker_number_rationality()
+        return _Waiting(self)
 
 
 class _Requests(Iterable[StepRequest]):
