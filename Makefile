@@ -1,7 +1,7 @@
 # make demo     the whole job on real input, into demo-out/ (installs what it needs; TORCH_INDEX=URL for another build of torch)
 # make train-demo   train from an S3 server on this machine: killed, resumed, audited; into train-demo-out/
 # make test     all quick tests, two at a time (JOBS=N)      make test-slow   those of more than 3 s each
-# make check    what CI runs: lint, types, quick tests
+# make check    lint, types, quick tests: what CI runs, with two minutes of test-chaos behind it
 # make test-chaos   kills, flipped bits, a broken network, hostile documents, at random (10 minutes; SECONDS=120, SEED=N, CASE=kills:17)
 # make bench    throughput against the plain way
 # make bench-decode   images decoded by a transform, beside webdataset's and Energon's decode (1 minute)

@@ -267,6 +267,7 @@ class Loader:
                 "data": [opened.origin.fingerprint for opened in self._sources],
                 "batch size": [self.config.batch_size, self.config.last_batch],
                 "order": self._order.spec.to_json(),
+                "excluded": [(held.source, held.num_ids, held.hash) for held in self._masks],
                 "token rows": self._maker and [self._maker.spec, self.config.packing],
                 "place": [self.epoch, self.position],
             }

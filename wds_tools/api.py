@@ -14,7 +14,9 @@ from wds_tools.convert.interleaved import InterleavedConfig
 from wds_tools.convert.pairs import PairsConfig
 from wds_tools.convert.run import run_conversion
 from wds_tools.encode.encode import EncodeConfig, encode
-from wds_tools.export.hf import ExportConfig, ExportSummary, ParquetConfig, export_hf, export_parquet
+from wds_tools.export.hf import export_hf
+from wds_tools.export.options import ExportConfig, ExportSummary, ParquetConfig
+from wds_tools.export.parquet import export_parquet
 from wds_tools.jobs.finalize import FinalizeConfig, finalize
 from wds_tools.pack.rows import PackConfig, pack
 from wds_tools.select.relabel import RelabelConfig, relabel

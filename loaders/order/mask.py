@@ -14,6 +14,7 @@ import hashlib
 import warnings
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from itertools import chain
 from typing import Annotated, NamedTuple
 
@@ -149,6 +150,9 @@ def read_mask(url: str, store: Store, manifest: Manifest, names: Collection[str]
         (others if number == OTHER else keys)[key] = None
     if others and not keys:
         what = f"{url} excludes nothing of {store.url}: all its lines are of other datasets, such as {min(others)}"
+        warnings.warn(what, stacklevel=2)
+    elif misspelt := [other for other in others if get_close_matches(other, names, 1, 0.8)]:
+        what = f"{url}: lines of {', '.join(misspelt[:_SHOWN])} are passed over, which is much like {store.url}: a misspelling?"
         warnings.warn(what, stacklevel=2)
     ids = list(keys)
     found = _find(store, manifest, ids)

@@ -8,6 +8,7 @@ import contextlib
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -29,6 +30,7 @@ from commands import (
     write_jsonl,
     write_pairs,
 )
+from factory import image_sample
 from s3 import BUCKET
 from tokens import write_small_sets
 
@@ -54,16 +56,23 @@ COMMANDS: Mapping[str, Sequence[str]] = {
         "--task-samples",
         "10",
     ),
+    "convert interleaved": ("--input", "pages.jsonl", "--task-lines", "3", "--shard-samples", "4"),
+    "convert documents --part": ("--input", "texts", "--task-bytes", "1", "--shard-samples", "70", "--part", "1/2"),
+    "select": ("--input", "small/pairs", "--where", "num_codes > 0", "--fraction", "0.8", "--shard-samples", "3"),
+    "relabel": ("--input", "small/pairs", "--with", "recaptions.jsonl", "--on", "key", "--texts", "recap=caption"),
     "index": (),
     "finalize": (),
     "export hf": ("--input", "small/pairs", "small/texts", "--num-shards", "6"),
+    "export parquet": ("--input", "small/pairs", "small/texts", "--num-shards", "6"),
+    "vocabulary": ("small/tokenizer", "--codebook-size", "8192"),
 }
 """With inputs below one folder, where they are run."""
-BEGUN = dict.fromkeys(COMMANDS, "_work/") | {"finalize": "_work/run-"}
+BEGUN = dict.fromkeys(COMMANDS, "_work/") | {"finalize": "_work/run-", "vocabulary": ""}
 """What is in an output as soon as a command has begun."""
-IN_PLACE = ("index", "finalize")
-"""Those whose output is there before: run again as they are."""
-WITHOUT_WORKERS = ("export hf", "finalize")
+WITHOUT_RESUME = ("index", "finalize", "convert documents --part", "vocabulary")
+"""Those that are run again as they are."""
+WITHOUT_PROGRESS = ("finalize", "vocabulary")
+WITHOUT_WORKERS = ("export hf", "export parquet", *WITHOUT_PROGRESS)
 RESOURCE_TRACKER = re.compile(r"^.*resource_tracker: There appear to be.*\n.*\n", re.MULTILINE)
 """What Python says of a process that was killed before it could tidy up."""
 LIMIT_S = 240.0
@@ -91,7 +100,7 @@ class Kills:
 
     def plan(self, rng: random.Random, number: int) -> tuple[str, Callable[[], None]]:
         name = list(COMMANDS)[number % len(COMMANDS)]
-        on_s3 = self._has_s3 and rng.random() < 0.25
+        on_s3 = self._has_s3 and name != "vocabulary" and rng.random() < 0.25
         url = f"s3://{BUCKET}/chaos-{number}" if on_s3 else str(self._outputs / str(number))
         blows = [
             (rng.choice(SIGNALS), rng.choice(("parent", "group", "worker")), rng.random() < 0.7, rng.random())
@@ -115,24 +124,25 @@ class Kills:
                     time.sleep(moment * peace.ends_s)
                 wait_until(lambda: is_ours(process), "Python has started", LIMIT_S)
                 self._check_end(process, number, strike(process, number, target), store)
-            again = [] if name in IN_PLACE else ["--resume"]
-        with started(*self._words(name, url), *again, cwd=self._inputs) as process:
-            _, said = process.communicate(timeout=LIMIT_S)
-        assert process.returncode == 0, f"the run that should go on: {said}"
+            again = [] if name in WITHOUT_RESUME else ["--resume"]
+        if name != "vocabulary" or not Path(url).exists():  # which is whole as soon as it exists
+            with started(*self._words(name, url), *again, cwd=self._inputs) as process:
+                _, said = process.communicate(timeout=LIMIT_S)
+            assert process.returncode == 0, f"the run that should go on: {said}"
         found = contents(store)
         names = sorted(name for name in {*found, *peace.files} if found.get(name) != peace.files.get(name))
-        assert names == [], f"files that differ, are missing or left: {names[:5]}; {said}"
-        assert not any(word.startswith((".tmp", "_work")) for word in tree(Path(url))) or "://" in url
+        assert names == [], f"files that differ, are missing or left: {names[:5]}"
+        assert not any(word.startswith(".tmp") for word in tree(Path(url))) or "://" in url
 
     def _words(self, name: str, url: str) -> list[str]:
         place = [url] if name == "index" else ["--output", url]
-        return [*name.removesuffix(" --encode").split(), *COMMANDS[name], *place, *self._workers(name)]
-
-    def _workers(self, name: str) -> list[str]:
-        quiet = [] if name == "finalize" else ["--quiet"]  # which has no progress
-        return quiet if name in WITHOUT_WORKERS else [*quiet, "--workers", "2"]
+        quiet = [] if name in WITHOUT_PROGRESS else ["--quiet"]
+        workers = [] if name in WITHOUT_WORKERS else ["--workers", "2"]
+        return [*name.partition(" --")[0].split(), *COMMANDS[name], *place, *quiet, *workers]
 
     def _prepare(self, name: str, url: str) -> None:
+        if name == "select":  # which makes these of its input where they are missing
+            shutil.rmtree(self._inputs / "small/pairs/fields", ignore_errors=True)
         if name == "index":
             store = open_store(url)
             for tar in sorted((self._inputs / "tars").iterdir()):
@@ -235,11 +245,15 @@ def write_inputs(folder: Path) -> None:
     write_jsonl(folder / "talks.jsonl", ({"id": str(n), "image": name, "conversations": talk} for n, name in enumerate(names)))
     rows = ({"data_type": "image_text", "text": f"row {number}", "vqcode_512": [number] * 1024} for number in range(80))
     write_jsonl(folder / "rows.jsonl", rows)
+    pages = [{"id": n, "images": [names[n], None], "texts": [None, f"Below picture {n}."]} for n in range(40)]
+    write_jsonl(folder / "pages.jsonl", pages)
+    write_small_sets(folder / "small")
+    keys = [image_sample(number).key for number in range(0, 40, 2)]
+    write_jsonl(folder / "recaptions.jsonl", ({"key": key, "caption": f"recaption of {key}"} for key in keys))
     (folder / "tars").mkdir()
     for file in range(30):
         with wds.TarWriter(str(folder / f"tars/{file:02}.tar"), mtime=0) as writer:
             for number in range(8):
                 writer.write({"__key__": f"{file}-{number}", "jpg": image_bytes(number), "txt": f"caption {number}"})
-    write_small_sets(folder / "small")
     words = ("convert", "pairs", "--input", "pairs/0", "--output", "raw", "--task-lines", "3", "--quiet")
     subprocess.run(command(*words), cwd=folder, env=environment(), check=True, capture_output=True)

@@ -46,7 +46,7 @@ def run_lane(
     running = {one: made[one](folder / one) for one in made if only in ("", one) or one == name}
     until = time.monotonic() + seconds
     used_s = dict.fromkeys(running, 0.0)
-    number = dict.fromkeys(running, int(wanted or 0))
+    number = dict.fromkeys(running, int(wanted or seed))  # so that short runs begin with other commands
     while running and time.monotonic() < until and failed.total() < MAX_FAILURES:
         kind = min(running, key=lambda one: used_s[one])
         begun = time.monotonic()

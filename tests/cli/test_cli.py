@@ -341,7 +341,8 @@ def test_a_signal_ends_a_command_that_waits_for_a_silent_server() -> None:
         with process, silent.accept()[0]:
             process.send_signal(signal.SIGTERM)
             _, said = process.communicate(timeout=40)
-    assert (process.returncode, said.splitlines()[-1]) == (143, "wds-tools: stopped by SIGTERM")
+    assert process.returncode == 143
+    assert said.splitlines()[-1].startswith("wds-tools: stopped by SIGTERM")  # what to do follows if the main thread got to it
 
 
 @pytest.mark.parametrize("name", [os.fsdecode(b"caf\xe9"), "a\nb", "a\x1b[2Jb"], ids=["latin-1", "newline", "escape"])

@@ -95,6 +95,7 @@ def test_it_says_why_a_run_would_stop_and_what_is_left_out(tmp_path: Path, capsy
     (tmp_path / "in" / "notes.pdf").write_text("x")
     printed = inspect(capsys, tmp_path / "in")
     assert "stops at  " in printed
+    assert "\ncommand" not in printed
     assert "a.jsonl, line 1: image holds an image beside that of image_path: --image image takes it instead" in printed
     assert f"left out  1 file, such as {tmp_path}/in/notes.pdf" in printed
 

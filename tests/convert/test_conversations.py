@@ -21,7 +21,8 @@ from loaders import LoaderConfig, ShardDataset, Source, build_loader
 from loaders.testing import Topology, check_resume
 from wds_tools.check.verify import VerifyConfig, verify
 from wds_tools.encode.encode import EncodeConfig, encode
-from wds_tools.export.hf import ExportConfig, export_hf
+from wds_tools.export.hf import export_hf
+from wds_tools.export.options import ExportConfig
 from wds_tools.format.manifest import Manifest
 from wds_tools.format.schema import Sample, SourceImage
 from wds_tools.images import Mode, prepare

@@ -16,7 +16,8 @@ from s3 import S3Server
 from wds_tools.convert import run_conversion
 from wds_tools.convert.coded import CodedConfig
 from wds_tools.errors import FormatError, NotFound, UsageError
-from wds_tools.export.hf import ExportConfig, export_hf
+from wds_tools.export.hf import export_hf
+from wds_tools.export.options import ExportConfig
 from wds_tools.format.manifest import Manifest
 from wds_tools.format.schema import Sample
 from wds_tools.storage import open_store

@@ -22,7 +22,8 @@ from wds_tools.check.verify import VerifyConfig, verify
 from wds_tools.cli.main import COMMANDS, load_command, main
 from wds_tools.dataset.lease import Lease
 from wds_tools.errors import StorageError
-from wds_tools.export.hf import FILES, ExportConfig
+from wds_tools.export.options import ExportConfig
+from wds_tools.export.output import FILES
 from wds_tools.jobs.finalize import FinalizeConfig
 from wds_tools.jobs.options import JobOptions
 from wds_tools.storage import open_store

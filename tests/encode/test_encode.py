@@ -27,7 +27,8 @@ from wds_tools.encode.encode import EncodeConfig, encode
 from wds_tools.encode.image_encoder import ImageEncoder
 from wds_tools.encode.options import TokenizerOptions
 from wds_tools.errors import FormatError, NotFound, TokenizerError, TooManyRejects, UsageError
-from wds_tools.export.hf import ExportConfig, export_hf
+from wds_tools.export.hf import export_hf
+from wds_tools.export.options import ExportConfig
 from wds_tools.format.manifest import Manifest
 from wds_tools.format.schema import Sample
 from wds_tools.images import PREPROCESSING_VERSION, ImageLimits, prepare

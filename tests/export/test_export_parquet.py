@@ -17,7 +17,9 @@ from wds_tools.convert.coded import CodedConfig
 from wds_tools.convert.run import run_conversion
 from wds_tools.dataset.reader import read_manifest, read_stored
 from wds_tools.errors import UsageError
-from wds_tools.export.hf import ExportConfig, ExportSummary, ParquetConfig, export_hf, export_parquet
+from wds_tools.export.hf import export_hf
+from wds_tools.export.options import ExportConfig, ExportSummary, ParquetConfig
+from wds_tools.export.parquet import export_parquet
 from wds_tools.format.schema import Sample
 from wds_tools.storage import open_store
 

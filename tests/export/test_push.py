@@ -17,7 +17,9 @@ from factory import CODEBOOK_SIZE, image_sample, make_dataset, text_sample
 from hub import TOKEN, Hub, serve_hub
 
 from wds_tools.errors import UsageError
-from wds_tools.export.hf import FILES, ExportConfig, export_hf
+from wds_tools.export.hf import export_hf
+from wds_tools.export.options import ExportConfig
+from wds_tools.export.output import FILES
 
 CODES = {"vqcode_512": {"tokenizer": "tiny", "codebook_size": CODEBOOK_SIZE, "stride": 16, "precision": "fp32"}}
 
@@ -132,9 +134,11 @@ def test_a_finished_export_is_kept_by_resume_and_another_is_refused(source: Path
 
 KILLED = """
 import os, signal, sys
-from wds_tools.export import hf
+from wds_tools.export import output
+from wds_tools.export.hf import export_hf
+from wds_tools.export.options import ExportConfig
 
-write = hf.write_part
+write = output.write_part
 
 def write_or_die(*part):
     if "die" in sys.argv:
@@ -142,8 +146,8 @@ def write_or_die(*part):
     sys.argv.append("die")
     return write(*part)
 
-hf.write_part = write_or_die
-hf.export_hf(hf.ExportConfig(input=(sys.argv[1],), output=sys.argv[2], format=sys.argv[3], num_shards=6, quiet=True))
+output.write_part = write_or_die
+export_hf(ExportConfig(input=(sys.argv[1],), output=sys.argv[2], format=sys.argv[3], num_shards=6, quiet=True))
 """
 
 

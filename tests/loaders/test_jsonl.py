@@ -20,7 +20,8 @@ from loaders import JsonlDataset, LoaderConfig, SequenceConfig, Source, build_lo
 from wds_tools.convert import run_conversion
 from wds_tools.convert.pairs import PairsConfig
 from wds_tools.errors import DataError, FormatError, StorageError, UsageError
-from wds_tools.export.hf import ExportConfig, export_hf
+from wds_tools.export.hf import export_hf
+from wds_tools.export.options import ExportConfig
 from wds_tools.format.codes import join_grids
 from wds_tools.format.schema import Sample
 from wds_tools.images import prepare

@@ -125,6 +125,28 @@ def assert_whole(found: list[Row]) -> None:
     assert sorted(key for key, _, _ in found) == sorted(sample(number).key for number in range(COUNT))
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.filterwarnings("ignore:num_workers=", "ignore:This DataLoader will create")
+@pytest.mark.parametrize("what", ["memory", "workers", "ahead", "cache", "latency"])
+def test_the_samples_of_each_batch_are_the_same_in_ten_settings_of_whatever_reads(
+    local: str, remote: str, proxy: FaultProxy, tmp_path: Path, in_pieces: None, what: str
+) -> None:
+    expected = [rows([batch]) for batch in loader(local)]
+    for number in range(10):
+        settings = {
+            "memory": {"memory_bytes": TIGHT + 60_000 * number},
+            "workers": {"num_workers": number},
+            "ahead": {"num_workers": 2, "prefetch_factor": number + 1},
+            "cache": {"cache_dir": str(tmp_path / "cache"), "cache_bytes": 40_000 * (10 - number)},
+            "latency": {"memory_bytes": AMPLE},
+        }[what]
+        proxy.latency_s = 0.004 * number if what == "latency" else 0.0
+        made = loader(remote, **settings)
+        assert [rows([batch]) for batch in made] == expected, settings
+        made.close()
+
+
 @pytest.mark.parametrize(
     ("num_workers", "memory_bytes", "rate"),
     [

@@ -179,6 +179,13 @@ def test_a_file_that_names_other_datasets_only_is_said(tmp_path: Path) -> None:
         build_loader(config(Source(url, exclude=_write(tmp_path, "other\ta-0001\n"))), World())
 
 
+def test_a_dataset_that_is_almost_called_like_the_source_is_said(tmp_path: Path) -> None:
+    url = make(tmp_path, "laion", 8)
+    lines = f"{url}\tlaion-0001\n{url}n\tlaion-0002\nother\tb\n"
+    with pytest.warns(UserWarning, match="lines of .*/laionn are passed over, which is much like .*/laion: a misspelling"):
+        build_loader(config(Source(url, exclude=_write(tmp_path, lines))), World())
+
+
 def _write(folder: Path, text: str) -> str:
     (folder / "some.txt").write_text(text)
     return str(folder / "some.txt")

@@ -44,7 +44,9 @@ def main():
         epochs = EpochLoader(build_loader(packed, world), steps=4)
         next(iter(epochs))
         found["lanes"] = len(epochs.state_dict()["loader"]["packing"]["lanes"])
-        for name, settings in {"order": {"seed": rank}, "batch size": {"batch_size": 6 + rank}}.items():
+        masked = Source(pairs, exclude=data + "/ids.txt") if rank else Source(pairs)
+        differences = {"order": {"seed": rank}, "batch size": {"batch_size": 6 + rank}, "excluded": {"sources": (masked,)}}
+        for name, settings in differences.items():
             other = LoaderConfig(**{"sources": (Source(pairs),), "batch_size": 6, **settings})
             try:
                 next(iter(build_loader(other, world)))
@@ -80,6 +82,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("world")
     make_dataset(folder / "set", (image_sample(number) for number in range(30)), codes=PROVENANCE)
     data = write_small_sets(folder)
+    (data / "ids.txt").write_text(f"{image_sample(3).key}\n")
     (folder / "train.py").write_text(SCRIPT)
     shared = environment() | {
         "MASTER_ADDR": "127.0.0.1",
@@ -118,7 +121,7 @@ def test_the_state_of_packed_rows_is_gathered_from_those_who_read(found: list[di
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["order", "batch size", "place"])
+@pytest.mark.parametrize("what", ["order", "batch size", "excluded", "place"])
 def test_ranks_of_a_group_that_differ_are_told_how(found: list[dict[str, Any]], what: str) -> None:
     assert f"ranks 0 and 1 differ in {what}" in found[0][what]
     assert f"ranks 1 and 0 differ in {what}" in found[2][what]

@@ -21,7 +21,8 @@ from factory import image_sample, make_dataset, text_sample
 from s3 import S3Server
 from tokens import write_tokenizer
 
-from wds_tools.export.hf import ExportConfig, export_hf
+from wds_tools.export.hf import export_hf
+from wds_tools.export.options import ExportConfig
 from wds_tools.storage import open_store
 
 PAGES = sorted(

@@ -21,7 +21,8 @@ from energon import energon, prepare
 from factory import CODEBOOK_SIZE, image_sample, make_dataset, multi_sample, text_sample
 
 from loaders import LoaderConfig, ShardDataset, Source, TarDataset, build_loader
-from wds_tools.export.hf import ExportConfig, export_hf
+from wds_tools.export.hf import export_hf
+from wds_tools.export.options import ExportConfig
 from wds_tools.format.schema import Sample
 
 NUM_SAMPLES = 30

@@ -22,7 +22,8 @@ from tokens import PROVENANCE, write_small_sets
 from wds_tools.convert import run_conversion
 from wds_tools.convert.pairs import PairsConfig
 from wds_tools.errors import UsageError
-from wds_tools.export.hf import ExportConfig, export_hf
+from wds_tools.export.hf import export_hf
+from wds_tools.export.options import ExportConfig
 from wds_tools.jobs.job import Job, run_job
 from wds_tools.jobs.options import JobOptions
 from wds_tools.run.progress import Advance

@@ -73,9 +73,9 @@ def test_texts_and_fields_come_to_the_samples_of_their_keys_and_nothing_else_cha
     }
     said = capsys.readouterr().err
     assert "4 of 12 samples (33.3%) get a row of 6" in said
-    assert "1 rows of an earlier value, such as image-00000003" in said
-    assert "1 rows without sample, such as image-00000099" in said
-    assert "8 samples without row, such as image-000000" in said
+    assert "rows of an earlier value: 1, such as image-00000003" in said
+    assert "rows without sample: 1, such as image-00000099" in said
+    assert "samples without row: 8, such as image-000000" in said
     assert not (tmp_path / "out/_work").exists()
     write_jsonl(tmp_path / "a.jsonl", rows)
     assert put(source, tmp_path / "again", tmp_path / "a.jsonl", **options).shards == made.shards
@@ -124,6 +124,11 @@ def test_a_value_that_says_nothing_changes_nothing_and_keys_that_are_no_text_are
     pq.write_table(pa.table({"key": [key.encode() for key in keys], "score": [1, 2, 3, 4]}), tmp_path / "b.parquet")
     with pytest.raises(UsageError, match=r"b.parquet, line 1: a value can't be written as JSON.*bytes"):
         put(source, tmp_path / "no", tmp_path / "b.parquet", fields=("number=score",))
+    write_jsonl(tmp_path / "c.jsonl", [{"key": 1 << 70, "score": 1}])
+    with pytest.raises(
+        UsageError, match=r"c.jsonl, line 1: key is 1.18059e\+21, and numbers of that size are not exact: write texts"
+    ):
+        put(source, tmp_path / "no", tmp_path / "c.jsonl", fields=("number=score",))
 
 
 @settings(max_examples=10, deadline=None)

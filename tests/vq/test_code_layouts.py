@@ -28,7 +28,9 @@ from wds_tools.convert.coded import CodedConfig
 from wds_tools.dataset.reader import read_manifest
 from wds_tools.encode.encode import EncodeConfig, encode
 from wds_tools.errors import FormatError, TokenizerError, UsageError
-from wds_tools.export.hf import ExportConfig, ParquetConfig, export_hf, export_parquet
+from wds_tools.export.hf import export_hf
+from wds_tools.export.options import ExportConfig, ParquetConfig
+from wds_tools.export.parquet import export_parquet
 from wds_tools.format.codes import CodeGrid
 from wds_tools.format.manifest import serialize_manifest
 from wds_tools.format.schema import Sample, SourceImage

@@ -73,6 +73,7 @@ def load(weights, device, precision):
     )
 '''
 ENTRY_POINTS = """cifar-vqvae = somebodys_vqvae:load
+cifar = somebodys_vqvae:load
 broken = somebodys_nothing:load
 wrong = json:loads
 tiny = somebodys_vqvae:load"""
@@ -113,6 +114,12 @@ def test_a_real_pretrained_tokenizer_gives_its_reference_codes(weights: Path) ->
 
 
 @pytest.mark.usefixtures("plugged_in")
+def test_a_tokenizer_that_would_not_be_found_by_the_name_that_datasets_have_is_refused(weights: Path) -> None:
+    with pytest.raises(TokenizerError, match="'cifar': its loader gave one that calls itself 'cifar-vqvae', and by that name"):
+        load_tokenizer("cifar", weights=str(weights), device="cpu")
+
+
+@pytest.mark.usefixtures("plugged_in")
 def test_it_encodes_a_dataset_from_the_command_line(weights: Path, tmp_path: Path) -> None:
     sample = Sample(key="a", data_type="image_text", text="a", image=image_bytes(1, 64, 64), image_extension="jpg")
     make_dataset(tmp_path / "in", [sample])
@@ -129,7 +136,7 @@ def test_what_is_wrong_with_a_plugin_is_said_in_one_line() -> None:
         load_tokenizer("broken", device="cpu")
     with pytest.raises(TokenizerError, match="'wrong': its loader failed"):
         load_tokenizer("wrong", device="cpu")
-    with pytest.raises(UsageError, match="unknown tokenizer 'x': expected one of broken, chameleon, cifar-vqvae, emu3"):
+    with pytest.raises(UsageError, match="unknown tokenizer 'x': expected one of broken, chameleon, cifar, cifar-vqvae, emu3"):
         load_tokenizer("x", device="cpu")
     assert load_tokenizer("tiny", device="cpu").codebook_size == 4096, "a name of ours can't be taken"
 

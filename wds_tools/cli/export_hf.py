@@ -9,7 +9,8 @@ import tyro
 
 from wds_tools.cli.summary import Printed, itemize, show
 from wds_tools.export.card import unknown_to_liquid
-from wds_tools.export.hf import ExportConfig, ExportOptions, ExportSummary, export_hf
+from wds_tools.export.hf import export_hf
+from wds_tools.export.options import ExportConfig, ExportOptions, ExportSummary
 from wds_tools.export.rows import TYPED_INSTEAD
 from wds_tools.terminal import counted, say
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from wds_tools.cli.export_hf import show_export
 from wds_tools.cli.summary import Printed
-from wds_tools.export.hf import ParquetConfig, export_parquet
+from wds_tools.export.options import ParquetConfig
+from wds_tools.export.parquet import export_parquet
 
 EXAMPLE = "wds-tools export parquet --input s3://bucket/pages s3://bucket/edits --output parquet --num-shards 64"
 

@@ -58,8 +58,7 @@ def run(config: Config) -> int:
         *(f"  {name:<{width}}  {itemize(field['types'])}: {field['example']}" for name, field in fields.items()),
         f"becomes   {found['converter']}: {found['field_map']}",
         *(f"  {line}" for line in found["samples"]),
-        *([f"stops at  {found['problem']}"] if found["problem"] else []),
-        f"command   {found['command']}",
+        f"stops at  {found['problem']}" if found["problem"] else f"command   {found['command']}",
     ]
     show(config, found, lines)
     return 0

@@ -56,7 +56,7 @@ def inspect_input(patterns: Sequence[str], *, converter: str | None = None, **se
         JSON values: `input`, what is read; `left_out` as in a manifest; `num_records` that were looked at, and `rejects`, those
         that can't be used, by reason; `fields`, name -> `types` (-> records) and an `example`; `converter`, which fits, and
         its `field_map`; `problem`, why a run would stop before it writes, or None; `samples`, a line for each of the first
-        records; `command`, what to type.
+        records; `command`, what to type, or None where a run would stop.
 
     Raises:
         UsageError, NotFound: the input can't be read; or the converter has no such option.
@@ -82,6 +82,7 @@ def inspect_input(patterns: Sequence[str], *, converter: str | None = None, **se
     said_options: list[str] = []
     for option, value in settings.items():
         said_options += [f"--{option.replace('_', '-')}", *([value] if isinstance(value, str) else value)]
+    words = ["wds-tools", "convert", name, "--input"]
     found = {
         field: {"types": dict(types), "example": survey.examples.get(field, "null")} for field, types in survey.fields.items()
     }
@@ -90,7 +91,7 @@ def inspect_input(patterns: Sequence[str], *, converter: str | None = None, **se
         **{"num_records": survey.num_records, "rejects": dict(mapped.rejects), "fields": found},
         **{"converter": name, "field_map": mapped.field_map(), "problem": problem},
         "samples": _first_samples(source.read, tasks, options, selection),
-        "command": shlex.join(["wds-tools", "convert", name, "--input", *patterns, *said_options, "--output", "OUTPUT"]),
+        "command": None if problem else shlex.join([*words, *patterns, *said_options, "--output", "OUTPUT"]),
     }
 
 

@@ -36,7 +36,7 @@ from wds_tools.terminal import say
 KEY, TEXT_HASH, CODES_HASH = "key", "text_hash", "codes_hash"
 _NO_FIELDS = {"text", "conversations", "grids", "texts"}
 _IS_JSON = b"wds_tools_json"
-_EXACT = 1 << 53
+EXACT = 1 << 53
 """Below it a float tells whole numbers apart."""
 _MAX_ROW_BYTES = 1 << 16
 """A file that becomes more for each of its rows, and more than a MiB, is refused."""
@@ -189,7 +189,7 @@ def as_text(value: Any) -> str:
     Raises:
         TypeError: it is of no kind that JSON has.
     """
-    if isinstance(value, float) and value.is_integer() and abs(value) < _EXACT:
+    if isinstance(value, float) and value.is_integer() and abs(value) < EXACT:
         value = int(value)
     return "" if value is None else value if isinstance(value, str) else orjson.dumps(value).decode()
 

@@ -30,7 +30,7 @@ from wds_tools.format.shard import encode_members, sample_from_members
 from wds_tools.jobs import Advance, Job, JobOptions, Report, TaskWriter, run_job
 from wds_tools.records.field_map import parse_pairs
 from wds_tools.records.fields import value_of
-from wds_tools.select.fields import KEY, Fields, as_text, values_of
+from wds_tools.select.fields import EXACT, KEY, Fields, as_text, values_of
 from wds_tools.select.select import check_output, of_parents
 from wds_tools.sources.composite import Containers
 from wds_tools.sources.inputs import expand_inputs
@@ -151,7 +151,7 @@ class _Labels:
         """What found no partner."""
         found, samples = self.counts["samples"] - self.counts["samples_without_row"], self.counts["samples"]
         parts = [f"{found:,} of {samples:,} samples ({found / max(samples, 1):.1%}) get a row of {self.counts['rows']:,}"]
-        parts += [f"{self.counts[what]:,} {what.replace('_', ' ')}, such as {value}" for what, value in self.lost.items()]
+        parts += [f"{what.replace('_', ' ')}: {self.counts[what]:,}, such as {value}" for what, value in self.lost.items()]
         say(f"wds-tools: {'; '.join(parts)}", error=True)
 
     def _count(self, what: str, value: str) -> None:
@@ -170,6 +170,8 @@ class _Labels:
             columns = (column, *pairs.values())
             row = {name: value for name in columns if (value := value_of(record.fields, name)) is not None}
             unseen -= row.keys()
+            if isinstance(found := row.get(column), float) and abs(found) >= EXACT:
+                raise UsageError(f"--with {where}: {column} is {found:g}, and numbers of that size are not exact: write texts")
             label: dict[str, Any] = {}
             for (what, name), taken in pairs.items():
                 if taken not in row or _is_blank(row[taken]):

@@ -78,6 +78,11 @@ def load_tokenizer(
         raise TokenizerError(f"tokenizer {name!r}: its loader failed ({in_one_line(error)})") from error
     if not isinstance(tokenizer, ImageTokenizer):
         raise TokenizerError(f"tokenizer {name!r}: its loader gave a {type(tokenizer).__name__}, which is no ImageTokenizer")
+    if tokenizer.name != name:
+        raise TokenizerError(
+            f"tokenizer {name!r}: its loader gave one that calls itself {tokenizer.name!r}, and by that name, which datasets "
+            "would have, nothing finds it: give the entry point the tokenizer's name"
+        )
     if compile:
         if not isinstance(tokenizer, CodebookTokenizer):
             raise UsageError(f"tokenizer {name!r} can't be compiled here: leave --compile out")
