@@ -5,6 +5,7 @@
 # make check    lint, types, quick tests: what CI runs, with two minutes of test-chaos behind it
 # make test-chaos   kills, flipped bits, a broken network, hostile documents, at random (10 minutes; SECONDS=120, SEED=N, CASE=kills:17)
 # make bench    throughput against the plain way
+# make bench-decode   images decoded by a transform, beside webdataset's and Energon's decode (1 minute)
 # make bench-encode   encoding against one image at a time (4 minutes, on a CPU)
 # make docs     the documentation as a site, into site/      make pictures   draw those of the README again (needs Chromium)
 # make dist     source distribution and wheel, into dist/
@@ -31,7 +32,7 @@ ARGS ?=
 TORCH_INDEX ?=
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: setup demo train-demo train-proof test test-slow test-chaos check lint types docs pictures dist bench bench-encode bench-loader bench-mixing bench-sequences bench-select bench-peers convert-pairs convert-dclm encode export clean
+.PHONY: setup demo train-demo train-proof test test-slow test-chaos check lint types docs pictures dist bench bench-decode bench-encode bench-loader bench-mixing bench-sequences bench-select bench-peers convert-pairs convert-dclm encode export clean
 
 setup: $(READY)
 
@@ -86,6 +87,9 @@ dist: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.run
+
+bench-decode: $(READY)
+	$(BIN)/python -m benchmarks.decode $(ARGS)
 
 bench-encode: $(READY)
 	$(BIN)/python -m benchmarks.encode $(ARGS)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from wds_tools.errors import UsageError
 from wds_tools.sequences.choices import text_weights
@@ -68,7 +68,10 @@ class LoaderConfig:
     seed: int = 42
     """Seed of the sample order, 0 ... 2**64 - 1."""
     shuffle: bool = True
-    """False: the order of the manifest, for evaluation. One source or several without weights."""
+    """False: the order of the manifest. One source or several without weights."""
+    evaluation: bool = False
+    """Every loop is a pass over a validation set: all samples once in the order of the manifest, from the start, with the same
+    form, wording, text and draws at each pass and on any topology (docs/training.md#validation)."""
     last_batch: LastBatch = "drop"
     """What happens to the last, incomplete batch of an epoch: `drop` leaves its samples out (and counts them), `short` gives a
     smaller batch (or, if they are fewer than the ranks, a larger one before), `wrap` fills it up from the beginning of the next
@@ -89,6 +92,10 @@ class LoaderConfig:
     """Batches that each worker prepares ahead."""
     start_method: Literal["fork", "spawn", "forkserver"] | None = None
     """How worker processes are started; None: as torch does."""
+    timeout_s: float = 1800.0
+    """With workers: seconds to wait for a batch before the run ends with an error."""
+    pin_memory: bool = False
+    """Put the tensors of batches into pinned memory, from which `to(device, non_blocking=True)` does not wait for the copy."""
     memory_bytes: int = 2 << 30
     """Memory that one process may take for data that it has read. Less costs more requests, never another order."""
     cache_dir: str | None = None
@@ -97,6 +104,15 @@ class LoaderConfig:
     """Size limit of that folder."""
     check_crc: bool = False
     """Compare every sample's bytes with the CRC-32 of the index."""
+    transform: Callable[[dict[str, Any], Any], dict[str, Any] | None] | None = None
+    """Your own code, run in the processes that read. It takes a sample, as ShardDataset gives it, and a context (`rng`, `epoch`,
+    `key`), and gives a dict of arrays; or None: it is not used, the next sample of its shard stands in (docs/training.md)."""
+    collate: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None
+    """Makes a batch of what transform gave, in the same process. None: values of one shape become a tensor, others a list."""
+    transform_id: str | None = None
+    """Name of what transform does: a state or receipt of another one is refused. None: nothing is compared."""
+    max_unused: float = 0.01
+    """Share of the samples that transform may leave unused, 0 ... 1; more stop the run. The first 1,000 count as one piece."""
     sequences: SequenceConfig | None = None
     """Batches of token rows instead of texts and codes: how they are made. None: as stored; shards of `wds-tools pack` give token
     rows by themselves."""
@@ -121,10 +137,20 @@ class LoaderConfig:
             raise UsageError(f"epochs={self.epochs}: rows packed on the fly have no epochs")
         if self.seed >= 1 << 64:
             raise UsageError(f"seed={self.seed} is not in 0 ... 2**64 - 1")
+        if self.evaluation:
+            self._become_evaluation()
         if self.last_batch not in ("drop", "short", "wrap"):
             raise UsageError(f"last_batch={self.last_batch!r} is not drop, short or wrap")
         if self.on_error not in ("raise", "substitute"):
             raise UsageError(f"on_error={self.on_error!r} is not raise or substitute")
+        if self.transform is not None and self.sequences is not None:
+            raise UsageError("transform= and sequences= both say what becomes of a sample: give one of them")
+        if self.transform is None and (self.collate is not None or self.transform_id is not None):
+            raise UsageError("collate= and transform_id= are of what transform= gives: give transform= too")
+        if not 0 <= self.max_unused <= 1:
+            raise UsageError(f"max_unused={self.max_unused} is not in 0 ... 1")
+        if not self.timeout_s > 0:
+            raise UsageError(f"timeout_s={self.timeout_s}, expected seconds, more than 0")
         if self.packing and self.sequences is None:
             raise UsageError("packing=True packs token rows: give sequences=SequenceConfig(...) too")
         weighted = [source.weight is not None for source in self.sources]
@@ -134,6 +160,22 @@ class LoaderConfig:
             raise UsageError(f"unit={self.unit!r} is not samples or tokens")
         if self.unit == "tokens" and not (all(weighted) and self.sequences):
             raise UsageError("unit='tokens' is for sources with weights, by the tokenizer of sequences=SequenceConfig(...)")
+
+    def _become_evaluation(self) -> None:
+        """Settle what a pass over all samples needs; refuse what contradicts it."""
+        if self.packing:
+            raise UsageError(
+                "evaluation=True: rows packed on the fly have no end; take padded rows, or pack ahead (`wds-tools pack`)"
+            )
+        if any(source.weight is not None for source in self.sources):
+            raise UsageError("evaluation=True hands over every sample once: leave weights out, or make a loader of each source")
+        if self.epochs not in (None, 1) or self.last_batch == "wrap":
+            raise UsageError(
+                f"evaluation=True with epochs={self.epochs}, last_batch={self.last_batch!r}: every loop is one pass over all "
+                "samples, each once; leave these out"
+            )
+        for name, value in {"shuffle": False, "last_batch": "short", "epochs": 1}.items():
+            object.__setattr__(self, name, value)
 
 
 def _check_ints(where: str, settings: Source | LoaderConfig, **least: int) -> None:

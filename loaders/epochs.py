@@ -39,6 +39,8 @@ class EpochLoader:
             raise UsageError("rows packed on the fly have no epochs: give EpochLoader the number of steps")
         if steps is not None and steps < 1:
             raise UsageError(f"steps={steps}: an epoch has at least one step")
+        if steps is not None and loader.config.evaluation:
+            raise UsageError(f"steps={steps}: an evaluation is a whole pass; Source(max_samples=...) takes a part of the samples")
         self.loader = loader
         self._num_steps = steps
         self._prepare = prepare
@@ -54,7 +56,7 @@ class EpochLoader:
         """Steps of an epoch, including those done."""
         if self._num_steps is not None:
             return self._num_steps
-        return self.done + len(self.loader)
+        return len(self.loader) + (0 if self.loader.config.evaluation else self.done)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         if self._num_steps is None:

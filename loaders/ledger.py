@@ -11,13 +11,15 @@ from typing import Any
 import numpy as np
 
 from loaders.config import LoaderConfig
-from loaders.order.mask import EXCLUDED
-from loaders.proof.receipt import MODULUS, RECEIPT_VERSION, Span
+from loaders.order.mask import EXCLUDED, UNUSED
+from loaders.proof.receipt import MODULUS, RECEIPT_VERSION, Span, substitutions_to_json
 from loaders.workers.steps import StepResult
 from loaders.world import World
 from wds_tools.errors import DataError
 
 _WAITS_KEPT = 10_000
+_FIRST_SAMPLES = 1000
+"""Of these, a share of the number is allowed from the start."""
 
 
 class Ledger:
@@ -25,10 +27,11 @@ class Ledger:
 
     Args:
         max_bad: number of unreadable samples that are tolerated.
+        max_unused: share of the samples that a transform may leave unused.
     """
 
-    def __init__(self, max_bad: int) -> None:
-        self._max_bad = max_bad
+    def __init__(self, max_bad: int, max_unused: float) -> None:
+        self._max_bad, self._max_unused = max_bad, max_unused
         self._num_batches = self._num_handed_over = 0
         self._num_excluded = 0
         self.num_dropped = 0
@@ -38,6 +41,7 @@ class Ledger:
         self.waits: deque[float] = deque(maxlen=_WAITS_KEPT)
         """Seconds that the trainer waited for each of the latest batches."""
         self._bad: Counter[str] = Counter()
+        self._unused: Counter[str] = Counter()
         self._counts: dict[int, dict[str, int]] = {}
         """Worker -> what it has counted."""
         self.begin_receipt()
@@ -57,14 +61,22 @@ class Ledger:
             span: its epoch, positions over all ranks, and batch size.
 
         Raises:
-            DataError: more than max_bad samples could not be read.
+            DataError: more than max_bad samples could not be read, or more than max_unused were not used.
         """
         epoch, low, high, batch_size = span
-        self._bad.update(bad.reason for bad in result.substitutions if bad.reason != EXCLUDED)
-        self._num_excluded += sum(bad.reason == EXCLUDED for bad in result.substitutions)
+        for bad in result.substitutions:
+            self._num_excluded += bad.reason == EXCLUDED
+            if bad.reason != EXCLUDED:
+                (self._unused if bad.reason.startswith(UNUSED) else self._bad)[bad.reason] += 1
         if self._bad.total() > self._max_bad:
             raise DataError(
                 f"{self._bad.total()} unreadable samples, max_bad={self._max_bad}: {dict(self._bad)}; run `wds-tools verify`"
+            )
+        num_samples = self._num_handed_over + len(result.sources)
+        if self._unused.total() > self._max_unused * max(num_samples, _FIRST_SAMPLES):
+            raise DataError(
+                f"transform left {self._unused.total():,} of {num_samples:,} samples unused, max_unused={self._max_unused}: "
+                f"{dict(self._unused)}; None is for exceptions: make a dataset without them, by `wds-tools select`"
             )
         self._substitutions += [{"epoch": epoch, **asdict(bad)} for bad in result.substitutions]
         last = self._spans[-1] if self._spans else None
@@ -74,7 +86,7 @@ class Ledger:
             self._spans.append(span)
         self._hash_total = (self._hash_total + result.hash_total) % MODULUS
         self._num_samples += len(result.sources)
-        self._num_handed_over += len(result.sources)
+        self._num_handed_over = num_samples
         self._num_batches += 1
         self._counts[result.worker] = result.counts
 
@@ -90,7 +102,7 @@ class Ledger:
             "spans": list(map(list, self._spans)),
             "num_samples": self._num_samples,
             "hash_total": f"{self._hash_total:032x}",
-            "substitutions": list(map(dict, self._substitutions)),
+            "substitutions": substitutions_to_json(self._substitutions),
         }
 
     def stats(self) -> dict[str, float]:
@@ -107,6 +119,8 @@ class Ledger:
             "excluded": self._num_excluded,
             "bad": self._bad.total(),
             **{f"bad_{reason}": count for reason, count in sorted(self._bad.items())},
+            **dict(sorted(self._unused.items())),
+            UNUSED: self._unused.total(),
             "wait_p50_s": float(np.percentile(waits, 50)),
             "wait_p99_s": float(np.percentile(waits, 99)),
             **totals,

@@ -18,6 +18,7 @@ from os import PathLike
 from typing import Any
 
 import numpy as np
+import torch
 
 from loaders.batches.collate import Batch
 from loaders.config import LoaderConfig
@@ -66,7 +67,7 @@ class Loader:
     has none. Samples with encoded images or conversations add `image` (bytes) and `conversations`. A conversation has a list of
     grids in `codes`, and of images in `image`, one for each `<image>`. Sources without our schema give `__key__`, `__source__`,
     and the members' bytes by suffix, as lists. Batches of token rows are described in docs/training.md.
-    A loop that was left goes on where it stopped. Use from one thread.
+    A loop that was left goes on where it stopped; of an evaluation, each begins from the start. Use from one thread.
     """
 
     def __init__(self, config: LoaderConfig, world: World) -> None:
@@ -100,7 +101,7 @@ class Loader:
         self._loop = 0
         """Counts what begins or ends loops: one that it has moved past is over."""
         self._pool = self._new_pool()
-        self._ledger = Ledger(config.max_bad)
+        self._ledger = Ledger(config.max_bad, config.max_unused)
         self._earlier: list[dict[str, Any]] = []
         """Receipts of the run before this loader that its saves bring on."""
 
@@ -120,7 +121,8 @@ class Loader:
         return WorkerPool(dataset, self.config, self.world, self._sources)
 
     def __len__(self) -> int:
-        """Batches that the next iteration gives: those left of the epoch. The same on every rank.
+        """Batches that the next iteration gives: those left of the epoch. The same on every rank; in an evaluation of fewer
+        samples than ranks, those without a sample get none.
 
         Raises:
             TypeError: rows packed on the fly have no end.
@@ -140,11 +142,17 @@ class Loader:
             self._compare()
         if self._is_over:
             return
+        if self.config.evaluation:
+            self.position = 0
+            self._ledger.begin_receipt()
         self._loop = loop = self._loop + 1
         self._book.begin()
         book = self._book if self.config.packing else None
         with self._noted():
             for span in self._rest():
+                low, high = span.steps.part(0, self.world.rank)
+                if low == high:  # an evaluation of fewer samples than ranks
+                    return
                 self._pool.begin(requests_of(span, max(self.config.num_workers, 1), loop, book))
                 for step in range(span.num_steps):
                     if self._loop != loop:
@@ -174,7 +182,11 @@ class Loader:
         """Where the run stands after the last batch handed over: small, JSON, the same on every rank.
 
         Of rows packed on the fly it has this rank's lanes: see `merge_states` and `gather_state`.
+
+        Raises:
+            UsageError: an evaluation has no state, nor a receipt.
         """
+        self._check_trains()
         state = state_to_json(self._order, self._here.position, self.step, self._starts, self._skips, self._masks)
         if self._maker is not None and self.config.packing:
             state["packing"] = {"spec": self._maker.spec, "lanes": lanes_to_json(self._book.lanes)}
@@ -206,6 +218,7 @@ class Loader:
         Raises:
             UsageError: the state is damaged, or of other data or another order; says what differs.
         """
+        self._check_trains()
         saved = read_state(state)
         num_held = sum({held.source: held.num_ids for held in saved.masks}.values())
         has_new_mask = sum(len(opened.mask.ids) for opened in self._sources) > num_held
@@ -270,6 +283,7 @@ class Loader:
         Raises:
             UsageError: rows are packed on the fly, so a rank's samples are not spans of positions.
         """
+        self._check_trains()
         if self.config.packing:
             raise UsageError("rows packed on the fly have no receipt: pack ahead (`wds-tools pack`), or train on padded rows")
         return self._ledger.receipt(self.state_dict(), self.world, self.config)
@@ -308,9 +322,9 @@ class Loader:
         """Numbers for a training log, of this rank, since it was made.
 
         Returns:
-            epoch, position; batches, samples, dropped, skipped; bad and bad_REASON; wait_p50_s and wait_p99_s (seconds the
-            trainer waited for a batch, of the last 10,000); requests, bytes (of data fetched from object storage), evicted,
-            cache_*.
+            epoch, position; batches, samples, dropped, skipped; bad and bad_REASON; unused and unused_REASON; wait_p50_s and
+            wait_p99_s (seconds the trainer waited for a batch, of the last 10,000); requests, bytes (of data fetched from object
+            storage), evicted, cache_*.
         """
         return {"epoch": self.epoch, "position": self.position, **self._ledger.stats()}
 
@@ -351,6 +365,10 @@ class Loader:
     def _rest(self) -> Iterator[StepSpan]:
         """The steps that are left of the current epoch."""
         epoch = self.epoch
+        if self.config.evaluation:
+            config, world_size = self.config, self.world.world_size
+            steps = BatchPartition(self.num_samples, 0, config.batch_size, config.last_batch, world_size, makes_up=False)
+            return iter((StepSpan(self._here._replace(position=0), self.step, len(steps), epoch, steps),))
         coming = ahead(self._epochs, self._here, self._skips)
         return iter(()) if self._is_over else takewhile(lambda span: span.epoch == epoch, coming)
 
@@ -361,6 +379,10 @@ class Loader:
         self._starts = (*(start for start in self._starts if start.step != here.step), there)
         self._ledger.num_skipped += there.position - here.position
         self.epoch, self.position = self._epochs.at(there.position)
+
+    def _check_trains(self) -> None:
+        if self.config.evaluation:
+            raise UsageError("an evaluation has no state and no receipt: every pass is the same, from the start")
 
     def _lanes(self, state: Mapping[str, Any], num_lanes: int, *, is_whole: bool) -> dict[int, LaneState]:
         """Where lanes stand by a state, which is to know all of them if `is_whole`; none without packing.
@@ -396,9 +418,12 @@ class Loader:
             batch |= result.columns.tokens.to_columns()
         if result.columns.codes is not None:
             batch["codes"] = result.columns.codes.to_tensors()
+        batch = (result.columns.made or {}) | batch
         if self.config.trained_tokens:
             batch["trained_tokens"] = self._trained_tokens(batch)
-        return batch
+        if not self.config.pin_memory:
+            return batch
+        return {name: value.pin_memory() if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
 
     def _trained_tokens(self, batch: Batch) -> int:
         """Of all ranks. A group may have peers of each, which read the same."""
@@ -422,6 +447,8 @@ class Loader:
     def _end_epoch_if_done(self) -> None:
         """Go over to the next epoch after the last batch: whoever counts batches never asks for one too many."""
         config, length = self.config, self._epochs.length(self.epoch)
+        if config.evaluation:
+            return
         steps = BatchPartition(length, self.position, config.batch_size, config.last_batch, self.world.world_size)
         if not len(steps) and not self._is_over:
             self._ledger.num_dropped += steps.dropped

@@ -187,7 +187,7 @@ class _Samples:
         for number, start in enumerate(starts):
             upcoming = (_range(epoch, positions[later : later + _READ_TOGETHER]) for later in starts[number + 1 :])
             located, loaded = read_ahead.read(_range(epoch, positions[start : start + _READ_TOGETHER]), upcoming)
-            samples, _, _ = decoder.decode(located, loaded, read_samples)
+            samples, _ = decoder.decode(located, loaded, read_samples)
             for sample in samples:
                 self.position += stride
                 yield sample

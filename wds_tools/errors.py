@@ -10,7 +10,8 @@
     ├── StorageError         a path or URL that can't be listed, read or written                          (an OSError)
     │   ├── NotFound         nothing there
     │   └── OutOfSpace       the disk or the quota is full
-    ├── WorkerDied           a worker process ended without a word (killed, out of memory)
+    ├── WorkerDied           a worker process ended without a word (killed, out of memory), or gives none for too long
+    ├── TransformError       the caller's own code in a loader, transform or collate, raised or gave what is no batch
     └── MissingPackage       an optional package is needed; the message has the pip line                  (an ImportError)
 
 A message says what, got, expected, where (shard, key, byte) and what to do, in one line. Foreign exceptions are translated
@@ -72,7 +73,11 @@ class OutOfSpace(StorageError):
 
 
 class WorkerDied(WdsToolsError):
-    """A worker process ended without a word."""
+    """A worker process ended without a word, or gives none for too long."""
+
+
+class TransformError(WdsToolsError):
+    """The caller's own code in a loader raised, or gave something else than was expected."""
 
 
 class MissingPackage(WdsToolsError, ImportError):

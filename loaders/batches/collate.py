@@ -116,6 +116,8 @@ class Columns(NamedTuple):
     """The codes; None if no sample has any."""
     tokens: TokenTensors | None = None
     """Token rows, instead of samples: see docs/training.md."""
+    made: Batch | None = None
+    """What transform and collate made of the samples."""
 
 
 def chosen_texts(

@@ -16,7 +16,7 @@ import numpy as np
 import orjson
 
 from loaders.batches.collate import Data, check_crc
-from loaders.order.mask import EXCLUDED, Mask, Substitution
+from loaders.order.mask import EXCLUDED, UNUSED, Mask, Substitution
 from loaders.order.samples import Located, SampleOrder
 from loaders.reading.source import LoadedSamples, bytes_of
 from wds_tools.errors import DataError, FormatError, Reject
@@ -43,7 +43,7 @@ class Decoder:
         self._substitute = substitute
         self._order = order
 
-    def decode(self, located: Located, loaded: list[LoadedSamples], parse: Parse[_T]) -> tuple[_T, list[Substitution], Located]:
+    def decode(self, located: Located, loaded: list[LoadedSamples], parse: Parse[_T]) -> tuple[_T, dict[int, Substitution]]:
         """Parse samples, all at once; if that fails, one by one.
 
         Args:
@@ -52,7 +52,7 @@ class Decoder:
             parse: what is made of them, such as collate.read_columns.
 
         Returns:
-            What `parse` makes of them, what was substituted, and those of `located` that were not.
+            What `parse` makes of them, and what was substituted, by its place in `loaded`.
 
         Raises:
             FormatError: a sample can't be read, and was not to be replaced or none of the next 64 of its shard can be read.
@@ -66,10 +66,7 @@ class Decoder:
             except _READING_ERRORS:
                 replaced |= self._replace(range(len(loaded)), located, loaded, sample_indices, parse)
                 parsed = self._parsed(loaded, sample_indices, parse)
-            is_good = np.ones(len(loaded), bool)
-            is_good[list(replaced)] = False
-            good = located if not replaced else Located(*(column[is_good] for column in located))
-            return parsed, [replaced[number] for number in sorted(replaced)], good
+            return parsed, replaced
 
     def _parsed(self, loaded: Sequence[LoadedSamples], sample_indices: Sequence[int], parse: Parse[_T]) -> _T:
         data = bytes_of(loaded, sample_indices)
@@ -94,17 +91,7 @@ class Decoder:
             error = _EXCLUDED if are_excluded else self._problem(samples, sample_index, parse)
             if error is None:
                 continue
-            for candidate, index in self._candidates(samples, sample_index, error, self._order.sources[source].mask):
-                if (problem := self._problem(candidate, index, parse)) is None:
-                    break
-            else:
-                if are_excluded and not self._substitute:  # then what comes next has to be readable
-                    samples, sample_index, error = candidate, index, problem or error
-                num_tried = min(samples.reader.opened.manifest.shards[samples.shard].samples - 1, _MOST_TRIED)
-                advice = f"; nor can any of the next {num_tried} of its shard be read"
-                if not self._substitute:
-                    advice = ". on_error='substitute' goes on without it"
-                raise FormatError(f"{samples.where(sample_index)}: {error}{advice}") from error
+            candidate, index = self.stand_in(samples, sample_index, source, error, parse)
             loaded[number], sample_indices[number] = candidate, index
             if (candidate.shard, index) != (samples.shard, sample_index):
                 substitutions[number] = Substitution(
@@ -117,6 +104,34 @@ class Decoder:
                 )
         return substitutions
 
+    def stand_in(
+        self, samples: LoadedSamples, sample_index: int, source: int, error: Exception, parse: Parse[object]
+    ) -> tuple[LoadedSamples, int]:
+        """The sample that stands in for one: what holds it, and its number in its shard.
+
+        Args:
+            samples, sample_index: what holds the one, and its number in its shard.
+            source: number of its source.
+            error: why it is not handed over. If it was left out on purpose, what stands in has to be readable unless others are
+                replaced too.
+            parse: raises what is wrong with another.
+
+        Raises:
+            FormatError: it is not to be replaced, or none of the next 64 of its shard can stand in.
+        """
+        for candidate, index in self._candidates(samples, sample_index, error, self._order.sources[source].mask):
+            problem = self._problem(candidate, index, parse)
+            if problem is None:
+                return candidate, index
+            if _is_left_out(error) and not _is_left_out(problem) and not self._substitute:
+                samples, sample_index, error = candidate, index, problem
+                break
+        num_tried = min(samples.reader.opened.manifest.shards[samples.shard].samples - 1, _MOST_TRIED)
+        advice = f"; nor can any of the next {num_tried} of its shard be taken"
+        if not self._substitute and not _is_left_out(error):
+            advice = ". on_error='substitute' goes on without it"
+        raise FormatError(f"{samples.where(sample_index)}: {error}{advice}") from error
+
     def _candidates(
         self, samples: LoadedSamples, sample_index: int, error: Exception, mask: Mask
     ) -> Iterator[tuple[LoadedSamples, int]]:
@@ -127,7 +142,7 @@ class Decoder:
                 yield reader.load(shard, sample_index, sample_index + 1, again=again), sample_index
         num_samples = reader.opened.manifest.shards[shard].samples
         following = ((shard, (sample_index + step) % num_samples) for step in range(1, num_samples))
-        most = _MOST_TRIED if self._substitute else int(error is _EXCLUDED)
+        most = _MOST_TRIED if self._substitute or _is_left_out(error) else 0
         for number, index in islice(mask.after(shard, sample_index) if mask.ids else following, most):
             is_loaded = number == shard and samples.first <= index < samples.last
             yield samples if is_loaded else reader.load(number, index, index + 1), index
@@ -138,6 +153,11 @@ class Decoder:
         except _READING_ERRORS as error:
             return error
         return None
+
+
+def _is_left_out(error: Exception) -> bool:
+    """Whether a sample that could be read is left out all the same."""
+    return isinstance(error, Reject) and (error.reason == EXCLUDED or error.reason.startswith(UNUSED))
 
 
 def _reason(error: Exception) -> str:

@@ -32,6 +32,8 @@ from wds_tools.storage import Store
 
 EXCLUDED = "excluded"
 """Reason of a Substitution."""
+UNUSED = "unused"
+"""How the reason begins where a transform made nothing of the sample."""
 _SHOWN = 5
 
 
@@ -46,7 +48,7 @@ class Substitution:
     sample_index: Count
     """Number of the sample in the shard."""
     reason: str
-    """excluded, crc32, json, format, or why a sample makes no token row."""
+    """excluded, crc32, json, format, why a sample makes no token row, or unused and the transform's reason."""
     substitute_shard: Count = 0
     """Number of the shard of its substitute: the same, but where that has none left that is not excluded."""
     substitute_index: Count = 0

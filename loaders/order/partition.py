@@ -4,7 +4,8 @@ Step k of an epoch that begins at `start` is positions [start + k B, start + (k 
 [k B + r B div W, k B + (r + 1) B div W), and worker w of n computes steps w, w + n, ... So any (B, W, n) reads one sequence.
 The last step of last_batch="short" has what is left, dealt out in the same way. If that is less than a sample for each rank, the
 step before has it too; if there is none before, the next epoch's first samples make up one for each.
-Invariant: every rank has the same number of steps, and at least one sample in each.
+Invariant: every rank has the same number of steps, and at least one sample in each. An evaluation has no next epoch: where it has
+fewer samples than ranks, some ranks have no part.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ class BatchPartition:
     last_batch: LastBatch
     world_size: int
     """Number of ranks, at most batch_size."""
+    makes_up: bool = True
+    """Whether the next epoch's samples make up one for each rank."""
 
     def __len__(self) -> int:
         whole, rest = divmod(max(self.length - self.start, 0), self.batch_size)
@@ -51,7 +54,7 @@ class BatchPartition:
         """The position after a step: beyond `length` where the next epoch fills up the last one."""
         low = self.start + step * self.batch_size
         if self.last_batch == "short" and step + 1 == len(self):
-            return max(self.length, low + self.world_size)
+            return max(self.length, low + self.world_size * self.makes_up)
         return low + self.batch_size
 
     def part(self, step: int, rank: int) -> tuple[int, int]:

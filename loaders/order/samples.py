@@ -171,6 +171,7 @@ def order_spec(
         spec = default_order(total_bytes, config.batch_size, config.seed, shuffle=config.shuffle)
     else:
         spec = replace(saved, seed=config.seed, shuffle=config.shuffle)
+    spec = replace(spec, transform_id=config.transform_id)
     counts = [min(opened.max_samples or opened.manifest.samples, opened.manifest.samples) for opened in sources]
     length = sum(count * opened.source.repeat for count, opened in zip(counts, sources, strict=True))
     mean_tokens = cache(lambda number: _mean_tokens(sources[number], config))

@@ -54,6 +54,8 @@ class OrderSpec:
     """(position from which they hold, weights of the sources), from position 0 on; empty where no source has a weight."""
     length: Annotated[int, range(1, 1 << 53)] = 1
     """Samples of an epoch."""
+    transform_id: str | None = None
+    """What the caller's own code does with a sample, by a name of the caller's."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 1 << 64:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Annotated, Any
@@ -26,6 +26,8 @@ from wds_tools.errors import FormatError
 from wds_tools.format.typed_json import Count, read_json
 
 MODULUS = 1 << 128
+MAX_RANGE = 1024
+"""Samples of a range of substitutions."""
 RECEIPT_VERSION = 5
 """1: last_batch="short" dealt the last step out so that ranks could come away empty. 2: the order spec stood in two places.
 3: a run could not change. 4: it did not say which steps its positions are."""
@@ -39,9 +41,10 @@ Span = tuple[int, int, int, int]
 
 @dataclass(frozen=True, kw_only=True)
 class EpochSubstitution(Substitution):
-    """A substitution, and where it was."""
+    """A substitution, and where it was; in the document also of samples one after the other with one stand-in."""
 
     epoch: Count
+    num_samples: Annotated[int, range(1, MAX_RANGE + 1)] = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +90,9 @@ def parse_receipt(data: bytes, name: str) -> Receipt:
     """
     what = f"{name}: not the receipt of a loader"
     receipt = replace(read_record(Receipt, read_json(dict[str, Any], data, what), what, RECEIPT_VERSION), name=name)
+    runs = ((bad, step) for bad in receipt.substitutions for step in range(bad.num_samples))
+    each = (replace(bad, sample_index=bad.sample_index + step, num_samples=1) for bad, step in runs)
+    receipt = replace(receipt, substitutions=tuple(each))
     if receipt.rank >= receipt.world_size:
         raise FormatError(f"{what}: rank={receipt.rank} is not in 0 ... world_size - 1 = {receipt.world_size - 1}")
     if not re.fullmatch("[0-9a-f]{32}", receipt.hash_total):
@@ -98,6 +104,20 @@ def parse_receipt(data: bytes, name: str) -> Receipt:
         if not count or steps.end(count - 1) != span[2]:
             raise FormatError(f"{what}: the span {list(span)} does not end with a step of an epoch of {steps.length} samples")
     return receipt
+
+
+def substitutions_to_json(substitutions: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Substitutions, of one sample each, as a receipt lists them: in ranges, where neighbours have one stand-in."""
+    ranges: list[dict[str, Any]] = []
+    for bad in sorted(substitutions, key=lambda bad: tuple(bad.values())):
+        last = ranges[-1] if ranges else {}
+        num_samples = last.get("num_samples", 1)
+        following = {**bad, "sample_index": bad["sample_index"] - num_samples}
+        if num_samples < MAX_RANGE and {**last, "num_samples": 1} == {**following, "num_samples": 1}:
+            last["num_samples"] = num_samples + 1
+        else:
+            ranges.append(dict(bad))
+    return ranges
 
 
 class SampleHash:

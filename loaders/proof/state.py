@@ -198,6 +198,7 @@ def resumed(
         generations = (*saved.generations[:-1], replace(last, sources=origins))
         return SampleOrder(sources, spec, generations)
     future = replace(spec, schedule=last.spec.schedule, length=last.spec.length, sources=spec.sources[: len(last.sources)])
+    future = replace(future, transform_id=last.spec.transform_id)
     may_change = future == last.spec and bool(spec.schedule) == bool(last.spec.schedule)
     for name, before, now in last.spec.differences(spec if change is None else future):
         raise UsageError(

@@ -151,8 +151,8 @@ class LanePacker:
         located = Located(*map(np.concatenate, zip(*(part for part, _ in taken), strict=True)))
         positions = np.concatenate([np.arange(*plan.positions[1:]) for plan in plans])
         loaded = [samples for _, part in taken for samples in part]
-        samples, substitutions, _ = self._decoder.decode(located, loaded, self._maker.read)
-        self._substitutions += substitutions
+        samples, substitutions = self._decoder.decode(located, loaded, self._maker.read)
+        self._substitutions += substitutions.values()
         examples = self._maker.examples(samples, self._order.source_epochs(0, positions), located.source.tolist())
         self._mean_tokens = 0.9 * self._mean_tokens + 0.1 * sum(len(example.ids) for example in examples) / len(examples)
         for position, example, source in zip(positions.tolist(), examples, located.source.tolist(), strict=True):

@@ -8,13 +8,17 @@ torch's DataLoader runs them. What it tells of a dead worker is translated into 
 from __future__ import annotations
 
 import atexit
+import math
 import multiprocessing
+import time
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
+from torch.utils.data._utils import MP_STATUS_CHECK_INTERVAL
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from loaders.config import LoaderConfig
 from loaders.order.samples import OpenSource
@@ -53,6 +57,7 @@ class WorkerPool:
             WorkerDied: a worker ended.
         """
         self._requests.current = requests
+        self._begin_to_wait()
         with self._named_death():
             self._results = iter(self._fetched())
 
@@ -61,8 +66,9 @@ class WorkerPool:
 
         Raises:
             WdsToolsError: the step met an error.
-            WorkerDied: a worker ended.
+            WorkerDied: a worker ended, or gives no batch for timeout_s.
         """
+        self._begin_to_wait()
         with self._named_death():
             result = next(self._results)
         self._has_answered = True
@@ -80,13 +86,17 @@ class WorkerPool:
                 if not _tells_of_a_worker(error):
                     raise
 
+    def _begin_to_wait(self) -> None:
+        if self._workers is not None and self._workers._iterator is not None:
+            self._workers._iterator.begun, self._workers._iterator.timeout_s = time.monotonic(), self._config.timeout_s
+
     def _fetched(self) -> Iterable[StepResult | WdsToolsError]:
         if not self._config.num_workers:
             return map(self._dataset.__getitem__, self._requests)
         if getattr(multiprocessing.current_process(), "_inheriting", False):  # what multiprocessing itself looks at
             raise UsageError(f"this process imports the script that started it, which reads at once: {_GUARD}")
         if self._workers is None:
-            self._workers = torch.utils.data.DataLoader(
+            self._workers = _Workers(
                 self._dataset,
                 sampler=self._requests,
                 batch_size=None,
@@ -122,6 +132,28 @@ class WorkerPool:
                     if (size := opened.store.size(info.name)) < info.bytes:
                         return f"; {join(opened.store.url, info.name)} has {size} bytes, the manifest says {info.bytes}"
         return ""
+
+
+class _Waiting(_MultiProcessingDataLoaderIter):
+    """Waits for a batch as DataLoader does, which does so for ever, but no longer than `timeout_s`. DataLoader's own `timeout`
+    would not look whether the workers live."""
+
+    begun, timeout_s = 0.0, math.inf
+
+    def _try_get_data(self, timeout: float = MP_STATUS_CHECK_INTERVAL) -> Any:
+        left = self.begun + self.timeout_s - time.monotonic()
+        if left <= 0:
+            raise WorkerDied(
+                f"the workers gave no batch for timeout_s={self.timeout_s:g} seconds: a transform that never ends, a lock that "
+                "was held when they were forked (start_method='spawn' helps), or a slow storage"
+            )
+        return super()._try_get_data(min(left, timeout))  # type: ignore[no-untyped-call]
+
+
+class _Workers(torch.utils.data.DataLoader["StepResult | WdsToolsError"]):
+    def _get_iterator(self) -> Any:
+        self.check_worker_number_rationality()
+        return _Waiting(self)
 
 
 class _Requests(Iterable[StepRequest]):

@@ -17,6 +17,7 @@ import torch
 
 from loaders.batches.collate import Columns, chosen_texts, read_columns
 from loaders.batches.decode import Decoder
+from loaders.batches.transform import Transformer
 from loaders.config import LoaderConfig
 from loaders.order.mask import Substitution
 from loaders.order.partition import BatchPartition
@@ -29,7 +30,7 @@ from loaders.reading.source import LoadedSamples
 from loaders.tokens.lanes import LaneBook, LaneState
 from loaders.tokens.packing import LanePacker
 from loaders.tokens.rows import RowMaker, check_packed_ahead, read_token_rows
-from wds_tools.errors import WdsToolsError
+from wds_tools.errors import UsageError, WdsToolsError
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,10 +98,16 @@ class StepDataset(torch.utils.data.Dataset["StepResult | WdsToolsError"]):
         self._rank = rank
         self._hashes = [SampleHash(fingerprint) for fingerprint in order.fingerprints]
         self._decoder = Decoder(order, check_crc=config.check_crc, substitute=config.on_error == "substitute")
-        self._parse = (
-            read_token_rows if check_packed_ahead([opened for opened in order.sources if not opened.removed]) else read_columns
-        )
+        are_rows = check_packed_ahead([opened for opened in order.sources if not opened.removed])
+        if are_rows and config.transform is not None:
+            raise UsageError(
+                "transform= is for samples; the sources are rows of `wds-tools pack`, which are handed over as they are"
+            )
+        self._parse = read_token_rows if are_rows else read_columns
         self._maker = maker
+        self._transformer = None
+        if config.transform is not None:
+            self._transformer = Transformer(order, self._decoder, config.seed, config.transform, config.collate)
         self._reading: tuple[PositionReader[LoadedSamples], ReadAhead[LoadedSamples], LanePacker | None] | None = None
         self._pid = 0
 
@@ -131,9 +138,10 @@ class StepDataset(torch.utils.data.Dataset["StepResult | WdsToolsError"]):
             columns, sources, substitutions, lanes = packer.rows(low, high, request.loop, request.lanes)
         else:
             located, loaded = read_ahead.read(PositionRange(request.epoch, low, high), self._upcoming(request))
-            columns, substitutions, good = self._decoded(located, loaded, request.epoch, low)
-            sources = located.source.tolist()
-            hash_total = total_of(self._hashes, good.source, good.shard, good.sample_index)
+            columns, replaced = self._decoded(located, loaded, request.epoch, low)
+            sources, substitutions = located.source.tolist(), [replaced[number] for number in sorted(replaced)]
+            good = (np.delete(column, list(replaced)) if replaced else column for column in located[:3])
+            hash_total = total_of(self._hashes, *good)
         return StepResult(
             columns=columns,
             sources=sources,
@@ -146,20 +154,22 @@ class StepDataset(torch.utils.data.Dataset["StepResult | WdsToolsError"]):
 
     def _decoded(
         self, located: Located, loaded: list[LoadedSamples], epoch: int, low: int
-    ) -> tuple[Columns, list[Substitution], Located]:
+    ) -> tuple[Columns, dict[int, Substitution]]:
         """Samples from position `low` on as columns; see Decoder.decode."""
         sources = located.source.tolist()
         epochs = self._order.source_epochs(epoch, np.arange(low, low + len(loaded)))
+        if self._transformer is not None:
+            return self._transformer.batch(located, loaded, epochs)
         if self._maker is None:
-            columns, substitutions, good = self._decoder.decode(located, loaded, self._parse)
+            columns, substitutions = self._decoder.decode(located, loaded, self._parse)
             if "texts" in columns.lists:
                 weights = [opened.texts for opened in self._order.sources]
                 held = zip(*(columns.lists[name] for name in ("__key__", "text", "texts")), strict=True)
                 columns.lists["text"] = chosen_texts(weights, self._config.seed, epochs, sources, held)
-            return columns, substitutions, good
-        samples, substitutions, good = self._decoder.decode(located, loaded, self._maker.read)
+            return columns, substitutions
+        samples, substitutions = self._decoder.decode(located, loaded, self._maker.read)
         names = [self._order.sources[number].name for number in sources]
-        return self._maker.padded(samples, epochs, names, sources), substitutions, good
+        return self._maker.padded(samples, epochs, names, sources), substitutions
 
     def _upcoming(self, request: StepRequest) -> Iterator[PositionRange]:
         """Positions of this worker's next steps, into the next epoch if there is one."""

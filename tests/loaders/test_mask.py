@@ -53,7 +53,8 @@ def test_what_is_excluded_is_never_handed_over_and_the_order_stays(tmp_path: Pat
     )
     opened = [open_source(source) for source in masked.sources]
     assert simulate(opened, masked).warnings[0].startswith("6 samples are excluded:")
-    substituted = {(bad["shard"], bad["sample_index"], bad["reason"]) for bad in loader.receipt()["substitutions"]}
+    substitutions = parse_receipt(json.dumps(loader.receipt()).encode(), "receipt.json").substitutions
+    substituted = {(bad.shard, bad.sample_index, bad.reason) for bad in substitutions}
     assert substituted == {(number // 4, number % 4, "excluded") for number in (3, 8, 9, 10, 11, 19)}
 
 

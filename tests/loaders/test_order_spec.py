@@ -34,6 +34,7 @@ SPECS = st.builds(
     sources=st.lists(SOURCES, min_size=1, max_size=3).map(tuple),
     schedule=st.lists(st.tuples(st.integers(0, 10**9), st.lists(st.floats(0, 9), max_size=3).map(tuple)), max_size=3).map(tuple),
     length=st.integers(1, 10**12),
+    transform_id=st.none() | st.text(),
 )
 
 
@@ -90,6 +91,8 @@ SETTINGS: dict[str, list[Any]] = {
     "check_crc": [False, True],
     "trained_tokens": [False, True],
     "max_bad": list(range(10)),
+    "timeout_s": [1.0, 1800.0],
+    "pin_memory": [False, True],
 }
 
 
@@ -103,8 +106,8 @@ def test_nothing_that_decides_what_is_fetched_when_has_a_part_in_the_order(name:
 
 
 def test_every_setting_of_a_loader_is_one_of_the_order_or_has_no_part_in_it() -> None:
-    of_the_order = {"sources", "batch_size", "seed", "shuffle", "stop_at", "schedule"}
-    of_what_is_made = {"sequences", "packing", "on_error"}
+    of_the_order = {"sources", "batch_size", "seed", "shuffle", "evaluation", "stop_at", "schedule", "transform_id"}
+    of_what_is_made = {"sequences", "packing", "on_error", "transform", "collate", "max_unused"}
     assert {field.name for field in fields(LoaderConfig)} == of_the_order | of_what_is_made | set(SETTINGS)
 
 

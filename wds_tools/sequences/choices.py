@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from itertools import accumulate
 from typing import NamedTuple
 
+import numpy as np
 import xxhash
 
 from wds_tools.errors import Reject, UsageError
@@ -41,6 +42,11 @@ def choose(seed: int, epoch: int, key: str) -> Choice:
 def is_image_trained(seed: int, epoch: int, key: str, number: int, ratio: float) -> bool:
     """Whether an image of an interleaved document is trained: a share of `ratio` is. `number`: of the image in it, from 0."""
     return xxhash.xxh3_64_intdigest(f"image {seed} {epoch} {key} {number}".encode()) < ratio * (1 << 64)
+
+
+def generator_of(seed: int, epoch: int, key: str) -> np.random.Generator:
+    """Random numbers for the caller's own code. Cost: 20 us."""
+    return np.random.Generator(np.random.Philox(key=xxhash.xxh3_128_intdigest(f"transform {seed} {epoch} {key}".encode())))
 
 
 def text_weights(where: str, weights: Mapping[str, float]) -> Weights:
