@@ -160,6 +160,17 @@ class LoaderConfig:
             raise UsageError(f"unit={self.unit!r} is not samples or tokens")
         if self.unit == "tokens" and not (all(weighted) and self.sequences):
             raise UsageError("unit='tokens' is for sources with weights, by the tokenizer of sequences=SequenceConfig(...)")
+        if not any(weighted) and self.schedule:
+            raise UsageError("a schedule of weights needs a weight for every source")
+        if not any(weighted) and self.stop_at != "first_exhausted":
+            raise UsageError(f"stop_at={self.stop_at!r} is for sources with weights: without, an epoch is every sample once")
+        if any(weighted) and not self.shuffle:
+            raise UsageError("shuffle=False has no meaning for a mixture with weights")
+        if self.stop_at not in ("first_exhausted", "all_exhausted") and not (type(self.stop_at) is int and self.stop_at >= 1):
+            raise UsageError(f"stop_at={self.stop_at!r}: expected 'first_exhausted', 'all_exhausted' or a number of samples")
+        for step, weights in self.schedule:
+            if step < 1 or len(weights) != len(self.sources):
+                raise UsageError(f"schedule entry {(step, weights)}: expected (step of 1 or more, one weight per source)")
 
     def _become_evaluation(self) -> None:
         """Settle what a pass over all samples needs; refuse what contradicts it."""
