@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 
 from loaders.config import LoaderConfig, Source
 from loaders.order.generations import Generation, Origin, epochs_of, first_generation, schedule_of
+from loaders.order.group import Group, plan_group
 from loaders.order.mask import Mask, read_mask
 from loaders.order.mix import Mixture
-from loaders.order.plan import Ints, SourcePlan, default_order
+from loaders.order.plan import Ints, default_order
 from loaders.order.spec import OrderSpec, SourceSpec
 from wds_tools.dataset.layout import MANIFEST
 from wds_tools.dataset.token_counts import read_token_count
@@ -34,7 +35,6 @@ from wds_tools.sequences.tokenizer import tokenizer_hash
 from wds_tools.storage import Store, open_store
 
 _BLOCK_BITS = 40
-_MAX_SHARDS = 1 << 24
 _PLAN_EPOCH_BITS = 23
 """Bits that name a plan and its epoch; with those of a shuffle block they fill a positive int64. They wrap around: blocks in
 use at one time lie a few epochs apart."""
@@ -272,7 +272,7 @@ class SampleOrder:
         )
         sizes = [stage[0][1].plan.num_samples if stage else 0 for stage in stages]
         self._mixture = Mixture(sizes, spec.lanes, schedule or ((0, (1.0,)),))
-        self._groups: list[list[tuple[int, _Group]]] = []
+        self._groups: list[list[tuple[int, Group]]] = []
         """Of each plan: (epoch from which it holds, its shards)."""
         for number, stage in enumerate(stages):
             groups = [(0, group) for _, group in stage[:1]]
@@ -392,60 +392,17 @@ class SampleOrder:
         key = block + (plan_epoch % (1 << _PLAN_EPOCH_BITS) << _BLOCK_BITS)
         return Located(group.source[shard], group.shard[shard], sample_index, key, *rest)
 
-    def _group_of(self, number: int, epoch: int) -> _Group:
+    def _group_of(self, number: int, epoch: int) -> Group:
         return next(group for first, group in reversed(self._groups[number]) if first <= epoch)
 
-    def _stages(self, members: Sequence[int]) -> list[tuple[int, _Group]]:
+    def _stages(self, members: Sequence[int]) -> list[tuple[int, Group]]:
         """(position of the stream, what is planned together from then on), each time that these sources have other shards."""
-        stages: list[tuple[int, _Group]] = []
+        stages: list[tuple[int, Group]] = []
         before: list[int] = []
         for generation in self.generations:
             num_shards = [origin.num_shards for origin in generation.sources[members[0] : members[-1] + 1]]
             if num_shards and num_shards != before:
                 opened = [self.sources[number].first(count) for number, count in zip(members, num_shards, strict=True)]
-                stages.append((generation.position, self._group(members, opened)))
+                stages.append((generation.position, plan_group(self.spec, members, opened)))
                 before = num_shards
         return stages
-
-    def _group(self, members: Sequence[int], opened: Sequence[OpenSource]) -> _Group:
-        """These sources under one plan. With weights, it has each sample once; without, as often as an epoch does."""
-        specs = [self.spec.sources[number] for number in members]
-        repeats = [1 if self.spec.schedule else spec.repeat for spec in specs]
-        urls = ", ".join(each.store.url for each in opened)
-        num_shards = sum(max(len(each.manifest.shards), 1) * repeat for each, repeat in zip(opened, repeats, strict=True))
-        if len(members) > 1 and num_shards > _MAX_SHARDS:
-            raise UsageError(f"the sources, each repeated, have {num_shards:,} shards: at most {_MAX_SHARDS:,} can be planned")
-        limits = [spec.max_samples for spec in specs if spec.max_samples is not None]
-        if limits and len(members) > 1:
-            raise UsageError(
-                f"sources {urls}: max_samples and fraction are for one source, or for sources with weights: "
-                "give every source a weight"
-            )
-        is_single = len(members) == 1  # repeated by its plan, after the choice of max_samples; of several, shards are repeated
-        places = [0] if is_single else np.repeat(range(len(members)), repeats).tolist()
-        counts = [len(opened[place].manifest.shards) for place in places]
-        try:
-            plan = SourcePlan(
-                np.concatenate([opened[place].samples for place in places]),
-                np.concatenate([opened[place].sizes for place in places]),
-                np.repeat([opened[place].group_samples for place in places], counts),
-                self.spec,
-                limits[0] if limits else None,
-                repeat=repeats[0] if is_single else 1,
-            )
-        except UsageError as error:
-            raise UsageError(f"{urls}: {error}") from error
-        numbers = np.array(members)[places]
-        return _Group(plan, opened, np.repeat(numbers, counts), np.concatenate([np.arange(count) for count in counts]))
-
-
-class _Group(NamedTuple):
-    """Sources that share a plan."""
-
-    plan: SourcePlan
-    sources: Sequence[OpenSource]
-    """As they are in its epochs."""
-    source: NDArray[np.int64]
-    """(S,) source of each of the plan's shards."""
-    shard: NDArray[np.int64]
-    """(S,) its number in that source."""

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from factory import image_sample, make_dataset, text_sample
 from tokens import PROVENANCE, write_tokenizer
+from viewer import CODES, small_codes
 
 from loaders import LoaderConfig, Source, World, build_loader
 from wds_tools.cli.main import main
@@ -103,12 +104,20 @@ def test_the_page_shows_texts_as_text_and_codes_where_no_tokenizer_is_named(
 
 
 @pytest.mark.slow
+def test_the_page_has_the_pictures_that_the_codes_decode_to(tmp_path: Path) -> None:
+    make_dataset(tmp_path / "pairs", (small_codes(image_sample(n)) for n in range(8)), codes=CODES)
+    state, _ = run_of(tmp_path, Source(str(tmp_path / "pairs")), steps=2, batch_size=2)
+    page = tmp_path / "batch.html"
+    assert main(["at", state, "--step", "1", "--html", str(page), "--device", "cpu"]) == 0
+    assert page.read_text().count("<figcaption></figcaption>") == 2  # no reason why one could not be decoded
+
+
+@pytest.mark.slow
 def test_rows_packed_ahead_are_asked_about_with_texts_and_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tokenizer = write_tokenizer(tmp_path / "tokenizer")
+    write_tokenizer(tmp_path / "tokenizer")
     make_dataset(tmp_path / "pairs", (image_sample(n) for n in range(30)), codes=PROVENANCE)
     given = {"input": (str(tmp_path / "pairs"),), "seq_len": 64, "output": str(tmp_path / "rows"), "quiet": True}
     pack(PackConfig(**given, tokenizer=str(tmp_path / "tokenizer"), shard_samples=5))
-    del tokenizer
     state, steps = run_of(tmp_path, Source(str(tmp_path / "rows")), steps=2, batch_size=2)
     args = ("at", state, "--step", "1", "--text-tokenizer", str(tmp_path / "tokenizer"))
     found = asked(capsys, *args, "--html", str(tmp_path / "batch.html"))
