@@ -149,7 +149,7 @@ class Ranking:
             looked_at = self._reader.first_of(self._shard) if self._shard < len(shards) else len(self._reader)
             if looked_at == len(self._reader) and 0 < self._num_chosen == self._num_without:
                 names = ", ".join(self._tables.names())
-                raise UsageError(f"no sample has a number or text in {self._field!r}; the fields are {names}")
+                raise UsageError(f"none of these samples has a number or text in {self._field!r}; the fields are {names}")
             numbers = [number for _, number in self._best]
             return {
                 "numbers": numbers,
