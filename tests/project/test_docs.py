@@ -123,7 +123,7 @@ def place(tmp_path: Path, demo: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(480)
 @pytest.mark.parametrize(
     "page",
     [
