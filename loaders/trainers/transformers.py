@@ -92,7 +92,7 @@ class _Epochs(IterableDataset[dict[str, Any]]):
 
     def __init__(self, epoch_loader: Any) -> None:
         self._epoch_loader: EpochLoader = epoch_loader
-        self.batch_size = self._epoch_loader.loader.config.batch_size
+        self.batch_size: int = self._epoch_loader.loader.config.batch_size
 
     def __len__(self) -> int:
         return len(self._epoch_loader)
