@@ -21,7 +21,8 @@ from loaders.config import LoaderConfig, Source
 from loaders.cost.replay import ProcessCost, replay
 from loaders.order.partition import BatchPartition
 from loaders.order.plan import Ints
-from loaders.order.samples import OpenSource, SampleOrder, count_tokens, order_spec
+from loaders.order.samples import OpenSource, SampleOrder, order_spec
+from loaders.order.shares import count_tokens
 from loaders.proof.state import read_state, resumed
 from loaders.reading.planner import shared_lanes
 from wds_tools.errors import UsageError

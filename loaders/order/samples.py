@@ -24,14 +24,13 @@ from loaders.order.group import Group, plan_group
 from loaders.order.mask import Mask, read_mask
 from loaders.order.mix import Mixture
 from loaders.order.plan import Ints, default_order
+from loaders.order.shares import mean_tokens_of
 from loaders.order.spec import OrderSpec, SourceSpec
 from wds_tools.dataset.layout import MANIFEST
-from wds_tools.dataset.token_counts import read_token_count
 from wds_tools.errors import NotFound, UsageError
 from wds_tools.format.manifest import Manifest, parse_manifest
 from wds_tools.format.schema import ANY_MEMBERS
 from wds_tools.sequences.choices import Weights, text_weights
-from wds_tools.sequences.tokenizer import tokenizer_hash
 from wds_tools.storage import Store, open_store
 
 _BLOCK_BITS = 40
@@ -174,7 +173,7 @@ def order_spec(
     spec = replace(spec, transform_id=config.transform_id)
     counts = [min(opened.max_samples or opened.manifest.samples, opened.manifest.samples) for opened in sources]
     length = sum(count * opened.source.repeat for count, opened in zip(counts, sources, strict=True))
-    mean_tokens = cache(lambda number: _mean_tokens(sources[number], config))
+    mean_tokens = cache(lambda number: mean_tokens_of(sources[number], config))
 
     def in_samples(weights: Iterable[float]) -> tuple[float, ...]:
         return tuple(float(weight) and weight / mean_tokens(number) for number, weight in enumerate(weights))
@@ -202,30 +201,6 @@ def order_spec(
         for opened in sources
     )
     return replace(spec, sources=specs, schedule=schedule, length=length)
-
-
-def count_tokens(opened: OpenSource, tokenizer: str) -> tuple[int, int]:
-    """Tokens of a source: (of all texts by this tokenizer, of all images).
-
-    Raises:
-        UsageError: they have not been counted, or not of this content.
-    """
-    count = read_token_count(opened.store, opened.manifest, tokenizer_hash(tokenizer))
-    if count is None:
-        raise UsageError(
-            f"the tokens of {opened.store.url} have not been counted by this tokenizer, or it has changed since: "
-            f"wds-tools index {opened.source.url} --tokens {tokenizer}"
-        )
-    return count.text_tokens, sum(shard.num_codes for shard in opened.manifest.shards)
-
-
-def _mean_tokens(opened: OpenSource, config: LoaderConfig) -> float:
-    """Tokens of a source's samples on average, which a weight is divided by; 1 where weights are shares of samples."""
-    if config.sequences is None or config.unit == "samples":
-        return 1.0
-    if not (num_tokens := sum(count_tokens(opened, config.sequences.tokenizer))):
-        raise UsageError(f"{opened.store.url} has no tokens at all, so it can't have a share of them: leave it out")
-    return num_tokens / opened.manifest.samples
 
 
 class SampleOrder:
