@@ -98,6 +98,10 @@ class LoaderConfig:
     """Put the tensors of batches into pinned memory, from which `to(device, non_blocking=True)` does not wait for the copy."""
     memory_bytes: int = 2 << 30
     """Memory that one process may take for data that it has read. Less costs more requests, never another order."""
+    scarce_memory: bool = False
+    """Run with memory_bytes that do not hold what is read at one time, and fetch data more than once; else that is refused."""
+    max_requests: int = 128
+    """Requests that one process may have in flight at a time. It begins with fewer, and has more as long as that is faster."""
     cache_dir: str | None = None
     """Folder on a local disk that keeps what was fetched from object storage, for all processes and runs."""
     cache_bytes: int = 100 << 30
@@ -132,7 +136,7 @@ class LoaderConfig:
         if not sources or not all(isinstance(source, Source) for source in sources):
             raise UsageError(f"sources={self.sources!r}: expected a tuple of one or more Source(...)")
         _check_ints("a loader", self, batch_size=1, seed=0, epochs=1, num_workers=0, prefetch_factor=1, max_bad=0)
-        _check_ints("a loader", self, memory_bytes=1, cache_bytes=1)
+        _check_ints("a loader", self, memory_bytes=1, cache_bytes=1, max_requests=1)
         if self.epochs is not None and self.packing:
             raise UsageError(f"epochs={self.epochs}: rows packed on the fly have no epochs")
         if self.seed >= 1 << 64:

@@ -111,6 +111,10 @@ class Ledger:
         totals: Counter[str] = Counter()
         for counts in self._counts.values():
             totals.update(counts)
+        fetched: dict[str, float] = {"amplification": totals["bytes"] / max(totals["sample_bytes"], 1)} if totals["bytes"] else {}
+        if answers := [counts["first_byte_ms"] for counts in self._counts.values() if "first_byte_ms" in counts]:
+            fetched["first_byte_s"] = float(np.median(answers)) / 1000
+            del totals["first_byte_ms"]
         return {
             "batches": self._num_batches,
             "samples": self._num_handed_over,
@@ -124,4 +128,5 @@ class Ledger:
             "wait_p50_s": float(np.percentile(waits, 50)),
             "wait_p99_s": float(np.percentile(waits, 99)),
             **totals,
+            **fetched,
         }

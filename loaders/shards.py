@@ -55,6 +55,7 @@ class ShardDataset(wds.DataPipeline, wds.compat.FluidInterface):  # type: ignore
         last_batch: what becomes of the last samples, fewer than world_size: `short` hands them out, so that ranks may differ by
             one; `drop` leaves them out; `wrap` fills up from the beginning of the next epoch.
         memory_bytes: what a process keeps of the data that it has fetched.
+        scarce_memory: run with less than what is read at one time, and fetch data more than once; else that is refused.
         cache_dir: a folder on a local disk that keeps what was fetched from object storage.
         cache_bytes: size limit of that folder.
         check_crc: compare every sample's bytes with its CRC-32.
@@ -74,7 +75,8 @@ class ShardDataset(wds.DataPipeline, wds.compat.FluidInterface):  # type: ignore
         rank: int | None = None,
         world_size: int | None = None,
         last_batch: LastBatch = "short",
-        memory_bytes: int = 1 << 30,
+        memory_bytes: int = 2 << 30,
+        scarce_memory: bool = False,
         cache_dir: str | None = None,
         cache_bytes: int = 100 << 30,
         check_crc: bool = False,
@@ -87,6 +89,7 @@ class ShardDataset(wds.DataPipeline, wds.compat.FluidInterface):  # type: ignore
             shuffle=shuffle,
             last_batch=last_batch,
             memory_bytes=memory_bytes,
+            scarce_memory=scarce_memory,
             cache_dir=cache_dir,
             cache_bytes=cache_bytes,
             check_crc=check_crc,

@@ -42,6 +42,8 @@ class Decoder:
         self._check_crc = check_crc
         self._substitute = substitute
         self._order = order
+        self.num_bytes = 0
+        """Of the samples decoded so far, in their tars."""
 
     def decode(self, located: Located, loaded: list[LoadedSamples], parse: Parse[_T]) -> tuple[_T, dict[int, Substitution]]:
         """Parse samples, all at once; if that fails, one by one.
@@ -70,6 +72,7 @@ class Decoder:
 
     def _parsed(self, loaded: Sequence[LoadedSamples], sample_indices: Sequence[int], parse: Parse[_T]) -> _T:
         data = bytes_of(loaded, sample_indices)
+        self.num_bytes += sum(map(len, data))
         if self._check_crc:
             check_crc(loaded, sample_indices, data)
         return parse(loaded, sample_indices, data)

@@ -11,9 +11,9 @@ Cost: a few seconds, whatever the length of the epoch.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -24,7 +24,9 @@ from loaders.order.plan import block_samples
 from loaders.order.samples import OpenSource, SampleOrder
 from loaders.reading.planner import PositionRange, Request
 from loaders.reading.reader import PositionReader, ReadAhead
+from wds_tools.dataset.offsets import OFFSETS_BYTES, part_bytes
 from wds_tools.dataset.samples import INDEX_BYTES, RUN_BYTES, RUN_SAMPLES
+from wds_tools.format.offsets import OFFSET_BYTES, Groups
 from wds_tools.storage import LocalStore
 from wds_tools.storage.recent import Recent
 
@@ -59,10 +61,11 @@ class ProcessCost:
     """Fetched bytes for each byte of its samples: above 1 where it fetches what others use, fetches again, or has something
     left at the end of the epoch."""
     index_requests: float
+    """For parts of the offsets file; for indices where there is none."""
     index_bytes: float
-    """Estimated at 20 bytes a sample of the shard; an index is fetched whole."""
-    first_batch_requests: int
-    """What the first batch waits for, indices included."""
+    """An index is fetched whole, and estimated at 20 bytes a sample of the shard."""
+    first_requests: tuple[int, ...]
+    """What the first batch waits for, and each of those that open lanes after it, offsets or indices included."""
     first_batch_bytes: int
     evicted: float
     """Requests whose samples are dropped before they are used up, for want of memory."""
@@ -80,32 +83,47 @@ class CountingFetches:
     Args:
         sources: what is read; only their manifests are looked at.
         as_remote: count local files as if they were fetched.
+        check_crc: whether indices are needed, whatever else there is.
     """
 
     is_full = False
 
-    def __init__(self, sources: Sequence[OpenSource], *, as_remote: bool) -> None:
+    def __init__(self, sources: Sequence[OpenSource], *, as_remote: bool, check_crc: bool = False) -> None:
         self._sources = sources
         self.is_mapped: Sequence[bool] = [not as_remote and isinstance(opened.store, LocalStore) for opened in sources]
         self.num_loads = self.num_requests = self.num_bytes = self.index_requests = self.index_bytes = 0
+        self._groups = [
+            None if check_crc or opened.manifest.offsets_hash is None else Groups(opened.manifest) for opened in sources
+        ]
+        self._offset_parts = [Recent[int, range](OFFSETS_BYTES, len) for _ in sources]
         self._index_files = [Recent[int, range](INDEX_BYTES // 2, len) for _ in sources]
         self._index_runs = [Recent[tuple[int, int], bool](_INDEX_RUNS) for _ in sources]
 
     def load(self, request: Request) -> None:
-        """Count a request, and the index files that it needs."""
+        """Count a request, and what of offsets or indices it needs."""
         source, shard, first, last = request.source, request.shard, request.first, request.last
         self.num_loads += 1
         if self.is_mapped[source]:
             return
-        for start in range(first // RUN_SAMPLES, -(-last // RUN_SAMPLES)):
-            self._index_runs[source].get((shard, start), lambda key: self._parse_index(source, key[0]))
         info = self._sources[source].manifest.shards[shard]
+        if (groups := self._groups[source]) is not None:
+            span = groups.span(shard, first, last)
+            part = part_bytes(groups.file_bytes)
+            for number in range(span.entry * OFFSET_BYTES // part, (span.entry + span.num_groups) * OFFSET_BYTES // part + 1):
+                self._offset_parts[source].get(number, lambda _: self._fetch_about(min(part, groups.file_bytes)))
+            first = first // span.group_samples * span.group_samples
+            last = min(first + span.num_groups * span.group_samples, info.samples)
+        else:
+            for start in range(first // RUN_SAMPLES, -(-last // RUN_SAMPLES)):
+                self._index_runs[source].get((shard, start), lambda key: self._parse_index(source, key[0]))
         self.num_requests += 1
         self.num_bytes += info.bytes * last // info.samples - info.bytes * first // info.samples
 
     def index_memory_bytes(self, times: float) -> int:
-        """What is kept of indices once it has done so many times as much: no more than there are, and fit IndexReader."""
+        """What is kept of offsets and indices once it has done so many times as much: no more than there are, and may stay."""
         total = 0.0
+        for parts, groups in zip(self._offset_parts, self._groups, strict=True):
+            total += min(parts.size * times, groups.file_bytes if groups else 0, OFFSETS_BYTES)
         for opened, files, runs in zip(self._sources, self._index_files, self._index_runs, strict=True):
             all_files = _INDEX_SAMPLE_BYTES * opened.manifest.samples
             all_runs = int((-(-opened.samples // RUN_SAMPLES)).sum()) * RUN_BYTES
@@ -126,7 +144,9 @@ class CountingFetches:
         return True
 
     def _fetch_index(self, source: int, shard: int) -> range:
-        num_bytes = _INDEX_SAMPLE_BYTES * self._sources[source].manifest.shards[shard].samples
+        return self._fetch_about(_INDEX_SAMPLE_BYTES * self._sources[source].manifest.shards[shard].samples)
+
+    def _fetch_about(self, num_bytes: int) -> range:
         self.index_requests += 1
         self.index_bytes += num_bytes
         return range(num_bytes)  # something of that length
@@ -164,11 +184,9 @@ class _Process:
         self.step_numbers = range(0, len(steps), max(config.num_workers, 1))
         """Its steps."""
         low, high = steps.part(0, 0)
-        self._fetches = CountingFetches(order.sources, as_remote=as_remote)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what a run would warn of is among the results
-            stride = self.step_numbers.step * steps.batch_size
-            reader = PositionReader(order, high - low, stride, config.memory_bytes, self._fetches)
+        self._fetches = CountingFetches(order.sources, as_remote=as_remote, check_crc=config.check_crc)
+        stride = self.step_numbers.step * steps.batch_size
+        reader = PositionReader(order, high - low, stride, config.memory_bytes, self._fetches)
         self.planner, self.residency, self._read_ahead = reader.planner, reader.residency, ReadAhead(reader)
         self._sample_bytes = [max(opened.manifest.bytes // max(opened.manifest.samples, 1), 1) for opened in order.sources]
         self._order, self._steps = order, steps
@@ -237,6 +255,10 @@ def replay(order: SampleOrder, config: LoaderConfig, steps: BatchPartition, *, a
     """
     start, middle, first = (_Process(order, config, steps, as_remote=as_remote) for _ in range(3))
     first_batch = first.read(0, 1, ahead=False)
+    opening = [first_batch]
+    while len(opening) < min(order.spec.lanes_per_sample, len(first.step_numbers)):
+        opening.append(first.read(len(opening), 1, ahead=False))
+    asked = [counts.requests + counts.index_requests for counts in opening]
     num_steps, stride_samples = len(start.step_numbers), start.step_numbers.step * config.batch_size
     budget = min(_WINDOW_STEPS, max(_WINDOW_SAMPLES // first_batch.samples, _CYCLES + 1))
     cycle = max(round(start.cycle_samples() * order.spec.lanes / stride_samples), 1)
@@ -266,9 +288,9 @@ def replay(order: SampleOrder, config: LoaderConfig, steps: BatchPartition, *, a
         requests=counts.requests * times,
         bytes=counts.bytes * times,
         amplification=counts.bytes * times / (counts.sample_bytes * samples / counts.samples),
-        index_requests=counts.index_requests * times,
-        index_bytes=counts.index_bytes * times,
-        first_batch_requests=first_batch.requests + first_batch.index_requests,
+        index_requests=max(counts.index_requests * times, start.done().index_requests),  # those that stay are read at the start
+        index_bytes=max(counts.index_bytes * times, start.done().index_bytes),
+        first_requests=tuple(after - before for before, after in pairwise([0, *asked])),
         first_batch_bytes=first_batch.bytes + first_batch.index_bytes,
         evicted=counts.evicted * times,
         late=counts.late / counts.steps,

@@ -24,9 +24,11 @@ from loaders.order.plan import Ints
 from loaders.order.samples import OpenSource, SampleOrder, order_spec
 from loaders.order.shares import count_tokens
 from loaders.proof.state import read_state, resumed
+from loaders.reading.concurrency import levels
 from loaders.reading.planner import shared_lanes
 from wds_tools.errors import UsageError
 from wds_tools.format.manifest import Manifest, ShardInfo
+from wds_tools.format.offsets import hash_offsets
 from wds_tools.storage import open_store
 
 _MAX_SHARDS = 1 << 24
@@ -133,7 +135,8 @@ def imagined_source(samples: float, sample_bytes: float, shard_samples: int = 10
     shards = (_imagined_shard(shard_samples, sample_bytes),) * whole
     if rest:
         shards += (_imagined_shard(rest, sample_bytes),)
-    return OpenSource(Source("imagined"), open_store("memory://imagined"), Manifest(shards=shards, inputs=int(samples)))
+    manifest = Manifest(shards=shards, inputs=int(samples), offsets_hash=hash_offsets(b""))
+    return OpenSource(Source("imagined"), open_store("memory://imagined"), manifest)
 
 
 def _imagined_shard(samples: int, sample_bytes: float) -> ShardInfo:
@@ -226,6 +229,27 @@ def _tokens(order: SampleOrder, config: LoaderConfig) -> Iterator[SourceTokens]:
         )
 
 
+def opening_s(cost: ProcessCost, latency_s: float, max_requests: int) -> list[float]:
+    """Seconds from build_loader to the first batch, and from one to the next while lanes are opened.
+
+    Requests go in rounds of `latency_s`, each of as many as are in flight then; before them are those of the manifest and of the
+    offsets. Bandwidth and computing come on top.
+
+    Args:
+        cost: of a process.
+        latency_s: from a request to the end of its answer.
+        max_requests: see LoaderConfig.
+    """
+    in_flight = levels(max_requests)
+    seconds = []
+    for step, requests in enumerate(cost.first_requests):
+        rounds = 0 if step else 2
+        while requests > 0:
+            rounds, requests = rounds + 1, requests - next(in_flight)
+        seconds.append(rounds * latency_s)
+    return seconds
+
+
 def measure_mixing(order: SampleOrder, batch_size: int) -> Mixing:
     """How well an epoch is mixed: by batches from its middle, and the neighbours in all of it or in some of its lanes.
 
@@ -305,8 +329,8 @@ def _warnings(order: SampleOrder, config: LoaderConfig, world_size: int, cost: P
         )
     if cost.index_bytes > cost.bytes / 10:
         yield (
-            f"indices are {cost.index_bytes / max(cost.bytes, 1):.0%} of the bytes of the samples: each is fetched whole, "
-            "for every few chunks of its shard; smaller shards have smaller ones"
+            f"indices are {cost.index_bytes / max(cost.bytes, 1):.0%} of the bytes of the samples: each is fetched whole, for "
+            "every few chunks of its shard; `wds-tools index` writes the offsets that are read in their stead"
         )
 
 

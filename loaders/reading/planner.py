@@ -11,7 +11,6 @@ Invariant: units and requests never change the order. Cost: 0.5 us a position, f
 from __future__ import annotations
 
 import math
-import warnings
 from collections import Counter
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
@@ -126,8 +125,6 @@ class Planner:
         stride_positions: ... out of every so many.
         memory_bytes: limit of the data in memory.
         is_mapped: of each source, whether its shards are mapped files; loading them takes no memory.
-
-    Warns if memory is too little for the lanes of the process.
     """
 
     def __init__(
@@ -153,19 +150,16 @@ class Planner:
         """Number of positions to plan together."""
         self.num_planned = 0
         """Positions planned; to be set to 0 when what is in memory is dropped, so that at first a little of each lane is read."""
+        self.needed_bytes = 0
+        """Memory with which an open block of each lane fits; with less, data is fetched more than once. 0: any will do."""
         self.is_local = all(is_mapped)
         """Whether nothing is fetched."""
         if self.is_local:
             return
         largest = max(int(sizes.max(initial=1)) for sizes in self._sample_bytes)
         self.at_once = min(_PLANNED_AT_ONCE, max(memory_bytes // 8 // max(spec.block_bytes, largest), 1))
-        if not self._region_samples.all() and self.num_lanes * spec.block_bytes * num_sources > memory_bytes * 3 // 4:
-            warnings.warn(
-                f"memory_bytes={memory_bytes:,} does not hold a block of {spec.block_bytes:,} bytes for each of the "
-                f"{self.num_lanes:,} lanes that this process reads: it will fetch data more than once. Give it more "
-                "memory, use more processes, or a batch size and workers that divide the lanes; see `wds-tools simulate`",
-                stacklevel=4,
-            )
+        if not self._region_samples.all():
+            self.needed_bytes = -(-self.num_lanes * spec.block_bytes * num_sources * 4 // 3)
 
     def plan(self, ranges: Sequence[PositionRange]) -> tuple[list[Plan], Located]:
         """Locate the positions of some ranges; one call for many is much cheaper than one for each.
@@ -188,7 +182,7 @@ class Planner:
         return plans, units
 
     def requests(self, units: Located, held: Container[int]) -> Iterator[Request]:
-        """What is to be loaded so that all of these units are held.
+        """What is to be loaded so that all of these units are held, in the order in which it is needed.
 
         Args:
             units: as `plan` returns them.
@@ -198,19 +192,27 @@ class Planner:
         missing = [index for key, index in zip(keys.tolist(), indices.tolist(), strict=True) if key not in held]
         units = _columns(units, missing)
         ascending = np.lexsort((units.first, units.shard, units.source))
+        needed = np.array(missing, np.int64)[ascending].tolist()
         source, shard, key, first, num_samples, done, run = (
             column[ascending].tolist()
             for column in (units.source, units.shard, units.key, units.first, units.num_samples, units.num_done, units.num_in_run)
         )
+        runs: list[tuple[int, int, int]] = []
+        """Neighbours that become one request: (when it is needed, begin, end)."""
         begin = 0
         while begin < len(source):
             where = source[begin], shard[begin]
-            sample_bytes = int(self._sample_bytes[where[0]][where[1]])
             end, stop = begin + 1, first[begin] + num_samples[begin]
-            limit = first[begin] + max(_MAX_REQUEST_BYTES // sample_bytes, 1)
+            limit = first[begin] + max(_MAX_REQUEST_BYTES // int(self._sample_bytes[where[0]][where[1]]), 1)
             while end < len(source) and (source[end], shard[end]) == where and first[end] == stop and stop < limit:
                 stop += num_samples[end]
                 end += 1
+            runs.append((min(needed[begin:end]), begin, end))
+            begin = end
+        for _, begin, end in sorted(runs):
+            where = source[begin], shard[begin]
+            sample_bytes = int(self._sample_bytes[where[0]][where[1]])
+            stop = first[end - 1] + num_samples[end - 1]
             keys = key[begin:end]
             num_left = sum(num_samples[begin:end]) - sum(done[begin:end])
             last, opened, is_mapped = end - 1, self._order.sources[where[0]], self._is_mapped[where[0]]
@@ -228,7 +230,6 @@ class Planner:
             stop = min(stop, int(opened.samples[where[1]]))
             num_bytes = 0 if is_mapped else (stop - first[begin]) * (sample_bytes + _SAMPLE_BYTES)
             yield Request(*where, first[begin], stop, keys, num_left if key[last] >= 0 else -1, num_bytes)
-            begin = end
 
     def _with_regions(self, located: Located) -> Located:
         """The unit of each position: its piece, or a region where the source is kept whole."""

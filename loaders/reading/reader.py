@@ -21,6 +21,7 @@ from loaders.reading.fetches import BackgroundFetches, Fetches, end_with_trainer
 from loaders.reading.planner import Plan, Planner, PositionRange
 from loaders.reading.residency import Residency
 from loaders.reading.source import LoadedSamples
+from wds_tools.errors import UsageError
 
 _RANGES_AHEAD = 64
 _S = TypeVar("_S")
@@ -35,11 +36,22 @@ def open_reader(
         order: which sample stands at a position.
         config: memory and cache.
         num_positions, stride_positions: see Planner.
+
+    Raises:
+        UsageError: memory_bytes do not hold what is read at one time, and scarce_memory was not asked for.
     """
     end_with_trainer()
     cache = BlockCache(config.cache_dir, config.cache_bytes) if config.cache_dir else None
-    fetches = BackgroundFetches(order.sources, cache)
-    return PositionReader(order, num_positions, stride_positions, config.memory_bytes, fetches)
+    fetches = BackgroundFetches(order.sources, config, cache)
+    reader = PositionReader(order, num_positions, stride_positions, config.memory_bytes, fetches)
+    if reader.planner.needed_bytes > config.memory_bytes and not config.scarce_memory:
+        raise UsageError(
+            f"memory_bytes={config.memory_bytes:,} does not hold a block of {order.spec.block_bytes:,} bytes for each of the "
+            f"{reader.planner.num_lanes:,} lanes that this process reads: give it {reader.planner.needed_bytes:,}, or use more "
+            "processes, or a batch size and workers that divide the lanes (see `wds-tools simulate`); with scarce_memory=True it "
+            "runs all the same, and fetches data more than once"
+        )
+    return reader
 
 
 class PositionReader(Generic[_S]):

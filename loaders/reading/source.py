@@ -1,12 +1,15 @@
-"""Samples of a shard in memory: one byte range, and where in it each sample's members lie. No tar is parsed on the way.
+"""Samples of a shard in memory: one byte range, and where in it each sample's members lie.
 
-    SourceReader.load(shard, first, last) -> LoadedSamples       its index, its bytes by one ranged read
+    SourceReader.load(shard, first, last) -> LoadedSamples       offsets of groups -> one ranged read -> the headers in it
+                                             without offsets:    index -> one ranged read
     bytes_of(loaded, sample_indices) -> bytes of each sample     slices of it
 
+What is fetched by the offsets of a dataset is whole groups of samples, of which every header is checked. If they do not go
+together, the index says what is there. It is also taken where there are no offsets, for a CRC-32, and for local files.
 A local file is mapped, so its bytes stay in the page cache that all processes share; a remote one is fetched. A mapping holds a
 descriptor: `_most_mapped` files stay mapped, any others are for as long as a batch is read. Before a batch is sliced, each file
 is asked for its size: to touch what was cut off would end the process. Usable from many threads.
-Cost: 48 bytes a sample that is loaded, and the bound of IndexReader for the indices that were used last.
+Cost: 48 bytes a sample that is loaded, 3 us for one that is found, and the bound of IndexReader for indices used last.
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ import faulthandler
 import resource
 from array import array
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from mmap import mmap
 from threading import Lock
 from typing import Any, NamedTuple
@@ -23,10 +28,13 @@ import numpy as np
 
 from loaders.order.samples import OpenSource
 from loaders.reading.cache import BlockCache
+from wds_tools.dataset.offsets import OffsetsReader, Place
 from wds_tools.dataset.samples import IndexReader
 from wds_tools.errors import FormatError, UsageError
 from wds_tools.format.codes import HW, chosen_codes, is_code_column
 from wds_tools.format.index import ABSENT, ShardIndex
+from wds_tools.format.own import own_samples
+from wds_tools.format.scan import scan_run
 from wds_tools.format.schema import IMAGE_EXTENSIONS, TOKEN_MEMBERS
 from wds_tools.storage import LocalStore, join
 from wds_tools.storage.recent import SingleFlight
@@ -36,12 +44,18 @@ _CACHE_REGION_BYTES = 4 << 20
 
 
 class LoadedSamples:
-    """Samples [first, last) of a shard."""
+    """Samples [first, last) of a shard. Where those of a group lie is found out when one of them is asked for."""
 
-    __slots__ = ("begin", "data", "end", "first", "index", "last", "member_spans", "reader", "shard", "start", "url")
+    __slots__ = ("_index", "_place", "begin", "data", "end", "first", "last", "member_spans", "reader", "shard", "start", "url")
 
     def __init__(
-        self, reader: SourceReader, shard: int, first: int, last: int, data: memoryview | None, index: ShardIndex
+        self,
+        reader: SourceReader,
+        shard: int,
+        first: int,
+        last: int,
+        data: memoryview | None,
+        found: ShardIndex | Place,
     ) -> None:
         self.reader = reader
         self.shard = shard
@@ -49,19 +63,80 @@ class LoadedSamples:
         self.last = last
         self.data = data
         """From the first byte of the first sample to the last of the last; None of a local shard."""
-        self.begin = int(index.start[0])
+        self.begin: int
         """Byte of the shard at which the first sample begins."""
-        self.index = index
-        """Index of these samples."""
-        self.start, self.end, *self.member_spans = _spans(index, reader.wanted)
-        """By sample, from `first` on: begin and end of the sample, in bytes from `begin` on; then begin and end of each wanted
-        member, in bytes of the sample (0, 0: it has none)."""
+        self.start: array[int]
+        self.end: array[int]
+        self.member_spans: list[array[int]]
+        """By sample, from `first` on: begin and end of the sample, in bytes from `begin` on (0, 0: not known yet, see `find`);
+        then begin and end of each wanted member, in bytes of the sample (0, 0: it has none)."""
         self.url = join(reader.opened.store.url, reader.opened.manifest.shards[shard].name)
         """URL of the shard."""
+        self._index: ShardIndex | None = None
+        self._place: Place | None = None
+        if isinstance(found, ShardIndex):
+            self._take(found)
+        else:
+            self._place, self.begin = found, found.bounds[0]
+            unknown = bytes(8 * (last - first))
+            self.start, self.end, *self.member_spans = [array("q", unknown) for _ in range(2 + 2 * len(reader.wanted))]
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """Suffixes that samples of the shard have."""
+        return self.reader.opened.manifest.shards[self.shard].members
+
+    @property
+    def index(self) -> ShardIndex:
+        """Index of these samples. Of those that were found by offsets it says what their headers do; no CRC-32.
+
+        Raises:
+            FormatError, StorageError: they are not samples, and no index says where these are.
+        """
+        if self._index is None:
+            self._take(self._read_headers())
+        assert self._index is not None
+        return self._index
+
+    def find(self, offset: int) -> None:
+        """Find out where the sample `first + offset` lies, and the others of its group. Raises as `index` does."""
+        if self._place is None or self.data is None:
+            return
+        size, bounds = self._place.group_samples, self._place.bounds
+        number = offset // size
+        low, high = number * size, min(number * size + size, self.last - self.first)
+        samples = own_samples(self.data, bounds[number] - self.begin, bounds[number + 1] - self.begin, self.members)
+        if samples is None or len(samples) != high - low:
+            self._take(self.index)
+            return
+        spans = self.member_spans
+        for at, (begin, end, members) in zip(range(low, high), samples, strict=True):
+            self.start[at], self.end[at] = begin, end
+            for column, names in zip(range(0, len(spans), 2), self.reader.wanted, strict=True):
+                for name in names:
+                    if name in members:
+                        spans[column][at], spans[column + 1][at] = members[name]
+                        break
+
+    def _read_headers(self) -> ShardIndex:
+        """What the headers say, or the index of the shard if they do not go together with the offsets."""
+        assert self._place is not None
+        assert self.data is not None
+        try:
+            index = scan_run(self.data, self.members, self.last - self.first, self.url)
+            return replace(index, start=index.start.astype(np.int64) + self.begin)
+        except FormatError:
+            again = self.reader.load_indexed(self.shard, self.first, self.last)
+            self.data = again.data
+            return again.index
+
+    def _take(self, index: ShardIndex) -> None:
+        self._index, self._place, self.begin = index, None, int(index.start[0])
+        self.start, self.end, *self.member_spans = _spans(index, self.reader.wanted)
 
     def where(self, sample_index: int) -> str:
-        """Shard and byte of a sample, for messages."""
-        return f"{self.url}, sample {sample_index} at byte {int(self.index.start[sample_index - self.first])}"
+        """Shard and byte of a sample that was found, for messages."""
+        return f"{self.url}, sample {sample_index} at byte {self.begin + self.start[sample_index - self.first]}"
 
 
 def bytes_of(loaded: Sequence[LoadedSamples], sample_indices: Sequence[int]) -> list[memoryview]:
@@ -83,6 +158,8 @@ def bytes_of(loaded: Sequence[LoadedSamples], sample_indices: Sequence[int]) -> 
     for samples, sample_index in zip(loaded, sample_indices, strict=True):
         offset = sample_index - samples.first
         if samples.data is not None:
+            if not samples.end[offset]:
+                samples.find(offset)
             out.append(samples.data[samples.start[offset] : samples.end[offset]])
             continue
         shard = samples.reader, samples.shard
@@ -117,9 +194,12 @@ class SourceReader:
         opened: the source.
         cache: keeps what is fetched on a local disk; not asked for local sources.
         num_sources: that share the files that may stay mapped.
+        check_crc: whether samples are compared with their CRC-32, which the index has.
     """
 
-    def __init__(self, opened: OpenSource, cache: BlockCache | None = None, num_sources: int = 1) -> None:
+    def __init__(
+        self, opened: OpenSource, cache: BlockCache | None = None, num_sources: int = 1, *, check_crc: bool = False
+    ) -> None:
         self.opened = opened
         self.has_schema = opened.has_schema
         self.has_images = any(suffix in IMAGE_EXTENSIONS for suffix in opened.manifest.members)
@@ -140,10 +220,14 @@ class SourceReader:
         self._maps: dict[int, memoryview] = {}
         self._most_maps = _most_mapped() // num_sources
         self.indices = IndexReader(opened.store, opened.manifest, None if self.is_mapped else self._count)
+        has_offsets = opened.manifest.offsets_hash is not None and not (self.is_mapped or check_crc)
+        self._offsets = OffsetsReader(opened.store, opened.manifest, self._fetch) if has_offsets else None
         self._regions: SingleFlight[tuple[int, int, bool], memoryview] = SingleFlight()
         self._counting = Lock()
         self.num_requests = 0
         self.num_bytes = 0
+        self.num_misplaced = 0
+        """Loads for which offsets and headers did not go together, so that the index was read."""
 
     @property
     def is_cached(self) -> bool:
@@ -151,7 +235,7 @@ class SourceReader:
         return self._cache is not None
 
     def load(self, shard: int, first: int, last: int, *, again: bool = False) -> LoadedSamples:
-        """Samples [first, last) of a shard.
+        """Samples [first, last) of a shard, and what else is in their groups.
 
         Args:
             shard: number of the shard in the manifest.
@@ -165,6 +249,16 @@ class SourceReader:
             FormatError: the index is damaged or of other bytes; the shard is shorter than the manifest says.
             StorageError: the storage does not answer.
         """
+        if self._offsets is not None:
+            with suppress(FormatError):
+                place = self._offsets.locate(shard, first, last)
+                data = self._bytes(shard, place.bounds[0], place.bounds[-1], again=again)
+                return LoadedSamples(self, shard, place.first, place.last, data, place)
+        return self.load_indexed(shard, first, last, again=again)
+
+    def load_indexed(self, shard: int, first: int, last: int, *, again: bool = False) -> LoadedSamples:
+        """The same by the index; counted where there are offsets, since these or the shard are then damaged."""
+        self.num_misplaced += self._offsets is not None
         index = self.indices.read(shard, first, last)
         data = None
         if not self.is_mapped:
@@ -178,7 +272,7 @@ class SourceReader:
             parts[-1] = parts[-1][: end - regions[-1]]
             parts[0] = parts[0][begin - regions[0] :]
             return memoryview(b"".join(parts))  # a copy, so that a small piece does not keep its whole region
-        return self._fetch(shard, begin, end)
+        return self._fetch_shard(shard, begin, end)
 
     def _region(self, key: tuple[int, int, bool]) -> memoryview:
         assert self._cache is not None
@@ -187,13 +281,16 @@ class SourceReader:
         end = min(begin + _CACHE_REGION_BYTES, info.bytes)
         data = None if again else self._cache.read(info.xxh128, begin, end)
         if data is None:
-            data = self._fetch(shard, begin, end)
+            data = self._fetch_shard(shard, begin, end)
             self._cache.write(info.xxh128, begin, end, data)
         return memoryview(data)
 
-    def _fetch(self, shard: int, begin: int, end: int) -> memoryview:
+    def _fetch_shard(self, shard: int, begin: int, end: int) -> memoryview:
         info = self.opened.manifest.shards[shard]
-        data = memoryview(self._store.read_range(info.name, begin, end, info.bytes))
+        return self._fetch(info.name, begin, end, info.bytes)
+
+    def _fetch(self, name: str, begin: int, end: int, size: int) -> memoryview:
+        data = memoryview(self._store.read_range(name, begin, end, size))
         self._count(end - begin)
         return data
 

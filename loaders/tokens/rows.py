@@ -149,10 +149,9 @@ def read_token_rows(loaded: Sequence[LoadedSamples], sample_indices: Sequence[in
     loss_bits: list[memoryview] = []
     lengths: list[memoryview] = []
     for samples, sample_index, sample_data in zip(loaded, sample_indices, data, strict=True):
-        if samples.index.members != TOKEN_MEMBERS:
+        if samples.members != TOKEN_MEMBERS:
             raise FormatError(
-                f"{samples.where(sample_index)} has members {', '.join(samples.index.members)}, "
-                f"expected {', '.join(TOKEN_MEMBERS)}"
+                f"{samples.where(sample_index)} has members {', '.join(samples.members)}, expected {', '.join(TOKEN_MEMBERS)}"
             )
         offset = sample_index - samples.first
         headers.append(sample_data[:NAME_BYTES])

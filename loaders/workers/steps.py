@@ -148,7 +148,7 @@ class StepDataset(torch.utils.data.Dataset["StepResult | WdsToolsError"]):
             hash_total=hash_total,
             substitutions=substitutions,
             worker=_worker_id(),
-            counts=reader.counts() | (self._maker.counts if self._maker else {}),
+            counts=reader.counts() | {"sample_bytes": self._decoder.num_bytes} | (self._maker.counts if self._maker else {}),
             lanes=lanes,
         )
 

@@ -19,12 +19,14 @@ from hypothesis import strategies as st
 
 from wds_tools.check.verify import VerifyConfig, verify
 from wds_tools.cli.main import main
+from wds_tools.dataset.layout import OFFSETS
 from wds_tools.dataset.output import Output, OutputSpec
 from wds_tools.dataset.reader import read_manifest
 from wds_tools.dataset.writer import ShardLimits, TaskWriter
 from wds_tools.errors import FormatError, NotFound, Reject
 from wds_tools.format.index import parse_index, serialize_index
 from wds_tools.format.manifest import Manifest, parse_manifest, serialize_manifest
+from wds_tools.format.offsets import hash_offsets
 from wds_tools.format.schema import Sample
 from wds_tools.jobs.index_tars import rebuild_indices
 from wds_tools.storage import open_store
@@ -111,6 +113,9 @@ DAMAGE: Mapping[str, tuple[Callable[[Path], object], str]] = {
     "a truncated index": (lambda f: (f / INDEX).write_bytes((f / INDEX).read_bytes()[:-5]), INDEX),
     "an empty index": (lambda f: (f / INDEX).write_bytes(b""), INDEX),
     "an edited index": (lambda f: change_index(f), f"{INDEX}: differs from an index rebuilt"),
+    "missing offsets": (lambda f: (f / OFFSETS).unlink(), OFFSETS),
+    "a flipped byte in the offsets": (lambda f: change_byte(f / OFFSETS, 130), f"{OFFSETS}: its hash is another"),
+    "offsets of other tars": (lambda f: change_offsets(f), f"{OFFSETS}: samples begin elsewhere"),
     "an extra file": (lambda f: (f / "notes.txt").write_text("hi"), "notes.txt: not in the manifest"),
     "an extra shard": (lambda f: shutil.copy(f / SHARD, f / "shard-000009-0000.tar"), "shard-000009-0000.tar: not in"),
     "a working file": (lambda f: ((f / "_work").mkdir(), (f / "_work/plan.json").write_text("{}")), "_work/plan.json: not in"),
@@ -133,6 +138,12 @@ DAMAGE: Mapping[str, tuple[Callable[[Path], object], str]] = {
 def change_index(folder: Path) -> None:
     index = parse_index((folder / INDEX).read_bytes())
     (folder / INDEX).write_bytes(serialize_index(replace(index, text_chars=index.text_chars + 1)))
+
+
+def change_offsets(folder: Path) -> None:
+    change_byte(folder / OFFSETS, -1)
+    made = hash_offsets((folder / OFFSETS).read_bytes())
+    change_manifest(folder, lambda manifest: replace(manifest, offsets_hash=made))
 
 
 def cut_rejects(folder: Path) -> None:
@@ -266,7 +277,7 @@ def test_no_single_byte_of_a_set_can_change_unnoticed(original: Path, tmp_path: 
     folder = tmp_path / "copy"
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(original, folder)
-    path = folder / data.draw(st.sampled_from(["shard-000000-0000.tar", "shard-000000-0000.tar.index", SHARD]))
+    path = folder / data.draw(st.sampled_from(["shard-000000-0000.tar", "shard-000000-0000.tar.index", SHARD, OFFSETS]))
     change_byte(path, data.draw(st.integers(0, path.stat().st_size - 1)))
     assert any(path.name in problem for problem in problems(folder))
 

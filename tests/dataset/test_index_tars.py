@@ -21,6 +21,7 @@ from loaders import LoaderConfig, ShardDataset, Source, TarDataset, World, build
 from wds_tools.check.verify import VerifyConfig, verify
 from wds_tools.cli import index as cli_index
 from wds_tools.cli.main import main
+from wds_tools.dataset.layout import OFFSETS
 from wds_tools.dataset.reader import ShardBytes, read_manifest
 from wds_tools.errors import FormatError, NotFound, StorageError, UsageError, WorkerDied
 from wds_tools.format.checksum import content_hash
@@ -102,7 +103,7 @@ def test_tars_of_webdatasets_writer_become_a_dataset_of_any_members(tars: Path) 
         tar = (tars / row.name).read_bytes()
         assert (row.bytes, row.xxh128) == (len(tar), content_hash(tar).hexdigest())
         assert (row.text_chars, row.num_codes) == (0, 0)
-    written = {"manifest.json", *(f"{row.name}.index" for row in manifest.shards)}
+    written = {"manifest.json", OFFSETS, *(f"{row.name}.index" for row in manifest.shards)}
     assert tree(tars) == {**before, **{name: (tars / name).read_bytes() for name in written}}
     assert problems(tars) == ()
 

@@ -739,9 +739,10 @@ def test_less_memory_reads_more_often_and_never_changes_the_order(
     whole = loader("memory://sets/less")
     order = keys(whole)
     assert sorted(order) == [f"p-{number:05d}" for number in range(300)]
-    tight = loader("memory://sets/less", memory_bytes=20_000)
-    with pytest.warns(UserWarning, match=r"memory_bytes=20,000 does not hold .* 16 lanes"):
-        assert keys(tight) == order
+    with pytest.raises(UsageError, match=r"memory_bytes=20,000 does not hold .* 16 lanes .*: give it 349,526"):
+        keys(loader("memory://sets/less", memory_bytes=20_000))
+    tight = loader("memory://sets/less", memory_bytes=20_000, scarce_memory=True)
+    assert keys(tight) == order
     assert tight.stats()["requests"] > whole.stats()["requests"]
     assert (whole.stats()["evicted"], tight.stats()["evicted"] > 0) == (0, True)
 

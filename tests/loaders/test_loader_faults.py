@@ -27,7 +27,7 @@ from loaders import Loader, LoaderConfig, ShardDataset, Source, World, build_loa
 from wds_tools.errors import FormatError, NotFound, StorageError
 from wds_tools.storage import join, open_store
 
-pytestmark = [pytest.mark.timeout(100), pytest.mark.filterwarnings("ignore:memory_bytes=")]  # tight ones are meant here
+pytestmark = pytest.mark.timeout(100)
 
 COUNT = 240
 SHARD_SAMPLES = 50
@@ -93,7 +93,8 @@ def in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def loader(url: str, **settings: Any) -> Loader:
-    config = LoaderConfig(**{"sources": (Source(url),), "batch_size": BATCH, "last_batch": "short", **settings})
+    settings = {"batch_size": BATCH, "last_batch": "short", "scarce_memory": True, **settings}
+    config = LoaderConfig(sources=(Source(url),), **settings)
     return build_loader(config, World())
 
 
@@ -128,7 +129,7 @@ def assert_whole(found: list[Row]) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.filterwarnings("ignore:num_workers=", "ignore:This DataLoader will create")
-@pytest.mark.parametrize("what", ["memory", "workers", "ahead", "cache", "latency"])
+@pytest.mark.parametrize("what", ["memory", "workers", "ahead", "cache", "latency", "requests"])
 def test_the_samples_of_each_batch_are_the_same_in_ten_settings_of_whatever_reads(
     local: str, remote: str, proxy: FaultProxy, tmp_path: Path, in_pieces: None, what: str
 ) -> None:
@@ -140,6 +141,7 @@ def test_the_samples_of_each_batch_are_the_same_in_ten_settings_of_whatever_read
             "ahead": {"num_workers": 2, "prefetch_factor": number + 1},
             "cache": {"cache_dir": str(tmp_path / "cache"), "cache_bytes": 40_000 * (10 - number)},
             "latency": {"memory_bytes": AMPLE},
+            "requests": {"memory_bytes": AMPLE, "max_requests": 2**number},
         }[what]
         proxy.latency_s = 0.004 * number if what == "latency" else 0.0
         made = loader(remote, **settings)
@@ -148,27 +150,37 @@ def test_the_samples_of_each_batch_are_the_same_in_ten_settings_of_whatever_read
 
 
 @pytest.mark.parametrize(
-    ("num_workers", "memory_bytes", "rate"),
+    ("num_workers", "memory_bytes", "rate", "latency_s", "check_crc"),
     [
-        (0, 2 << 30, 0.4),
-        (2, AMPLE, 0.2),
-        (0, TIGHT, 0.03),
-        pytest.param(2, 2 << 30, 0.6, marks=pytest.mark.slow),
-        pytest.param(0, AMPLE, 0.4, marks=pytest.mark.slow),
-        pytest.param(2, TIGHT, 0.2, marks=pytest.mark.slow),
+        (0, 2 << 30, 0.4, 0.1, False),
+        (2, AMPLE, 0.2, 0.1, False),
+        (0, TIGHT, 0.03, 0, True),
+        pytest.param(2, 2 << 30, 0.6, 0, True, marks=pytest.mark.slow),
+        pytest.param(0, AMPLE, 0.4, 0.1, False, marks=pytest.mark.slow),
+        pytest.param(2, TIGHT, 0.2, 0.1, False, marks=pytest.mark.slow),
     ],
 )
 def test_an_epoch_through_a_storm_is_that_of_an_undisturbed_local_run(
-    local: str, remote: str, proxy: FaultProxy, in_pieces: None, num_workers: int, memory_bytes: int, rate: float
+    local: str,
+    remote: str,
+    proxy: FaultProxy,
+    in_pieces: None,
+    num_workers: int,
+    memory_bytes: int,
+    rate: float,
+    latency_s: float,
+    check_crc: bool,
 ) -> None:
+    """By the indices, which a CRC-32 needs, and without any index."""
     expected = rows(loader(local))
     assert_whole(expected)
-    proxy.faults = storm(1, rate)
-    made = loader(remote, num_workers=num_workers, memory_bytes=memory_bytes, check_crc=True)
+    proxy.faults, proxy.latency_s = storm(1, rate), latency_s
+    made = loader(remote, num_workers=num_workers, memory_bytes=memory_bytes, check_crc=check_crc)
     proxy.once(*ONE_OF_EACH)
     assert rows(made) == expected
     made.close()
     assert [request for request in proxy.requests if request.fault]
+    assert bool(proxy.reads(".index")) == check_crc
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -178,7 +190,7 @@ def test_samples_through_a_storm_are_those_of_an_undisturbed_local_run(
     expected = streamed(ShardDataset(local), 0)
     assert_whole(expected)
     proxy.faults = storm(2, 0.2)
-    dataset = ShardDataset(remote, memory_bytes=TIGHT, check_crc=True)
+    dataset = ShardDataset(remote, memory_bytes=TIGHT, scarce_memory=True)
     proxy.once(*ONE_OF_EACH)
     assert streamed(dataset, num_workers) == expected
     assert [request for request in proxy.requests if request.fault]
@@ -328,7 +340,7 @@ def test_samples_end_with_an_error_too_and_go_on_from_the_state(
     monkeypatch.setenv("WDS_TOOLS_RETRY_S", "1")
     monkeypatch.setattr("loaders.shards._READ_TOGETHER", 16)
     expected = streamed(ShardDataset(local), 0)
-    dataset = ShardDataset(remote, memory_bytes=TIGHT)
+    dataset = ShardDataset(remote, memory_bytes=TIGHT, scarce_memory=True)
     samples = iter(dataset)
     found = sample_rows(islice(samples, 20))
     proxy.leave()
@@ -443,7 +455,7 @@ def test_an_index_replaced_by_that_of_another_shard_is_named(remote: str, proxy:
     store = open_store(remote)
     store.put("shard-000000-0002.tar.index", store.read("shard-000000-0001.tar.index"))
     with pytest.raises(FormatError, match=rf"{remote}/shard-000000-0002\.tar\.index: the index is stale"):
-        rows(loader(remote))
+        rows(loader(remote, check_crc=True))
 
 
 def test_a_shard_replaced_by_one_of_another_size_is_noticed_without_a_crc(remote: str, in_pieces: None) -> None:
@@ -475,9 +487,8 @@ import sys, time
 import loaders.order.plan, loaders.reading.fetches, loaders.reading.planner
 loaders.order.plan.SMALL_BYTES = loaders.reading.planner.SMALL_BYTES = 0
 loaders.order.plan.MIN_BLOCK_BYTES = 6000
-loaders.reading.fetches._IN_FLIGHT = 2
 from loaders import LoaderConfig, Source, World, build_loader
-config = LoaderConfig(sources=(Source(sys.argv[1]),), batch_size=2, last_batch="short")
+config = LoaderConfig(sources=(Source(sys.argv[1]),), batch_size=2, last_batch="short", max_requests=2)
 for batch in build_loader(config, World(rank=0, world_size=2)):
     print("a batch", flush=True)
     time.sleep(100)

@@ -538,7 +538,6 @@ def test_resident_memory_is_flat_over_many_epochs(tmp_path: Path, num_workers: i
         assert late <= 1.05 * early, epochs
 
 
-@pytest.mark.filterwarnings("ignore:memory_bytes=")
 def test_what_is_read_ahead_of_large_samples_stays_within_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
     read_range = ObjectStore.read_range

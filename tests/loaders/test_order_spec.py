@@ -81,6 +81,8 @@ def test_an_empty_source_of_a_mixture_is_named_unless_its_weight_is_0(stop_at: A
 
 SETTINGS: dict[str, list[Any]] = {
     "memory_bytes": [1 << number for number in range(13, 43, 3)],
+    "scarce_memory": [False, True],
+    "max_requests": [1 << number for number in range(10)],
     "num_workers": list(range(10)),
     "prefetch_factor": list(range(1, 11)),
     "cache_dir": [None, *(f"cache-{number}" for number in range(9))],

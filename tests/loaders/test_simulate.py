@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import tracemalloc
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from commands import wds_tools
 from factory import image_sample, make_dataset, text_sample
 
 from loaders import LoaderConfig, Source, World, build_loader
-from loaders.cost.simulate import Mixing, Simulation, imagined_source, measure_mixing, simulate
+from loaders.cost.simulate import Mixing, Simulation, imagined_source, measure_mixing, opening_s, simulate
 from loaders.order.partition import BatchPartition
 from loaders.order.samples import OpenSource, SampleOrder, open_source, order_spec
 from loaders.reading.planner import PositionRange
@@ -75,7 +76,6 @@ def test_what_is_foretold_is_what_a_real_process_fetches(
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:memory_bytes")
 @pytest.mark.parametrize(("batch_size", "memory"), [(16, 40), (16, 6), (4, 40)])
 def test_the_memory_that_is_foretold_is_what_a_real_process_takes(
     no_small_sets: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, batch_size: int, memory: int
@@ -84,7 +84,7 @@ def test_the_memory_that_is_foretold_is_what_a_real_process_takes(
     monkeypatch.setattr("loaders.reading.source.LocalStore", OpenSource)
     make_dataset(tmp_path / "set", (image_sample(number, side=32) for number in range(8000)), shard_samples=1000)
     opened = open_source(Source(str(tmp_path / "set")))
-    wanted = config(opened.source, batch_size=batch_size, memory_bytes=memory * MB)
+    wanted = config(opened.source, batch_size=batch_size, memory_bytes=memory * MB, scarce_memory=True)
     foretold = simulate([opened], wanted, as_remote=True).process.peak_bytes
     tracemalloc.start()
     try:
@@ -124,7 +124,7 @@ def test_a_process_with_lanes_of_its_own_fetches_each_byte_about_once(world_size
     assert found.process.is_whole
     assert 0.999 < found.process.amplification < 1.15
     in_pieces = imagine(100_000, world_size, num_workers=workers, last_batch="short", memory_bytes=500 * MB).process
-    assert in_pieces.amplification == pytest.approx(1, abs=0.001)
+    assert 1 <= in_pieces.amplification < 1.05  # a group at the ends of a lane belongs to two
     assert in_pieces.evicted == 0
     assert found.process.evicted == 0
     assert found.process.lanes == 512 // world_size // max(workers, 1)
@@ -168,8 +168,23 @@ def test_costly_settings_are_warned_of(settings: dict[str, Any], world_size: int
 
 
 def test_indices_that_are_large_beside_what_is_read_are_warned_of() -> None:
-    found = imagine(4_000_000, 64, shard_samples=1_000_000, num_workers=8)
+    found = imagine(4_000_000, 64, shard_samples=1_000_000, num_workers=8, check_crc=True)
     assert any("indices are" in warning for warning in found.warnings)
+    without = imagine(4_000_000, 64, shard_samples=1_000_000, num_workers=8)
+    assert not any("indices are" in warning for warning in without.warnings)
+    assert without.process.index_bytes < found.process.index_bytes / 10
+
+
+def test_the_first_batches_take_as_many_round_trips_as_their_requests_fill() -> None:
+    """Of 1,024 samples from as many lanes: 64 and then 128 at a time, behind those of manifest and offsets."""
+    cost = imagine(2_000_000, batch_size=1024).process
+    first, *others = opening_s(cost, 0.1, 128)
+    assert 900 < cost.first_requests[0] <= 1024 + 8
+    assert first == pytest.approx(0.1 * (2 + 1 + math.ceil((cost.first_requests[0] - 64) / 128)))
+    assert len(others) == 3
+    for seconds, requests in zip(others, cost.first_requests[1:], strict=True):
+        assert seconds == pytest.approx(0.1 * math.ceil(requests / 128))
+    assert opening_s(cost, 0.1, 1)[0] == pytest.approx(0.1 * (2 + cost.first_requests[0]))
 
 
 @pytest.mark.slow
@@ -246,13 +261,14 @@ def test_settings_that_no_loader_would_take_are_refused() -> None:
 @pytest.mark.slow
 def test_the_command_prints_the_cost_of_a_dataset_that_does_not_exist(capsys: pytest.CaptureFixture[str]) -> None:
     args = ["simulate", "--samples", "1e8", "--sample-bytes", "4100", "--batch-size", "4096", "--world", "512", "--workers", "4"]
-    assert main(args) == 0
+    assert main([*args, "--latency-ms", "50"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "data 100,000,000 samples, 410 GB, 10,000 shards" in said
     assert "epoch 100,000,000 samples: 24,414 steps of 4,096, 256 samples left over" in said
     assert "order 16,384 lanes, 4 for each sample of the batch; " in said
     assert "process one of 2,048: 48,832 samples an epoch, from 8 lanes; replayed in full" in said
-    assert "1.00 x those of its samples" in said
+    assert re.search(r"1\.0\d x those of its samples", said)
+    assert "comes after 0.15 s at 50 ms a request, bandwidth and computing aside, then each of 3 that open lanes" in said
     assert main([*args, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["num_steps"] == 24_414
 
@@ -272,6 +288,7 @@ def test_the_command_takes_datasets_and_weights(tmp_path: Path, capsys: pytest.C
     ("args", "status", "message"),
     [
         ([], 2, "name datasets, or give --samples"),
+        (["SET", "--latency-ms", "-1"], 2, "--latency-ms -1: 0 or more milliseconds"),
         (["SET", "--samples", "5"], 2, "not both"),
         (["--samples", "5", "--state", "state.json"], 2, "of datasets that exist"),
         (["SET", "--weights", "1", "2"], 2, "2 weights for 1 datasets"),

@@ -15,8 +15,10 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -894,6 +896,35 @@ def test_a_login_in_a_web_address_is_used_and_never_shown(tmp_path: Path) -> Non
 def test_a_protocol_nobody_knows_is_refused() -> None:
     with pytest.raises(UsageError, match="nonsense:// is no protocol"):
         list(open_store("nonsense://x/y").list())
+
+
+def test_no_ranged_read_of_the_hub_asks_for_the_size_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    fsspec = pytest.importorskip("fsspec")
+    data, asked = bytes(range(256)) * 80_000, []
+
+    class File(fsspec.spec.AbstractBufferedFile):  # type: ignore[misc, name-defined]
+        def _fetch_range(self, start: int, end: int) -> bytes:
+            asked.append((start, end))
+            return data[start:end]
+
+    class Hub(fsspec.AbstractFileSystem):  # type: ignore[misc]
+        protocol = "hf"
+
+        def info(self, path: str, **_: Any) -> dict[str, Any]:
+            asked.append("size")
+            return {"name": path, "size": len(data), "type": "file"}
+
+        def _open(self, path: str, mode: str = "rb", **options: Any) -> Any:
+            return File(self, path, mode, **options)
+
+    monkeypatch.setitem(fsspec.registry._registry, "hf", Hub)
+    store = open_store("hf://datasets/o/n")
+    assert store.read_range("a", 1000, 3000, len(data)) == data[1000:3000]
+    assert store.read_range("a", 10, 20_000_000, len(data)) == data[10:20_000_000]
+    ends = [10, 10 + (8 << 20), 10 + (16 << 20), 20_000_000]
+    assert asked == [(1000, 3000), *pairwise(ends)]
+    with pytest.raises(StorageError, match=f"wanted bytes .*, the file ends at {len(data)}"):
+        store.read_range("a", len(data) - 5, len(data) + 5)
 
 
 def test_a_missing_package_is_named_with_its_pip_line() -> None:

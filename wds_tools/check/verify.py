@@ -16,13 +16,15 @@ from operator import lt
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from wds_tools.check.token_rows import check_row
-from wds_tools.dataset.layout import INDEX_SUFFIX, MADE_AGAIN, MANIFEST, REJECTS, TAR_SUFFIX, index_name
+from wds_tools.dataset.layout import INDEX_SUFFIX, MADE_AGAIN, MANIFEST, OFFSETS, REJECTS, TAR_SUFFIX, index_name
 from wds_tools.dataset.reader import ShardBytes, read_manifest
 from wds_tools.errors import DataError, FormatError, StorageError, UsageError
 from wds_tools.format.index import check_fresh, parse_index, serialize_index
 from wds_tools.format.manifest import FILTERED, Manifest, ShardInfo, hash_rejects
+from wds_tools.format.offsets import hash_offsets, marked, serialize_offsets
 from wds_tools.format.scan import Scan, scan_tar
 from wds_tools.format.schema import ANY_MEMBERS, Sample, validate
 from wds_tools.format.shard import sample_from_members
@@ -78,6 +80,8 @@ class _Reject:
 class _ShardReport:
     problems: list[str] = field(default_factory=list)
     key_hashes: np.ndarray[Any, np.dtype[np.uint64]] | None = None
+    offsets: np.ndarray[Any, np.dtype[np.uint32]] | None = None
+    """Marked of the shard."""
     first_key: str = ""
     last_key: str = ""
     is_ascending: bool = True
@@ -106,6 +110,7 @@ def verify(config: VerifyConfig) -> VerifyResult:
         reports = dict(run_tasks(check, tasks, workers=config.workers, on_report=progress))
     problems = [problem for number in sorted(reports) for problem in reports[number].problems]
     problems += _check_keys(manifest, [reports[number] for number in sorted(reports)])
+    problems += _check_offsets(store, manifest, [reports[number].offsets for number in sorted(reports)])
     try:
         problems += _check_files(store, manifest)
     except StorageError as error:  # of a listing: what was found before is said all the same
@@ -143,6 +148,7 @@ class _CheckShard:
         for name, value in actual.items():
             if getattr(shard, name) != value:
                 report.problems.append(f"{shard.name}: {name} is {value}, the manifest says {getattr(shard, name)}")
+        report.offsets = marked(scan.start, shard.bytes)
         if not self.manifest.is_indexed:
             report.take_keys(scan.keys)
         name = index_name(shard.name)
@@ -209,6 +215,22 @@ def _check_keys(manifest: Manifest, reports: Sequence[_ShardReport]) -> Iterator
         yield f"{num_repeated} keys stand more than once in the dataset: {'; '.join(where)}"
 
 
+def _check_offsets(store: Store, manifest: Manifest, offsets: Sequence[NDArray[np.uint32] | None]) -> Iterator[str]:
+    """Whether the offsets file is that of the manifest, and of the tars, if all of those could be read."""
+    if manifest.offsets_hash is None:
+        return
+    again = "write it again with `wds-tools index`"
+    try:
+        data = store.read(OFFSETS)
+        known = [each for each in offsets if each is not None]
+        if hash_offsets(data) != manifest.offsets_hash:
+            yield f"{OFFSETS}: its hash is another than the manifest says: it was changed or damaged; {again}"
+        elif len(known) == len(offsets) and data != serialize_offsets(manifest, known):
+            yield f"{OFFSETS}: samples begin elsewhere in the tars than it says; {again}"
+    except (DataError, StorageError) as error:
+        yield str(error)
+
+
 def _sharing(reports: Sequence[_ShardReport]) -> list[tuple[int, int]]:
     """Pairs of shards (a == b: one shard) that share a key."""
     first: dict[int, int] = {}
@@ -227,7 +249,7 @@ def _check_files(store: Store, manifest: Manifest) -> Iterator[str]:
     Beside the third-party tars anything may lie, but for tars that were not indexed; beside any, what `energon prepare` writes.
     """
     shards = {shard.name for shard in manifest.shards}
-    known = {MANIFEST} | shards | {name + suffix for name in shards for suffix in (INDEX_SUFFIX, _ENERGON_SUFFIX)}
+    known = {MANIFEST, OFFSETS} | shards | {name + suffix for name in shards for suffix in (INDEX_SUFFIX, _ENERGON_SUFFIX)}
     rejects: Counter[str] = Counter()
     digests: dict[str, str] = {}
     for entry in store.list():

@@ -10,7 +10,7 @@ import tyro
 
 from loaders.config import LoaderConfig, Source
 from loaders.cost.replay import ProcessCost
-from loaders.cost.simulate import Simulation, imagined_source, simulate
+from loaders.cost.simulate import Simulation, imagined_source, opening_s, simulate
 from loaders.order.samples import open_source
 from wds_tools.cli.summary import Printed, show
 from wds_tools.errors import UsageError
@@ -53,6 +53,10 @@ class Config(Printed):
     """What happens to the last, incomplete batch of an epoch."""
     memory_bytes: int = 2 << 30
     """Memory that one process may take for data that it has read."""
+    max_requests: int = LoaderConfig.max_requests
+    """Requests that one process may have in flight at a time."""
+    latency_ms: float | None = None
+    """Milliseconds that object storage takes to answer a request: says how long the first batches take."""
     seed: int = 42
     """Seed of the sample order."""
     exclude: str | None = None
@@ -71,6 +75,8 @@ class Config(Printed):
             raise UsageError(f"{len(self.weights)} weights for {max(len(self.input), 1)} datasets")
         if self.tokenizer and self.samples is not None:
             raise UsageError("--tokenizer counts tokens of datasets that exist, not of --samples")
+        if self.latency_ms is not None and not 0 <= self.latency_ms < 1e6:
+            raise UsageError(f"--latency-ms {self.latency_ms:g}: 0 or more milliseconds")
         if self.world < 1:
             raise UsageError(f"--world {self.world}: 1 or more")
 
@@ -91,6 +97,7 @@ def run(config: Config) -> int:
         last_batch=config.last_batch,
         num_workers=config.workers,
         memory_bytes=config.memory_bytes,
+        max_requests=config.max_requests,
     )
     if config.samples is None:
         opened = [open_source(source) for source in sources]
@@ -153,8 +160,12 @@ def _describe_process(cost: ProcessCost, config: Config) -> Iterator[tuple[str, 
         return
     yield "  requests", f"{cost.requests:,.0f} an epoch, of {_bytes(cost.bytes / cost.requests)} on average"
     yield "  bytes", f"{_bytes(cost.bytes)} an epoch, {cost.amplification:.2f} x those of its samples"
-    yield "  indices", f"{cost.index_requests:,.0f} requests, {_bytes(cost.index_bytes)} an epoch"
-    yield "  first batch", f" waits for {cost.first_batch_requests:,} requests, {_bytes(cost.first_batch_bytes)}"
+    yield "  offsets", f"{cost.index_requests:,.0f} requests, {_bytes(cost.index_bytes)} an epoch; indices where there are none"
+    yield "  first batch", f" waits for {cost.first_requests[0]:,} requests, {_bytes(cost.first_batch_bytes)}"
+    if config.latency_ms is not None:
+        first, *others = opening_s(cost, config.latency_ms / 1000, config.max_requests)
+        after = f", then each of {len(others)} that open lanes after {max(others):.2f} s at most" if others else ""
+        yield "", f"comes after {first:.2f} s at {config.latency_ms:g} ms a request, bandwidth and computing aside{after}"
     yield (
         "  memory",
         f"{_bytes(cost.peak_bytes)} at most, in {cost.peak_blocks:,} open blocks; {_bytes(config.memory_bytes)} allowed",

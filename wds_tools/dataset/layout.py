@@ -1,6 +1,7 @@
 """The names of a dataset's files, once.
 
 manifest.json              complete: what is in the dataset
+offsets.safetensors        where the samples of its shards begin, every few of them
 shard-TTTTTT-PPPP.tar      part P of task T
 shard-TTTTTT-PPPP.tar.index
 rejects/task-TTTTTT.jsonl  inputs that became no sample
@@ -17,6 +18,7 @@ from __future__ import annotations
 import re
 
 MANIFEST = "manifest.json"
+OFFSETS = "offsets.safetensors"
 TAR_SUFFIX = ".tar"
 INDEX_SUFFIX = ".index"
 """Follows the name of the tar. Not ".idx": Megatron-Energon writes a file of that name beside each tar, for its own use."""
@@ -30,7 +32,9 @@ FIELDS = "fields/"
 TOKENS = "tokens/"
 
 _REJECTS_FILE = rf"{REJECTS}task-\d{{6,}}\.jsonl"
-REMOVABLE = re.compile(rf"shard-\d{{6,}}-\d{{4,}}\.tar(\.index)?|{_REJECTS_FILE}|{re.escape(PLAN)}|{TASKS}\d{{6,}}\.json")
+REMOVABLE = re.compile(
+    rf"{re.escape(OFFSETS)}|shard-\d{{6,}}-\d{{4,}}\.tar(\.index)?|{_REJECTS_FILE}|{re.escape(PLAN)}|{TASKS}\d{{6,}}\.json"
+)
 """The files of a dataset, but for the manifest and leases. Only these are ever removed."""
 MADE_AGAIN = re.compile(rf"{FIELDS}[0-9a-f]{{16}}/.+\.parquet|{TOKENS}[0-9a-f]{{32}}\.json")
 """Removed with a dataset too; they may be there before it."""

@@ -15,21 +15,25 @@ tasks are listed once, files when a run goes on and before the manifest is writt
 
 from __future__ import annotations
 
+import base64
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Annotated, Any, Self
 
+import numpy as np
 import orjson
+from numpy.typing import NDArray
 
 from wds_tools.dataset.files import Written, describe_changed, find_changed
 from wds_tools.dataset.layout import (
     LEASES,
     MADE_AGAIN,
     MANIFEST,
+    OFFSETS,
     PLAN,
     REMOVABLE,
     TASKS,
@@ -50,6 +54,7 @@ from wds_tools.format.manifest import (
     parse_manifest,
     serialize_manifest,
 )
+from wds_tools.format.offsets import hash_offsets, serialize_offsets
 from wds_tools.format.schema import SCHEMA_VERSION
 from wds_tools.format.typed_json import Count, read_json
 from wds_tools.storage import Store
@@ -209,7 +214,10 @@ class Output:
             again = "run with --resume, or the part again, which makes them again"
             raise FormatError(f"{describe_changed(self.store, changed)}: {again}")
         manifest = self.manifest(results[task] for task in range(num_tasks))
+        kept = {name: offsets for result in results.values() for name, offsets in result.offsets.items()}
+        marked = (np.frombuffer(base64.b64decode(kept[shard.name]), "<u4") for shard in manifest.shards)
         self.check()
+        manifest = put_offsets(self.store, manifest, marked)
         self.store.put(MANIFEST, serialize_manifest(manifest))
         _drop_working_files(self.store)
         return manifest
@@ -274,10 +282,18 @@ class Output:
         )
 
 
+def put_offsets(store: Store, manifest: Manifest, marked: Iterable[NDArray[np.uint32]]) -> Manifest:
+    """Write the offsets file of a dataset, from what was marked of each shard; returns the manifest with its hash."""
+    data = serialize_offsets(manifest, marked)
+    store.put(OFFSETS, data)
+    return replace(manifest, offsets_hash=hash_offsets(data))
+
+
 def check_complete(store: Store, manifest: Manifest, *, verify: bool = False, quiet: bool = True) -> None:
     """Raise FormatError if shards are missing or changed, or indices are missing. Arguments: see find_changed."""
     files = {shard.name: Written(shard.bytes, shard.xxh128) for shard in manifest.shards}
     files |= {index_name(name): Written(None) for name in files}
+    files |= {OFFSETS: Written(None)} if manifest.offsets_hash else {}
     if changed := find_changed(store, files, verify=verify, quiet=quiet):
         how = "copy them again, or make the dataset again with --overwrite (indices alone: `wds-tools index`)"
         raise FormatError(f"{describe_changed(store, changed)}, but it has a manifest: {how}")

@@ -11,6 +11,7 @@ Invariant: a task's inputs, counted by whoever reads them, are its samples + rej
 
 from __future__ import annotations
 
+import base64
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,6 +27,7 @@ from wds_tools.errors import FormatError, Reject, UsageError
 from wds_tools.format.codes import NO_LAYOUTS, CodeGrid
 from wds_tools.format.index import ShardIndex, serialize_index
 from wds_tools.format.manifest import FILTERED, ShardInfo
+from wds_tools.format.offsets import marked
 from wds_tools.format.schema import ANY_MEMBERS, Sample
 from wds_tools.format.shard import ShardBuilder
 from wds_tools.format.typed_json import Count
@@ -58,6 +60,8 @@ class TaskResult:
     """By reason."""
     files: Mapping[str, Written]
     """All that was published: shards, indices, rejects."""
+    offsets: Mapping[str, str]
+    """Of each shard: see offsets.marked; base64."""
     rejects_sha256: str
     """Of the file of rejects, hexadecimal; "" if there is none."""
     counts: Mapping[str, Count] = field(default_factory=dict)
@@ -98,6 +102,7 @@ class TaskWriter:
         self._publishing: Future[None] | None = None
         self._shards: list[ShardInfo] = []
         self._files: dict[str, Written] = {}
+        self._offsets: dict[str, str] = {}
         self._reject_lines: list[bytes] = []
         self._rejects: Counter[str] = Counter()
         self._counts: Counter[str] = Counter()
@@ -206,6 +211,7 @@ class TaskWriter:
             shards=tuple(self._shards),
             rejects=dict(sorted(self._rejects.items())),
             files=self._files,
+            offsets=self._offsets,
             rejects_sha256=hashlib.sha256(rejects).hexdigest() if rejects else "",
             counts=dict(sorted(self._counts.items())),
             schema_version=self._schema_version,
@@ -223,6 +229,7 @@ class TaskWriter:
         self._publishing = self._publisher.submit(self._publish, self._writer, index, shard)
         self._builder = self._writer = None
         self._shards.append(shard)
+        self._offsets[name] = base64.b64encode(marked(index.start, shard.bytes).tobytes()).decode()
 
     def _publish(self, writer: Writer, index: ShardIndex, shard: ShardInfo) -> None:
         writer.close()

@@ -105,6 +105,8 @@ class Manifest:
     nothing is counted but them."""
     rejects_hash: str | None = hash_rejects({})
     """See hash_rejects. None: an earlier release wrote the manifest, and no hash protects it or the rejects."""
+    offsets_hash: str | None = None
+    """Of offsets.safetensors (see offsets.py); None: there is none, and samples are found by the indices alone."""
 
     @property
     def samples(self) -> int:
@@ -185,6 +187,7 @@ class _Document:
     shards: tuple[ShardInfo, ...]
     manifest_hash: str | None = None
     rejects_hash: str | None = None
+    offsets_hash: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,6 +220,7 @@ def serialize_manifest(manifest: Manifest) -> bytes:
         "data_types": manifest.data_types,
         "rejects": dict(sorted(manifest.rejects.items())),
         **({"rejects_hash": manifest.rejects_hash} if hashes else {}),
+        **({"offsets_hash": manifest.offsets_hash} if manifest.offsets_hash is not None else {}),
         "codes": manifest.codes,
         "source": manifest.source,
         "shards": [asdict(shard) for shard in manifest.shards],

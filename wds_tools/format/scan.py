@@ -25,7 +25,7 @@ from wds_tools.format.checksum import crc32
 from wds_tools.format.index import ShardIndex, make_index
 from wds_tools.format.schema import is_reserved
 from wds_tools.format.shard import group_samples
-from wds_tools.format.tar import BLOCK, MAX_MEMBER_BYTES, TarReader, changes_member, pax_records
+from wds_tools.format.tar import BLOCK, END, MAX_MEMBER_BYTES, TarReader, changes_member, pax_records
 
 _Array = NDArray[Any]
 _MAGIC = np.frombuffer(b"ustar", np.uint8)
@@ -108,7 +108,29 @@ def scan_tar(archive: bytes | memoryview, name: str = "tar") -> Scan:
     return _scan_plain(archive) or _scan_any(archive, name)
 
 
-def _scan_any(archive: bytes | memoryview, name: str) -> Scan:
+def scan_run(run: memoryview, members: tuple[str, ...], num_samples: int, name: str) -> ShardIndex:
+    """An index of samples that lie end to end in a part of an archive, as their headers say it; no CRC-32 of them is known.
+
+    Args:
+        run: their bytes; of the archive's last samples also its end marker.
+        members: the suffixes that samples of the archive have.
+        num_samples: that are to be there.
+        name: what messages call it.
+
+    Raises:
+        FormatError: these bytes are not whole samples, as many, of such members; or see TarReader and group_samples.
+    """
+    scan = _scan_plain(run, is_part=True) or _scan_any(run, name, is_part=True)
+    if len(scan.keys) != num_samples or not set(scan.suffixes) <= set(members):
+        raise FormatError(f"{name}: {len(scan.keys)} samples of {', '.join(scan.suffixes)}; expected {num_samples}")
+    suffix = np.array([members.index(suffix) for suffix in scan.suffixes])[scan.suffix]
+    none = np.zeros(num_samples, np.int64)
+    columns = {"start": scan.start, "size": scan.size, "crc32": none, "text_chars": none, "num_codes": none}
+    offset = scan.offset - scan.start[scan.sample]
+    return make_index(members, scan.sample, suffix, offset, scan.length, columns, len(run), "")
+
+
+def _scan_any(archive: bytes | memoryview, name: str, *, is_part: bool = False) -> Scan:
     """One member after the other."""
     keys: list[str] = []
     suffixes: dict[str, int] = {}
@@ -116,6 +138,8 @@ def _scan_any(archive: bytes | memoryview, name: str) -> Scan:
     members: list[tuple[int, int, int, int]] = []
     reader = TarReader(name)
     found = reader.feed(archive)
+    if is_part and not reader.at_end:
+        found += reader.feed(END)
     reader.close()
     for stored in group_samples(found, name):
         for suffix, member in stored.members.items():
@@ -128,15 +152,15 @@ def _scan_any(archive: bytes | memoryview, name: str) -> Scan:
     return Scan(keys, start, size, tuple(suffixes), sample, column, offset, length, num_passed_over)
 
 
-def _scan_plain(archive: bytes | memoryview) -> Scan | None:
-    """All members at once; None if the archive is not plain."""
+def _scan_plain(archive: bytes | memoryview, *, is_part: bool = False) -> Scan | None:
+    """All members at once; None if the archive is not plain. Of a part the end marker may be missing."""
     blocks = np.frombuffer(archive, np.uint8, len(archive) // BLOCK * BLOCK).reshape(-1, BLOCK)
     headers = blocks.view(_HEADER)[:, 0]
     positions, lengths = _chain(blocks, headers)
     if not len(positions) or not _are_plain(blocks, headers, positions, lengths):
         return None
     end = int(_next(positions, lengths)[-1]) * BLOCK
-    if len(archive) - end < BLOCK or np.frombuffer(archive, np.uint8, offset=end).any():
+    if len(archive) - end < (0 if is_part else BLOCK) or np.frombuffer(archive, np.uint8, offset=end).any():
         return None
     kinds = headers["kind"][positions]
     is_pax, is_file = kinds == _PAX, kinds == _FILE

@@ -17,14 +17,17 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from wds_tools.dataset.layout import MANIFEST, PLAN, TAR_SUFFIX, index_name
 from wds_tools.dataset.lease import Lease
+from wds_tools.dataset.output import put_offsets
 from wds_tools.dataset.reader import ShardBytes, check_unchanged, read_manifest
 from wds_tools.errors import FormatError, NotFound, OutOfSpace, StorageError, UsageError, WorkerDied
 from wds_tools.format.codes import NO_LAYOUTS, CodeGrid
 from wds_tools.format.index import parse_index, serialize_index
 from wds_tools.format.manifest import INDEX_COMMAND, PASSED_OVER, Manifest, ShardInfo, is_plain_name, serialize_manifest
+from wds_tools.format.offsets import marked
 from wds_tools.format.scan import Scan, scan_tar
 from wds_tools.format.schema import ANY_MEMBERS, SCHEMA_VERSION, check_key, validate
 from wds_tools.format.shard import form_of, sample_from_members
@@ -88,9 +91,9 @@ def rebuild_indices(store: Store, *, workers: int = 1, quiet: bool = True) -> Ma
             f"{store.url}: {counted(len(changed), 'tar')} came or went since it was indexed ({min(changed)}): "
             f"remove its {MANIFEST} to index what is there now"
         )
-    with _lease_of(store):
-        _run(_IndexShard(store, manifest.schema_version, manifest.layouts), manifest.shards, workers, quiet)
-    return manifest
+    with _lease_of(store) as lease:
+        _, offsets, _, _ = _run(_IndexShard(store, manifest.schema_version, manifest.layouts), manifest.shards, workers, quiet)
+        return _publish(store, lease, manifest, offsets)
 
 
 def index_tars(store: Store, *, workers: int = 1, quiet: bool = True) -> Manifest:
@@ -116,7 +119,7 @@ def index_tars(store: Store, *, workers: int = 1, quiet: bool = True) -> Manifes
     nothing = Contents().totals()
     tars = [ShardInfo(name=name, samples=0, bytes=size, xxh128="", members=(), **nothing) for name, size in _tars(store).items()]
     with _lease_of(store) as lease:
-        shards, num_passed_over, newest = _run(_IndexShard(store, None, NO_LAYOUTS), tars, workers, quiet)
+        shards, offsets, num_passed_over, newest = _run(_IndexShard(store, None, NO_LAYOUTS), tars, workers, quiet)
         counts = {"counts": {PASSED_OVER: num_passed_over}} if num_passed_over else {}
         is_ours = all(shard.data_types or not shard.samples for shard in shards)
         manifest = Manifest(
@@ -125,14 +128,15 @@ def index_tars(store: Store, *, workers: int = 1, quiet: bool = True) -> Manifes
             source={"command": INDEX_COMMAND, "python": sys.version.split()[0], **counts},
             schema_version=max(newest, SCHEMA_VERSION) if is_ours else ANY_MEMBERS,
         )
-        lease.check()
-        _put(store, MANIFEST, serialize_manifest(manifest))
-    return manifest
+        return _publish(store, lease, manifest, offsets)
+
+
+_Indexed = tuple[ShardInfo, NDArray[np.uint32], int, int]
 
 
 @dataclass(frozen=True)
 class _IndexShard:
-    """Writes the index of a shard, in whatever process it runs; gives what a manifest says of it, members
+    """Writes the index of a shard, in whatever process it runs; gives what a manifest says of it, its marked offsets, members
     passed over, and the newest schema that a sample needs."""
 
     store: Store
@@ -142,7 +146,7 @@ class _IndexShard:
     """Of the code columns, as it says."""
     shards: ShardBytes = field(default_factory=ShardBytes)
 
-    def __call__(self, shard: ShardInfo, report: Report) -> tuple[ShardInfo, int, int]:
+    def __call__(self, shard: ShardInfo, report: Report) -> _Indexed:
         where = join(self.store.url, shard.name)
         tar, xxh128 = self.shards.read(self.store, shard.name, shard.bytes)
         if self.schema_version is not None:
@@ -160,7 +164,8 @@ class _IndexShard:
         report(Advance(units=shard.bytes, samples=len(index)))
         measured = {"samples": len(index), "bytes": len(tar), "xxh128": xxh128, "members": index.members, **contents.totals()}
         row = shard if self.schema_version is not None else replace(shard, **measured)
-        return row, scan.num_passed_over, max(contents.schema_versions, default=ANY_MEMBERS)
+        newest = max(contents.schema_versions, default=ANY_MEMBERS)
+        return row, marked(index.start, len(tar)), scan.num_passed_over, newest
 
 
 def _contents(scan: Scan, tar: memoryview, layouts: Mapping[str, CodeGrid]) -> Contents:
@@ -214,8 +219,10 @@ def _tars(store: Store) -> dict[str, int]:
     return sizes
 
 
-def _run(index_shard: _IndexShard, shards: Sequence[ShardInfo], workers: int, quiet: bool) -> tuple[list[ShardInfo], int, int]:
-    """Index shards; returns what came of them, in the same order, the members that were passed over, and the newest schema."""
+def _run(
+    index_shard: _IndexShard, shards: Sequence[ShardInfo], workers: int, quiet: bool
+) -> tuple[list[ShardInfo], list[NDArray[np.uint32]], int, int]:
+    """Index shards; what came of each, and its marked offsets, in the same order; members passed over, and the newest schema."""
     with Progress("index", sum(shard.bytes for shard in shards), quiet=quiet) as progress:
         try:
             indexed = {done[0].name: done for done in run_tasks(index_shard, shards, workers=workers, on_report=progress)}
@@ -224,9 +231,20 @@ def _run(index_shard: _IndexShard, shards: Sequence[ShardInfo], workers: int, qu
                 "a worker process ended without a word: it was killed, or memory ran out. Each holds a whole shard: "
                 "run again, with fewer --workers if memory was short"
             ) from error
-    num_passed_over = sum(number for _, number, _ in indexed.values())
-    newest = max((version for _, _, version in indexed.values()), default=ANY_MEMBERS)
-    return [indexed[shard.name][0] for shard in shards], num_passed_over, newest
+    ordered = [indexed[shard.name] for shard in shards]
+    rows, offsets = [row for row, _, _, _ in ordered], [kept for _, kept, _, _ in ordered]
+    newest = max((version for _, _, _, version in ordered), default=ANY_MEMBERS)
+    return rows, offsets, sum(number for _, _, number, _ in ordered), newest
+
+
+def _publish(store: Store, lease: Lease, manifest: Manifest, offsets: Sequence[NDArray[np.uint32]]) -> Manifest:
+    """The offsets, and the manifest last, if it says anything new."""
+    lease.check()
+    with _beside_tars():
+        made = put_offsets(store, manifest, offsets)
+        if made != manifest or not store.exists(MANIFEST):
+            store.put(MANIFEST, serialize_manifest(made))
+    return made
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ What it lets through can't leave the root by its text; local.py adds the check a
 import io
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from types import TracebackType
 from typing import NamedTuple, Self
 
@@ -77,7 +77,10 @@ class Store(ABC):
 
     Attributes:
         url: the root as it was given, without credentials; safe to print.
+        first_bytes_s: seconds to the answers of the latest reads of ranges, where they are known.
     """
+
+    first_bytes_s: Collection[float] = ()
 
     def __init__(self, url: str) -> None:
         self.url = redact(url)
@@ -128,7 +131,7 @@ class Store(ABC):
             name: the file.
             start: first byte, from 0.
             end: one past the last byte; end = start gives b"" and asks nobody.
-            size: what the file should have in all, if that is to be checked. Costs a request through fsspec, nothing elsewhere.
+            size: what the file should have in all; compared where the answer says it, which fsspec does not.
 
         Raises:
             UsageError: not 0 <= start <= end.
@@ -140,16 +143,16 @@ class Store(ABC):
         if start == end:
             check_name(name, self.url)
             return b""
-        data, found = self._range(name, start, end, size)
+        data, found = self._range(name, start, end)
         if len(data) != end - start:
             raise self._short(name, start, end, found)
-        if size not in (None, found):
+        if found is not None and size not in (None, found):
             raise StorageError(f"{self._show(name)}: {found} bytes, expected {size}: it was cut off or replaced")
         return data
 
     @abstractmethod
-    def _range(self, name: str, start: int, end: int, size: int | None) -> tuple[Buffer, int | None]:
-        """These bytes, or fewer if the file ends before; and its size, or None where neither that nor `size` asks for it."""
+    def _range(self, name: str, start: int, end: int) -> tuple[Buffer, int | None]:
+        """These bytes, or fewer if the file ends before; and its size, or None where that would take another request."""
 
     @abstractmethod
     def open(self, name: str) -> io.BufferedReader:

@@ -304,11 +304,12 @@ def fetch(bucket: Any, key: str, start: int, end: int, wait: Wait) -> tuple[Buff
     meta: Any = None
     data = memoryview(b"")
     reached, last = start, end  # the object may end before `end`
-    num_failures, pace = 0, Pace(wait)
+    num_failures, pace, begun = 0, Pace(wait), time.monotonic()
     while reached < last:
         is_first = meta is None
         try:
             result = get(bucket, key, options=options)
+            wait.answered_s = wait.answered_s or time.monotonic() - begun
             if is_first:
                 meta, last = result.meta, result.range[1]
                 wait.num_bytes = last - start

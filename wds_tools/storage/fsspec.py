@@ -86,14 +86,21 @@ class FsspecStore(Store):
             raise NotFound(f"{self._show(name)}: can't look at it, no file is there")
         return int(info["size"])
 
-    def _range(self, name: str, start: int, end: int, size: int | None) -> tuple[bytes, int | None]:
+    def _range(self, name: str, start: int, end: int) -> tuple[bytes, int | None]:
         path, fs = self._path(name), self._connect()
-        found = self.size(name) if size is not None or end - start > BLOCK_BYTES else None
-        if found is not None and found < end:
-            return b"", found  # some backends would set that much memory aside before they look
-        exactly = {"cache_type": "none"} if split_scheme(self._raw)[0] == "hf" else {}  # which reads 5 MB more than is asked for
-        data = self._ask("read", name, lambda: bytes(fs.cat_file(path, start=start, end=end, **exactly)), end - start)
-        return data, self.size(name) if found is None and len(data) != end - start else found
+        # hf:// reads 5 MB more than is asked for, unless told not to, and asks for the size, unless it is told one
+        exactly = {"cache_type": "none", "size": end} if split_scheme(self._raw)[0] == "hf" else {}
+
+        def read(begin: int) -> bytes:
+            last = min(begin + BLOCK_BYTES, end)  # some backends set all the memory aside before they look
+            return self._ask("read", name, lambda: bytes(fs.cat_file(path, start=begin, end=last, **exactly)), last - begin)
+
+        parts = []
+        for begin in range(start, end, BLOCK_BYTES):
+            parts.append(read(begin))
+            if len(parts[-1]) < min(BLOCK_BYTES, end - begin):
+                return b"".join(parts), self.size(name)
+        return b"".join(parts), None
 
     def open(self, name: str) -> io.BufferedReader:
         path, fs = self._path(name), self._connect()

@@ -71,7 +71,7 @@ class LocalStore(Store):
             raise NotFound(f"{self._show(name)} {_NO_FILE}")
         return status.st_size
 
-    def _range(self, name: str, start: int, end: int, size: int | None) -> tuple[bytes, int]:  # noqa: ARG002  Store's
+    def _range(self, name: str, start: int, end: int) -> tuple[bytes, int]:
         descriptor, found = self._open(name)
         with _closing(descriptor), translating("read", self._show(name)):
             return _pread(descriptor, start, end) if end <= found else b"", found

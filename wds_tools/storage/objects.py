@@ -40,6 +40,7 @@ SCHEMES = {
 CHUNK_BYTES = 8 << 20  # of a ranged read, and of a part of a multipart upload (10,000 parts: objects up to 80 GiB)
 READ_AHEAD = 2  # chunks fetched while the reader works on another
 PARTS_UNDER_WAY = 2
+_ANSWERS = 256
 _UNDER_WAY_BYTES = (PARTS_UNDER_WAY + 1) * CHUNK_BYTES  # that a writer may have to send before it goes on
 _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 MAX_PUT_BYTES = CHUNK_BYTES  # a larger put() is sent as a multipart upload: a try is a minute at most
@@ -77,6 +78,7 @@ class ObjectStore(Store):
             check_name(self._prefix, url)
         self._clients: dict[client.Use, Any] = {}
         self._pid = 0
+        self.first_bytes_s: deque[float] = deque(maxlen=_ANSWERS)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_clients": {}, "_pid": 0}
@@ -112,7 +114,7 @@ class ObjectStore(Store):
                     raise
             return int(client.obstore().get(bucket, key, options={"range": (0, 1)}).meta["size"])  # HEAD doesn't say why
 
-    def _range(self, name: str, start: int, end: int, size: int | None) -> tuple[Buffer, int]:  # noqa: ARG002  Store's
+    def _range(self, name: str, start: int, end: int) -> tuple[Buffer, int]:
         key, bucket = self._key(name), self._connect("ranges")
         try:
             with self._waiting("read", name) as wait:
@@ -122,6 +124,7 @@ class ObjectStore(Store):
             if found is not None and found < end:
                 raise self._short(name, start, end, found) from cause(error)
             raise self._translate(error, "read", name) from cause(error)
+        self.first_bytes_s.append(wait.answered_s)
         return data, int(meta["size"])
 
     def open(self, name: str) -> io.BufferedReader:

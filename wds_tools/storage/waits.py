@@ -39,6 +39,8 @@ class Wait:
     reason: str = ""
     """Why the last try failed, if that is known."""
     since: float = field(default_factory=time.monotonic)
+    answered_s: float = 0.0
+    """From the first request to the first answer, if it came at all."""
 
     def renew(self, num_bytes: int = 0) -> None:
         """Something came; next to come are so many bytes."""
