@@ -345,6 +345,7 @@ def test_one_reject_too_many_stops_the_run_with_counts_and_a_way_on(half_bad: Pa
     message = str(stopped.value)
     assert message.startswith(f"5 of 10 inputs can't be used, allowed are {budget} (5 missing_image)")
     assert f"{out}/rejects/" in message
+    assert f"; the first, in {half_bad}, line 1: " in message
     assert "--resume and a larger --max-rejects" in message
     assert not (out / "manifest.json").exists()
     assert len(read_rejects_of_an_unfinished_set(out)) == 6
@@ -353,6 +354,30 @@ def test_one_reject_too_many_stops_the_run_with_counts_and_a_way_on(half_bad: Pa
 
 def read_rejects_of_an_unfinished_set(folder: Path) -> list[Any]:
     return [json.loads(line) for path in sorted((folder / "rejects").iterdir()) for line in path.read_bytes().splitlines()]
+
+
+@pytest.mark.parametrize("settings", [{}, {"task_lines": 2}, {"max_rejects": "0"}, {"where": "url == 'x'"}], ids=str)
+def test_a_run_of_which_nothing_was_usable_leaves_nothing_behind(tmp_path: Path, settings: dict[str, Any]) -> None:
+    path = write_pairs(tmp_path / "in", 9)
+    for image in (tmp_path / "in/images").iterdir() if "where" not in settings else ():
+        image.unlink()
+    with pytest.raises(TooManyRejects) as stopped:
+        convert(tmp_path / "out", path, **settings)
+    assert tree(tmp_path / "out") == {}
+    if "where" not in settings:
+        assert f"; the first, in {path}, line 1: " in str(stopped.value)
+        assert "none of them is usable, so nothing is left there" in str(stopped.value)
+
+
+def test_a_part_of_which_nothing_was_usable_leaves_what_others_made(tmp_path: Path) -> None:
+    path = write_pairs(tmp_path / "in", 4)
+    (tmp_path / "in/images/1.jpg").unlink()
+    (tmp_path / "in/images/3.jpg").unlink()
+    convert(tmp_path / "out", path, task_lines=1, part="0/2")
+    before = tree(tmp_path / "out")
+    with pytest.raises(TooManyRejects, match=r"see .*rejects/"):
+        convert(tmp_path / "out", path, task_lines=1, part="1/2")
+    assert before.items() <= tree(tmp_path / "out").items()
 
 
 @pytest.mark.parametrize("budget", ["5", "50%", "100%"])

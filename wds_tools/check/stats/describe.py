@@ -25,14 +25,14 @@ from wds_tools.dataset.samples import PIECE_BYTES, SampleReader, is_text
 from wds_tools.errors import DataError, UsageError
 from wds_tools.format.manifest import Manifest
 from wds_tools.run.local import Report, run_tasks
-from wds_tools.run.progress import Progress
+from wds_tools.run.progress import Progress, Shown
 from wds_tools.storage import open_store
 
 _SHOWN_CHARS = 100
 
 
 @dataclass(frozen=True, kw_only=True)
-class StatsConfig:
+class StatsConfig(Shown):
     """Describe a dataset in numbers: lengths, sizes, codebook use, duplicates, drift between shards."""
 
     input: str
@@ -41,8 +41,6 @@ class StatsConfig:
     """Processes to use."""
     hashes: int = 4_000_000
     """Samples up to which duplicates are counted exactly; above, they are estimated from this many. 100 bytes each."""
-    quiet: bool = False
-    """Show no progress."""
 
     def __post_init__(self) -> None:
         if self.workers < 1:
