@@ -16,11 +16,10 @@ import dataclasses
 import inspect
 import shutil
 import textwrap
-import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 from wds_tools.errors import UsageError, meant
@@ -51,16 +50,18 @@ class Option:
     """Of the field."""
     flag: str
     """What it is called: --image-root, or INPUT if it stands without an option."""
-    kind: Callable[[str], Any] | None
-    """What makes a value of a word; None: no word follows."""
-    choices: Mapping[str, Any]
-    """Word -> value, if only some are taken."""
+    kind: Any
+    """Type of the value of a word; bool: no word follows."""
+    choices: tuple[str, ...]
+    """The words that it takes, if not any."""
     known: Names | None
     """Names that it may take beside other words, if there is such a list."""
     count: int | str | None
     """Words that make a value: a number, "*" for any, None for one that is no tuple."""
     default: Any
-    """dataclasses.MISSING if it has to be given."""
+    """Of the field; None if it has to be given."""
+    is_required: bool
+    """Whether it has to be given."""
     group: str
     """Heading in the help."""
 
@@ -70,35 +71,25 @@ class Option:
         return not self.flag.startswith("-")
 
     @property
-    def is_required(self) -> bool:
-        """Whether it has to be given."""
-        return self.default is dataclasses.MISSING
-
-    @property
     def invocation(self) -> str:
         """How it is written: `--image-root ROOT ...`."""
-        short = {int: "N", float: "X"}.get(typing.cast(Any, self.kind), self.name.rpartition("_")[2].upper())
-        word = "{" + ",".join(self.choices) + "}" if self.choices else short
+        word = {int: "N", float: "X"}.get(self.kind, self.name.rpartition("_")[2].upper())
+        word = "{" + ",".join(self.choices) + "}" if self.choices else word
         words = f"{word} ..." if self.count == "*" else " ".join([word] * int(self.count or 1))
-        return words if self.is_positional else self.flag if self.kind is None else f"{self.flag} {words}"
+        return words if self.is_positional else self.flag if self.kind is bool else f"{self.flag} {words}"
 
     def value(self, words: Any) -> Any:
-        """The value of the words that followed: one, or several. Raises UsageError: there is none."""
-        if self.kind is None:
-            return not self.default
-        return self._one(words) if self.count is None else tuple(map(self._one, words))
+        """The value of what was given: a word, or several, or True. Raises UsageError: there is none."""
+        return tuple(map(self._one, words)) if self.count else self._one(words)
 
-    def _one(self, word: str) -> Any:
-        assert self.kind is not None
+    def _one(self, word: Any) -> Any:
         try:
-            return self.choices[word] if self.choices else self.kind(word)
-        except (KeyError, ValueError):
-            expected = (
-                f"one of {', '.join(self.choices)}"
-                if self.choices
-                else _EXPECTED.get(typing.cast(Any, self.kind), "another value")
-            )
-            raise UsageError(f"{self.flag} {word!r}: {meant(word, self.choices)}expected {expected}") from None
+            if word in self.choices or not self.choices:
+                return self.kind(word)
+        except ValueError:
+            pass
+        expected = _EXPECTED.get(self.kind) or f"one of {', '.join(self.choices)}"
+        raise UsageError(f"{self.flag} {word!r}: {meant(word, self.choices)}expected {expected}")
 
 
 def options_of(config: Any) -> list[Option]:
@@ -108,42 +99,39 @@ def options_of(config: Any) -> list[Option]:
         UsageError: a field is of a type that no word can say.
     """
     hints = typing.get_type_hints(config, include_extras=True)
-    ranks = {"required": -2, **{name: rank for rank, name in enumerate(_LAST_GROUPS)}}
-    homes = {
-        name: (-depth, base) for depth, base in enumerate(reversed(config.__mro__)) for name in inspect.get_annotations(base)
-    }
-    found = []
-    for field in dataclasses.fields(config):
-        depth, base = homes[field.name]
-        option = _option(field, hints[field.name], vars(base).get("help_group", "options"))
-        found.append(((ranks.get(option.group, -1), option.is_required and option.name == "output", depth), option))
-    return [option for _, option in sorted(found, key=lambda one: one[0])]
+    homes = {name: base for base in reversed(config.__mro__) for name in inspect.get_annotations(base)}
+
+    def place(option: Option) -> tuple[int, bool, int]:
+        rank = -2 if option.is_required else _LAST_GROUPS.index(option.group) if option.group in _LAST_GROUPS else -1
+        return rank, option.is_required and option.name == "output", config.__mro__.index(homes[option.name])
+
+    return sorted((_option(field, hints[field.name], homes[field.name]) for field in dataclasses.fields(config)), key=place)
 
 
-def _option(field: dataclasses.Field[Any], hint: Any, group: str) -> Option:
+def _option(field: dataclasses.Field[Any], hint: Any, home: type) -> Option:
     kind, *marks = typing.get_args(hint) if typing.get_origin(hint) is Annotated else (hint,)
-    if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        (kind,) = (one for one in typing.get_args(kind) if one is not types.NoneType)
+    if type(None) in typing.get_args(kind):
+        kind, _ = typing.get_args(kind)
     count: int | str | None = None
     if typing.get_origin(kind) is tuple:
         kind, *others = typing.get_args(kind)
         count = "*" if others == [...] else 1 + len(others)
-    choices = {str(one): one for one in typing.get_args(kind)} if typing.get_origin(kind) is Literal else {}
-    if not choices and kind not in (str, int, float, bool):
-        raise UsageError(
-            f"{field.name} is {hint}, which no word of a command line can say: expected str, int, float or a Literal"
-        )
+    choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
+    if (not choices and kind not in (str, int, float, bool)) or field.default is True:
+        expected = "str, int, float, a Literal, a tuple of such, or a bool that is False"
+        raise UsageError(f"option {field.name} is a {hint} = {field.default}: expected {expected}")
     named = next((mark.name for mark in marks if isinstance(mark, Named)), field.name.replace("_", "-"))
-    flag = field.name.upper() if _POSITIONAL in marks else f"--{'no-' if field.default is True else ''}{named}"
+    is_required = field.default is dataclasses.MISSING
     return Option(
         name=field.name,
-        flag=flag,
-        kind=None if kind is bool else str if choices else kind,
+        flag=field.name.upper() if _POSITIONAL in marks else f"--{named}",
+        kind=str if choices else kind,
         choices=choices,
         known=next((mark for mark in marks if isinstance(mark, Names)), None),
         count=count,
-        default=field.default,
-        group="required" if field.default is dataclasses.MISSING else group,
+        default=None if is_required else field.default,
+        is_required=is_required,
+        group="required" if is_required else vars(home).get("help_group", "options"),
     )
 
 
@@ -162,13 +150,14 @@ def parse(config: Any, args: Sequence[str]) -> Any:
     parser = _Parser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for option in options:
         if not option.is_positional:
-            how = {"action": "store_true"} if option.kind is None else {"nargs": option.count} if option.count else {}
-            parser.add_argument(option.flag, dest=option.name, **how | ({"action": "extend"} if option.count == "*" else {}))
+            action = "store_true" if option.kind is bool else "extend" if option.count == "*" else "store"
+            how: dict[str, Any] = {"nargs": option.count} if option.count else {}
+            parser.add_argument(option.flag, dest=option.name, action=action, **how)
     given, rest = parser.parse_known_args(args)
     found = vars(given)
     if unknown := next((word.partition("=")[0] for word in rest if word.startswith("--")), ""):
-        close = meant(unknown, (option.flag for option in options))
-        raise UsageError(f"unknown option {unknown}: {close or 'there is none like it'}".rstrip())
+        close = meant(unknown, (option.flag for option in options)) or "there is none like it"
+        raise UsageError(f"unknown option {unknown}: {close.strip()}")
     for option in options:
         if option.is_positional and rest:
             found[option.name], rest = (rest, []) if option.count else (rest[0], rest[1:])
@@ -176,7 +165,7 @@ def parse(config: Any, args: Sequence[str]) -> Any:
         raise UsageError(f"{rest[0]!r} is one word too many")
     if missing := [option for option in options if option.is_required and option.name not in found]:
         words = _words(config)
-        names = ((words[option.name].rstrip(".") if option.is_positional else option.flag) for option in missing)
+        names = (words.get(option.name, option.name).rstrip(".") if option.is_positional else option.flag for option in missing)
         raise UsageError(f"missing: {', '.join(name[:1].lower() + name[1:] for name in names)}")
     return config(**{option.name: option.value(found[option.name]) for option in options if option.name in found})
 
@@ -185,31 +174,27 @@ def help_of(config: Any, command: str, example: str) -> Iterator[str]:
     """The lines of --help, for a terminal of this width."""
     options, words = options_of(config), _words(config)
     width = min(shutil.get_terminal_size().columns, _WIDEST)
-    required = [option.invocation for option in options if option.is_required]
-    optional = [f"[{option.invocation}]" for option in options if option.is_positional and not option.is_required]
-    yield from _wrapped(" ".join([f"usage: {command}", *required, *optional, "[options]"]), width, 4)
+    usage = [option.invocation if option.is_required else f"[{option.invocation}]" for option in options]
+    shown = (text for text, option in zip(usage, options, strict=True) if option.is_required or option.is_positional)
+    yield from _wrapped(" ".join([f"usage: {command}", *shown, "[options]"]), width)
     for paragraph in (inspect.getdoc(config) or "").split("\n\n"):
         yield from ("", *_wrapped(paragraph, width))
     yield from ("", "example:", f"  {example}")
-    for before, option in pairwise([None, *options]):
-        if option is not None:
-            if before is None or before.group != option.group:
-                yield from ("", f"{option.group}:")
-            said = " ".join(filter(None, (words.get(option.name), _said_default(option.default))))
-            first, *others = _wrapped(said, width - _COLUMN) or [""]
+    for group, members in groupby(options, key=lambda option: option.group):
+        yield from ("", f"{group}:")
+        for option in members:
+            default = "" if option.default in (None, False, "", ()) else f"(default: {option.default})"
+            lines = _wrapped(f"{words.get(option.name, '')} {default}", width - _COLUMN) or [""]
             head = f"  {option.invocation}"
-            yield from [f"{head:<{_COLUMN}}{first}"] if len(head) < _COLUMN - 1 else [head, " " * _COLUMN + first]
-            yield from (" " * _COLUMN + line for line in others)
+            if len(head) > _COLUMN - 2:
+                yield head
+                head = ""
+            yield f"{head:<{_COLUMN}}{lines[0]}"
+            yield from (" " * _COLUMN + line for line in lines[1:])
 
 
-def _wrapped(text: str, width: int, indent: int = 0) -> list[str]:
-    return textwrap.wrap(text, width, subsequent_indent=" " * indent, break_on_hyphens=False, break_long_words=False)
-
-
-def _said_default(value: Any) -> str:
-    if isinstance(value, bool) or value in (None, "", (), dataclasses.MISSING):
-        return ""
-    return f"(default: {value:g})" if isinstance(value, float) else f"(default: {value})"
+def _wrapped(text: str, width: int) -> list[str]:
+    return textwrap.wrap(text, width, break_on_hyphens=False, break_long_words=False)
 
 
 def _words(config: Any) -> dict[str, str]:
