@@ -489,7 +489,7 @@ def test_json_says_what_the_lines_say(tmp_path: Path) -> None:
     [
         ["verify", "SET"],
         ["stats", "SET"],
-        ["compare-codes", "SET", "SET"],
+        ["compare-codes", "SET", "SET/"],
         ["select", "--input", "SET", "--output", "OUT"],
         ["relabel", "--input", "SET", "--with", "x.csv", "--texts", "a=b", "--output", "OUT"],
         ["pack", "--input", "SET", "--tokenizer", "x", "--seq-len", "9", "--output", "OUT"],
@@ -505,7 +505,7 @@ def test_tars_without_a_manifest_are_told_of_index_and_convert_wherever_a_datase
     make_dataset(tmp_path / "set", [image_sample(1)])
     (tmp_path / "set/manifest.json").unlink()
     names = {"SET": str(tmp_path / "set"), "OUT": str(tmp_path / "out")}
-    assert main([names.get(word, word) for word in args]) == 1
+    assert main([names.get(word.rstrip("/"), word) + "/" * word.endswith("/") for word in args]) == 1
     said = last_line(capsys.readouterr().err)
     assert f"{names['SET']} has no manifest.json, but tars such as " in said
     assert f"`wds-tools convert pairs --input {names['SET']} --output OUTPUT`" in said
@@ -523,7 +523,10 @@ def test_doctor_says_what_is_installed_and_what_can_be_read(tmp_path: Path, caps
     shown = capsys.readouterr().out
     assert f"numpy {importlib.metadata.version('numpy')}" in shown
     assert re.search(r"set +readable in .* ms: a dataset of 1 sample in 1 shard; writable in ", shown)
-    assert re.search(r"files +readable in .*: no dataset, but files such as a.txt; writable", shown)
+    assert re.search(
+        r"files +readable in .*: no dataset, but files such as a.txt: `wds-tools inspect .*files` says what they would become; writable",
+        shown,
+    )
     assert re.search(r"new +readable in .*: nothing is there; writable", shown)
     assert shown.endswith("doctor: all is well\n")
     assert [path.name for path in (tmp_path / "files").iterdir() if path.is_file()] == ["a.txt"]

@@ -356,7 +356,9 @@ def read_rejects_of_an_unfinished_set(folder: Path) -> list[Any]:
     return [json.loads(line) for path in sorted((folder / "rejects").iterdir()) for line in path.read_bytes().splitlines()]
 
 
-@pytest.mark.parametrize("settings", [{}, {"task_lines": 2}, {"max_rejects": "0"}, {"where": "url == 'x'"}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{"max_rejects": "10%"}, {"max_rejects": "0", "task_lines": 2}, {"where": "url == 'x'"}], ids=str
+)
 def test_a_run_of_which_nothing_was_usable_leaves_nothing_behind(tmp_path: Path, settings: dict[str, Any]) -> None:
     path = write_pairs(tmp_path / "in", 9)
     for image in (tmp_path / "in/images").iterdir() if "where" not in settings else ():
@@ -373,10 +375,14 @@ def test_a_part_of_which_nothing_was_usable_leaves_what_others_made(tmp_path: Pa
     path = write_pairs(tmp_path / "in", 4)
     (tmp_path / "in/images/1.jpg").unlink()
     (tmp_path / "in/images/3.jpg").unlink()
-    convert(tmp_path / "out", path, task_lines=1, part="0/2")
+    parts = [
+        PairsConfig(output=str(tmp_path / "out"), input=(str(path),), task_lines=1, quiet=True, part=part)
+        for part in ("0/2", "1/2")
+    ]
+    run_conversion(parts[0])
     before = tree(tmp_path / "out")
     with pytest.raises(TooManyRejects, match=r"see .*rejects/"):
-        convert(tmp_path / "out", path, task_lines=1, part="1/2")
+        run_conversion(parts[1])
     assert before.items() <= tree(tmp_path / "out").items()
 
 
@@ -387,10 +393,11 @@ def test_as_many_rejects_as_allowed_are_fine(half_bad: Path, tmp_path: Path, bud
 
 def test_a_count_stops_the_run_at_once_and_a_resumed_run_remembers(half_bad: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
+    (tmp_path / "in/images/0.jpg").write_bytes(image_bytes(0))  # something has to be usable, or nothing stays
     for resume in (False, True):
         with pytest.raises(TooManyRejects):
             convert(out, half_bad, max_rejects="0", task_lines=1, resume=resume)
-        assert len(list((out / "_work").glob("task-*"))) == 1 + resume
+        assert len(list((out / "_work").glob("task-*"))) == 3 + resume
     assert convert(out, half_bad, max_rejects="5", task_lines=1, resume=True).inputs == 10
 
 
