@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from test_token_rows import config, data, rows_of, two_lanes_for_each_sample
+from test_token_rows import pairs as make_pairs
 
 from loaders import Loader, LoaderConfig, World, build_loader, merge_states
 from loaders.testing import Topology, check_resume
@@ -69,11 +70,16 @@ def test_weights_change_from_the_first_step_that_no_lane_has_read(data: Path) ->
 
 
 @pytest.mark.slow
-def test_rows_are_the_same_on_any_topology_after_a_change(data: Path) -> None:
+def test_rows_are_the_same_on_any_topology_after_a_change_of_weights_and_a_mask(data: Path, tmp_path: Path) -> None:
     before = config(data, packing=True, weights=(0.9, 0.1))
     _, state = rows(before, None, 32)
-    after = replace(before, schedule=((48, (0.1, 0.9)),))
+    excluded = [sample.key for sample in make_pairs()[::3]]
+    (tmp_path / "ids.txt").write_text("".join(f"{key}\n" for key in excluded))
+    pairs, texts = before.sources
+    masked = replace(pairs, exclude=str(tmp_path / "ids.txt"))
+    after = replace(before, sources=(masked, texts), schedule=((48, (0.1, 0.9)),))
     whole, _ = rows(after, state, 240, "future")
+    assert not {key for row in whole for key in row[0]} & {*excluded}
     for world_size, batch_size in ((2, 4), (3, 10)):
         assert rows(replace(after, batch_size=batch_size), state, 240, "future", world_size)[0] == whole
 

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -15,7 +16,7 @@ import pytest
 from faults import serve_raw
 
 from wds_tools.errors import NotFound, OutOfSpace, StorageError
-from wds_tools.storage import Store, client, open_store, waits
+from wds_tools.storage import Store, client, open_store, profile, waits
 
 DATA = bytes(range(256)) * 400
 NAMES = ("read", "read_range", "open", "size", "list", "put", "put in parts", "write", "delete")
@@ -350,3 +351,36 @@ def test_errors_of_fsspec_are_read_from_the_same_table(error: Exception, message
     fsspec.register_implementation("fails", Fails, clobber=True)
     with pytest.raises(StorageError, match=f"^fails://host/set/a: can't read, .*{message}"):
         open_store("fails://host/set").read_range("a", 0, 5)
+
+
+def test_keys_that_expire_in_mid_run_are_waited_for_where_a_profile_may_get_new_ones(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pytest.importorskip("boto3")
+    monkeypatch.setattr(profile, "LOOK_EVERY_S", 0.1)
+    login = tmp_path / "credentials"
+    text = "[default]\naws_access_key_id={}\naws_secret_access_key=b\naws_session_token=c\n"
+    login.write_text(text.format("OLD"))
+    expired = b"<Error><Code>ExpiredToken</Code></Error>"
+    turns: list[bool] = []
+
+    def answer(connection: socket.socket, head: bytes) -> None:
+        turns.append(b"Credential=OLD/" in head)
+        if len(turns) == 4:
+            login.write_text(text.format("NEW"))
+        if turns[-1]:
+            send(connection, "400 Bad Request", expired)
+        else:
+            send_range(connection, head, creep=False)
+
+    with serve_raw(answer) as endpoint:
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "OLD")
+        with pytest.raises(StorageError, match="the keys have expired: get new ones"):  # of the environment, which can't change
+            at_s3(monkeypatch, endpoint).read_range("a", 0, len(DATA))
+        assert turns == [True]
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            monkeypatch.delenv(name)
+        monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(login))
+        assert at_s3(monkeypatch, endpoint).read_range("a", 0, len(DATA)) == DATA
+    assert turns[1:4] == [True] * 3
+    assert not turns[-1]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import orjson
@@ -19,10 +19,12 @@ from numpy.typing import NDArray
 from wds_tools.errors import FormatError, Reject, UsageError
 from wds_tools.format.codes import CODE_COLUMNS, HW, CodeGrid, Codes, code_dtype, is_code_column
 from wds_tools.format.schema import DATA_TYPES, MARKED_TYPES, Sample, SourceImage, image_fields, validate
-from wds_tools.images import Mode
 from wds_tools.records.arrays import Shape, flat_and_shape
 from wds_tools.records.conversations import turns_of
 from wds_tools.records.fields import required_text
+
+if TYPE_CHECKING:
+    from wds_tools.images import Mode  # which needs Pillow, and loaders do not
 
 COLUMNS = {
     "data_type": "string",

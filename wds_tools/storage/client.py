@@ -23,15 +23,14 @@ import re
 import sys
 import threading
 import time
-from contextlib import suppress
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import unquote
 
-from wds_tools.errors import MissingPackage, StorageError, UsageError
+from wds_tools.errors import StorageError, UsageError
 from wds_tools.storage.base import Buffer, cause
-from wds_tools.storage.meanings import HINTS, reason, status_of
+from wds_tools.storage.meanings import EXPIRED, HINTS, code_of, reason, status_of
+from wds_tools.storage.profile import ProfileKeys, has_default_profile
 from wds_tools.storage.waits import Wait
 
 RETRY_VARIABLE = "WDS_TOOLS_RETRY_S"
@@ -213,37 +212,14 @@ def _new(store: Any, kind: str, bucket: str, login: str | None, use: Use, settin
     if login:  # in a header, so that no message can show it
         token = base64.b64encode(unquote(login).encode()).decode()
         options["default_headers"] = {"authorization": f"Basic {token}"}
-    if kind == "s3" and not _OWN_KEYS.intersection(settings) and (settings.get("AWS_PROFILE") or _has_default_profile(settings)):
-        more["credential_provider"] = _profile(settings.get("AWS_PROFILE", "default"))
+    if kind == "s3" and not _OWN_KEYS.intersection(settings) and (settings.get("AWS_PROFILE") or has_default_profile(settings)):
+        more["credential_provider"] = ProfileKeys(settings.get("AWS_PROFILE", "default"))
     make = {"s3": "S3Store", "gs": "GCSStore", "az": "AzureStore", "http": "HTTPStore"}[kind]
     try:
         return getattr(store, make)(bucket, client_options=options, retry_config=retry, **more)
     except foreign() as error:
         show = bucket if kind == "http" else f"{kind}://{bucket}"
         raise StorageError(f"{show}: can't set up a client: {reason(error)}; {HINTS[kind]}") from cause(error)
-
-
-def _has_default_profile(settings: dict[str, str]) -> bool:
-    """Whether the files of AWS' own tools have a profile of that name."""
-    files = {"AWS_SHARED_CREDENTIALS_FILE": "credentials", "AWS_CONFIG_FILE": "config"}
-    for variable, name in files.items():
-        with suppress(OSError):
-            if "[default]" in Path(settings.get(variable) or Path.home() / ".aws" / name).read_text("utf-8", "replace"):
-                return True
-    return False
-
-
-def _profile(name: str) -> Any:
-    """What asks boto3 for the keys of a profile, which obstore doesn't read."""
-    try:
-        return importlib.import_module("obstore.auth.boto3").Boto3CredentialProvider()
-    except ImportError as error:
-        raise MissingPackage(
-            f"the keys are in the profile {name} (AWS_PROFILE, ~/.aws), which takes boto3 to read: pip install boto3, or set "
-            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (for a public bucket AWS_SKIP_SIGNATURE=true)"
-        ) from error
-    except Exception as error:  # noqa: BLE001  boto3's errors have no base that is here without it
-        raise StorageError(f"the profile {name} (AWS_PROFILE, ~/.aws) gives no keys: {reason(error)}") from cause(error)
 
 
 class FetchError(Exception):
@@ -349,7 +325,7 @@ def fetch(bucket: Any, key: str, start: int, end: int, wait: Wait) -> tuple[Buff
         except errors as error:
             if meta is not None and status_of(error) in (412, 416):  # If-Match failed, or the object got shorter
                 raise Replaced(f"{key}: {_version(meta)} is gone") from cause(error)
-            if not may_pass(error):
+            if not may_pass(error) and not (code_of(error) in EXPIRED and getattr(bucket, "credential_provider", None)):
                 raise
             if is_first and meta is not None:
                 data = memoryview(bytearray(last - start))

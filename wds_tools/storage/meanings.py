@@ -23,6 +23,8 @@ HINTS = {
     "hf": "check HF_TOKEN (or `hf auth login`), and that it may use this repository",
 }
 
+EXPIRED = ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired")
+"""Codes for keys that were good before."""
 _REASONS = (
     r"status code: (\d+ [A-Za-z ]+)",
     r"<Code>(\w+)</Code>",
@@ -53,7 +55,7 @@ TABLE = (
     ),
     Meaning(
         "the keys have expired: get new ones (AWS_SESSION_TOKEN has an end, so has `aws sso login`)",
-        "ExpiredToken ExpiredTokenException TokenRefreshRequired",
+        " ".join(EXPIRED),
     ),
     Meaning(
         "the bucket is in another region{region}: set AWS_REGION",
