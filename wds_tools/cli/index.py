@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from wds_tools.cli.options import Positional
 from wds_tools.cli.summary import Printed, dataset_record, describe_samples, show
 from wds_tools.dataset.layout import MANIFEST
-from wds_tools.errors import UsageError
 from wds_tools.format.manifest import PASSED_OVER
 from wds_tools.jobs.index_tars import index_tars, rebuild_indices
-from wds_tools.run.progress import Shown
+from wds_tools.run.local import OnWorkers
 from wds_tools.select.fields import Fields
 from wds_tools.storage import open_store
 from wds_tools.terminal import counted
@@ -20,19 +19,13 @@ EXAMPLE = "wds-tools index s3://bucket/tars --workers 8"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Printed, Shown):
+class Config(Printed, OnWorkers):
     """Write the index files (.tar.index) of a dataset again; of a folder of any WebDataset tars, write them and a manifest."""
 
     input: Positional[str]
     """The dataset, or the folder or prefix of the tars: a directory or URL. Everything is written there, beside the tars."""
-    workers: int = 1
-    """Processes to use."""
     fields: bool = False
     """Make the fields of the samples too, which `select`, `relabel` and `stats --duplicates` read, if they are not there."""
-
-    def __post_init__(self) -> None:
-        if self.workers < 1:
-            raise UsageError(f"--workers {self.workers}: at least 1")
 
 
 def run(config: Config) -> int:

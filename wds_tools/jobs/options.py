@@ -16,7 +16,7 @@ from wds_tools.dataset.lease import Part
 from wds_tools.dataset.writer import ShardLimits
 from wds_tools.errors import TooManyRejects, UsageError
 from wds_tools.format.manifest import FILTERED
-from wds_tools.run.progress import Shown
+from wds_tools.run.local import OnWorkers
 from wds_tools.storage import Store, join
 from wds_tools.storage.place import check_apart
 
@@ -26,13 +26,11 @@ _EARLY_INPUTS = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
-class Places:
+class Places(OnWorkers):
     """Where the tasks of a job run."""
 
     help_group = "workers and machines"
 
-    workers: int = 1
-    """Processes to use on this machine."""
     part: str | None = None
     """Do one of N equal parts, as "3/64": on any machines, at any time, each by itself; then `wds-tools finalize`. Counted from 0
     or from 1 (64/64 is 0/64). A part that is repeated goes on where it stopped."""
@@ -47,7 +45,7 @@ class Places:
 
 
 @dataclass(frozen=True, kw_only=True)
-class JobOptions(Places, Shown):
+class JobOptions(Places):
     """How any job runs. None of these changes a byte of the output, but for the shard limits."""
 
     help_group = "output"
@@ -70,8 +68,7 @@ class JobOptions(Places, Shown):
     """A shard closes once it has this many bytes."""
 
     def __post_init__(self) -> None:
-        if self.workers < 1:
-            raise UsageError(f"--workers {self.workers}: at least 1")
+        super().__post_init__()
         if self.executor == "ray" and self.workers != 1:
             raise UsageError(
                 "--workers is for --executor local: Ray runs as many tasks as --task-cpus and --task-gpus leave room for"
