@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-HEAVY = ("numpy", "orjson", "PIL.Image", "torch", "tyro", "zstandard")
+HEAVY = ("numpy", "orjson", "PIL.Image", "torch", "zstandard")
 
 
 class Forks:

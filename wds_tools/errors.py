@@ -18,6 +18,9 @@ A message says what, got, expected, where (shard, key, byte) and what to do, in 
 where they enter (`storage` for I/O, `images` for Pillow, `vq` for torch) with `raise … from`.
 """
 
+import difflib
+from collections.abc import Iterable
+
 
 class WdsToolsError(Exception):
     """Base of everything this project raises on purpose."""
@@ -87,3 +90,8 @@ class MissingPackage(WdsToolsError, ImportError):
 def in_one_line(error: BaseException) -> str:
     """The error's type, and the first 200 characters of its message."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def meant(word: str, known: Iterable[str], likeness: float = 0.6) -> str:
+    """ "did you mean X? ", for a message about a word that is none of those that are known; "" if none of them is like it."""
+    return "".join(f"did you mean {close}? " for close in difflib.get_close_matches(word, list(known), 1, likeness))

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import pkgutil
+from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from wds_tools.errors import UsageError, WdsToolsError, in_one_line
+from wds_tools.errors import UsageError, WdsToolsError, in_one_line, meant
 
 SOURCES, CONVERTERS = "wds_tools.sources", "wds_tools.converters"
 TOKENIZERS, TEMPLATES = "wds_tools.tokenizers", "wds_tools.templates"
 """Groups of entry points."""
+
+
+@dataclass(frozen=True)
+class Names:
+    """In the type of a setting: it may be one of a list of names, ours and those of packages."""
+
+    where: str
+    """MODULE:FUNCTION that gives the list; imported when it is asked for."""
+
+    def __call__(self) -> list[str]:
+        """The names."""
+        return list(pkgutil.resolve_name(self.where)())
 
 
 def plugins(group: str) -> dict[str, EntryPoint]:
@@ -30,7 +44,9 @@ def load_plugin(group: str, name: str, error: type[WdsToolsError] = WdsToolsErro
     """
     kind, known = group.rpartition(".")[2].removesuffix("s"), plugins(group)
     if name not in known:
-        raise UsageError(f"unknown {kind} {name!r}: installed packages have {', '.join(sorted(known)) or 'none'}")
+        raise UsageError(
+            f"unknown {kind} {name!r}: {meant(name, known)}installed packages have {', '.join(sorted(known)) or 'none'}"
+        )
     try:
         return known[name].load()
     except Exception as cause:

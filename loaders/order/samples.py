@@ -26,9 +26,9 @@ from loaders.order.mix import Mixture
 from loaders.order.plan import Ints, default_order
 from loaders.order.shares import mean_tokens_of
 from loaders.order.spec import OrderSpec, SourceSpec
-from wds_tools.dataset.layout import MANIFEST
-from wds_tools.errors import NotFound, UsageError
-from wds_tools.format.manifest import Manifest, parse_manifest
+from wds_tools.dataset.reader import read_manifest
+from wds_tools.errors import UsageError
+from wds_tools.format.manifest import Manifest
 from wds_tools.format.schema import ANY_MEMBERS
 from wds_tools.sequences.choices import Weights, text_weights
 from wds_tools.storage import Store, open_store
@@ -131,18 +131,11 @@ def open_source(source: Source) -> OpenSource:
         source: the dataset, and how it is used.
 
     Raises:
-        NotFound: there is no manifest: `wds-tools index` makes one for third-party tars.
+        NotFound: there is no manifest; says what makes one of what is there.
         FormatError: it is damaged.
     """
     store = open_store(source.url)
-    try:
-        data = store.read(MANIFEST)
-    except NotFound as error:
-        raise NotFound(
-            f"{store.url} has no {MANIFEST}: not a dataset, or one that is not finished; "
-            "for WebDataset tars made elsewhere, `wds-tools index` makes it"
-        ) from error
-    return OpenSource(source, store, parse_manifest(data, f"{store.url}/{MANIFEST}"))
+    return OpenSource(source, store, read_manifest(store, any_members=True))
 
 
 def order_spec(

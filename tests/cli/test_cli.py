@@ -23,9 +23,12 @@ from factory import image_sample, make_dataset, text_sample
 from s3 import S3Server
 
 from wds_tools.cli.main import COMMANDS, load_command, main
+from wds_tools.cli.options import options_of, parse
 from wds_tools.dataset.reader import read_manifest
 from wds_tools.errors import UsageError
+from wds_tools.sequences.templates import find_template
 from wds_tools.storage import open_store
+from wds_tools.vq.registry import load_tokenizer
 
 
 @pytest.fixture
@@ -39,10 +42,8 @@ EVERY_COMMAND = pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
 
 @EVERY_COMMAND
 def test_help_shows_what_it_does_an_example_and_every_option(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        main([*words, "--help"])
-    assert stopped.value.code == 0
-    shown = " ".join(re.sub(r"[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
+    assert main([*words, "--help"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
     module = load_command(words)
     assert module.EXAMPLE in shown
     assert module.EXAMPLE.startswith(f"wds-tools {' '.join(words)} ")
@@ -53,14 +54,13 @@ def test_help_shows_what_it_does_an_example_and_every_option(words: tuple[str, .
         "converter",
         "labels",
     }  # which are --for, --as, --with
-    assert names - options <= ({"input", "shell", "a", "b"} if "positional arguments" in shown else set())
+    assert names - options <= {"input", "shell", "a", "b"}
 
 
 @EVERY_COMMAND
 def test_help_explains_every_option_with_its_own_words(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main([*words, "--help"])
-    shown = " ".join(re.sub(r"[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
+    assert main([*words, "--help"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
     config = load_command(words).Config
     documented: dict[str, str] = {}
     for base in reversed(config.__mro__[:-1]):
@@ -73,7 +73,7 @@ def test_help_explains_every_option_with_its_own_words(words: tuple[str, ...], c
     assert [name for name in names if documented[name] not in shown] == []
 
 
-@pytest.mark.parametrize("args", [[], ["--help"], ["-h"], ["help"], ["convert", "--help"], ["export", "-h"]])
+@pytest.mark.parametrize("args", [[], ["--help"], ["-h"], ["help"]])
 def test_help_without_a_command_lists_them_all(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(args) == 0
     shown = capsys.readouterr().out
@@ -87,7 +87,7 @@ def test_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"wds-tools {__version__}\n"
 
 
-@pytest.mark.parametrize("args", [["bake"], ["convert"], ["convert", "cake"], ["--frobnicate"], ["verfy", "x"]])
+@pytest.mark.parametrize("args", [["bake"], ["convert", "cake"], ["--frobnicate"], ["verfy", "x"]])
 def test_an_unknown_command_is_status_2_and_names_the_known(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(args) == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -122,12 +122,15 @@ def test_wrong_arguments_are_status_2_without_a_traceback(args: list[str], capsy
     ("args", "line"),
     [
         (["verify"], "missing: the dataset: a directory or URL (wds-tools verify --help says more)"),
-        (["convert", "documents"], "missing: --output, --input (wds-tools convert documents --help says more)"),
-        (["audit"], "name the receipts of the run: files or folders (wds-tools audit --help says more)"),
+        (["convert", "documents"], "missing: --input, --output (wds-tools convert documents --help says more)"),
+        (
+            ["audit"],
+            "missing: receipts of all ranks and restarts: .json files, or folders or URLs of them "
+            "(wds-tools audit --help says more)",
+        ),
         (
             ["export", "hf", "--input", "a", "--output", "b", "--format", "x"],
-            "invalid choice 'x' for argument '--format'. Expected one of ('arrow', 'parquet'). "
-            "(wds-tools export hf --help says more)",
+            "--format 'x': expected one of arrow, parquet (wds-tools export hf --help says more)",
         ),
     ],
 )
@@ -140,11 +143,85 @@ def test_wrong_arguments_are_one_line_however_wide_the_terminal_is(
         assert capsys.readouterr().err == f"wds-tools: {line}\n"
 
 
-def test_a_command_of_several_that_is_not_named_lists_them(capsys: pytest.CaptureFixture[str]) -> None:
-    for said in (["convert"], ["convert", "bogus"]):
-        assert main(said) == 2
-        known = "convert coded, convert conversations, convert documents, convert interleaved, convert pairs"
-        assert capsys.readouterr().err == f"wds-tools: unknown command {' '.join(said)!r}: The commands are {known}\n"
+def test_a_command_of_several_that_is_not_named_lists_them_with_a_line_each(capsys: pytest.CaptureFixture[str]) -> None:
+    kinds = {" ".join(words): summary for words, (_, summary) in COMMANDS.items() if words[0] == "convert"}
+    for said, status in ((["convert"], 2), (["convert", "--help"], 0)):
+        assert main(said) == status
+        shown = capsys.readouterr()
+        usage, _, *lines = (shown.out or shown.err).splitlines()
+        assert usage.startswith("usage: wds-tools convert KIND ")
+        assert [line.split(maxsplit=2) for line in lines] == [[*words.split(), summary] for words, summary in kinds.items()]
+    assert main(["convert", "bogus"]) == 2
+    assert capsys.readouterr().err == f"wds-tools: unknown command 'convert bogus': The commands are {', '.join(sorted(kinds))}\n"
+
+
+@EVERY_COMMAND
+def test_help_begins_with_what_is_required_and_fits_80_columns(
+    words: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main([*words, "--help"]) == 0
+    shown = capsys.readouterr().out
+    example = f"  {load_command(words).EXAMPLE}"
+    assert [line for line in shown.splitlines() if len(line) > 80 and line != example] == []
+    usage, options = shown.split("\n\n", 1)[0], options_of(load_command(words).Config)
+    required = [option.invocation for option in options if option.is_required]
+    assert all(f" {invocation} " in " ".join(usage.split()) for invocation in required)
+    headings = re.findall(r"^([a-z ]+):$", shown, re.MULTILINE)
+    assert headings == list(dict.fromkeys(["example", *(option.group for option in options)]))
+    assert ("required" in headings) == bool(required)
+    assert headings[1] == "required" or not required
+
+
+def test_options_of_many_commands_are_under_the_same_heading_in_all() -> None:
+    groups: dict[str, set[str]] = {}
+    for words in COMMANDS:
+        for option in options_of(load_command(words).Config):
+            if not option.is_required:
+                groups.setdefault(option.flag, set()).add(option.group)
+    for flag, heading in {
+        "--quiet": "messages",
+        "--json": "messages",
+        "--part": "workers and machines",
+        "--executor": "workers and machines",
+        "--resume": "output",
+        "--overwrite": "output",
+        "--precision": "encoding",
+        "--max-rejects": "output",
+        "--image-root": "images",
+    }.items():
+        assert groups[flag] - {"options"} == {heading}
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["encode", "--input", "a", "--output", "b", "--worker", "3"], "unknown option --worker: did you mean --workers?"),
+        (["encode", "--tokeniser=x"], "unknown option --tokeniser: did you mean --tokenizer?"),
+        (["verify", "a", "--frobnicate"], "unknown option --frobnicate: there is none like it"),
+        (["verify", "a", "b"], "'b' is one word too many"),
+        (["index", "a", "--workers"], "--workers: expected one argument"),
+        (["index", "a", "--workers", "many"], "--workers 'many': expected a whole number"),
+        (["encode", "--input", "a", "--output", "b", "--precision", "bf61"], "--precision 'bf61': did you mean bf16? expected"),
+        (["convert", "pairs", "--input", "a", "--output", "b", "--mode", "mutli768"], "mode 'mutli768': did you mean multi768?"),
+        (["convert", "pairs", "--input", "a", "--output", "b", "--mode", "512"], "mode '512': did you mean cc512?"),
+    ],
+)
+def test_a_wrong_word_is_answered_with_the_right_one(args: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(args) == 2
+    assert capsys.readouterr().err.startswith(f"wds-tools: {said}")
+
+
+def test_a_name_that_nothing_has_is_answered_with_one_that_is_like_it(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"unknown tokenizer 'chamelon': did you mean chameleon\?"):
+        load_tokenizer("chamelon")
+    with pytest.raises(UsageError, match=r"unknown template 'liqid': did you mean liquid\?"):
+        find_template("liqid")
+
+
+def test_an_option_of_several_words_may_be_given_several_times() -> None:
+    config = parse(load_command(("convert", "documents")).Config, ["--input", "a", "b", "--output", "o", "--input=c"])
+    assert config.input == ("a", "b", "c")
 
 
 def test_codes_of_which_the_manifest_says_little_are_described_all_the_same(
@@ -318,7 +395,7 @@ def test_messages_that_nobody_can_read_change_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_while_modules_load_is_one_line(tmp_path: Path, number: signal.Signals) -> None:
-    (tmp_path / "tyro.py").write_text(
+    (tmp_path / "argparse.py").write_text(
         "import sys, time; sys.__stdout__.write('loading'); sys.__stdout__.close(); time.sleep(100)"
     )
     environ = environment()
@@ -407,6 +484,34 @@ def test_json_says_what_the_lines_say(tmp_path: Path) -> None:
     assert (exported["rows"], exported["files"], exported["data_types"]) == (2, 2, {"text_pretrain": 2})
 
 
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["verify", "SET"],
+        ["stats", "SET"],
+        ["compare-codes", "SET", "SET/"],
+        ["select", "--input", "SET", "--output", "OUT"],
+        ["relabel", "--input", "SET", "--with", "x.csv", "--texts", "a=b", "--output", "OUT"],
+        ["pack", "--input", "SET", "--tokenizer", "x", "--seq-len", "9", "--output", "OUT"],
+        ["export", "hf", "--input", "SET", "--output", "OUT"],
+        ["export", "parquet", "--input", "SET", "--output", "OUT"],
+        ["simulate", "SET", "--batch-size", "1"],
+    ],
+    ids=" ".join,
+)
+def test_tars_without_a_manifest_are_told_of_index_and_convert_wherever_a_dataset_is_expected(
+    tmp_path: Path, args: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_dataset(tmp_path / "set", [image_sample(1)])
+    (tmp_path / "set/manifest.json").unlink()
+    names = {"SET": str(tmp_path / "set"), "OUT": str(tmp_path / "out")}
+    assert main([names.get(word.rstrip("/"), word) + "/" * word.endswith("/") for word in args]) == 1
+    said = last_line(capsys.readouterr().err)
+    assert f"{names['SET']} has no manifest.json, but tars such as " in said
+    assert f"`wds-tools convert pairs --input {names['SET']} --output OUTPUT`" in said
+    assert f"`wds-tools index {names['SET']}`" in said
+
+
 # ---- doctor ----
 
 
@@ -418,7 +523,8 @@ def test_doctor_says_what_is_installed_and_what_can_be_read(tmp_path: Path, caps
     shown = capsys.readouterr().out
     assert f"numpy {importlib.metadata.version('numpy')}" in shown
     assert re.search(r"set +readable in .* ms: a dataset of 1 sample in 1 shard; writable in ", shown)
-    assert re.search(r"files +readable in .*: no dataset, but files such as a.txt; writable", shown)
+    other = "no dataset, but files such as a.txt: `wds-tools inspect .*files` says what they would become"
+    assert re.search(rf"files +readable in .*: {other}; writable", shown)
     assert re.search(r"new +readable in .*: nothing is there; writable", shown)
     assert shown.endswith("doctor: all is well\n")
     assert [path.name for path in (tmp_path / "files").iterdir() if path.is_file()] == ["a.txt"]
@@ -435,6 +541,31 @@ def test_doctor_shows_no_secret(capsys: pytest.CaptureFixture[str], monkeypatch:
     assert "hunter2" not in shown
     assert re.search(r"AWS_SECRET_ACCESS_KEY +set\n", shown)
     assert re.search(r"AWS_ENDPOINT_URL +http://127.0.0.1:9/\n", shown)
+
+
+def test_doctor_judges_a_dataset_that_lacks_a_file_or_is_not_finished(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_dataset(tmp_path / "set", [text_sample(1)])
+    (shard,) = (tmp_path / "set").glob("*.tar")
+    shard.write_bytes(shard.read_bytes() + bytes(512))
+    (tmp_path / "half/_work").mkdir(parents=True)
+    (tmp_path / "half/_work/plan.json").write_text("{}")
+    assert main(["doctor", f"{tmp_path}/set", f"{tmp_path}/half"]) == 1
+    changed, unfinished, verdict = capsys.readouterr().out.splitlines()[-3:]
+    assert re.search(rf"set +WRONG: .*{shard.name}.*bytes", changed)
+    assert unfinished.endswith("half  WRONG: a dataset that is not finished: run its command again with --resume")
+    assert verdict == "doctor: 2 problems"
+
+
+def test_doctor_times_the_tokenizer_that_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--device", "cpu"]) == 0
+    assert re.search(
+        r"^tokenizer +tiny: [\d.e-]+ s an image of 512 x 512 pixels on cpu, [\d.]+ hours a million",
+        capsys.readouterr().out,
+        re.MULTILINE,
+    )
+    for said, wrong in (("chamelon", "did you mean chameleon?"), ("chameleon", "needs weights: a folder with vqgan.yaml")):
+        assert main(["doctor", "--tokenizer", said]) == 1
+        assert wrong in capsys.readouterr().out
 
 
 def test_doctor_names_a_bucket_that_cannot_be_read(s3: S3Server, capsys: pytest.CaptureFixture[str]) -> None:
@@ -471,8 +602,12 @@ def test_bash_completes_commands_options_and_what_an_option_may_be(tmp_path: Pat
     assert completed(script, "convert", "do") == ["documents"]
     assert completed(script, "convert", "documents", "--inp") == ["--input"]
     assert completed(script, "export", "hf", "--format", "") == ["arrow", "parquet"]
-    assert completed(script, "export", "hf", "--input", "x", "--fo") == ["--format"]
+    assert completed(script, "export", "hf", "--input", "x", "--fo") == ["--for", "--format"]
     assert completed(script, "completion", "z") == ["zsh"]
+    assert completed(script, "encode", "--tokenizer", "ch") == ["chameleon"]
+    assert set(completed(script, "convert", "pairs", "--encode", "")) >= {"tiny", "chameleon", "llamagen"}
+    assert completed(script, "pack", "--template", "e") == ["emu3"]
+    assert completed(script, "pack", "--tokenizer", "") == []  # a folder
     assert completed(script, "verify", "") == []  # then bash offers files
     assert completed(script, "nonsense", "--") == []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -345,6 +346,7 @@ def test_one_reject_too_many_stops_the_run_with_counts_and_a_way_on(half_bad: Pa
     message = str(stopped.value)
     assert message.startswith(f"5 of 10 inputs can't be used, allowed are {budget} (5 missing_image)")
     assert f"{out}/rejects/" in message
+    assert f"; the first, in {half_bad}, line 1: " in message
     assert "--resume and a larger --max-rejects" in message
     assert not (out / "manifest.json").exists()
     assert len(read_rejects_of_an_unfinished_set(out)) == 6
@@ -355,6 +357,33 @@ def read_rejects_of_an_unfinished_set(folder: Path) -> list[Any]:
     return [json.loads(line) for path in sorted((folder / "rejects").iterdir()) for line in path.read_bytes().splitlines()]
 
 
+@pytest.mark.parametrize(
+    "settings", [{"max_rejects": "10%"}, {"max_rejects": "0", "task_lines": 2}, {"where": "url == 'x'"}], ids=str
+)
+def test_a_run_of_which_nothing_was_usable_leaves_nothing_behind(tmp_path: Path, settings: dict[str, Any]) -> None:
+    path = write_pairs(tmp_path / "in", 9)
+    for image in (tmp_path / "in/images").iterdir() if "where" not in settings else ():
+        image.unlink()
+    with pytest.raises(TooManyRejects) as stopped:
+        convert(tmp_path / "out", path, **settings)
+    assert tree(tmp_path / "out") == {}
+    if "where" not in settings:
+        assert f"; the first, in {path}, line 1: " in str(stopped.value)
+        assert "none of them is usable, so nothing is left there" in str(stopped.value)
+
+
+def test_a_part_of_which_nothing_was_usable_leaves_what_others_made(tmp_path: Path) -> None:
+    path = write_pairs(tmp_path / "in", 4)
+    (tmp_path / "in/images/1.jpg").unlink()
+    (tmp_path / "in/images/3.jpg").unlink()
+    config = PairsConfig(output=str(tmp_path / "out"), input=(str(path),), task_lines=1, quiet=True, part="0/2")
+    run_conversion(config)
+    before = tree(tmp_path / "out")
+    with pytest.raises(TooManyRejects, match=r"see .*rejects/"):
+        run_conversion(replace(config, part="1/2"))
+    assert before.items() <= tree(tmp_path / "out").items()
+
+
 @pytest.mark.parametrize("budget", ["5", "50%", "100%"])
 def test_as_many_rejects_as_allowed_are_fine(half_bad: Path, tmp_path: Path, budget: str) -> None:
     assert convert(tmp_path / "out", half_bad, max_rejects=budget).samples == 4
@@ -362,10 +391,11 @@ def test_as_many_rejects_as_allowed_are_fine(half_bad: Path, tmp_path: Path, bud
 
 def test_a_count_stops_the_run_at_once_and_a_resumed_run_remembers(half_bad: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
+    (tmp_path / "in/images/0.jpg").write_bytes(image_bytes(0))  # something has to be usable, or nothing stays
     for resume in (False, True):
         with pytest.raises(TooManyRejects):
             convert(out, half_bad, max_rejects="0", task_lines=1, resume=resume)
-        assert len(list((out / "_work").glob("task-*"))) == 1 + resume
+        assert len(list((out / "_work").glob("task-*"))) == 3 + resume
     assert convert(out, half_bad, max_rejects="5", task_lines=1, resume=True).inputs == 10
 
 

@@ -294,7 +294,7 @@ def test_the_command_takes_datasets_and_weights(tmp_path: Path, capsys: pytest.C
         (["SET", "--weights", "1", "2"], 2, "2 weights for 1 datasets"),
         (["SET", "--world", "11"], 2, "less than one sample for each of 11 ranks"),
         (["SET", "--world", "0"], 2, "--world 0"),
-        (["nowhere"], 1, "nowhere has no manifest.json"),
+        (["nowhere"], 1, "nowhere: there is no such folder, or nothing is in it"),
     ],
 )
 def test_the_command_says_what_is_wrong_with_its_arguments(tmp_path: Path, args: list[str], status: int, message: str) -> None:

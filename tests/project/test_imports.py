@@ -39,15 +39,18 @@ ALLOWED = {
     "wds_tools.records": FORMAT | STORAGE | {"wds_tools.images"},
     "wds_tools.sources": DATASET | {"wds_tools.records", "wds_tools.images"},
     "wds_tools.convert": JOBS | {"wds_tools.images", "wds_tools.plugins"},
-    "wds_tools.encode": JOBS | {"wds_tools.images", "wds_tools.vq"},
+    "wds_tools.encode": JOBS | {"wds_tools.images", "wds_tools.plugins", "wds_tools.vq"},
     "wds_tools.select": JOBS,
-    "wds_tools.pack": JOBS | {"wds_tools.sequences"},
+    "wds_tools.pack": JOBS | {"wds_tools.plugins", "wds_tools.sequences"},
     "wds_tools.export": SOURCES,
     "wds_tools.check": JOBS | {"wds_tools.images", "wds_tools.vq", "wds_tools.sequences", "wds_tools.encode"},
     "wds_tools.view": JOBS | {f"wds_tools.{room}" for room in ("images", "vq", "check", "select", "sequences")},
     "wds_tools.api": JOBS | {f"wds_tools.{room}" for room in ("convert", "encode", "pack", "select", "export", "check")},
     "wds_tools.cli": JOBS
-    | {f"wds_tools.{room}" for room in ("plugins", "convert", "encode", "pack", "select", "sequences", "export", "check", "view")}
+    | {
+        f"wds_tools.{room}"
+        for room in ("plugins", "convert", "encode", "pack", "select", "sequences", "export", "check", "view", "vq")
+    }
     | {"wds_tools"},
     "loaders.config": BELOW_LOADERS,
     "loaders.world": BASE,
@@ -81,7 +84,6 @@ HEAVY = {
     "obstore": {"wds_tools.storage"},
     "fsspec": {"wds_tools.storage"},
     "ray": {"wds_tools.run"},
-    "tyro": {"wds_tools.cli"},
     "zstandard": {"wds_tools.sources"},
     "tokenizers": {"wds_tools.sequences"},
     "transformers": {"wds_tools.vq", "wds_tools.sequences", "loaders"},
@@ -157,7 +159,7 @@ def test_every_room_has_a_rule() -> None:
         ("wds_tools.convert.documents", ("torch", "PIL", "datasets", "ray")),
         ("wds_tools.view.server", ("torch", "PIL", "obstore")),
         ("wds_tools.vq", ("diffusers", "transformers")),
-        ("loaders", ("PIL", "diffusers", "datasets", "ray", "tyro")),
+        ("loaders", ("PIL", "diffusers", "datasets", "ray")),
     ],
 )
 def test_importing_a_room_does_not_load_what_it_does_not_need(module: str, heavy: tuple[str, ...]) -> None:

@@ -261,7 +261,7 @@ def test_a_tokenizer_without_the_tokens_of_a_template_is_refused_with_the_comman
     assert "64 tokens of the text vocabulary, none missing" in capsys.readouterr().out
     made, (row,) = built(tmp_path / "new", [square(1)], template="emu3")
     assert row.ids.max() < made.vocabulary.size == made.vocabulary.text_size
-    with pytest.raises(UsageError, match="unknown template 'emu4': there are liquid, chameleon, emu3"):
+    with pytest.raises(UsageError, match=r"unknown template 'emu4': did you mean emu3\? there are liquid, chameleon, emu3"):
         built(chameleon, [], template="emu4")
 
 

@@ -23,7 +23,7 @@ from wds_tools.format.codes import Codes, codes_named
 from wds_tools.format.manifest import Manifest
 from wds_tools.format.schema import Sample
 from wds_tools.images import ImageLimits, mode_of_column, prepare
-from wds_tools.run.progress import Advance, Progress
+from wds_tools.run.progress import Advance, Progress, Shown
 from wds_tools.storage import Store, open_store
 from wds_tools.vq.base import ImageTokenizer, layout_of, to_tensor
 from wds_tools.vq.registry import load_tokenizer
@@ -35,7 +35,7 @@ _REPORT_EVERY = 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareConfig:
+class CompareConfig(Shown):
     """Compare the codes of two encoded datasets, or two sets of codes of one."""
 
     a: str
@@ -52,8 +52,6 @@ class CompareConfig:
     """Folder of the tokenizer's weights, to decode with."""
     device: str = "auto"
     """Device to decode on: auto, cpu, cuda or cuda:N."""
-    quiet: bool = False
-    """Show no progress."""
 
     def __post_init__(self) -> None:
         if self.pictures < 0:

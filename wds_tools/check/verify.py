@@ -30,7 +30,7 @@ from wds_tools.format.schema import ANY_MEMBERS, Sample, validate
 from wds_tools.format.shard import sample_from_members
 from wds_tools.format.typed_json import read_json
 from wds_tools.jobs.index_tars import Contents
-from wds_tools.run.local import Report, run_tasks
+from wds_tools.run.local import OnWorkers, Report, run_tasks
 from wds_tools.run.progress import Advance, Progress
 from wds_tools.storage import Store, open_store
 
@@ -44,19 +44,11 @@ _UNPROTECTED = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class VerifyConfig:
+class VerifyConfig(OnWorkers):
     """Check that a dataset is complete, undamaged and what its manifest says."""
 
     input: str
     """The dataset: a directory or URL."""
-    workers: int = 1
-    """Processes to use."""
-    quiet: bool = False
-    """Show no progress."""
-
-    def __post_init__(self) -> None:
-        if self.workers < 1:
-            raise UsageError(f"--workers {self.workers}: at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)

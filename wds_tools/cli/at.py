@@ -8,9 +8,8 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from typing import Any
 
-import tyro
-
 from loaders.proof.history import Place, Run, Step
+from wds_tools.cli.options import Positional
 from wds_tools.cli.summary import Printed, show
 from wds_tools.errors import UsageError
 from wds_tools.storage import open_store, split_url
@@ -31,7 +30,7 @@ class Config(PagesConfig, Printed):
 
     Nothing was logged for this: the order is arithmetic, and a state or receipt says all that it depends on."""
 
-    input: tyro.conf.Positional[str]
+    input: Positional[str]
     """A state or a receipt of the run, as JSON. If the step came later, the run is taken to have gone on as it was then."""
     step: int
     """Number of the step in the training, from 0: the batches handed over before it."""

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
-import tyro
-
 from loaders.proof.audit import Audit, audit, num_positions, read_receipts
 from loaders.proof.coverage import EpochAudit, Ranges
+from wds_tools.cli.options import Positional
 from wds_tools.cli.summary import Printed, show
 from wds_tools.errors import UsageError
-from wds_tools.run.progress import Advance, Progress
+from wds_tools.run.progress import Advance, Progress, Shown
 from wds_tools.storage import join
 from wds_tools.terminal import counted
 
@@ -19,12 +18,12 @@ EXAMPLE = "wds-tools audit s3://bucket/run-7 --complete"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Printed):
+class Config(Printed, Shown):
     """Compare what a training run has handed over, by its receipts, with the manifests: every sample of an epoch once.
 
     Exit status 1 if anything is missing or repeated."""
 
-    input: tyro.conf.Positional[tuple[str, ...]]
+    input: Positional[tuple[str, ...]]
     """Folders or URLs with saves of a loader, of which the newest counts; or receipts of all ranks and restarts: .json files, or
     folders of them."""
     epoch: int | None = None
@@ -39,9 +38,6 @@ class Config(Printed):
     """Compare positions only; do not add up the hashes of the samples: half a minute for 100 million."""
     show: int = 20
     """Ranges to list of each kind. What is not listed is counted. With --json they are [first, after the last]."""
-
-    quiet: bool = False
-    """Show no progress."""
 
     def __post_init__(self) -> None:
         if not self.input:

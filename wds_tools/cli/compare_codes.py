@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-import tyro
-
 from wds_tools.check.compare import CompareConfig, compare_codes
+from wds_tools.cli.options import Positional
 from wds_tools.cli.summary import Printed, aligned, show
 
 EXAMPLE = "wds-tools compare-codes pairs-fp32 pairs-bf16 --weights vqgan/"
@@ -16,9 +15,9 @@ EXAMPLE = "wds-tools compare-codes pairs-fp32 pairs-bf16 --weights vqgan/"
 class Config(Printed, CompareConfig):
     """Say how many codes of two encoded datasets are equal, and how far apart the pictures are that they decode to."""
 
-    a: tyro.conf.Positional[str]
+    a: Positional[str]
     """The first dataset."""
-    b: tyro.conf.Positional[str]
+    b: Positional[str]
     """The second; it may be the same, if the names of the codes differ."""
 
 

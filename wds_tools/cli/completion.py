@@ -5,18 +5,15 @@ The script is made once from the commands' configs and holds all it needs: press
 
 from __future__ import annotations
 
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import tyro
-
 from wds_tools.cli import main
+from wds_tools.cli.options import Positional, options_of
 from wds_tools.terminal import say
 
 EXAMPLE = "wds-tools completion bash > ~/.local/share/bash-completion/completions/wds-tools"
-_POSITIONAL = typing.get_args(tyro.conf.Positional[str])[1]
 _Options = Mapping[str, tuple[str, ...]]
 """Option -> the words that it may be followed by, none if anything may; under "" those that may stand without an option."""
 
@@ -25,7 +22,7 @@ _Options = Mapping[str, tuple[str, ...]]
 class Config:
     """Print what makes a shell complete `wds-tools` commands. Without a file: `source <(wds-tools completion bash)`."""
 
-    shell: tyro.conf.Positional[Literal["bash", "zsh", "fish"]]
+    shell: Positional[Literal["bash", "zsh", "fish"]]
     """Which shell it is for."""
 
 
@@ -46,17 +43,9 @@ def run(config: Config) -> int:
 
 def _options(config: Any) -> _Options:
     found: dict[str, tuple[str, ...]] = {"--help": ()}
-    for name, kind in typing.get_type_hints(config, include_extras=True).items():
-        of_what = typing.get_args(kind)
-        if _POSITIONAL in of_what:
-            found[""] = _choices(of_what[0])
-        else:
-            found[f"--{name.replace('_', '-')}"] = _choices(kind)
+    for option in options_of(config):
+        found["" if option.is_positional else option.flag] = tuple(option.known() if option.known else option.choices)
     return found
-
-
-def _choices(kind: Any) -> tuple[str, ...]:
-    return tuple(map(str, typing.get_args(kind))) if typing.get_origin(kind) is Literal else ()
 
 
 _BASH = """_wds_tools() {{

@@ -9,14 +9,14 @@ import importlib
 from dataclasses import dataclass, fields
 from functools import cache
 from types import SimpleNamespace
-from typing import Any
+from typing import Annotated, Any
 
 from wds_tools.cli.summary import Printed, print_dataset
 from wds_tools.convert import ConvertOptions, run_conversion
 from wds_tools.encode.options import TokenizerOptions
 from wds_tools.errors import UsageError, WdsToolsError
 from wds_tools.jobs.records import Encoder
-from wds_tools.plugins import CONVERTERS, load_plugin
+from wds_tools.plugins import CONVERTERS, Names, load_plugin
 
 _OURS = {
     "pairs": "--input pairs.jsonl --output s3://bucket/pairs-raw --workers 8",
@@ -32,7 +32,9 @@ _OURS = {
 class Encoding(TokenizerOptions):
     """Codes instead of images in one go."""
 
-    encode: str | None = None
+    help_group = "encoding"
+
+    encode: Annotated[str | None, Names("wds_tools.vq.registry:tokenizer_names")] = None
     """An image tokenizer: fill the codes straight away, as `wds-tools encode --tokenizer` does."""
     keep_images: bool = False
     """With --encode: keep the source images beside the codes."""

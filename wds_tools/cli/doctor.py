@@ -12,35 +12,46 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
+from typing import Annotated
 
 import torch
-import tyro
 
 from wds_tools import __version__
+from wds_tools.cli.options import Positional
 from wds_tools.cli.summary import Printed, show
-from wds_tools.dataset.layout import MANIFEST
+from wds_tools.dataset.layout import MANIFEST, PLAN
+from wds_tools.dataset.output import check_complete
 from wds_tools.dataset.reader import read_manifest
-from wds_tools.errors import NotFound, WdsToolsError
+from wds_tools.errors import FormatError, NotFound, WdsToolsError
+from wds_tools.plugins import Names
 from wds_tools.storage import Store, open_store, redact
 from wds_tools.terminal import counted
+from wds_tools.vq.registry import load_tokenizer
 
 EXAMPLE = "wds-tools doctor s3://bucket/pairs"
 _VARIABLES = re.compile(r"(AWS|GOOGLE|AZURE|WDS_TOOLS|HF|OMP|NCCL|CUDA|RAY)_\w+|RANK|WORLD_SIZE|LOCAL_RANK|TMPDIR")
 _SECRET = re.compile(r"KEY|SECRET|TOKEN|PASS|CREDENTIAL|SAS")
 _OF_DEVELOPERS = ("dev", "docs")
+_SIDE = 512
 _PROBE = "wds-tools-doctor"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Printed):
-    """Say what is installed, what devices there are, and whether datasets or buckets can be read.
+    """Say what is installed, what devices there are, what a tokenizer costs on them, and whether what you name is in order.
 
-    Exit status 1 if one can't, or if a package is missing that every command needs."""
+    Exit status 1 if it is not, or if a package is missing that every command needs."""
 
-    input: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Directories or URLs to try: of datasets, or any others."""
+    input: Positional[tuple[str, ...]] = ()
+    """Directories or URLs to judge: can they be read, is a dataset finished, are all its files there in their sizes?"""
+    tokenizer: Annotated[str, Names("wds_tools.vq.registry:tokenizer_names")] = "tiny"
+    """Image tokenizer to load and to time on this machine, in fp32."""
+    weights: str | None = None
+    """Its weights: all but tiny need them, and what one costs is not known without."""
+    device: str = "auto"
+    """Where it runs: auto (a GPU if there is one), cpu, cuda or cuda:N."""
     write: bool = False
     """Try writing there too: a small file is put and deleted again."""
 
@@ -54,7 +65,14 @@ class _Fact:
 
 def run(config: Config) -> int:
     """Look, and report."""
-    facts = [*_machine(), *_packages(), *_devices(), *_environment(), *(_place(url, config.write) for url in config.input)]
+    facts = [
+        *_machine(),
+        *_packages(),
+        *_devices(),
+        _cost(config),
+        *_environment(),
+        *(_place(url, config.write) for url in config.input),
+    ]
     problems = [f"{fact.name}: {fact.text}" for fact in facts if not fact.is_fine]
     width = max(len(fact.name) for fact in facts)
     lines = [f"{fact.name:<{width}}  {'' if fact.is_fine else 'WRONG: '}{fact.text}" for fact in facts]
@@ -118,6 +136,23 @@ def _devices() -> Iterator[_Fact]:
         yield _Fact(name="devices", text="no GPU that torch can use: `encode --device cpu` works, at a few images a second")
 
 
+def _cost(config: Config) -> _Fact:
+    """What encoding takes here, of the best of three images, so that the first may load what it needs."""
+    try:
+        tokenizer = load_tokenizer(config.tokenizer, weights=config.weights, device=config.device)
+        pixels_BHWC = torch.randint(0, 256, (1, _SIDE, _SIDE, 3), dtype=torch.uint8)
+        begun = [time.perf_counter()]
+        for _ in range(3):
+            tokenizer.encode(pixels_BHWC).cpu()
+            begun.append(time.perf_counter())
+    except WdsToolsError as error:
+        return _Fact(name="tokenizer", text=str(error), is_fine=False)
+    took_s = min(after - before for before, after in pairwise(begun))
+    cost = f"{took_s:.2g} s an image of {_SIDE} x {_SIDE} pixels on {tokenizer.device}, {took_s / 3.6e-3:,.1f} hours a million"
+    others = "" if config.weights else "; of others this is measured with --tokenizer NAME --weights PATH"
+    return _Fact(name="tokenizer", text=f"{tokenizer.name}: {cost} (measured now, fp32, one at a time){others}")
+
+
 def _environment() -> Iterator[_Fact]:
     """The variables that decide on storage and processes; of those that may be secret, that they are set."""
     for name in sorted(filter(_VARIABLES.fullmatch, os.environ)):
@@ -148,10 +183,14 @@ def _read(store: Store, write: bool) -> str:
         manifest = read_manifest(store, any_members=True)
         for row in manifest.shards[:1]:
             store.read_range(row.name, 0, 1)
+        check_complete(store, manifest)
         return f"a dataset of {counted(manifest.samples, 'sample')} in {counted(len(manifest.shards), 'shard')}"
+    if store.exists(PLAN):
+        raise FormatError("a dataset that is not finished: run its command again with --resume")
     for entry in islice(store.list(), 1):
         store.read_range(entry.name, 0, min(entry.size, 1))
-        return f"no dataset, but files such as {entry.name}"
+        look = f"`wds-tools inspect {redact(store.url)}` says what they would become"
+        return f"no dataset, but files such as {entry.name}: {look}"
     if not write:
         raise NotFound("nothing is there: correct the path, or try with --write whether something can be put there")
     return "nothing is there"

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Annotated, Literal
 
-import tyro
-
+from wds_tools.cli.options import Named
 from wds_tools.cli.summary import Printed, itemize, show
 from wds_tools.export.card import unknown_to_liquid
 from wds_tools.export.hf import export_hf
@@ -21,7 +20,9 @@ EXAMPLE = "wds-tools export hf --input s3://bucket/pairs s3://bucket/dclm --outp
 class Config(Printed, ExportConfig):
     """Shuffle datasets together and write them as a Hugging Face dataset."""
 
-    reader: Annotated[Literal["any", "liquid"], tyro.conf.arg(name="for")] = "any"
+    help_group = "output"
+
+    reader: Annotated[Literal["any", "liquid"], Named("for")] = "any"
     """liquid: leave out and count what Liquid's own trainer takes for plain text: image_text_multi, visual_sft."""
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-import tyro
-
+from wds_tools.cli.options import Positional
 from wds_tools.cli.summary import Printed, dataset_record, describe_samples, show
 from wds_tools.dataset.layout import MANIFEST
-from wds_tools.errors import UsageError
 from wds_tools.format.manifest import PASSED_OVER
 from wds_tools.jobs.index_tars import index_tars, rebuild_indices
 from wds_tools.pack.count import count_tokens
+from wds_tools.run.local import OnWorkers
 from wds_tools.select.fields import Fields
 from wds_tools.storage import open_store
 from wds_tools.terminal import counted
@@ -21,23 +20,15 @@ EXAMPLE = "wds-tools index s3://bucket/tars --workers 8"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Printed):
+class Config(Printed, OnWorkers):
     """Write the index files (.tar.index) of a dataset again; of a folder of any WebDataset tars, write them and a manifest."""
 
-    input: tyro.conf.Positional[str]
+    input: Positional[str]
     """The dataset, or the folder or prefix of the tars: a directory or URL. Everything is written there, beside the tars."""
-    workers: int = 1
-    """Processes to use."""
     fields: bool = False
     """Make the fields of the samples too, which `select`, `relabel` and `stats --duplicates` read, if they are not there."""
     tokens: str | None = None
     """Count the tokens of the texts too, by the Hugging Face tokenizer in this folder, for LoaderConfig(unit="tokens")."""
-    quiet: bool = False
-    """Show no progress."""
-
-    def __post_init__(self) -> None:
-        if self.workers < 1:
-            raise UsageError(f"--workers {self.workers}: at least 1")
 
 
 def run(config: Config) -> int:

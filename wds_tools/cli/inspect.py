@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Annotated, Literal
 
-import tyro
-
+from wds_tools.cli.options import Named, Positional
 from wds_tools.cli.summary import Printed, itemize, show
 from wds_tools.convert.inspect import inspect_input
 from wds_tools.terminal import counted
@@ -20,9 +19,9 @@ class Config(Printed):
     """Say what an input is, and what would become of it: its fields, which is what, the first samples, and the command to type.
     Nothing is written."""
 
-    input: tyro.conf.Positional[tuple[str, ...]]
+    input: Positional[tuple[str, ...]]
     """Files, folders or patterns; paths or URLs."""
-    converter: Annotated[_Kind | None, tyro.conf.arg(name="as")] = None
+    converter: Annotated[_Kind | None, Named("as")] = None
     """What it is to become. Default: what fits."""
     image_root: tuple[str, ...] = ()
     """Folder that image paths are relative to, or tars with the images; this and what follows as `convert` has it."""

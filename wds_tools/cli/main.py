@@ -8,11 +8,7 @@ stderr. Signals and streams are those of the process: see `wds_tools/__main__.py
 
 from __future__ import annotations
 
-import contextlib
-import difflib
 import importlib
-import inspect
-import io
 import os
 import re
 import signal
@@ -20,9 +16,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import tyro
-
-from wds_tools.errors import UsageError, WdsToolsError
+from wds_tools.cli.options import help_of, parse
+from wds_tools.errors import UsageError, WdsToolsError, meant
 from wds_tools.plugins import CONVERTERS, plugins
 from wds_tools.storage.base import check_writable
 from wds_tools.terminal import say
@@ -77,7 +72,14 @@ def main(argv: Sequence[str] | None = None, *, begin: Callable[[], None] = lambd
         for word in args:
             check_writable(word)
         module = load_command(words)
-        config = _parse(module, words, args[len(words) :])
+        command, rest = f"wds-tools {' '.join(words)}", args[len(words) :]
+        if not {"-h", "--help"}.isdisjoint(rest):
+            say(*help_of(module.Config, command, module.EXAMPLE))
+            return 0
+        try:
+            config = parse(module.Config, rest)
+        except UsageError as error:
+            raise UsageError(f"{error} ({command} --help says more)") from error
         begin()
         status: int = module.run(config)
     except WdsToolsError as error:
@@ -111,72 +113,22 @@ def _at_home(arg: str) -> str:
     return arg if match is None else (match[1] or "") + os.path.expanduser(match[2])  # noqa: PTH111 (of a URL or path as it stands)
 
 
-def _parse(module: Any, words: tuple[str, ...], args: Sequence[str]) -> Any:
-    """The command's config.
-
-    Raises:
-        UsageError: the arguments are wrong; one line, where tyro would print a box.
-    """
-    command = f"wds-tools {' '.join(words)}"
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            return tyro.cli(
-                module.Config,
-                prog=command,
-                description=f"{inspect.getdoc(module.Config)}\n\nExample:\n    {module.EXAMPLE}",
-                args=args,
-                config=(tyro.conf.FlagCreatePairsOff,),
-            )
-    except SystemExit as stopped:
-        if not stopped.code:  # --help
-            raise
-        what = _first_usage_error(stopped) or _in_one_line(said.getvalue())
-    raise UsageError(f"{what} ({command} --help says more)")
-
-
-def _first_usage_error(error: BaseException | None) -> str:
-    """What a config found wrong with its values, if that is why tyro stopped."""
-    while error is not None and not isinstance(error, UsageError):
-        error = error.__context__
-    return "" if error is None else str(error)
-
-
-def _in_one_line(box: str) -> str:
-    """What tyro's box says: a title, and sections under rules, the last of which points to the help."""
-    words = " ".join(re.sub("[│╭╮╰╯]", " ", box).split())
-    _, *sections = (section.strip() for section in re.split("[─-]{4,}", words))
-    said = [section for section in sections if section and not section.startswith("For full helptext")]
-    return "; ".join(_missing(section) if section.startswith("Missing from") else section for section in said)
-
-
-def _missing(section: str) -> str:
-    """What tyro misses: options by their names, what stands without a name by what it is."""
-    arguments = [text.strip() for text in section.partition(":")[2].split("(required)") if text.strip()]
-    unnamed = (re.sub(r"^[A-Z\[\]. ]+(?=[A-Z][a-z])", "", text) for text in arguments)
-    names = [
-        text.split()[0] if text.startswith("-") else what[:1].lower() + what[1:].rstrip(".")
-        for text, what in zip(arguments, unnamed, strict=True)
-    ]
-    return f"missing: {', '.join(names)}"
-
-
 def _no_command(args: list[str]) -> int:
-    lines = ["usage: wds-tools COMMAND [OPTIONS]     wds-tools COMMAND --help says more", ""]
-    lines += [f"  {' '.join(words):<22} {summary}" for words, (_, summary) in commands().items()]
-    asked = not args or not {"-h", "--help", "help"}.isdisjoint(args)
-    if args and args[0] == "--version":
+    if args[:1] == ["--version"]:
         from wds_tools import __version__
 
         say(f"wds-tools {__version__}")
         return 0
-    if not asked:
-        known = sorted({" ".join(words) for words in commands()})
-        group = [name for name in known if name.startswith(f"{args[0]} ")]
-        known = group or known
-        close = difflib.get_close_matches(" ".join(args[:2]), known, 1, 0.85)
-        close = close or difflib.get_close_matches(args[0], () if group else known, 1)
-        meant = f"did you mean {close[0]}? " if close else ""
-        lines = [f"wds-tools: unknown command {' '.join(args[:2])!r}: {meant}The commands are {', '.join(known)}"]
-    say(*lines, error=not asked)
-    return 0 if asked else 2
+    group = {words: about for words, about in commands().items() if len(words) > 1 and [words[0]] == args[:1]}
+    known = group or commands()
+    asked = not args or args[0] == "help" or not {"-h", "--help"}.isdisjoint(args)
+    if asked or args == [next(iter(group), ("",))[0]]:
+        name = f"{args[0]} KIND" if group else "COMMAND"
+        lines = [f"usage: wds-tools {name} [options]     wds-tools {name} --help says more", ""]
+        say(*lines, *(f"  {' '.join(words):<22} {summary}" for words, (_, summary) in known.items()), error=not asked)
+        return 0 if asked else 2
+    names = sorted(map(" ".join, known))
+    said = " ".join(args[:2])
+    close = meant(said, names, 0.85) or ("" if group else meant(args[0], names))
+    say(f"wds-tools: unknown command {said!r}: {close}The commands are {', '.join(names)}", error=True)
+    return 2

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-import tyro
-
+from wds_tools.cli.options import Named
 from wds_tools.cli.summary import Printed, print_dataset
 from wds_tools.select.relabel import RelabelConfig, relabel
 
@@ -17,7 +16,7 @@ EXAMPLE = "wds-tools relabel --input laion --with captions.parquet --on key --te
 class Config(Printed, RelabelConfig):
     """Put other texts and fields into the samples of a dataset, from tables."""
 
-    labels: Annotated[tuple[str, ...], tyro.conf.arg(name="with")]
+    labels: Annotated[tuple[str, ...], Named("with")]
     """Tables with the texts and fields: files of any kind that conversions read, folders or patterns."""
 
 

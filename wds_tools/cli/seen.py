@@ -6,10 +6,9 @@ from collections import defaultdict
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 
-import tyro
-
 from loaders.order.mask import find_in_headers, find_quickly
 from loaders.proof.history import Place, Run, Seen
+from wds_tools.cli.options import Positional
 from wds_tools.cli.summary import Printed, show
 from wds_tools.dataset.samples import SampleReader
 from wds_tools.errors import UsageError
@@ -24,7 +23,7 @@ class Config(Printed):
 
     Exit status 1 if a key is of no sample."""
 
-    input: tyro.conf.Positional[tuple[str, ...]] = ()
+    input: Positional[tuple[str, ...]] = ()
     """Keys."""
     keys: str | None = None
     """File of keys, one a line; where several datasets of the run have a key, DATASET<tab>KEY."""

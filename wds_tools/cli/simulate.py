@@ -6,12 +6,11 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-import tyro
-
 from loaders.config import LoaderConfig, Source
 from loaders.cost.replay import ProcessCost
 from loaders.cost.simulate import Simulation, imagined_source, opening_s, simulate
 from loaders.order.samples import open_source
+from wds_tools.cli.options import Positional
 from wds_tools.cli.summary import Printed, show
 from wds_tools.errors import UsageError
 from wds_tools.format.typed_json import read_json
@@ -30,7 +29,7 @@ class Config(Printed):
 
     Reads manifests and nothing else; with --samples, not even these."""
 
-    input: tyro.conf.Positional[tuple[str, ...]] = ()
+    input: Positional[tuple[str, ...]] = ()
     """The datasets: directories or URLs."""
     samples: float | None = None
     """Instead of datasets: samples of one that does not exist yet. 10e9 is ten billion."""

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import tyro
-
 from wds_tools.check.stats.describe import Stats, StatsConfig, stats
 from wds_tools.check.stats.duplicates import Repeats
 from wds_tools.check.stats.histogram import Histogram
 from wds_tools.check.stats.report import render, to_json
+from wds_tools.cli.options import Positional
 from wds_tools.cli.summary import Printed, describe_dataset, show
 from wds_tools.select.duplicates import write_duplicates
 from wds_tools.storage import open_store, split_url
@@ -26,7 +25,7 @@ _SPARK_WIDTH = 24
 class Config(Printed, StatsConfig):
     """Describe a dataset in numbers: lengths, sizes, codebook use, duplicates, drift between shards."""
 
-    input: tyro.conf.Positional[str]
+    input: Positional[str]
     """The dataset: a directory or URL."""
     html: str | None = None
     """Write a report to this file (a path or URL): one page that needs nothing else."""

@@ -19,6 +19,8 @@ from wds_tools.terminal import say
 class Printed:
     """How a command says what came of it."""
 
+    help_group = "messages"
+
     json: bool = False
     """Print one JSON object instead of lines."""
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import tyro
-
 from wds_tools.check.verify import VerifyConfig, verify
+from wds_tools.cli.options import Positional
 from wds_tools.cli.summary import Printed, dataset_record, describe_dataset, show
 from wds_tools.terminal import counted
 
@@ -17,7 +16,7 @@ EXAMPLE = "wds-tools verify s3://bucket/pairs --workers 8"
 class Config(Printed, VerifyConfig):
     """Check that a dataset is complete, undamaged and what its manifest says. Exit status 1 if it is not."""
 
-    input: tyro.conf.Positional[str]
+    input: Positional[str]
     """The dataset: a directory or URL."""
 
 

@@ -7,8 +7,7 @@ import threading
 import webbrowser
 from dataclasses import dataclass
 
-import tyro
-
+from wds_tools.cli.options import Positional
 from wds_tools.terminal import say
 from wds_tools.view.server import ViewConfig, ViewServer
 
@@ -19,7 +18,7 @@ EXAMPLE = "wds-tools view s3://bucket/pairs --open"
 class Config(ViewConfig):
     """Look at a dataset in a browser: its samples, what their codes decode to, its rejects, its numbers. Ctrl-C ends it."""
 
-    input: tyro.conf.Positional[str]
+    input: Positional[str]
     """The dataset: a directory or URL."""
     open: bool = False
     """Open the page in this machine's browser."""

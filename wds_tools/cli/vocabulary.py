@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
-import tyro
-
+from wds_tools.cli.options import Positional
 from wds_tools.cli.summary import Printed, show
 from wds_tools.errors import UsageError
+from wds_tools.plugins import Names
 from wds_tools.sequences.config import SequenceConfig
 from wds_tools.sequences.templates import find_template
 from wds_tools.sequences.tokenizer import TextTokenizer
@@ -21,11 +22,11 @@ EXAMPLE = "wds-tools vocabulary gemma/ --output gemma-images/ --codebook-size 81
 class Config(Printed):
     """Say which special tokens a text tokenizer has and what vocab_size a model needs; add the missing ones."""
 
-    input: tyro.conf.Positional[str]
+    input: Positional[str]
     """Folder of a Hugging Face tokenizer, or a tokenizer.json."""
     output: str | None = None
     """A new folder, for a copy to which the missing tokens are added."""
-    template: str = SequenceConfig.template
+    template: Annotated[str, Names("wds_tools.sequences.templates:template_names")] = SequenceConfig.template
     """Whose tokens: liquid, chameleon, emu3, or a template of a package."""
     tokens: tuple[str, ...] | None = None
     """The special tokens to look for; by default those of the template."""

@@ -41,6 +41,8 @@ _NUM_AHEAD = 16
 class CodedConfig(ConvertOptions):
     """Convert datasets that hold codes to shards: Liquid's, those of `export`, or others with a field or npy file of codes."""
 
+    help_group = "codes and texts"
+
     input: tuple[str, ...]
     """Folders written by save_to_disk, .parquet or .jsonl files of the same seven fields, or folders of any; paths or URLs."""
     tokenizer: str = "chameleon"

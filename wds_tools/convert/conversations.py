@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from wds_tools.convert.images import NUM_AHEAD, ImageOptions, ImageReader
+from wds_tools.convert.images import NUM_AHEAD, ImageReader, MarkedImages
 from wds_tools.format.schema import Sample
 from wds_tools.records.conversations import TalkReader
 
@@ -22,9 +22,11 @@ _SOURCE_ID, _FIRST_ANSWER = "source_id", "first_answer"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConversationsConfig(ImageOptions):
+class ConversationsConfig(MarkedImages):
     """Convert conversations about images to shards. The images go in byte for byte, and codes come with `wds-tools encode`; or
     codes instead of images in one go, with --encode."""
+
+    help_group = "input"
 
     input: tuple[str, ...]
     """.json or .jsonl files, folders of them, or brace patterns; records with conversations, and images in them or beside."""
@@ -38,8 +40,6 @@ class ConversationsConfig(ImageOptions):
     """Of edits, field with what was to be done. Default: well-known names."""
     image_marks: Literal["written", "first"] = "written"
     """first: images of a record without an <image> mark are put before its first question; else such a record is a reject."""
-    sft_mode: str = "cc512"
-    """With --encode: size of the images, as `convert pairs --mode` has it: ccN, multiN or fitN."""
     keep: tuple[str, ...] = ()
     """Fields of the record to keep as provenance. Its id is kept always, as source_id."""
 

@@ -21,6 +21,8 @@ from wds_tools.records.where import RECORD
 class DocumentsConfig(ConvertOptions):
     """Convert documents to shards."""
 
+    help_group = "input"
+
     input: tuple[str, ...]
     """Files (lines of JSON, JSON lists, CSV, TSV, plain or compressed; Parquet), folders or patterns; paths or URLs."""
     text: tuple[str, ...] = ()

@@ -38,6 +38,8 @@ def image_facts(sample: Sample) -> dict[str, Any]:
 class ImageOptions(ConvertOptions):
     """Where the images of records are, and what they may be."""
 
+    help_group = "images"
+
     image_root: tuple[str, ...] = ()
     """Folder that image paths are relative to, and may not leave; or .tar files (and patterns) whose members they name. Default:
     the folder of the records, which they may leave."""
@@ -79,6 +81,27 @@ class ImageOptions(ConvertOptions):
         """See ConvertOptions."""
         root = {"image_root": list(self.image_root), "strict_links": self.strict_links}
         return {**root, "keep": self.keep, **asdict(self.limits), **self.said_fields}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairImages(ImageOptions):
+    """The images of pairs."""
+
+    help_group = "images"
+
+    mode: str = "cc512"
+    """ccN: centre square of N px, for images up to 2:1. multiN: nearest of many shapes of about N x N px, up to 4:1. fitN: their
+    own shape, of N x N px at most, up to 4:1. The images stay whole, so `encode` may take another N of 64 to 4096, or mode."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MarkedImages(ImageOptions):
+    """The images of samples that have any number of them."""
+
+    help_group = "images"
+
+    sft_mode: str = "cc512"
+    """With --encode: size of the images, as `convert pairs --mode` has it: ccN, multiN or fitN."""
 
 
 class ImageReader:

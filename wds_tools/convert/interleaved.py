@@ -11,15 +11,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from wds_tools.convert.images import NUM_AHEAD, ImageOptions, ImageReader
+from wds_tools.convert.images import NUM_AHEAD, ImageReader, MarkedImages
 from wds_tools.format.schema import Sample
 from wds_tools.records.interleaved import PageReader
 
 
 @dataclass(frozen=True, kw_only=True)
-class InterleavedConfig(ImageOptions):
+class InterleavedConfig(MarkedImages):
     """Convert documents with images between their texts to shards. The images go in byte for byte, and codes come with
     `wds-tools encode`; or codes instead of images in one go, with --encode."""
+
+    help_group = "input"
 
     input: tuple[str, ...]
     """Files of records with texts and images, such as Parquet, .jsonl or tars; folders of them, or brace patterns."""
@@ -27,8 +29,6 @@ class InterleavedConfig(ImageOptions):
     """Field with the text, or the list of texts or parts. Default: texts, text_list, or another well-known name."""
     image: str | None = None
     """Field with the images. Default: images, image_info, another well-known name, or the members jpg, 1.jpg ... of a tar."""
-    sft_mode: str = "cc512"
-    """With --encode: size of the images, as `convert pairs --mode` has it: ccN, multiN or fitN."""
 
     command = "convert interleaved"
     field_options = ("text", "image")

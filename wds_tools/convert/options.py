@@ -63,26 +63,28 @@ class ImageFacts(Protocol):
 class ConvertOptions(JobOptions):
     """How any conversion finds its files, and what its samples are called."""
 
+    help_group = "input"
+
     input: tuple[str, ...]
     """Files, folders or brace patterns; paths or URLs."""
-    source: str | None = None
-    """Source of an installed package that reads the input. Default: each file is read as what its content says it is."""
-    task_lines: int = 2000
-    """Of plain lines (.jsonl), a worker, and a resumed run, takes this many at a time; a shard holds no more."""
-    task_records: int = 10_000
-    """Of a JSON list so many records; of all else whole files or row groups, until they hold so many, if they say how many ..."""
-    task_bytes: int = 256 << 20
-    """... or this many bytes of input, whichever comes first; one that is larger alone."""
     keep: tuple[str, ...] = ()
     """Fields of the record to keep as provenance: FIELD, or NAME=FIELD to call it otherwise; a.b for one inside another."""
     drop: tuple[str, ...] = ()
     """Fields with an image that is left out on purpose."""
     where: str | None = None
     """Take only records for which this is true, such as 'similarity >= 0.28 and not nsfw'. See docs/fields.md."""
-    strict_links: bool = False
-    """Of folders (--input, --image-root), follow no symlink that leads out: for what was unpacked from archives of strangers."""
     key_prefix: str = ""
     """NAME makes keys NAME-TTTTTT-NNNNNNNN, so that samples of two datasets can lie in one folder. Letters, digits, _ and -."""
+    strict_links: bool = False
+    """Of folders (--input, --image-root), follow no symlink that leads out: for what was unpacked from archives of strangers."""
+    source: str | None = None
+    """Source of an installed package that reads the input. Default: each file is read as what its content says it is."""
+    task_lines: int = 2000
+    """Lines of a .jsonl file that a worker takes at a time; a shard holds no more."""
+    task_records: int = 10_000
+    """Records of a JSON list, or of whole files or row groups that say how many they hold, that a worker takes at a time."""
+    task_bytes: int = 256 << 20
+    """Bytes of input at which a worker takes no further file or row group, whatever records they hold."""
 
     command = ""
     """Name of the command, written into the manifest."""

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from wds_tools.convert.images import NUM_AHEAD, ImageOptions, ImageReader
+from wds_tools.convert.images import NUM_AHEAD, ImageReader, PairImages
 from wds_tools.format.schema import Sample
 from wds_tools.images import Mode, parse_mode
 from wds_tools.records.field_map import FieldMap, parse_pairs
@@ -19,15 +19,14 @@ from wds_tools.records.fields import lacks, value_of
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairsConfig(ImageOptions):
+class PairsConfig(PairImages):
     """Convert image-caption pairs to shards. The images go in byte for byte, and codes come with `wds-tools encode`; or
     codes instead of images in one go, with --encode."""
 
+    help_group = "input"
+
     input: tuple[str, ...]
     """.jsonl files, folders of them or brace patterns; one object a line with image_path and text_prompt (or text)."""
-    mode: str = "cc512"
-    """ccN: centre square of N px, for images up to 2:1. multiN: nearest of many shapes of about N x N px, up to 4:1. fitN: their
-    own shape, of N x N px at most, up to 4:1. The images stay whole, so `encode` may take another N of 64 to 4096, or mode."""
     image: str | None = None
     """Field with the image: a path, bytes, or what else is read. Default: well-known names in a documented order."""
     text: tuple[str, ...] = ()

@@ -222,6 +222,11 @@ class Output:
         _drop_working_files(self.store)
         return manifest
 
+    def discard(self) -> None:
+        """Remove all that was made, under the lease: for a run that came to nothing."""
+        remove(self.store)
+        _drop_working_files(self.store)
+
     def manifest(self, results: Iterable[TaskResult], **source: Any) -> Manifest:
         """The manifest over these tasks, in this order; with more to say in its source."""
         done = list(results)

@@ -7,11 +7,12 @@ latest when its last byte was read. Memory is one read buffer plus one sample.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 from typing import BinaryIO
 
 import numpy as np
 
-from wds_tools.dataset.layout import MANIFEST
+from wds_tools.dataset.layout import MANIFEST, PLAN, TAR_SUFFIX
 from wds_tools.errors import FormatError, NotFound, UsageError
 from wds_tools.format.checksum import content_hash
 from wds_tools.format.manifest import Manifest, ShardInfo, parse_manifest
@@ -21,6 +22,7 @@ from wds_tools.format.tar import Member, TarReader
 from wds_tools.storage import LocalStore, Store
 
 _READ_BYTES = 4 << 20
+_MOST_LISTED = 1000
 _MAX_EXPECTED_BYTES = 1 << 30
 """More of a shard than this is believed when it arrives: a manifest may claim anything."""
 
@@ -43,12 +45,7 @@ def read_manifest(
     try:
         data = store.read(MANIFEST)
     except NotFound as error:
-        if isinstance(store, LocalStore) and not any(store.list()):
-            raise NotFound(f"{store.url}: there is no such folder, or nothing is in it") from error
-        raise NotFound(
-            f"{store.url} has no {MANIFEST}: it is not a dataset, or its conversion did not finish "
-            "(run the same command with --resume)"
-        ) from error
+        raise NotFound(_no_manifest(store)) from error
     manifest = parse_manifest(data, f"{store.url}/{MANIFEST}")
     if any_members:
         return manifest
@@ -64,6 +61,21 @@ def read_manifest(
             "schema; loaders can stream it, this command can't"
         )
     return manifest
+
+
+def _no_manifest(store: Store) -> str:
+    """What is there in place of a dataset, and what makes one of it."""
+    names = [entry.name for entry in islice(store.list(), _MOST_LISTED)]
+    if isinstance(store, LocalStore) and not names:
+        return f"{store.url}: there is no such folder, or nothing is in it"
+    tar = next((name for name in names if name.endswith(TAR_SUFFIX)), None)
+    if tar is None or PLAN in names:
+        what = "it is not a dataset, or its conversion did not finish (run the same command with --resume)"
+        return f"{store.url} has no {MANIFEST}: {what}"
+    return (
+        f"{store.url} has no {MANIFEST}, but tars such as {tar}: `wds-tools convert pairs --input {store.url} --output OUTPUT` "
+        f"makes a dataset of their images and captions; `wds-tools index {store.url}` is enough to stream them as they are"
+    )
 
 
 class ShardBytes:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import count
-from typing import Any
+from typing import Annotated, Any
 
 from wds_tools.dataset.reader import read_manifest, read_shard
 from wds_tools.encode.image_encoder import MODES, ImageEncoder
@@ -26,6 +26,7 @@ from wds_tools.format.schema import IMAGE_EXTENSIONS, MARKED_TYPES, PAIR_TYPES, 
 from wds_tools.images import ImageLimits, parse_mode
 from wds_tools.jobs import Job, JobOptions, run_job
 from wds_tools.jobs.records import ConvertRecords
+from wds_tools.plugins import Names
 from wds_tools.sources.record import Record, group_to_limits
 from wds_tools.storage import open_store
 from wds_tools.terminal import say
@@ -35,9 +36,11 @@ from wds_tools.terminal import say
 class EncodeConfig(JobOptions, TokenizerOptions):
     """Fill the codes of a dataset's images with an image tokenizer."""
 
+    help_group = "encoding"
+
     input: str
     """The dataset to encode: a directory or URL."""
-    tokenizer: str | None = None
+    tokenizer: Annotated[str | None, Names("wds_tools.vq.registry:tokenizer_names")] = None
     """tiny (bundled, for trials; also if none is named), or, with --weights, chameleon or another of docs/tokenizers.md."""
     keep_images: bool = False
     """Keep the source images beside the codes."""

@@ -16,18 +16,20 @@ _SEVERAL_GPUS = re.compile(r"cuda:\d{1,3}(,\d{1,3})+")
 class TokenizerOptions:
     """How a tokenizer runs."""
 
+    help_group = "encoding"
+
     weights: str | None = None
     """Folder of the tokenizer's weights."""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda, cuda:N, or several with a process each: cuda:0,1,2,3."""
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
-    """Of the network. All but fp32 are faster and change some codes."""
+    """Number format of the network. All but fp32 are faster and change some codes."""
     compile: bool = False
     """Run the network through torch.compile, which takes a minute to begin with for each image size; changes some codes."""
     batch_size: int = 16
     """Images of 512 x 512 pixels in a batch; fewer of larger ones. Halved where memory runs out."""
     resize: Literal["pillow", "torch"] = "pillow"
-    """What scales images. torch takes half of the processor time to prepare them, and changes some codes."""
+    """What scales the images. torch takes half of the processor time to prepare them, and changes some codes."""
 
     min_pixels: int = 0
     """With a mode such as fit720: images with fewer pixels are enlarged to so many."""

@@ -9,6 +9,7 @@ from typing import Literal
 
 from wds_tools.errors import UsageError
 from wds_tools.export.rows import Format
+from wds_tools.run.progress import Shown
 from wds_tools.storage import LocalStore, open_store
 from wds_tools.storage.place import check_apart
 
@@ -21,8 +22,10 @@ NAMES: Mapping[Format, str] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportOptions:
+class ExportOptions(Shown):
     """What any export is told."""
+
+    help_group = "output"
 
     input: tuple[str, ...]
     """One or more datasets: folders or URLs. One that is named twice is in twice."""
@@ -44,8 +47,6 @@ class ExportOptions:
     """With --resume: compare the hashes of a finished export's files too, which reads them; without, their sizes."""
     overwrite: bool = False
     """Remove the export that is at the output first, finished or not. Files of any other kind are never removed."""
-    quiet: bool = False
-    """Show no progress."""
 
     def __post_init__(self) -> None:
         if not self.input:
@@ -78,6 +79,8 @@ class ParquetConfig(ExportOptions):
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig(ExportOptions):
     """Shuffle datasets together and write them as a Hugging Face dataset of Liquid's seven columns."""
+
+    help_group = "output"
 
     format: Format = "arrow"
     """arrow: for datasets.load_from_disk. parquet: for load_dataset("parquet", ...), pandas and the hub."""

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Final, Literal, TypeAlias, cast
 
-from wds_tools.errors import UsageError
+from wds_tools.errors import UsageError, meant
 from wds_tools.images.crop import Crop, check_ratio, cover
 from wds_tools.images.fit import LEAST_STRIDES, fit
 from wds_tools.images.ratio import nearest_shape, patch_of, shapes
@@ -108,9 +108,10 @@ def parse_mode(word: str) -> Mode:
     """
     match = _WORD.fullmatch(word)
     if match is None or not LEAST_SIDE <= int(match[2]) <= MOST_SIDE:
-        raise UsageError(
-            f"mode {word[:40]!r}: expected cc, multi or fit with {LEAST_SIDE} to {MOST_SIDE} pixels, as cc512, multi768 or fit720"
-        )
+        size = "".join(filter(str.isdecimal, word))[:4]
+        close = meant(word[:40], (f"{family}{size}" for family in MAX_RATIO)) if size else ""
+        sizes = f"{LEAST_SIDE} to {MOST_SIDE} pixels"
+        raise UsageError(f"mode {word[:40]!r}: {close}expected cc, multi or fit with {sizes}, as cc512, multi768 or fit720")
     return Mode(cast(Family, match[1]), int(match[2]))
 
 

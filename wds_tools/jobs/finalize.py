@@ -8,7 +8,7 @@ from wds_tools.dataset.layout import MANIFEST
 from wds_tools.dataset.output import Output, check_complete, clear_complete, count_rejects
 from wds_tools.dataset.reader import read_manifest
 from wds_tools.format.manifest import Manifest
-from wds_tools.jobs.options import JobOptions, RejectBudget, check_kept
+from wds_tools.jobs.options import JobOptions, RejectBudget, check_kept, way_on
 from wds_tools.storage import open_store
 
 
@@ -45,6 +45,6 @@ def finalize(config: FinalizeConfig) -> Manifest:
         num_inputs = sum(result.inputs for result in results.values())
         budget = RejectBudget.parse(config.max_rejects)
         rejects = count_rejects(results.values())
-        budget.check(rejects, num_inputs, final=True, where=store.url)
+        budget.check(rejects, num_inputs, final=True, store=store, way_on=way_on(store))
         check_kept(rejects, num_inputs)
         return output.finish(results)

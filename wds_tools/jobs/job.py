@@ -22,11 +22,11 @@ import orjson
 from wds_tools.dataset.lease import Part
 from wds_tools.dataset.output import Output, OutputSpec, check_complete, clear_complete, count_rejects
 from wds_tools.dataset.writer import ShardLimits, TaskResult, TaskWriter
-from wds_tools.errors import UsageError
+from wds_tools.errors import TooManyRejects, UsageError
 from wds_tools.format.codes import CodeGrid
 from wds_tools.format.manifest import Manifest, code_layouts
 from wds_tools.format.schema import SCHEMA_VERSION
-from wds_tools.jobs.options import JobOptions, RejectBudget, check_kept
+from wds_tools.jobs.options import JobOptions, RejectBudget, check_kept, way_on
 from wds_tools.run.local import Report, run_tasks
 from wds_tools.run.progress import Advance, Progress
 from wds_tools.run.ray_cluster import check_device, on_cluster, run_on_ray
@@ -98,7 +98,8 @@ def run_job(job: Job[Task], options: JobOptions) -> Manifest:
         UsageError: the output is in the way, or another run is writing there.
         StorageError: another run has taken this one for dead.
         FormatError: files are not what was written; names them.
-        TooManyRejects: finished tasks stay, so that a run with --resume and a larger budget goes on from there.
+        TooManyRejects: finished tasks stay, so that a run with --resume and a larger budget goes on from there; if none of
+            their inputs was usable, nothing stays.
     """
     if options.executor == "ray":
         check_device(job.device)
@@ -140,31 +141,45 @@ def _run_tasks(job: Job[Task], options: JobOptions, output: Output) -> Manifest:
     """Do the tasks that are left, of an output that is begun and this run's, or this part's."""
     if job.notes and not options.quiet:
         say(*job.notes, error=True)
-    budget = RejectBudget.parse(options.max_rejects)
-    numbers = (output.part or Part()).tasks(len(job.tasks))
+    part, budget = output.part, RejectBudget.parse(options.max_rejects)
+    numbers = (part or Part()).tasks(len(job.tasks))
     results = output.sound_results(verify=options.verify, quiet=options.quiet)
     todo = [(number, job.tasks[number]) for number in numbers if number not in results]
     total = job.total * len(todo) // max(len(job.tasks), 1)  # taking all tasks as equal
     rejects = count_rejects(results.values())
     num_inputs = sum(result.inputs for result in results.values())
     run_task = _RunTask(job.work, options.output, options.shard_limits, job.key_prefix, code_layouts(job.codes))
-    with Progress(job.command, total, quiet=options.quiet) as report:
-        if options.executor == "local":
-            finished = run_tasks(run_task, todo, workers=options.workers, on_report=report)
-        else:
-            cpus, gpus = options.task_cpus, options.task_gpus
-            finished = run_on_ray(run_task, todo, cpus=cpus, gpus=gpus, device=job.device, on_report=report)
-        with closing(finished):  # whatever ends this ends the tasks
-            for result in finished:
-                output.check()
-                results[result.task] = result
-                rejects.update(result.rejects)
-                num_inputs += result.inputs
-                budget.check(rejects, num_inputs, final=False, where=output.store.url)
-    budget.check(rejects, num_inputs, final=True, where=output.store.url)
+
+    def judge(*, final: bool) -> None:
+        on = way_on(output.store) if is_kept() else "none of them is usable, so nothing is left there"
+        budget.check(rejects, num_inputs, final=final, store=output.store, way_on=on)
+
+    def is_kept() -> bool:
+        return part is not None or any(result.shards for result in results.values())
+
+    try:
+        with Progress(job.command, total, quiet=options.quiet) as report:
+            if options.executor == "local":
+                finished = run_tasks(run_task, todo, workers=options.workers, on_report=report)
+            else:
+                cpus, gpus = options.task_cpus, options.task_gpus
+                finished = run_on_ray(run_task, todo, cpus=cpus, gpus=gpus, device=job.device, on_report=report)
+            with closing(finished):  # whatever ends this ends the tasks
+                for result in finished:
+                    output.check()
+                    results[result.task] = result
+                    rejects.update(result.rejects)
+                    num_inputs += result.inputs
+                    judge(final=False)
+        judge(final=True)
+        if part is None:
+            check_kept(rejects, num_inputs)
+    except TooManyRejects:
+        if not is_kept():
+            output.discard()
+        raise
     if options.part is not None:
         return output.manifest((results[number] for number in numbers), part=options.part)
-    check_kept(rejects, num_inputs)
     return output.finish(results)
 
 

@@ -9,12 +9,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+import orjson
+
 from wds_tools.dataset.layout import REJECTS
 from wds_tools.dataset.lease import Part
 from wds_tools.dataset.writer import ShardLimits
 from wds_tools.errors import TooManyRejects, UsageError
 from wds_tools.format.manifest import FILTERED
-from wds_tools.storage import join
+from wds_tools.run.local import OnWorkers
+from wds_tools.storage import Store, join
 from wds_tools.storage.place import check_apart
 
 FILTER_REASONS = frozenset({"aspect_ratio", *FILTERED})
@@ -23,13 +26,32 @@ _EARLY_INPUTS = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
-class JobOptions:
+class Places(OnWorkers):
+    """Where the tasks of a job run."""
+
+    help_group = "workers and machines"
+
+    part: str | None = None
+    """Do one of N equal parts, as "3/64": on any machines, at any time, each by itself; then `wds-tools finalize`. Counted from 0
+    or from 1 (64/64 is 0/64). A part that is repeated goes on where it stopped."""
+    executor: Literal["local", "ray"] = "local"
+    """local: in this process, or in --workers. ray: on a Ray cluster, as many tasks at a time as it has room for."""
+    ray_address: str | None = None
+    """Address of the Ray cluster. Default: RAY_ADDRESS, else the one on this machine, which is started if there is none."""
+    task_cpus: float = 1
+    """With ray: CPUs that a task takes."""
+    task_gpus: float | None = None
+    """With ray: GPUs that a task takes, or a share of one. Default: 1 if the work runs on GPUs (see --device), else none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobOptions(Places):
     """How any job runs. None of these changes a byte of the output, but for the shard limits."""
+
+    help_group = "output"
 
     output: str
     """Where the dataset goes: a directory or an object-store prefix."""
-    workers: int = 1
-    """Processes to use."""
     resume: bool = False
     """Go on with an output that an earlier, interrupted run of the same command began. What it finished is kept if all files are
     there in their sizes; a task with another is done again."""
@@ -41,26 +63,12 @@ class JobOptions:
     """Most inputs that may be unusable: a count ("100") or a share ("2.5%"). Images outside the aspect ratio don't count,
     nor what --where drops."""
     shard_samples: int = ShardLimits.samples
-    """A shard holds at most this many samples ..."""
+    """A shard holds at most this many samples."""
     shard_bytes: int = ShardLimits.bytes
-    """... and closes once it has this many bytes."""
-    part: str | None = None
-    """Do one of N equal parts, as "3/64": on any machines, at any time, each by itself; then `wds-tools finalize`. Counted from 0
-    or from 1 (64/64 is 0/64). A part that is repeated goes on where it stopped."""
-    executor: Literal["local", "ray"] = "local"
-    """local: in this process, or in --workers. ray: on a Ray cluster, as many tasks at a time as it has room for."""
-    ray_address: str | None = None
-    """Of the cluster. Default: RAY_ADDRESS, else the cluster on this machine, which is started if there is none."""
-    task_cpus: float = 1
-    """With ray: CPUs that a task takes."""
-    task_gpus: float | None = None
-    """With ray: GPUs that a task takes, or a share of one. Default: 1 if the work runs on GPUs (see --device), else none."""
-    quiet: bool = False
-    """Show no progress."""
+    """A shard closes once it has this many bytes."""
 
     def __post_init__(self) -> None:
-        if self.workers < 1:
-            raise UsageError(f"--workers {self.workers}: at least 1")
+        super().__post_init__()
         if self.executor == "ray" and self.workers != 1:
             raise UsageError(
                 "--workers is for --executor local: Ray runs as many tasks as --task-cpus and --task-gpus leave room for"
@@ -123,8 +131,16 @@ class RejectBudget:
             raise UsageError(f"--max-rejects {text!r}: a count is at least 0, a share between 0% and 100%")
         return cls(limit, is_share)
 
-    def check(self, rejects: Mapping[str, int], inputs: int, *, final: bool, where: str) -> None:
-        """Raise TooManyRejects if these are too many; a share is judged at the end, or once it can't be an accident."""
+    def check(self, rejects: Mapping[str, int], inputs: int, *, final: bool, store: Store, way_on: str) -> None:
+        """Raise TooManyRejects if these are too many; a share is judged at the end, or once it can't be an accident.
+
+        Args:
+            rejects: by reason.
+            inputs: of which they are.
+            final: no more are to come.
+            store: has them listed, so that the message can say what is wrong with the first.
+            way_on: end of the message: what can be done.
+        """
         faults = Counter({reason: count for reason, count in rejects.items() if reason not in FILTER_REASONS})
         num_faults = faults.total()
         is_judged = final or not self.is_share or inputs >= _EARLY_INPUTS
@@ -132,9 +148,23 @@ class RejectBudget:
             allowed = f"{100 * self.limit:g}%" if self.is_share else f"{self.limit}"
             reasons = ", ".join(f"{count} {reason}" for reason, count in faults.most_common(6))
             raise TooManyRejects(
-                f"{num_faults} of {inputs} inputs can't be used, allowed are {allowed} ({reasons}): see {join(where, REJECTS)}; "
-                "then repair the input, or go on with --resume and a larger --max-rejects"
+                f"{num_faults} of {inputs} inputs can't be used, allowed are {allowed} ({reasons}){_first_fault(store)}: {way_on}"
             )
+
+
+def way_on(store: Store) -> str:
+    """What can be done about too many rejects."""
+    return f"see {join(store.url, REJECTS)}; then repair the input, or go on with --resume and a larger --max-rejects"
+
+
+def _first_fault(store: Store) -> str:
+    """Where the first listed fault is, and what it is."""
+    lines = (line for entry in store.list(REJECTS) for line in store.read(entry.name).splitlines())
+    for reject in map(orjson.loads, lines):
+        if reject["reason"] not in FILTER_REASONS:
+            place = "".join(f", {name} {reject[name]}" for name in ("line", "element", "key") if name in reject)
+            return f"; the first, in {reject['source']}{place}: {reject['detail']}"
+    return ""
 
 
 def check_kept(rejects: Mapping[str, int], inputs: int) -> None:

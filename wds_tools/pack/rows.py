@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from importlib.metadata import version
 from itertools import islice
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
@@ -25,6 +25,7 @@ from wds_tools.format.manifest import Manifest, shard_info_from_json
 from wds_tools.format.schema import ANY_MEMBERS, Sample
 from wds_tools.format.shard import sample_from_members
 from wds_tools.jobs import Advance, Job, JobOptions, Report, TaskWriter, run_job
+from wds_tools.plugins import Names
 from wds_tools.sequences.build import ROWS_VERSION, ExampleBuilder
 from wds_tools.sequences.choices import Weights, check_texts, choose_text, text_weights
 from wds_tools.sequences.config import SequenceConfig
@@ -41,6 +42,8 @@ _PACKED_ALREADY = "train on the rows as they are, or pack those datasets again i
 class PackConfig(JobOptions):
     """Pack datasets into shards of token rows of one length, so that training tokenizes nothing."""
 
+    help_group = "token rows"
+
     input: tuple[str, ...]
     """The datasets: directories or URLs. Every sample is used once."""
     tokenizer: str
@@ -51,7 +54,7 @@ class PackConfig(JobOptions):
     """Of the choice of form, wording, guidance drop, text, and images of interleaved documents that are trained."""
     epoch: int = 0
     """Of the same: another epoch makes other examples of the same samples."""
-    template: str = SequenceConfig.template
+    template: Annotated[str, Names("wds_tools.sequences.templates:template_names")] = SequenceConfig.template
     """What stands around images, and where their ids are: liquid, chameleon, emu3, or one of a package (docs/training.md)."""
     t2i_ratio: float = SequenceConfig.t2i_ratio
     """Share of the image-text pairs that become text to image; the others become captions."""

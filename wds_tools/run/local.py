@@ -18,12 +18,13 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import islice
 from multiprocessing.connection import wait as wait_for
 from typing import Any, Protocol, TypeVar
 
-from wds_tools.errors import WorkerDied
-from wds_tools.run.progress import Advance
+from wds_tools.errors import UsageError, WorkerDied
+from wds_tools.run.progress import Advance, Shown
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -34,6 +35,20 @@ class Report(Protocol):
 
     def __call__(self, new: Advance, /) -> None:
         """Add to what is done."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnWorkers(Shown):
+    """How a run uses this machine."""
+
+    help_group = "workers and machines"
+
+    workers: int = 1
+    """Processes to use on this machine."""
+
+    def __post_init__(self) -> None:
+        if self.workers < 1:
+            raise UsageError(f"--workers {self.workers}: at least 1")
 
 
 Work = Callable[[Task, Report], Result]

@@ -48,6 +48,16 @@ class Advance:
 _values: Callable[[Advance], tuple[Any, ...]] = attrgetter(*(field.name for field in fields(Advance)))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Shown:
+    """Whether a run says how far it is."""
+
+    help_group = "messages"
+
+    quiet: bool = False
+    """Show no progress."""
+
+
 class Progress:
     """A context manager; call it with what is new, as it comes.
 

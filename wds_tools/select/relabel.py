@@ -49,6 +49,8 @@ _SAMPLE, _ROW = b"\1", b"\0"
 class RelabelConfig(JobOptions):
     """Put other texts and fields into the samples of a dataset, from tables."""
 
+    help_group = "texts and fields"
+
     input: str
     """The dataset: a directory or URL."""
     labels: tuple[str, ...]

@@ -43,6 +43,8 @@ SPLIT = "{split}"
 class SelectConfig(JobOptions):
     """Choose samples of datasets: by conditions, keys or shares; without duplicates; in splits."""
 
+    help_group = "choice"
+
     input: tuple[str, ...]
     """The datasets: directories or URLs. Of several the samples follow one another."""
     where: str | None = None

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from wds_tools.errors import UsageError
+from wds_tools.errors import UsageError, meant
 from wds_tools.plugins import TEMPLATES, load_plugin, plugins
 from wds_tools.sequences.config import DEFAULT_TEMPLATE, SequenceConfig
 from wds_tools.sequences.prompts import Prompts, read_prompts
@@ -166,14 +166,19 @@ class Emu3(Template):
 BUILT_IN = {DEFAULT_TEMPLATE: Template, "chameleon": Chameleon, "emu3": Emu3}
 
 
+def template_names() -> list[str]:
+    """What `find_template` knows: ours, and those of installed packages."""
+    return list(dict.fromkeys([*BUILT_IN, *sorted(plugins(TEMPLATES))]))
+
+
 def find_template(name: str) -> Template:
     """The template of a name.
 
     Raises:
         UsageError: there is none of this name, or what a package gives is none.
     """
-    if name not in BUILT_IN and name not in (known := plugins(TEMPLATES)):
-        raise UsageError(f"unknown template {name!r}: there are {', '.join([*BUILT_IN, *sorted(known)])}")
+    if name not in (known := template_names()):
+        raise UsageError(f"unknown template {name!r}: {meant(name, known)}there are {', '.join(known)}")
     made = BUILT_IN[name]() if name in BUILT_IN else load_plugin(TEMPLATES, name, UsageError)()
     if not isinstance(made, Template):
         raise UsageError(f"template {name!r} gives {type(made).__name__}, expected a wds_tools.sequences.templates.Template")

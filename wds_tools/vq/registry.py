@@ -19,7 +19,7 @@ from typing import cast, get_args
 
 import torch
 
-from wds_tools.errors import TokenizerError, UsageError, WdsToolsError, in_one_line
+from wds_tools.errors import TokenizerError, UsageError, WdsToolsError, in_one_line, meant
 from wds_tools.plugins import TOKENIZERS, load_plugin, plugins
 from wds_tools.vq.base import ImageTokenizer
 from wds_tools.vq.chameleon import load_chameleon, load_emu35
@@ -55,7 +55,8 @@ def load_tokenizer(
         MissingPackage: the tokenizer needs a package that is not installed.
     """
     if name not in tokenizer_names():
-        raise UsageError(f"unknown tokenizer {name!r}: expected one of {', '.join(tokenizer_names())}")
+        known = tokenizer_names()
+        raise UsageError(f"unknown tokenizer {name!r}: {meant(name, known)}expected one of {', '.join(known)}")
     if weights is None and name in LOADERS:
         raise UsageError(f"tokenizer {name} needs weights: {LOADERS[name][1]}")
     plugin: Loader | None = None if name in ("tiny", *LOADERS) else load_plugin(TOKENIZERS, name, TokenizerError)

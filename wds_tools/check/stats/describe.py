@@ -24,7 +24,7 @@ from wds_tools.dataset.reader import read_manifest
 from wds_tools.dataset.samples import PIECE_BYTES, SampleReader, is_text
 from wds_tools.errors import DataError, UsageError
 from wds_tools.format.manifest import Manifest
-from wds_tools.run.local import Report, run_tasks
+from wds_tools.run.local import OnWorkers, Report, run_tasks
 from wds_tools.run.progress import Progress
 from wds_tools.storage import open_store
 
@@ -32,21 +32,16 @@ _SHOWN_CHARS = 100
 
 
 @dataclass(frozen=True, kw_only=True)
-class StatsConfig:
+class StatsConfig(OnWorkers):
     """Describe a dataset in numbers: lengths, sizes, codebook use, duplicates, drift between shards."""
 
     input: str
     """The dataset: a directory or URL."""
-    workers: int = 1
-    """Processes to use."""
     hashes: int = 4_000_000
     """Samples up to which duplicates are counted exactly; above, they are estimated from this many. 100 bytes each."""
-    quiet: bool = False
-    """Show no progress."""
 
     def __post_init__(self) -> None:
-        if self.workers < 1:
-            raise UsageError(f"--workers {self.workers}: at least 1")
+        super().__post_init__()
         if self.hashes < 1000:
             raise UsageError(f"--hashes {self.hashes}: at least 1000")
 
