@@ -323,9 +323,9 @@ class Loader:
 
         Returns:
             epoch, position; batches, samples, dropped, skipped; bad and bad_REASON; unused and unused_REASON; wait_p50_s and
-            wait_p99_s (seconds the trainer waited for a batch, of the last 10,000). Of object storage: requests, bytes (fetched so
-            far, what is read ahead included), sample_bytes (of the samples that were used), amplification (bytes for each of
-            those), evicted (requests dropped for want of memory), misplaced (of which the offsets were wrong, or the shard
+            wait_p99_s (seconds the trainer waited for a batch, of the last 10,000). Of object storage: requests, bytes (fetched
+            so far, what is read ahead included), sample_bytes (of the samples that were used), amplification (bytes for each
+            of those), evicted (requests dropped for want of memory), misplaced (of which the offsets were wrong, or the shard
             damaged: the index was read); of late: in_flight (requests), bytes_per_s, first_byte_s (median from a request to its
             answer); cache_*.
         """
