@@ -95,7 +95,8 @@ class LoaderConfig:
     timeout_s: float = 1800.0
     """With workers: seconds to wait for a batch before the run ends with an error."""
     pin_memory: bool = False
-    """Put the tensors of batches into pinned memory, from which `to(device, non_blocking=True)` does not wait for the copy."""
+    """Put the tensors of batches into pinned memory, from which `to(device, non_blocking=True)` does not wait for the copy.
+    Without a GPU of CUDA or ROCm it changes nothing."""
     memory_bytes: int = 2 << 30
     """Memory that one process may take for data that it has read. Less costs more requests, never another order."""
     scarce_memory: bool = False

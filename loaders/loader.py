@@ -424,7 +424,7 @@ class Loader:
         batch = (result.columns.made or {}) | batch
         if self.config.trained_tokens:
             batch["trained_tokens"] = self._trained_tokens(batch)
-        if not self.config.pin_memory:
+        if not (self.config.pin_memory and torch.cuda.is_available()):
             return batch
         return {name: value.pin_memory() if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
 

@@ -125,8 +125,8 @@ def test_wrong_arguments_are_status_2_without_a_traceback(args: list[str], capsy
         (["convert", "documents"], "missing: --input, --output (wds-tools convert documents --help says more)"),
         (
             ["audit"],
-            "missing: receipts of all ranks and restarts: .json files, or folders or URLs of them "
-            "(wds-tools audit --help says more)",
+            "missing: folders or URLs with saves of a loader, of which the newest counts; or receipts of all ranks and restarts: "
+            ".json files, or folders of them (wds-tools audit --help says more)",
         ),
         (
             ["export", "hf", "--input", "a", "--output", "b", "--format", "x"],
@@ -502,8 +502,9 @@ def test_json_says_what_the_lines_say(tmp_path: Path) -> None:
 def test_tars_without_a_manifest_are_told_of_index_and_convert_wherever_a_dataset_is_expected(
     tmp_path: Path, args: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    make_dataset(tmp_path / "set", [image_sample(1)])
-    (tmp_path / "set/manifest.json").unlink()
+    make_dataset(tmp_path / "ours", [image_sample(1)])
+    (tmp_path / "set").mkdir()
+    (tmp_path / "ours/shard-000000-0000.tar").rename(tmp_path / "set/00000.tar")
     names = {"SET": str(tmp_path / "set"), "OUT": str(tmp_path / "out")}
     assert main([names.get(word.rstrip("/"), word) + "/" * word.endswith("/") for word in args]) == 1
     said = last_line(capsys.readouterr().err)

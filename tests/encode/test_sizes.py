@@ -127,7 +127,7 @@ def test_conversations_take_the_same_words(tmp_path: Path) -> None:
     ("settings", "message"),
     [
         ({"mode": "cc100"}, "mode cc100: 100 px is not a multiple of 16, the stride of tokenizer tiny: take cc96 or cc112"),
-        ({"mode": "512"}, "mode '512': expected cc, multi or fit with 64 to 4096 pixels"),
+        ({"mode": "512"}, "mode '512': did you mean cc512[?] expected cc, multi or fit with 64 to 4096 pixels"),
         ({"mode": "cc64", "min_pixels": 100}, "--min-pixels 100 is for a mode such as fit720, and has no effect on others"),
         ({"min_pixels": 10_000}, "--min-pixels 10000: expected 0 to 9216 with fit96"),
     ],

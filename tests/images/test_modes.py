@@ -117,8 +117,12 @@ def test_a_mode_its_word_and_its_column_say_the_same(word: str, column: str) -> 
     "word", ["", "512", "cc", "cc63", "cc4097", "cc0512", "cc512 ", "CC512", "square", "fit-720", "multi\u0667\u0666\u0668"]
 )
 def test_what_is_no_mode_is_refused_with_what_is(word: str) -> None:
-    with pytest.raises(UsageError, match=f"mode '{re.escape(word)}': expected cc, multi or fit with 64 to 4096 pixels"):
+    expected = rf"mode '{re.escape(word)}': (did you mean (\w+)\? )?expected cc, multi or fit with 64 to 4096 pixels"
+    with pytest.raises(UsageError, match=expected) as refused:
         crop_for(word, 10, 10)
+    found = re.match(expected, str(refused.value))
+    assert found is not None
+    assert found[2] is None or parse_mode(found[2])
 
 
 def test_a_tokenizer_that_does_not_divide_is_one_line_with_the_nearest_sizes() -> None:

@@ -125,7 +125,10 @@ def test_large_codes_and_odd_grids_survive(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_no_dataset_is_refused_with_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(NotFound, match=r"manifest\.json"):
+    with pytest.raises(NotFound, match="there is no such folder, or nothing is in it"):
+        ShardDataset(str(tmp_path))
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(NotFound, match=r"has no manifest\.json: it is not a dataset, or its conversion did not finish"):
         ShardDataset(str(tmp_path))
 
 

@@ -108,7 +108,7 @@ def test_nothing_that_decides_what_is_fetched_when_has_a_part_in_the_order(name:
 
 
 def test_every_setting_of_a_loader_is_one_of_the_order_or_has_no_part_in_it() -> None:
-    of_the_order = {"sources", "batch_size", "seed", "shuffle", "evaluation", "stop_at", "schedule", "transform_id"}
+    of_the_order = {"sources", "batch_size", "seed", "shuffle", "evaluation", "stop_at", "schedule", "unit", "transform_id"}
     of_what_is_made = {"sequences", "packing", "on_error", "transform", "collate", "max_unused"}
     assert {field.name for field in fields(LoaderConfig)} == of_the_order | of_what_is_made | set(SETTINGS)
 

@@ -290,3 +290,10 @@ def test_a_transform_that_never_ends_ends_the_run(pictures: str) -> None:
     with pytest.raises(WorkerDied, match=r"no batch for timeout_s=1.5 seconds"):
         list(made)
     made.close()
+
+
+def test_pinned_memory_is_for_machines_with_a_gpu_and_changes_nothing_elsewhere(pictures: Path) -> None:
+    plain, pinned = (list(loader(pictures, pin_memory=pin)) for pin in (False, True))
+    assert [batch["__key__"] for batch in pinned] == [batch["__key__"] for batch in plain]
+    tensors = [value for batch in pinned for value in batch.values() if isinstance(value, torch.Tensor)]
+    assert all(value.is_pinned() == torch.cuda.is_available() for value in tensors)

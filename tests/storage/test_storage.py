@@ -3,6 +3,7 @@
 import base64
 import errno
 import http.server
+import importlib
 import io
 import os
 import pickle
@@ -917,7 +918,7 @@ def test_no_ranged_read_of_the_hub_asks_for_the_size_first(monkeypatch: pytest.M
         def _open(self, path: str, mode: str = "rb", **options: Any) -> Any:
             return File(self, path, mode, **options)
 
-    monkeypatch.setitem(fsspec.registry._registry, "hf", Hub)
+    monkeypatch.setitem(importlib.import_module("fsspec.registry")._registry, "hf", Hub)
     store = open_store("hf://datasets/o/n")
     assert store.read_range("a", 1000, 3000, len(data)) == data[1000:3000]
     assert store.read_range("a", 10, 20_000_000, len(data)) == data[10:20_000_000]

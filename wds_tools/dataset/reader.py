@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from wds_tools.dataset.layout import MANIFEST, PLAN, TAR_SUFFIX
+from wds_tools.dataset.layout import MANIFEST, PLAN, REMOVABLE, TAR_SUFFIX
 from wds_tools.errors import FormatError, NotFound, UsageError
 from wds_tools.format.checksum import content_hash
 from wds_tools.format.manifest import Manifest, ShardInfo, parse_manifest
@@ -68,9 +68,9 @@ def _no_manifest(store: Store) -> str:
     names = [entry.name for entry in islice(store.list(), _MOST_LISTED)]
     if isinstance(store, LocalStore) and not names:
         return f"{store.url}: there is no such folder, or nothing is in it"
-    tar = next((name for name in names if name.endswith(TAR_SUFFIX)), None)
+    tar = next((name for name in names if name.endswith(TAR_SUFFIX) and not REMOVABLE.fullmatch(name)), None)
     if tar is None or PLAN in names:
-        what = "it is not a dataset, or its conversion did not finish (run the same command with --resume)"
+        what = "it is not a dataset, or its conversion did not finish (run the same command with --resume), or a copy of it"
         return f"{store.url} has no {MANIFEST}: {what}"
     return (
         f"{store.url} has no {MANIFEST}, but tars such as {tar}: `wds-tools convert pairs --input {store.url} --output OUTPUT` "

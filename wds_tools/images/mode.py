@@ -108,8 +108,9 @@ def parse_mode(word: str) -> Mode:
     """
     match = _WORD.fullmatch(word)
     if match is None or not LEAST_SIDE <= int(match[2]) <= MOST_SIDE:
-        size = "".join(filter(str.isdecimal, word))[:4]
-        close = meant(word[:40], (f"{family}{size}" for family in MAX_RATIO)) if size else ""
+        size = re.sub("[^0-9]", "", word).lstrip("0")[:4]
+        fits = size.isdecimal() and LEAST_SIDE <= int(size) <= MOST_SIDE
+        close = meant(word[:40], (f"{family}{size}" for family in MAX_RATIO)) if fits else ""
         sizes = f"{LEAST_SIDE} to {MOST_SIDE} pixels"
         raise UsageError(f"mode {word[:40]!r}: {close}expected cc, multi or fit with {sizes}, as cc512, multi768 or fit720")
     return Mode(cast(Family, match[1]), int(match[2]))
