@@ -108,17 +108,17 @@ class Manifest:
     offsets_hash: str | None = None
     """Of offsets.safetensors (see offsets.py); None: there is none, and samples are found by the indices alone."""
 
-    @property
+    @cached_property
     def samples(self) -> int:
         """Samples over all shards."""
         return sum(shard.samples for shard in self.shards)
 
-    @property
+    @cached_property
     def bytes(self) -> int:
         """Bytes of all tars."""
         return sum(shard.bytes for shard in self.shards)
 
-    @property
+    @cached_property
     def group_samples(self) -> int:
         """Samples of a group: the largest power of two of them that has 32 KiB on average, at least 1. What is read together is
         whole groups of a shard, counted from its first sample."""
