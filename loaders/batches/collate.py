@@ -223,7 +223,8 @@ def read_records(
     grids = [None] * len(loaded)
     if any(not reader.data_types.isdisjoint(MARKED_TYPES) for reader in {samples.reader for samples in loaded}):
         grids = list(map(_grids, loaded, sample_indices, records))
-    stacked = _codes(codes, grids, list(map(_layout, loaded, sample_indices)))
+    places = zip(loaded, sample_indices, strict=True)
+    stacked = _codes(codes, grids, [samples.reader.layout or _layout(samples, number) for samples, number in places])
     if stacked is not None and any(samples.reader.made for samples in loaded):
         shapes = [stacked.shapes] * len(records) if isinstance(stacked.shapes, tuple) else stacked.shapes
         for samples, sample_index, record, shape in zip(loaded, sample_indices, records, shapes, strict=True):
@@ -263,8 +264,8 @@ def _code_column(samples: LoadedSamples, sample_index: int) -> str:
 
 
 def _layout(samples: LoadedSamples, sample_index: int) -> CodeGrid:
-    """What the codes of a sample are."""
-    return samples.reader.layout or samples.reader.opened.manifest.layout(_code_column(samples, sample_index))
+    """What the codes of a sample are, of a dataset that has them in several layouts."""
+    return samples.reader.opened.manifest.layout(_code_column(samples, sample_index))
 
 
 def _payloads(samples: LoadedSamples, sample_index: int) -> Iterator[tuple[str, int, int]]:
