@@ -181,10 +181,11 @@ def demo(out: Path) -> None:
         sys.exit(f"saw {before} + {after} samples of {samples}")
     num_rows = load_from_disk(str(exported)).num_rows
     rows.append((str(exported), num_rows, 0, f"{_size(exported) / 1e6:.2f} MB", "loads with load_from_disk"))
-    print(f"\n{'made':<24}{'samples':>8}{'rejects':>9}{'size':>11}")
+    wide = max(len(made) for made, *_ in rows) + 2
+    print(f"\n{'made':<{wide}}{'samples':>8}{'rejects':>9}{'size':>11}")
     for made, samples, rejects, size, how in rows:
-        print(f"{made:<24}{samples:>8,}{rejects:>9,}{size:>11}   {how}")
-    print(f"{out / 'decoded.png'!s:<24}photographs above, the same decoded from their codes below")
+        print(f"{made:<{wide}}{samples:>8,}{rejects:>9,}{size:>11}   {how}")
+    print(f"{out / 'decoded.png'!s:<{wide}}photographs above, the same decoded from their codes below")
     print(f"\nIn {time.perf_counter() - begun:.0f} s. The shards are plain tars: tar tvf {text}/shard-000000-0000.tar | head")
 
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import sys
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from commands import ROOT
+
+EXAMPLE = ROOT / "examples" / "plugin"
+MODULE = "wds_tools_notes"
 
 COLOURS = '''
 """Block -> its mean colour in 6 bits each of red, green and blue: 262,144 codes, stride 16."""
@@ -164,6 +169,13 @@ def write_plugin(folder: Path, module: str, code: str, entry_points: str) -> Pat
     group = "" if entry_points.startswith("[") else "[wds_tools.tokenizers]\n"
     (info / "entry_points.txt").write_text(f"{group}{entry_points}\n")
     return folder
+
+
+def write_example(folder: Path) -> Path:
+    """Write the package of examples/plugin, as `pip install ./examples/plugin` would leave it."""
+    groups = tomllib.loads((EXAMPLE / "pyproject.toml").read_text())["project"]["entry-points"]
+    lines = (line for group, names in groups.items() for line in (f"[{group}]", *map(" = ".join, names.items())))
+    return write_plugin(folder, MODULE, (EXAMPLE / f"{MODULE}.py").read_text(), "\n".join(lines))
 
 
 @contextmanager

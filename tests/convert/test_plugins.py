@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import csv
 import json
-import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import ROOT, read_rejects, read_samples, tree, wds_tools, write_pairs
-from plugin import installed, write_plugin
+from commands import read_rejects, read_samples, tree, wds_tools, write_pairs
+from plugin import MODULE, installed, write_example, write_plugin
 
 from wds_tools.cli.main import COMMANDS, commands, main
 from wds_tools.dataset.reader import read_manifest
 from wds_tools.storage import open_store
 
-EXAMPLE = ROOT / "examples" / "plugin"
-MODULE = "wds_tools_notes"
 NOTES = [
     ["title", "body", "url"],
     ["a", "one", "u1"],
@@ -33,10 +30,7 @@ WRONG = "[wds_tools.converters]\ndclm = json:loads\nbroken = somebodys_nothing:C
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the example package, installed."""
-    groups = tomllib.loads((EXAMPLE / "pyproject.toml").read_text())["project"]["entry-points"]
-    lines = (line for group, names in groups.items() for line in (f"[{group}]", *map(" = ".join, names.items())))
-    code = (EXAMPLE / f"{MODULE}.py").read_text()
-    return write_plugin(tmp_path_factory.mktemp("site"), MODULE, code, "\n".join(lines))
+    return write_example(tmp_path_factory.mktemp("site"))
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ import pytest
 import webdataset as wds
 from commands import ROOT, image_bytes, write_documents, write_jsonl
 from factory import image_sample, make_dataset, text_sample
+from plugin import write_example
 from s3 import S3Server
 from tokens import write_tokenizer
 
@@ -99,12 +100,20 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def place(tmp_path: Path, demo: Path) -> Path:
-    """Pictures with captions, documents, somebody's tars, a Hugging Face folder, and a pair of which half is broken."""
+    """Pictures with captions, documents, somebody's tars, a Hugging Face folder, and a pair of which half is broken.
+
+    `pip install ./examples/plugin` is a stand-in: the example's package is there.
+    """
     (tmp_path / "photos").mkdir()
     for number in range(12):
         (tmp_path / f"photos/{number:04d}.jpg").write_bytes(image_bytes(number, 600, 520))
         (tmp_path / f"photos/{number:04d}.txt").write_text(f"picture {number}\n")
     write_documents(tmp_path / "dclm/a.jsonl.zst", [{"text": f"document {number}"} for number in range(30)])
+    (tmp_path / "laion").mkdir()
+    with wds.TarWriter(str(tmp_path / "laion/00000.tar")) as writer:
+        for number in range(20):
+            fields = {"caption": f"picture {number}", "url": f"https://example.org/{number}", "similarity": 0.25 + number / 100}
+            writer.write({"__key__": f"{number:09d}", "jpg": image_bytes(number, 600, 520), "json": fields})
     lines = [{"image_path": f"photos/{number:04d}.jpg", "text": f"picture {number}"} for number in range(0, 24, 3)]
     write_jsonl(tmp_path / "mixed.jsonl", lines)
     turns = [{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": "Noise."}]
@@ -116,10 +125,11 @@ def place(tmp_path: Path, demo: Path) -> Path:
     (tmp_path / "demo-out").symlink_to(demo)
     export_hf(ExportConfig(input=(str(demo / "pairs-512"),), output=str(tmp_path / "liquid-data"), num_shards=2, quiet=True))
     write_tokenizer(tmp_path / "gemma", added=())
+    write_example(tmp_path)
     (tmp_path / "bin").mkdir()
-    command = tmp_path / "bin/wds-tools"
-    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m wds_tools "$@"\n')
-    command.chmod(0o755)
+    for name, does in {"wds-tools": f'exec "{sys.executable}" -m wds_tools "$@"', "pip": "true"}.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{does}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
     return tmp_path
 
 

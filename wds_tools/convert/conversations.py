@@ -29,7 +29,7 @@ class ConversationsConfig(MarkedImages):
     help_group = "input"
 
     input: tuple[str, ...]
-    """.json or .jsonl files, folders of them, or brace patterns; records with conversations, and images in them or beside."""
+    """Files of records with turns or edits (JSON, .jsonl, Parquet, tars), their folders or patterns; paths or URLs."""
     conversations: str | None = None
     """Field with the turns. Default: conversations, messages, conversation or texts."""
     image: str | None = None

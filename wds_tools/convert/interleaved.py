@@ -24,7 +24,7 @@ class InterleavedConfig(MarkedImages):
     help_group = "input"
 
     input: tuple[str, ...]
-    """Files of records with texts and images, such as Parquet, .jsonl or tars; folders of them, or brace patterns."""
+    """Files of records with texts and images (.jsonl, Parquet, tars), their folders or patterns; paths or URLs."""
     text: str | None = None
     """Field with the text, or the list of texts or parts. Default: texts, text_list, or another well-known name."""
     image: str | None = None

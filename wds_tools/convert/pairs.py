@@ -26,7 +26,7 @@ class PairsConfig(PairImages):
     help_group = "input"
 
     input: tuple[str, ...]
-    """.jsonl files, folders of them or brace patterns; one object a line with image_path and text_prompt (or text)."""
+    """Folders of images, or files of records (.jsonl, JSON, CSV, Parquet, tars), their folders or patterns; paths or URLs."""
     image: str | None = None
     """Field with the image: a path, bytes, or what else is read. Default: well-known names in a documented order."""
     text: tuple[str, ...] = ()

@@ -70,7 +70,7 @@ def _no_manifest(store: Store) -> str:
         return f"{store.url}: there is no such folder, or nothing is in it"
     tar = next((name for name in names if name.endswith(TAR_SUFFIX) and not REMOVABLE.fullmatch(name)), None)
     if tar is None or PLAN in names:
-        what = "it is not a dataset, or its conversion did not finish (run the same command with --resume), or a copy of it"
+        what = "it is not a dataset, or making it (run the same command with --resume) or copying it did not finish"
         return f"{store.url} has no {MANIFEST}: {what}"
     return (
         f"{store.url} has no {MANIFEST}, but tars such as {tar}: `wds-tools convert pairs --input {store.url} --output OUTPUT` "
