@@ -184,5 +184,6 @@ def installed(site: Path, module: str) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(site))
         patch.setenv("PYTHONPATH", str(site))
+        if getattr(sys.modules.get(module), "__file__", None) != str(site / f"{module}.py"):
+            sys.modules.pop(module, None)  # of another site; this one's stays, since help looks into the sources of its classes
         yield
-        sys.modules.pop(module, None)

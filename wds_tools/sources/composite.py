@@ -98,7 +98,7 @@ class Containers:
             others = f"; what is there: {counted(len(sizes), 'other file')}, such as {min(sizes)}" if sizes else ""
             if any(name.endswith(ARROW) for name in sizes):
                 others = ": an unfinished save_to_disk: there is no state.json"
-            raise NotFound(f"{url}: no such file, and under a folder of that name no images and no *{', *'.join(SUFFIXES)}{others}")
+            raise NotFound(f"{url}: no such file or folder, or one without images, *{', *'.join(SUFFIXES)}{others}")
         return chosen
 
     def plan(self, files: Sequence[InputFile]) -> tuple[Sequence[LineRange | Units], int]:
