@@ -49,6 +49,11 @@ class WorkerPool:
         self._results: Iterator[StepResult | WdsToolsError] = iter(())
         self._has_answered = False
 
+    def __getstate__(self) -> dict[str, Any]:
+        if self._requests.current:
+            raise UsageError("a loader that was begun can't be copied or sent: its config and state_dict() can")
+        return self.__dict__
+
     def begin(self, requests: Iterable[StepRequest]) -> None:
         """Ask for the steps of a loop.
 
