@@ -63,7 +63,7 @@ class WorkerPool:
         """
         self._requests.current = requests
         self._begin_to_wait()
-        with self._named_death():
+        with self._named_death(), torch.device("cpu"):  # whatever the trainer has for its tensors: workers inherit this
             self._results = iter(self._fetched())
 
     def next(self) -> StepResult:
