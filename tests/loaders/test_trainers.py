@@ -139,9 +139,7 @@ def test_what_the_trainer_of_transformers_would_count_otherwise_is_refused(data:
         run_trainer(data, tmp_path / "other", 6, checkpoint, gradient_accumulation_steps=1, max_grad_norm=0.0)
     with pytest.raises(UsageError, match="ignore_data_skip=True"):
         run_trainer(data, tmp_path / "other", 6, ignore_data_skip=True)
-    with pytest.raises(
-        UsageError, match="training begins: the Trainer counts 0 batches .* the loader is 2 into one"
-    ):
+    with pytest.raises(UsageError, match=r"training begins: the Trainer counts 0 batches .* the loader is 2 into one"):
         run_trainer(data, tmp_path / "other", 1, begun=2)
     (checkpoint / "loader-000001.json").unlink()
     with pytest.raises(UsageError, match="checkpoint-3 has no save of a loader"):
