@@ -108,7 +108,8 @@ class JsonlDataset(Dataset[Item]):
         self._starts, self._ends, self._numbers = self._scan()
         if not len(self._starts):
             raise UsageError(f"{path} holds no records")
-        self._bad = torch.zeros(len(self) if on_error == "substitute" else 0, dtype=torch.bool).share_memory_()  # type: ignore[no-untyped-call]
+        num_flags = len(self) if on_error == "substitute" else 0
+        self._bad = torch.zeros(num_flags, dtype=torch.bool, device="cpu").share_memory_()  # type: ignore[no-untyped-call]
 
     def __len__(self) -> int:
         """Number of records."""

@@ -142,7 +142,7 @@ class _Samples:
         self.world = world
         sources = [open_source(config.sources[0])]
         self.order = SampleOrder(sources, order_spec(sources, config))
-        self._chosen = torch.tensor([0, epoch]).share_memory_()  # type: ignore[no-untyped-call]
+        self._chosen = torch.tensor([0, epoch], device="cpu").share_memory_()  # type: ignore[no-untyped-call]
         """Calls of set_epoch, and the epoch of the last: workers that stay hear of it here."""
         self._heard = 0
         self.epoch = epoch
@@ -154,7 +154,7 @@ class _Samples:
         """Position in the epoch after the samples handed out: a multiple of what ranks and workers take in turn, or the end."""
 
     def set_epoch(self, epoch: int) -> None:
-        self._chosen.copy_(torch.tensor([int(self._chosen[0]) + 1, epoch]))
+        self._chosen.copy_(torch.tensor([int(self._chosen[0]) + 1, epoch], device="cpu"))
         self._hear()
 
     def _hear(self) -> None:

@@ -227,10 +227,10 @@ def flatten(batch: dict[str, Any], pad_multiple: int = 1, num_segments: int | No
         rooms = -(-begins.diff() // pad_multiple) * pad_multiple
         padded = torch.cat([begins[:1], rooms.cumsum(0, dtype=torch.int32)])
         total = int(padded[-1])
-        columns["position_ids"] = (torch.arange(total) - padded[:-1].repeat_interleave(rooms))[None]
+        columns["position_ids"] = (torch.arange(total, device=begins.device) - padded[:-1].repeat_interleave(rooms))[None]
         is_token = columns["position_ids"][0] < begins.diff().repeat_interleave(rooms)
         for name, filler in ("input_ids", 0), ("labels", NOT_TRAINED):
-            columns[name] = torch.full((1, total), filler).masked_scatter_(is_token, columns[name])
+            columns[name] = columns[name].new_full((1, total), filler).masked_scatter_(is_token, columns[name])
     longest = int(padded.diff().max())
     if num_segments is not None:
         if (room := num_segments + 1 - len(begins)) < 0:

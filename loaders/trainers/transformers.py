@@ -121,20 +121,22 @@ class LoaderCallback(TrainerCallback):
         """Go on from the checkpoint that training goes on from.
 
         Raises:
-            UsageError: it has no save, one of other data, or one that stands elsewhere in an epoch than the Trainer.
+            UsageError: it has no save, one of other data, or one that stands elsewhere in an epoch than the Trainer; or training
+                begins, and the loader is in the middle of an epoch.
         """
-        if not state.global_step:
-            return
-        folder = args.resume_from_checkpoint or _checkpoint(args, state)
-        if not self._epoch_loader.loader.resume(folder):
-            raise UsageError(f"{folder} has no save of a loader: was the checkpoint written with a LoaderCallback?")
+        begins, mend = "training begins", "make another loader, or resume_from_checkpoint"
+        if state.global_step:
+            folder = args.resume_from_checkpoint or _checkpoint(args, state)
+            if not self._epoch_loader.loader.resume(folder):
+                raise UsageError(f"{folder} has no save of a loader: was the checkpoint written with a LoaderCallback?")
+            begins = f"{folder} is of update {state.global_step:,}"
+            mend = "keep gradient_accumulation_steps, batch_size and the steps of EpochLoader as they were"
         steps, accumulated = len(self._epoch_loader), args.gradient_accumulation_steps
         counted = state.global_step % -(-steps // accumulated) * accumulated
         if counted != self._epoch_loader.done:
             raise UsageError(
-                f"{folder} is of update {state.global_step:,}: the Trainer counts {counted} batches into an epoch of {steps}, "
-                f"the loader is {self._epoch_loader.done} into one: keep gradient_accumulation_steps, batch_size and the steps "
-                "of EpochLoader as they were"
+                f"{begins}: the Trainer counts {counted} batches into an epoch of {steps}, the loader is "
+                f"{self._epoch_loader.done} into one: {mend}"
             )
 
 

@@ -49,6 +49,11 @@ class WorkerPool:
         self._results: Iterator[StepResult | WdsToolsError] = iter(())
         self._has_answered = False
 
+    def __getstate__(self) -> dict[str, Any]:
+        if self._requests.current:
+            raise UsageError("a loader that was begun can't be copied or sent: its config and state_dict() can")
+        return self.__dict__
+
     def begin(self, requests: Iterable[StepRequest]) -> None:
         """Ask for the steps of a loop.
 
@@ -58,7 +63,7 @@ class WorkerPool:
         """
         self._requests.current = requests
         self._begin_to_wait()
-        with self._named_death():
+        with self._named_death(), torch.device("cpu"):  # whatever the trainer has for its tensors: workers inherit this
             self._results = iter(self._fetched())
 
     def next(self) -> StepResult:

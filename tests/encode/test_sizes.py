@@ -33,6 +33,7 @@ from wds_tools.format.manifest import Manifest
 from wds_tools.format.schema import Sample
 from wds_tools.images import parse_mode, prepare
 from wds_tools.pack.rows import PackConfig, pack
+from wds_tools.select.select import SelectConfig, select
 from wds_tools.vq.registry import load_tokenizer
 
 SIZES = [(90, 60), (60, 90), (64, 64), (120, 62), (130, 60), (300, 40)]
@@ -97,6 +98,19 @@ def test_a_straight_run_has_the_codes_of_two_steps(several: Path, tmp_path: Path
     fill(several.parent / "fit96", tmp_path / "steps", min_pixels=9000)
     for one, two in zip(read_samples(tmp_path / "out"), read_samples(tmp_path / "steps"), strict=True):
         assert np.array_equal(one.codes["vqcode_fit96"], two.codes["vqcode_fit96"])
+
+
+def test_what_was_selected_keeps_the_mode_of_its_inputs_or_asks_for_one(several: Path, tmp_path: Path) -> None:
+    raw = several.parent / "fit96"
+    select(SelectConfig(input=(str(raw),), output=f"{tmp_path}/half", where="sample_index > 0", quiet=True))
+    both = (f"{tmp_path}/half", str(raw))
+    select(SelectConfig(input=both, key_prefix=("a", "b"), output=f"{tmp_path}/both", quiet=True))
+    assert list(fill(tmp_path / "both", tmp_path / "codes").codes) == ["vqcode_fit96"]
+    inputs = (str(raw), str(write_raw(tmp_path, "fit80")))
+    select(SelectConfig(input=inputs, key_prefix=("a", "b"), output=f"{tmp_path}/mixed", quiet=True))
+    with pytest.raises(UsageError, match="mixed: some of it was converted for fit96, some for fit80: say which with --mode"):
+        fill(tmp_path / "mixed", tmp_path / "none")
+    assert list(fill(tmp_path / "mixed", tmp_path / "one", mode="fit80").codes) == ["vqcode_fit80"]
 
 
 def test_a_set_without_codes_becomes_one_of_its_modes_family(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from ranks import on_ranks
 from tokens import write_small_sets
 
-from loaders import LoaderConfig, SequenceConfig, Source, World, build_loader, flatten
+from loaders import LoaderConfig, SequenceConfig, ShardDataset, Source, World, build_loader, flatten
 from wds_tools.errors import UsageError
 from wds_tools.sequences.rows import packed_batch
 
@@ -84,3 +85,26 @@ def test_batches_that_are_no_token_rows_have_no_trained_tokens(data: Path) -> No
     stored = LoaderConfig(sources=(Source(str(data / "texts")),), batch_size=4, trained_tokens=True)
     with pytest.raises(UsageError, match="no token rows"):
         next(iter(build_loader(stored, World())))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_trainers_default_device_changes_nothing(data: Path, num_workers: int) -> None:
+    made = [
+        build_loader(replace(config(data, packing=True), num_workers=num_workers)),
+        build_loader(LoaderConfig(sources=(Source(str(data / "pairs")),), batch_size=4, num_workers=num_workers)),
+    ]
+    rows, samples = (next(iter(loader)) for loader in made)
+    for loader in made:
+        loader.close()
+        loader.load_state_dict(build_loader(loader.config).state_dict())
+    with torch.device("meta"):  # as torch.set_default_device does it
+        again = [next(iter(loader)) for loader in made]
+        dataset = ShardDataset(str(data / "pairs"))
+        dataset.set_epoch(1)
+        assert len(list(dataset)) == dataset.num_samples
+        flat = flatten(again[0], 8)
+    for loader in made:
+        loader.close()
+    assert again[0]["input_ids"].equal(rows["input_ids"])
+    assert again[1]["codes"][0].equal(samples["codes"][0])
+    assert all(flat[name].equal(value) for name, value in flatten(rows, 8).items() if isinstance(value, torch.Tensor))

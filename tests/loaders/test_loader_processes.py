@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import os
@@ -27,7 +28,7 @@ from factory import image_sample, make_dataset, text_sample
 
 from loaders import Loader, LoaderConfig, ShardDataset, Source, World, build_loader
 from wds_tools.dataset.reader import read_manifest
-from wds_tools.errors import WorkerDied
+from wds_tools.errors import UsageError, WorkerDied
 from wds_tools.format.manifest import serialize_manifest
 from wds_tools.format.schema import Sample
 from wds_tools.storage import LocalStore, open_store
@@ -582,6 +583,16 @@ def test_a_loader_that_goes_over_to_its_workers_is_small(url: str) -> None:
     dataset = pickle.loads(pickle.dumps(made._pool._dataset))  # noqa: S301
     assert len(pickle.dumps(dataset)) < 100_000
     assert made.state_dict() == pickle.loads(pickle.dumps(made.state_dict()))  # noqa: S301
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_loader_that_was_begun_is_not_copied_but_says_what_can_be(url: str, num_workers: int) -> None:
+    made = loader(url, num_workers=num_workers)
+    assert keys(pickle.loads(pickle.dumps(made))) == keys(made)  # noqa: S301
+    for copied in (pickle.dumps, copy.deepcopy):
+        with pytest.raises(UsageError, match=r"begun can't be copied or sent: its config and state_dict\(\) can"):
+            copied(made)
+    made.close()
 
 
 @pytest.mark.parametrize("how", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])

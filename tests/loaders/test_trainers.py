@@ -86,14 +86,16 @@ def run_trainer(
     *,
     steps: int | None = 7,
     packing: bool = False,
+    begun: int = 0,
     **settings: Any,
 ) -> tuple[list[tuple[float, float]], dict[str, float]]:
-    """(loss, epoch) of each update of the Trainer of transformers, and what it logs at last."""
+    """(loss, epoch) of each update of the Trainer of transformers, and what it logs at last; some batches were taken before."""
     from transformers import TrainingArguments
 
     from loaders.trainers.transformers import LoaderCallback, LoaderTrainer
 
     rounds = EpochLoader(loader(data, packing=packing), steps=steps)
+    assert len(list(islice(rounds, begun))) == begun
     arguments = TrainingArguments(
         **{
             "output_dir": str(output),
@@ -137,6 +139,8 @@ def test_what_the_trainer_of_transformers_would_count_otherwise_is_refused(data:
         run_trainer(data, tmp_path / "other", 6, checkpoint, gradient_accumulation_steps=1, max_grad_norm=0.0)
     with pytest.raises(UsageError, match="ignore_data_skip=True"):
         run_trainer(data, tmp_path / "other", 6, ignore_data_skip=True)
+    with pytest.raises(UsageError, match=r"training begins: the Trainer counts 0 batches .* the loader is 2 into one"):
+        run_trainer(data, tmp_path / "other", 1, begun=2)
     (checkpoint / "loader-000001.json").unlink()
     with pytest.raises(UsageError, match="checkpoint-3 has no save of a loader"):
         run_trainer(data, tmp_path / "other", 6, checkpoint)

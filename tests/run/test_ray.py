@@ -174,22 +174,27 @@ def passes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str | Pat
     run_conversion(PairsConfig(input=(str(pairs),), output=str(folder / "raw"), task_lines=2, quiet=True))
     turns = [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "That."}]
     talks = write_jsonl(folder / "talks.jsonl", ({"image": f"images/{i}.jpg", "conversations": turns} for i in range(6)))
-    make_dataset(folder / "square", (image_sample(i, side=32) for i in range(9)), codes=PROVENANCE)
+    square = [image_sample(i, side=32) for i in range(9)]
+    make_dataset(folder / "square", square, shard_samples=2, codes=PROVENANCE)
     export_hf(ExportConfig(input=(str(folder / "square"),), output=str(folder / "hf"), num_shards=3, quiet=True))
+    (folder / "labels.jsonl").write_text("".join(f'{{"key": "{sample.key}", "score": 1}}\n' for sample in square[::2]))
     write_small_sets(folder)
-    sets = [folder / "pairs", folder / "texts"]
+    sets, small = [folder / "pairs", folder / "texts"], ("--shard-samples", "2")
     return {
         "pairs": ["convert", "pairs", "--input", pairs, "--task-lines", "2"],
         "sft": ["convert", "conversations", "--input", talks, "--task-lines", "2", "--max-rejects", "50%"],
         "hf": ["convert", "coded", "--input", folder / "hf", "--task-bytes", "1"],
         "encode": ["encode", "--input", folder / "raw", "--device", "cpu", "--shard-samples", "2"],
         "pack": ["pack", "--input", *sets, "--tokenizer", folder / "tokenizer", "--seq-len", "128", "--task-samples", "20"],
+        "select": ["select", "--input", folder / "square", "--unique", "codes", *small],
+        "relabel": ["relabel", "--input", folder / "square", "--with", folder / "labels.jsonl", "--fields", "score", *small],
     }
 
 
-@pytest.mark.parametrize(
-    "name", ["pairs", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sft", "hf", "encode", "pack"))]
-)
+SLOW_PASSES = ("sft", "hf", "encode", "pack", "select", "relabel")
+
+
+@pytest.mark.parametrize("name", ["pairs", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW_PASSES)])
 def test_each_pass_gives_the_bytes_of_a_local_run(
     name: str, cluster: Cluster, passes: dict[str, list[str | Path]], tmp_path: Path
 ) -> None:

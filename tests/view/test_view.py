@@ -600,6 +600,12 @@ def test_an_earlier_pass_that_rejected_is_named_whatever_the_manifest_says(folde
     manifest = read_manifest(open_store(str(copy)))
     for source, expected in (
         ({"input": {"url": "raw", "rejects": {"too_small": 3}}}, [{"url": "raw", "rejects": {"too_small": 3}}]),
+        (
+            {"inputs": [{"url": "a", "rejects": {"dark": 1}, "source": {"input": {"url": "c", "rejects": {}}}}, {"rejects": {}}]},
+            [{"url": "a", "rejects": {"dark": 1}}, {"url": "", "rejects": {}}, {"url": "c", "rejects": {}}],
+        ),
+        ({"inputs": [{"url": "pairs.jsonl", "bytes": 3}]}, []),
+        ({"input": {"rejects": {}, "source": {"inputs": 2}}}, [{"url": "", "rejects": {}}]),
         ({"input": [1]}, []),
         ({"input": {"rejects": 5, "source": "x"}}, []),
     ):

@@ -69,6 +69,20 @@ def test_a_sample_is_opened_left_and_linked_to(watched: Watched) -> None:
 
 
 @pytest.mark.slow
+def test_samples_are_opened_at_random_by_key_and_button(watched: Watched) -> None:
+    page = watched.open("/")
+    keys_shown(page)
+    page.evaluate("() => { let turn = 0; Math.random = () => [0.5, 0.999, 0][turn++]; }")
+    count = len(samples())
+    page.get_by_role("button", name="Random").click()
+    page.wait_for_url(f"**/sample/{count // 2}")
+    for number in (count - 1, 0):
+        page.keyboard.press("r")
+        page.wait_for_url(f"**/sample/{number}")
+        until(page, f"document.querySelector('h1').textContent === '{samples()[number].key}'")
+
+
+@pytest.mark.slow
 def test_the_decoded_picture_the_original_and_the_codes_stand_side_by_side(watched: Watched) -> None:
     page = watched.open("/sample/3")
     page.wait_for_selector(".pane img[alt='the picture decoded from its codes']")

@@ -21,7 +21,7 @@ from wds_tools.dataset.reader import read_manifest, read_shard
 from wds_tools.encode.image_encoder import MODES, ImageEncoder
 from wds_tools.encode.options import TokenizerOptions
 from wds_tools.errors import UsageError
-from wds_tools.format.manifest import Manifest, shard_info_from_json
+from wds_tools.format.manifest import Manifest, ancestors, shard_info_from_json
 from wds_tools.format.schema import IMAGE_EXTENSIONS, MARKED_TYPES, PAIR_TYPES, Sample
 from wds_tools.images import ImageLimits, parse_mode
 from wds_tools.jobs import Job, JobOptions, run_job
@@ -79,7 +79,7 @@ def encode(config: EncodeConfig) -> Manifest:
         cpus=config.remote_cpus,
         keep_images=config.keep_images,
         limits=limits,
-        modes={**_pair_modes(config.mode, manifest.source), **dict.fromkeys(MARKED_TYPES, config.sft_mode)},
+        modes={**_pair_modes(config, manifest.source), **dict.fromkeys(MARKED_TYPES, config.sft_mode)},
     )
     has_codes = sorted({image_encoder.column_of(data_type) for data_type in types}.intersection(manifest.codes))
     if has_codes:
@@ -122,16 +122,24 @@ def encode(config: EncodeConfig) -> Manifest:
     return run_job(job, replace(config, workers=image_encoder.workers))
 
 
-def _pair_modes(word: str | None, source: Mapping[str, Any]) -> dict[str, str]:
-    """Data type -> mode: that of the word for all pairs; None: that which the dataset was converted for."""
-    if word is not None:
-        return dict.fromkeys(PAIR_TYPES, word)
-    while isinstance(before := source.get("input"), Mapping):  # of an encoded one
-        source = before.get("source") or {}
-    plan = source.get("plan")
-    settings = plan.get("settings") if isinstance(plan, Mapping) else None
-    word = settings.get("mode") if isinstance(settings, Mapping) else None
-    return {parse_mode(word).data_type: word} if isinstance(word, str) else {}
+def _pair_modes(config: EncodeConfig, source: Mapping[str, Any]) -> dict[str, str]:
+    """Data type -> mode: that of --mode for all pairs; else those which the datasets that the input goes back to were made for.
+
+    Raises:
+        UsageError: some were converted for one mode, others for another of the same data type.
+    """
+    if config.mode is not None:
+        return dict.fromkeys(PAIR_TYPES, config.mode)
+    modes: dict[str, str] = {}
+    for made in (source, *(parent.get("source") for parent in ancestors(source))):
+        plan = made.get("plan") if isinstance(made, Mapping) and not ancestors(made) else None
+        settings = plan.get("settings") if isinstance(plan, Mapping) else None
+        word = settings.get("mode") if isinstance(settings, Mapping) else None
+        if isinstance(word, str):
+            known = modes.setdefault(parse_mode(word).data_type, word)
+            if known != word:
+                raise UsageError(f"{config.input}: some of it was converted for {known}, some for {word}: say which with --mode")
+    return modes
 
 
 def named_tokenizer(name: str | None) -> str:

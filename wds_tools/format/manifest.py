@@ -283,6 +283,20 @@ def check_one_tokenizer(datasets: Iterable[tuple[str, Manifest, Iterable[str]]])
                 )
 
 
+def ancestors(source: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """What a manifest's `source`, in which anything may stand, says of the datasets that it was made of, and of theirs in turn.
+
+    The nearest come first; each has `rejects`, by reason, and may have `url` and `source`.
+    """
+    found: list[Mapping[str, Any]] = [{"source": source}]
+    for made in found:  # which grows meanwhile
+        if isinstance(earlier := made.get("source"), Mapping):
+            several = earlier.get("inputs")
+            inputs = [earlier.get("input"), *(several if isinstance(several, list | tuple) else ())]
+            found += [each for each in inputs if isinstance(each, Mapping) and isinstance(each.get("rejects"), Mapping)]
+    return found[1:]
+
+
 def shard_info_from_json(record: Mapping[str, Any]) -> ShardInfo:
     """A ShardInfo from its JSON form. Raises FormatError: a field is missing, unknown, or of another type."""
     return shape(ShardInfo, record, "not the row of a shard")

@@ -31,6 +31,7 @@ from wds_tools.check.stats.report import main_part
 from wds_tools.dataset.reader import read_manifest
 from wds_tools.dataset.samples import SampleReader
 from wds_tools.errors import DataError, NotFound, UsageError
+from wds_tools.format.manifest import ancestors
 from wds_tools.format.schema import ANY_MEMBERS
 from wds_tools.sequences.tokenizer import TextTokenizer
 from wds_tools.storage import Store
@@ -55,7 +56,6 @@ _IMAGE_TYPES = {"jpg": "jpeg", "jpeg": "jpeg", "png": "png", "webp": "webp", "gi
 _PIECE_BYTES = 4 << 20
 _MAX_TIFF_PIXELS = 1 << 26
 _REJECTS_COUNT = 100
-_MAX_PASSES = 8
 _KEPT_RANKINGS = 8
 _LOADING = '<main id="main"><div class="state" role="status"><b>Loading</b></div></main>'
 
@@ -307,18 +307,10 @@ class Pages:
 
 
 def _earlier(source: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """What the datasets rejected that this one was made from, one after the other. A manifest may say anything there."""
-    for _ in range(_MAX_PASSES):
-        made_from = source.get("input")
-        if not isinstance(made_from, Mapping):
-            return
-        rejects = made_from.get("rejects")
-        if isinstance(rejects, Mapping):
-            counts = {str(reason): count for reason, count in rejects.items() if type(count) is int}
-            yield {"url": str(made_from.get("url", "")), "rejects": counts}
-        source = made_from.get("source")  # type: ignore[assignment]
-        if not isinstance(source, Mapping):
-            return
+    """What the datasets rejected that this one was made from, one after the other."""
+    for made in ancestors(source):
+        counts = {str(reason): count for reason, count in made["rejects"].items() if type(count) is int}
+        yield {"url": str(made.get("url", "")), "rejects": counts}
 
 
 def _tiff_to_png(data: bytes) -> bytes:
