@@ -19,14 +19,15 @@ from wds_tools.jobs.index_tars import index_tars
 from wds_tools.pack.rows import PackConfig, pack
 from wds_tools.storage import open_store
 
-KINDS = ("tar", "index", "manifest", "rejects")
+KINDS = {".tar": "tar", ".index": "index", ".json": "manifest", ".jsonl": "rejects", ".safetensors": "offsets"}
+"""Suffix -> what a file of a dataset is."""
 
 
 class Flips:
     """See the module."""
 
     def __init__(self, folder: Path) -> None:
-        self._files: dict[str, list[tuple[Path, Path]]] = {kind: [] for kind in KINDS}
+        self._files: dict[str, list[tuple[Path, Path]]] = {kind: [] for kind in KINDS.values()}
         write_samples(folder / "samples")
         write_small_sets(folder / "small")
         inputs = str(folder / "small/pairs"), str(folder / "small/texts")
@@ -40,11 +41,10 @@ class Flips:
         for root in (folder / "samples", folder / "rows", folder / "tars"):
             assert problems(root) == (), "a set is good before a bit of it is flipped"
             for path in sorted(path for path in root.rglob("*") if path.is_file()):
-                kind = path.parent.name if path.parent != root else path.name.rpartition(".")[2].replace("json", "manifest")
-                self._files[kind].append((root, path))
+                self._files[KINDS[path.suffix]].append((root, path))
 
     def plan(self, rng: random.Random, number: int) -> tuple[str, Callable[[], None]]:
-        kind = KINDS[number % len(KINDS)]
+        kind = [*self._files][number % len(KINDS)]
         root, path = rng.choice(self._files[kind])
         at, bit = rng.randrange(path.stat().st_size), rng.randrange(8)
         return f"{kind}, {path.relative_to(root.parent)}, byte {at}, bit {bit}", lambda: check_flip(root, path, at, bit)
