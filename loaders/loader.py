@@ -300,7 +300,7 @@ class Loader:
             stop: number of the first step behind them.
 
         Raises:
-            UsageError: the run is past them, or they are none; or rows are packed on the fly.
+            UsageError: the run is past them, they are none, or millions of epochs away; or rows are packed on the fly.
         """
         if (start, stop) in self._skips:
             return
@@ -313,6 +313,7 @@ class Loader:
                 f"skip({start}, {stop}): the run stands at step {self.step}: give steps that are still to come, first < stop; "
                 "to leave out what was handed over, load a state from before it"
             )
+        position_at(self._epochs, self._here, stop)  # refused before anything changes
         self._loop += 1
         self._skips = tuple(sorted((*self._skips, (start, stop))))
         if start == self.step:

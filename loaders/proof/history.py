@@ -96,7 +96,7 @@ class Run:
 
     @classmethod
     def open(cls, url: str, moved: Sequence[str] = (), exclude: str | None = None) -> Run:
-        """Read a state, that of an EpochLoader too, or a receipt, from its JSON file, and the manifests of its data.
+        """Read a state, that of an EpochLoader or of a save too, or a receipt, from its JSON file, and the manifests of its data.
 
         Args:
             url: the file.
@@ -113,7 +113,8 @@ class Run:
         if "spans" in document:
             record: Record = parse_receipt(data, url)
         else:
-            state = shape(dict[str, Any], document.get("loader", document), f"{url}: not the state of a loader")
+            inner = document.get("loader", document.get("state", document))
+            state = shape(dict[str, Any], inner, f"{url}: not the state of a loader")
             record = saved = read_state(state)
             if "packing" in state:
                 raise UsageError(

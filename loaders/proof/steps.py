@@ -17,6 +17,8 @@ from loaders.order.partition import BatchPartition
 from loaders.proof.state import Record, Start
 from wds_tools.errors import UsageError
 
+_MAX_EPOCHS = 1 << 22
+"""Epochs from a start on that are followed: more come of no run, but of a step that was mistyped or a damaged state."""
 Skip = tuple[int, int]
 """See Record.skips."""
 
@@ -43,7 +45,7 @@ def ahead(epochs: Epochs, start: Start, skips: Iterable[Skip]) -> Iterator[StepS
         skips: of the run; those behind the start are left out.
 
     Raises:
-        UsageError: an epoch has no batch of the start's size.
+        UsageError: an epoch has no batch of the start's size, or the steps are of more epochs than are followed.
     """
     for first, end in sorted(skip for skip in skips if skip[0] > start.step):
         yield from _until(_unbroken(epochs, start), first)
@@ -56,7 +58,7 @@ def position_at(epochs: Epochs, start: Start, step: int) -> int:
     for span in _unbroken(epochs, start):
         if step < span.step + span.num_steps:
             return epochs.start(span.epoch) + span.steps.start + (step - span.step) * start.batch_size
-    raise AssertionError("a run has no last step")
+    raise AssertionError("_unbroken ends by an error")
 
 
 def history(epochs: Epochs, record: Record, step: int) -> Iterator[StepSpan]:
@@ -75,15 +77,16 @@ def skipped(epochs: Epochs, record: Record) -> Iterator[tuple[int, int]]:
 
 
 def _unbroken(epochs: Epochs, start: Start) -> Iterator[StepSpan]:
-    epoch, place = epochs.at(start.position)
+    first, place = epochs.at(start.position)
     step = start.step
-    while True:
+    for epoch in range(first, first + _MAX_EPOCHS):
         steps = BatchPartition(epochs.length(epoch), place, start.batch_size, start.last_batch, start.world_size)
         if len(steps):
             yield StepSpan(start, step, len(steps), epoch, steps)
         elif not place:
             raise UsageError(f"epoch {epoch} has {steps.length} samples, less than a batch of {start.batch_size}")
-        step, epoch, place = step + len(steps), epoch + 1, 0
+        step, place = step + len(steps), 0
+    raise UsageError(f"step {step:,} is {_MAX_EPOCHS:,} epochs behind step {start.step:,}, and a later one was asked for")
 
 
 def _until(spans: Iterable[StepSpan], end: int) -> Iterator[StepSpan]:

@@ -63,6 +63,17 @@ def test_at_says_keys_texts_sources_and_damage_and_seen_finds_the_step_again(
     assert "its bytes are damaged" in capsys.readouterr().out
 
 
+def test_a_save_is_asked_as_its_state_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_dataset(tmp_path / "text", map(text_sample, range(8)))
+    loader = build_loader(LoaderConfig(sources=(Source(str(tmp_path / "text")),), batch_size=2), World())
+    keys = next(iter(loader))["__key__"]
+    loader.save(tmp_path / "run")
+    save = str(tmp_path / "run/loader-000001.json")
+    assert [sample["key"] for sample in asked(capsys, "at", save, "--step", "0")["samples"]] == keys
+    (one,) = asked(capsys, "seen", keys[1], "--state", save)["samples"]
+    assert one["seen"][0]["step"] == 0
+
+
 def test_keys_that_several_datasets_have_need_their_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in "ab":
         make_dataset(tmp_path / name, map(text_sample, range(8)), shard_samples=3)

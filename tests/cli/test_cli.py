@@ -200,6 +200,8 @@ def test_options_of_many_commands_are_under_the_same_heading_in_all() -> None:
         (["encode", "--tokeniser=x"], "unknown option --tokeniser: did you mean --tokenizer?"),
         (["verify", "a", "--frobnicate"], "unknown option --frobnicate: there is none like it"),
         (["verify", "a", "b"], "'b' is one word too many"),
+        (["verify", "a", "--", "-b"], "'-b' is one word too many"),
+        (["verify", "a", "--json=yes"], "--json: it takes no value, got 'yes'"),
         (["index", "a", "--workers"], "--workers: expected one argument"),
         (["index", "a", "--workers", "many"], "--workers 'many': expected a whole number"),
         (["encode", "--input", "a", "--output", "b", "--precision", "bf61"], "--precision 'bf61': did you mean bf16? expected"),
@@ -222,6 +224,11 @@ def test_a_name_that_nothing_has_is_answered_with_one_that_is_like_it(tmp_path: 
 def test_an_option_of_several_words_may_be_given_several_times() -> None:
     config = parse(load_command(("convert", "documents")).Config, ["--input", "a", "b", "--output", "o", "--input=c"])
     assert config.input == ("a", "b", "c")
+
+
+def test_behind_two_dashes_come_words_alone() -> None:
+    config = parse(load_command(("audit",)).Config, ["--show", "3", "a", "--", "--quick", "--"])
+    assert (config.input, config.show, config.quick) == (("a", "--quick", "--"), 3, False)
 
 
 def test_codes_of_which_the_manifest_says_little_are_described_all_the_same(

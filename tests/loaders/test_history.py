@@ -273,3 +273,21 @@ def test_a_last_batch_that_was_filled_up_before_a_change_or_a_mask_is_audited_as
     run.go_on(after, 9, change="future")
     check(run, run.asked(exclude=str(tmp_path / "ids.txt")))
     assert run.audited(exclude=str(tmp_path / "ids.txt")).is_exact()
+
+
+def test_steps_that_no_run_comes_to_are_refused_in_place_of_counting_epochs_without_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loaders.proof.steps._MAX_EPOCHS", 100)
+    wanted = config(Source(make(tmp_path, "a", 8)))  # two steps an epoch
+    run = Run()
+    run.go_on(wanted, 1)
+    assert run.state is not None
+    assert run.asked().at(197).epoch == 98
+    with pytest.raises(UsageError, match=r"step 200 is 100 epochs behind step 0, and a later one was asked for"):
+        run.asked().at(10**20)
+    loader = build_loader(wanted, World())
+    for first in (0, 5):
+        with pytest.raises(UsageError, match="100 epochs"):
+            loader.skip(first, 10**20)
+    assert (loader.step, loader.position, loader.state_dict()["skips"]) == (0, 0, [])

@@ -17,6 +17,7 @@ from loaders.reading.source import SourceReader, bytes_of
 from wds_tools.dataset.layout import OFFSETS
 from wds_tools.errors import FormatError, NotFound, UsageError
 from wds_tools.format.manifest import parse_manifest, serialize_manifest
+from wds_tools.format.offsets import Groups
 from wds_tools.jobs.index_tars import rebuild_indices
 from wds_tools.storage import open_store
 from wds_tools.storage.objects import ObjectStore
@@ -120,6 +121,21 @@ def test_wrong_offsets_cost_requests_and_never_another_sample(url: str, by: int)
         data[at : at + 4] = (offset + by if offset else 0).to_bytes(4, "little")
     store.put(OFFSETS, bytes(data))
     wrong = loader(url, memory_bytes=200_000, scarce_memory=True)
+    assert list(rows(wrong)) == good
+    assert wrong.stats()["misplaced"] > 0
+
+
+def test_offsets_that_fit_whole_samples_of_other_numbers_are_not_taken(url: str) -> None:
+    url += "-even"
+    manifest = make_dataset(url, (image_sample(number, side=16) for number in range(COUNT)), shard_samples=100)
+    store = open_store(url)
+    data = store.read(OFFSETS)
+    first, second = (int.from_bytes(data[at : at + 4], "little") for at in (128, 132))
+    per_sample = (second - first) // Groups(manifest).span(0, 0, 1).group_samples
+    good = list(rows(loader(url)))
+    later = (int.from_bytes(data[at : at + 4], "little") + per_sample for at in range(128, len(data), 4))
+    store.put(OFFSETS, data[:128] + b"".join(offset.to_bytes(4, "little") for offset in later))
+    wrong = loader(url)
     assert list(rows(wrong)) == good
     assert wrong.stats()["misplaced"] > 0
 

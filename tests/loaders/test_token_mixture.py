@@ -93,3 +93,12 @@ def test_simulate_tells_the_tokens_of_each_source(data: Path, capsys: pytest.Cap
     assert main(words) == 0
     assert "60 samples, " in (said := capsys.readouterr().out)
     assert "3,840 of images" in said
+
+
+def test_index_says_the_tokens_in_lines_and_in_json(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["index", str(data / "pairs"), "--tokens", str(data / "tokenizer"), "--quiet"]
+    assert main([*words, "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["image_tokens"] == 60 * 64
+    assert main(words) == 0
+    assert f"tokens: {record['text_tokens']:,} of texts, 3,840 of images" in capsys.readouterr().out

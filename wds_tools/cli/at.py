@@ -31,7 +31,7 @@ class Config(PagesConfig, Printed):
     Nothing was logged for this: the order is arithmetic, and a state or receipt says all that it depends on."""
 
     input: Positional[str]
-    """A state or a receipt of the run, as JSON. If the step came later, the run is taken to have gone on as it was then."""
+    """A state, save or receipt of the run, as JSON. If the step came later, the run is taken to have gone on as it was then."""
     step: int
     """Number of the step in the training, from 0: the batches handed over before it."""
     rank: int | None = None

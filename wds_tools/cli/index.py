@@ -50,10 +50,12 @@ def run(config: Config) -> int:
         f"{manifest.samples / elapsed_s:,.0f} samples/s",
         f"schema: {describe_samples(manifest)}",
     ]
+    record = dataset_record(config.input, manifest)
     if counted_tokens is not None:
-        lines.append(f"tokens: {counted_tokens:,} of texts, {sum(shard.num_codes for shard in manifest.shards):,} of images")
+        record |= {"text_tokens": counted_tokens, "image_tokens": sum(shard.num_codes for shard in manifest.shards)}
+        lines.append(f"tokens: {counted_tokens:,} of texts, {record['image_tokens']:,} of images")
     if passed_over:
         what = counted(passed_over, "member that is", "members that are")
         lines.append(f"passed over: {what} no part of a sample: hidden ones, without a suffix, or links")
-    show(config, dataset_record(config.input, manifest), lines)
+    show(config, record, lines)
     return 0

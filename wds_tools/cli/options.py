@@ -137,11 +137,11 @@ def _option(field: dataclasses.Field[Any], hint: Any, home: type) -> Option:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UsageError(message.removeprefix("argument "))
+        raise UsageError(message.removeprefix("argument ").replace("ignored explicit argument", "it takes no value, got"))
 
 
 def parse(config: Any, args: Sequence[str]) -> Any:
-    """The config that arguments say. An option that takes several words may be given several times.
+    """The config that arguments say. An option that takes several words may be given several times; none comes behind `--`.
 
     Raises:
         UsageError: an option is unknown or missing, a word is no value of its option, or the config refuses the values.
@@ -153,11 +153,13 @@ def parse(config: Any, args: Sequence[str]) -> Any:
             action = "store_true" if option.kind is bool else "extend" if option.count == "*" else "store"
             how: dict[str, Any] = {"nargs": option.count} if option.count else {}
             parser.add_argument(option.flag, dest=option.name, action=action, **how)
-    given, rest = parser.parse_known_args(args)
+    end = list(args).index("--") if "--" in args else len(args)
+    given, rest = parser.parse_known_args(args[:end])
     found = vars(given)
     if unknown := next((word.partition("=")[0] for word in rest if word.startswith("--")), ""):
         close = meant(unknown, (option.flag for option in options)) or "there is none like it"
         raise UsageError(f"unknown option {unknown}: {close.strip()}")
+    rest += args[end + 1 :]
     for option in options:
         if option.is_positional and rest:
             found[option.name], rest = (rest, []) if option.count else (rest[0], rest[1:])

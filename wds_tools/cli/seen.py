@@ -28,7 +28,7 @@ class Config(Printed):
     keys: str | None = None
     """File of keys, one a line; where several datasets of the run have a key, DATASET<tab>KEY."""
     state: str
-    """A state or a receipt of the run, as JSON."""
+    """A state, a save or a receipt of the run, as JSON."""
     source: tuple[str, ...] = ()
     """Where data of the run lies that is no longer at the URL in the state. It is recognised by its fingerprint."""
     exclude: str | None = None

@@ -4,7 +4,8 @@
 
 The file is read in parts, each once for all threads: of 1 MiB as long as it fits OFFSETS_BYTES and may stay in memory, else small
 ones, so that a request for samples costs little more than its own bytes.
-Invariant: whoever reads by a Place finds whole samples there, as many, or the offsets are not those of the shard.
+Invariant: whoever reads by a Place finds whole samples there, as many, or the offsets are not those of the shard. A file that is
+one part is taken only if it has the manifest's hash: offsets of another dataset may fit whole samples, of other numbers.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from wds_tools.dataset.layout import OFFSETS
 from wds_tools.errors import FormatError, NotFound
 from wds_tools.format.manifest import Manifest
-from wds_tools.format.offsets import HEAD_BYTES, OFFSET_BYTES, Groups
+from wds_tools.format.offsets import HEAD_BYTES, OFFSET_BYTES, Groups, hash_offsets
 from wds_tools.format.tar import BLOCK
 from wds_tools.storage import Store, join
 from wds_tools.storage.recent import Recent
@@ -53,6 +54,7 @@ class OffsetsReader:
 
     def __init__(self, store: Store, manifest: Manifest, fetch: Callable[[str, int, int, int], Any]) -> None:
         self._url, self._shards, self._fetch = join(store.url, OFFSETS), manifest.shards, fetch
+        self._hash = manifest.offsets_hash
         self._groups = Groups(manifest)
         self._part = part_bytes(self._groups.file_bytes) // OFFSET_BYTES
         self._parts: Recent[int, NDArray[np.uint32]] = Recent(OFFSETS_BYTES, lambda part: part.nbytes)
@@ -84,9 +86,14 @@ class OffsetsReader:
         size = self._groups.file_bytes
         begin = HEAD_BYTES + number * self._part * OFFSET_BYTES
         try:
-            return np.frombuffer(self._fetch(OFFSETS, begin, min(begin + self._part * OFFSET_BYTES, size), size), "<u4")
+            data = self._fetch(OFFSETS, begin, min(begin + self._part * OFFSET_BYTES, size), size)
         except NotFound as error:
             raise NotFound(f"{self._url} is missing: copy it, or write it with `wds-tools index`") from error
+        offsets = np.frombuffer(data, "<u4")
+        is_whole = len(data) == size - HEAD_BYTES
+        if is_whole and hash_offsets(self._groups.head + bytes(data)) != self._hash:
+            return np.full_like(offsets, ~np.uint32(0))  # beyond the end of any tar, so that nothing is located
+        return offsets
 
 
 def part_bytes(file_bytes: int) -> int:
