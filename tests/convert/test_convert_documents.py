@@ -132,7 +132,7 @@ def test_no_inputs_are_named(tmp_path: Path) -> None:
         convert(tmp_path / "out", tmp_path / "nowhere")
     (tmp_path / "in").mkdir()
     (tmp_path / "in/notes.md").write_text("no")
-    with pytest.raises(NotFound, match=r"no \*\.jsonl, .*what is there: 1 other file, such as notes\.md"):
+    with pytest.raises(NotFound, match=r"one without images, \*\.jsonl, .*what is there: 1 other file, such as notes\.md"):
         convert(tmp_path / "out", tmp_path / "in")
     with pytest.raises(UsageError):
         convert(tmp_path / "out")

@@ -128,7 +128,7 @@ def test_a_folder_that_is_no_dataset_is_refused_with_what_to_do(tmp_path: Path) 
     with pytest.raises(NotFound, match="there is no such folder, or nothing is in it"):
         ShardDataset(str(tmp_path))
     (tmp_path / "notes.txt").write_text("x")
-    with pytest.raises(NotFound, match=r"has no manifest\.json: it is not a dataset, or its conversion did not finish"):
+    with pytest.raises(NotFound, match=r"has no manifest\.json: it is not a dataset, or making it .*did not finish"):
         ShardDataset(str(tmp_path))
 
 
