@@ -44,7 +44,7 @@ from wds_tools.dataset.layout import (
 )
 from wds_tools.dataset.lease import Lease, Part, files_of
 from wds_tools.dataset.writer import TaskResult
-from wds_tools.errors import FormatError, NotFound, StorageError, UsageError
+from wds_tools.errors import FormatError, NotFound, StorageError, UsageError, WorkerDied
 from wds_tools.format.manifest import (
     FORMAT,
     INDEX_COMMAND,
@@ -122,7 +122,7 @@ class Output:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         assert self._lease is not None
-        if kind is not None and issubclass(kind, KeyboardInterrupt) and self.part is None:  # else other parts write there too
+        if isinstance(error, KeyboardInterrupt | WorkerDied) and self.part is None:  # else other parts write there too
             with suppress(StorageError):
                 self.check()
                 self.store.clean_temp()  # workers were killed in the midst of writing
@@ -214,13 +214,22 @@ class Output:
             again = "run with --resume, or the part again, which makes them again"
             raise FormatError(f"{describe_changed(self.store, changed)}: {again}")
         manifest = self.manifest(results[task] for task in range(num_tasks))
-        kept = {name: offsets for result in results.values() for name, offsets in result.offsets.items()}
-        marked = (np.frombuffer(base64.b64decode(kept[shard.name]), "<u4") for shard in manifest.shards)
+        marked = (offsets for task in range(num_tasks) for offsets in self._marked(task, results[task]))
         self.check()
         manifest = put_offsets(self.store, manifest, marked)
         self.store.put(MANIFEST, serialize_manifest(manifest))
         _drop_working_files(self.store)
         return manifest
+
+    def _marked(self, task: int, result: TaskResult) -> list[NDArray[np.uint32]]:
+        """What a task has marked of its shards, for the offsets file."""
+        try:
+            return [np.frombuffer(base64.b64decode(result.offsets[shard.name]), "<u4") for shard in result.shards]
+        except (KeyError, ValueError) as error:
+            raise FormatError(
+                f"{self.store.url}/{marker_name(task)}: the offsets of its shards are not what a task writes down: remove this "
+                "file and run with --resume, or the part again, which does the task again"
+            ) from error
 
     def discard(self) -> None:
         """Remove all that was made, under the lease: for a run that came to nothing."""
