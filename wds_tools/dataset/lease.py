@@ -18,6 +18,7 @@ import socket
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,7 +28,7 @@ from typing import Any, Self
 import orjson
 
 from wds_tools.dataset.layout import LABELS, LEASES
-from wds_tools.errors import FormatError, NotFound, StorageError, UsageError
+from wds_tools.errors import FormatError, NotFound, StorageError, UsageError, WorkerDied
 from wds_tools.format.typed_json import read_json
 from wds_tools.storage import Store
 from wds_tools.terminal import say
@@ -105,6 +106,10 @@ class Lease:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if isinstance(error, KeyboardInterrupt | WorkerDied) and self._part is None:  # else other parts write there too
+            with suppress(StorageError):
+                self.check()
+                self._store.clean_temp()  # something was stopped in the midst of writing
         self._leave()
 
     def check(self) -> None:

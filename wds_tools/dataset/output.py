@@ -19,7 +19,6 @@ import base64
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Annotated, Any, Self
@@ -44,7 +43,7 @@ from wds_tools.dataset.layout import (
 )
 from wds_tools.dataset.lease import Lease, Part, files_of
 from wds_tools.dataset.writer import TaskResult
-from wds_tools.errors import FormatError, NotFound, StorageError, UsageError, WorkerDied
+from wds_tools.errors import FormatError, NotFound, UsageError
 from wds_tools.format.manifest import (
     FORMAT,
     INDEX_COMMAND,
@@ -122,10 +121,6 @@ class Output:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         assert self._lease is not None
-        if isinstance(error, KeyboardInterrupt | WorkerDied) and self.part is None:  # else other parts write there too
-            with suppress(StorageError):
-                self.check()
-                self.store.clean_temp()  # workers were killed in the midst of writing
         self._lease.__exit__(kind, error, trace)
 
     def check(self) -> None:
