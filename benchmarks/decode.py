@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 import torch
 import webdataset as wds
-from megatron.energon import Cooker, DefaultTaskEncoder, SampleDecoder, WorkerConfig, get_loader, get_train_dataset, stateless
+from megatron.energon import Cooker, DefaultTaskEncoder, SampleDecoder, stateless
 from PIL import Image
 
-from benchmarks.peers.energon import prepare
+from benchmarks.peers.energon import prepare, read
 from loaders import LoaderConfig, Source, World, build_loader
 from wds_tools.dataset.output import Output, OutputSpec
 from wds_tools.dataset.writer import ShardLimits, TaskWriter
@@ -93,16 +93,7 @@ class Encoder(DefaultTaskEncoder):
 
 
 def energon(folder: Path) -> Iterator[torch.Tensor]:
-    dataset = get_train_dataset(
-        folder / "energon",
-        batch_size=BATCH,
-        shuffle_buffer_size=1000,
-        max_samples_per_sequence=100,
-        worker_config=WorkerConfig(rank=0, world_size=1, num_workers=0),
-        task_encoder=Encoder(),
-        repeat=False,
-    )
-    yield from get_loader(dataset)
+    yield from read(folder / "energon", Encoder(), BATCH)
 
 
 WAYS: dict[str, Callable[[Path], Iterator[torch.Tensor]]] = {"ours": ours, "webdataset": webdataset, "energon": energon}

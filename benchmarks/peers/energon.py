@@ -68,25 +68,26 @@ class Encoder(DefaultTaskEncoder):
 
 def samples(folder: Path) -> Iterator[Text]:
     """The samples of each batch, one by one: without batches, its loader collects garbage after every tenth sample."""
-    for pairs in _loader(folder):
+    for pairs in read(folder, Encoder(), BATCH):
         yield from pairs
 
 
 def batches(folder: Path) -> Iterator[tuple[list[str], torch.Tensor]]:
     """One epoch in batches."""
-    for pairs in _loader(folder):
+    for pairs in read(folder, Encoder(), BATCH):
         texts, codes = zip(*pairs, strict=True)
         yield list(texts), stack_codes(codes)
 
 
-def _loader(folder: Path) -> Any:
+def read(folder: Path, encoder: DefaultTaskEncoder, batch_size: int) -> Any:
+    """Its loader of one epoch, in this process."""
     dataset = get_train_dataset(
         folder,
-        batch_size=BATCH,
+        batch_size=batch_size,
         shuffle_buffer_size=1000,
         max_samples_per_sequence=100,
         worker_config=WorkerConfig(rank=0, world_size=1, num_workers=0),
-        task_encoder=Encoder(),
+        task_encoder=encoder,
         repeat=False,
     )
     return get_loader(dataset)

@@ -25,7 +25,7 @@ def count_tokens(opened: OpenSource, tokenizer: str) -> tuple[int, int]:
             f"the tokens of {opened.store.url} have not been counted by this tokenizer, or it has changed since: "
             f"wds-tools index {opened.source.url} --tokens {tokenizer}"
         )
-    return count.text_tokens, sum(shard.num_codes for shard in opened.manifest.shards)
+    return count.text_tokens, opened.manifest.num_codes
 
 
 def mean_tokens_of(opened: OpenSource, config: LoaderConfig) -> float:

@@ -66,7 +66,7 @@ def _row_bytes(config: LoaderConfig, opened: OpenSource) -> float:
     if config.sequences is not None:
         return config.sequences.max_length * _TOKEN_BYTES
     widest = max((max(layout.npy_dtype.itemsize, 2) for layout in manifest.layouts.values()), default=2)
-    return sum(row.num_codes for row in manifest.shards) / max(manifest.samples, 1) * widest
+    return manifest.num_codes / max(manifest.samples, 1) * widest
 
 
 def tell_of_failures(_: int = 0, *, wrapped: bool = False) -> None:

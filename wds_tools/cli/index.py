@@ -52,7 +52,7 @@ def run(config: Config) -> int:
     ]
     record = dataset_record(config.input, manifest)
     if counted_tokens is not None:
-        record |= {"text_tokens": counted_tokens, "image_tokens": sum(shard.num_codes for shard in manifest.shards)}
+        record |= {"text_tokens": counted_tokens, "image_tokens": manifest.num_codes}
         lines.append(f"tokens: {counted_tokens:,} of texts, {record['image_tokens']:,} of images")
     if passed_over:
         what = counted(passed_over, "member that is", "members that are")

@@ -119,6 +119,11 @@ class Manifest:
         return sum(shard.bytes for shard in self.shards)
 
     @cached_property
+    def num_codes(self) -> int:
+        """Codes of all images."""
+        return sum(shard.num_codes for shard in self.shards)
+
+    @cached_property
     def group_samples(self) -> int:
         """Samples of a group: the largest power of two of them that has 32 KiB on average, at least 1. What is read together is
         whole groups of a shard, counted from its first sample."""

@@ -28,7 +28,7 @@ def codebook_size_of(
     given, template = config.codebook_size, find_template(config.template)
     found: dict[tuple[object, ...], str] = {}
     for manifest, url, name in zip(manifests, urls, names, strict=True):
-        if not any(row.num_codes for row in manifest.shards):
+        if not manifest.num_codes:
             continue
         told: list[tuple[object, ...]] = []
         for column, one in chosen_codes(manifest.codes, name).items():
