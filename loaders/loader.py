@@ -50,9 +50,11 @@ def build_loader(config: LoaderConfig, world: World | None = None) -> Loader:
         world: this process among the training processes; by default World.detect(), compared with torch.distributed at the
             first batch.
 
+    Returns:
+        The loader; nothing is read of the samples yet.
+
     Raises:
-        NotFound, FormatError: a source is no dataset.
-        UsageError: the settings do not fit the data or the world.
+        NotFound, FormatError, UsageError: see Loader.
     """
     return Loader(config, world or World.detect())
 
@@ -66,6 +68,14 @@ class Loader:
     grids in `codes`, and of images in `image`, one for each `<image>`. Sources without our schema give `__key__`, `__source__`,
     and the members' bytes by suffix, as lists. Batches of token rows are described in docs/training.md.
     A loop that was left goes on where it stopped; of an evaluation, each begins from the start. Use from one thread.
+
+    Args:
+        config: what to read.
+        world: this process among the training processes.
+
+    Raises:
+        NotFound, FormatError: a source is no dataset.
+        UsageError: the settings do not fit the data or the world.
     """
 
     def __init__(self, config: LoaderConfig, world: World) -> None:
