@@ -2,8 +2,8 @@
 
     a diagram -> boxes (x, y, width, lines) and arrows (points, label) -> docs/NAME.svg
 
-All are 440 units wide, so that a phone of 360 px shows them whole and readable. A test in a browser measures that every text lies in
-its box and every box in the picture.
+All are 440 units wide, so that a phone of 360 px shows them whole and readable. A test in a browser checks that every text is inside
+its box, and every box inside the picture.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ class Drawing:
 
     def svg(self) -> str:
         height = self.height + PAD
-        head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" role="img">'
+        size = f'viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}"'
+        head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">'
         tip = '<marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
         tip += '<path d="M0,0 L8,4 L0,8 Z" fill="#555"/></marker>'
         shapes = "\n".join(self.shapes)

@@ -307,6 +307,12 @@ def test_the_page_on_the_flow_says_for_a_dozen_tasks_in_which_files_they_begin()
     assert [name for row in rows for name in row if not (ROOT / name).is_file()] == []
 
 
+def test_the_files_that_contributing_names_are_there() -> None:
+    named = re.findall(r"`((?:wds_tools|loaders|tests|docs|examples)/[\w/]+\.\w+)`", (ROOT / "CONTRIBUTING.md").read_text())
+    assert len(named) > 8
+    assert [name for name in named if "NAME" not in name and not (ROOT / name).is_file()] == []
+
+
 def test_every_row_of_the_page_on_reliability_names_a_test() -> None:
     rows = [line for line in (ROOT / "docs/reliability.md").read_text().splitlines() if line.startswith("| ")]
     headers = [row for row in rows if row.endswith("| test |")]
