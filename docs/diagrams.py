@@ -2,8 +2,8 @@
 
     a diagram -> boxes (x, y, width, lines) and arrows (points, label) -> docs/NAME.svg
 
-All are 440 units wide, so that a phone of 360 px shows them whole and readable. A test in a browser checks that every text is inside
-its box, and every box inside the picture.
+All are 440 units wide, so that a phone of 360 px shows them whole and readable. A test in a browser checks that every text is
+inside its box, and every box inside the picture.
 """
 
 from __future__ import annotations
