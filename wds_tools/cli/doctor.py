@@ -21,8 +21,8 @@ import torch
 from wds_tools import __version__
 from wds_tools.cli.options import Positional
 from wds_tools.cli.summary import Printed, show
+from wds_tools.dataset.files import check_complete
 from wds_tools.dataset.layout import MANIFEST, PLAN
-from wds_tools.dataset.output import check_complete
 from wds_tools.dataset.reader import read_manifest
 from wds_tools.errors import FormatError, NotFound, WdsToolsError
 from wds_tools.plugins import Names
