@@ -165,14 +165,15 @@ def _place(url: str, write: bool) -> _Fact:
     name = redact(url)
     try:
         store = open_store(url)
-        begun = time.monotonic()
-        what = _read(store, write)
-        found = f"readable in {1000 * (time.monotonic() - begun):,.0f} ms: {what}"
-        if write:
+        writable = ""
+        if write:  # first, since some servers make a bucket on the way
             begun = time.monotonic()
             store.put(_PROBE, b"written by wds-tools doctor, to be deleted at once")
             store.delete(_PROBE)
-            found += f"; writable in {1000 * (time.monotonic() - begun):,.0f} ms"
+            writable = f"; writable in {1000 * (time.monotonic() - begun):,.0f} ms"
+        begun = time.monotonic()
+        what = _read(store, write)
+        found = f"readable in {1000 * (time.monotonic() - begun):,.0f} ms: {what}{writable}"
     except WdsToolsError as error:
         return _Fact(name=name, text=str(error), is_fine=False)
     return _Fact(name=name, text=found)
