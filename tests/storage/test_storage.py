@@ -707,7 +707,7 @@ def test_a_server_that_is_not_there_is_given_up_in_time(s3: S3Server, monkeypatc
             StorageError, match=r"no answer in [\d.]+ s of trying \(WDS_TOOLS_RETRY_S=1\).*AWS_ENDPOINT_URL.*refused"
         ):
             use()
-        assert time.monotonic() - start < 5
+        assert time.monotonic() - start < 30  # without the variable it is three minutes
 
 
 @pytest.mark.parametrize(
