@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import shutil
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -20,6 +23,25 @@ for number, handler in (
 ):
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, handler)
+
+
+# A run starts hundreds of Pythons: they share what is compiled, also where the shell says not to keep it.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported is no garbage: a collection looks at what tests made."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def what_a_file_leaves_open_is_its_own_fault() -> Iterator[None]:
+    """Files, sockets and processes that lie unclosed in cycles fail a test of the file that left them, none that comes later."""
+    yield
+    gc.collect()
+    gc.freeze()  # what is left is kept: the next file need not look at it
 
 
 @pytest.fixture(scope="session")

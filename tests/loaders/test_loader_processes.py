@@ -38,7 +38,7 @@ pytestmark = pytest.mark.timeout(110)
 
 COUNT = 300
 WATCHDOG_S = 40.0
-"""torch's workers look every 5 s whether their parent lives; room for a slow machine."""
+"""torch's workers look every 5 s whether their parent lives (every second in SCRIPT); room for a slow machine."""
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,10 @@ def shared_memory(pids: Iterable[int]) -> list[str]:
 
 SCRIPT = """
 import json, os, sys, time
+import torch.utils.data._utils.worker
 from loaders import LoaderConfig, Source, World, build_loader
+
+torch.utils.data._utils.worker.MP_STATUS_CHECK_INTERVAL = 1.0  # how often a worker looks whether its parent lives
 
 def main():
     url, how = sys.argv[1:]
