@@ -125,8 +125,8 @@ def test_wrong_arguments_are_status_2_without_a_traceback(args: list[str], capsy
         (["convert", "documents"], "missing: --input, --output (wds-tools convert documents --help says more)"),
         (
             ["audit"],
-            "missing: folders or URLs with saves of a loader, of which the newest counts; or receipts of all ranks and restarts: "
-            ".json files, or folders of them (wds-tools audit --help says more)",
+            "missing: folders or URLs with saves of a loader, of which the newest counts; or the receipts of all ranks and "
+            "restarts, as .json files or folders of these (wds-tools audit --help says more)",
         ),
         (
             ["export", "hf", "--input", "a", "--output", "b", "--format", "x"],

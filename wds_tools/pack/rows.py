@@ -40,7 +40,7 @@ _PACKED_ALREADY = "train on the rows as they are, or pack those datasets again i
 
 @dataclass(frozen=True, kw_only=True)
 class PackConfig(JobOptions):
-    """Pack datasets into shards of token rows of one length, so that training tokenizes nothing."""
+    """Pack datasets into shards of token rows of one length, so that training does not tokenize."""
 
     help_group = "token rows"
 
@@ -51,19 +51,20 @@ class PackConfig(JobOptions):
     seq_len: int
     """Tokens of a row."""
     seed: int = 42
-    """Of the choice of form, wording, guidance drop, text, and images of interleaved documents that are trained."""
+    """Seed for the choice of form, wording, dropped texts, text, and trained images of interleaved documents."""
     epoch: int = 0
-    """Of the same: another epoch makes other examples of the same samples."""
+    """Epoch for the same choice: another epoch makes other examples from the same samples."""
     template: Annotated[str, Names("wds_tools.sequences.templates:template_names")] = SequenceConfig.template
-    """What stands around images, and where their ids are: liquid, chameleon, emu3, or one of a package (docs/training.md)."""
+    """Decides the tokens around images, and the ids of codes: liquid, chameleon, emu3, or a template of a package
+    (docs/training.md)."""
     t2i_ratio: float = SequenceConfig.t2i_ratio
     """Share of the image-text pairs that become text to image; the others become captions."""
     unconditional_ratio: float = SequenceConfig.unconditional_ratio
-    """Share of the text-to-image examples whose text gives way to <unconditional>."""
+    """Share of the text-to-image examples whose text is replaced by <unconditional>."""
     image_ratio: float = SequenceConfig.image_ratio
-    """Share of the images of interleaved documents that are trained, as their texts are."""
+    """Share of the images in interleaved documents that are trained; their texts always are."""
     document_eos: bool = SequenceConfig.document_eos
-    """Put an EOS behind the last token of a document."""
+    """Put an EOS after the last token of a document."""
     prompts: str | None = None
     """A JSON file with other wordings."""
     code_set: str | None = None
@@ -84,7 +85,7 @@ class PackConfig(JobOptions):
     unconditional: str | None = None
     """The token that stands for a dropped text; by default the template's; "": none."""
     task_samples: int = 20_000
-    """Samples of a task: what a worker, and a resumed run, takes whole."""
+    """Samples of a task, the unit of work for a worker and a resumed run."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
