@@ -7,7 +7,7 @@
 # make bench    throughput against the plain way
 # make bench-decode   images decoded by a transform, beside webdataset's and Energon's decode (1 minute)
 # make bench-encode   encoding against one image at a time (4 minutes, on a CPU)
-# make docs     the documentation as a site, into site/      make pictures   draw those of the README again (needs Chromium)
+# make docs     the documentation as a site, into site/      make pictures   draw the pictures of README and docs again (needs Chromium)
 # make dist     source distribution and wheel, into dist/
 # make bench-loader   the loader against its peers (15 minutes; bench-peers builds their environment, 7 GB, when it is missing)
 # make bench-mixing   how well orders mix a dataset sorted by label, beside others' (10 minutes; no data is written)
@@ -79,6 +79,7 @@ docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --clean
 
 pictures: $(READY)
+	$(BIN)/python docs/diagrams.py
 	$(BIN)/python docs/pictures.py
 
 dist: $(READY)

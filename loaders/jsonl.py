@@ -133,11 +133,21 @@ class JsonlDataset(Dataset[Item]):
             return self._substitute(range(len(self))[number], error)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch of the token rows that `collate` makes, and of `texts`. Call it before the workers start."""
+        """Choose the epoch of the token rows that `collate` makes, and of `texts`. Call it before the workers start.
+
+        Args:
+            epoch: from 0.
+        """
         self._epoch = epoch
 
     def collate(self, items: Sequence[Item]) -> dict[str, Any]:
         """Token rows of items, for `DataLoader(dataset, collate_fn=dataset.collate)`: padded batches as build_loader makes them.
+
+        Args:
+            items: of this dataset.
+
+        Returns:
+            Columns of the batch: lists, and tensors of B rows.
 
         Raises:
             UsageError: the dataset has no `sequences`.
@@ -150,7 +160,11 @@ class JsonlDataset(Dataset[Item]):
         return {**columns.lists, **columns.tokens.to_columns()}
 
     def stats(self) -> dict[str, int]:
-        """With on_error="substitute": `bad`, the records that could not be used so far, and `bad_REASON`; in all workers."""
+        """What became of records with on_error="substitute".
+
+        Returns:
+            `bad`, the records that could not be used so far, and `bad_REASON`; in all workers.
+        """
         problems = [self._problem(number) for number in self._bad.nonzero().flatten().tolist()]
         return {"bad": len(problems), **Counter(f"bad_{_reason(error)}" for error in problems)}
 

@@ -105,6 +105,9 @@ class ShardDataset(wds.DataPipeline, wds.compat.FluidInterface):  # type: ignore
     def select(self, predicate: Callable[[Sample], bool]) -> Self:
         """Samples for which a function is true, on one rank.
 
+        Args:
+            predicate: sample -> whether it is kept.
+
         Raises:
             UsageError: there are several, which would come to different numbers of samples, and wait for each other for ever.
         """
@@ -116,7 +119,11 @@ class ShardDataset(wds.DataPipeline, wds.compat.FluidInterface):  # type: ignore
         return super().select(predicate)  # type: ignore[no-any-return]
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order the next iteration takes, from its start; of persistent workers too."""
+        """Choose the epoch whose order the next iteration takes, from its start; of persistent workers too.
+
+        Args:
+            epoch: from 0.
+        """
         self._source.set_epoch(epoch)
 
     def state_dict(self) -> dict[str, Any]:
@@ -127,6 +134,9 @@ class ShardDataset(wds.DataPipeline, wds.compat.FluidInterface):  # type: ignore
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state with the next iteration: behind the last sample of an epoch, with the next epoch.
+
+        Args:
+            state: of the same worker of the same number.
 
         Raises:
             UsageError: the state is damaged, or of other data or another order; says what differs.

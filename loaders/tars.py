@@ -63,7 +63,11 @@ class TarDataset(wds.DataPipeline, wds.compat.FluidInterface):  # type: ignore[m
         return len(self._source.names)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order the next iteration takes. Call it before the workers start."""
+        """Choose the epoch whose order the next iteration takes. Call it before the workers start.
+
+        Args:
+            epoch: from 0.
+        """
         self._source.epoch = epoch
 
 

@@ -164,6 +164,12 @@ class World:
     def gather(self, value: bytes) -> list[bytes]:
         """What each process of the group gives, on all of them. To be called by all.
 
+        Args:
+            value: what this process gives.
+
+        Returns:
+            The values, in the order of ranks.
+
         Raises:
             UsageError: there is no group, and torch.distributed is not initialized or has other processes than this world.
         """

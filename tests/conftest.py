@@ -1,14 +1,21 @@
 """Fixtures for all tests. What they start can be interrupted, also if a shell started them in the background, deaf to SIGINT."""
 
+from __future__ import annotations
+
 import gc
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import HealthCheck, settings
 from s3 import S3Server, find_weed, serve_s3
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 for number, handler in (
     (signal.SIGINT, signal.default_int_handler),
@@ -66,3 +73,16 @@ def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("WDS_TOOLS_RETRY_S", "60")
     return s3_server
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """Chromium, driven by Playwright's Python package; skipped where one is missing."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install playwright")
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if path is None:
+        pytest.skip("needs Chromium: apt-get install chromium")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
+        yield browser
+        browser.close()

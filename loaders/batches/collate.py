@@ -23,8 +23,8 @@ from wds_tools.format.checksum import crc32
 from wds_tools.format.codes import HW, CodeGrid, Shape, split_grids
 from wds_tools.format.index import ABSENT
 from wds_tools.format.schema import MARKED_TYPES, PAIR_TYPES, pair_fields
-from wds_tools.format.shard import IDS, IN_COLUMNS, image_number, parse_npy
-from wds_tools.format.tar import BLOCK, TarReader
+from wds_tools.format.shard import IDS, IN_COLUMNS, cut_name, image_number, parse_npy
+from wds_tools.format.tar import BLOCK, first_name, header_name
 from wds_tools.sequences.choices import Weights, check_texts, choose_text
 from wds_tools.sequences.rows import TokenBatch
 
@@ -278,12 +278,13 @@ def _payloads(samples: LoadedSamples, sample_index: int) -> Iterator[tuple[str, 
 
 def _members(samples: LoadedSamples, sample_index: int, data: memoryview) -> Sample:
     """A sample of a source without our schema: `__key__` and, by suffix, the members' bytes."""
-    sample: Sample = {"__key__": ""}
-    for suffix, begin, end in _payloads(samples, sample_index):
-        if not sample["__key__"]:
-            sample["__key__"] = _member_name(samples, sample_index, data, begin).removesuffix(f".{suffix}")
-        sample[suffix] = bytes(data[begin:end])
-    return sample
+    payloads = list(_payloads(samples, sample_index))
+    blocks = bytes(data[: min(begin for _, begin, _ in payloads)])
+    if len(blocks) > BLOCK and (b"path=" in blocks or blocks[156:157] == b"L"):  # other pax blocks say nothing of names
+        name = first_name(blocks, samples.where(sample_index), 0)
+    else:
+        name = header_name(blocks[-BLOCK:]).decode("utf-8", "replace")
+    return {"__key__": cut_name(name)[0], **{suffix: bytes(data[begin:end]) for suffix, begin, end in payloads}}
 
 
 def _in_cache(members: Data) -> Iterator[Data]:
@@ -358,17 +359,3 @@ def _tensor(flat: NDArray[Any], layout: CodeGrid) -> torch.Tensor:
     if flat.dtype.itemsize > 2 and flat.size and int(flat.max()) >= 1 << 31:
         raise FormatError(f"the code {int(flat.max())} does not fit the int32 of a batch")
     return torch.from_numpy(flat if flat.dtype.itemsize > 1 else flat.astype(np.uint16))
-
-
-def _member_name(samples: LoadedSamples, sample_index: int, data: memoryview, begin: int) -> str:
-    """The full name of the member whose payload begins at `begin`."""
-    if begin > BLOCK:  # a pax or long-name header stands before it
-        blocks = bytes(data[:begin])
-        if b"path=" in blocks or blocks[156:157] == b"L":
-            members = TarReader(samples.where(sample_index)).feed(data)
-            return members[0].name.removeprefix("./")
-    header = bytes(data[begin - BLOCK : begin])
-    name = header[:NAME_BYTES].split(b"\0", 1)[0]
-    if header[257:263] == b"ustar\0" and header[345]:
-        name = header[345:500].split(b"\0", 1)[0] + b"/" + name
-    return name.decode("utf-8", "replace").removeprefix("./")

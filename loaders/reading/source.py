@@ -33,9 +33,9 @@ from wds_tools.dataset.samples import IndexReader
 from wds_tools.errors import FormatError, UsageError
 from wds_tools.format.codes import HW, chosen_codes, is_code_column
 from wds_tools.format.index import ABSENT, ShardIndex
-from wds_tools.format.own import own_samples
 from wds_tools.format.scan import scan_run
 from wds_tools.format.schema import IMAGE_EXTENSIONS, TOKEN_MEMBERS
+from wds_tools.format.tar.own import own_samples
 from wds_tools.storage import LocalStore, join
 from wds_tools.storage.recent import SingleFlight
 

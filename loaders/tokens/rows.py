@@ -199,7 +199,14 @@ def check_packed_ahead(sources: Sequence[OpenSource]) -> bool:
 
 
 def model_inputs(batch: dict[str, Any]) -> dict[str, Any]:
-    """What a causal language model of transformers takes of a batch: ids, labels, and what keeps tokens apart."""
+    """What a causal language model of transformers takes of a batch: ids, labels, and what keeps tokens apart.
+
+    Args:
+        batch: of token rows.
+
+    Returns:
+        Arguments of the model's `forward`: int64 tensors (B, L).
+    """
     return {name: batch[name] for name in ("input_ids", "labels", "attention_mask", "position_ids") if name in batch}
 
 

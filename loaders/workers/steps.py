@@ -8,14 +8,14 @@ The request says all: which positions, and which come after them. A process keep
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from loaders.batches.collate import Columns, chosen_texts, read_columns
+from loaders.batches.collate import Batch, Columns, chosen_texts, read_columns
 from loaders.batches.decode import Decoder
 from loaders.batches.transform import Transformer
 from loaders.config import LoaderConfig
@@ -80,6 +80,17 @@ class StepResult:
     """PositionReader.counts() of that process, and those of its RowMaker."""
     lanes: dict[int, LaneState]
     """With packing: where its lanes stand after it."""
+
+    def to_batch(self, names: Sequence[str]) -> Batch:
+        """The batch; `names` are those of the sources."""
+        columns, lists = self.columns, self.columns.lists
+        sources = lists.get("__source__") or list(map(names.__getitem__, self.sources))
+        batch: Batch = {"__key__": lists["__key__"], "__source__": sources, **lists}
+        if columns.tokens is not None:
+            batch |= columns.tokens.to_columns()
+        if columns.codes is not None:
+            batch["codes"] = columns.codes.to_tensors()
+        return (columns.made or {}) | batch
 
 
 class StepDataset(torch.utils.data.Dataset["StepResult | WdsToolsError"]):

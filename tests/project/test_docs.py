@@ -297,19 +297,6 @@ def test_links_lead_to_files_that_are_there(page: str) -> None:
     assert [target for target in targets if not ((ROOT / page).parent / target).exists()] == []
 
 
-def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
-    pytest.importorskip("mkdocs", reason="pip install 'wds-tools[docs]'")
-    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", str(tmp_path / "site")]
-    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout + done.stderr) == (0, "")
-    front = (tmp_path / "site/index.html").read_text()
-    assert "From a folder of pictures to a training batch" in front
-    pages = "".join(page.read_text() for page in (tmp_path / "site").rglob("*.html"))
-    loaded = re.findall(r'(?:<script[^>]* src|<img[^>]* src|<link[^>]*stylesheet"? href)="?(https?://[^" >]+)', pages)
-    assert loaded == [], "pages that load anything from elsewhere do not work offline"
-
-
 def test_every_test_and_module_that_the_page_on_reliability_names_is_there() -> None:
     page = (ROOT / "docs/reliability.md").read_text()
     named = re.findall(r"`(test_\w+\.py)::(\w+)`", page)
@@ -327,6 +314,12 @@ def test_the_page_on_the_flow_says_for_a_dozen_tasks_in_which_files_they_begin()
     assert len(rows) >= 12
     assert min(map(len, rows)) > 0
     assert [name for row in rows for name in row if not (ROOT / name).is_file()] == []
+
+
+def test_the_files_that_contributing_names_are_there() -> None:
+    named = re.findall(r"`((?:wds_tools|loaders|tests|docs|examples)/[\w/]+\.\w+)`", (ROOT / "CONTRIBUTING.md").read_text())
+    assert len(named) > 8
+    assert [name for name in named if "NAME" not in name and not (ROOT / name).is_file()] == []
 
 
 def test_every_row_of_the_page_on_reliability_names_a_test() -> None:

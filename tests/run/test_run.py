@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import multiprocessing
+import operator
 import os
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 from commands import environment, session, wait_until
 
 from wds_tools.errors import MissingPackage, NotFound, OutOfSpace, Reject, TokenizerError, UsageError, WorkerDied
-from wds_tools.run.local import Report, run_tasks
+from wds_tools.run.local import Report, Rest, run_tasks
 from wds_tools.run.progress import Advance
 
 SERIAL_AND_PARALLEL = pytest.mark.parametrize("workers", [1, 2])
@@ -56,6 +58,26 @@ def chatter(task: int, report: Report) -> int:
     for _ in range(task):
         report(Advance(units=1, samples=1))
     return os.getpid()
+
+
+def rests(task: int, report: Report) -> Rest[tuple[int, int]]:
+    """A task whose rest ends when the next one has begun in this process, or after a while."""
+    begun.append(task)
+
+    def finish() -> tuple[int, int]:
+        place, until = begun.index(task) + 2, time.monotonic() + 0.5
+        while len(begun) < place and time.monotonic() < until:
+            time.sleep(0.01)
+        return task, len(begun) - begun.index(task) - 1
+
+    return Rest(finish)
+
+
+def rest_fails(task: int, report: Report) -> Rest[int]:
+    return Rest(partial(operator.floordiv, 7, task))
+
+
+begun: list[int] = []
 
 
 def silent(new: Advance) -> None:
@@ -106,6 +128,24 @@ def test_an_error_comes_through_with_its_type_and_words(workers: int, kind: str)
         list(run_tasks(fail, ["fine", kind, "also fine"], workers=workers, on_report=silent))
     assert str(caught.value) == str(error)
     assert caught.value.args == error.args
+    no_children_left()
+
+
+@SERIAL_AND_PARALLEL
+def test_the_rest_of_a_task_is_done_while_the_next_begins_and_no_result_is_lost(workers: int) -> None:
+    begun.clear()
+    found = dict(run_tasks(rests, range(7), workers=workers, on_report=silent))
+    assert sorted(found) == [*range(7)]
+    assert 7 - workers <= sum(found.values()) < 7  # one more had begun by then, but for the last of each process
+    assert max(found.values()) == 1
+    no_children_left()
+
+
+@SERIAL_AND_PARALLEL
+@pytest.mark.parametrize("tasks", [[3, 0, 2], [2, 3, 0]])
+def test_an_error_in_the_rest_of_a_task_comes_through(workers: int, tasks: list[int]) -> None:
+    with pytest.raises(ZeroDivisionError):
+        list(run_tasks(rest_fails, tasks, workers=workers, on_report=silent))
     no_children_left()
 
 

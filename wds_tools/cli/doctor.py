@@ -21,8 +21,8 @@ import torch
 from wds_tools import __version__
 from wds_tools.cli.options import Positional
 from wds_tools.cli.summary import Printed, show
+from wds_tools.dataset.files import check_complete
 from wds_tools.dataset.layout import MANIFEST, PLAN
-from wds_tools.dataset.output import check_complete
 from wds_tools.dataset.reader import read_manifest
 from wds_tools.errors import FormatError, NotFound, WdsToolsError
 from wds_tools.plugins import Names
@@ -165,14 +165,15 @@ def _place(url: str, write: bool) -> _Fact:
     name = redact(url)
     try:
         store = open_store(url)
-        begun = time.monotonic()
-        what = _read(store, write)
-        found = f"readable in {1000 * (time.monotonic() - begun):,.0f} ms: {what}"
-        if write:
+        writable = ""
+        if write:  # first, since some servers make a bucket on the way
             begun = time.monotonic()
             store.put(_PROBE, b"written by wds-tools doctor, to be deleted at once")
             store.delete(_PROBE)
-            found += f"; writable in {1000 * (time.monotonic() - begun):,.0f} ms"
+            writable = f"; writable in {1000 * (time.monotonic() - begun):,.0f} ms"
+        begun = time.monotonic()
+        what = _read(store, write)
+        found = f"readable in {1000 * (time.monotonic() - begun):,.0f} ms: {what}{writable}"
     except WdsToolsError as error:
         return _Fact(name=name, text=str(error), is_fine=False)
     return _Fact(name=name, text=found)

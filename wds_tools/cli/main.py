@@ -130,5 +130,5 @@ def _no_command(args: list[str]) -> int:
     names = sorted(map(" ".join, known))
     said = " ".join(args[:2])
     close = meant(said, names, 0.85) or ("" if group else meant(args[0], names))
-    say(f"wds-tools: unknown command {said!r}: {close}The commands are {', '.join(names)}", error=True)
+    say(f"wds-tools: unknown command {said!r}: {f'{close}The' if close else 'the'} commands are {', '.join(names)}", error=True)
     return 2

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from wds_tools.convert.images import NUM_AHEAD, ImageReader, MarkedImages
+from wds_tools.convert.images.reader import NUM_AHEAD, ImageReader, MarkedImages
 from wds_tools.format.schema import Sample
 from wds_tools.records.interleaved import PageReader
 

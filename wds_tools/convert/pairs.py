@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from wds_tools.convert.images import NUM_AHEAD, ImageReader, PairImages
+from wds_tools.convert.images.reader import NUM_AHEAD, ImageReader, PairImages
 from wds_tools.format.schema import Sample
 from wds_tools.images import Mode, parse_mode
 from wds_tools.records.field_map import FieldMap, parse_pairs

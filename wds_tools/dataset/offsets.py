@@ -10,7 +10,8 @@ one part is taken only if it has the manifest's hash: offsets of another dataset
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from operator import ge
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from wds_tools.dataset.layout import OFFSETS
 from wds_tools.errors import FormatError, NotFound
 from wds_tools.format.manifest import Manifest
-from wds_tools.format.offsets import HEAD_BYTES, OFFSET_BYTES, Groups, hash_offsets
+from wds_tools.format.offsets import HEAD_BYTES, OFFSET_BYTES, Groups, hash_offsets, serialize_offsets
 from wds_tools.format.tar import BLOCK
 from wds_tools.storage import Store, join
 from wds_tools.storage.recent import Recent
@@ -99,3 +100,10 @@ class OffsetsReader:
 def part_bytes(file_bytes: int) -> int:
     """Size of the parts in which an offsets file of so many bytes is read."""
     return _LARGE_PART if file_bytes <= OFFSETS_BYTES else _SMALL_PART
+
+
+def put_offsets(store: Store, manifest: Manifest, marked: Iterable[NDArray[np.uint32]]) -> Manifest:
+    """Write the offsets file of a dataset, from what was marked of each shard; returns the manifest with its hash."""
+    data = serialize_offsets(manifest, marked)
+    store.put(OFFSETS, data)
+    return replace(manifest, offsets_hash=hash_offsets(data))

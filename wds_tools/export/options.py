@@ -109,6 +109,7 @@ class ExportSummary:
     """What an export wrote."""
 
     rows: int
+    """Rows of all files."""
     files: int
     """Arrow or Parquet files, all of about the same number of rows, none empty."""
     data_types: Mapping[str, int]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from wds_tools.dataset.files import check_complete
 from wds_tools.dataset.layout import MANIFEST
-from wds_tools.dataset.output import Output, check_complete, clear_complete, count_rejects
+from wds_tools.dataset.output import Output, clear_complete, count_rejects
 from wds_tools.dataset.reader import read_manifest
 from wds_tools.format.manifest import Manifest
 from wds_tools.jobs.options import JobOptions, RejectBudget, check_kept, way_on
@@ -26,7 +27,13 @@ class FinalizeConfig:
 
 
 def finalize(config: FinalizeConfig) -> Manifest:
-    """Write the manifest over all parts; returns it, also if it was written before.
+    """Write the manifest over all parts.
+
+    Args:
+        config: which dataset.
+
+    Returns:
+        The manifest, also if it was written before.
 
     Raises:
         NotFound: nothing was begun there, or a part is not finished; says which.

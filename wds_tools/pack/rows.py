@@ -112,7 +112,10 @@ class PackConfig(JobOptions):
 
 
 def pack(config: PackConfig) -> Manifest:
-    """Run the packing pass.
+    """Pack datasets into shards of token rows.
+
+    Args:
+        config: what is packed, into what rows, and where they go.
 
     Returns:
         The manifest of the rows; its `source` has "rows" (length, vocabulary) and "counts" (samples, tokens, padding ...).

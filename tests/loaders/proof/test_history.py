@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_generations import Training, config, grown, make
+from trainings import Training, config, grown, make
 
 from loaders import LoaderConfig, ShardDataset, Source, World, build_loader
 from loaders.cost.simulate import imagined_source

@@ -17,7 +17,7 @@ from loaders.order.plan import MAX_CHUNK_BYTES, MIN_BLOCK_BYTES, SourcePlan, blo
 from loaders.order.spec import OrderSpec
 from wds_tools.errors import UsageError
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SHARDS = st.lists(st.tuples(st.integers(0, 60), st.integers(1, 100_000)), min_size=1, max_size=8).filter(
     lambda shards: any(samples for samples, _ in shards)
 )

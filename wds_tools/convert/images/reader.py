@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from wds_tools.convert.images.tars import TarImages
 from wds_tools.convert.options import ConvertOptions
-from wds_tools.convert.tar_images import TarImages
 from wds_tools.errors import Reject, UsageError
 from wds_tools.format.schema import Sample, SourceImage, image_fields
 from wds_tools.images import ImageInfo, ImageLimits, probe
