@@ -62,7 +62,7 @@ test: $(READY)
 	$(BIN)/python -m pytest -m "not slow" --numprocesses $(JOBS) --dist loadfile tests
 
 test-slow: $(READY) $(TRAINERS)/.ready
-	$(BIN)/python -m pytest -m slow --numprocesses $(JOBS) --dist loadfile tests
+	$(BIN)/python -m pytest -m slow --hypothesis-profile explore --numprocesses $(JOBS) --dist loadfile tests
 
 test-chaos: $(READY)
 	PYTHONPATH=tests $(BIN)/python -m chaos --seconds $(SECONDS) $(if $(SEED),--seed $(SEED)) $(if $(CASE),--case $(CASE))

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import HealthCheck, settings
 from s3 import S3Server, find_weed, serve_s3
 
 if TYPE_CHECKING:
@@ -28,6 +29,12 @@ for number, handler in (
 # A run starts hundreds of Pythons: they share what is compiled, also where the shell says not to keep it.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
+
+
+# Quick tests try the same examples in every run, however busy the machine is; `make test-slow` looks for others.
+settings.register_profile("explore", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
+settings.register_profile("quick", settings.get_profile("explore"), derandomize=True)
+settings.load_profile("quick")
 
 
 def pytest_collection_finish() -> None:

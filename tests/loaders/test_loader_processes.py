@@ -389,10 +389,13 @@ def test_workers_are_kept_over_the_epochs(url: str) -> None:
     made.close()
 
 
-@pytest.mark.parametrize("how", ["fork", pytest.param("spawn", marks=pytest.mark.slow), "forkserver"])
-def test_workers_read_one_sequence_however_they_are_started(url: str, how: Any) -> None:
+@pytest.mark.parametrize(
+    ("how", "num_workers"),
+    [("fork", 2), ("forkserver", 1), *(pytest.param(how, 2, marks=pytest.mark.slow) for how in ("spawn", "forkserver"))],
+)
+def test_workers_read_one_sequence_however_they_are_started(url: str, how: Any, num_workers: int) -> None:
     plain = loader(url, num_workers=0, batch_size=32)
-    made = loader(url, start_method=how, batch_size=32)
+    made = loader(url, start_method=how, num_workers=num_workers, batch_size=32)
     assert [keys(made), keys(made)] == [keys(plain), keys(plain)]
     made.close()
 

@@ -65,7 +65,7 @@ def parts(requests: list[Request]) -> list[tuple[int, int]]:
 
 
 def assert_each_byte_once(requests: list[Request], start: int, end: int) -> None:
-    wait_until(lambda: parts(requests)[-1][1] >= end, "the proxy counts a piece, when it has gone", 10)
+    wait_until(lambda: parts(requests)[-1][1] >= end, "the proxy counts a piece, when it has gone")
     at = start
     for begin, stop in parts(requests):
         assert begin == at, parts(requests)
