@@ -89,7 +89,7 @@ OTHERS = set(multiprocessing.active_children())
 
 
 def no_children_left() -> None:
-    wait_until(lambda: OTHERS.issuperset(multiprocessing.active_children()), "no worker is left", 10)
+    wait_until(lambda: OTHERS.issuperset(multiprocessing.active_children()), "no worker is left")
 
 
 @SERIAL_AND_PARALLEL
@@ -114,8 +114,14 @@ def test_more_reports_than_a_pipe_holds_neither_block_nor_get_lost() -> None:
     assert os.getpid() not in pids
 
 
-@SERIAL_AND_PARALLEL
-@pytest.mark.parametrize("kind", ERRORS)
+@pytest.mark.parametrize(
+    ("workers", "kind"),
+    [
+        *((1, kind) for kind in ERRORS),
+        *((2, kind) for kind in ("package", "foreign")),
+        *(pytest.param(2, kind, marks=pytest.mark.slow) for kind in ERRORS if kind not in ("package", "foreign")),
+    ],
+)
 def test_an_error_comes_through_with_its_type_and_words(workers: int, kind: str) -> None:
     error = ERRORS[kind]
     with pytest.raises(type(error)) as caught:
@@ -193,4 +199,4 @@ def test_workers_die_with_their_parent_however_it_ends(tmp_path: Path, how: sign
         assert session(process.pid)
         process.send_signal(how)
         process.wait(30)
-        wait_until(lambda: not session(process.pid), "the workers are gone", 10)
+        wait_until(lambda: not session(process.pid), "the workers are gone")

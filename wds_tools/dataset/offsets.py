@@ -12,8 +12,9 @@ of samples.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from operator import ge
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 from wds_tools.dataset.layout import OFFSETS
 from wds_tools.errors import FormatError, NotFound
 from wds_tools.format.manifest import Manifest
-from wds_tools.format.offsets import HEAD_BYTES, OFFSET_BYTES, Groups, hash_offsets
+from wds_tools.format.offsets import HEAD_BYTES, OFFSET_BYTES, Groups, hash_offsets, serialize_offsets
 from wds_tools.format.tar import BLOCK
 from wds_tools.storage import Store, join
 from wds_tools.storage.recent import Recent
@@ -112,3 +113,10 @@ class OffsetsReader:
 def part_bytes(file_bytes: int) -> int:
     """Size of the parts in which an offsets file of so many bytes is read."""
     return OFFSETS_BYTES if file_bytes <= OFFSETS_BYTES else _SMALL_PART
+
+
+def put_offsets(store: Store, manifest: Manifest, marked: Iterable[NDArray[np.uint32]]) -> Manifest:
+    """Write the offsets file of a dataset, from what was marked of each shard; returns the manifest with its hash."""
+    data = serialize_offsets(manifest, marked)
+    store.put(OFFSETS, data)
+    return replace(manifest, offsets_hash=hash_offsets(data))

@@ -47,7 +47,13 @@ MOST_ROUNDS = 4
 
 
 def export_hf(config: ExportConfig) -> ExportSummary:
-    """Export to Liquid's seven columns, shuffled; returns what was written once it is complete.
+    """Export to Liquid's seven columns, shuffled.
+
+    Args:
+        config: what is exported, and where it goes.
+
+    Returns:
+        What was written, once it is complete.
 
     Raises:
         UsageError: the output is in the way, or another run is writing there; inputs are empty, not encoded, or hold what these

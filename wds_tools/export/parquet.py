@@ -24,7 +24,17 @@ from wds_tools.sources.arrow import load_pyarrow
 
 
 def export_parquet(config: ParquetConfig) -> ExportSummary:
-    """Export everything, in order; returns what was written once it is complete. Raises as export_hf."""
+    """Export everything, in order.
+
+    Args:
+        config: what is exported, and where it goes.
+
+    Returns:
+        What was written, once it is complete.
+
+    Raises:
+        WdsToolsError: see export_hf.
+    """
     pa = load_pyarrow("exporting")
     sources = open_sources(config)
     check_one_tokenizer((store.url, manifest, manifest.code_columns) for store, manifest in sources)

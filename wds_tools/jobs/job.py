@@ -19,8 +19,9 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import orjson
 
+from wds_tools.dataset.files import check_complete
 from wds_tools.dataset.lease import Part
-from wds_tools.dataset.output import Output, OutputSpec, check_complete, clear_complete, count_rejects
+from wds_tools.dataset.output import Output, OutputSpec, clear_complete, count_rejects
 from wds_tools.dataset.writer import ShardLimits, TaskResult, TaskWriter
 from wds_tools.errors import TooManyRejects, UsageError
 from wds_tools.format.codes import CodeGrid

@@ -11,7 +11,7 @@ import pytest
 from commands import tar_bytes
 from hypothesis import given
 from hypothesis import strategies as st
-from test_generations import Training, config, make
+from trainings import Training, config, make
 
 from loaders import Source, World, build_loader
 from loaders.cost.simulate import simulate

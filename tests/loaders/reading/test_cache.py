@@ -20,7 +20,7 @@ from loaders.reading.cache import LEFTOVER_S, MAX_WRITTEN_BYTES, UNIT_BYTES, WRI
 from wds_tools.errors import UsageError
 from wds_tools.format.checksum import content_hash
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 KB = 1 << 10
 ROOMY = 1 << 30
 

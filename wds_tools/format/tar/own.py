@@ -2,8 +2,8 @@
 
     own_samples(data, begin, end, members) -> (begin, end, suffix -> payload) of each sample; None: not that layout, or damaged
 
-Every header is checked: magic, kind, checksum, and that its payload ends within the bytes. scan.py takes any tar, and is faster
-for thousands of samples. Cost: 1.5 us a member.
+Every header is checked: magic, kind, checksum, and that its payload ends within the bytes. format/scan.py takes any tar, and is
+faster for thousands of samples. Cost: 1.5 us a member.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Container
 from typing import NamedTuple
 from zlib import adler32
 
-from wds_tools.format.tar import BLOCK
+from wds_tools.format.tar.headers import BLOCK
 
 _ADLER = 65521
 _FILE = ord("0")

@@ -174,10 +174,10 @@ def test_what_lies_in_a_group_is_loaded_with_it_and_found_when_it_is_asked_for(u
     reader = SourceReader(open_source(Source(url)))
     loaded = reader.load(0, 33, 35)
     assert loaded.first <= 33 < 35 <= loaded.last
-    assert set(loaded.end) == {0}
-    (sample,) = bytes_of([loaded], [34])
+    assert set(loaded.spans) == {0}
+    (sample,) = bytes_of([loaded], [34]).samples()
     assert bytes(sample[:19]) == b"image-00000034.json"
-    assert loaded.index.start.tolist() == [loaded.begin + start for start in loaded.start]
+    assert loaded.index.start.tolist() == [loaded.begin + start for start in loaded.spans[:: reader.span_width]]
 
 
 def test_too_little_memory_is_refused_with_the_number_that_is_needed(url: str) -> None:
