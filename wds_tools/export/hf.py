@@ -27,8 +27,9 @@ from wds_tools.export.output import Source, Table, counted, local_path, open_sou
 from wds_tools.export.rows import ROW_BYTES, TYPED_INSTEAD, liquid_columns, liquid_schema, serialize_table_row
 from wds_tools.export.shuffle import random_keys
 from wds_tools.format.codes import CODE_COLUMNS, chosen_codes, codes_named, is_code_column
-from wds_tools.format.manifest import ShardInfo, check_one_tokenizer
+from wds_tools.format.manifest import check_one_tokenizer
 from wds_tools.format.schema import IMAGE_EXTENSIONS
+from wds_tools.format.shards import ShardInfo
 from wds_tools.run.progress import Progress
 from wds_tools.sources.arrow import load_pyarrow
 from wds_tools.storage.base import TEMP_FOLDER, split_scheme

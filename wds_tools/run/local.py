@@ -24,6 +24,7 @@ from multiprocessing.connection import wait as wait_for
 from typing import Any, Protocol, TypeVar
 
 from wds_tools.errors import UsageError, WorkerDied
+from wds_tools.run.by_file import ByFile
 from wds_tools.run.progress import Advance, Shown
 
 Task = TypeVar("Task")
@@ -83,7 +84,8 @@ def run_tasks(fn: Work[Task, Result], tasks: Sequence[Task], *, workers: int, on
     context = multiprocessing.get_context("spawn")
     with stops_held():
         reports = context.SimpleQueue()
-    pool = ProcessPoolExecutor(min(workers, len(tasks)), mp_context=context, initializer=_start_worker, initargs=(fn, reports))
+    begun = ByFile(fn), reports
+    pool = ProcessPoolExecutor(min(workers, len(tasks)), mp_context=context, initializer=_start_worker, initargs=begun)
     others = set(multiprocessing.active_children())
     waiting = iter(tasks)
     running: set[Future[Result]] = set()
