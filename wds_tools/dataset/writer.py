@@ -26,10 +26,11 @@ from wds_tools.dataset.layout import index_name, marker_name, rejects_name, shar
 from wds_tools.errors import FormatError, Reject, UsageError
 from wds_tools.format.codes import NO_LAYOUTS, CodeGrid
 from wds_tools.format.index import ShardIndex, serialize_index
-from wds_tools.format.manifest import FILTERED, ShardInfo
+from wds_tools.format.manifest import FILTERED
 from wds_tools.format.offsets import marked
 from wds_tools.format.schema import ANY_MEMBERS, Sample
 from wds_tools.format.shard import ShardBuilder
+from wds_tools.format.shards import ShardInfo
 from wds_tools.format.typed_json import Count
 from wds_tools.storage import Store, Writer
 

@@ -28,7 +28,6 @@ from wds_tools.errors import FormatError
 from wds_tools.format.checksum import content_hash, crc32
 from wds_tools.format.codes import NO_LAYOUTS, CodeGrid
 from wds_tools.format.index import IndexBuilder, ShardIndex
-from wds_tools.format.manifest import ShardInfo
 from wds_tools.format.schema import (
     IMAGE_EXTENSIONS,
     JSON_FIELDS,
@@ -39,6 +38,7 @@ from wds_tools.format.schema import (
     is_reserved,
     validate,
 )
+from wds_tools.format.shards import ShardInfo
 from wds_tools.format.tar import BLOCK, END, Member, header, padding
 
 _PIXELS = {int, type(None)}
