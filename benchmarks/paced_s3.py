@@ -58,13 +58,12 @@ class PacedServer:
 def serve_paced(folder: Path, latency_ms: float, mb_per_s: float) -> Iterator[PacedServer]:
     """Run it until the block ends. `folder` has a folder for each bucket."""
     command = [sys.executable, "-m", "benchmarks.paced_s3", "serve", str(folder), str(latency_ms), str(mb_per_s)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        yield PacedServer(f"http://127.0.0.1:{int(process.stdout.readline())}", process.pid)
-    finally:
-        process.kill()
-        process.wait()
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            yield PacedServer(f"http://127.0.0.1:{int(process.stdout.readline())}", process.pid)
+        finally:
+            process.kill()
 
 
 class _Answers:
