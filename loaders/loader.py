@@ -13,11 +13,9 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from itertools import takewhile
 from os import PathLike
 from typing import Any
 
-import numpy as np
 import torch
 
 from loaders.batches.collate import Batch
@@ -27,11 +25,11 @@ from loaders.order.generations import Epochs
 from loaders.order.mask import held_masks
 from loaders.order.partition import BatchPartition
 from loaders.order.samples import SampleOrder, open_source, order_spec
+from loaders.proof.progress import RunProgress
 from loaders.proof.saves import newest_save, write_save
-from loaders.proof.state import Change, Start, next_starts, read_state, resumed, state_to_json
-from loaders.proof.steps import Skip, StepSpan, ahead, position_at
+from loaders.proof.state import Change, read_state, resumed, state_to_json
 from loaders.reading.planner import shared_lanes
-from loaders.tokens.lanes import ENDLESS, LaneBook, LaneState, check_packing, lanes_to_json, merge_states, parse_lanes
+from loaders.tokens.lanes import ENDLESS, LaneBook, lanes_of, lanes_to_json, merge_states, without_excluded
 from loaders.tokens.rows import RowMaker
 from loaders.workers.pool import WorkerPool
 from loaders.workers.steps import StepDataset, StepResult, requests_of
@@ -52,6 +50,9 @@ def build_loader(config: LoaderConfig, world: World | None = None) -> Loader:
         world: this process among the training processes; by default World.detect(), which is compared with torch.distributed at
             the first batch.
 
+    Returns:
+        The loader; nothing is read of the samples yet.
+
     Raises:
         NotFound, FormatError: a source is not a dataset.
         UsageError: the settings do not fit the data or the world.
@@ -68,6 +69,14 @@ class Loader:
     has lists of grids in `codes` and of images in `image`, one entry for each `<image>`. Sources without this project's schema
     give `__key__`, `__source__`, and the members' bytes by suffix, as lists. docs/training.md describes batches of token rows. A
     loop that was left continues where it stopped; in an evaluation, each loop begins from the start. Use it from one thread.
+
+    Args:
+        config: what to read.
+        world: this process among the training processes.
+
+    Raises:
+        NotFound, FormatError: a source is not a dataset.
+        UsageError: the settings do not fit the data or the world.
     """
 
     def __init__(self, config: LoaderConfig, world: World) -> None:
@@ -81,9 +90,7 @@ class Loader:
         self._order = SampleOrder(self._sources, order_spec(self._sources, config))
         self._maker = RowMaker(config.sequences, config.seed, self._sources) if config.sequences else None
         self._book = LaneBook(self._order.spec.lanes, world.rank)
-        self.step = 0
-        """Number of batches given to the trainer since the run began, over all of its starts."""
-        self._skips: tuple[Skip, ...] = ()
+        self._run = RunProgress(config, world.world_size, self._epochs(self._order))
         self._masks = held_masks((), [opened.mask for opened in self._sources], 0)
         if config.last_batch == "drop" and not config.packing and self._order.length < config.batch_size:
             raise UsageError(
@@ -91,12 +98,6 @@ class Loader:
                 "leaves it out: choose a smaller batch_size, or last_batch='short' or 'wrap'"
             )
         self._warn_of_cost(stacklevel=4)
-        self.epoch = 0
-        """The epoch that the next batch belongs to."""
-        self.position = 0
-        """Number of samples of the epoch that were given to the trainer or skipped, over all ranks; rows, if packed on the
-        fly."""
-        self._starts: tuple[Start, ...] = (self._here,)
         self._is_compared = False
         """Whether the ranks were compared since this loader was made or took a state."""
         self._loop = 0
@@ -116,6 +117,9 @@ class Loader:
                 stacklevel=stacklevel,
             )
 
+    def _epochs(self, order: SampleOrder) -> Epochs:
+        return Epochs(ENDLESS) if self.config.packing else order.epochs
+
     def _new_pool(self) -> WorkerPool:
         """Reads in the present order."""
         dataset = StepDataset(self._order, self.config, self.world.rank, self._maker)
@@ -130,7 +134,22 @@ class Loader:
         """
         if self.config.packing:
             raise TypeError("rows packed on the fly have no end: count steps")
-        return sum(span.num_steps for span in self._rest())
+        return sum(span.num_steps for span in self._run.rest())
+
+    @property
+    def step(self) -> int:
+        """Batches that were handed over since the run began, through all its starts."""
+        return self._run.step
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that the next batch belongs to."""
+        return self._run.epoch
+
+    @property
+    def position(self) -> int:
+        """Samples of the epoch that were handed over or skipped, over all ranks; rows, where they are packed on the fly."""
+        return self._run.position
 
     @property
     def num_samples(self) -> int:
@@ -141,16 +160,16 @@ class Loader:
         self.world.check()
         if not self._is_compared:
             self._compare()
-        if self._is_over:
+        if self._run.is_over:
             return
         if self.config.evaluation:
-            self.position = 0
+            self._run.position = 0
             self._ledger.begin_receipt()
         self._loop = loop = self._loop + 1
         self._book.begin()
         book = self._book if self.config.packing else None
         with self._noted():
-            for span in self._rest():
+            for span in self._run.rest():
                 low, high = span.steps.part(0, self.world.rank)
                 if low == high:  # an evaluation of fewer samples than ranks
                     return
@@ -167,6 +186,12 @@ class Loader:
                     batch = self._batch(result)
                     self._hand_over(result, span.steps, step)
                     yield batch
+
+    def _hand_over(self, result: StepResult, steps: BatchPartition, step: int) -> None:
+        start, high = steps.start + step * steps.batch_size, steps.end(step)
+        self._ledger.record(result, (self.epoch, start, high, steps.batch_size))
+        self._book.lanes.update(result.lanes)
+        self._run.hand_over(steps, step)
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -188,7 +213,8 @@ class Loader:
             UsageError: an evaluation has no state, nor a receipt.
         """
         self._check_trains()
-        state = state_to_json(self._order, self._here.position, self.step, self._starts, self._skips, self._masks)
+        run = self._run
+        state = state_to_json(self._order, run.here.position, run.step, run.starts, run.skips, self._masks)
         if self._maker is not None and self.config.packing:
             state["packing"] = {"spec": self._maker.spec, "lanes": lanes_to_json(self._book.lanes)}
         return state
@@ -223,22 +249,20 @@ class Loader:
         saved = read_state(state)
         num_held = sum({held.source: held.num_ids for held in saved.masks}.values())
         has_new_mask = sum(len(opened.mask.ids) for opened in self._sources) > num_held
-        lanes = self._lanes(state, saved.generations[-1].spec.lanes, is_whole=change is not None or has_new_mask)
+        packed = self._maker.spec if self._maker and self.config.packing else None
+        lanes = lanes_of(state, packed, saved.generations[-1].spec.lanes, is_whole=change is not None or has_new_mask)
         deepest = max((lane.cursor for lane in lanes.values()), default=0) if self.config.packing else None
         order = resumed(saved, self.config, self._sources, change, deepest)
         masks = held_masks(saved.masks, [None if opened.removed else opened.mask for opened in order.sources], saved.position)
         if has_new_mask:
-            lanes = {number: _without_excluded(order, number, lane) for number, lane in lanes.items()}
+            lanes = {number: without_excluded(order, number, lane) for number, lane in lanes.items()}
         self.close()
         self._order, self._masks = order, masks
         self._book = LaneBook(order.spec.lanes, self.world.rank, lanes)
         self._pool = self._new_pool()
-        self.step, self._skips = saved.step, saved.skips
-        self.epoch, self.position = self._epochs.at(saved.position)
-        self._starts = next_starts(saved, self._here)
+        self._run.go_on(self._epochs(order), saved)
         self._is_compared = False
         self._earlier = []
-        self._end_epoch_if_done()
         self._ledger.begin_receipt()
         self._warn_of_cost(stacklevel=3)
 
@@ -303,22 +327,14 @@ class Loader:
         Raises:
             UsageError: the run is past them, there are none, or they are millions of epochs away; or rows are packed on the fly.
         """
-        if (start, stop) in self._skips:
+        if (start, stop) in self._run.skips:
             return
         if self.config.packing:
             raise UsageError(
                 "rows packed on the fly can't be skipped: their lanes go on from row to row; pack ahead (`wds-tools pack`)"
             )
-        if not self.step <= start < stop:
-            raise UsageError(
-                f"skip({start}, {stop}): the run stands at step {self.step}: give steps that are still to come, first < stop; "
-                "to leave out what was handed over, load a state from before it"
-            )
-        position_at(self._epochs, self._here, stop)  # refused before anything changes
+        self._run.skip(start, stop)
         self._loop += 1
-        self._skips = tuple(sorted((*self._skips, (start, stop))))
-        if start == self.step:
-            self._pass_over(stop)
 
     def stats(self) -> dict[str, float]:
         """Numbers for a training log, for this rank since the loader was made.
@@ -331,16 +347,14 @@ class Loader:
             damaged: the index was read); of late: in_flight (requests), bytes_per_s, first_byte_s (median from a request to its
             answer); cache_*.
         """
-        return {"epoch": self.epoch, "position": self.position, **self._ledger.stats()}
+        run = self._run
+        place = {"epoch": run.epoch, "position": run.position, "dropped": run.num_dropped, "skipped": run.num_skipped}
+        return {**place, **self._ledger.stats()}
 
     def close(self) -> None:
         """End the worker processes and running loops. The loader can be used again."""
         self._loop += 1
         self._pool.close()
-
-    @property
-    def _is_over(self) -> bool:
-        return self.config.epochs is not None and self.epoch >= self.config.epochs
 
     def _compare(self) -> None:
         """Compare what ranks of one run have in common, where there is a group to do it over."""
@@ -354,54 +368,13 @@ class Loader:
                 "order": self._order.spec.to_json(),
                 "excluded": [(held.source, held.num_ids, held.hash) for held in self._masks],
                 "token rows": self._maker and [self._maker.spec, self.config.packing],
-                "place": [self.epoch, self.position, self._skips],
+                "place": [self.epoch, self.position, self._run.skips],
             }
         )
-
-    @property
-    def _epochs(self) -> Epochs:
-        return Epochs(ENDLESS) if self.config.packing else self._order.epochs
-
-    @property
-    def _here(self) -> Start:
-        position = self._epochs.start(self.epoch) + self.position
-        return Start(position, self.step, self.config.batch_size, self.world.world_size, self.config.last_batch)
-
-    def _rest(self) -> Iterator[StepSpan]:
-        """The steps that are left of the current epoch."""
-        epoch = self.epoch
-        if self.config.evaluation:
-            config, world_size = self.config, self.world.world_size
-            steps = BatchPartition(self.num_samples, 0, config.batch_size, config.last_batch, world_size, makes_up=False)
-            return iter((StepSpan(self._here._replace(position=0), self.step, len(steps), epoch, steps),))
-        coming = ahead(self._epochs, self._here, self._skips)
-        return iter(()) if self._is_over else takewhile(lambda span: span.epoch == epoch, coming)
-
-    def _pass_over(self, step: int) -> None:
-        """Go on where a later step would have begun."""
-        here = self._here
-        there = here._replace(position=position_at(self._epochs, here, step))
-        self._starts = (*(start for start in self._starts if start.step != here.step), there)
-        self._ledger.num_skipped += there.position - here.position
-        self.epoch, self.position = self._epochs.at(there.position)
 
     def _check_trains(self) -> None:
         if self.config.evaluation:
             raise UsageError("an evaluation has no state and no receipt: every pass is the same, from the start")
-
-    def _lanes(self, state: Mapping[str, Any], num_lanes: int, *, is_whole: bool) -> dict[int, LaneState]:
-        """Where lanes stand by a state, which is to know all of them if `is_whole`; none without packing.
-
-        Raises:
-            UsageError: one of the run and the state packs and the other does not, or otherwise.
-        """
-        packing = state.get("packing")
-        if (packing is not None) != self.config.packing:
-            raise UsageError(f"the state was saved with packing={packing is not None}, the config has {self.config.packing}")
-        if self._maker is None or packing is None:
-            return {}
-        check_packing(packing, self._maker.spec)
-        return parse_lanes(packing["lanes"], num_lanes, state["position"], is_whole=is_whole)
 
     @contextmanager
     def _noted(self) -> Iterator[None]:
@@ -415,15 +388,7 @@ class Loader:
             raise
 
     def _batch(self, result: StepResult) -> Batch:
-        lists = result.columns.lists
-        names = [opened.name for opened in self._order.sources]
-        sources = lists.get("__source__") or list(map(names.__getitem__, result.sources))
-        batch: Batch = {"__key__": lists["__key__"], "__source__": sources, **lists}
-        if result.columns.tokens is not None:
-            batch |= result.columns.tokens.to_columns()
-        if result.columns.codes is not None:
-            batch["codes"] = result.columns.codes.to_tensors()
-        batch = (result.columns.made or {}) | batch
+        batch = result.to_batch([opened.name for opened in self._order.sources])
         if self.config.trained_tokens:
             batch["trained_tokens"] = self._trained_tokens(batch)
         if not (self.config.pin_memory and torch.cuda.is_available()):
@@ -437,32 +402,3 @@ class Loader:
         mine = int((batch["labels"][:, 1:] != NOT_TRAINED).sum())
         given = self.world.gather(str(mine).encode())
         return sum(map(int, given)) * self.world.world_size // len(given)
-
-    def _hand_over(self, result: StepResult, steps: BatchPartition, step: int) -> None:
-        high = steps.end(step)
-        self._ledger.record(result, (self.epoch, steps.start + step * steps.batch_size, high, steps.batch_size))
-        self._book.lanes.update(result.lanes)
-        self.position = high
-        self.step += 1
-        self._end_epoch_if_done()
-        for first, stop in self._skips:
-            if first == self.step:
-                self._pass_over(stop)
-
-    def _end_epoch_if_done(self) -> None:
-        """Go over to the next epoch after the last batch: whoever counts batches never asks for one too many."""
-        config, length = self.config, self._epochs.length(self.epoch)
-        if config.evaluation:
-            return
-        steps = BatchPartition(length, self.position, config.batch_size, config.last_batch, self.world.world_size)
-        if not len(steps) and not self._is_over:
-            self._ledger.num_dropped += steps.dropped
-            self.epoch, self.position = self.epoch + 1, 0
-
-
-def _without_excluded(order: SampleOrder, number: int, lane: LaneState) -> LaneState:
-    """A lane in whose window samples that are excluded now begin again, as those that stand in for them."""
-    cursors = np.array([cursor for cursor, _ in lane.waiting], np.int64)
-    excluded = order.is_excluded(order.locate(0, cursors * order.spec.lanes + number)) if len(cursors) else cursors
-    waiting = zip(lane.waiting, excluded.tolist(), strict=True)
-    return lane._replace(waiting=tuple((cursor, 0 if begins else used) for (cursor, used), begins in waiting))

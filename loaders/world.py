@@ -164,6 +164,12 @@ class World:
     def gather(self, value: bytes) -> list[bytes]:
         """Gather a value from each process of the group on all of them. All must call this.
 
+        Args:
+            value: what this process gives.
+
+        Returns:
+            The values, in the order of ranks.
+
         Raises:
             UsageError: there is no group, and torch.distributed is not initialized or has other processes than this world.
         """

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import shutil
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import HealthCheck, settings
 from s3 import S3Server, find_weed, serve_s3
 
 if TYPE_CHECKING:
@@ -20,6 +24,31 @@ for number, handler in (
 ):
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, handler)
+
+
+# A run starts hundreds of Pythons: they share what is compiled, also where the shell says not to keep it.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+
+
+# Quick tests try the same examples in every run, however busy the machine is; `make test-slow` looks for others.
+settings.register_profile("explore", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
+settings.register_profile("quick", settings.get_profile("explore"), derandomize=True)
+settings.load_profile("quick")
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported is no garbage: a collection looks at what tests made."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def what_a_file_leaves_open_is_its_own_fault() -> Iterator[None]:
+    """Files, sockets and processes that lie unclosed in cycles fail a test of the file that left them, none that comes later."""
+    yield
+    gc.collect()
+    gc.freeze()  # what is left is kept: the next file need not look at it
 
 
 @pytest.fixture(scope="session")

@@ -51,7 +51,7 @@ COMMANDS: Mapping[str, Sequence[str]] = {
         "small/texts",
         "--tokenizer",
         "small/tokenizer",
-        "--seq-len",
+        "--max-length",
         "1280",
         "--task-samples",
         "10",

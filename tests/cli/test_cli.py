@@ -499,7 +499,7 @@ def test_json_says_what_the_lines_say(tmp_path: Path) -> None:
         ["compare-codes", "SET", "SET/"],
         ["select", "--input", "SET", "--output", "OUT"],
         ["relabel", "--input", "SET", "--with", "x.csv", "--texts", "a=b", "--output", "OUT"],
-        ["pack", "--input", "SET", "--tokenizer", "x", "--seq-len", "9", "--output", "OUT"],
+        ["pack", "--input", "SET", "--tokenizer", "x", "--max-length", "9", "--output", "OUT"],
         ["export", "hf", "--input", "SET", "--output", "OUT"],
         ["export", "parquet", "--input", "SET", "--output", "OUT"],
         ["simulate", "SET", "--batch-size", "1"],

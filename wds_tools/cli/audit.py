@@ -12,7 +12,7 @@ from wds_tools.cli.summary import Printed, show
 from wds_tools.errors import UsageError
 from wds_tools.run.progress import Advance, Progress, Shown
 from wds_tools.storage import join
-from wds_tools.terminal import counted
+from wds_tools.terminal import counted, from_to
 
 EXAMPLE = "wds-tools audit s3://bucket/run-7 --complete"
 
@@ -123,16 +123,12 @@ def _describe_ranges(title: str, ranges: Ranges, by: tuple[tuple[str, ...], ...]
         return
     yield f"{title}: {ranges.num_samples:,} samples"
     for number, (low, high) in enumerate(ranges.positions):
-        yield f"          position {_range(low, high)}" + (f", by {' and '.join(by[number])}" if by else "")
+        yield f"          position {from_to(low, high)}" + (f", by {' and '.join(by[number])}" if by else "")
     if hidden := ranges.num_position_ranges - len(ranges.positions):
         yield f"          and {hidden:,} more ranges of positions"
     for samples in ranges.sample_ranges:
-        yield f"          {join(samples.source, samples.shard)} sample {_range(samples.first, samples.last)}"
+        yield f"          {join(samples.source, samples.shard)} sample {from_to(samples.first, samples.last)}"
     if hidden := ranges.num_sample_ranges - len(ranges.sample_ranges):
         yield f"          and {hidden:,} more ranges of samples"
     if ranges.num_untraced:
         yield f"          and {ranges.num_untraced:,} more samples, whose shards were not looked up"
-
-
-def _range(low: int, high: int) -> str:
-    return f"{low:,}" if high - low == 1 else f"{low:,} to {high - 1:,}"

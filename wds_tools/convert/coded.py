@@ -116,7 +116,14 @@ class CodedConfig(ConvertOptions):
         return {**self._tokenizer_settings, **said, **super().settings}
 
     def code_columns(self, files: Sequence[InputFile]) -> Mapping[str, Mapping[str, Any]]:
-        """See ConvertOptions. Raises UsageError: files of `export parquet` contradict one another, or the options."""
+        """What the options and files of `export parquet` say of the codes; see ConvertOptions.
+
+        Args:
+            files: the input, as `Source.choose` chose it.
+
+        Raises:
+            UsageError: files of `export parquet` contradict one another, or the options.
+        """
         provenance = {**self._tokenizer_settings, "precision": "unknown", "imported": True}
         columns: dict[str, Mapping[str, Any]] = {}
         given = [

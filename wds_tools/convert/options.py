@@ -33,6 +33,9 @@ class Converter(Protocol):
     def roles(self, fields: Mapping[str, Any], /) -> Mapping[str, str]:
         """What is read of a record: role, such as "text" or "image" -> name of the field that has it.
 
+        Args:
+            fields: of the record.
+
         Raises:
             Reject: as `convert`, where the fields alone show it: "unused_image" (two images, or one that is not used) and
                 "ambiguous_fields" in the first records stop the run, so their detail names the options to choose from.
@@ -166,5 +169,12 @@ class ConvertOptions(JobOptions):
         return {}
 
     def code_columns(self, files: Sequence[InputFile]) -> Mapping[str, Mapping[str, Any]]:  # noqa: ARG002  of these
-        """Column -> provenance of the codes that the records of these files bring."""
+        """Column -> provenance of the codes that the records of these files bring.
+
+        Args:
+            files: the input, as `Source.choose` chose it.
+
+        Returns:
+            What the manifest's `codes` will have; {} where records bring none.
+        """
         return {}

@@ -59,6 +59,9 @@ class EncodeConfig(JobOptions, TokenizerOptions):
 def encode(config: EncodeConfig) -> Manifest:
     """Fill the codes of a dataset.
 
+    Args:
+        config: what is encoded, with what, and where it goes.
+
     Returns:
         The manifest of the encoded dataset.
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 from wds_tools.errors import UsageError
 from wds_tools.export.rows import Format
-from wds_tools.run.progress import Shown
+from wds_tools.run.local import OnWorkers
 from wds_tools.storage import LocalStore, open_store
 from wds_tools.storage.place import check_apart
 
@@ -22,7 +22,7 @@ NAMES: Mapping[Format, str] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportOptions(Shown):
+class ExportOptions(OnWorkers):
     """What any export is told."""
 
     help_group = "output"
@@ -49,6 +49,7 @@ class ExportOptions(Shown):
     """First remove the export at the output, finished or not. Other files are never removed."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.input:
             raise UsageError("--input: name at least one dataset")
         if self.num_shards is not None and not 1 <= self.num_shards <= MAX_FILES:
@@ -109,6 +110,7 @@ class ExportSummary:
     """What an export wrote."""
 
     rows: int
+    """Rows of all files."""
     files: int
     """Arrow or Parquet files, all of about the same number of rows, none empty."""
     data_types: Mapping[str, int]

@@ -91,6 +91,7 @@ class Manifest:
     """A complete dataset."""
 
     shards: tuple[ShardInfo, ...]
+    """In the order of their names."""
     inputs: int
     """Records read: samples + rejects."""
     rejects: Mapping[str, int] = field(default_factory=dict)
@@ -154,7 +155,11 @@ class Manifest:
         return code_layouts(self.codes)
 
     def layout(self, column: str) -> CodeGrid:
-        """What the arrays of a code column are; (h, w) if nothing is said of it."""
+        """What the arrays of a code column are; (h, w) if nothing is said of it.
+
+        Args:
+            column: its name, such as "vqcode_512".
+        """
         return self.layouts.get(column, HW)
 
     @property
@@ -168,7 +173,7 @@ class Manifest:
         return self.source.get("rows") if self.schema_version == ANY_MEMBERS else None
 
     def fingerprint(self) -> str:
-        """ "sha256:<hex>" over what training depends on."""
+        """The identity of the data: "sha256:<hex>" over what training depends on."""
         digest = hashlib.sha256(f"{FORMAT} {self.schema_version}\n".encode())
         for shard in self.shards:
             digest.update(f"{shard.name} {shard.samples} {shard.xxh128}\n".encode())

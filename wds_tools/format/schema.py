@@ -65,6 +65,7 @@ class Sample(NamedTuple):
     """Width in pixels of the cropped image, for multi-ratio samples that are encoded, else None. With several code columns it is
     that of the first."""
     height: int | None = None
+    """Its height."""
     codes: Mapping[str, Codes] = _NOTHING
     """Code column -> (h, w) grid of codebook indices, or an array of the column's own layout (see CodeGrid); see `grids` for
     several images."""
@@ -121,12 +122,17 @@ class Sample(NamedTuple):
         return 2 if self.data_type == "interleaved" or any(IMAGE_MARK in answer for answer in answers) else SCHEMA_VERSION
 
     def grids_of(self, column: str) -> list[Codes]:
-        """The grids of a code column, one an image, as views."""
+        """The grids of a code column, one an image, as views.
+
+        Args:
+            column: one of `codes`.
+        """
         codes = self.codes[column]
         return [codes] if self.grids is None else split_grids(codes, self.grids[column])
 
     def with_codes(self, columns: Sequence[str], provenance: Mapping[str, Mapping[str, Any]]) -> Sample:
-        """With these code columns only. A pair that had others too gets what goes with the first of these: see `pair_fields`.
+        """The sample with these code columns only. A pair that had others too gets what goes with the first of these: see
+        `pair_fields`.
 
         Args:
             columns: of those that it has.

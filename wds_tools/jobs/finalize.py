@@ -27,7 +27,13 @@ class FinalizeConfig:
 
 
 def finalize(config: FinalizeConfig) -> Manifest:
-    """Write the manifest over all parts; returns it, also if it was written before.
+    """Write the manifest over all parts.
+
+    Args:
+        config: which dataset.
+
+    Returns:
+        The manifest, also if it was written before.
 
     Raises:
         NotFound: nothing was begun there, or a part is not finished; says which.

@@ -78,6 +78,9 @@ class RelabelConfig(JobOptions):
 def relabel(config: RelabelConfig) -> Manifest:
     """Put texts and fields into the samples of a dataset; says on stderr what found no partner.
 
+    Args:
+        config: of which dataset, from which tables, and where it goes.
+
     Returns:
         The manifest of the new dataset; its source has `labels`: rows, samples that got one, and what found no partner.
 

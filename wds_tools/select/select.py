@@ -105,6 +105,9 @@ class SelectConfig(JobOptions):
 def select(config: SelectConfig) -> dict[str, Manifest]:
     """Choose samples of datasets.
 
+    Args:
+        config: of which datasets, by what, and where they go.
+
     Returns:
         The manifest of each output, by its URL; of a part as run_job.
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from wds_tools.errors import UsageError
+from wds_tools.plugins import Names
 
 DEFAULT_TEMPLATE = "liquid"
 
@@ -13,11 +15,14 @@ DEFAULT_TEMPLATE = "liquid"
 class SequenceConfig:
     """How samples become token sequences."""
 
+    help_group = "token rows"
+
     tokenizer: str
-    """Folder of a Hugging Face tokenizer (tokenizer.json and its tokenizer_config.json), or a tokenizer.json."""
+    """Folder of a Hugging Face tokenizer (tokenizer.json and its tokenizer_config.json), or a tokenizer.json, with the tokens
+    around images (see `wds-tools vocabulary`)."""
     max_length: int
     """Tokens of a row. An image that does not fit in a row is refused, never cut."""
-    template: str = DEFAULT_TEMPLATE
+    template: Annotated[str, Names("wds_tools.sequences.templates:template_names")] = DEFAULT_TEMPLATE
     """Decides the tokens around images, and the ids of codes: liquid, chameleon, emu3, or a template of a package
     (docs/training.md)."""
     t2i_ratio: float = 0.5
@@ -31,17 +36,17 @@ class SequenceConfig:
     prompts: str | None = None
     """A JSON file with other wordings (docs/training.md)."""
     codebook_size: int | None = None
-    """Entries of the image codebook; None: from the manifests."""
+    """Entries of the image codebook; by default as the manifests say."""
     bos: str | None = None
-    """The token that begins a sequence; None: the one that tokenizer_config.json names; "": none."""
+    """The token that begins a sequence; by default the one that tokenizer_config.json names; "": none."""
     eos: str | None = None
-    """The token that ends a sequence; None: the one that tokenizer_config.json names."""
+    """The token that ends a sequence; by default the one that tokenizer_config.json names."""
     boi: str | None = None
-    """The token that begins an image; None: the template's, also for the next two."""
+    """The token that begins an image; by default the template's, also for the next two."""
     eoi: str | None = None
-    """The token that ends it."""
+    """The token that ends it; by default the template's."""
     unconditional: str | None = None
-    """The token that stands for a dropped text; "": none."""
+    """The token that stands for a dropped text; by default the template's; "": none."""
 
     def __post_init__(self) -> None:
         if self.max_length < 2:

@@ -81,6 +81,9 @@ class LocalStore(Store):
 
         A file that is cut short while it is mapped ends the process with SIGBUS: replace data by renaming, as put() does.
 
+        Args:
+            name: relative to the root, '/'-separated.
+
         Raises:
             NotFound, StorageError: as read().
         """

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from html import escape
 from typing import TypeVar
 
+from wds_tools.terminal import from_to
+
 Column = TypeVar("Column")
 WIDTH, HEIGHT = 520, 190
 _LEFT, _RIGHT, _TOP, _BOTTOM = 8, 8, 12, 26
@@ -44,7 +46,7 @@ def histogram(bins: Sequence[tuple[int, int, int]], unit: str, marks: Sequence[t
             height = max(1.5, count / most * (_FLOOR - _MARKED))
             left, right = x(low), x(high)
             width = max(right - left - min(1.0, (right - left) / 6), 0.5)
-            title = f"{_range(low, high)} {unit}: {count:,}"
+            title = f"{from_to(low, high)} {unit}: {count:,}"
             parts.append(_rect(left, _FLOOR - height, width, height, "bar", title))
     for value, name in marks:
         parts.append(f'<line class="mark" x1="{x(value):.1f}" x2="{x(value):.1f}" y1="{_MARKED}" y2="{_FLOOR}"/>')
@@ -160,10 +162,6 @@ def _short(value: int) -> str:
         if value >= size:
             return f"{value // size}{unit}"
     return str(value)
-
-
-def _range(low: int, high: int) -> str:
-    return f"{low:,}" if high - low == 1 else f"{low:,} to {high - 1:,}"
 
 
 def _label(x: float, y: float, text: str, kind: str, anchor: str = "start") -> str:

@@ -22,6 +22,7 @@ from wds_tools.check.stats.describe import Stats
 from wds_tools.check.stats.duplicates import Repeats
 from wds_tools.check.stats.histogram import Histogram
 from wds_tools.check.stats.png import png_bytes
+from wds_tools.terminal import sized
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 _SHOWN_SHARDS = 50
@@ -130,7 +131,7 @@ def _totals(stats: Stats) -> Iterable[tuple[str, str, str]]:
     manifest = stats.manifest
     kinds = ", ".join(f"{kind} {number:,}" for kind, number in manifest.data_types.items()) or ", ".join(manifest.members)
     yield "samples", f"{manifest.samples:,}", kinds
-    yield "shards", f"{len(manifest.shards):,}", f"{_bytes(manifest.bytes)} in all"
+    yield "shards", f"{len(manifest.shards):,}", f"{sized(manifest.bytes)} in all"
     yield "rejects", f"{sum(manifest.rejects.values()):,}", f"of {manifest.inputs:,} inputs"
     for column, use in sorted(stats.count.codes.items()):
         yield column, f"{use.used / max(use.size, 1):.1%}", f"of {use.size:,} codes in use, {use.entropy_bits:.2f} bits"
@@ -297,11 +298,3 @@ def _table(names: Sequence[str], rows: Iterable[Sequence[str | _SampleLink]]) ->
 
 def _cell(cell: str | _SampleLink) -> str:
     return escape(cell) if isinstance(cell, str) else f'<a href="/sample/{cell.number}">{escape(cell.key)}</a>'
-
-
-def _bytes(count: float) -> str:
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:,.0f} {unit}" if unit == "bytes" else f"{count:,.1f} {unit}"
-        count /= 1000
-    return f"{count:,.1f} TB"
