@@ -16,6 +16,7 @@ from wds_tools.dataset.reader import read_shard
 from wds_tools.errors import Reject, UsageError
 from wds_tools.jobs import Advance, Job, JobOptions, Report, ShardLimits, TaskWriter, run_job
 from wds_tools.jobs.job import _RunTask
+from wds_tools.run.local import Rest
 from wds_tools.storage import Entry, LocalStore, open_store
 
 
