@@ -5,8 +5,8 @@
     server.cpu_s()                                                    # what it took of a core so far
 
 Reads alone: GET with ranges, HEAD, and lists (version 2). Signatures are not looked at. A process of asyncio: files go out by
-sendfile, and the kernel paces (SO_MAX_PACING_RATE, Linux). It takes 0.4 ms of a core for a small request and 6 ms for one of 4 MiB,
-most of it the loopback's own copying; `python -m benchmarks.paced_s3` measures it here.
+sendfile, and the kernel paces (SO_MAX_PACING_RATE, Linux). It takes 0.4 ms of a core for a small request and 6 ms for one of
+4 MiB, most of it the loopback's own copying; `python -m benchmarks.paced_s3` measures it here.
 """
 
 from __future__ import annotations

@@ -31,6 +31,7 @@ from wds_tools.format.schema import IMAGE_EXTENSIONS
 from wds_tools.format.shard import split_name
 from wds_tools.format.tar import first_name
 from wds_tools.storage import Store, join
+from wds_tools.storage.ahead import ahead
 from wds_tools.storage.recent import Recent
 
 INDEX_BYTES = 128 << 20
@@ -169,7 +170,7 @@ class SampleReader:
     def __init__(self, store: Store, manifest: Manifest) -> None:
         self.store = store
         self.manifest = manifest
-        self._ends = np.cumsum([shard.samples for shard in manifest.shards], dtype=np.int64)
+        self._ends = np.cumsum(manifest.shards.num_samples)
         self._indices = IndexReader(store, manifest)
         self._fetching = ThreadPoolExecutor(_PARALLEL_READS, "read")
         self._ahead = ThreadPoolExecutor(2, "read-ahead")
@@ -195,14 +196,14 @@ class SampleReader:
 
     def first_of(self, shard: int) -> int:
         """The number of a shard's first sample."""
-        return int(self._ends[shard]) - self.manifest.shards[shard].samples
+        return int(self._ends[shard - 1]) if shard else 0
 
     def page(self, first: int, count: int, wanted: Wanted, *, max_member_bytes: int) -> list[PartialSample]:
         """Up to `count` samples from number `first` on, across shards; see `read`."""
         samples: list[PartialSample] = []
         while len(samples) < count and first + len(samples) < len(self):
             shard, sample_index = self.locate(first + len(samples))
-            last = min(sample_index + count - len(samples), self.manifest.shards[shard].samples)
+            last = min(sample_index + count - len(samples), int(self.manifest.shards.num_samples[shard]))
             samples += self.read(shard, sample_index, last, wanted, max_member_bytes=max_member_bytes)
         return samples
 
@@ -232,7 +233,7 @@ class SampleReader:
 
         Raises as `read` does.
         """
-        last = self.manifest.shards[shard].samples if last is None else last
+        last = int(self.manifest.shards.num_samples[shard]) if last is None else last
         future = self._ahead.submit(self._piece, shard, first, last, wanted)
         try:
             while piece := future.result():
@@ -243,13 +244,13 @@ class SampleReader:
             future.cancel()
 
     def stored(self, shard: int, rows: NDArray[np.int64]) -> Iterator[tuple[ShardIndex, list[memoryview]]]:
-        """Some samples of a shard as they lie in its tar, in pieces that fit PIECE_BYTES or are one sample, one piece ahead.
+        """Some samples of a shard as they lie in its tar, in pieces that fit PIECE_BYTES or are one sample, read ahead.
 
         Args:
             shard: a position in the manifest.
             rows: places in the shard, ascending.
 
-        Yields:
+        Returns:
             The index of a piece's samples, and the bytes of each.
 
         Raises:
@@ -260,8 +261,8 @@ class SampleReader:
         pieces = (np.cumsum(chosen.size, dtype=np.int64) - chosen.size) // PIECE_BYTES
         bounds = [0, *(np.flatnonzero(np.diff(pieces)) + 1).tolist(), len(rows)]
 
-        def fetch(first: int, last: int) -> tuple[ShardIndex, list[memoryview]]:
-            piece = chosen.part(first, last)
+        def fetch(bounds: tuple[int, int]) -> tuple[ShardIndex, list[memoryview]]:
+            piece = chosen.part(*bounds)
             start = piece.start.astype(np.int64)
             samples = self._ranges(info.name, start, start + piece.size.astype(np.int64))
             for sample, crc, at in zip(samples, piece.crc32.tolist(), start.tolist(), strict=True):
@@ -271,11 +272,7 @@ class SampleReader:
                     )
             return piece, samples
 
-        coming = self._ahead.submit(fetch, *bounds[:2])
-        for first, last in pairwise(bounds[1:]):
-            this, coming = coming, self._ahead.submit(fetch, first, last)
-            yield this.result()
-        yield coming.result()
+        return ahead(fetch, pairwise(bounds))
 
     def key_of(self, number: int) -> str:
         """The key of a sample: one GET of a header."""
