@@ -47,7 +47,7 @@ class PacedServer:
         """What makes an S3 client use it."""
         keys = {"AWS_ACCESS_KEY_ID": "none", "AWS_SECRET_ACCESS_KEY": "none", "AWS_REGION": "us-east-1"}
         names = ("AWS_ENDPOINT_URL", "S3_ENDPOINT_URL")  # the second is MosaicML's
-        return {**keys, "AWS_DEFAULT_REGION": "us-east-1", "AWS_ALLOW_HTTP": "true", **dict.fromkeys(names, self.endpoint)}
+        return {**keys, "AWS_DEFAULT_REGION": "us-east-1", **dict.fromkeys(names, self.endpoint)}
 
     def cpu_s(self) -> float:
         """Seconds of a core that it has used."""
