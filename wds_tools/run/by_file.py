@@ -44,7 +44,7 @@ class ByFile:
     def place(self, array: Any) -> _Place:
         """Where an array lies in the file."""
         if id(array) not in self._places:
-            self._file = self._file or tempfile.TemporaryFile(buffering=0)
+            self._file = self._file or tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 (as long as this)
             self._places[id(array)] = array, (self._file.seek(0, os.SEEK_END), array.dtype.str, array.shape)
             left = memoryview(array).cast("B")
             while left:
