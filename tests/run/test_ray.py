@@ -199,7 +199,8 @@ def test_each_pass_gives_the_bytes_of_a_local_run(
     name: str, cluster: Cluster, passes: dict[str, list[str | Path]], tmp_path: Path
 ) -> None:
     wds_tools(*passes[name], "--output", tmp_path / "local")
-    wds_tools(*passes[name], "--output", tmp_path / "ray", *on(cluster))
+    made = wds_tools(*passes[name], "--output", tmp_path / "ray", *on(cluster), "--quiet")
+    assert made.stderr == ""
     assert tree(tmp_path / "ray") == tree(tmp_path / "local")
     assert len(list((tmp_path / "ray").glob("*.tar"))) > 1, "one task would prove little"
 
