@@ -187,6 +187,6 @@ def disturb(args: Sequence[str], output: Path, *, workers: int, num_kills: int, 
         time.sleep(rng.uniform(0, work_s))
         process.kill()
         process.communicate()
-        wait_until(lambda: not session(process.pid), "the workers of a killed run are gone", 20)  # noqa: B023
+        wait_until(lambda: not session(process.pid), "the workers of a killed run are gone")  # noqa: B023
         again = ["--resume"]
     wds_tools(*args, "--output", output, "--workers", str(workers), *again)

@@ -125,8 +125,8 @@ def test_wrong_arguments_are_status_2_without_a_traceback(args: list[str], capsy
         (["convert", "documents"], "missing: --input, --output (wds-tools convert documents --help says more)"),
         (
             ["audit"],
-            "missing: folders or URLs with saves of a loader, of which the newest counts; or receipts of all ranks and restarts: "
-            ".json files, or folders of them (wds-tools audit --help says more)",
+            "missing: folders or URLs with saves of a loader, of which the newest counts; or the receipts of all ranks and "
+            "restarts, as .json files or folders of these (wds-tools audit --help says more)",
         ),
         (
             ["export", "hf", "--input", "a", "--output", "b", "--format", "x"],
@@ -152,7 +152,7 @@ def test_a_command_of_several_that_is_not_named_lists_them_with_a_line_each(caps
         assert usage.startswith("usage: wds-tools convert KIND ")
         assert [line.split(maxsplit=2) for line in lines] == [[*words.split(), summary] for words, summary in kinds.items()]
     assert main(["convert", "bogus"]) == 2
-    assert capsys.readouterr().err == f"wds-tools: unknown command 'convert bogus': The commands are {', '.join(sorted(kinds))}\n"
+    assert capsys.readouterr().err == f"wds-tools: unknown command 'convert bogus': the commands are {', '.join(sorted(kinds))}\n"
 
 
 @EVERY_COMMAND
@@ -583,6 +583,11 @@ def test_doctor_names_a_bucket_that_cannot_be_read(s3: S3Server, capsys: pytest.
     said = json.loads(capsys.readouterr().out)
     assert said["problems"][0].startswith("s3://no-such-bucket/set: ")
     assert said["facts"][-1]["is_fine"] is False
+
+
+def test_doctor_can_write_to_a_bucket_that_the_server_makes_on_the_way(s3: S3Server, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "s3://made-on-the-way", "--write"]) == 0
+    assert "nothing is there; writable in " in capsys.readouterr().out
 
 
 # ---- Completion ----

@@ -152,8 +152,8 @@ def test_the_samples_of_each_batch_are_the_same_in_ten_settings_of_whatever_read
 @pytest.mark.parametrize(
     ("num_workers", "memory_bytes", "rate", "latency_s", "check_crc"),
     [
-        (0, 2 << 30, 0.4, 0.1, False),
-        (2, AMPLE, 0.2, 0.1, False),
+        (0, 2 << 30, 0.4, 0.02, False),
+        (2, AMPLE, 0.2, 0.02, False),
         (0, TIGHT, 0.03, 0, True),
         pytest.param(2, 2 << 30, 0.6, 0, True, marks=pytest.mark.slow),
         pytest.param(0, AMPLE, 0.4, 0.1, False, marks=pytest.mark.slow),

@@ -92,6 +92,19 @@ def test_what_is_listed_is_there_and_says_what_it_is(module: str) -> None:
     assert found.__doc__
 
 
+def test_the_reference_has_everything_that_is_public() -> None:
+    def thing(name: str) -> object:
+        module, _, attribute = name.rpartition(".")
+        return getattr(importlib.import_module(module), attribute)
+
+    pages = "".join(page.read_text() for page in (ROOT / "docs/reference").glob("*.md"))
+    listed = re.findall(r"^::: ([\w.]+)$", pages, re.MULTILINE)
+    found = [thing(name) for name in listed if ".trainers." not in name]  # those need the trainers
+    public = {f"{module}.{name}" for module, names in PUBLIC.items() for name in names if not name.startswith("__")}
+    assert {name for name in public if thing(name) not in found} == set()
+    assert len(listed) == len(set(listed))
+
+
 def test_the_version_is_one_and_the_change_log_has_it() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert project["version"] == wds_tools.__version__

@@ -168,10 +168,9 @@ def finish(process: subprocess.Popen[str]) -> str:
 
 @pytest.fixture(scope="module")
 def passes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str | Path]]:
-    """A command line of each pass but dclm's, with input for several tasks."""
+    """A command line of the other passes, with input for several tasks."""
     folder = tmp_path_factory.mktemp("passes")
-    pairs = write_pairs(folder, 4)
-    run_conversion(PairsConfig(input=(str(pairs),), output=str(folder / "raw"), task_lines=2, quiet=True))
+    run_conversion(PairsConfig(input=(str(write_pairs(folder, 4)),), output=str(folder / "raw"), task_lines=2, quiet=True))
     turns = [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "That."}]
     talks = write_jsonl(folder / "talks.jsonl", ({"image": f"images/{i}.jpg", "conversations": turns} for i in range(6)))
     square = [image_sample(i, side=32) for i in range(9)]
@@ -181,7 +180,6 @@ def passes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str | Pat
     write_small_sets(folder)
     sets, small = [folder / "pairs", folder / "texts"], ("--shard-samples", "2")
     return {
-        "pairs": ["convert", "pairs", "--input", pairs, "--task-lines", "2"],
         "sft": ["convert", "conversations", "--input", talks, "--task-lines", "2", "--max-rejects", "50%"],
         "hf": ["convert", "coded", "--input", folder / "hf", "--task-bytes", "1"],
         "encode": ["encode", "--input", folder / "raw", "--device", "cpu", "--shard-samples", "2"],
@@ -191,15 +189,22 @@ def passes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str | Pat
     }
 
 
-SLOW_PASSES = ("sft", "hf", "encode", "pack", "select", "relabel")
+def test_pairs_have_the_bytes_of_a_local_run(cluster: Cluster, tmp_path: Path) -> None:
+    words = ["convert", "pairs", "--input", write_pairs(tmp_path / "in", 4), "--task-lines", "2"]
+    assert_the_bytes_are_those_of_a_local_run(words, cluster, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["pairs", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW_PASSES)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sft", "hf", "encode", "pack", "select", "relabel"])
 def test_each_pass_gives_the_bytes_of_a_local_run(
     name: str, cluster: Cluster, passes: dict[str, list[str | Path]], tmp_path: Path
 ) -> None:
-    wds_tools(*passes[name], "--output", tmp_path / "local")
-    wds_tools(*passes[name], "--output", tmp_path / "ray", *on(cluster))
+    assert_the_bytes_are_those_of_a_local_run(passes[name], cluster, tmp_path)
+
+
+def assert_the_bytes_are_those_of_a_local_run(words: list[str | Path], cluster: Cluster, tmp_path: Path) -> None:
+    wds_tools(*words, "--output", tmp_path / "local")
+    wds_tools(*words, "--output", tmp_path / "ray", *on(cluster))
     assert tree(tmp_path / "ray") == tree(tmp_path / "local")
     assert len(list((tmp_path / "ray").glob("*.tar"))) > 1, "one task would prove little"
 

@@ -12,7 +12,7 @@ EXAMPLE = "wds-tools pack --input s3://bucket/pairs s3://bucket/dclm --tokenizer
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Printed, PackConfig):
-    """Pack datasets into shards of token rows of one length, so that training tokenizes nothing."""
+    """Pack datasets into shards of token rows of one length, so that training does not tokenize."""
 
 
 def run(config: Config) -> int:

@@ -25,14 +25,13 @@ _NO_LENGTH = 1 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Printed):
-    """Say what training from datasets will cost: steps, requests, bytes, memory, and how well samples are mixed.
-
-    Reads manifests and nothing else; with --samples, not even these."""
+    """Estimate the cost of training from datasets: steps, requests, bytes, memory, and how well samples are mixed. Reads only
+    manifests; with --samples, not even these."""
 
     input: Positional[tuple[str, ...]] = ()
     """The datasets: directories or URLs."""
     samples: float | None = None
-    """Instead of datasets: samples of one that does not exist yet. 10e9 is ten billion."""
+    """Instead of datasets: number of samples of a dataset that does not exist yet. 10e9 is ten billion."""
     sample_bytes: float = 4100.0
     """With --samples: bytes of a sample in its tar, headers and padding included."""
     shard_samples: int = 10_000
@@ -46,22 +45,22 @@ class Config(Printed):
     weights: tuple[float, ...] = ()
     """Weights of the datasets in the mixture, in their order; by default every sample of each once an epoch."""
     tokenizer: str | None = None
-    """Folder of a Hugging Face tokenizer, by which `index --tokens` counted the datasets: weights are shares of tokens, and the
-    tokens of texts and images of each dataset are told."""
+    """Folder of a Hugging Face tokenizer with which `index --tokens` counted the datasets: weights are then shares of tokens, and
+    the tokens of texts and images of each dataset are reported."""
     last_batch: Literal["drop", "short", "wrap"] = "drop"
     """What happens to the last, incomplete batch of an epoch."""
     memory_bytes: int = 2 << 30
-    """Memory that one process may take for data that it has read."""
+    """Memory that one process may use for data that it has read."""
     max_requests: int = LoaderConfig.max_requests
     """Requests that one process may have in flight at a time."""
     latency_ms: float | None = None
-    """Milliseconds that object storage takes to answer a request: says how long the first batches take."""
+    """Milliseconds that object storage takes to answer a request, to estimate the time of the first batches."""
     seed: int = 42
     """Seed of the sample order."""
     exclude: str | None = None
     """File of keys to take out, as Source(exclude=...); samples are then looked up in the data."""
     state: str | None = None
-    """State of a run (JSON) that goes on with these settings: its lanes stay, and what differs holds from there on."""
+    """State (JSON) of a run that continues with these settings: its lanes stay, and changed settings take effect there."""
     remote: bool = False
     """Count local files as if they were fetched from object storage."""
 

@@ -39,23 +39,23 @@ _PACKED_ALREADY = "train on the rows as they are, or pack those datasets again i
 
 @dataclass(frozen=True, kw_only=True)
 class PackConfig(SequenceConfig, JobOptions):
-    """Pack datasets into shards of token rows of one length, so that training tokenizes nothing."""
+    """Pack datasets into shards of token rows of one length, so that training does not tokenize."""
 
     help_group = "token rows"
 
     input: tuple[str, ...]
     """The datasets: directories or URLs. Every sample is used once."""
     seed: int = 42
-    """Of the choice of form, wording, guidance drop, text, and images of interleaved documents that are trained."""
+    """Seed for the choice of form, wording, dropped texts, text, and trained images of interleaved documents."""
     epoch: int = 0
-    """Of the same: another epoch makes other examples of the same samples."""
+    """Epoch for the same choice: another epoch makes other examples from the same samples."""
     code_set: str | None = None
     """Code set to pack, where samples have several (`wds-tools encode --code-set`); by default the first they have."""
     texts: tuple[str, ...] = ()
     """Of samples with several texts, NAME=WEIGHT of those that are used: recap=0.9 alt=0.1; one that is null leaves its weight
     to the others. By default the text that is stored as such."""
     task_samples: int = 20_000
-    """Samples of a task: what a worker, and a resumed run, takes whole."""
+    """Samples of a task, the unit of work for a worker and a resumed run."""
 
     def __post_init__(self) -> None:
         SequenceConfig.__post_init__(self)

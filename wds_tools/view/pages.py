@@ -101,11 +101,11 @@ class PagesConfig:
     """Options of what is shown beside the dataset itself."""
 
     weights: str | None = None
-    """Weights of the tokenizer that made the codes, if it brings none: for chameleon, its folder."""
+    """Weights of the tokenizer that made the codes, if they are not bundled: for chameleon, its folder."""
     device: str = "auto"
     """Device that decodes pictures: auto, cpu, cuda or cuda:N."""
     text_tokenizer: str | None = None
-    """A tokenizer.json or the folder of one, to show how many tokens a text has, and the texts of token rows."""
+    """A tokenizer.json or its folder, to show the number of tokens of a text, and the texts of token rows."""
 
 
 class Pages:

@@ -285,7 +285,8 @@ def asleep(sample: dict[str, Any], _: Any) -> dict[str, Any]:
     return {"text": sample["text"]}
 
 
-def test_a_transform_that_never_ends_ends_the_run(pictures: str) -> None:
+def test_a_transform_that_never_ends_ends_the_run(pictures: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.5)  # so long torch waits before it ends a worker
     made = loader(pictures, transform=asleep, num_workers=1, timeout_s=1.5, shuffle=False)
     with pytest.raises(WorkerDied, match=r"no batch for timeout_s=1.5 seconds"):
         list(made)

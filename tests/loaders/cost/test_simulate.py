@@ -175,8 +175,9 @@ def test_indices_that_are_large_beside_what_is_read_are_warned_of() -> None:
     assert without.process.index_bytes < found.process.index_bytes / 10
 
 
-def test_the_first_batches_take_as_many_round_trips_as_their_requests_fill() -> None:
+def test_the_first_batches_take_as_many_round_trips_as_their_requests_fill(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 1,024 samples from as many lanes: 64 and then 128 at a time, behind those of manifest and offsets."""
+    monkeypatch.setattr("loaders.cost.replay._WINDOW_STEPS", 100)
     cost = imagine(2_000_000, batch_size=1024).process
     first, *others = opening_s(cost, 0.1, 128)
     assert 900 < cost.first_requests[0] <= 1024 + 8

@@ -193,11 +193,11 @@ def test_small_shuffle_blocks_are_permuted_evenly() -> None:
     """All 24 orders of four samples, each about as often as the others, over epochs."""
     plan = plan_of([(4, 4)], OrderSpec(seed=3, batch_size=1, lanes_per_sample=1, block_bytes=4, chunk_bytes=4))
     seen: dict[tuple[int, ...], int] = {}
-    for epoch in range(4800):
+    for epoch in range(1200):
         rows = tuple(plan.locate(epoch, np.arange(4)).sample_index.tolist())
         seen[rows] = seen.get(rows, 0) + 1
     assert len(seen) == 24
-    assert 100 < min(seen.values()) <= max(seen.values()) < 320
+    assert 20 < min(seen.values()) <= max(seen.values()) < 90
 
 
 def test_without_shuffle_position_p_is_sample_p() -> None:

@@ -44,7 +44,7 @@ def tokens_of(data: Path, keys: list[str]) -> tuple[int, int]:
     return 64 * len(pairs) + sum(map(len, captions)), sum(map(len, documents))
 
 
-@pytest.mark.parametrize("weights", [(1, 1), (1, 3), (5, 2)])
+@pytest.mark.parametrize("weights", [(1, 3), (5, 2), pytest.param((1, 1), marks=pytest.mark.slow)])
 def test_weights_are_shares_of_tokens(data: Path, weights: tuple[float, float]) -> None:
     loader = build_loader(replace(config(data, weights), sequences=None, unit="samples"), World())
     by_samples = [key for batch in loader for key in batch["__key__"]]

@@ -131,7 +131,7 @@ def test_positions_of_is_the_inverse_of_locate(data: st.DataObject) -> None:
     assert np.array_equal(samples[which], np.stack(located[:3], axis=1))
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(st.data())
 def test_at_and_seen_are_what_was_handed_over_whatever_the_run_went_through(data: st.DataObject) -> None:
     draw = data.draw

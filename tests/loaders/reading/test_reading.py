@@ -11,12 +11,12 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import environment
+from commands import WAIT_S, environment
 from factory import image_sample, make_dataset, text_sample
 
 from loaders import Loader, LoaderConfig, Source, World, build_loader
@@ -146,13 +146,33 @@ def at_once(count: int, what: Callable[[int], Any]) -> list[Any]:
         return list(pool.map(run, range(count)))
 
 
+@pytest.fixture
+def others_wait(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Call it where a value is made: it returns when so many other threads wait for one, however busy the machine is."""
+    arrived = threading.Semaphore(0)
+
+    class Awaited(Future[Any]):
+        def result(self, timeout: float | None = None) -> Any:
+            arrived.release()
+            return super().result(timeout)
+
+    def until(count: int) -> None:
+        assert all(arrived.acquire(timeout=WAIT_S) for _ in range(count))
+
+    monkeypatch.setattr("wds_tools.storage.recent.Future", Awaited)
+    return until
+
+
 @pytest.mark.parametrize("shared", [SingleFlight(), Recent(2)])
-def test_threads_that_want_one_thing_at_the_same_time_have_it_made_once(shared: SingleFlight[str, object]) -> None:
+def test_threads_that_want_one_thing_at_the_same_time_have_it_made_once(
+    shared: SingleFlight[str, object], others_wait: Callable[[int], None]
+) -> None:
     made: list[str] = []
 
     def make(key: str) -> object:
+        if key not in made:
+            others_wait(15)
         made.append(key)
-        time.sleep(0.1)
         if key == "bad":
             raise StorageError("no answer")
         return object()

@@ -9,18 +9,20 @@ import warnings
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from commands import environment
 from tokens import write_small_sets
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from loaders import EpochLoader, Loader, LoaderConfig, SequenceConfig, Source, World, build_loader, model_inputs
 from wds_tools.errors import UsageError
 
 STEPS = 6
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
+
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
 
 
@@ -41,6 +43,8 @@ def loader(data: Path, *, packing: bool, num_workers: int = 0) -> Loader:
 
 
 def model() -> LlamaForCausalLM:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     torch.manual_seed(0)
     shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
     return LlamaForCausalLM(LlamaConfig(vocab_size=2003 + 8192, **shape))
