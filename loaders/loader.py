@@ -297,7 +297,7 @@ class Loader:
         return self.step
 
     def receipt(self) -> dict[str, Any]:
-        """Proof of what this rank gave to the trainer since it was made or took a state: small JSON for `wds-tools audit`.
+        """The proof of what this rank gave to the trainer since it was made or took a state, for `wds-tools audit`: small JSON.
 
         Raises:
             UsageError: rows are packed on the fly, so a rank's samples are not spans of positions.
