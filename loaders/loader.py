@@ -23,7 +23,7 @@ from loaders.config import LoaderConfig
 from loaders.ledger import Ledger
 from loaders.order.generations import Epochs
 from loaders.order.mask import held_masks
-from loaders.order.partition import BatchPartition
+from loaders.order.partition import BatchPartition, check_batch
 from loaders.order.samples import SampleOrder, open_source, order_spec
 from loaders.proof.progress import RunProgress
 from loaders.proof.saves import newest_save, write_save
@@ -47,40 +47,39 @@ def build_loader(config: LoaderConfig, world: World | None = None) -> Loader:
 
     Args:
         config: what to read.
-        world: this process among the training processes; by default World.detect(), compared with torch.distributed at the
-            first batch.
+        world: this process among the training processes; by default World.detect(), which is compared with torch.distributed at
+            the first batch.
 
     Returns:
         The loader; nothing is read of the samples yet.
 
     Raises:
-        NotFound, FormatError, UsageError: see Loader.
+        NotFound, FormatError: a source is not a dataset.
+        UsageError: the settings do not fit the data or the world.
     """
     return Loader(config, world or World.detect())
 
 
 class Loader:
-    """Batches of this rank. Iterating gives the rest of the current epoch; the next iteration the next epoch, if there is one.
+    """Batches of this rank. An iteration gives the rest of the current epoch, and the next iteration another epoch.
 
-    A batch is a dict: `__key__`, `__source__`, `data_type` and `text` are lists of str; `codes` is an int32 tensor (B, h, w)
-    where all samples have grids of one size, else a list of (h, w) tensors, None for a sample without; a batch without any codes
-    has none. Samples with encoded images or conversations add `image` (bytes) and `conversations`. A conversation has a list of
-    grids in `codes`, and of images in `image`, one for each `<image>`. Sources without our schema give `__key__`, `__source__`,
-    and the members' bytes by suffix, as lists. Batches of token rows are described in docs/training.md.
-    A loop that was left goes on where it stopped; of an evaluation, each begins from the start. Use from one thread.
+    A batch is a dict: `__key__`, `__source__`, `data_type` and `text` are lists of str; `codes` is an int32 tensor (B, h, w) if
+    all samples have grids of one size, otherwise a list of (h, w) tensors, with None for a sample without codes; a batch without
+    any codes has no `codes`. Samples with encoded images or conversations add `image` (bytes) and `conversations`. A conversation
+    has lists of grids in `codes` and of images in `image`, one entry for each `<image>`. Sources without this project's schema
+    give `__key__`, `__source__`, and the members' bytes by suffix, as lists. docs/training.md describes batches of token rows. A
+    loop that was left continues where it stopped; in an evaluation, each loop begins from the start. Use it from one thread.
 
     Args:
         config: what to read.
         world: this process among the training processes.
 
     Raises:
-        NotFound, FormatError: a source is no dataset.
+        NotFound, FormatError: a source is not a dataset.
         UsageError: the settings do not fit the data or the world.
     """
 
     def __init__(self, config: LoaderConfig, world: World) -> None:
-        if config.batch_size < world.world_size:
-            raise UsageError(f"batch_size={config.batch_size} is less than one sample for each of {world.world_size} ranks")
         self.config = config
         self.world = world
         self._sources = [open_source(source) for source in config.sources]
@@ -89,13 +88,9 @@ class Loader:
         self._order = SampleOrder(self._sources, order_spec(self._sources, config))
         self._maker = RowMaker(config.sequences, config.seed, self._sources) if config.sequences else None
         self._book = LaneBook(self._order.spec.lanes, world.rank)
-        self._run = RunProgress(config, world.world_size, self._epochs(self._order))
+        self._run = RunProgress(config, world.world_size, epochs := self._epochs(self._order))
+        check_batch(epochs.length(0), config.batch_size, config.last_batch, world.world_size)
         self._masks = held_masks((), [opened.mask for opened in self._sources], 0)
-        if config.last_batch == "drop" and not config.packing and self._order.length < config.batch_size:
-            raise UsageError(
-                f"an epoch of {self._order.length} samples is less than a batch of {config.batch_size}, and last_batch='drop' "
-                "leaves it out: choose a smaller batch_size, or last_batch='short' or 'wrap'"
-            )
         self._warn_of_cost(stacklevel=4)
         self._is_compared = False
         """Whether the ranks were compared since this loader was made or took a state."""
@@ -125,8 +120,8 @@ class Loader:
         return WorkerPool(dataset, self.config, self.world, self._sources)
 
     def __len__(self) -> int:
-        """Batches that the next iteration gives: those left of the epoch. The same on every rank; in an evaluation of fewer
-        samples than ranks, those without a sample get none.
+        """Number of batches that the next iteration gives: the rest of the epoch. The same on every rank; in an evaluation with
+        fewer samples than ranks, a rank without a sample gets none.
 
         Raises:
             TypeError: rows packed on the fly have no end.
@@ -219,13 +214,13 @@ class Loader:
         return state
 
     def gather_state(self) -> dict[str, Any]:
-        """The merged state of all ranks, on every rank. To be called by all of them, after the same step.
+        """The merged state of all ranks, on every rank. All ranks must call this after the same step.
 
-        Needed where rows are packed on the fly under torch.distributed; else the same as `state_dict`, without communication
-        unless the world was made of a group, whose ranks are compared.
+        Needed for rows packed on the fly under torch.distributed; otherwise the same as `state_dict`, without communication,
+        except that the ranks of a world made from a group are compared.
 
         Raises:
-            UsageError: ranks stand at different places, or read different data; or see World.gather.
+            UsageError: ranks are at different positions, or read different data; or see World.gather.
         """
         state = self.state_dict()
         self._compare()
@@ -234,7 +229,7 @@ class Loader:
         return merge_states([json.loads(data) for data in self.world.gather(json.dumps(state).encode())])
 
     def load_state_dict(self, state: Mapping[str, Any], change: Change = None) -> None:
-        """Go on from a state, of any number of ranks, workers, or batch size. Takes constant time.
+        """Continue from a state of any number of ranks and workers, and any batch size. Takes constant time.
 
         Args:
             state: of any rank; with rows packed on the fly, merged.
@@ -266,30 +261,30 @@ class Loader:
         self._warn_of_cost(stacklevel=3)
 
     def save(self, folder: str | PathLike[str]) -> None:
-        """Save state and receipts, whole or not at all; to be called by all ranks, after the same step.
+        """Save state and receipts, completely or not at all. All ranks must call this after the same step.
 
-        To be called last, behind the weights: what was written before it belongs to the save. Several ranks without a group speak
-        over torch.distributed. `wds-tools audit` takes the folder.
+        Call it last, after saving the weights: files written before it belong to the save. Several ranks without a group
+        communicate over torch.distributed. `wds-tools audit` reads the folder.
 
         Args:
-            folder: a directory or URL, one for all saves of a run or one for each; may hold other files.
+            folder: a directory or URL, the same for all saves of a run or one for each; may contain other files.
 
         Raises:
             StorageError: a rank can't write.
-            UsageError: ranks stand at different places, or can't speak with each other; see World.gather.
+            UsageError: ranks are at different positions, or can't communicate; see World.gather.
         """
         receipts = self._earlier if self.config.packing else [*self._earlier, self.receipt()]
         write_save(open_store(str(folder)), self.world, self.gather_state(), receipts)
 
     def resume(self, folder: str | PathLike[str], change: Change = None) -> int:
-        """Go on from the newest whole save in a folder, if there is one; to be called by all ranks, of any number.
+        """Continue from the newest complete save in a folder, if there is one. All ranks, of any number, must call this.
 
         Args:
             folder: see `save`.
             change: see `load_state_dict`.
 
         Returns:
-            The step at which the run goes on (`step`); 0 if there is no save, and nothing changes.
+            The step at which the run continues (`step`); 0 if there is no save, and then nothing changes.
 
         Raises:
             FormatError, UsageError: the save is damaged, or see load_state_dict.
@@ -302,7 +297,7 @@ class Loader:
         return self.step
 
     def receipt(self) -> dict[str, Any]:
-        """What this rank has handed over since it was made, or took a state: small JSON for `wds-tools audit`.
+        """The proof of what this rank gave to the trainer since it was made or took a state, for `wds-tools audit`: small JSON.
 
         Raises:
             UsageError: rows are packed on the fly, so a rank's samples are not spans of positions.
@@ -313,18 +308,18 @@ class Loader:
         return self._ledger.receipt(self.state_dict(), self.world, self.config)
 
     def skip(self, start: int, stop: int) -> None:
-        """Go on without some steps: behind the batch `start` - 1 of the run comes the one that would have been number `stop`.
+        """Leave out some steps: after batch `start` - 1 of the run comes the one that would have been number `stop`.
 
-        Batches go on being counted as they are handed over: it gets number `start`. State and receipts say what was skipped,
-        so that it is left out once, however often a run is resumed and this is called. All ranks call it, behind
-        `load_state_dict`, which takes what the state says instead.
+        Batches are still counted as they are given out: that batch gets number `start`. State and receipts record skipped steps,
+        so they are left out once, however often a run is resumed and this is called. All ranks must call it, after
+        `load_state_dict`, which restores the skips of the state.
 
         Args:
-            start: number of the first step that is left out, from 0; this one or one that is still to come.
-            stop: number of the first step behind them.
+            start: number of the first step to leave out, from 0: the current or a later one.
+            stop: number of the first step after them.
 
         Raises:
-            UsageError: the run is past them, they are none, or millions of epochs away; or rows are packed on the fly.
+            UsageError: the run is past them, there are none, or they are millions of epochs away; or rows are packed on the fly.
         """
         if (start, stop) in self._run.skips:
             return
@@ -336,7 +331,7 @@ class Loader:
         self._loop += 1
 
     def stats(self) -> dict[str, float]:
-        """Numbers for a training log, of this rank, since it was made.
+        """Numbers for a training log, for this rank since the loader was made.
 
         Returns:
             epoch, position; batches, samples, dropped, skipped; bad and bad_REASON; unused and unused_REASON; wait_p50_s and
@@ -351,7 +346,7 @@ class Loader:
         return {**place, **self._ledger.stats()}
 
     def close(self) -> None:
-        """End the worker processes, and loops under way. The loader can be used again."""
+        """End the worker processes and running loops. The loader can be used again."""
         self._loop += 1
         self._pool.close()
 

@@ -23,7 +23,7 @@ from loaders.order.samples import SampleOrder, open_source, order_spec
 from loaders.proof.state import Start, next_starts, read_state, resumed, state_to_json
 from loaders.reading.planner import PositionRange
 from loaders.reading.reader import ReadAhead, open_reader
-from loaders.workers.handover import tell_of_failures
+from loaders.workers.handover import begin_worker
 from loaders.world import World
 from wds_tools.errors import UsageError
 
@@ -183,10 +183,7 @@ class _Samples:
 
     def __call__(self) -> Iterator[Sample]:
         self.world.check()
-        info = get_worker_info()
-        worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
-        if info:
-            tell_of_failures(wrapped=True)
+        worker, num_workers = begin_worker()
         self._hear()
         rank, world_size, epoch = self.world.rank, self.world.world_size, self.epoch
         stride = world_size * num_workers
@@ -204,7 +201,7 @@ class _Samples:
             for sample in samples:
                 self.position += stride
                 yield sample
-        if info is None:
+        if get_worker_info() is None:
             self.position = self.order.length
 
 

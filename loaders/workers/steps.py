@@ -21,6 +21,7 @@ from loaders.batches.transform import Transformer
 from loaders.config import LoaderConfig
 from loaders.order.mask import Substitution
 from loaders.order.partition import BatchPartition
+from loaders.order.plan import Ints
 from loaders.order.samples import Located, SampleOrder
 from loaders.proof.receipt import SampleHash, total_of
 from loaders.proof.steps import StepSpan
@@ -168,19 +169,22 @@ class StepDataset(torch.utils.data.Dataset["StepResult | WdsToolsError"]):
     ) -> tuple[Columns, dict[int, Substitution]]:
         """Samples from position `low` on as columns; see Decoder.decode."""
         sources = located.source.tolist()
-        epochs = self._order.source_epochs(epoch, np.arange(low, low + len(loaded)))
+
+        def epochs() -> Ints:
+            return self._order.source_epochs(epoch, np.arange(low, low + len(loaded)))
+
         if self._transformer is not None:
-            return self._transformer.batch(located, loaded, epochs)
+            return self._transformer.batch(located, loaded, epochs())
         if self._maker is None:
             columns, substitutions = self._decoder.decode(located, loaded, self._parse)
             if "texts" in columns.lists:
                 weights = [opened.texts for opened in self._order.sources]
                 held = zip(*(columns.lists[name] for name in ("__key__", "text", "texts")), strict=True)
-                columns.lists["text"] = chosen_texts(weights, self._config.seed, epochs, sources, held)
+                columns.lists["text"] = chosen_texts(weights, self._config.seed, epochs(), sources, held)
             return columns, substitutions
         samples, substitutions = self._decoder.decode(located, loaded, self._maker.read)
         names = [self._order.sources[number].name for number in sources]
-        return self._maker.padded(samples, epochs, names, sources), substitutions
+        return self._maker.padded(samples, epochs(), names, sources), substitutions
 
     def _upcoming(self, request: StepRequest) -> Iterator[PositionRange]:
         """Positions of this worker's next steps, into the next epoch if there is one."""

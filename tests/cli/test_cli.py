@@ -125,8 +125,8 @@ def test_wrong_arguments_are_status_2_without_a_traceback(args: list[str], capsy
         (["convert", "documents"], "missing: --input, --output (wds-tools convert documents --help says more)"),
         (
             ["audit"],
-            "missing: folders or URLs with saves of a loader, of which the newest counts; or receipts of all ranks and restarts: "
-            ".json files, or folders of them (wds-tools audit --help says more)",
+            "missing: folders or URLs with saves of a loader, of which the newest counts; or the receipts of all ranks and "
+            "restarts, as .json files or folders of these (wds-tools audit --help says more)",
         ),
         (
             ["export", "hf", "--input", "a", "--output", "b", "--format", "x"],
@@ -499,7 +499,7 @@ def test_json_says_what_the_lines_say(tmp_path: Path) -> None:
         ["compare-codes", "SET", "SET/"],
         ["select", "--input", "SET", "--output", "OUT"],
         ["relabel", "--input", "SET", "--with", "x.csv", "--texts", "a=b", "--output", "OUT"],
-        ["pack", "--input", "SET", "--tokenizer", "x", "--seq-len", "9", "--output", "OUT"],
+        ["pack", "--input", "SET", "--tokenizer", "x", "--max-length", "9", "--output", "OUT"],
         ["export", "hf", "--input", "SET", "--output", "OUT"],
         ["export", "parquet", "--input", "SET", "--output", "OUT"],
         ["simulate", "SET", "--batch-size", "1"],

@@ -306,7 +306,7 @@ def test_an_output_that_is_an_input_or_lies_in_one_is_refused_by_every_command(
     before = tree(folder)
     more = {
         "relabel": ["--with", "labels.jsonl"],
-        "pack": ["--tokenizer", "t", "--seq-len", "8"],
+        "pack": ["--tokenizer", "t", "--max-length", "8"],
         "hf": ["--tokenizer", "t", "--codebook-size", "8"],
     }
     options = more.get(words[-1], []) if words[0] != "export" else []

@@ -316,10 +316,12 @@ def test_the_page_on_the_flow_says_for_a_dozen_tasks_in_which_files_they_begin()
     assert [name for row in rows for name in row if not (ROOT / name).is_file()] == []
 
 
-def test_the_files_that_contributing_names_are_there() -> None:
-    named = re.findall(r"`((?:wds_tools|loaders|tests|docs|examples)/[\w/]+\.\w+)`", (ROOT / "CONTRIBUTING.md").read_text())
-    assert len(named) > 8
-    assert [name for name in named if "NAME" not in name and not (ROOT / name).is_file()] == []
+def test_every_file_of_ours_that_a_page_names_is_there() -> None:
+    pages = [ROOT / "CONTRIBUTING.md", ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    named = {name for page in pages for name in re.findall(r"`([\w./]+/\w+\.(?:py|js|css|html))`", page.read_text())}
+    homes = [ROOT / home for home in ("", "wds_tools", "loaders", "tests")]
+    assert {name for name in named if "NAME" not in name and not any((home / name).is_file() for home in homes)} == set()
+    assert len(named) > 50
 
 
 def test_every_row_of_the_page_on_reliability_names_a_test() -> None:

@@ -183,7 +183,7 @@ def passes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str | Pat
         "sft": ["convert", "conversations", "--input", talks, "--task-lines", "2", "--max-rejects", "50%"],
         "hf": ["convert", "coded", "--input", folder / "hf", "--task-bytes", "1"],
         "encode": ["encode", "--input", folder / "raw", "--device", "cpu", "--shard-samples", "2"],
-        "pack": ["pack", "--input", *sets, "--tokenizer", folder / "tokenizer", "--seq-len", "128", "--task-samples", "20"],
+        "pack": ["pack", "--input", *sets, "--tokenizer", folder / "tokenizer", "--max-length", "128", "--task-samples", "20"],
         "select": ["select", "--input", folder / "square", "--unique", "codes", *small],
         "relabel": ["relabel", "--input", folder / "square", "--with", folder / "labels.jsonl", "--fields", "score", *small],
     }

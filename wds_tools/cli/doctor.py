@@ -40,20 +40,20 @@ _PROBE = "wds-tools-doctor"
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Printed):
-    """Say what is installed, what devices there are, what a tokenizer costs on them, and whether what you name is in order.
+    """Show what is installed, the devices, the speed of a tokenizer, and whether the given places are in order.
 
     Exit status 1 if it is not, or if a package is missing that every command needs."""
 
     input: Positional[tuple[str, ...]] = ()
-    """Directories or URLs to judge: can they be read, is a dataset finished, are all its files there in their sizes?"""
+    """Directories or URLs to check: can they be read, is a dataset complete, do all its files have the right size?"""
     tokenizer: Annotated[str, Names("wds_tools.vq.registry:tokenizer_names")] = "tiny"
     """Image tokenizer to load and to time on this machine, in fp32."""
     weights: str | None = None
-    """Its weights: all but tiny need them, and what one costs is not known without."""
+    """Its weights; all tokenizers except tiny need them."""
     device: str = "auto"
     """Where it runs: auto (a GPU if there is one), cpu, cuda or cuda:N."""
     write: bool = False
-    """Try writing there too: a small file is put and deleted again."""
+    """Also try to write there: a small file is written and deleted."""
 
 
 @dataclass(frozen=True, kw_only=True)

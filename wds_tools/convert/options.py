@@ -71,23 +71,24 @@ class ConvertOptions(JobOptions):
     input: tuple[str, ...]
     """Files, folders or brace patterns; paths or URLs."""
     keep: tuple[str, ...] = ()
-    """Fields of the record to keep as provenance: FIELD, or NAME=FIELD to call it otherwise; a.b for one inside another."""
+    """Fields of the record to keep as provenance: FIELD, or NAME=FIELD to rename it; a.b for a field inside another."""
     drop: tuple[str, ...] = ()
-    """Fields with an image that is left out on purpose."""
+    """Fields with images to leave out."""
     where: str | None = None
     """Take only records for which this is true, such as 'similarity >= 0.28 and not nsfw'. See docs/fields.md."""
     key_prefix: str = ""
     """NAME makes keys NAME-TTTTTT-NNNNNNNN, so that samples of two datasets can lie in one folder. Letters, digits, _ and -."""
     strict_links: bool = False
-    """Of folders (--input, --image-root), follow no symlink that leads out: for what was unpacked from archives of strangers."""
+    """Follow no symlink that leads out of a folder (--input, --image-root): for archives from strangers."""
     source: str | None = None
-    """Source of an installed package that reads the input. Default: each file is read as what its content says it is."""
+    """Source of an installed package that reads the input. Default: each file is recognised by its content."""
     task_lines: int = 2000
     """Lines of a .jsonl file that a worker takes at a time; a shard holds no more."""
     task_records: int = 10_000
-    """Records of a JSON list, or of whole files or row groups that say how many they hold, that a worker takes at a time."""
+    """Records that a worker takes at a time: of a JSON list, or of whole files or row groups that state their number of
+    records."""
     task_bytes: int = 256 << 20
-    """Bytes of input at which a worker takes no further file or row group, whatever records they hold."""
+    """A worker takes no further file or row group once it has this many bytes of input."""
 
     command = ""
     """Name of the command, written into the manifest."""

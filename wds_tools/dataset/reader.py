@@ -15,9 +15,10 @@ import numpy as np
 from wds_tools.dataset.layout import MANIFEST, PLAN, REMOVABLE, TAR_SUFFIX
 from wds_tools.errors import FormatError, NotFound, UsageError
 from wds_tools.format.checksum import content_hash
-from wds_tools.format.manifest import Manifest, ShardInfo, parse_manifest
+from wds_tools.format.manifest import Manifest, parse_manifest
 from wds_tools.format.schema import ANY_MEMBERS, Sample
 from wds_tools.format.shard import StoredSample, group_samples, sample_from_members
+from wds_tools.format.shards import ShardInfo
 from wds_tools.format.tar import Member, TarReader
 from wds_tools.storage import LocalStore, Store
 
@@ -43,10 +44,11 @@ def read_manifest(
         UsageError: it is one of any members, or of token rows, and the caller needs the schema.
     """
     try:
-        data = store.read(MANIFEST)
+        stream = store.open(MANIFEST)
     except NotFound as error:
         raise NotFound(_no_manifest(store)) from error
-    manifest = parse_manifest(data, f"{store.url}/{MANIFEST}")
+    with stream:
+        manifest = parse_manifest(stream, f"{store.url}/{MANIFEST}")
     if any_members:
         return manifest
     if rows := manifest.token_rows:
@@ -116,19 +118,23 @@ class ShardBytes:
             self._buffer = grown
 
 
-def read_shard(store: Store, shard: ShardInfo) -> Iterator[Sample]:
-    """The samples of a shard in order.
+def read_shard(store: Store, shard: ShardInfo, first: int = 0) -> Iterator[Sample]:
+    """The samples of a shard in order, from number `first` on; those before it are read, but not parsed.
 
     Raises:
         FormatError: the shard is damaged, or not what the manifest says.
         StorageError: it can't be read.
     """
-    for stored in read_stored(store, shard):
-        try:
-            sample = sample_from_members(stored.key, stored.payloads)
-        except FormatError as error:
-            raise FormatError(f"{store.url}/{shard.name}, byte {stored.start}: {error}") from error
-        yield sample
+    for stored in islice(read_stored(store, shard), first, None):
+        yield parse_stored(store, shard, stored)
+
+
+def parse_stored(store: Store, shard: ShardInfo, stored: StoredSample) -> Sample:
+    """A sample of a shard. Raises FormatError: it breaks the schema."""
+    try:
+        return sample_from_members(stored.key, stored.payloads)
+    except FormatError as error:
+        raise FormatError(f"{store.url}/{shard.name}, byte {stored.start}: {error}") from error
 
 
 def read_stored(store: Store, shard: ShardInfo) -> Iterator[StoredSample]:

@@ -15,12 +15,12 @@ from wds_tools.storage import open_store
 
 @dataclass(frozen=True, kw_only=True)
 class FinalizeConfig:
-    """Write the manifest of a dataset that was made in parts; if some are missing, say which."""
+    """Write the manifest of a dataset that was made in parts, or name the missing parts."""
 
     output: str
-    """The dataset: what the parts had as --output."""
+    """The dataset: the --output of the parts."""
     max_rejects: str = JobOptions.max_rejects
-    """Most inputs that may be unusable, over all parts: a count or a share."""
+    """Maximum of unusable inputs, over all parts: a count or a share."""
 
     def __post_init__(self) -> None:
         RejectBudget.parse(self.max_rejects)

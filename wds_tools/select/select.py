@@ -24,9 +24,10 @@ from wds_tools.dataset.reader import read_manifest
 from wds_tools.dataset.samples import SampleReader
 from wds_tools.errors import Reject, UsageError
 from wds_tools.format.index import ABSENT
-from wds_tools.format.manifest import Manifest, ShardInfo, check_one_tokenizer, shard_info_from_json
+from wds_tools.format.manifest import Manifest, check_one_tokenizer, shard_info_from_json
 from wds_tools.format.schema import ANY_MEMBERS, check_key
 from wds_tools.format.shard import sample_from_members, split_name
+from wds_tools.format.shards import ShardInfo, Shards
 from wds_tools.format.tar import first_name
 from wds_tools.jobs import Advance, Job, JobOptions, Report, TaskWriter, run_job
 from wds_tools.records.where import Where
@@ -46,25 +47,25 @@ class SelectConfig(JobOptions):
     help_group = "choice"
 
     input: tuple[str, ...]
-    """The datasets: directories or URLs. Of several the samples follow one another."""
+    """The datasets: directories or URLs. The samples of several datasets follow one another."""
     where: str | None = None
-    """Take only samples for whose fields this is true: 'aesthetic >= 5.5 and not watermark'. See docs/choose.md."""
+    """Take only samples for which this is true: 'aesthetic >= 5.5 and not watermark'. See docs/choose.md."""
     keys: str | None = None
     """Take only samples whose keys are in this file: KEY, or DATASET<tab>KEY, a line."""
     exclude: str | None = None
     """Leave out the samples whose keys are in this file."""
     unique: Literal["text", "codes"] | None = None
-    """Of samples of equal text (with turns), or equal codes, take the first in the order of the inputs."""
+    """Of samples with equal text (including turns), or equal codes, take only the first, in the order of the inputs."""
     fraction: float | None = None
     """Take this share, drawn by a hash of the key."""
     split: str | None = None
     """Make several datasets, such as train=0.99,valid=0.01; --output has {split} where the name goes."""
     by: str | None = None
-    """Draw --fraction and --split by a hash of this field, so that samples of the same value stay together."""
+    """Draw --fraction and --split by a hash of this field, so that samples with the same value stay together."""
     seed: int = 0
-    """Of that hash: another seed is another draw."""
+    """Seed of that hash: another seed makes another draw."""
     key_prefix: tuple[str, ...] = ()
-    """One for each input: keys become PREFIX-KEY, where those of several inputs meet."""
+    """One prefix for each input: keys become PREFIX-KEY. Needed if several inputs have the same keys."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -226,7 +227,7 @@ class CopySamples:
         return num_samples
 
     def _copy(self, dataset: int, shard: ShardInfo, rows: np.ndarray[Any, Any], writer: TaskWriter, report: Report) -> None:
-        reader = SampleReader(open_store(self.urls[dataset]), Manifest(shards=(shard,), inputs=shard.samples))
+        reader = SampleReader(open_store(self.urls[dataset]), Manifest(shards=Shards.of([shard]), inputs=shard.samples))
         is_whole = not self.prefixes and len(shard.data_types) < 2
         try:
             for index, samples in reader.stored(0, rows) if len(rows) else ():

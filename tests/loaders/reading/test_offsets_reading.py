@@ -125,7 +125,10 @@ def test_wrong_offsets_cost_requests_and_never_another_sample(url: str, by: int)
     assert wrong.stats()["misplaced"] > 0
 
 
-def test_offsets_that_fit_whole_samples_of_other_numbers_are_not_taken(url: str) -> None:
+@pytest.mark.parametrize("num_requests", [1, 3])
+def test_offsets_that_fit_whole_samples_of_other_numbers_are_not_taken(
+    url: str, asked: list[str], monkeypatch: pytest.MonkeyPatch, num_requests: int
+) -> None:
     url += "-even"
     manifest = make_dataset(url, (image_sample(number, side=16) for number in range(COUNT)), shard_samples=100)
     store = open_store(url)
@@ -135,9 +138,12 @@ def test_offsets_that_fit_whole_samples_of_other_numbers_are_not_taken(url: str)
     good = list(rows(loader(url)))
     later = (int.from_bytes(data[at : at + 4], "little") + per_sample for at in range(128, len(data), 4))
     store.put(OFFSETS, data[:128] + b"".join(offset.to_bytes(4, "little") for offset in later))
+    monkeypatch.setattr("wds_tools.dataset.offsets.REQUEST_BYTES", (len(data) - 128) // num_requests + 1)
+    asked.clear()
     wrong = loader(url)
     assert list(rows(wrong)) == good
     assert wrong.stats()["misplaced"] > 0
+    assert asked.count(OFFSETS) == num_requests
 
 
 def test_members_of_any_tar_are_those_that_its_index_says(asked: list[str]) -> None:
@@ -168,10 +174,10 @@ def test_what_lies_in_a_group_is_loaded_with_it_and_found_when_it_is_asked_for(u
     reader = SourceReader(open_source(Source(url)))
     loaded = reader.load(0, 33, 35)
     assert loaded.first <= 33 < 35 <= loaded.last
-    assert set(loaded.end) == {0}
-    (sample,) = bytes_of([loaded], [34])
+    assert set(loaded.spans) == {0}
+    (sample,) = bytes_of([loaded], [34]).samples()
     assert bytes(sample[:19]) == b"image-00000034.json"
-    assert loaded.index.start.tolist() == [loaded.begin + start for start in loaded.start]
+    assert loaded.index.start.tolist() == [loaded.begin + start for start in loaded.spans[:: reader.span_width]]
 
 
 def test_too_little_memory_is_refused_with_the_number_that_is_needed(url: str) -> None:

@@ -53,7 +53,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_dataset(folder / "texts", texts(), shard_samples=11)
     urls = (str(folder / "pairs"), str(folder / "texts"))
     tokenizer = str(folder / "tokenizer")
-    pack(PackConfig(input=urls, tokenizer=tokenizer, seq_len=LENGTH, output=str(folder / "rows"), shard_samples=5, quiet=True))
+    pack(PackConfig(input=urls, tokenizer=tokenizer, max_length=LENGTH, output=str(folder / "rows"), shard_samples=5, quiet=True))
     return folder
 
 
@@ -369,7 +369,7 @@ def test_what_packing_shortens_and_pads_is_counted_ahead_and_on_the_fly(data: Pa
     make_dataset(tmp_path / "long", [image_sample(0)._replace(text="so it is " * 100), image_sample(1)], codes=PROVENANCE)
     url, settings = str(tmp_path / "long"), {"tokenizer": str(data / "tokenizer"), "unconditional_ratio": 0.0}
     output = str(tmp_path / "made")
-    counts = pack(PackConfig(input=(url,), output=output, seq_len=LENGTH, quiet=True, **settings)).source["counts"]
+    counts = pack(PackConfig(input=(url,), output=output, max_length=LENGTH, quiet=True, **settings)).source["counts"]
     assert counts["shortened"] == 1
     assert counts["padding"] + counts["tokens"] == 2 * LENGTH
     rows = SequenceConfig(max_length=LENGTH, **settings)
@@ -393,7 +393,11 @@ def test_what_does_not_go_together_is_refused(data: Path, tmp_path: Path) -> Non
         build_loader(config(data, sources=(rows, Source(str(data / "texts"))), sequences=None), World())
     other = pack(
         PackConfig(
-            input=(str(data / "texts"),), tokenizer=str(data / "tokenizer"), seq_len=64, output=str(tmp_path / "rows"), quiet=True
+            input=(str(data / "texts"),),
+            tokenizer=str(data / "tokenizer"),
+            max_length=64,
+            output=str(tmp_path / "rows"),
+            quiet=True,
         )
     )
     assert other.samples

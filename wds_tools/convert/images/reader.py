@@ -42,9 +42,9 @@ class ImageOptions(ConvertOptions):
 
     image_root: tuple[str, ...] = ()
     """Folder that image paths are relative to, and may not leave; or .tar files (and patterns) whose members they name. Default:
-    the folder of the records, which they may leave."""
+    the folder of the records; then paths may leave it."""
     max_pixels: int = ImageLimits.max_pixels
-    """Images with more pixels are rejected: decompression bombs."""
+    """Images with more pixels are rejected, as decompression bombs."""
     max_image_bytes: int = ImageLimits.max_bytes
     """Image files with more bytes are rejected."""
     min_side: int = ImageLimits.min_side
@@ -90,8 +90,9 @@ class PairImages(ImageOptions):
     help_group = "images"
 
     mode: str = "cc512"
-    """ccN: centre square of N px, for images up to 2:1. multiN: nearest of many shapes of about N x N px, up to 4:1. fitN: their
-    own shape, of N x N px at most, up to 4:1. The images stay whole, so `encode` may take another N of 64 to 4096, or mode."""
+    """ccN: centre square of N px, for images up to 2:1. multiN: nearest of many shapes of about N x N px, up to 4:1. fitN: the
+    image's own shape, of at most N x N px, up to 4:1. Whole images are stored, so `encode` may use another mode, or another N of
+    64 to 4096."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +102,7 @@ class MarkedImages(ImageOptions):
     help_group = "images"
 
     sft_mode: str = "cc512"
-    """With --encode: size of the images, as `convert pairs --mode` has it: ccN, multiN or fitN."""
+    """With --encode: size of the images, as in `convert pairs --mode`: ccN, multiN or fitN."""
 
 
 class ImageReader:
