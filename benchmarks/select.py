@@ -26,7 +26,8 @@ from wds_tools import DatasetWriter, Sample, open_dataset
 from wds_tools.check.verify import VerifyConfig, verify
 from wds_tools.dataset.layout import FIELDS
 from wds_tools.dataset.reader import read_manifest
-from wds_tools.format.manifest import Manifest, ShardInfo
+from wds_tools.format.manifest import Manifest
+from wds_tools.format.shards import ShardInfo
 from wds_tools.records.where import Where
 from wds_tools.select.choose import Judge, choose
 from wds_tools.select.fields import Fields

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from wds_tools.errors import UsageError
 from wds_tools.sequences.choices import text_weights
 from wds_tools.sequences.config import SequenceConfig
 
 LastBatch = Literal["drop", "short", "wrap"]
+_CHOICES = {"last_batch": get_args(LastBatch), "on_error": ("raise", "substitute"), "unit": ("samples", "tokens")}
 
 
 @dataclass(frozen=True)
@@ -141,18 +142,17 @@ class LoaderConfig:
         sources = self.sources if isinstance(self.sources, tuple | list) else ()
         if not sources or not all(isinstance(source, Source) for source in sources):
             raise UsageError(f"sources={self.sources!r}: expected a tuple of one or more Source(...)")
-        _check_ints("a loader", self, batch_size=1, seed=0, epochs=1, num_workers=0, prefetch_factor=1, max_bad=0)
-        _check_ints("a loader", self, memory_bytes=1, cache_bytes=1, max_requests=1)
+        least = dict.fromkeys(("batch_size", "epochs", "prefetch_factor", "memory_bytes", "cache_bytes", "max_requests"), 1)
+        _check_ints("a loader", self, **least, **dict.fromkeys(("seed", "num_workers", "max_bad"), 0))
         if self.epochs is not None and self.packing:
             raise UsageError(f"epochs={self.epochs}: rows packed on the fly have no epochs")
         if self.seed >= 1 << 64:
             raise UsageError(f"seed={self.seed} is not in 0 ... 2**64 - 1")
         if self.evaluation:
             self._become_evaluation()
-        if self.last_batch not in ("drop", "short", "wrap"):
-            raise UsageError(f"last_batch={self.last_batch!r} is not drop, short or wrap")
-        if self.on_error not in ("raise", "substitute"):
-            raise UsageError(f"on_error={self.on_error!r} is not raise or substitute")
+        for name, (*others, last) in _CHOICES.items():
+            if (value := getattr(self, name)) not in (*others, last):
+                raise UsageError(f"{name}={value!r} is not {', '.join(others)} or {last}")
         if self.transform is not None and self.sequences is not None:
             raise UsageError("transform= and sequences= both say what becomes of a sample: give one of them")
         if self.transform is None and (self.collate is not None or self.transform_id is not None):
@@ -166,8 +166,6 @@ class LoaderConfig:
         weighted = [source.weight is not None for source in self.sources]
         if any(weighted) and not all(weighted):
             raise UsageError("some sources have a weight and some have none: give every one a weight, or none")
-        if self.unit not in ("samples", "tokens"):
-            raise UsageError(f"unit={self.unit!r} is not samples or tokens")
         if self.unit == "tokens" and not (all(weighted) and self.sequences):
             raise UsageError("unit='tokens' is for sources with weights, by the tokenizer of sequences=SequenceConfig(...)")
         if not any(weighted) and self.schedule:

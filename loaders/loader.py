@@ -23,7 +23,7 @@ from loaders.config import LoaderConfig
 from loaders.ledger import Ledger
 from loaders.order.generations import Epochs
 from loaders.order.mask import held_masks
-from loaders.order.partition import BatchPartition
+from loaders.order.partition import BatchPartition, check_batch
 from loaders.order.samples import SampleOrder, open_source, order_spec
 from loaders.proof.progress import RunProgress
 from loaders.proof.saves import newest_save, write_save
@@ -80,8 +80,6 @@ class Loader:
     """
 
     def __init__(self, config: LoaderConfig, world: World) -> None:
-        if config.batch_size < world.world_size:
-            raise UsageError(f"batch_size={config.batch_size} is less than one sample for each of {world.world_size} ranks")
         self.config = config
         self.world = world
         self._sources = [open_source(source) for source in config.sources]
@@ -90,13 +88,9 @@ class Loader:
         self._order = SampleOrder(self._sources, order_spec(self._sources, config))
         self._maker = RowMaker(config.sequences, config.seed, self._sources) if config.sequences else None
         self._book = LaneBook(self._order.spec.lanes, world.rank)
-        self._run = RunProgress(config, world.world_size, self._epochs(self._order))
+        self._run = RunProgress(config, world.world_size, epochs := self._epochs(self._order))
+        check_batch(epochs.length(0), config.batch_size, config.last_batch, world.world_size)
         self._masks = held_masks((), [opened.mask for opened in self._sources], 0)
-        if config.last_batch == "drop" and not config.packing and self._order.length < config.batch_size:
-            raise UsageError(
-                f"an epoch of {self._order.length} samples is less than a batch of {config.batch_size}, and last_batch='drop' "
-                "leaves it out: choose a smaller batch_size, or last_batch='short' or 'wrap'"
-            )
         self._warn_of_cost(stacklevel=4)
         self._is_compared = False
         """Whether the ranks were compared since this loader was made or took a state."""
@@ -303,7 +297,7 @@ class Loader:
         return self.step
 
     def receipt(self) -> dict[str, Any]:
-        """Proof of what this rank gave to the trainer since it was made or took a state: small JSON for `wds-tools audit`.
+        """The proof of what this rank gave to the trainer since it was made or took a state, for `wds-tools audit`: small JSON.
 
         Raises:
             UsageError: rows are packed on the fly, so a rank's samples are not spans of positions.

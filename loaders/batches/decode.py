@@ -129,7 +129,7 @@ class Decoder:
             if _is_left_out(error) and not _is_left_out(problem) and not self._substitute:
                 samples, sample_index, error = candidate, index, problem
                 break
-        num_tried = min(samples.reader.opened.manifest.shards[samples.shard].samples - 1, _MOST_TRIED)
+        num_tried = min(int(samples.reader.opened.manifest.shards.num_samples[samples.shard]) - 1, _MOST_TRIED)
         advice = f"; nor can any of the next {num_tried} of its shard be taken"
         if not self._substitute and not _is_left_out(error):
             advice = ". on_error='substitute' goes on without it"
@@ -143,7 +143,7 @@ class Decoder:
         if reader.is_cached and not isinstance(error, Reject):
             for again in False, True:  # another sample of its region may have had it fetched
                 yield reader.load(shard, sample_index, sample_index + 1, again=again), sample_index
-        num_samples = reader.opened.manifest.shards[shard].samples
+        num_samples = int(reader.opened.manifest.shards.num_samples[shard])
         following = ((shard, (sample_index + step) % num_samples) for step in range(1, num_samples))
         most = _MOST_TRIED if self._substitute or _is_left_out(error) else 0
         for number, index in islice(mask.after(shard, sample_index) if mask.ids else following, most):

@@ -127,7 +127,7 @@ class CountingFetches:
             total += min(parts.size * times, groups.file_bytes if groups else 0, OFFSETS_BYTES)
         for opened, files, runs in zip(self._sources, self._index_files, self._index_runs, strict=True):
             all_files = _INDEX_SAMPLE_BYTES * opened.manifest.samples
-            all_runs = int((-(-opened.samples // RUN_SAMPLES)).sum()) * RUN_BYTES
+            all_runs = int((-(-opened.shards.num_samples // RUN_SAMPLES)).sum()) * RUN_BYTES
             total += min(files.size * times, all_files, INDEX_BYTES // 2) + min(
                 runs.size * RUN_BYTES * times, all_runs, INDEX_BYTES // 2
             )
@@ -240,8 +240,9 @@ class _Process:
         for opened, share, sample_bytes in zip(order.sources, shares.tolist(), self._sample_bytes, strict=True):
             if not share:
                 continue
-            shard = max(opened.manifest.shards, key=lambda info: info.samples)
-            block = int(block_samples(np.array(shard.samples), np.array(shard.bytes), opened.group_samples, spec))
+            shards = opened.shards
+            shard = shards[int(shards.num_samples.argmax())]
+            block = int(block_samples(np.array(shard.samples), np.array(shard.bytes), opened.manifest.group_samples, spec))
             fetched_ahead = block + max(self.planner.ahead_bytes // sample_bytes, 1)
             cycles.append(min(max(spec.chunk_bytes // sample_bytes, block), fetched_ahead, shard.samples) / share)
         return min(max(cycles), length / spec.lanes)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import mmap
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import numpy as np
 
 from loaders.config import LoaderConfig, Source
 from loaders.cost.replay import ProcessCost, replay
-from loaders.order.partition import BatchPartition
+from loaders.order.partition import BatchPartition, check_batch
 from loaders.order.plan import Ints
 from loaders.order.samples import OpenSource, SampleOrder, order_spec
 from loaders.order.shares import count_tokens
@@ -27,8 +27,9 @@ from loaders.proof.state import read_state, resumed
 from loaders.reading.concurrency import levels
 from loaders.reading.planner import shared_lanes
 from wds_tools.errors import UsageError
-from wds_tools.format.manifest import Manifest, ShardInfo
+from wds_tools.format.manifest import Manifest
 from wds_tools.format.offsets import hash_offsets
+from wds_tools.format.shards import ShardInfo, Shards
 from wds_tools.storage import open_store
 
 _MAX_SHARDS = 1 << 24
@@ -121,10 +122,11 @@ def imagined_source(samples: float, sample_bytes: float, shard_samples: int = 10
     Raises:
         UsageError: one of them is less than 1, or they are more than can be planned.
     """
-    if not (1 <= samples < 1 << 53 and 1 <= sample_bytes < 1 << 40 and 1 <= shard_samples < 1 << 32):
+    is_small = samples < 1 << 53 and shard_samples < 1 << 32 and shard_samples * sample_bytes < 1 << 53
+    if not (is_small and min(samples, sample_bytes, shard_samples) >= 1):
         raise UsageError(
-            f"{samples:,} samples of {sample_bytes} bytes, {shard_samples:,} a shard: expected 1 or more of each, and less than "
-            "2**53, 2**40 and 2**32"
+            f"{samples:,} samples of {sample_bytes} bytes, {shard_samples:,} a shard: expected 1 or more of each, less than "
+            "2**53 samples, and shards of less than 2**32 samples and 2**53 bytes"
         )
     whole, rest = divmod(int(samples), shard_samples)
     if whole > _MAX_SHARDS:
@@ -132,18 +134,18 @@ def imagined_source(samples: float, sample_bytes: float, shard_samples: int = 10
             f"{samples:,} samples are {whole:,} shards of {shard_samples:,}: at most {_MAX_SHARDS:,} are simulated; give larger "
             "shards (--shard-samples)"
         )
-    shards = (_imagined_shard(shard_samples, sample_bytes),) * whole
-    if rest:
-        shards += (_imagined_shard(rest, sample_bytes),)
-    manifest = Manifest(shards=shards, inputs=int(samples), offsets_hash=hash_offsets(b""))
+    parts, power = [_imagined_shards([rest] if rest else [], sample_bytes)], _imagined_shards([shard_samples], sample_bytes)
+    while whole:
+        parts = [power, *parts] if whole % 2 else parts
+        power, whole = Shards.join([power, power]), whole // 2
+    manifest = Manifest(shards=Shards.join(parts), inputs=int(samples), offsets_hash=hash_offsets(b""))
     return OpenSource(Source("imagined"), open_store("memory://imagined"), manifest)
 
 
-def _imagined_shard(samples: int, sample_bytes: float) -> ShardInfo:
-    size = round(samples * sample_bytes)
-    nothing: dict[str, int] = {}
-    return ShardInfo(
-        name="imagined.tar", samples=samples, bytes=size, xxh128="", members=(), data_types=nothing, text_chars=0, num_codes=0
+def _imagined_shards(samples: Iterable[int], sample_bytes: float) -> Shards:
+    nothing: dict[str, Any] = {"xxh128": "0" * 32, "members": (), "data_types": {}, "text_chars": 0, "num_codes": 0}
+    return Shards.of(
+        ShardInfo(name="imagined.tar", samples=each, bytes=round(each * sample_bytes), **nothing) for each in samples
     )
 
 
@@ -170,8 +172,6 @@ def simulate(
     Raises:
         UsageError: the settings do not fit the data, the world or the state.
     """
-    if config.batch_size < world_size:
-        raise UsageError(f"batch_size={config.batch_size} is less than one sample for each of {world_size} ranks")
     before, started = _resident_bytes(), time.perf_counter()
     if state is None:
         order = SampleOrder(sources, order_spec(sources, config))
@@ -181,15 +181,12 @@ def simulate(
     order.locate(order.latest_epoch, np.arange(1))
     epoch_s = time.perf_counter() - started - start_s
     after = _resident_bytes()
+    check_batch(order.length, config.batch_size, config.last_batch, world_size)
     steps = BatchPartition(order.length, 0, config.batch_size, config.last_batch, world_size)
-    if not len(steps):
-        raise UsageError(
-            f"an epoch of {order.length} samples is less than a batch of {config.batch_size}, and last_batch='drop' leaves it out"
-        )
     process = replay(order, config, steps, as_remote=as_remote)
     return Simulation(
         num_samples=sum(opened.manifest.samples for opened in sources),
-        num_shards=sum(len(opened.manifest.shards) for opened in sources),
+        num_shards=sum(len(opened.shards) for opened in sources),
         total_bytes=order.total_bytes,
         epoch_samples=order.length,
         num_steps=len(steps),

@@ -47,7 +47,7 @@ def plan_group(spec: OrderSpec, members: Sequence[int], opened: Sequence[OpenSou
     specs = [spec.sources[number] for number in members]
     repeats = [1 if spec.schedule else each.repeat for each in specs]
     urls = ", ".join(each.store.url for each in opened)
-    num_shards = sum(max(len(each.manifest.shards), 1) * repeat for each, repeat in zip(opened, repeats, strict=True))
+    num_shards = sum(max(len(each.shards), 1) * repeat for each, repeat in zip(opened, repeats, strict=True))
     if len(members) > 1 and num_shards > _MAX_SHARDS:
         raise UsageError(f"the sources, each repeated, have {num_shards:,} shards: at most {_MAX_SHARDS:,} can be planned")
     limits = [each.max_samples for each in specs if each.max_samples is not None]
@@ -58,12 +58,12 @@ def plan_group(spec: OrderSpec, members: Sequence[int], opened: Sequence[OpenSou
         )
     is_single = len(members) == 1  # repeated by its plan, after the choice of max_samples; of several, shards are repeated
     places = [0] if is_single else np.repeat(range(len(members)), repeats).tolist()
-    counts = [len(opened[place].manifest.shards) for place in places]
+    counts = [len(opened[place].shards) for place in places]
     try:
         plan = SourcePlan(
-            np.concatenate([opened[place].samples for place in places]),
-            np.concatenate([opened[place].sizes for place in places]),
-            np.repeat([opened[place].group_samples for place in places], counts),
+            np.concatenate([opened[place].shards.num_samples for place in places]),
+            np.concatenate([opened[place].shards.num_bytes for place in places]),
+            np.repeat([opened[place].manifest.group_samples for place in places], counts),
             spec,
             limits[0] if limits else None,
             repeat=repeats[0] if is_single else 1,

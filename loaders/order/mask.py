@@ -172,7 +172,7 @@ def read_mask(url: str, store: Store, manifest: Manifest, names: Collection[str]
     if missing := [key for key in ids if key not in found]:
         listing = f"{', '.join(missing[:_SHOWN])}{', ...' if len(missing) > _SHOWN else ''}"
         warnings.warn(f"{len(missing):,} of {len(ids):,} keys of {url} are not in {store.url}: {listing}", stacklevel=2)
-    samples = np.array([shard.samples for shard in manifest.shards], np.int64)
+    samples = manifest.shards.num_samples
     rows = [found.get(key, []) for key in ids]
     mask = Mask(ids, np.array(list(chain(*rows)), np.int64), samples, np.cumsum(list(map(len, rows)), dtype=np.int64))
     if len(mask.rows(len(ids))) == manifest.samples:

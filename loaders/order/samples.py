@@ -30,6 +30,7 @@ from wds_tools.dataset.reader import read_manifest
 from wds_tools.errors import UsageError
 from wds_tools.format.manifest import Manifest
 from wds_tools.format.schema import ANY_MEMBERS
+from wds_tools.format.shards import Shards
 from wds_tools.sequences.choices import Weights, text_weights
 from wds_tools.storage import Store, open_store
 
@@ -63,8 +64,13 @@ class OpenSource:
 
     def first(self, num_shards: int) -> OpenSource:
         """It with the first of its shards only, as it was before it grew."""
-        shards = self.manifest.shards
-        return self if num_shards >= len(shards) else replace(self, manifest=replace(self.manifest, shards=shards[:num_shards]))
+        is_whole = num_shards >= len(self.shards)
+        return self if is_whole else replace(self, manifest=replace(self.manifest, shards=self.shards[:num_shards]))
+
+    @property
+    def shards(self) -> Shards:
+        """Those of the manifest."""
+        return self.manifest.shards
 
     @property
     def name(self) -> str:
@@ -72,24 +78,9 @@ class OpenSource:
         return self.source.name or self.store.url
 
     @cached_property
-    def samples(self) -> Ints:
-        """(S,) samples of each shard."""
-        return np.array([shard.samples for shard in self.manifest.shards], np.int64)
-
-    @cached_property
-    def sizes(self) -> Ints:
-        """(S,) bytes of each shard."""
-        return np.array([shard.bytes for shard in self.manifest.shards], np.int64)
-
-    @cached_property
     def texts(self) -> Weights:
         """Which of several texts are used, and how often."""
         return text_weights(self.name, self.source.texts or {})
-
-    @cached_property
-    def group_samples(self) -> int:
-        """See Manifest."""
-        return self.manifest.group_samples
 
     @cached_property
     def mask(self) -> Mask:

@@ -217,7 +217,7 @@ def _differences(generation: Generation, wanted: Generation) -> Iterator[str]:
 
 def _check_substitutions(receipts: Sequence[Receipt], order: SampleOrder) -> None:
     """Raise FormatError unless every sample that was replaced is in the data."""
-    shards = [opened.manifest.shards for opened in order.sources]
+    shards = [opened.shards for opened in order.sources]
     for receipt in receipts:
         for bad in receipt.substitutions:
             for shard, sample_index in (bad.shard, bad.sample_index), (bad.substitute_shard, bad.substitute_index):

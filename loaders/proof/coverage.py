@@ -224,7 +224,7 @@ class Coverage:
             given = list((self._excluded_seen[number] - replaced).elements()) + list(self._excluded_stand_ins(receipt))
             for epoch, source, shard, sample_index in given[: self._show]:
                 opened = self._order.sources[source]
-                name = join(opened.store.url, opened.manifest.shards[shard].name)
+                name = join(opened.store.url, opened.shards.name(shard))
                 problems.append(f"{receipt.name}: epoch {epoch} handed over {name} sample {sample_index}, which is excluded")
             if len(given) > self._show:
                 problems.append(f"{receipt.name}: {len(given) - self._show:,} more excluded samples were handed over")
@@ -353,7 +353,7 @@ def _sample_ranges(order: SampleOrder, source: Ints, shard: Ints, sample_index: 
     ranges = []
     for start, end in zip(starts[:show].tolist(), ends[:show].tolist(), strict=True):
         opened = order.sources[int(source[start])]
-        name = opened.manifest.shards[int(shard[start])].name
+        name = opened.shards.name(int(shard[start]))
         first, last = int(sample_index[start]), int(sample_index[end - 1]) + 1
         ranges.append(SampleRange(source=opened.store.url, shard=name, first=first, last=last))
     return Ranges(num_samples=len(source), num_sample_ranges=len(starts), sample_ranges=tuple(ranges))

@@ -28,7 +28,8 @@ from loaders.order.mask import Held
 from loaders.order.samples import OpenSource, SampleOrder, order_spec
 from loaders.order.spec import ORDER_VERSION, OrderSpec
 from wds_tools.errors import FormatError, UsageError, WdsToolsError
-from wds_tools.format.manifest import Manifest, ShardInfo
+from wds_tools.format.manifest import Manifest
+from wds_tools.format.shards import ShardInfo, Shards
 from wds_tools.format.typed_json import shape
 from wds_tools.storage import open_store
 
@@ -286,14 +287,14 @@ def _arranged(
 
 def _has_grown(opened: OpenSource, origin: Origin) -> bool:
     """Whether its first shards are all that it had."""
-    is_longer = len(opened.manifest.shards) > origin.num_shards
+    is_longer = len(opened.shards) > origin.num_shards
     return is_longer and opened.first(origin.num_shards).manifest.fingerprint() == origin.fingerprint
 
 
 def _stand_in(origin: Origin) -> OpenSource:
     """A source of weight 0 that nobody reads any more."""
     shard = ShardInfo(
-        name="removed", samples=origin.num_samples, bytes=1, xxh128="", members=(), data_types={}, text_chars=0, num_codes=0
+        name="removed", samples=origin.num_samples, bytes=1, xxh128="0" * 32, members=(), data_types={}, text_chars=0, num_codes=0
     )
-    manifest = Manifest(shards=(shard,), inputs=origin.num_samples)
+    manifest = Manifest(shards=Shards.of([shard]), inputs=origin.num_samples)
     return OpenSource(Source(origin.url, weight=0.0), open_store(origin.url), manifest, origin)

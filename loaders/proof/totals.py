@@ -57,7 +57,7 @@ class SourceTotals:
             times = [1 if self._is_mixture else self._specs[each].repeat for each in numbers]
             num_samples = sum(each * opened.manifest.samples for each, opened in zip(times, sources, strict=True))
             if count == num_samples and not any(self._specs[each].max_samples for each in numbers):
-                keys = [(each, len(opened.manifest.shards)) for each, opened in zip(numbers, sources, strict=True)]
+                keys = [(each, len(opened.shards)) for each, opened in zip(numbers, sources, strict=True)]
                 missing = [(key, opened) for key, opened in zip(keys, sources, strict=True) if key not in totals]
                 totals |= {key: self._total_of(key[0], opened) for key, opened in missing}
                 expected = sum(each * totals[key] for each, key in zip(times, keys, strict=True))
@@ -67,7 +67,7 @@ class SourceTotals:
 
     def _total_of(self, number: int, opened: OpenSource) -> int:
         """The sum of the hashes of all samples of a source, by its manifest."""
-        before = np.cumsum([0, *opened.samples])
+        before = np.append(0, np.cumsum(opened.shards.num_samples))
         total = 0
         for begin in range(0, int(before[-1]), _WINDOW):
             samples = np.arange(begin, min(begin + _WINDOW, int(before[-1])))

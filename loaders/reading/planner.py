@@ -134,7 +134,9 @@ class Planner:
         spec, num_sources = order.spec, len(order.sources)
         self.num_lanes = lanes_of(spec.lanes, num_positions, stride_positions)
         """Lanes that the process reads."""
-        self._sample_bytes = [np.maximum(opened.sizes // np.maximum(opened.samples, 1), 1) for opened in order.sources]
+        self._sample_bytes = [
+            np.maximum(opened.shards.num_bytes // np.maximum(opened.shards.num_samples, 1), 1) for opened in order.sources
+        ]
         neighbours = self.num_lanes if self.num_lanes == num_positions * spec.lanes_per_sample else 1
         regions = [
             self._samples_of_regions(opened, is_mapped=mapped, side_by_side=neighbours)
@@ -218,8 +220,11 @@ class Planner:
             last, opened, is_mapped = end - 1, self._order.sources[where[0]], self._is_mapped[where[0]]
             beyond = min(run[last], num_samples[last] + self.ahead_bytes // sample_bytes) - num_samples[last]
             if key[last] >= 0 and not is_mapped and self.num_planned > self.num_lanes:  # first a little of each lane
-                shard_samples, shard_bytes = opened.samples[where[1]], opened.sizes[where[1]]
-                block = int(block_samples(shard_samples, shard_bytes, opened.group_samples, self._order.spec))
+                shard_samples, shard_bytes = (
+                    opened.shards.num_samples[where[1]],
+                    opened.shards.num_bytes[where[1]],
+                )
+                block = int(block_samples(shard_samples, shard_bytes, opened.manifest.group_samples, self._order.spec))
                 for offset in range(num_samples[last], num_samples[last] + beyond, block):
                     if key[last] + offset in held:
                         break
@@ -227,7 +232,7 @@ class Planner:
                     keys.append(key[last] + offset)
                     num_left += size
                     stop += size
-            stop = min(stop, int(opened.samples[where[1]]))
+            stop = min(stop, int(opened.shards.num_samples[where[1]]))
             num_bytes = 0 if is_mapped else (stop - first[begin]) * (sample_bytes + _SAMPLE_BYTES)
             yield Request(*where, first[begin], stop, keys, num_left if key[last] >= 0 else -1, num_bytes)
 
@@ -264,7 +269,7 @@ class Planner:
             size = max(math.ceil(MAX_CHUNK_BYTES * manifest.samples / max(manifest.bytes, 1)), 1)
             return np.full(len(manifest.shards), size)
         if is_kept and side_by_side * manifest.bytes / spec.lanes >= _CHUNKS_SIDE_BY_SIDE * spec.chunk_bytes:
-            return chunk_samples(opened.samples, opened.sizes, opened.group_samples, spec)
+            return chunk_samples(opened.shards.num_samples, opened.shards.num_bytes, opened.manifest.group_samples, spec)
         return np.zeros(len(manifest.shards), np.int64)
 
 

@@ -68,7 +68,7 @@ class LoadedSamples:
         self.spans: memoryview
         """Of int64, a row a sample, from `first` on: begin and end of the sample, in bytes from `begin` on (0, 0: not known yet,
         see `find`); then begin and end of each wanted member (0, 0: it has none). Rows of it are joined for a batch."""
-        self.url = join(reader.opened.store.url, reader.opened.manifest.shards[shard].name)
+        self.url = join(reader.opened.store.url, reader.opened.shards.name(shard))
         """URL of the shard."""
         self._index: ShardIndex | None = None
         self._place: Place | None = None
@@ -81,7 +81,7 @@ class LoadedSamples:
     @property
     def members(self) -> tuple[str, ...]:
         """Suffixes that samples of the shard have."""
-        return self.reader.opened.manifest.shards[self.shard].members
+        return self.reader.opened.shards.members(self.shard)
 
     @property
     def index(self) -> ShardIndex:
@@ -241,7 +241,7 @@ class SourceReader:
         self.opened = opened
         self.has_schema = opened.has_schema
         self.has_images = any(suffix in IMAGE_EXTENSIONS for suffix in opened.manifest.members)
-        self.data_types = {data_type for info in opened.manifest.shards for data_type in info.data_types}
+        self.data_types = {*opened.manifest.data_types}
         self.code_members = _code_members(opened)
         layouts = [opened.manifest.layout(name.removesuffix(".npy")) for name in self.code_members] or [HW]
         self.layout = layouts[0] if layouts.count(layouts[0]) == len(layouts) else None
@@ -316,7 +316,7 @@ class SourceReader:
     def _region(self, key: tuple[int, int, bool]) -> memoryview:
         assert self._cache is not None
         shard, begin, again = key
-        info = self.opened.manifest.shards[shard]
+        info = self.opened.shards[shard]
         end = min(begin + _CACHE_REGION_BYTES, info.bytes)
         data = None if again else self._cache.read(info.xxh128, begin, end)
         if data is None:
@@ -325,7 +325,7 @@ class SourceReader:
         return memoryview(data)
 
     def _fetch_shard(self, shard: int, begin: int, end: int) -> memoryview:
-        info = self.opened.manifest.shards[shard]
+        info = self.opened.shards[shard]
         return self._fetch(info.name, begin, end, info.bytes)
 
     def _fetch(self, name: str, begin: int, end: int, size: int) -> memoryview:
@@ -347,7 +347,7 @@ class SourceReader:
         """
         view = self._maps.get(shard)
         if view is None:
-            info = self.opened.manifest.shards[shard]
+            info = self.opened.shards[shard]
             assert self._local is not None
             if not faulthandler.is_enabled():  # a file may still be cut between the look at its size and the reading
                 faulthandler.enable(2)
@@ -360,7 +360,7 @@ class SourceReader:
 
     def cut_off(self, shard: int, num_bytes: int) -> FormatError:
         """What to raise for a shard that has so many bytes."""
-        info = self.opened.manifest.shards[shard]
+        info = self.opened.shards[shard]
         return FormatError(
             f"{join(self._store.url, info.name)}: {num_bytes} bytes, the manifest says {info.bytes}: "
             "the shard was cut off or replaced"

@@ -26,6 +26,7 @@ from loaders.workers.handover import affordable_prefetch, tell_of_failures
 from loaders.workers.steps import StepDataset, StepRequest, StepResult
 from loaders.world import World
 from wds_tools.errors import StorageError, UsageError, WdsToolsError, WorkerDied
+from wds_tools.run.by_file import ByFile
 from wds_tools.storage import LocalStore, join
 
 _GUARD = "a script puts what it does below `if __name__ == '__main__':`, since worker processes import it"
@@ -91,6 +92,11 @@ class WorkerPool:
                 if not _tells_of_a_worker(error):
                     raise
 
+    @property
+    def _method(self) -> str:
+        """How worker processes start."""
+        return self._config.start_method or multiprocessing.get_start_method()
+
     def _begin_to_wait(self) -> None:
         if self._workers is not None and self._workers._iterator is not None:
             self._workers._iterator.begun, self._workers._iterator.timeout_s = time.monotonic(), self._config.timeout_s
@@ -101,8 +107,9 @@ class WorkerPool:
         if getattr(multiprocessing.current_process(), "_inheriting", False):  # what multiprocessing itself looks at
             raise UsageError(f"this process imports the script that started it, which reads at once: {_GUARD}")
         if self._workers is None:
+            dataset: Any = self._dataset if self._method == "fork" else ByFile(self._dataset)
             self._workers = _Workers(
-                self._dataset,
+                dataset,
                 sampler=self._requests,
                 batch_size=None,
                 num_workers=self._config.num_workers,
@@ -125,8 +132,8 @@ class WorkerPool:
             if isinstance(error, WdsToolsError) or not (_tells_of_a_worker(error) or isinstance(error, OSError | EOFError)):
                 raise
             self.close()
-            method = self._config.start_method or multiprocessing.get_start_method()
-            hint = "" if self._has_answered or method == "fork" else f"; where workers are started by {method}, {_GUARD}"
+            is_clear = self._has_answered or self._method == "fork"
+            hint = "" if is_clear else f"; where workers are started by {self._method}, {_GUARD}"
             raise WorkerDied(f"a worker process ended ({error}{self._cut_off()}){hint}") from error
 
     def _cut_off(self) -> str:

@@ -386,7 +386,7 @@ def test_a_full_disk_under_standard_output_is_one_line(tmp_path: Path, args: lis
     words = [word.replace("SET", str(tmp_path / "set")) for word in args]
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(
-            command(*words), env=environment(), stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False
+            command(*words), env=environment(), stdout=full, stderr=subprocess.PIPE, text=True, timeout=200, check=False
         )
     assert (done.returncode, done.stderr) == (1, "wds-tools: can't write to standard output: No space left on device\n")
 
@@ -412,7 +412,7 @@ def test_a_signal_while_modules_load_is_one_line(tmp_path: Path, number: signal.
         assert process.stdout is not None
         assert process.stdout.read(7) == "loading"
         process.send_signal(number)
-        _, said = process.communicate(timeout=60)
+        _, said = process.communicate(timeout=200)
     assert (process.returncode, said) == (128 + number, f"wds-tools: stopped by {number.name}\n")
 
 
@@ -424,7 +424,7 @@ def test_a_signal_ends_a_command_that_waits_for_a_silent_server() -> None:
         process = subprocess.Popen(command("verify", "s3://b/set"), env=environ, stderr=subprocess.PIPE, text=True)
         with process, silent.accept()[0]:
             process.send_signal(signal.SIGTERM)
-            _, said = process.communicate(timeout=40)
+            _, said = process.communicate(timeout=100)
     assert process.returncode == 143
     assert said.splitlines()[-1].startswith("wds-tools: stopped by SIGTERM")  # what to do follows if the main thread got to it
 

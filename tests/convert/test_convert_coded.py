@@ -141,6 +141,7 @@ def test_what_was_exported_comes_back_the_same(tmp_path: Path, file_format: Any,
     assert sorted(map(contents, back), key=str) == sorted(map(contents, samples), key=str)
     assert sum(sample.length for sample in back) == sum(sample.length for sample in samples)
     assert manifest.inputs == len(samples) == manifest.samples
+    assert "left_out" not in manifest.source
     assert "verify: all is well" in wds_tools("verify", tmp_path / "back").stdout
     export_hf(  # the same tokenizer, so that old and new can be exported together
         ExportConfig(input=(str(tmp_path / "set"), str(tmp_path / "back")), output=str(tmp_path / "both"), **settings)

@@ -76,7 +76,7 @@ def test_of_many_runs_that_begin_together_one_makes_its_bytes_and_the_others_are
         for how in ((), ("--overwrite",), ("--resume",)):
             ran[(samples, *how)] = start(*convert, "--shard-samples", samples, "--output", str(output), *how)
     for process in ran.values():
-        _, said = process.communicate(timeout=100)
+        _, said = process.communicate(timeout=200)
         assert process.returncode in (0, 2), said
         assert process.returncode == 0 or len(said.splitlines()) == 1, said
     assert any(process.returncode == 0 for process in ran.values())
@@ -217,7 +217,7 @@ def test_a_run_whose_main_thread_does_not_hear_a_signal_frees_its_lease_all_the_
         wait_until((tmp_path / "begun").exists, "it is in the midst")
         assert leases(open_store(str(tmp_path / "out")))
         process.send_signal(signal.SIGTERM)
-        _, said = process.communicate(timeout=60)
+        _, said = process.communicate(timeout=200)
     assert (process.returncode, said.splitlines()[-1]) == (143, "wds-tools: stopped by SIGTERM")
     assert sorted(tree(tmp_path / "out")) == ["_work", PLAN]
     wds_tools(*words, "--resume")

@@ -129,7 +129,7 @@ def test_of_exports_that_begin_together_one_goes_on_and_the_others_are_refused(
         s3: S3Server = request.getfixturevalue("s3")
         url = f"s3://{s3.bucket}/{uuid.uuid4().hex}"
     runs = [start(*export(pairs, url, "--seed", str(seed))) for seed in range(3)]
-    said = [process.communicate(timeout=100)[1] for process in runs]
+    said = [process.communicate(timeout=200)[1] for process in runs]
     assert sorted(process.returncode for process in runs) == [0, 2, 2], said
     for process, text in zip(runs, said, strict=True):
         assert process.returncode == 0 or re.search("another run is writing there|holds an export already", text), text

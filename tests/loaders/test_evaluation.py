@@ -253,7 +253,6 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_accelerate_and_the_trainer_on_two_ranks_find_the_loss_of_one(data: Path, tmp_path: Path) -> None:
     script = tmp_path / "evaluate.py"
     script.write_text(ON_TWO_RANKS)

@@ -25,8 +25,6 @@ from s3 import free_ports
 from loaders import Loader, LoaderConfig, ShardDataset, Source, World, build_loader
 from wds_tools.errors import UsageError
 
-pytestmark = pytest.mark.timeout(100)
-
 COUNT = 101
 
 

@@ -160,7 +160,7 @@ def on(cluster: Cluster) -> list[str]:
 
 
 def finish(process: subprocess.Popen[str]) -> str:
-    out, err = process.communicate(timeout=100)
+    out, err = process.communicate(timeout=200)
     assert process.returncode == 0, out + err
     assert "Traceback" not in err, err
     return out
@@ -261,7 +261,7 @@ with ray_cluster.on_cluster(sys.argv[1]):
 @pytest.mark.slow
 def test_results_reports_and_errors_arrive_as_they_do_from_local_workers(cluster: Cluster) -> None:
     run = [sys.executable, "-c", SCRIPT, cluster.address]
-    result = subprocess.run(run, env=environment(), capture_output=True, text=True, timeout=100, check=True)
+    result = subprocess.run(run, env=environment(), capture_output=True, text=True, timeout=200, check=True)
     assert len(result.stdout.splitlines()) == 4, result.stdout
     results, told, bad, dead = result.stdout.splitlines()
     assert results == str([2 * task for task in range(30)])

@@ -47,7 +47,7 @@ def pattern(num_bytes: int) -> bytes:
 def run_python(script: str, *arguments: str, prefix: tuple[str, ...] = ()) -> "subprocess.CompletedProcess[str]":
     command = [*prefix, sys.executable, "-W", "ignore", "-c", script, *arguments]
     return subprocess.run(
-        command, capture_output=True, text=True, timeout=100, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, check=False
+        command, capture_output=True, text=True, timeout=200, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, check=False
     )
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from operator import lt
 from typing import Any
 
@@ -23,11 +23,12 @@ from wds_tools.dataset.layout import INDEX_SUFFIX, MADE_AGAIN, MANIFEST, OFFSETS
 from wds_tools.dataset.reader import ShardBytes, read_manifest
 from wds_tools.errors import DataError, FormatError, StorageError, UsageError
 from wds_tools.format.index import check_fresh, parse_index, serialize_index
-from wds_tools.format.manifest import FILTERED, Manifest, ShardInfo, hash_rejects
+from wds_tools.format.manifest import FILTERED, Manifest, hash_rejects
 from wds_tools.format.offsets import hash_offsets, marked, serialize_offsets
 from wds_tools.format.scan import Scan, scan_tar
 from wds_tools.format.schema import ANY_MEMBERS, Sample, validate
 from wds_tools.format.shard import sample_from_members
+from wds_tools.format.shards import ShardInfo
 from wds_tools.format.typed_json import read_json
 from wds_tools.jobs.index_tars import Contents
 from wds_tools.run.local import OnWorkers, Report, run_tasks
@@ -105,9 +106,8 @@ def verify(config: VerifyConfig) -> VerifyResult:
     store = open_store(config.input)
     manifest = read_manifest(store, any_members=True)
     with Progress("verify", manifest.samples, quiet=config.quiet) as progress:
-        check = _CheckShard(config.input, replace(manifest, shards=()))
-        tasks = list(enumerate(manifest.shards))
-        reports = dict(run_tasks(check, tasks, workers=config.workers, on_report=progress))
+        check = _CheckShard(config.input, manifest)
+        reports = dict(run_tasks(check, range(len(manifest.shards)), workers=config.workers, on_report=progress))
     problems = [problem for number in sorted(reports) for problem in reports[number].problems]
     problems += _check_keys(manifest, [reports[number] for number in sorted(reports)])
     problems += _check_offsets(store, manifest, [reports[number].offsets for number in sorted(reports)])
@@ -124,11 +124,10 @@ class _CheckShard:
 
     input: str
     manifest: Manifest
-    """Without its shards."""
     reader: ShardBytes = field(default_factory=ShardBytes)
 
-    def __call__(self, numbered: tuple[int, ShardInfo], progress: Report) -> tuple[int, _ShardReport]:
-        number, shard = numbered
+    def __call__(self, number: int, progress: Report) -> tuple[int, _ShardReport]:
+        shard = self.manifest.shards[number]
         report = _ShardReport()
         store = open_store(self.input)
         try:

@@ -38,5 +38,5 @@ def run(config: Config) -> int:
     ):
         if value is not None:
             facts[name] = f"{value:.2f} dB over {result.pictures:,} decoded pictures"
-    show(config, {name: value for name, value in asdict(result).items() if name != "errors"}, aligned(facts))
+    show(config, asdict(result), aligned(facts))
     return 0

@@ -86,16 +86,15 @@ def run(config: Config) -> int:
         Source(url, weight=weight, exclude=config.exclude)
         for url, weight in zip(config.input or ("imagined",), weights, strict=True)
     )
+    same: dict[str, Any] = {
+        name: getattr(config, name) for name in ("batch_size", "seed", "last_batch", "memory_bytes", "max_requests")
+    }
     settings = LoaderConfig(
         sources=sources,
-        batch_size=config.batch_size,
         unit="tokens" if config.tokenizer and config.weights else "samples",
         sequences=SequenceConfig(tokenizer=config.tokenizer, max_length=_NO_LENGTH) if config.tokenizer else None,
-        seed=config.seed,
-        last_batch=config.last_batch,
         num_workers=config.workers,
-        memory_bytes=config.memory_bytes,
-        max_requests=config.max_requests,
+        **{name: getattr(config, name) for name in same},
     )
     if config.samples is None:
         opened = [open_source(source) for source in sources]

@@ -53,6 +53,7 @@ from wds_tools.format.manifest import (
     serialize_manifest,
 )
 from wds_tools.format.schema import SCHEMA_VERSION
+from wds_tools.format.shards import Shards
 from wds_tools.format.typed_json import Count, read_json
 from wds_tools.storage import Store
 from wds_tools.terminal import counted, say
@@ -232,8 +233,8 @@ class Output:
     def manifest(self, results: Iterable[TaskResult], **source: Any) -> Manifest:
         """The manifest over these tasks, in this order; with more to say in its source."""
         done = list(results)
-        shards = tuple(shard for result in done for shard in result.shards)
-        members = {member for shard in shards for member in shard.members}
+        shards = Shards.of(shard for result in done for shard in result.shards)
+        members = {member for members, _ in shards.kinds for member in members}
         codes = {column: provenance for column, provenance in self.spec.codes.items() if f"{column}.npy" in members}
         counts = _total(result.counts for result in done)
         versions = [self.spec.schema_version, *(result.schema_version for result in done)]

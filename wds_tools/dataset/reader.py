@@ -15,9 +15,10 @@ import numpy as np
 from wds_tools.dataset.layout import MANIFEST, PLAN, REMOVABLE, TAR_SUFFIX
 from wds_tools.errors import FormatError, NotFound, UsageError
 from wds_tools.format.checksum import content_hash
-from wds_tools.format.manifest import Manifest, ShardInfo, parse_manifest
+from wds_tools.format.manifest import Manifest, parse_manifest
 from wds_tools.format.schema import ANY_MEMBERS, Sample
 from wds_tools.format.shard import StoredSample, group_samples, sample_from_members
+from wds_tools.format.shards import ShardInfo
 from wds_tools.format.tar import Member, TarReader
 from wds_tools.storage import LocalStore, Store
 
@@ -43,10 +44,11 @@ def read_manifest(
         UsageError: it is one of any members, or of token rows, and the caller needs the schema.
     """
     try:
-        data = store.read(MANIFEST)
+        stream = store.open(MANIFEST)
     except NotFound as error:
         raise NotFound(_no_manifest(store)) from error
-    manifest = parse_manifest(data, f"{store.url}/{MANIFEST}")
+    with stream:
+        manifest = parse_manifest(stream, f"{store.url}/{MANIFEST}")
     if any_members:
         return manifest
     if rows := manifest.token_rows:

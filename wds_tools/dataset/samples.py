@@ -170,7 +170,7 @@ class SampleReader:
     def __init__(self, store: Store, manifest: Manifest) -> None:
         self.store = store
         self.manifest = manifest
-        self._ends = np.cumsum([shard.samples for shard in manifest.shards], dtype=np.int64)
+        self._ends = np.cumsum(manifest.shards.num_samples)
         self._indices = IndexReader(store, manifest)
         self._fetching = ThreadPoolExecutor(_PARALLEL_READS, "read")
         self._ahead = ThreadPoolExecutor(2, "read-ahead")
@@ -196,14 +196,14 @@ class SampleReader:
 
     def first_of(self, shard: int) -> int:
         """The number of a shard's first sample."""
-        return int(self._ends[shard]) - self.manifest.shards[shard].samples
+        return int(self._ends[shard - 1]) if shard else 0
 
     def page(self, first: int, count: int, wanted: Wanted, *, max_member_bytes: int) -> list[PartialSample]:
         """Up to `count` samples from number `first` on, across shards; see `read`."""
         samples: list[PartialSample] = []
         while len(samples) < count and first + len(samples) < len(self):
             shard, sample_index = self.locate(first + len(samples))
-            last = min(sample_index + count - len(samples), self.manifest.shards[shard].samples)
+            last = min(sample_index + count - len(samples), int(self.manifest.shards.num_samples[shard]))
             samples += self.read(shard, sample_index, last, wanted, max_member_bytes=max_member_bytes)
         return samples
 
@@ -233,7 +233,7 @@ class SampleReader:
 
         Raises as `read` does.
         """
-        last = self.manifest.shards[shard].samples if last is None else last
+        last = int(self.manifest.shards.num_samples[shard]) if last is None else last
         future = self._ahead.submit(self._piece, shard, first, last, wanted)
         try:
             while piece := future.result():

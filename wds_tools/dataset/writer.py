@@ -26,10 +26,11 @@ from wds_tools.dataset.layout import index_name, marker_name, rejects_name, shar
 from wds_tools.errors import FormatError, Reject, UsageError
 from wds_tools.format.codes import NO_LAYOUTS, CodeGrid
 from wds_tools.format.index import ShardIndex, serialize_index
-from wds_tools.format.manifest import FILTERED, ShardInfo
+from wds_tools.format.manifest import FILTERED
 from wds_tools.format.offsets import marked
 from wds_tools.format.schema import ANY_MEMBERS, Sample
 from wds_tools.format.shard import ShardBuilder
+from wds_tools.format.shards import ShardInfo
 from wds_tools.format.typed_json import Count
 from wds_tools.storage import Store, Writer
 
@@ -94,7 +95,7 @@ class TaskWriter:
         self._store = store
         self._layouts = layouts
         self.task = task
-        self._key_prefix = f"{key_prefix}-" if key_prefix else ""
+        self._key_prefix = f"{key_prefix}-{task:06d}-" if key_prefix else f"{task:06d}-"
         self._limits = limits
         self._builder: ShardBuilder | None = None
         self._writer: Writer | None = None
@@ -125,7 +126,7 @@ class TaskWriter:
         Args:
             number: of the input, from 0.
         """
-        return f"{self._key_prefix}{self.task:06d}-{number:08d}"
+        return f"{self._key_prefix}{number:08d}"
 
     def add(self, sample: Sample) -> None:
         """Append a sample; closes the shard if it is full.
@@ -139,7 +140,8 @@ class TaskWriter:
         """
         builder = self._builder or ShardBuilder(self._layouts)
         self._append(builder, builder.add(sample))
-        self._schema_version = max(self._schema_version, sample.schema_version)
+        if (version := sample.schema_version) > self._schema_version:
+            self._schema_version = version
 
     def add_members(self, key: str, payloads: Iterable[tuple[str, bytes | memoryview]], sample: Sample | None = None) -> None:
         """Append a sample of any members.

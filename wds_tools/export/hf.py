@@ -31,8 +31,9 @@ from wds_tools.export.output import Round, Source, Table, counted, local_path, o
 from wds_tools.export.rows import ROW_BYTES, TYPED_INSTEAD, liquid_columns, liquid_schema, serialize_table_row
 from wds_tools.export.shuffle import SortedRows, bucket_ends, keys_from
 from wds_tools.format.codes import CODE_COLUMNS, chosen_codes, codes_named, is_code_column
-from wds_tools.format.manifest import ShardInfo, check_one_tokenizer
+from wds_tools.format.manifest import check_one_tokenizer
 from wds_tools.format.schema import IMAGE_EXTENSIONS, Sample
+from wds_tools.format.shards import ShardInfo
 from wds_tools.run.local import Report, run_tasks
 from wds_tools.run.progress import Progress
 from wds_tools.sources.arrow import load_pyarrow

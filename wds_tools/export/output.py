@@ -96,7 +96,7 @@ class Table:
 
 def write_export(config: ExportOptions, sources: Sequence[Source], table: Table, made_of: Sequence[Any]) -> ExportSummary:
     rows = sum(table.data_types.values())
-    num_bytes = sum(shard.bytes for _, manifest in sources for shard in manifest.shards)
+    num_bytes = sum(manifest.bytes for _, manifest in sources)
     num_files = min(config.num_shards or math.ceil(num_bytes / FILE_BYTES), rows, MAX_FILES)
     names = [NAMES[config.writes].format(number, num_files) for number in range(num_files)]
     fingerprint = hashlib.sha256(orjson.dumps(made_of)).hexdigest()[:16]  # what Hugging Face's caches know the rows by

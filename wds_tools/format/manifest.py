@@ -4,24 +4,28 @@
 depends on (schema version, shard names, sample counts and content hashes, in order) and nothing else, so a dataset that was
 copied elsewhere keeps it and one that was changed does not.
 `manifest_hash` is over the file itself, with its own 64 digits as zeros; `rejects_hash` over the files of rejects.
-Invariant: inputs = samples + rejects; what is serialized can be parsed. Cost: about 250 bytes a shard.
+Invariant: inputs = samples + rejects; what is serialized can be parsed. Cost of a shard: about 350 bytes, in memory 100.
 """
 
 from __future__ import annotations
 
 import hashlib
-import re
+import io
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
-from typing import Annotated, Any, Literal
+from itertools import chain
+from operator import lt
+from typing import Annotated, Any, BinaryIO, Literal
 
-import orjson
+import numpy as np
 
 from wds_tools.errors import FormatError, UsageError
 from wds_tools.format.codes import HW, CodeGrid, is_code_column
+from wds_tools.format.manifest_json import NO_HASH, ManifestText, manifest_text
 from wds_tools.format.schema import ANY_MEMBERS, SCHEMA_VERSION
+from wds_tools.format.shards import ShardInfo, Shards, total
 from wds_tools.format.typed_json import Count, read_json, shape
 
 FORMAT = "wds-tools"
@@ -36,31 +40,9 @@ FILTERED = ("filtered", "filtered_missing", "not_chosen", "duplicate")
 under rejects/."""
 _ONE_TOKENIZER = ("tokenizer", "weights_hash", "layout", "codebook_size", "dtype", "stride", "preprocessing_version")
 """Of a code column's provenance, what has to be the same for codes to be mixed."""
-_XXH128 = re.compile("[0-9a-f]{32}")
-_NO_HASH = "0" * 64
-_OWN_HASH = re.compile(rb'"manifest_hash":\s*"sha256:([0-9a-f]{64})"')
 _GROUP_BYTES = 32 << 10
 _LEAST_SAMPLE_BYTES = 512
 """In a tar: one header."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ShardInfo:
-    """One shard, as the manifest describes it."""
-
-    name: str
-    """File name relative to the dataset, such as "shard-000000-0000.tar"."""
-    samples: Annotated[int, range(1 << 32)]
-    bytes: Count
-    """Size of the tar."""
-    xxh128: str
-    """XXH3-128 of the tar's bytes, as `xxh128sum` prints it."""
-    members: tuple[str, ...]
-    """Suffixes that its samples have, in file order."""
-    data_types: Mapping[str, Count]
-    """Samples by data type."""
-    text_chars: Count
-    num_codes: Count
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,8 +72,8 @@ def hash_rejects(digests: Mapping[str, str]) -> str:
 class Manifest:
     """A complete dataset."""
 
-    shards: tuple[ShardInfo, ...]
-    """In the order of their names."""
+    shards: Shards
+    """A sequence of ShardInfo; made of any other one."""
     inputs: int
     """Records read: samples + rejects."""
     rejects: Mapping[str, int] = field(default_factory=dict)
@@ -109,20 +91,24 @@ class Manifest:
     offsets_hash: str | None = None
     """Of offsets.safetensors (see offsets.py); None: there is none, and samples are found by the indices alone."""
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.shards, Shards):
+            object.__setattr__(self, "shards", Shards.of(self.shards))
+
     @cached_property
     def samples(self) -> int:
         """Samples over all shards."""
-        return sum(shard.samples for shard in self.shards)
+        return total(self.shards.num_samples)
 
     @cached_property
     def bytes(self) -> int:
         """Bytes of all tars."""
-        return sum(shard.bytes for shard in self.shards)
+        return total(self.shards.num_bytes)
 
     @cached_property
     def num_codes(self) -> int:
         """Codes of all images."""
-        return sum(shard.num_codes for shard in self.shards)
+        return total(self.shards.num_codes)
 
     @cached_property
     def group_samples(self) -> int:
@@ -130,19 +116,15 @@ class Manifest:
         whole groups of a shard, counted from its first sample."""
         return 1 << max((_GROUP_BYTES * self.samples // max(self.bytes, 1)).bit_length() - 1, 0)
 
-    @property
+    @cached_property
     def data_types(self) -> dict[str, int]:
         """Samples by data type over all shards."""
-        total: Counter[str] = Counter()
-        for shard in self.shards:
-            total.update(shard.data_types)
-        return dict(sorted(total.items()))
+        return self.shards.data_types()
 
     @property
     def members(self) -> tuple[str, ...]:
         """Suffixes over all shards, in the order of their first shard."""
-        kinds = dict.fromkeys(shard.members for shard in self.shards)
-        return tuple(dict.fromkeys(member for members in kinds for member in members))
+        return tuple(dict.fromkeys(member for members, _ in self.shards.kinds for member in members))
 
     @property
     def code_columns(self) -> list[str]:
@@ -174,9 +156,14 @@ class Manifest:
 
     def fingerprint(self) -> str:
         """The identity of the data: "sha256:<hex>" over what training depends on."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
         digest = hashlib.sha256(f"{FORMAT} {self.schema_version}\n".encode())
-        for shard in self.shards:
-            digest.update(f"{shard.name} {shard.samples} {shard.xxh128}\n".encode())
+        for part in self.shards.parts():
+            lines = [f"{name} {samples} {xxh128}\n" for name, samples, xxh128 in self.shards.lines(*part)]
+            digest.update("".join(lines).encode())
         return f"sha256:{digest.hexdigest()}"
 
 
@@ -194,7 +181,7 @@ class _Document:
     rejects: Mapping[str, Count]
     codes: Mapping[str, Mapping[str, Any]]
     source: Mapping[str, Any]
-    shards: tuple[ShardInfo, ...]
+    shards: list[Any]
     manifest_hash: str | None = None
     rejects_hash: str | None = None
     offsets_hash: str | None = None
@@ -218,7 +205,7 @@ def serialize_manifest(manifest: Manifest) -> bytes:
     Raises:
         FormatError: they could not be read again: see parse_manifest.
     """
-    hashes = {} if manifest.rejects_hash is None else {"manifest_hash": f"sha256:{_NO_HASH}"}
+    hashes = {} if manifest.rejects_hash is None else {"manifest_hash": NO_HASH}
     record = {
         "format": FORMAT,
         **hashes,
@@ -233,26 +220,35 @@ def serialize_manifest(manifest: Manifest) -> bytes:
         **({"offsets_hash": manifest.offsets_hash} if manifest.offsets_hash is not None else {}),
         "codes": manifest.codes,
         "source": manifest.source,
-        "shards": [asdict(shard) for shard in manifest.shards],
     }
-    data = orjson.dumps(record, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
-    if hashes:
-        data = data.replace(_NO_HASH.encode(), hashlib.sha256(data).hexdigest().encode(), 1)
+    data = manifest_text(record, manifest.shards)
     parse_manifest(data)
     return data
 
 
-def parse_manifest(data: bytes, name: str = "manifest.json") -> Manifest:
+def parse_manifest(data: bytes | BinaryIO, name: str = "manifest.json") -> Manifest:
     """Read a manifest.
+
+    Args:
+        data: its bytes, or a stream of them, which are then not all in memory.
+        name: of the file, for messages.
 
     Raises:
         FormatError: not a manifest, of a newer schema, one that contradicts itself, or not the bytes that its hash was made of.
+        StorageError: they can't be read.
     """
     what = f"{name}: not a manifest that this release reads"
-    document = read_json(_Document, data, what)
+    text = ManifestText(io.BytesIO(data) if isinstance(data, bytes) else data, what)
+    document = read_json(_Document, text.head, what)
+    shards = Shards.join(text.shards())
+    if len(shards):
+        document = read_json(_Document, text.document, what)  # with what is behind them
+    else:
+        shards = Shards.of_json(document.shards, what, 0)
     shape(_Source, document.source, f"{what}: source")
     code_layouts(document.codes, f"{what}: codes")
-    manifest = Manifest(**{entry.name: getattr(document, entry.name) for entry in fields(Manifest)})
+    others = {entry.name: getattr(document, entry.name) for entry in fields(Manifest) if entry.name != "shards"}
+    manifest = Manifest(shards=shards, **others)
     _check_counts(manifest, name)
     for key in ("samples", "bytes", "data_types"):
         _check_stated(name, key, getattr(document, key), getattr(manifest, key))
@@ -260,10 +256,7 @@ def parse_manifest(data: bytes, name: str = "manifest.json") -> Manifest:
     if (document.manifest_hash is None) != (document.rejects_hash is None):
         raise FormatError(f"{name}: has one of manifest_hash and rejects_hash, which are written together: it was damaged")
     if document.manifest_hash is not None:
-        match = _OWN_HASH.search(data)
-        begin, end = match.span(1) if match else (0, 0)
-        digest = hashlib.sha256(data[:begin] + _NO_HASH.encode() + data[end:]).hexdigest()
-        _check_stated(name, "manifest_hash", document.manifest_hash, f"sha256:{digest}")
+        _check_stated(name, "manifest_hash", document.manifest_hash, text.hash())
     return manifest
 
 
@@ -319,40 +312,35 @@ def _check_stated(name: str, key: str, stated: object, actual: object) -> None:
 
 def _check_counts(manifest: Manifest, name: str) -> None:
     """Raise FormatError unless every input is accounted for and every shard has a name of its own and could be as it says."""
-    for shard in manifest.shards:
-        _check_shard(shard, name)
+    shards, last, are_ascending = manifest.shards, "", True
+    for part in shards.parts():
+        names = shards.names_of(*part)
+        if not are_plain_names(names):
+            odd = next(each for each in names if not are_plain_names([each]))
+            raise FormatError(f"{name}: the shard name {odd!r} is not a plain relative path, such as shard-000000-0000.tar")
+        are_ascending = are_ascending and all(map(lt, [last, *names], names))
+        last = names[-1]
+    typed = np.append(0, np.cumsum(shards.counts.values))[shards.counts.bounds]
+    is_odd = (np.diff(shards.counts.bounds) > 0) & (np.diff(typed) != shards.num_samples)
+    for number in np.flatnonzero(is_odd | (shards.num_samples * _LEAST_SAMPLE_BYTES > shards.num_bytes)).tolist():
+        shard = shards[number]
+        if shard.samples * _LEAST_SAMPLE_BYTES > shard.bytes:
+            problem = f"samples={shard.samples} can't be in {shard.bytes} bytes: each has {_LEAST_SAMPLE_BYTES} or more"
+        else:
+            problem = f"data_types={shard.data_types!r} do not add up to {shard.samples} samples"
+        raise FormatError(f"{name}: {shard.name}: {problem}")
     rejects = sum(manifest.rejects.values())
     if manifest.inputs != manifest.samples + rejects:
         raise FormatError(
             f"{name}: {manifest.inputs} inputs are not {manifest.samples} samples + {rejects} rejects: "
             f"{manifest.inputs - manifest.samples - rejects} records are unaccounted for"
         )
-    if repeated := _repeated(shard.name for shard in manifest.shards):
+    counts = Counter(() if are_ascending else chain.from_iterable(shards.names_of(*part) for part in shards.parts()))
+    if repeated := next((each for each, count in counts.items() if count > 1), None):
         raise FormatError(f"{name}: names the shard {repeated} more than once")
 
 
-def is_plain_name(name: object) -> bool:
-    """Whether it can name a shard: it leads nowhere but to a file inside the dataset, on every backend."""
-    return (
-        isinstance(name, str)
-        and all(segment not in ("", ".", "..") for segment in name.split("/"))
-        and name.isprintable()
-        and "\\" not in name
-    )
-
-
-def _check_shard(shard: ShardInfo, name: str) -> None:
-    if not is_plain_name(shard.name):
-        raise FormatError(f"{name}: the shard name {shard.name!r} is not a plain relative path, such as shard-000000-0000.tar")
-    where = f"{name}: {shard.name}"
-    if shard.samples * _LEAST_SAMPLE_BYTES > shard.bytes:
-        least = f"each has {_LEAST_SAMPLE_BYTES} or more"
-        raise FormatError(f"{where}: samples={shard.samples} can't be in {shard.bytes} bytes: {least}")
-    if not _XXH128.fullmatch(shard.xxh128):
-        raise FormatError(f"{where}: xxh128={shard.xxh128!r}, expected 32 hexadecimal digits")
-    if shard.data_types and sum(shard.data_types.values()) != shard.samples:
-        raise FormatError(f"{where}: data_types={shard.data_types!r} do not add up to {shard.samples} samples")
-
-
-def _repeated(names: Iterable[str]) -> str | None:
-    return next((name for name, count in Counter(names).items() if count > 1), None)
+def are_plain_names(names: Iterable[str]) -> bool:
+    """Whether each can name a shard: it leads nowhere but to a file inside the dataset, on every backend."""
+    text = f"/{'/'.join(names)}/"
+    return text.isprintable() and not any(each in text for each in ("\\", "//", "/./", "/../"))

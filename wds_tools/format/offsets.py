@@ -67,8 +67,8 @@ class Groups:
     """How the offsets file of a dataset is laid out; 24 bytes a shard."""
 
     def __init__(self, manifest: Manifest) -> None:
-        self._samples = np.array([shard.samples for shard in manifest.shards], np.int64)
-        self._marked = _marked_samples(self._samples, np.array([shard.bytes for shard in manifest.shards], np.int64))
+        self._samples = manifest.shards.num_samples
+        self._marked = _marked_samples(self._samples, manifest.shards.num_bytes)
         self._size = np.maximum(self._marked, manifest.group_samples)
         self._ends = np.cumsum(-(-self._samples // self._size))
 

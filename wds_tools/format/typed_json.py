@@ -63,12 +63,12 @@ def read_json(kind: type[_Kind], data: bytes | memoryview | str, what: str, erro
     return shape(kind, value, what, error)
 
 
-def shape(kind: type[_Kind], value: Any, what: str, error: type[WdsToolsError] = FormatError) -> _Kind:
-    """The same of a value that was parsed already, such as a state in a checkpoint."""
+def shape(kind: type[_Kind], value: Any, what: str, error: type[WdsToolsError] = FormatError, way: str = "") -> _Kind:
+    """The same of a value that was parsed already, such as a state in a checkpoint; `way`: to it in its document."""
     try:
         shaped: _Kind = _reader(cast(Hashable, kind))(value)
     except _Odd as odd:
-        raise error(f"{what} ({odd})") from odd.__cause__
+        raise error(f"{what} ({odd.inside(way)})") from odd.__cause__
     return shaped
 
 

@@ -26,11 +26,12 @@ from wds_tools.dataset.reader import ShardBytes, check_unchanged, read_manifest
 from wds_tools.errors import FormatError, NotFound, OutOfSpace, StorageError, UsageError, WorkerDied
 from wds_tools.format.codes import NO_LAYOUTS, CodeGrid
 from wds_tools.format.index import parse_index, serialize_index
-from wds_tools.format.manifest import INDEX_COMMAND, PASSED_OVER, Manifest, ShardInfo, is_plain_name, serialize_manifest
+from wds_tools.format.manifest import INDEX_COMMAND, PASSED_OVER, Manifest, are_plain_names, serialize_manifest
 from wds_tools.format.offsets import marked
 from wds_tools.format.scan import Scan, scan_tar
 from wds_tools.format.schema import ANY_MEMBERS, SCHEMA_VERSION, check_key, validate
 from wds_tools.format.shard import form_of, sample_from_members
+from wds_tools.format.shards import ShardInfo, Shards
 from wds_tools.run.local import Report, run_tasks
 from wds_tools.run.progress import Advance, Progress
 from wds_tools.storage import Store, join
@@ -123,7 +124,7 @@ def index_tars(store: Store, *, workers: int = 1, quiet: bool = True) -> Manifes
         counts = {"counts": {PASSED_OVER: num_passed_over}} if num_passed_over else {}
         is_ours = all(shard.data_types or not shard.samples for shard in shards)
         manifest = Manifest(
-            shards=tuple(shard if is_ours else _without_contents(store, shard) for shard in shards),
+            shards=Shards.of(shard if is_ours else _without_contents(store, shard) for shard in shards),
             inputs=sum(shard.samples for shard in shards),
             source={"command": INDEX_COMMAND, "python": sys.version.split()[0], **counts},
             schema_version=max(newest, SCHEMA_VERSION) if is_ours else ANY_MEMBERS,
@@ -211,7 +212,7 @@ def _tars(store: Store) -> dict[str, int]:
                 f"unpack it (and its like) with `{_COMPRESSED[compressed]}`, or move it away"
             )
         if entry.name.endswith(TAR_SUFFIX):
-            if not is_plain_name(entry.name):
+            if not are_plain_names([entry.name]):
                 raise UsageError(f"{store.url}: the name {entry.name!r} can't be written down in a manifest: rename the file")
             sizes[entry.name] = entry.size
     if not sizes:

@@ -15,8 +15,9 @@ from wds_tools.dataset.lease import Lease
 from wds_tools.dataset.reader import read_shard
 from wds_tools.dataset.token_counts import TokenCount, write_token_count
 from wds_tools.errors import UsageError
-from wds_tools.format.manifest import Manifest, ShardInfo
+from wds_tools.format.manifest import Manifest
 from wds_tools.format.schema import ANY_MEMBERS
+from wds_tools.format.shards import ShardInfo
 from wds_tools.run.local import Report, run_tasks
 from wds_tools.run.progress import Advance, Progress
 from wds_tools.sequences.tokenizer import TextTokenizer, tokenizer_hash

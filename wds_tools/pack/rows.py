@@ -22,7 +22,7 @@ from wds_tools.dataset.reader import read_manifest, read_stored
 from wds_tools.errors import FormatError, Reject, UsageError
 from wds_tools.format.codes import chosen_codes
 from wds_tools.format.manifest import Manifest, shard_info_from_json
-from wds_tools.format.schema import ANY_MEMBERS, Sample
+from wds_tools.format.schema import ANY_MEMBERS, PAIR_TYPES, Sample
 from wds_tools.format.shard import sample_from_members
 from wds_tools.jobs import Advance, Job, JobOptions, Report, TaskWriter, run_job
 from wds_tools.sequences.build import ROWS_VERSION, ExampleBuilder
@@ -99,6 +99,7 @@ def pack(config: PackConfig) -> Manifest:
         if manifest.codes and not chosen_codes(manifest.codes, config.code_set):
             known = ", ".join(manifest.codes)
             raise UsageError(f"{url} has no codes named {config.code_set!r}, but {known}: choose with --code-set")
+    _check_names(config.text_weights, config.input, manifests)
     size = codebook_size_of(manifests, config.input, config.sequences, [config.code_set] * len(manifests))
     made = {column: provenance for manifest in manifests for column, provenance in manifest.codes.items()}
     builder = ExampleBuilder(config.sequences, config.seed, size)
@@ -125,6 +126,19 @@ def pack(config: PackConfig) -> Manifest:
         work=_PackSamples(config.sequences, config.seed, config.epoch, size, config.code_set, config.text_weights, made),
     )
     return run_job(job, config)
+
+
+def _check_names(weights: Weights, urls: Sequence[str], manifests: Sequence[Manifest]) -> None:
+    """Raise UsageError for the name of a text that the first pair of no input has: a misspelling would reject all of them."""
+    known: set[str] | None = None
+    for url, manifest in zip(urls, manifests, strict=True) if weights else ():
+        for row in [row for row in manifest.shards if not row.data_types.keys().isdisjoint(PAIR_TYPES)][:1]:
+            samples = (sample for _, sample in _read(url, [[asdict(row), 0, row.samples]]))
+            pair = next(sample for sample in samples if sample.data_type in PAIR_TYPES)
+            known = (known or set()) | {*(pair.texts or ())}
+    if known is not None and (missing := [name for name, _ in weights if name not in known]):
+        names = ", ".join(sorted(known)) or "none"
+        raise UsageError(f"--texts {missing[0]}: no input's first pair has a text of that name; their texts are: {names}")
 
 
 def _share(urls: Sequence[str], manifests: Sequence[Manifest], number: int, num_tasks: int) -> list[list[Any]]:

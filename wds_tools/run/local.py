@@ -25,6 +25,7 @@ from multiprocessing.connection import wait as wait_for
 from typing import Any, Generic, Protocol, TypeVar
 
 from wds_tools.errors import UsageError, WorkerDied
+from wds_tools.run.by_file import ByFile
 from wds_tools.run.progress import Advance, Shown
 
 Task = TypeVar("Task")
@@ -95,7 +96,7 @@ def run_tasks(fn: Work[Task, Result], tasks: Sequence[Task], *, workers: int, on
     context, num_processes = multiprocessing.get_context("spawn"), min(workers, len(tasks))
     with stops_held():
         reports, all_idle = context.SimpleQueue(), context.Barrier(num_processes)
-    given = (fn, reports, all_idle)
+    given = (ByFile(fn), reports, all_idle)
     pool = ProcessPoolExecutor(num_processes, mp_context=context, initializer=_start_worker, initargs=given)
     others = set(multiprocessing.active_children())
     waiting = iter(tasks)

@@ -22,7 +22,8 @@ from xxhash import xxh3_64_intdigest, xxh3_128_digest
 
 from wds_tools.dataset.external_sort import ExternalSort
 from wds_tools.errors import Reject, UsageError
-from wds_tools.format.manifest import Manifest, ShardInfo
+from wds_tools.format.manifest import Manifest
+from wds_tools.format.shards import ShardInfo
 from wds_tools.records.fields import value_of
 from wds_tools.records.where import Where
 from wds_tools.run.local import Report, run_tasks

@@ -24,9 +24,10 @@ from wds_tools.dataset.reader import read_manifest
 from wds_tools.dataset.samples import SampleReader
 from wds_tools.errors import Reject, UsageError
 from wds_tools.format.index import ABSENT
-from wds_tools.format.manifest import Manifest, ShardInfo, check_one_tokenizer, shard_info_from_json
+from wds_tools.format.manifest import Manifest, check_one_tokenizer, shard_info_from_json
 from wds_tools.format.schema import ANY_MEMBERS, check_key
 from wds_tools.format.shard import sample_from_members, split_name
+from wds_tools.format.shards import ShardInfo, Shards
 from wds_tools.format.tar import first_name
 from wds_tools.jobs import Advance, Job, JobOptions, Report, TaskWriter, run_job
 from wds_tools.records.where import Where
@@ -226,7 +227,7 @@ class CopySamples:
         return num_samples
 
     def _copy(self, dataset: int, shard: ShardInfo, rows: np.ndarray[Any, Any], writer: TaskWriter, report: Report) -> None:
-        reader = SampleReader(open_store(self.urls[dataset]), Manifest(shards=(shard,), inputs=shard.samples))
+        reader = SampleReader(open_store(self.urls[dataset]), Manifest(shards=Shards.of([shard]), inputs=shard.samples))
         is_whole = not self.prefixes and len(shard.data_types) < 2
         try:
             for index, samples in reader.stored(0, rows) if len(rows) else ():

@@ -181,8 +181,10 @@ class LocalWriter(Writer):
         self._file = io.BufferedWriter(self._raw, BUFFER_BYTES)
 
     def write(self, data: Buffer, /) -> int:
-        with translating("write", self._show):
+        try:  # a context manager would take as long as to write a document
             return self._file.write(data)
+        except OSError as error:
+            raise translate(error, "write", self._show) from error
 
     def _publish(self) -> None:
         try:

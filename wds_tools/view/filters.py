@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from wds_tools.dataset.samples import SampleReader
 from wds_tools.errors import UsageError
-from wds_tools.format.manifest import ShardInfo
+from wds_tools.format.shards import ShardInfo
 from wds_tools.records.where import Where
 from wds_tools.select.choose import FATES, Judge
 from wds_tools.select.fields import Fields, values_of

@@ -318,7 +318,7 @@ def test_a_full_disk_is_one_warning_and_what_is_there_is_still_read(tmp_path: Pa
             break
         command = [*prefix, sys.executable, "-c", LOAD + FULL_DISK, str(tmp_path)]
         env = {**os.environ, "PYTHONPATH": str(ROOT)}
-        done = subprocess.run(command, capture_output=True, text=True, timeout=100, env=env, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=env, check=False)
         if "mounted" in done.stdout:
             assert done.returncode == 0, done.stderr
             assert "can't write to the cache, No space left on device: what is there is still read" in done.stdout
@@ -414,7 +414,7 @@ def test_many_processes_hammer_one_small_cache_and_some_are_killed(folder: Path)
         time.sleep(0.02)
     counts = []
     for process in processes:
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=200)
         assert process.returncode == 0, err
         counts.append([int(number) for number in out.split()[1:]])
     hits, misses, written, evicted = map(sum, zip(*counts, strict=True))

@@ -67,7 +67,7 @@ def test_more_shards_than_files_may_be_open_are_read_by_whatever_reads(tmp_path:
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=90,
+        timeout=200,
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.split()[:5] == ["240", "240", "120", "120", "120"]

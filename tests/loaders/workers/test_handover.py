@@ -64,7 +64,7 @@ def outcomes(url: str) -> dict[str, list[str]]:
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=90,
+        timeout=200,
     )
     found: dict[str, list[str]] = json.loads(done.stdout)
     return found

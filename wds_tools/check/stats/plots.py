@@ -119,11 +119,9 @@ def bars(columns: Sequence[tuple[str, float, bool]], top: float) -> str:
     step = (WIDTH - _LEFT - _RIGHT) / len(columns)
     parts = []
     for number, (name, share, is_odd) in enumerate(columns):
-        height = max(1.5, share / ceiling * (_FLOOR - _TOP))
-        width = max(step - min(1.0, step / 4), 0.5)
-        parts.append(
-            _rect(_LEFT + number * step, _FLOOR - height, width, height, "bar odd" if is_odd else "bar", f"{name}: {share:.1%}")
-        )
+        height, width = max(1.5, share / ceiling * (_FLOOR - _TOP)), max(step - min(1.0, step / 4), 0.5)
+        kind, title = "bar odd" if is_odd else "bar", f"{name}: {share:.1%}"
+        parts.append(_rect(_LEFT + number * step, _FLOOR - height, width, height, kind, title))
     return _svg([*parts, _label(_LEFT + 2, _TOP + 2, f"{ceiling:.0%}", "mark-name")], "by shard")
 
 

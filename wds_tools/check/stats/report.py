@@ -89,15 +89,16 @@ def _use_json(use: CodeUse) -> dict[str, Any]:
 
 def render(stats: Stats) -> str:
     """The page that is a file of its own."""
+    return f"{page_head(f'{stats.url}: statistics')}{main_part(stats)}</body></html>"
+
+
+def page_head(title: str) -> str:
+    """A page that is a file of its own, up to its <main>; </body></html> ends it."""
     style = (files("wds_tools.view") / "static" / "common.css").read_text(encoding="utf-8")
-    return "".join(
-        (
-            '<!doctype html><html lang="en"><head><meta charset="utf-8">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">',
-            f"<title>{escape(stats.url)}: statistics</title><style>{style}</style></head><body>",
-            main_part(stats),
-            "</body></html>",
-        )
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">'
+        f"<title>{escape(title)}</title><style>{style}</style></head><body>"
     )
 
 
@@ -108,15 +109,10 @@ def main_part(stats: Stats, *, served: bool = False) -> str:
         stats: what to show.
         served: by the viewer, whose pages of samples it leads to.
     """
-    return "".join(
-        (
-            f'<main class="report"><header><h1>{escape(stats.url)}</h1>{_scope(stats, served)}</header>',
-            _tiles(*_totals(stats)),
-            '<div class="sections">',
-            *_sections(stats, served),
-            f"</div><footer>{escape(stats.manifest.fingerprint())}</footer></main>",
-        )
-    )
+    head = f"<header><h1>{escape(stats.url)}</h1>{_scope(stats, served)}</header>{_tiles(*_totals(stats))}"
+    sections = "".join(_sections(stats, served))
+    footer = f"<footer>{escape(stats.manifest.fingerprint())}</footer>"
+    return f'<main class="report">{head}<div class="sections">{sections}</div>{footer}</main>'
 
 
 def _scope(stats: Stats, served: bool) -> str:
@@ -185,14 +181,12 @@ def _codebook(column: str, use: CodeUse, provenance: Mapping[str, Any]) -> str:
         ]
     )
     picture = base64.b64encode(png_bytes(_map(use.counts))).decode()
+    level = 1 / max(use.size, 1), "if all were equally frequent"
+    curve = plots.curve((counts / total).tolist(), "share of each code by rank", *level)
     shown = (
-        '<figure class="split"><div>'
-        + plots.curve(
-            (counts / total).tolist(), "share of each code by rank", 1 / max(use.size, 1), "if all were equally frequent"
-        )
-        + "<figcaption>Share of the codes, by rank</figcaption></div>"
-        + f'<div><img class="codebook" alt="use of every entry of the codebook" src="data:image/png;base64,{picture}">'
-        + f"<figcaption>Each entry, {_MAP_WIDTH} a line: brighter is more frequent, black is never</figcaption></div></figure>"
+        f'<figure class="split"><div>{curve}<figcaption>Share of the codes, by rank</figcaption></div>'
+        f'<div><img class="codebook" alt="use of every entry of the codebook" src="data:image/png;base64,{picture}">'
+        f"<figcaption>Each entry, {_MAP_WIDTH} a line: brighter is more frequent, black is never</figcaption></div></figure>"
     )
     return _section(f"Codebook: {column}", shown + facts, "wide")
 
@@ -276,11 +270,8 @@ def _tiles(*tiles: tuple[str, str, str]) -> str:
 
 
 def _facts(facts: Sequence[tuple[str, str]]) -> str:
-    return (
-        '<dl class="facts">'
-        + "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts)
-        + "</dl>"
-    )
+    shown = (f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts)
+    return f'<dl class="facts">{"".join(shown)}</dl>'
 
 
 class _SampleLink(NamedTuple):

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest
 
 from wds_tools.errors import FormatError, Reject, UsageError
-from wds_tools.format.tar import MAX_MEMBER_BYTES, MemberPlace, first_name, member_places
+from wds_tools.format.tar import MAX_MEMBER_BYTES, Member, first_name, member_places
 from wds_tools.run.progress import Advance, Progress
 from wds_tools.storage import LocalStore, open_store, split_url
 from wds_tools.terminal import counted, say
@@ -93,10 +93,10 @@ class TarImages:
         fault = None
         try:
             for member in _places_in(url, size):
-                if member.num_bytes > MAX_MEMBER_BYTES:
+                if member.num_dropped > MAX_MEMBER_BYTES:
                     continue
                 hashes.append(_hash(_plain(member.name)))
-                places.append((number, member.start, member.offset - member.start, member.num_bytes))
+                places.append((number, member.start, member.offset - member.start, member.num_dropped))
         except FormatError as error:
             if not places:
                 raise UsageError(f"--image-root: {error}") from error
@@ -120,7 +120,7 @@ def _hash(name: str) -> int:
     return xxh3_64_intdigest(name.encode(errors="surrogatepass"))
 
 
-def _places_in(url: str, size: int) -> Iterator[MemberPlace]:
+def _places_in(url: str, size: int) -> Iterator[Member]:
     root, name = split_url(url)
     store = open_store(root)
     step = _PAGE_BYTES if isinstance(store, LocalStore) else _REQUEST_BYTES

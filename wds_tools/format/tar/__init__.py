@@ -1,7 +1,7 @@
 """Tar archives: header blocks in and out, members as they arrive, and where they lie."""
 
 from wds_tools.format.tar.headers import BLOCK, MAX_MEMBER_BYTES, Member, changes_member, header_name, pax_records
-from wds_tools.format.tar.places import MemberPlace, first_name, member_places
+from wds_tools.format.tar.places import first_name, member_places
 from wds_tools.format.tar.reader import TarReader
 from wds_tools.format.tar.write import END, MAX_SIZE, header, padding
 
@@ -11,7 +11,6 @@ __all__ = [
     "MAX_MEMBER_BYTES",
     "MAX_SIZE",
     "Member",
-    "MemberPlace",
     "TarReader",
     "changes_member",
     "first_name",

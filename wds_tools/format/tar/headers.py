@@ -37,7 +37,7 @@ class Member(NamedTuple):
     offset: int
     """Offset of its payload."""
     num_dropped: int = 0
-    """Bytes of a payload that is larger than wanted: they are passed over, and `payload` is empty."""
+    """Bytes of a payload that is not wanted, or larger than that: they are passed over, and `payload` is empty."""
 
     @property
     def end(self) -> int:

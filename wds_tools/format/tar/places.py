@@ -3,29 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 from wds_tools.errors import FormatError
-from wds_tools.format.tar.headers import BLOCK, EXTENSIONS, Headers, too_short
+from wds_tools.format.tar.headers import BLOCK, EXTENSIONS, Headers, Member, too_short
 
 _RECORD = 21 * BLOCK
 """More than the zeros that tar writes behind the end."""
 
 
-class MemberPlace(NamedTuple):
-    """Where one regular file of a tar lies."""
-
-    name: str
-    start: int
-    """Offset of its first header block, as Member.start."""
-    offset: int
-    """Offset of its payload."""
-    num_bytes: int
-    """Of its payload."""
-
-
-def member_places(read: Callable[[int, int], bytes | memoryview], size: int, name: str = "tar") -> Iterator[MemberPlace]:
-    """The regular files of an archive, by its headers alone; names that are not UTF-8 have \\xNN in them.
+def member_places(read: Callable[[int, int], bytes | memoryview], size: int, name: str = "tar") -> Iterator[Member]:
+    """The regular files of an archive without their payloads, by its headers alone; names that are not UTF-8 have \\xNN in them.
 
     Args:
         read: (start, end) -> these bytes of the archive.
@@ -51,7 +38,7 @@ def member_places(read: Callable[[int, int], bytes | memoryview], size: int, nam
         payload = memoryview(read(offset + BLOCK, end) if kind in EXTENSIONS else b"")
         member = headers.member(block, kind, payload, offset)
         if member is not None:
-            yield MemberPlace(member.name, member.start, member.offset, num_bytes)
+            yield member._replace(num_dropped=num_bytes)
         offset = end + -num_bytes % BLOCK
     raise FormatError(f"{name}: ends at byte {size}, where a member or the end-of-archive blocks are missing: it was cut off")
 

@@ -66,6 +66,8 @@ class TarReader:
             data = memoryview(data)[num_bytes:]
         if not data:
             return []
+        if self._held and self._held + len(data) > self._needed:  # only what completes a member that was cut is copied
+            return self._feed_apart(memoryview(data), self._needed - self._held)
         self._pieces.append(data)
         self._held += len(data)
         if self._held < self._needed:
@@ -82,6 +84,17 @@ class TarReader:
         self._base += offset
         self._pieces = [rest] if len(rest) else []
         self._held = len(rest)
+        return members
+
+    def _feed_apart(self, data: memoryview, first_bytes: int) -> list[Member]:
+        members = self.feed(data[:first_bytes])
+        if self._fault is None:
+            try:
+                members += self.feed(data[first_bytes:])
+            except FormatError as fault:
+                if not members:
+                    raise
+                self._fault = fault
         return members
 
     def close(self) -> None:
