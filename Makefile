@@ -7,7 +7,8 @@
 # make bench    throughput against the plain way
 # make bench-decode   images decoded by a transform, beside webdataset's and Energon's decode (1 minute)
 # make bench-encode   encoding against one image at a time (4 minutes, on a CPU)
-# make docs     the documentation as a site, into site/      make pictures   draw those of the README again (needs Chromium)
+# make bench-gpu      what encoding reaches on a GPU (8 minutes; nothing is installed: PYTHON=... has torch and the rest)
+# make docs     the documentation as a site, into site/      make pictures   draw the pictures of README and docs again (needs Chromium)
 # make dist     source distribution and wheel, into dist/
 # make bench-loader   the loader against its peers (15 minutes; bench-peers builds their environment, 7 GB, when it is missing)
 # make bench-mixing   how well orders mix a dataset sorted by label, beside others' (10 minutes; no data is written)
@@ -32,7 +33,7 @@ ARGS ?=
 TORCH_INDEX ?=
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: setup demo train-demo train-proof test test-slow test-chaos check lint types docs pictures dist bench bench-decode bench-encode bench-loader bench-mixing bench-sequences bench-select bench-peers convert-pairs convert-dclm encode export clean
+.PHONY: setup demo train-demo train-proof test test-slow test-chaos check lint types docs pictures dist bench bench-decode bench-encode bench-gpu bench-loader bench-mixing bench-sequences bench-select bench-peers convert-pairs convert-dclm encode export clean
 
 setup: $(READY)
 
@@ -61,7 +62,7 @@ test: $(READY)
 	$(BIN)/python -m pytest -m "not slow" --numprocesses $(JOBS) --dist loadfile tests
 
 test-slow: $(READY) $(TRAINERS)/.ready
-	$(BIN)/python -m pytest -m slow --numprocesses $(JOBS) --dist loadfile tests
+	$(BIN)/python -m pytest -m slow --hypothesis-profile explore --numprocesses $(JOBS) --dist loadfile tests
 
 test-chaos: $(READY)
 	PYTHONPATH=tests $(BIN)/python -m chaos --seconds $(SECONDS) $(if $(SEED),--seed $(SEED)) $(if $(CASE),--case $(CASE))
@@ -79,6 +80,7 @@ docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --clean
 
 pictures: $(READY)
+	$(BIN)/python docs/diagrams.py
 	$(BIN)/python docs/pictures.py
 
 dist: $(READY)
@@ -93,6 +95,10 @@ bench-decode: $(READY)
 
 bench-encode: $(READY)
 	$(BIN)/python -m benchmarks.encode $(ARGS)
+
+# A machine with a GPU has its own torch, and often no network: PYTHON has what it takes (docs/benchmarks.md).
+bench-gpu:
+	$(PYTHON) -m benchmarks.gpu $(ARGS)
 
 bench-loader: $(READY) $(PEERS_READY)
 	$(BIN)/python -m benchmarks.loader --peers $(PEERS)/bin/python $(ARGS)

@@ -61,21 +61,21 @@ def gather(photos: Path, out: Path, count: int) -> Path:
     return out / "raw"
 
 
-def write_chameleon(folder: Path) -> Path:
-    """A checkpoint of Chameleon's size with random weights."""
+def write_chameleon(folder: Path, channels: int = 128, latents: int = 256, entries: int = 8192) -> Path:
+    """A checkpoint with random weights, by default of Chameleon's size."""
     torch.manual_seed(0)
     model = VQModel(
         down_block_types=("DownEncoderBlock2D",) * len(LEVELS),
         up_block_types=("UpDecoderBlock2D",) * len(LEVELS),
-        block_out_channels=tuple(128 * level for level in LEVELS),
+        block_out_channels=tuple(channels * level for level in LEVELS),
         layers_per_block=2,
-        latent_channels=256,
-        num_vq_embeddings=8192,
-        vq_embed_dim=256,
+        latent_channels=latents,
+        num_vq_embeddings=entries,
+        vq_embed_dim=latents,
     )
     folder.mkdir(parents=True)
-    ddconfig = {"ch": 128, "ch_mult": list(LEVELS), "num_res_blocks": 2, "z_channels": 256}
-    (folder / CONFIG_NAME).write_text(yaml.safe_dump({"n_embed": 8192, "embed_dim": 256, "ddconfig": ddconfig}))
+    ddconfig = {"ch": channels, "ch_mult": list(LEVELS), "num_res_blocks": 2, "z_channels": latents}
+    (folder / CONFIG_NAME).write_text(yaml.safe_dump({"n_embed": entries, "embed_dim": latents, "ddconfig": ddconfig}))
     state = {checkpoint_name(name, len(LEVELS)): tensor for name, tensor in model.state_dict().items()}
     torch.save({"state_dict": state}, folder / WEIGHTS_NAME)
     return folder

@@ -15,6 +15,7 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from torch import Tensor
 from wds_tools.dataset.reader import read_manifest, read_shard
 from wds_tools.dataset.writer import ShardLimits, TaskWriter
 from wds_tools.encode.encode import encode_shards
-from wds_tools.encode.image_encoder import ImageEncoder
+from wds_tools.encode.image_encoder import MODES, ImageEncoder
 from wds_tools.encode.memory import keep_freed_memory
 from wds_tools.encode.options import TokenizerOptions
 from wds_tools.images import ImageLimits, prepare
@@ -102,9 +103,28 @@ def run(way: str, url: str, name: str, weights: str | None) -> dict[str, float]:
             tokenizer.encode(part)
         return clock.read(len(images))
     precision, _, resize = way.partition("/")
-    options = TokenizerOptions(weights=weights, device="cpu", precision=precision, resize=resize or "pillow")  # type: ignore[arg-type]
-    image_encoder = ImageEncoder(name, options, workers=1, keep_images=False, limits=ImageLimits())
-    image_encoder.device.tokenizer.encode(torch.zeros(2, 512, 512, 3, dtype=torch.uint8))
+    return encode_all(
+        url,
+        name,
+        TokenizerOptions(weights=weights, device="cpu", precision=precision, resize=resize or "pillow"),  # type: ignore[arg-type]
+    )
+
+
+def encode_all(
+    url: str, name: str, options: TokenizerOptions, modes: Mapping[str, str] = MODES, side: int = 512
+) -> dict[str, float]:
+    """Time this project's pass over a dataset, in this process: it is read, encoded and written.
+
+    Args:
+        side: of the pictures that it has seen before the clock starts.
+
+    Returns:
+        images, seconds, cpu_seconds; waited: the share of the time in which the device had nothing to do.
+    """
+    store = open_store(url)
+    manifest = read_manifest(store)
+    image_encoder = ImageEncoder(name, options, workers=1, keep_images=False, limits=ImageLimits(), modes=modes)
+    image_encoder.device.tokenizer.encode(torch.zeros(2, side, side, 3, dtype=torch.uint8))
     with tempfile.TemporaryDirectory(dir=Path(url).parent) as folder, TaskWriter(open_store(folder), 0, ShardLimits()) as writer:
         clock = _Clock()
         inputs = encode_shards(url, image_encoder)([asdict(row) for row in manifest.shards], writer, lambda *_: None)

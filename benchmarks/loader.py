@@ -2,10 +2,12 @@
 
     speed     samples/s of every way to read, one process on one core          peers/NAME.py, loader_workload.py
     index     `wds-tools index` against `energon prepare` on the same tars      here
+    latency   first batch and samples/s of every way from an S3 server far away  loader_latency.py
     s3        bytes/s from S3 against bare GETs                                 loader_s3.py
     restore   first batch after a restore; plan; memory over epochs             loader_restore.py
 
-Everything is measured in rounds in which the ways take turns, each in a process of its own; the figures are medians.
+Everything but latency is measured in rounds in which the ways take turns, each in a process of its own; the figures are medians.
+Rounds of speed are left out where they would not fit --minutes, with what the other parts take on two idle cores.
 Writes OUT/loader.json and OUT/loader.svg, prints a table; `--publish` puts both into docs/ (loader_report.py).
 """
 
@@ -15,6 +17,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import shutil
 import statistics
 import subprocess
@@ -25,12 +28,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import loader_report, loader_restore, loader_s3
+from benchmarks import loader_latency, loader_report, loader_restore, loader_s3
 from benchmarks.loader_workload import KINDS, NUM_SAMPLES, digest, read_source, write_source
 
 ROOT = Path(__file__).parents[1]
 ROUNDS = 3
-PARTS = ("speed", "index", "s3", "restore")
+PARTS = {"speed": 0.0, "index": 30.0, "restore": 60.0, "latency": 130.0, "s3": 170.0}
+"""Name -> seconds that it takes on two idle cores; speed takes what is left."""
+MINUTES = 15.0
 
 
 @dataclass(frozen=True)
@@ -61,11 +66,25 @@ WAYS = (  # a way that reads another's files comes after it
 )
 
 
+class _Failed(RuntimeError):
+    """A way did not do what it was asked for."""
+
+
+def reason(error: subprocess.CalledProcessError) -> str:
+    """Why it failed, in a line: the last exception that it told of, not the line that happened to come last (a progress bar)."""
+    lines = [line.strip() for line in (error.stderr or "").replace("\r", "\n").splitlines() if line.strip()]
+    told = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt|Exit)\b", line)]
+    last = (told or lines or ["it said nothing"])[-1]
+    how = f"ended by signal {-error.returncode}" if error.returncode < 0 else f"exit status {error.returncode}"
+    return f"{how}: {last[:200]}"
+
+
 class Bench:
     """Runs ways as processes. `missing` says which could not be run, and why: a peer that is not installed is no failure."""
 
     def __init__(self, out: Path, peers_python: Path) -> None:
         self.data = out / "data"
+        self._logs = out.parent
         self._peers_python = peers_python
         self._env = {
             **os.environ,
@@ -85,20 +104,45 @@ class Bench:
         """What `python -m benchmarks.peers.NAME command` prints; [] and an entry in `missing` if it fails twice."""
         if way.module in self.missing:
             return []
-        arguments = [self.python(way), "-m", f"benchmarks.peers.{way.module}", command, str(self.data)]
-        for _ in range(2):  # once more: Python 3.11 itself fails now and then where threads parse npy headers
-            try:
-                done = subprocess.run(arguments, cwd=ROOT, env=self._env, capture_output=True, text=True, check=True)
-                return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-            except FileNotFoundError:
-                why = f"no {arguments[0]}: run `make bench-peers`"
-            except subprocess.CalledProcessError as error:
-                if way.module == "ours":
-                    raise RuntimeError(f"{way.title} failed:\n{error.stderr}") from error
-                why = (error.stderr.strip().splitlines() or ["failed without a word"])[-1]
-        self.missing[way.module] = why
-        _say(f"{way.title}: {why}")
+        try:
+            for attempt in range(2):  # once more: Python 3.11 itself fails now and then where threads parse npy headers
+                try:
+                    return self._run(way, command, {}, None)
+                except _Failed:
+                    if attempt:
+                        raise
+        except _Failed as error:
+            if way.module == "ours":
+                raise
+            self.missing[way.module] = str(error)
+            _say(f"{way.title}: {error}")
         return []
+
+    def paced(self, module: str, env: dict[str, str]) -> dict[str, Any]:
+        """What `paced` of a way prints, or {"why": ...}."""
+        way = next(way for way in WAYS if way.module == module)
+        _say(f"from an S3 server far away: {way.title}")
+        try:
+            return self._run(way, "paced", {**env, "HF_DATASETS_OFFLINE": "0", "HF_HUB_OFFLINE": "0"}, loader_latency.TIMEOUT_S)[
+                0
+            ]
+        except _Failed as error:
+            return {"why": str(error)}
+
+    def _run(self, way: Way, command: str, env: dict[str, str], timeout_s: float | None) -> list[dict[str, Any]]:
+        arguments = [self.python(way), "-m", f"benchmarks.peers.{way.module}", command, str(self.data)]
+        log = self._logs / f"loader-{way.module}-{command}.log"
+        options: dict[str, Any] = {"cwd": ROOT, "env": {**self._env, **env}, "capture_output": True, "text": True}
+        try:
+            done = subprocess.run(arguments, **options, check=True, timeout=timeout_s)
+        except FileNotFoundError:
+            raise _Failed(f"no {arguments[0]}: run `make bench-peers`") from None
+        except subprocess.TimeoutExpired:
+            raise _Failed(f"no end after {timeout_s:.0f} s") from None
+        except subprocess.CalledProcessError as error:
+            log.write_text(error.stdout + error.stderr)
+            raise _Failed(f"{reason(error)} (all that it said: {log})") from error
+        return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
 def write(bench: Bench) -> None:
@@ -109,8 +153,13 @@ def write(bench: Bench) -> None:
         bench.run(way, "write")
 
 
-def speed(bench: Bench) -> dict[str, dict[str, float]]:
-    """Samples per second of each way and measure ("pairs/samples", ...): median of the rounds."""
+def speed(bench: Bench, until: float) -> tuple[dict[str, dict[str, float]], int]:
+    """Samples per second of each way and measure ("pairs/samples", ...), median of the rounds; and how many rounds there were.
+
+    Args:
+        bench: runs them.
+        until: no further round begins that would not end by then, in seconds of the monotonic clock.
+    """
     _say("verifying that every way yields every sample exactly once")
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # not timed, so they may share the machine; the slowest first
         ways = WAYS[::-1]
@@ -118,17 +167,20 @@ def speed(bench: Bench) -> dict[str, dict[str, float]]:
             for result in results:
                 _check(way, result, _expected(bench.data, result["kind"]))
     speeds: dict[str, dict[str, list[float]]] = {}
-    for number in range(ROUNDS):
+    number, begun = 0, time.monotonic()
+    while number < ROUNDS and (not number or time.monotonic() + (time.monotonic() - begun) / number < until):
         for way in WAYS:
             _say(f"round {number + 1} of {ROUNDS}: {way.title}")
             for result in bench.run(way, "time"):
                 measured = speeds.setdefault(way.module, {}).setdefault(f"{result['kind']}/{result['unit']}", [])
                 measured.append(result["samples"] / result["seconds"])
-    return {
+        number += 1
+    medians = {
         module: {measure: statistics.median(values) for measure, values in measures.items()}
         for module, measures in speeds.items()
         if module not in bench.missing
     }
+    return medians, number
 
 
 def _expected(data: Path, kind: str) -> dict[str, int]:
@@ -197,9 +249,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("bench-out"))
     parser.add_argument("--peers", type=Path, default=Path(".venv-peers/bin/python"), help="Python of the peers' environment")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=[*PARTS])
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="of all together, about")
     parser.add_argument("--publish", action="store_true", help="write the section and the plot in docs/")
     arguments = parser.parse_args()
+    end = time.monotonic() + 60 * arguments.minutes - sum(PARTS[part] for part in arguments.parts)
     out = arguments.out.resolve() / "loader"
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
@@ -208,12 +262,15 @@ def main() -> None:
     if set(arguments.parts) != {"s3"}:
         write(bench)
     if "speed" in arguments.parts:
-        results["speed"] = speed(bench)
+        results["speed"], results["rounds"] = speed(bench, end)
     if "index" in arguments.parts:
         results["index"] = index_speed(bench)
     if "restore" in arguments.parts:
         _say("restore, plan, memory")
         results["restore"] = loader_restore.measure(bench.data / KINDS[0] / "ours", out / "restore")
+    if "latency" in arguments.parts:
+        ways = [way.module for way in WAYS if way.module not in bench.missing]
+        results["latency"] = loader_latency.measure(bench.data, ways, bench.paced)
     if "s3" in arguments.parts:
         _say("S3")
         results["s3"] = loader_s3.measure(out / "s3", ROUNDS)

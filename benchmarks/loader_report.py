@@ -125,18 +125,35 @@ def _speed_table(results: dict[str, Any]) -> list[str]:
     if not speed:
         return []
     lines = [f"![Samples per second of every way to read]({SVG})", ""]
-    lines += ["| way | " + " | ".join(MEASURES.values()) + " |", "|---|" + "---|" * len(MEASURES)]
+    far = results.get("latency")
+    heads = [*MEASURES.values()]
+    if far:
+        heads.append(f"pairs from S3 at {far['latency_ms']:g} ms: first batch, s; then samples/s")
+    lines += [f"| way | {' | '.join(heads)} |", "|---|" + "---|" * len(heads)]
     for way, measured in sorted(speed.items(), key=lambda item: -item[1]["pairs/samples"]):
-        cells = " | ".join(f"{measured[measure]:,.0f}" for measure in MEASURES)
-        lines.append(f"| [{results['titles'][way]}](../benchmarks/peers/{way}.py) | {cells} |")
-    lines += [f"| {results['titles'][way]} | missing: {why} |" + " |" * (len(MEASURES) - 1) for way, why in missing.items()]
+        cells = [f"{measured[measure]:,.0f}" for measure in MEASURES]
+        if far:
+            cells.append(_from_afar(far["ways"].get(way, {})))
+        lines.append(f"| [{results['titles'][way]}](../benchmarks/peers/{way}.py) | {' | '.join(cells)} |")
+    lines += [f"| {results['titles'][way]} | missing: {why} |" + " |" * (len(heads) - 1) for way, why in missing.items()]
     return [*lines, ""]
+
+
+def _from_afar(found: dict[str, Any]) -> str:
+    if "why" in found:
+        return f"failed: {found['why']}"
+    return f"{found['first_s']:.2g}; {found['samples_per_s']:,.0f}" if found else "reads local files alone"
 
 
 def _details(results: dict[str, Any]) -> Iterator[str]:
     if s3 := results.get("s3"):
         rates = ", ".join(f"{way} {rate / 1e6:,.0f} MB/s" for way, rate in s3["bytes_per_s"].items())
         yield f"S3: {rates}; {s3['bytes'] / 1e6:,.0f} MB in {s3['requests']:,} requests."
+    if far := results.get("latency"):
+        yield (
+            f"S3 at {far['latency_ms']:g} ms and {far['mb_per_s']:g} MB/s a connection: bare GETs of 4 MiB, 64 in flight, "
+            f"{far['bare_mb_per_s']:,.0f} MB/s, for which the server took {far['server_busy']:.0%} of a core."
+        )
     if index := results.get("index"):
         yield f"Index: {', '.join(f'{way} {rate:,.0f} samples/s' for way, rate in index.items())}."
     if restore := results.get("restore"):

@@ -1,8 +1,8 @@
 """Bytes per second from S3: the loader against bare GETs. SeaweedFS on loopback, 1.2 GB, nothing cached on the client.
 
     ours      a whole epoch of batches, from opening to the last; bytes and requests as `loader.stats()` counts them
-    ranges    obstore GETs of the very ranges that the loader asked for, in that order, 16 in flight, bytes thrown away
-    objects   obstore streams of whole objects, 16 in flight, bytes thrown away
+    ranges    obstore GETs of the very ranges that the loader asked for, in that order, 64 in flight, bytes thrown away
+    objects   obstore streams of whole objects, 64 in flight, bytes thrown away
 
 Each runs in a fresh process, in turns; the server has read everything once before, so its disk plays no part. Client and server
 share the machine's cores.
@@ -37,7 +37,7 @@ from wds_tools.storage.objects import ObjectStore
 
 NUM_SAMPLES = 300_000
 NUM_TASKS = 30
-IN_FLIGHT = 16
+IN_FLIGHT = 64
 STREAM_BYTES = 8 << 20
 PREFIX = "pairs"
 URL = f"s3://{BUCKET}/{PREFIX}"

@@ -90,7 +90,7 @@ def write_inputs(folder: Path) -> None:
                 PackConfig(
                     input=sources(folder, kind),
                     tokenizer=str(folder / "tokenizer"),
-                    seq_len=length,
+                    max_length=length,
                     t2i_ratio=1.0,
                     output=str(folder / f"rows-{kind}-{length}"),
                     workers=os.cpu_count() or 1,

@@ -1,6 +1,7 @@
-"""For mkdocs: the pages that lie at the repository's root (README, CHANGELOG, CONTRIBUTING) become pages of the site.
+"""For mkdocs: the pages at the repository's root (README, CHANGELOG, CONTRIBUTING) become pages of the site.
 
-Links are followed from one place to the other; links to files that are no pages lead to the words alone.
+Links between the two places are rewritten. A link to a file that is not a page becomes its words alone. Pages that a docstring
+names, as docs/order.md, become links in the Python reference.
 """
 
 from __future__ import annotations
@@ -28,6 +29,13 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     if page.file.generated_by:
         return markdown
     return _moved(markdown, Path(page.file.abs_src_path).parent)
+
+
+def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
+    """Turn the pages that docstrings name into links."""
+    if not page.url.startswith("reference/"):
+        return html
+    return re.sub(r"\bdocs/([\w-]+)\.md(#[\w-]+)?", r'<a href="../../\1/\2">\1.md</a>', html)
 
 
 def _moved(markdown: str, folder: Path) -> str:

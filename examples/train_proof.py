@@ -81,7 +81,7 @@ def make_data(folder: Path) -> None:
     prose = " ".join(readmes()[:20])
     make_dataset(folder / "texts", (text_sample(number, prose[50 * number :][:400]) for number in range(200)), shard_samples=50)
     for name in ("pairs", "texts"):
-        settings = {"tokenizer": str(folder / "tokenizer"), "seq_len": LENGTH, "codebook_size": 8192, "quiet": True}
+        settings = {"tokenizer": str(folder / "tokenizer"), "max_length": LENGTH, "codebook_size": 8192, "quiet": True}
         pack(PackConfig(input=(str(folder / name),), output=str(folder / f"{name}-rows"), **settings))
 
 

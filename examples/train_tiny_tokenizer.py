@@ -4,20 +4,24 @@ Flow: photographs -> random crops -> encoder -> latents -> (noise | codebook) ->
 1. autoencoder: no codebook, but noise of growing strength on the latents, so that what they carry shrinks towards what
    one code can carry; 2. vq: k-means on latents makes the codebook, then straight-through gradients and commitment for
 the encoder, moving averages for the codebook, unused entries moved to where latents are; 3. decoder: the encoder and
-the codebook are frozen, so codes are final and the decoder sharpens what it makes of them.
+the codebook are frozen, so codes are final and the decoder sharpens what it makes of them. What is measured, frozen and
+kept are averages of the weights over the last 500 steps or so. `--start` begins at 2 with what another run had.
 Invariant: a photograph is held out by the hash of its name alone and then only measured; trained on is what is CC0, in
 the public domain or CC BY. Equal photographs, seed, steps and threads give an equal file on one machine, `--resume` too.
 Cost: about 0.65 s of one core for forward pass, loss and backward pass of 4 crops of 256 px, in float32.
 
     python examples/train_tiny_tokenizer.py --photos DIR --more DIR --out tiny.safetensors --steps 3000
 
+`--photos` is a folder of COCO's photographs with a provenance.jsonl, `--more` one of those that tiny_photographs.tsv names.
 Only numpy, pillow, scikit-image (for its photographs) and torch are needed. The loss uses SSIM (Wang et al. 2004).
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import hashlib
+import io
 import json
 import math
 import time
@@ -30,42 +34,16 @@ import numpy as np
 import skimage.data
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageFilter
 from torch import Tensor
 from torch.nn import functional
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from wds_tools.vq.quantize import nearest
+from wds_tools.vq.quantize import hash_files, nearest
 from wds_tools.vq.tiny import TinyConfig, TinyVQ, load_tiny, save_tiny
 
-# scikit-image's bundled pictures whose documentation states a free licence: name -> (licence, weight in sampling)
-SKIMAGE = {
-    "astronaut.png": ("public domain (NASA)", 1.0),
-    "brick.png": ("CC0 (CC0Textures)", 0.3),
-    "camera.png": ("CC0 (Lav Varshney)", 1.0),
-    "chelsea.png": ("CC0 (Stefan van der Walt)", 1.0),
-    "clock_motion.png": ("public domain (Stefan van der Walt)", 0.3),
-    "coffee.png": ("CC0 (Rachel Michetti)", 1.0),
-    "grass.png": ("CC0 (David Hahn)", 0.3),
-    "gravel.png": ("CC0 (CC0Textures)", 0.3),
-    "hubble_deep_field.jpg": ("public domain (NASA, ESA)", 0.3),
-    "retina.jpg": ("CC0 (Haggstrom 2014)", 0.3),
-    "rocket.jpg": ("public domain (SpaceX)", 1.0),
-}
-# photographs of --more, by file name -> (licence, author and source, weight): of two packages all that are CC0 or CC BY
-# and whose name isn't held out, so that the held-out nine stay the same
-_LOMIRI = "Debian's lomiri-wallpapers-16.04, /usr/share/backgrounds"
-MORE = {
-    "Picture_0B_by_freespace.jpg": ("CC BY 4.0", f'Trevor "Freespace", {_LOMIRI}', 1.0),
-    "Picture_1A_by_freespace.jpg": ("CC BY 4.0", f'Trevor "Freespace", {_LOMIRI}', 1.0),
-    "aitzgorri_by_Aitzol_Berasategi.jpg": ("CC BY 4.0", f"Aitzol Berasategi, {_LOMIRI}", 1.0),
-    "friends_by_Aitzol_Berasategi.jpg": ("CC BY 4.0", f"Aitzol Berasategi, {_LOMIRI}", 1.0),
-    "life_by_Aitzol_Berasategi.jpg": ("CC BY 4.0", f"Aitzol Berasategi, {_LOMIRI}", 1.0),
-    "picosdeeuropa_by_Aitzol_Berasategi.jpg": ("CC BY 4.0", f"Aitzol Berasategi, {_LOMIRI}", 1.0),
-    "seeding_by_Clements_Engelhardt.jpg": ("CC0", f"Clemens Engelhardt, {_LOMIRI}", 1.0),
-    "sunset_by_Aitzol_Berasategi.jpg": ("CC BY 4.0", f"Aitzol Berasategi, {_LOMIRI}", 1.0),
-    "umang_by_Abhishek_Mudgal.jpg": ("CC BY 4.0", f"Abhishek Mudgal, {_LOMIRI}", 0.3),
-    "flower.jpg": ("CC BY 2.0", "flickr.com/photos/vultilion/6056698931, scikit-learn's sklearn/datasets/images", 1.0),
-}
+with Path(__file__).with_name("tiny_photographs.tsv").open() as _table:
+    PHOTOGRAPHS = {row["name"]: row for row in csv.DictReader(_table, delimiter="\t", quoting=csv.QUOTE_NONE)}
 COCO_LICENCES = {  # NonCommercial and NoDerivs photographs are left out, ShareAlike ones only measured
     "image: Attribution License (": "CC BY 2.0",
     "image: Attribution-ShareAlike License (": "CC BY-SA 2.0",
@@ -81,11 +59,13 @@ class Photo:
     source: str
     weight: float
     image: Image.Image
+    more: bool = False
+    """Of `--more`, so always trained on: what is held out stays the same however many are added."""
 
     @property
     def held_out(self) -> bool:
-        """About 15 % of names, fixed for ever."""
-        return hashlib.sha256(self.name.encode()).digest()[0] < 0.15 * 256
+        """About 15 % of the names of scikit-image and COCO, fixed for ever."""
+        return not self.more and hashlib.sha256(self.name.encode()).digest()[0] < 0.15 * 256
 
     @property
     def trained_on(self) -> bool:
@@ -94,16 +74,17 @@ class Photo:
 
 
 def load_photos(folder: Path, more: Path | None) -> list[Photo]:
-    """Load scikit-image's photographs, COCO's of `folder` (images and a provenance.jsonl), and those named in MORE."""
+    """Load the table's photographs, of scikit-image and of `more`, and COCO's of `folder` (images and a provenance.jsonl)."""
     bundled = Path(skimage.data.__file__).parent
     photos = []
-    for name, (licence, weight) in SKIMAGE.items():
-        image = Image.open(bundled / name).convert("RGB")
-        photos.append(Photo(name=name, licence=licence, source="scikit-image", weight=weight, image=image))
-    for name, (licence, source, weight) in MORE.items() if more is not None else ():
-        image = Image.open(more / name).convert("RGB")
+    for name, row in PHOTOGRAPHS.items():
+        place = bundled if row["from"] == "scikit-image" else more
+        if place is None:
+            continue
+        image = Image.open(place / name).convert("RGB")
         image.thumbnail((1600, 1600), Image.Resampling.LANCZOS, reducing_gap=3.0)
-        photos.append(Photo(name=name, licence=licence, source=source, weight=weight, image=image))
+        weight, of_more = float(row["weight"]), place is more
+        photos.append(Photo(name=name, licence=row["licence"], source=row["from"], weight=weight, image=image, more=of_more))
     provenance = folder / "provenance.jsonl"
     for line in provenance.read_text().splitlines() if provenance.exists() else ():
         row = json.loads(line)
@@ -118,20 +99,30 @@ def load_photos(folder: Path, more: Path | None) -> list[Photo]:
 
 
 def random_crop(photo: Photo, size: int, rng: np.random.Generator) -> NDArray[np.float32]:
-    """Cut a square whose scale is 0.4 to 1.5 times that of the photograph at a shorter side of 512 px."""
+    """Cut a square at 0.3 to 1.6 times the scale of a shorter side of 512 px; turn, blur, compress and tint it at random."""
     W, H = photo.image.size
     short = min(W, H)
-    scale = math.exp(rng.uniform(math.log(0.4), math.log(1.5))) * 512 / short
-    side = min(size / scale, short)
+    scale = math.exp(rng.uniform(math.log(0.3), math.log(1.6))) * 512 / short
+    side = min(size / min(scale, 1.6), short)
     x, y = rng.uniform(0, W - side), rng.uniform(0, H - side)
     image = photo.image.resize((size, size), Image.Resampling.BICUBIC, box=(x, y, x + side, y + side), reducing_gap=2.0)
+    if rng.random() < 0.05:
+        image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 1.2)))
+    if rng.random() < 0.1:
+        file = io.BytesIO()
+        image.save(file, "JPEG", quality=int(rng.integers(40, 90)))
+        image = Image.open(file)
     pixels: NDArray[np.float32] = np.asarray(image, dtype=np.float32) / 127.5 - 1
     if rng.random() < 0.5:
         pixels = pixels[:, ::-1]
+    if rng.random() < 0.25:
+        pixels = np.rot90(pixels, rng.integers(1, 4))
     if rng.random() < 0.1:
-        pixels = np.rot90(pixels)
-    gain = rng.uniform(0.85, 1.15) * rng.uniform(0.94, 1.06, size=3)
-    shift = rng.uniform(-0.1, 0.1)
+        pixels = pixels[:, :, rng.permutation(3)]
+    gray = pixels.mean(axis=2, keepdims=True)
+    pixels = gray + (pixels - gray) * np.float32(rng.uniform(0.6, 1.3))
+    gain = rng.uniform(0.8, 1.2) * rng.uniform(0.92, 1.08, size=3)
+    shift = rng.uniform(-0.15, 0.15)
     pixels = pixels * gain.astype(np.float32) + np.float32(shift)
     return pixels.clip(-1, 1)
 
@@ -283,31 +274,41 @@ def write_card(path: Path, train: list[Photo], held: list[Photo], figures: dict[
 
 
 def train(args: argparse.Namespace, photos: list[Photo]) -> None:
-    """Run the three stages; a checkpoint, the file and its card are written every `--save-every` steps and at the end."""
+    """Run the three stages; a checkpoint and the file are written every `--save-every` steps and at the end, then the card."""
     trained, held = [photo for photo in photos if photo.trained_on], [photo for photo in photos if photo.held_out]
     print(f"{len(trained)} photographs to train on, {len(held)} held out: {[photo.name for photo in held]}", flush=True)
     torch.manual_seed(args.seed)
     model = TinyVQ(TinyConfig()).to(memory_format=torch.channels_last)
     codebook = Codebook(model)
+    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.998), use_buffers=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
-    k_means_at, freeze_at = math.ceil(0.12 * args.steps), math.ceil(0.75 * args.steps)
+    k_means_at, freeze_at = 0 if args.start else math.ceil(0.12 * args.steps), math.ceil(0.75 * args.steps)
     recent: list[Tensor] = []
     step, sums, checkpoint = 0, torch.zeros(3), args.out.with_suffix(".ckpt")
     settings = {name: getattr(args, name) for name in ("steps", "batch", "lr", "commit", "seed", "threads")}
     settings["photographs"] = hashlib.sha256("/".join(photo.name for photo in trained).encode()).hexdigest()
+    settings["start"] = hash_files(args.start) if args.start else ""
+    if args.start and not args.resume:
+        state = torch.load(args.start, weights_only=True)
+        model.load_state_dict(state["model"])
+        codebook.counts_K, codebook.sums_KD = state["counts"], state["sums"]
     if args.resume:
         state = torch.load(checkpoint, weights_only=True)
         if state["settings"] != settings:
             raise SystemExit(f"--resume: {checkpoint} was written with {state['settings']}, got {settings}: give the same")
         model.load_state_dict(state["model"])
+        averaged.load_state_dict(state["averaged"])
         optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"])
         step, recent, codebook.counts_K, codebook.sums_KD = (state[key] for key in ("step", "recent", "counts", "sums"))
     stream = batches(trained, args.batch, 256, args.seed, step)
     while step < args.steps:
-        if step == k_means_at:
+        if step == k_means_at and not args.start:
             codebook.k_means(torch.cat(recent))
             recent.clear()
+            averaged.n_averaged.zero_()  # begin again: there was no codebook
+        if step == freeze_at:
+            model.load_state_dict(averaged.module.state_dict())
         progress, stage = step / args.steps, 1 + (step >= k_means_at) + (step >= freeze_at)
         model.encoder.requires_grad_(stage < 3)
         warm = min(1, (step + 1 - (k_means_at if stage > 1 else 0)) / 200)
@@ -331,7 +332,7 @@ def train(args: argparse.Namespace, photos: list[Photo]) -> None:
             into_decoder = latents + (entries - latents).detach()
             if stage == 2:
                 codebook.update(latents_ND, codes_N)
-                if step % 100 == 99:
+                if step % 100 == 99 and step < freeze_at - 500:
                     codebook.revive(latents_ND)
         made = model.image(into_decoder)
         loss = picture_loss(made, pixels)
@@ -339,6 +340,7 @@ def train(args: argparse.Namespace, photos: list[Photo]) -> None:
         (loss + args.commit * commit + 0.05 * power).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         optimizer.step()
+        averaged.update_parameters(model)
         mse = (made.detach().clamp(-1, 1) - pixels).square().mean()
         sums += torch.stack([loss.detach(), commit.detach(), mse])
         step += 1
@@ -350,25 +352,27 @@ def train(args: argparse.Namespace, photos: list[Photo]) -> None:
         if step % args.save_every == 0 or step == args.steps:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
             state |= {"step": step, "recent": recent, "counts": codebook.counts_K, "sums": codebook.sums_KD}
-            state["settings"] = settings
+            state |= {"averaged": averaged.state_dict(), "settings": settings}
             torch.save(state, checkpoint.with_suffix(".new"))
             checkpoint.with_suffix(".new").replace(checkpoint)
             if stage > 1:
-                save_tiny(model, args.out)
-                figures = {"held out": measure(args.out, held), "trained on": measure(args.out, trained)}
-                print(f"step {step}: {figures}", flush=True)
-                run = f"{step} steps of {args.batch} crops of 256 px, seed {args.seed}, {args.threads} threads"
-                write_card(args.out.with_suffix(".md"), trained, held, figures, run)
+                save_tiny(averaged.module, args.out)
+                print(f"step {step}: held out {measure(args.out, held)}", flush=True)
+    figures = {"held out": measure(args.out, held), "trained on": measure(args.out, trained)}
+    print(figures, flush=True)
+    run = f"{step} steps of {args.batch} crops of 256 px, seed {args.seed}, {args.threads} threads"
+    write_card(args.out.with_suffix(".md"), trained, held, figures, run)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Parse the command line, load the photographs, train."""
     parser = argparse.ArgumentParser(description="Train the tiny image tokenizer.")
     parser.add_argument("--photos", type=Path, default=Path("../shared/data/pairs/open"), metavar="DIR")
-    parser.add_argument("--more", type=Path, metavar="DIR", help="a folder with the photographs named in MORE")
+    parser.add_argument("--more", type=Path, metavar="DIR", help="a folder with the table's other photographs")
     parser.add_argument("--out", type=Path, default=Path("wds_tools/vq/weights/tiny.safetensors"))
     parser.add_argument("--steps", type=int, default=3000, help="at least 9, so that each stage has some")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint beside --out")
+    parser.add_argument("--start", type=Path, metavar="CKPT", help="checkpoint of a run to start from, past stage 1")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--commit", type=float, default=0.1)

@@ -4,41 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from wds_tools.errors import UsageError
 from wds_tools.sequences.choices import text_weights
 from wds_tools.sequences.config import SequenceConfig
 
 LastBatch = Literal["drop", "short", "wrap"]
+_CHOICES = {"last_batch": get_args(LastBatch), "on_error": ("raise", "substitute"), "unit": ("samples", "tokens")}
 
 
 @dataclass(frozen=True)
 class Source:
-    """A dataset and its part in the mixture. `Source("s3://bucket/pairs", weight=0.7)`."""
+    """A dataset and its part in the mixture: `Source("s3://bucket/pairs", weight=0.7)`."""
 
     url: str
     """Directory or URL of the dataset."""
     _: KW_ONLY
     weight: float | None = None
-    """Weight in the mixture, relative to the other sources. None for all sources: every sample of each once an epoch."""
+    """Weight in the mixture, relative to the other sources. None for all sources: every sample of each once per epoch."""
     repeat: int = 1
     """Passes over this source per epoch; in a weighted mixture, the number of passes after which it counts as exhausted."""
     max_samples: int | None = None
-    """Number of its samples that are used, the same in every epoch; None for all."""
+    """Number of its samples to use, the same ones in every epoch; None: all."""
     fraction: float | None = None
     """The same as a fraction of its samples, above 0 and at most 1."""
     name: str | None = None
     """Value of `__source__` in batches; by default the URL."""
     exclude: str | None = None
-    """File of keys, one a line (or `DATASET<tab>KEY`), whose samples are no longer handed over: others stand in for them, and the
-    order stays (docs/order.md). It may grow at its end."""
+    """File of keys, one a line (or `DATASET<tab>KEY`), whose samples are no longer used: other samples replace them, and the
+    order stays (docs/changes.md). Keys may be appended to it."""
     code_set: str | None = None
-    """Code set to read, where its samples have several, or columns: "vqcode_256"; by default the first they have."""
+    """Code set to read, if its samples have several, or columns: "vqcode_256"; by default the first."""
     texts: Mapping[str, float] | None = None
-    """Of samples with several texts, which becomes `text`: {"recap": 0.9, "alt": 0.1} takes one or the other by these weights,
-    drawn again in each epoch of the source; one that is null leaves its weight to the others. None: the text that is stored as
-    such."""
+    """For samples with several texts, weights of the one that becomes `text`: {"recap": 0.9, "alt": 0.1}, drawn again in each
+    epoch of the source; a null text leaves its weight to the others. None: the stored `text`."""
 
     def __post_init__(self) -> None:
         weight, fraction = self.weight, self.fraction
@@ -71,64 +71,70 @@ class LoaderConfig:
     """False: the order of the manifest. One source or several without weights."""
     evaluation: bool = False
     """Every loop is a pass over a validation set: all samples once in the order of the manifest, from the start, with the same
-    form, wording, text and draws at each pass and on any topology (docs/training.md#validation)."""
+    form, wording, text and draws in each pass and on any topology (docs/training.md#validation)."""
     last_batch: LastBatch = "drop"
     """What happens to the last, incomplete batch of an epoch: `drop` leaves its samples out (and counts them), `short` gives a
-    smaller batch (or, if they are fewer than the ranks, a larger one before), `wrap` fills it up from the beginning of the next
-    epoch. Every rank takes the same number of steps, and no batch is empty."""
+    smaller batch (or adds the samples to the previous batch, if they are fewer than the ranks), `wrap` fills it up from the
+    beginning of the next epoch. Every rank takes the same number of steps, and no batch is empty."""
     stop_at: Literal["first_exhausted", "all_exhausted"] | int = "first_exhausted"
-    """End of an epoch of sources with weights: when the first or the last of them is exhausted, or a number of samples."""
+    """End of an epoch of sources with weights: when the first or when all of them are exhausted, or after a number of samples."""
     schedule: tuple[tuple[int, tuple[float, ...]], ...] = ()
-    """Changes of the weights: (step of the whole training from which they hold, weights in the order of the sources). A step is
-    a batch of the run's first batch size."""
+    """Changes of the weights: (first step of the training with these weights, weights in the order of the sources). A step here
+    always has the run's first batch size."""
     unit: Literal["samples", "tokens"] = "samples"
-    """What weights are shares of. tokens: those of texts and images, as `wds-tools index SOURCE --tokens TOKENIZER` has counted
-    them by the tokenizer of `sequences`; a weight is divided by the mean of its source, so shares are exact over whole passes."""
+    """Unit of the weights. tokens: tokens of texts and images, which `wds-tools index SOURCE --tokens TOKENIZER` counts with the
+    tokenizer of `sequences`; a weight is divided by the mean of its source, so shares are exact over whole passes."""
     epochs: int | None = None
-    """Epochs of the run: behind the last, iterating gives nothing, and nothing is fetched for another; None: there is no last."""
+    """Number of epochs of the run: after the last, iterating gives nothing, and nothing is fetched for another. None: no
+    limit."""
     num_workers: int = 0
-    """Worker processes that read for this rank; 0: this process reads. 1, 2 and 4 share no lane, others may (docs/order.md)."""
+    """Worker processes that read for this rank; 0: this process reads. With 1, 2 or 4, workers share no lanes; with other numbers
+    they may (docs/order.md)."""
     prefetch_factor: int = 4
     """Batches that each worker prepares ahead."""
     start_method: Literal["fork", "spawn", "forkserver"] | None = None
-    """How worker processes are started; None: as torch does."""
+    """How worker processes are started; None: torch's default."""
     timeout_s: float = 1800.0
     """With workers: seconds to wait for a batch before the run ends with an error."""
     pin_memory: bool = False
-    """Put the tensors of batches into pinned memory, from which `to(device, non_blocking=True)` does not wait for the copy.
-    Without a GPU of CUDA or ROCm it changes nothing."""
+    """Put the tensors of batches into pinned memory, so that `to(device, non_blocking=True)` does not wait for the copy. No
+    effect without a CUDA or ROCm GPU."""
     memory_bytes: int = 2 << 30
-    """Memory that one process may take for data that it has read. Less costs more requests, never another order."""
+    """Memory that one process may use for data that it has read. Less memory costs more requests, but never changes the order."""
     scarce_memory: bool = False
-    """Run with memory_bytes that do not hold what is read at one time, and fetch data more than once; else that is refused."""
+    """Allow memory_bytes that are too few for the data read at one time, so that data is fetched more than once; otherwise
+    refused."""
     max_requests: int = 128
-    """Requests that one process may have in flight at a time. It begins with fewer, and has more as long as that is faster."""
+    """Maximum of requests in flight in one process. It starts with fewer, and uses more while that is faster."""
     cache_dir: str | None = None
-    """Folder on a local disk that keeps what was fetched from object storage, for all processes and runs."""
+    """Folder on a local disk that keeps data fetched from object storage, for all processes and runs."""
     cache_bytes: int = 100 << 30
     """Size limit of that folder."""
     check_crc: bool = False
     """Compare every sample's bytes with the CRC-32 of the index."""
     transform: Callable[[dict[str, Any], Any], dict[str, Any] | None] | None = None
-    """Your own code, run in the processes that read. It takes a sample, as ShardDataset gives it, and a context (`rng`, `epoch`,
-    `key`), and gives a dict of arrays; or None: it is not used, the next sample of its shard stands in (docs/training.md)."""
+    """Your own code, run in the reading processes. It takes a sample, as from ShardDataset, and a context (`rng`, `epoch`,
+    `key`), and returns a dict of arrays; or None, and then the next sample of the shard replaces this one (docs/training.md)."""
     collate: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None
-    """Makes a batch of what transform gave, in the same process. None: values of one shape become a tensor, others a list."""
+    """Makes a batch from a list of results of transform, in the same process. None: values of one shape become a tensor, others a
+    list."""
     transform_id: str | None = None
-    """Name of what transform does: a state or receipt of another one is refused. None: nothing is compared."""
+    """Name of the transform: a state or receipt with another name is refused. None: nothing is compared."""
     max_unused: float = 0.01
-    """Share of the samples that transform may leave unused, 0 ... 1; more stop the run. The first 1,000 count as one piece."""
+    """Share of the samples that transform may leave unused, 0 ... 1; more stop the run. The first 1,000 samples are judged
+    together."""
     sequences: SequenceConfig | None = None
-    """Batches of token rows instead of texts and codes: how they are made. None: as stored; shards of `wds-tools pack` give token
-    rows by themselves."""
+    """How to make batches of token rows, instead of texts and codes. None: samples as stored; shards of `wds-tools pack` always
+    give token rows."""
     packing: bool = False
-    """With sequences: pack rows of exactly max_length on the fly. batch_size counts rows, and there is no end: see
-    docs/training.md."""
+    """With sequences: pack rows of exactly max_length on the fly. batch_size then counts rows, and epochs have no end
+    (docs/training.md)."""
     trained_tokens: bool = False
-    """Of token rows: `trained_tokens` of a batch is the number of its trained tokens over all ranks, to divide summed losses by.
-    Ranks add up over their group or torch.distributed at each batch, so all must go on together."""
+    """For token rows: batches have `trained_tokens`, the number of trained tokens over all ranks, to divide summed losses by.
+    Ranks add up over their group or torch.distributed at each batch, so all must take each batch together."""
     on_error: Literal["raise", "substitute"] = "raise"
-    """What an unreadable sample does: it stops the run, or is replaced by the next readable one of its shard, and counted."""
+    """What happens at an unreadable sample: it stops the run, or the next readable sample of its shard replaces it, and it is
+    counted."""
     max_bad: int = 100
     """With substitute: number of unreadable samples on one rank above which the run stops."""
 
@@ -136,18 +142,17 @@ class LoaderConfig:
         sources = self.sources if isinstance(self.sources, tuple | list) else ()
         if not sources or not all(isinstance(source, Source) for source in sources):
             raise UsageError(f"sources={self.sources!r}: expected a tuple of one or more Source(...)")
-        _check_ints("a loader", self, batch_size=1, seed=0, epochs=1, num_workers=0, prefetch_factor=1, max_bad=0)
-        _check_ints("a loader", self, memory_bytes=1, cache_bytes=1, max_requests=1)
+        least = dict.fromkeys(("batch_size", "epochs", "prefetch_factor", "memory_bytes", "cache_bytes", "max_requests"), 1)
+        _check_ints("a loader", self, **least, **dict.fromkeys(("seed", "num_workers", "max_bad"), 0))
         if self.epochs is not None and self.packing:
             raise UsageError(f"epochs={self.epochs}: rows packed on the fly have no epochs")
         if self.seed >= 1 << 64:
             raise UsageError(f"seed={self.seed} is not in 0 ... 2**64 - 1")
         if self.evaluation:
             self._become_evaluation()
-        if self.last_batch not in ("drop", "short", "wrap"):
-            raise UsageError(f"last_batch={self.last_batch!r} is not drop, short or wrap")
-        if self.on_error not in ("raise", "substitute"):
-            raise UsageError(f"on_error={self.on_error!r} is not raise or substitute")
+        for name, (*others, last) in _CHOICES.items():
+            if (value := getattr(self, name)) not in (*others, last):
+                raise UsageError(f"{name}={value!r} is not {', '.join(others)} or {last}")
         if self.transform is not None and self.sequences is not None:
             raise UsageError("transform= and sequences= both say what becomes of a sample: give one of them")
         if self.transform is None and (self.collate is not None or self.transform_id is not None):
@@ -161,8 +166,6 @@ class LoaderConfig:
         weighted = [source.weight is not None for source in self.sources]
         if any(weighted) and not all(weighted):
             raise UsageError("some sources have a weight and some have none: give every one a weight, or none")
-        if self.unit not in ("samples", "tokens"):
-            raise UsageError(f"unit={self.unit!r} is not samples or tokens")
         if self.unit == "tokens" and not (all(weighted) and self.sequences):
             raise UsageError("unit='tokens' is for sources with weights, by the tokenizer of sequences=SequenceConfig(...)")
         if not any(weighted) and self.schedule:

@@ -69,7 +69,14 @@ class EpochLoader:
         return self.loader.gather_state()
 
     def load_state_dict(self, state: Mapping[str, Any], change: Change = None) -> None:
-        """Go on from a state, of any number of ranks. Args and raises UsageError as Loader.load_state_dict."""
+        """Go on from a state, of any number of ranks.
+
+        Args:
+            state, change: see Loader.load_state_dict.
+
+        Raises:
+            UsageError: see Loader.load_state_dict.
+        """
         self.loader.load_state_dict(state, change)
 
 

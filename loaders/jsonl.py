@@ -17,12 +17,13 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from loaders.reading.fetches import end_with_trainer
 from loaders.tokens.rows import RowMaker, sample_of
 from wds_tools.errors import DataError, FormatError, Reject, StorageError, UsageError
-from wds_tools.format.codes import CODE_COLUMNS
+from wds_tools.format.codes import CODE_COLUMNS, CodeGrid
 from wds_tools.format.schema import DATA_TYPES, MARKED_TYPES, PAIR_TYPES, Sample
 from wds_tools.records.coded import SIDE_512, CodedRows, codes_in, talk_of
 from wds_tools.records.conversations import TalkReader
@@ -31,6 +32,8 @@ from wds_tools.records.images import ImageSource, read_image
 from wds_tools.records.interleaved import PageReader
 from wds_tools.sequences.choices import check_texts, choose_text, text_weights
 from wds_tools.sequences.config import SequenceConfig
+from wds_tools.sequences.sources import check_order
+from wds_tools.sequences.templates import find_template
 from wds_tools.sources.text.objects import MAX_LINE_BYTES, Line, parse_record
 from wds_tools.storage import open_store, split_url
 
@@ -49,7 +52,8 @@ class JsonlDataset(Dataset[Item]):
     `dataset[i]` has `__key__` (the line's number), `data_type`, and `text` (the record's `text_prompt`, else its `text`); a
     conversation has `conversations` instead. If the record has codes, `codes`: int64, (n,) of a `vq_code`, (h, w) of Liquid's
     `vqcode_512` or `vqcode_multi768` (the first of the three that it has, and `width` and `height` with the last); images
-    beside codes are not read. Else, for each image, `pixels_CHW`: uint8 (3, H, W), or what `transform` makes of it.
+    beside codes are not read. With `layout` the array of a `vq_code` has its axes: int64, or float32 in place of codes.
+    Else, for each image, `pixels_CHW`: uint8 (3, H, W), or what `transform` makes of it.
     A conversation or an interleaved document has lists of codes or pixels, one for each image. Without a `data_type`, records
     with an image or codes are image_text (image_text_multi, with that mode), those with `conversations` visual_sft.
 
@@ -66,11 +70,13 @@ class JsonlDataset(Dataset[Item]):
         sequences: how items become token rows, for `collate`; a record that makes none can't be used. Its codebook_size says how
             many codes there may be.
         seed: of the choices that token rows leave to chance, and of `texts`.
+        layout: of the nested lists in `vq_code`, one image's: their axes and codebooks, or floats. None: a list of codes.
         texts: of pairs with a field `texts`, an object of texts by name: which becomes `text`, as Source(texts=...) has it.
 
     Raises:
         NotFound: no such file.
-        UsageError: it holds no records; or settings that exclude each other.
+        UsageError: it holds no records; or settings that exclude each other; or a layout of which the template of `sequences`
+            can't make ids.
     """
 
     def __init__(
@@ -87,6 +93,7 @@ class JsonlDataset(Dataset[Item]):
         sequences: SequenceConfig | None = None,
         seed: int = 42,
         texts: Mapping[str, float] | None = None,
+        layout: CodeGrid | None = None,
     ) -> None:
         self._seed, self._weights = seed, text_weights("JsonlDataset", texts or {})
         if on_error not in ("raise", "substitute"):
@@ -103,6 +110,9 @@ class JsonlDataset(Dataset[Item]):
         self._transform = transform
         self._rows = CodedRows(_ANY_CODE, stride)
         self._on_error, self._max_bad = on_error, max_bad
+        self._layout = CodeGrid(layout=layout.layout, dtype="float32") if layout is not None and layout.is_float else layout
+        if sequences is not None and layout is not None:
+            check_order(f"{path}: {_CODES}", layout, find_template(sequences.template))
         self._maker = RowMaker(sequences, seed, ()) if sequences is not None else None
         self._epoch = 0
         self._starts, self._ends, self._numbers = self._scan()
@@ -133,11 +143,21 @@ class JsonlDataset(Dataset[Item]):
             return self._substitute(range(len(self))[number], error)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch of the token rows that `collate` makes, and of `texts`. Call it before the workers start."""
+        """Choose the epoch of the token rows that `collate` makes, and of `texts`. Call it before the workers start.
+
+        Args:
+            epoch: from 0.
+        """
         self._epoch = epoch
 
     def collate(self, items: Sequence[Item]) -> dict[str, Any]:
         """Token rows of items, for `DataLoader(dataset, collate_fn=dataset.collate)`: padded batches as build_loader makes them.
+
+        Args:
+            items: of this dataset.
+
+        Returns:
+            Columns of the batch: lists, and tensors of B rows.
 
         Raises:
             UsageError: the dataset has no `sequences`.
@@ -150,7 +170,11 @@ class JsonlDataset(Dataset[Item]):
         return {**columns.lists, **columns.tokens.to_columns()}
 
     def stats(self) -> dict[str, int]:
-        """With on_error="substitute": `bad`, the records that could not be used so far, and `bad_REASON`; in all workers."""
+        """What became of records with on_error="substitute".
+
+        Returns:
+            `bad`, the records that could not be used so far, and `bad_REASON`; in all workers.
+        """
         problems = [self._problem(number) for number in self._bad.nonzero().flatten().tolist()]
         return {"bad": len(problems), **Counter(f"bad_{_reason(error)}" for error in problems)}
 
@@ -208,7 +232,7 @@ class JsonlDataset(Dataset[Item]):
         if sample.width is not None:
             item |= {"width": sample.width, "height": sample.height}
         for column in list(sample.codes)[:1]:
-            grids = [torch.from_numpy(grid.astype(np.int64)) for grid in sample.grids_of(column)]
+            grids = [torch.from_numpy(one if one.dtype.kind == "f" else one.astype(np.int64)) for one in sample.grids_of(column)]
             item["codes"] = grids if is_marked else grids[0]
         if pixels:
             item["pixels_CHW"] = pixels if is_marked else pixels[0]
@@ -239,12 +263,23 @@ class JsonlDataset(Dataset[Item]):
             elif columns[0] != _CODES:
                 sample = self._rows.sample(key, {**record, "data_type": kind, "text": sample.text})
         if columns[:1] == [_CODES]:
-            sample = sample._replace(codes={_CODES: self._rows.values(_CODES, codes_in(record, _CODES) or [])}, grids=None)
+            sample = sample._replace(codes={_CODES: self._vq_code(codes_in(record, _CODES) or [])}, grids=None)
         if kind in PAIR_TYPES and (texts := record.get("texts")) is not None:
             if not isinstance(texts, dict) or not all(isinstance(text, str | None) for text in texts.values()):
                 raise Reject("wrong_type", f"texts is {str(texts)[:40]!r}, expected an object of texts, or null, by name")
             sample = sample._replace(texts=texts)
         return sample._replace(codes=dict(list(sample.codes.items())[:1])), paths
+
+    def _vq_code(self, value: list[Any]) -> NDArray[Any]:
+        """What a list is, of the layout that was given. Raises Reject."""
+        if self._layout is None:
+            return self._rows.values(_CODES, value)
+        array = self._rows.array(self._layout, _CODES, value)
+        try:
+            self._layout.check_values(_CODES, array)
+        except FormatError as error:
+            raise Reject("bad_codes", str(error)) from error
+        return array
 
     def _kind(self, record: dict[str, Any], has_image: bool) -> str | None:
         """What a record is that does not say it; None: who knows."""

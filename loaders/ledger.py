@@ -34,10 +34,6 @@ class Ledger:
         self._max_bad, self._max_unused = max_bad, max_unused
         self._num_batches = self._num_handed_over = 0
         self._num_excluded = 0
-        self.num_dropped = 0
-        """Samples that last_batch="drop" left out."""
-        self.num_skipped = 0
-        """Samples that Loader.skip left out."""
         self.waits: deque[float] = deque(maxlen=_WAITS_KEPT)
         """Seconds that the trainer waited for each of the latest batches."""
         self._bad: Counter[str] = Counter()
@@ -118,8 +114,6 @@ class Ledger:
         return {
             "batches": self._num_batches,
             "samples": self._num_handed_over,
-            "dropped": self.num_dropped,
-            "skipped": self.num_skipped,
             "excluded": self._num_excluded,
             "bad": self._bad.total(),
             **{f"bad_{reason}": count for reason, count in sorted(self._bad.items())},

@@ -13,11 +13,9 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from itertools import takewhile
 from os import PathLike
 from typing import Any
 
-import numpy as np
 import torch
 
 from loaders.batches.collate import Batch
@@ -25,13 +23,13 @@ from loaders.config import LoaderConfig
 from loaders.ledger import Ledger
 from loaders.order.generations import Epochs
 from loaders.order.mask import held_masks
-from loaders.order.partition import BatchPartition
+from loaders.order.partition import BatchPartition, check_batch
 from loaders.order.samples import SampleOrder, open_source, order_spec
+from loaders.proof.progress import RunProgress
 from loaders.proof.saves import newest_save, write_save
-from loaders.proof.state import Change, Start, next_starts, read_state, resumed, state_to_json
-from loaders.proof.steps import Skip, StepSpan, ahead, position_at
+from loaders.proof.state import Change, read_state, resumed, state_to_json
 from loaders.reading.planner import shared_lanes
-from loaders.tokens.lanes import ENDLESS, LaneBook, LaneState, check_packing, lanes_to_json, merge_states, parse_lanes
+from loaders.tokens.lanes import ENDLESS, LaneBook, lanes_of, lanes_to_json, merge_states, without_excluded
 from loaders.tokens.rows import RowMaker
 from loaders.workers.pool import WorkerPool
 from loaders.workers.steps import StepDataset, StepResult, requests_of
@@ -49,30 +47,39 @@ def build_loader(config: LoaderConfig, world: World | None = None) -> Loader:
 
     Args:
         config: what to read.
-        world: this process among the training processes; by default World.detect(), compared with torch.distributed at the
-            first batch.
+        world: this process among the training processes; by default World.detect(), which is compared with torch.distributed at
+            the first batch.
+
+    Returns:
+        The loader; nothing is read of the samples yet.
 
     Raises:
-        NotFound, FormatError: a source is no dataset.
+        NotFound, FormatError: a source is not a dataset.
         UsageError: the settings do not fit the data or the world.
     """
     return Loader(config, world or World.detect())
 
 
 class Loader:
-    """Batches of this rank. Iterating gives the rest of the current epoch; the next iteration the next epoch, if there is one.
+    """Batches of this rank. An iteration gives the rest of the current epoch, and the next iteration another epoch.
 
-    A batch is a dict: `__key__`, `__source__`, `data_type` and `text` are lists of str; `codes` is an int32 tensor (B, h, w)
-    where all samples have grids of one size, else a list of (h, w) tensors, None for a sample without; a batch without any codes
-    has none. Samples with encoded images or conversations add `image` (bytes) and `conversations`. A conversation has a list of
-    grids in `codes`, and of images in `image`, one for each `<image>`. Sources without our schema give `__key__`, `__source__`,
-    and the members' bytes by suffix, as lists. Batches of token rows are described in docs/training.md.
-    A loop that was left goes on where it stopped; of an evaluation, each begins from the start. Use from one thread.
+    A batch is a dict: `__key__`, `__source__`, `data_type` and `text` are lists of str; `codes` is an int32 tensor (B, h, w) if
+    all samples have grids of one size, otherwise a list of (h, w) tensors, with None for a sample without codes; a batch without
+    any codes has no `codes`. Samples with encoded images or conversations add `image` (bytes) and `conversations`. A conversation
+    has lists of grids in `codes` and of images in `image`, one entry for each `<image>`. Sources without this project's schema
+    give `__key__`, `__source__`, and the members' bytes by suffix, as lists. docs/training.md describes batches of token rows. A
+    loop that was left continues where it stopped; in an evaluation, each loop begins from the start. Use it from one thread.
+
+    Args:
+        config: what to read.
+        world: this process among the training processes.
+
+    Raises:
+        NotFound, FormatError: a source is not a dataset.
+        UsageError: the settings do not fit the data or the world.
     """
 
     def __init__(self, config: LoaderConfig, world: World) -> None:
-        if config.batch_size < world.world_size:
-            raise UsageError(f"batch_size={config.batch_size} is less than one sample for each of {world.world_size} ranks")
         self.config = config
         self.world = world
         self._sources = [open_source(source) for source in config.sources]
@@ -81,21 +88,10 @@ class Loader:
         self._order = SampleOrder(self._sources, order_spec(self._sources, config))
         self._maker = RowMaker(config.sequences, config.seed, self._sources) if config.sequences else None
         self._book = LaneBook(self._order.spec.lanes, world.rank)
-        self.step = 0
-        """Batches that were handed over since the run began, through all its starts."""
-        self._skips: tuple[Skip, ...] = ()
+        self._run = RunProgress(config, world.world_size, epochs := self._epochs(self._order))
+        check_batch(epochs.length(0), config.batch_size, config.last_batch, world.world_size)
         self._masks = held_masks((), [opened.mask for opened in self._sources], 0)
-        if config.last_batch == "drop" and not config.packing and self._order.length < config.batch_size:
-            raise UsageError(
-                f"an epoch of {self._order.length} samples is less than a batch of {config.batch_size}, and last_batch='drop' "
-                "leaves it out: choose a smaller batch_size, or last_batch='short' or 'wrap'"
-            )
         self._warn_of_cost(stacklevel=4)
-        self.epoch = 0
-        """The epoch that the next batch belongs to."""
-        self.position = 0
-        """Samples of the epoch that were handed over or skipped, over all ranks; rows, where they are packed on the fly."""
-        self._starts: tuple[Start, ...] = (self._here,)
         self._is_compared = False
         """Whether the ranks were compared since this loader was made or took a state."""
         self._loop = 0
@@ -115,21 +111,39 @@ class Loader:
                 stacklevel=stacklevel,
             )
 
+    def _epochs(self, order: SampleOrder) -> Epochs:
+        return Epochs(ENDLESS) if self.config.packing else order.epochs
+
     def _new_pool(self) -> WorkerPool:
         """Reads in the present order."""
         dataset = StepDataset(self._order, self.config, self.world.rank, self._maker)
         return WorkerPool(dataset, self.config, self.world, self._sources)
 
     def __len__(self) -> int:
-        """Batches that the next iteration gives: those left of the epoch. The same on every rank; in an evaluation of fewer
-        samples than ranks, those without a sample get none.
+        """Number of batches that the next iteration gives: the rest of the epoch. The same on every rank; in an evaluation with
+        fewer samples than ranks, a rank without a sample gets none.
 
         Raises:
             TypeError: rows packed on the fly have no end.
         """
         if self.config.packing:
             raise TypeError("rows packed on the fly have no end: count steps")
-        return sum(span.num_steps for span in self._rest())
+        return sum(span.num_steps for span in self._run.rest())
+
+    @property
+    def step(self) -> int:
+        """Batches that were handed over since the run began, through all its starts."""
+        return self._run.step
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that the next batch belongs to."""
+        return self._run.epoch
+
+    @property
+    def position(self) -> int:
+        """Samples of the epoch that were handed over or skipped, over all ranks; rows, where they are packed on the fly."""
+        return self._run.position
 
     @property
     def num_samples(self) -> int:
@@ -140,16 +154,16 @@ class Loader:
         self.world.check()
         if not self._is_compared:
             self._compare()
-        if self._is_over:
+        if self._run.is_over:
             return
         if self.config.evaluation:
-            self.position = 0
+            self._run.position = 0
             self._ledger.begin_receipt()
         self._loop = loop = self._loop + 1
         self._book.begin()
         book = self._book if self.config.packing else None
         with self._noted():
-            for span in self._rest():
+            for span in self._run.rest():
                 low, high = span.steps.part(0, self.world.rank)
                 if low == high:  # an evaluation of fewer samples than ranks
                     return
@@ -166,6 +180,12 @@ class Loader:
                     batch = self._batch(result)
                     self._hand_over(result, span.steps, step)
                     yield batch
+
+    def _hand_over(self, result: StepResult, steps: BatchPartition, step: int) -> None:
+        start, high = steps.start + step * steps.batch_size, steps.end(step)
+        self._ledger.record(result, (self.epoch, start, high, steps.batch_size))
+        self._book.lanes.update(result.lanes)
+        self._run.hand_over(steps, step)
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -187,19 +207,20 @@ class Loader:
             UsageError: an evaluation has no state, nor a receipt.
         """
         self._check_trains()
-        state = state_to_json(self._order, self._here.position, self.step, self._starts, self._skips, self._masks)
+        run = self._run
+        state = state_to_json(self._order, run.here.position, run.step, run.starts, run.skips, self._masks)
         if self._maker is not None and self.config.packing:
             state["packing"] = {"spec": self._maker.spec, "lanes": lanes_to_json(self._book.lanes)}
         return state
 
     def gather_state(self) -> dict[str, Any]:
-        """The merged state of all ranks, on every rank. To be called by all of them, after the same step.
+        """The merged state of all ranks, on every rank. All ranks must call this after the same step.
 
-        Needed where rows are packed on the fly under torch.distributed; else the same as `state_dict`, without communication
-        unless the world was made of a group, whose ranks are compared.
+        Needed for rows packed on the fly under torch.distributed; otherwise the same as `state_dict`, without communication,
+        except that the ranks of a world made from a group are compared.
 
         Raises:
-            UsageError: ranks stand at different places, or read different data; or see World.gather.
+            UsageError: ranks are at different positions, or read different data; or see World.gather.
         """
         state = self.state_dict()
         self._compare()
@@ -208,7 +229,7 @@ class Loader:
         return merge_states([json.loads(data) for data in self.world.gather(json.dumps(state).encode())])
 
     def load_state_dict(self, state: Mapping[str, Any], change: Change = None) -> None:
-        """Go on from a state, of any number of ranks, workers, or batch size. Takes constant time.
+        """Continue from a state of any number of ranks and workers, and any batch size. Takes constant time.
 
         Args:
             state: of any rank; with rows packed on the fly, merged.
@@ -222,50 +243,48 @@ class Loader:
         saved = read_state(state)
         num_held = sum({held.source: held.num_ids for held in saved.masks}.values())
         has_new_mask = sum(len(opened.mask.ids) for opened in self._sources) > num_held
-        lanes = self._lanes(state, saved.generations[-1].spec.lanes, is_whole=change is not None or has_new_mask)
+        packed = self._maker.spec if self._maker and self.config.packing else None
+        lanes = lanes_of(state, packed, saved.generations[-1].spec.lanes, is_whole=change is not None or has_new_mask)
         deepest = max((lane.cursor for lane in lanes.values()), default=0) if self.config.packing else None
         order = resumed(saved, self.config, self._sources, change, deepest)
         masks = held_masks(saved.masks, [None if opened.removed else opened.mask for opened in order.sources], saved.position)
         if has_new_mask:
-            lanes = {number: _without_excluded(order, number, lane) for number, lane in lanes.items()}
+            lanes = {number: without_excluded(order, number, lane) for number, lane in lanes.items()}
         self.close()
         self._order, self._masks = order, masks
         self._book = LaneBook(order.spec.lanes, self.world.rank, lanes)
         self._pool = self._new_pool()
-        self.step, self._skips = saved.step, saved.skips
-        self.epoch, self.position = self._epochs.at(saved.position)
-        self._starts = next_starts(saved, self._here)
+        self._run.go_on(self._epochs(order), saved)
         self._is_compared = False
         self._earlier = []
-        self._end_epoch_if_done()
         self._ledger.begin_receipt()
         self._warn_of_cost(stacklevel=3)
 
     def save(self, folder: str | PathLike[str]) -> None:
-        """Save state and receipts, whole or not at all; to be called by all ranks, after the same step.
+        """Save state and receipts, completely or not at all. All ranks must call this after the same step.
 
-        To be called last, behind the weights: what was written before it belongs to the save. Several ranks without a group speak
-        over torch.distributed. `wds-tools audit` takes the folder.
+        Call it last, after saving the weights: files written before it belong to the save. Several ranks without a group
+        communicate over torch.distributed. `wds-tools audit` reads the folder.
 
         Args:
-            folder: a directory or URL, one for all saves of a run or one for each; may hold other files.
+            folder: a directory or URL, the same for all saves of a run or one for each; may contain other files.
 
         Raises:
             StorageError: a rank can't write.
-            UsageError: ranks stand at different places, or can't speak with each other; see World.gather.
+            UsageError: ranks are at different positions, or can't communicate; see World.gather.
         """
         receipts = self._earlier if self.config.packing else [*self._earlier, self.receipt()]
         write_save(open_store(str(folder)), self.world, self.gather_state(), receipts)
 
     def resume(self, folder: str | PathLike[str], change: Change = None) -> int:
-        """Go on from the newest whole save in a folder, if there is one; to be called by all ranks, of any number.
+        """Continue from the newest complete save in a folder, if there is one. All ranks, of any number, must call this.
 
         Args:
             folder: see `save`.
             change: see `load_state_dict`.
 
         Returns:
-            The step at which the run goes on (`step`); 0 if there is no save, and nothing changes.
+            The step at which the run continues (`step`); 0 if there is no save, and then nothing changes.
 
         Raises:
             FormatError, UsageError: the save is damaged, or see load_state_dict.
@@ -278,7 +297,7 @@ class Loader:
         return self.step
 
     def receipt(self) -> dict[str, Any]:
-        """What this rank has handed over since it was made, or took a state: small JSON for `wds-tools audit`.
+        """The proof of what this rank gave to the trainer since it was made or took a state, for `wds-tools audit`: small JSON.
 
         Raises:
             UsageError: rows are packed on the fly, so a rank's samples are not spans of positions.
@@ -289,38 +308,30 @@ class Loader:
         return self._ledger.receipt(self.state_dict(), self.world, self.config)
 
     def skip(self, start: int, stop: int) -> None:
-        """Go on without some steps: behind the batch `start` - 1 of the run comes the one that would have been number `stop`.
+        """Leave out some steps: after batch `start` - 1 of the run comes the one that would have been number `stop`.
 
-        Batches go on being counted as they are handed over: it gets number `start`. State and receipts say what was skipped,
-        so that it is left out once, however often a run is resumed and this is called. All ranks call it, behind
-        `load_state_dict`, which takes what the state says instead.
+        Batches are still counted as they are given out: that batch gets number `start`. State and receipts record skipped steps,
+        so they are left out once, however often a run is resumed and this is called. All ranks must call it, after
+        `load_state_dict`, which restores the skips of the state.
 
         Args:
-            start: number of the first step that is left out, from 0; this one or one that is still to come.
-            stop: number of the first step behind them.
+            start: number of the first step to leave out, from 0: the current or a later one.
+            stop: number of the first step after them.
 
         Raises:
-            UsageError: the run is past them, they are none, or millions of epochs away; or rows are packed on the fly.
+            UsageError: the run is past them, there are none, or they are millions of epochs away; or rows are packed on the fly.
         """
-        if (start, stop) in self._skips:
+        if (start, stop) in self._run.skips:
             return
         if self.config.packing:
             raise UsageError(
                 "rows packed on the fly can't be skipped: their lanes go on from row to row; pack ahead (`wds-tools pack`)"
             )
-        if not self.step <= start < stop:
-            raise UsageError(
-                f"skip({start}, {stop}): the run stands at step {self.step}: give steps that are still to come, first < stop; "
-                "to leave out what was handed over, load a state from before it"
-            )
-        position_at(self._epochs, self._here, stop)  # refused before anything changes
+        self._run.skip(start, stop)
         self._loop += 1
-        self._skips = tuple(sorted((*self._skips, (start, stop))))
-        if start == self.step:
-            self._pass_over(stop)
 
     def stats(self) -> dict[str, float]:
-        """Numbers for a training log, of this rank, since it was made.
+        """Numbers for a training log, for this rank since the loader was made.
 
         Returns:
             epoch, position; batches, samples, dropped, skipped; bad and bad_REASON; unused and unused_REASON; wait_p50_s and
@@ -330,16 +341,14 @@ class Loader:
             damaged: the index was read); of late: in_flight (requests), bytes_per_s, first_byte_s (median from a request to its
             answer); cache_*.
         """
-        return {"epoch": self.epoch, "position": self.position, **self._ledger.stats()}
+        run = self._run
+        place = {"epoch": run.epoch, "position": run.position, "dropped": run.num_dropped, "skipped": run.num_skipped}
+        return {**place, **self._ledger.stats()}
 
     def close(self) -> None:
-        """End the worker processes, and loops under way. The loader can be used again."""
+        """End the worker processes and running loops. The loader can be used again."""
         self._loop += 1
         self._pool.close()
-
-    @property
-    def _is_over(self) -> bool:
-        return self.config.epochs is not None and self.epoch >= self.config.epochs
 
     def _compare(self) -> None:
         """Compare what ranks of one run have in common, where there is a group to do it over."""
@@ -353,54 +362,13 @@ class Loader:
                 "order": self._order.spec.to_json(),
                 "excluded": [(held.source, held.num_ids, held.hash) for held in self._masks],
                 "token rows": self._maker and [self._maker.spec, self.config.packing],
-                "place": [self.epoch, self.position, self._skips],
+                "place": [self.epoch, self.position, self._run.skips],
             }
         )
-
-    @property
-    def _epochs(self) -> Epochs:
-        return Epochs(ENDLESS) if self.config.packing else self._order.epochs
-
-    @property
-    def _here(self) -> Start:
-        position = self._epochs.start(self.epoch) + self.position
-        return Start(position, self.step, self.config.batch_size, self.world.world_size, self.config.last_batch)
-
-    def _rest(self) -> Iterator[StepSpan]:
-        """The steps that are left of the current epoch."""
-        epoch = self.epoch
-        if self.config.evaluation:
-            config, world_size = self.config, self.world.world_size
-            steps = BatchPartition(self.num_samples, 0, config.batch_size, config.last_batch, world_size, makes_up=False)
-            return iter((StepSpan(self._here._replace(position=0), self.step, len(steps), epoch, steps),))
-        coming = ahead(self._epochs, self._here, self._skips)
-        return iter(()) if self._is_over else takewhile(lambda span: span.epoch == epoch, coming)
-
-    def _pass_over(self, step: int) -> None:
-        """Go on where a later step would have begun."""
-        here = self._here
-        there = here._replace(position=position_at(self._epochs, here, step))
-        self._starts = (*(start for start in self._starts if start.step != here.step), there)
-        self._ledger.num_skipped += there.position - here.position
-        self.epoch, self.position = self._epochs.at(there.position)
 
     def _check_trains(self) -> None:
         if self.config.evaluation:
             raise UsageError("an evaluation has no state and no receipt: every pass is the same, from the start")
-
-    def _lanes(self, state: Mapping[str, Any], num_lanes: int, *, is_whole: bool) -> dict[int, LaneState]:
-        """Where lanes stand by a state, which is to know all of them if `is_whole`; none without packing.
-
-        Raises:
-            UsageError: one of the run and the state packs and the other does not, or otherwise.
-        """
-        packing = state.get("packing")
-        if (packing is not None) != self.config.packing:
-            raise UsageError(f"the state was saved with packing={packing is not None}, the config has {self.config.packing}")
-        if self._maker is None or packing is None:
-            return {}
-        check_packing(packing, self._maker.spec)
-        return parse_lanes(packing["lanes"], num_lanes, state["position"], is_whole=is_whole)
 
     @contextmanager
     def _noted(self) -> Iterator[None]:
@@ -414,15 +382,7 @@ class Loader:
             raise
 
     def _batch(self, result: StepResult) -> Batch:
-        lists = result.columns.lists
-        names = [opened.name for opened in self._order.sources]
-        sources = lists.get("__source__") or list(map(names.__getitem__, result.sources))
-        batch: Batch = {"__key__": lists["__key__"], "__source__": sources, **lists}
-        if result.columns.tokens is not None:
-            batch |= result.columns.tokens.to_columns()
-        if result.columns.codes is not None:
-            batch["codes"] = result.columns.codes.to_tensors()
-        batch = (result.columns.made or {}) | batch
+        batch = result.to_batch([opened.name for opened in self._order.sources])
         if self.config.trained_tokens:
             batch["trained_tokens"] = self._trained_tokens(batch)
         if not (self.config.pin_memory and torch.cuda.is_available()):
@@ -436,32 +396,3 @@ class Loader:
         mine = int((batch["labels"][:, 1:] != NOT_TRAINED).sum())
         given = self.world.gather(str(mine).encode())
         return sum(map(int, given)) * self.world.world_size // len(given)
-
-    def _hand_over(self, result: StepResult, steps: BatchPartition, step: int) -> None:
-        high = steps.end(step)
-        self._ledger.record(result, (self.epoch, steps.start + step * steps.batch_size, high, steps.batch_size))
-        self._book.lanes.update(result.lanes)
-        self.position = high
-        self.step += 1
-        self._end_epoch_if_done()
-        for first, stop in self._skips:
-            if first == self.step:
-                self._pass_over(stop)
-
-    def _end_epoch_if_done(self) -> None:
-        """Go over to the next epoch after the last batch: whoever counts batches never asks for one too many."""
-        config, length = self.config, self._epochs.length(self.epoch)
-        if config.evaluation:
-            return
-        steps = BatchPartition(length, self.position, config.batch_size, config.last_batch, self.world.world_size)
-        if not len(steps) and not self._is_over:
-            self._ledger.num_dropped += steps.dropped
-            self.epoch, self.position = self.epoch + 1, 0
-
-
-def _without_excluded(order: SampleOrder, number: int, lane: LaneState) -> LaneState:
-    """A lane in whose window samples that are excluded now begin again, as those that stand in for them."""
-    cursors = np.array([cursor for cursor, _ in lane.waiting], np.int64)
-    excluded = order.is_excluded(order.locate(0, cursors * order.spec.lanes + number)) if len(cursors) else cursors
-    waiting = zip(lane.waiting, excluded.tolist(), strict=True)
-    return lane._replace(waiting=tuple((cursor, 0 if begins else used) for (cursor, used), begins in waiting))

@@ -23,7 +23,7 @@ from loaders.order.samples import SampleOrder, open_source, order_spec
 from loaders.proof.state import Start, next_starts, read_state, resumed, state_to_json
 from loaders.reading.planner import PositionRange
 from loaders.reading.reader import ReadAhead, open_reader
-from loaders.workers.handover import tell_of_failures
+from loaders.workers.handover import begin_worker
 from loaders.world import World
 from wds_tools.errors import UsageError
 
@@ -105,6 +105,9 @@ class ShardDataset(wds.DataPipeline, wds.compat.FluidInterface):  # type: ignore
     def select(self, predicate: Callable[[Sample], bool]) -> Self:
         """Samples for which a function is true, on one rank.
 
+        Args:
+            predicate: sample -> whether it is kept.
+
         Raises:
             UsageError: there are several, which would come to different numbers of samples, and wait for each other for ever.
         """
@@ -116,7 +119,11 @@ class ShardDataset(wds.DataPipeline, wds.compat.FluidInterface):  # type: ignore
         return super().select(predicate)  # type: ignore[no-any-return]
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order the next iteration takes, from its start; of persistent workers too."""
+        """Choose the epoch whose order the next iteration takes, from its start; of persistent workers too.
+
+        Args:
+            epoch: from 0.
+        """
         self._source.set_epoch(epoch)
 
     def state_dict(self) -> dict[str, Any]:
@@ -127,6 +134,9 @@ class ShardDataset(wds.DataPipeline, wds.compat.FluidInterface):  # type: ignore
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state with the next iteration: behind the last sample of an epoch, with the next epoch.
+
+        Args:
+            state: of the same worker of the same number.
 
         Raises:
             UsageError: the state is damaged, or of other data or another order; says what differs.
@@ -173,10 +183,7 @@ class _Samples:
 
     def __call__(self) -> Iterator[Sample]:
         self.world.check()
-        info = get_worker_info()
-        worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
-        if info:
-            tell_of_failures(wrapped=True)
+        worker, num_workers = begin_worker()
         self._hear()
         rank, world_size, epoch = self.world.rank, self.world.world_size, self.epoch
         stride = world_size * num_workers
@@ -194,7 +201,7 @@ class _Samples:
             for sample in samples:
                 self.position += stride
                 yield sample
-        if info is None:
+        if get_worker_info() is None:
             self.position = self.order.length
 
 

@@ -17,11 +17,10 @@ from typing import Any
 
 import numpy as np
 import webdataset as wds
-from torch.utils.data import get_worker_info
 
 from loaders.order.plan import shuffled
 from loaders.reading.fetches import end_with_trainer
-from loaders.workers.handover import tell_of_failures
+from loaders.workers.handover import begin_worker
 from loaders.world import World
 from wds_tools.errors import NotFound
 from wds_tools.format.scan import scan_tar
@@ -63,7 +62,11 @@ class TarDataset(wds.DataPipeline, wds.compat.FluidInterface):  # type: ignore[m
         return len(self._source.names)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order the next iteration takes. Call it before the workers start."""
+        """Choose the epoch whose order the next iteration takes. Call it before the workers start.
+
+        Args:
+            epoch: from 0.
+        """
         self._source.epoch = epoch
 
 
@@ -83,10 +86,7 @@ class _Tars:
     def __call__(self) -> Iterator[dict[str, Any]]:
         end_with_trainer()
         self._world.check()
-        info = get_worker_info()
-        worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
-        if info:
-            tell_of_failures(wrapped=True)
+        worker, num_workers = begin_worker()
         order = shuffled(len(self.names), self._seed, self.epoch) if self._shuffle else np.arange(len(self.names))
         own = order[self._world.rank * num_workers + worker :: self._world.world_size * num_workers].tolist()
         with ThreadPoolExecutor(1, thread_name_prefix="wds-tar") as pool:

@@ -17,9 +17,17 @@ class Stateful(Protocol):
 
     def __iter__(self) -> Iterator[Any]: ...
 
-    def state_dict(self) -> Mapping[str, Any]: ...
+    def state_dict(self) -> Mapping[str, Any]:
+        """Where it stands, after the last batch that it gave."""
+        ...
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there.
+
+        Args:
+            state: what `state_dict` gave.
+        """
+        ...
 
 
 class Topology(NamedTuple):

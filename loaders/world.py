@@ -27,17 +27,17 @@ _LAUNCHERS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """Which of the data-parallel processes this one is: of all that is read, it gets the part of its rank."""
+    """Which of the data-parallel processes this one is. It reads the part of its rank."""
 
     rank: int = 0
     """Number of this process among those that read different data, 0 ... world_size - 1."""
     world_size: int = 1
     """Number of processes that read different data."""
     is_detected: bool = field(default=False, compare=False, repr=False)
-    """Whether it was detected: then torch.distributed has to say the same at the first batch."""
+    """Whether it was detected; then torch.distributed must agree at the first batch."""
     group: Any = field(default=None, compare=False, repr=False)
-    """Process group of gloo over its processes, or these and their peers, where it was made of a group or mesh; None: then they
-    communicate in `gather_state` alone."""
+    """gloo process group over its processes, or these and their peers, if made from a group or mesh. None: processes communicate
+    only in `gather_state`."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.world_size:
@@ -52,7 +52,7 @@ class World:
         """From torch.distributed where it is initialized, else from RANK and WORLD_SIZE (torchrun), else one process.
 
         Args:
-            environment: variables to look at in place of torch.distributed and this process's environment.
+            environment: variables to use instead of torch.distributed and this process's environment.
 
         Raises:
             UsageError: RANK or WORLD_SIZE is set alone or is not a number; or neither is set, and Slurm or MPI started several
@@ -99,22 +99,22 @@ class World:
 
     @classmethod
     def from_group(cls, group: ProcessGroup) -> Self:
-        """The place in a process group whose members read different data. To be called by all its members, and no others.
+        """The rank in a process group whose members read different data. All of its members, and no others, must call this.
 
         Args:
-            group: the data-parallel group, of any backend: of Megatron-Core `parallel_state.get_data_parallel_group()`.
+            group: the data-parallel group, with any backend; for Megatron-Core `parallel_state.get_data_parallel_group()`.
 
         Raises:
-            UsageError: this process is no member of it.
+            UsageError: this process is not a member.
         """
         return cls._of_members(dist.get_process_group_ranks(group))
 
     @classmethod
     def from_mesh(cls, mesh: DeviceMesh) -> Self:
-        """The place in the data-parallel dimensions of a mesh. To be called by every process of it.
+        """The rank in the data-parallel dimensions of a mesh. Every process of the mesh must call this.
 
         Args:
-            mesh: a mesh of those dimensions alone: `mesh["dp"]`, `mesh["dp_replicate", "dp_shard"]`.
+            mesh: a mesh of only those dimensions: `mesh["dp"]`, `mesh["dp_replicate", "dp_shard"]`.
 
         Raises:
             UsageError: this process is not in it.
@@ -130,7 +130,7 @@ class World:
 
     @classmethod
     def of(cls, rank: int | None, world_size: int | None) -> Self:
-        """The world that is named, or, if neither number is given, the one that is detected.
+        """The given world, or the detected one if neither number is given.
 
         Args:
             rank: number of this process.
@@ -146,10 +146,10 @@ class World:
         return cls(rank=rank, world_size=world_size)
 
     def check(self) -> None:
-        """Compare what was detected with torch.distributed, without communication; to be called before the first batch.
+        """Compare a detected world with torch.distributed, without communication; called before the first batch.
 
         Raises:
-            UsageError: they differ: the process group came later, so that ranks would read what others read too.
+            UsageError: they differ, since the process group was made later; ranks would read the same data.
         """
         if not self.is_detected or not dist.is_available() or not dist.is_initialized():
             return
@@ -162,7 +162,13 @@ class World:
             )
 
     def gather(self, value: bytes) -> list[bytes]:
-        """What each process of the group gives, on all of them. To be called by all.
+        """Gather a value from each process of the group on all of them. All must call this.
+
+        Args:
+            value: what this process gives.
+
+        Returns:
+            The values, in the order of ranks.
 
         Raises:
             UsageError: there is no group, and torch.distributed is not initialized or has other processes than this world.
@@ -185,10 +191,10 @@ class World:
         return [padded[: int(size)].cpu().numpy().tobytes() for padded, size in zip(received, sizes, strict=True)]
 
     def compare(self, facts: Mapping[str, object]) -> None:
-        """Compare facts that must be equal on all ranks. To be called by all.
+        """Compare facts that must be equal on all ranks. All must call this.
 
         Args:
-            facts: what must be equal, by name; values that json knows.
+            facts: values that must be equal, by name; anything that JSON can hold.
 
         Raises:
             UsageError: they differ; says which, and how. Or see `gather`.

@@ -27,7 +27,7 @@ from wds_tools.storage import open_store
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
 """The real inputs, data of others: they lie beside this repository, or not. Prefer `shared`."""
-WAIT_S = 60.0
+WAIT_S = 120.0
 _forks: Forks | None = None
 
 
@@ -67,9 +67,9 @@ def wds_tools(*args: str | Path, status: int = 0) -> subprocess.CompletedProcess
     if _forks is None or not _forks.is_alive:
         _forks = Forks()
     if _forks.can(env):
-        result = _forks.run(["wds_tools", *map(str, args)], env, 100)
+        result = _forks.run(["wds_tools", *map(str, args)], env, 200)
     else:
-        result = subprocess.run(command(*args), env=env, capture_output=True, text=True, timeout=100, check=False)
+        result = subprocess.run(command(*args), env=env, capture_output=True, text=True, timeout=200, check=False)
     assert result.returncode == status, f"exit status {result.returncode}:\n{result.stdout}{result.stderr}"
     assert "Traceback" not in result.stderr, result.stderr
     return result
@@ -187,6 +187,6 @@ def disturb(args: Sequence[str], output: Path, *, workers: int, num_kills: int, 
         time.sleep(rng.uniform(0, work_s))
         process.kill()
         process.communicate()
-        wait_until(lambda: not session(process.pid), "the workers of a killed run are gone", 20)  # noqa: B023
+        wait_until(lambda: not session(process.pid), "the workers of a killed run are gone")  # noqa: B023
         again = ["--resume"]
     wds_tools(*args, "--output", output, "--workers", str(workers), *again)

@@ -1,10 +1,21 @@
 """Fixtures for all tests. What they start can be interrupted, also if a shell started them in the background, deaf to SIGINT."""
 
+from __future__ import annotations
+
+import gc
+import os
+import shutil
 import signal
+import sys
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import HealthCheck, settings
 from s3 import S3Server, find_weed, serve_s3
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 for number, handler in (
     (signal.SIGINT, signal.default_int_handler),
@@ -13,6 +24,31 @@ for number, handler in (
 ):
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, handler)
+
+
+# A run starts hundreds of Pythons: they share what is compiled, also where the shell says not to keep it.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+
+
+# Quick tests try the same examples in every run, however busy the machine is; `make test-slow` looks for others.
+settings.register_profile("explore", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
+settings.register_profile("quick", settings.get_profile("explore"), derandomize=True)
+settings.load_profile("quick")
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported is no garbage: a collection looks at what tests made."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def what_a_file_leaves_open_is_its_own_fault() -> Iterator[None]:
+    """Files, sockets and processes that lie unclosed in cycles fail a test of the file that left them, none that comes later."""
+    yield
+    gc.collect()
+    gc.freeze()  # what is left is kept: the next file need not look at it
 
 
 @pytest.fixture(scope="session")
@@ -37,3 +73,16 @@ def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("WDS_TOOLS_RETRY_S", "60")
     return s3_server
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """Chromium, driven by Playwright's Python package; skipped where one is missing."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install playwright")
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if path is None:
+        pytest.skip("needs Chromium: apt-get install chromium")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
+        yield browser
+        browser.close()

@@ -1,25 +1,32 @@
-"""Commands without the seconds that imports take: a process that has imported what is heavy forks for each of them.
+"""Commands without the seconds that imports take: a process that has imported what commands need forks for each of them.
 
-A command is a process of its own all the same, with its own arguments, environment, folder, output and exit status, and imports
-all of this project itself. Cost: 10 ms in place of 0.8 s, or 4 s for one that needs torch.
+A command is a process of its own all the same, with its own arguments, environment, folder, output and exit status. It ends as
+children of `multiprocessing` do: its threads and exit handlers first, but without taking the heap of torch apart. Cost: 50 ms in
+place of 1 s, or 4 s for one that needs torch.
 """
 
 from __future__ import annotations
 
+import atexit
+import gc
 import importlib
 import json
 import os
+import pkgutil
 import runpy
 import select
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-HEAVY = ("numpy", "orjson", "PIL.Image", "torch", "zstandard")
+HEAVY = ("numpy", "orjson", "PIL.Image", "pyarrow.parquet", "torch", "zstandard")
+
+COMMANDS = Path(__file__).parents[1] / "wds_tools/cli"
 
 
 class Forks:
@@ -70,8 +77,9 @@ def _read_at_start(env: Mapping[str, str]) -> dict[str, str]:
 
 
 def _serve() -> None:
-    for name in HEAVY:
+    for name in (*HEAVY, *(f"wds_tools.cli.{module.name}" for module in pkgutil.iter_modules([str(COMMANDS)]))):
         importlib.import_module(name)
+    gc.freeze()  # what a command collects is its own
     for line in sys.stdin:
         request = json.loads(line)
         if (pid := os.fork()) == 0:
@@ -92,7 +100,13 @@ def _become(request: dict[str, Any]) -> None:
     importlib.invalidate_caches()
     module, *rest = request["args"]
     sys.argv = ["", *rest]
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except SystemExit as ended:
+        threading._shutdown()  # type: ignore[attr-defined]
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        os._exit(ended.code)
 
 
 if __name__ == "__main__":

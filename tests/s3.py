@@ -20,7 +20,7 @@ import obstore
 from obstore.store import S3Store
 
 BUCKET = "tests"
-START_S = 60.0
+START_S = 120.0
 
 
 @dataclass(frozen=True)

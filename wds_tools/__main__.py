@@ -100,10 +100,16 @@ def _listen(numbers: Iterable[signal.Signals], handler: Callable[[int, FrameType
 
 
 def _see_to_the_end(told: int, over: Event) -> None:
-    """A thread that hears of signals at once, also while the main thread waits for a server that is silent."""
+    """A thread that hears of signals at once, also while the main thread waits for a server that is silent, or for C that does
+    not end, and does not hear. Then this one clears up: no lease stays behind."""
     while (number := os.read(told, 1)[0]) not in _STOPS:
         pass
     if not over.wait(_PATIENCE_S):
+        from threading import Timer
+
+        Timer(_LEAVE_S, _end, (number, None)).start()  # should the store be silent
+        if lease := sys.modules.get("wds_tools.dataset.lease"):  # else nothing has been written
+            lease.free_leases()
         _end(number, None)
     time.sleep(_LEAVE_S)  # for threads that the interpreter waits for
     os._exit(128 + number)

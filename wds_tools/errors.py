@@ -88,10 +88,23 @@ class MissingPackage(WdsToolsError, ImportError):
 
 
 def in_one_line(error: BaseException) -> str:
-    """The error's type, and the first 200 characters of its message."""
+    """The error's type, and the first 200 characters of its message.
+
+    Args:
+        error: any.
+    """
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def meant(word: str, known: Iterable[str], likeness: float = 0.6) -> str:
-    """ "did you mean X? ", for a message about a word that is none of those that are known; "" if none of them is like it."""
+    """A hint for a message about a word that is not known.
+
+    Args:
+        word: the word.
+        known: those that are.
+        likeness: how like one of them it has to be, 0 to 1.
+
+    Returns:
+        "did you mean X? "; "" if none of them is like it.
+    """
     return "".join(f"did you mean {close}? " for close in difflib.get_close_matches(word, list(known), 1, likeness))

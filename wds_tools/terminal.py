@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import sys
 
+_UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
+
 
 def say(*lines: str, error: bool = False) -> None:
     """Write lines to standard output, or to standard error."""
@@ -23,6 +25,19 @@ def printable(text: str) -> str:
 def counted(number: int, one: str, several: str | None = None) -> str:
     """ "1 file", "2,000 files": a number with its noun, and the verb behind it if there is one."""
     return f"{number:,} {one if number == 1 else several or one + 's'}"
+
+
+def sized(num_bytes: float) -> str:
+    """ "640 B", "1.5 kB", "120 MB": a number of bytes in the unit that it has most of."""
+    power = 0
+    while num_bytes >= 1000 and power < len(_UNITS) - 1:
+        num_bytes, power = num_bytes / 1000, power + 1
+    return f"{num_bytes:,.{1 if power and num_bytes < 100 else 0}f} {_UNITS[power]}"
+
+
+def from_to(low: int, high: int) -> str:
+    """ "7", "7 to 11": the whole numbers [low, high)."""
+    return f"{low:,}" if high - low == 1 else f"{low:,} to {high - 1:,}"
 
 
 def _escaped(character: str) -> str:

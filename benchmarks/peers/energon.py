@@ -5,6 +5,7 @@ Its quickstart, with `max_samples_per_sequence=100`; CrudeWebdataset is its type
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from megatron.energon.task_encoder.cooking import basic_sample_keys
 
 from benchmarks.loader_workload import Text
 from benchmarks.peers import webdataset
-from benchmarks.peers.measure import BATCH, main, stack_codes
+from benchmarks.peers.measure import BATCH, Remote, main, stack_codes
 
 FORMAT = "energon"
 
@@ -74,12 +75,26 @@ def samples(folder: Path) -> Iterator[Text]:
 
 def batches(folder: Path) -> Iterator[tuple[list[str], torch.Tensor]]:
     """One epoch in batches."""
+    yield from _batches(folder)
+
+
+def remote(place: Remote) -> Iterator[tuple[list[str], torch.Tensor]]:
+    """The same by its client for object storage."""
+    options = {"base_path": place.bucket, "endpoint_url": place.endpoint, "region_name": "us-east-1"}
+    config = {"profiles": {"bench": {"storage_provider": {"type": "s3", "options": options}}}}
+    file = place.scratch / "msc_config.json"
+    file.write_text(json.dumps(config))
+    os.environ["MSC_CONFIG"] = str(file)
+    yield from _batches(f"msc://bench/{place.prefix}")
+
+
+def _batches(folder: Path | str) -> Iterator[tuple[list[str], torch.Tensor]]:
     for pairs in read(folder, Encoder(), BATCH):
         texts, codes = zip(*pairs, strict=True)
         yield list(texts), stack_codes(codes)
 
 
-def read(folder: Path, encoder: DefaultTaskEncoder, batch_size: int) -> Any:
+def read(folder: Path | str, encoder: DefaultTaskEncoder, batch_size: int) -> Any:
     """Its loader of one epoch, in this process."""
     dataset = get_train_dataset(
         folder,

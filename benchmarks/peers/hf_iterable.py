@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.loader_workload import Text
 from benchmarks.peers.hf_map import FORMAT, collate, decode, write
-from benchmarks.peers.measure import BATCH, main
+from benchmarks.peers.measure import BATCH, Remote, main
 
 __all__ = ["FORMAT", "batches", "samples", "write"]
 
@@ -27,6 +27,13 @@ def samples(folder: Path) -> Iterator[Text]:
 def batches(folder: Path) -> Iterator[tuple[list[str], torch.Tensor]]:
     """`iter(batch_size)` on the stream."""
     for batch in _stream(folder).iter(batch_size=BATCH):
+        yield collate(batch)
+
+
+def remote(place: Remote) -> Iterator[tuple[list[str], torch.Tensor]]:
+    """The Arrow files by URL; `load_from_disk` would copy all of them first."""
+    stream = datasets.load_dataset("arrow", data_files=place.http(".arrow"), split="train", streaming=True)
+    for batch in stream.shuffle(seed=42, buffer_size=1000).iter(batch_size=BATCH):
         yield collate(batch)
 
 

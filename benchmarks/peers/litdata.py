@@ -13,16 +13,17 @@ import litdata
 import torch
 
 from benchmarks.loader_workload import Text, read_source
-from benchmarks.peers.measure import BATCH, main, stack_codes
+from benchmarks.peers.measure import BATCH, Remote, main, stack_codes
 
 FORMAT = "litdata"
 
 
 def write(folder: Path) -> None:
-    """One worker, so that no chunk is cut short."""
+    """One worker, so that no chunk is cut short. Texts go in as bytes: it parses each str of its inputs as a URL to fetch, and
+    ends with a ValueError at a text such as "//[somebody]"."""
     litdata.optimize(
         fn=_store,
-        inputs=list(read_source(folder)),
+        inputs=[(text.encode(), codes) for text, codes in read_source(folder)],
         output_dir=str(folder / FORMAT),
         num_workers=1,
         chunk_bytes="64MB",
@@ -37,13 +38,22 @@ def samples(folder: Path) -> Iterator[Text]:
 
 def batches(folder: Path) -> Iterator[tuple[list[str], torch.Tensor]]:
     """Its own DataLoader in the main process."""
-    dataset = litdata.StreamingDataset(str(folder), shuffle=True, drop_last=False, seed=42)
+    yield from _batches(litdata.StreamingDataset(str(folder), shuffle=True, drop_last=False, seed=42))
+
+
+def remote(place: Remote) -> Iterator[tuple[list[str], torch.Tensor]]:
+    """The same through its cache of chunks."""
+    where = {"cache_dir": str(place.scratch), "storage_options": {"endpoint_url": place.endpoint}}
+    yield from _batches(litdata.StreamingDataset(place.s3, shuffle=True, drop_last=False, seed=42, **where))
+
+
+def _batches(dataset: litdata.StreamingDataset) -> Iterator[tuple[list[str], torch.Tensor]]:
     yield from litdata.StreamingDataLoader(dataset, batch_size=BATCH, num_workers=0, collate_fn=_collate)
 
 
-def _store(sample: Text) -> dict[str, Any]:
+def _store(sample: tuple[bytes, Any]) -> dict[str, Any]:
     text, codes = sample
-    return {"text": text} if codes is None else {"text": text, "codes": codes.ravel()}
+    return {"text": text.decode()} if codes is None else {"text": text.decode(), "codes": codes.ravel()}
 
 
 def _collate(samples: list[dict]) -> tuple[list[str], torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Takes the time of one way to read: `python -m benchmarks.peers.NAME write|time|verify FOLDER`.
+"""Takes the time of one way to read: `python -m benchmarks.peers.NAME write|time|verify|paced FOLDER`.
 
 A way is a module that has
 
@@ -7,21 +7,26 @@ A way is a module that has
     samples(data_folder)        opens the dataset and yields every sample once, shuffled: (str, codes); codes are 1,024 integers
                                 in whatever array or tensor the way gives cheapest, None for a document
     batches(data_folder)        the same in ready batches of 1,024, the last one short: (list of str, int32 tensor (B, 32, 32))
+    remote(place)               the same batches of pairs from object storage, if it can read from there; see Remote
 
 `time` runs on one core, with one thread for torch; the clock starts after the imports and includes opening. It stops at the end
 of the epoch or after LIMIT_S, whichever comes first, so a slow way is timed on its first thousands of samples; a fast one opens
 and reads again until SHORTEST_S have been measured.
 `verify` reads whole epochs without a clock and proves with a sum of hashes that every sample arrived exactly once and intact.
-Each prints one JSON line per measure.
+`paced` reads pairs from the S3 server that the environment names, on one core: seconds to the first batch, and samples a second
+from then on, to the end of the epoch or for PACED_LIMIT_S. Each prints one JSON line per measure.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +34,36 @@ import numpy as np
 import torch
 
 from benchmarks.loader_workload import GRID, NUM_SAMPLES, digest
+from benchmarks.paced_s3 import BUCKET
 
 BATCH = 1024
 LIMIT_S = 4.0
 SHORTEST_S = 1.5
+PACED_LIMIT_S = 8.0
 MEASURES = (("pairs", "samples"), ("pairs", "batches"), ("documents", "samples"))
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A way's pairs in the bucket, and an empty folder for what it keeps of them."""
+
+    endpoint: str
+    """http://HOST:PORT; objects need no signature."""
+    bucket: str
+    prefix: str
+    """pairs/FORMAT"""
+    names: tuple[str, ...]
+    """Of the files there."""
+    scratch: Path
+
+    @property
+    def s3(self) -> str:
+        """s3://BUCKET/PREFIX"""
+        return f"s3://{self.bucket}/{self.prefix}"
+
+    def http(self, suffix: str) -> list[str]:
+        """URLs of the files whose names end so."""
+        return [f"{self.endpoint}/{self.bucket}/{self.prefix}/{name}" for name in self.names if name.endswith(suffix)]
 
 
 def main(way: Any) -> None:
@@ -41,12 +71,19 @@ def main(way: Any) -> None:
     command, folder = sys.argv[1], Path(sys.argv[2])
     if command == "write":
         for kind in NUM_SAMPLES:
-            if not (folder / kind / way["FORMAT"]).is_dir():
-                way["write"](folder / kind)
+            if not (made := folder / kind / way["FORMAT"]).is_dir():
+                try:
+                    way["write"](folder / kind)
+                except BaseException:
+                    shutil.rmtree(made, ignore_errors=True)  # else the next try fails for its being there
+                    raise
         return
     torch.set_num_threads(1)
-    if command == "time":
+    if command != "verify":
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    if command == "paced":
+        print(json.dumps(_paced(way, folder)), flush=True)
+        return
     measure = {"time": _time, "verify": _verify}[command]
     for kind, unit in MEASURES:
         result = measure(way[unit], folder / kind / way["FORMAT"], unit)
@@ -82,6 +119,27 @@ def _pass(read: Callable[[Path], Iterator[Any]], folder: Path, unit: str) -> tup
                 break
             stride = BATCH if unit == "samples" else 1
     return count, time.perf_counter() - begun, first_s
+
+
+def _paced(way: Any, folder: Path) -> dict[str, float]:
+    """{} if it reads local files alone."""
+    if "remote" not in way:
+        return {}
+    local = folder / "pairs" / way["FORMAT"]
+    names = tuple(sorted(path.name for path in local.iterdir()))
+    with tempfile.TemporaryDirectory() as scratch:
+        prefix = str(local.relative_to(folder))
+        place = Remote(os.environ["AWS_ENDPOINT_URL"], BUCKET, prefix, names, Path(scratch))
+        begun = time.perf_counter()
+        steps = way["remote"](place)
+        first = len(next(steps)[0])
+        first_s = time.perf_counter() - begun
+        count, begun, seconds = 0, time.perf_counter(), 0.0
+        for texts, _ in steps:
+            count, seconds = count + len(texts), time.perf_counter() - begun
+            if seconds > PACED_LIMIT_S:
+                break
+    return {"first_s": first_s, "samples": count, "seconds": seconds, "first": first}
 
 
 def _verify(read: Callable[[Path], Iterator[Any]], folder: Path, unit: str) -> dict[str, int]:

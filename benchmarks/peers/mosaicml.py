@@ -12,7 +12,7 @@ import torch
 from streaming import MDSWriter, StreamingDataLoader, StreamingDataset
 
 from benchmarks.loader_workload import GRID, Text, read_source
-from benchmarks.peers.measure import BATCH, main, stack_codes
+from benchmarks.peers.measure import BATCH, Remote, main, stack_codes
 
 FORMAT = "mds"
 
@@ -28,17 +28,23 @@ def write(folder: Path) -> None:
 
 def samples(folder: Path) -> Iterator[Text]:
     """One pass in the main process."""
-    for sample in _dataset(folder):
+    for sample in _dataset(local=str(folder)):
         yield sample["text"], sample.get("codes")
 
 
 def batches(folder: Path) -> Iterator[tuple[list[str], torch.Tensor]]:
     """Its own DataLoader in the main process."""
-    yield from StreamingDataLoader(_dataset(folder), batch_size=BATCH, collate_fn=_collate)
+    yield from StreamingDataLoader(_dataset(local=str(folder)), batch_size=BATCH, collate_fn=_collate)
 
 
-def _dataset(folder: Path) -> StreamingDataset:
-    return StreamingDataset(local=str(folder), batch_size=BATCH, shuffle=True, shuffle_seed=42)
+def remote(place: Remote) -> Iterator[tuple[list[str], torch.Tensor]]:
+    """The same through its local copy of the shards."""
+    dataset = _dataset(remote=place.s3, local=str(place.scratch))
+    yield from StreamingDataLoader(dataset, batch_size=BATCH, collate_fn=_collate)
+
+
+def _dataset(**where: str) -> StreamingDataset:
+    return StreamingDataset(**where, batch_size=BATCH, shuffle=True, shuffle_seed=42)
 
 
 def _collate(samples: list[dict]) -> tuple[list[str], torch.Tensor]:

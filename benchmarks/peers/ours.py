@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.loader_workload import SAMPLES_PER_SHARD, Text, read_source
-from benchmarks.peers.measure import BATCH, main
+from benchmarks.peers.measure import BATCH, Remote, main
 from loaders import Loader, LoaderConfig, Source, World, build_loader
 from wds_tools.dataset.output import Output, OutputSpec
 from wds_tools.dataset.writer import ShardLimits, TaskWriter
@@ -37,19 +37,28 @@ def write(folder: Path) -> None:
 
 def samples(folder: Path) -> Iterator[Text]:
     """One epoch in the main process."""
-    for batch in _loader(folder):
+    for batch in _loader(str(folder)):
         codes = batch["codes"].numpy() if "codes" in batch else repeat(None)
         yield from zip(batch["text"], codes, strict=False)
 
 
 def batches(folder: Path) -> Iterator[tuple[list[str], torch.Tensor]]:
     """One epoch of batches in the main process."""
-    for batch in _loader(folder):
+    yield from _batches(str(folder))
+
+
+def remote(place: Remote) -> Iterator[tuple[list[str], torch.Tensor]]:
+    """The same from there."""
+    yield from _batches(place.s3)
+
+
+def _batches(url: str) -> Iterator[tuple[list[str], torch.Tensor]]:
+    for batch in _loader(url):
         yield batch["text"], batch["codes"]
 
 
-def _loader(folder: Path) -> Loader:
-    config = LoaderConfig(sources=(Source(str(folder)),), batch_size=BATCH, seed=42, num_workers=0, last_batch="short")
+def _loader(url: str) -> Loader:
+    config = LoaderConfig(sources=(Source(url),), batch_size=BATCH, seed=42, num_workers=0, last_batch="short")
     return build_loader(config, World(rank=0, world_size=1))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from benchmarks.loader_workload import Text
-from benchmarks.peers.measure import BATCH, main
+from benchmarks.peers.measure import BATCH, Remote, main
 from loaders import ShardDataset
 
 FORMAT = "ours"
@@ -28,6 +28,11 @@ def samples(folder: Path) -> Iterator[Text]:
 def batches(folder: Path) -> Iterator[tuple[list[str], torch.Tensor]]:
     """One epoch, batched by webdataset."""
     yield from ShardDataset(str(folder), seed=42).map(_pair).batched(BATCH)
+
+
+def remote(place: Remote) -> Iterator[tuple[list[str], torch.Tensor]]:
+    """The same from there."""
+    yield from ShardDataset(place.s3, seed=42).map(_pair).batched(BATCH)
 
 
 def _pair(sample: dict[str, Any]) -> tuple[str, torch.Tensor]:

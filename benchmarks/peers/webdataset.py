@@ -12,7 +12,7 @@ import torch
 import webdataset as wds
 
 from benchmarks.loader_workload import SAMPLES_PER_SHARD, Text, read_source
-from benchmarks.peers.measure import BATCH, main, stack_codes
+from benchmarks.peers.measure import BATCH, Remote, main, stack_codes
 
 FORMAT = "tars"
 
@@ -28,16 +28,24 @@ def write(folder: Path) -> None:
 
 def samples(folder: Path) -> Iterator[Text]:
     """One pass in the main process."""
-    yield from _pipeline(folder)
+    yield from _pipeline(_shards(folder))
 
 
 def batches(folder: Path) -> Iterator[tuple[list[str], torch.Tensor]]:
     """The pipeline's own `batched`, with a collation that stacks."""
-    yield from _pipeline(folder).batched(BATCH, collation_fn=_collate)
+    yield from _pipeline(_shards(folder)).batched(BATCH, collation_fn=_collate)
 
 
-def _pipeline(folder: Path) -> wds.WebDataset:
-    shards = sorted(map(str, folder.glob("*.tar")))
+def remote(place: Remote) -> Iterator[tuple[list[str], torch.Tensor]]:
+    """Shards by URL, which it fetches with curl, one after the other."""
+    yield from _pipeline(place.http(".tar")).batched(BATCH, collation_fn=_collate)
+
+
+def _shards(folder: Path) -> list[str]:
+    return sorted(map(str, folder.glob("*.tar")))
+
+
+def _pipeline(shards: list[str]) -> wds.WebDataset:
     return wds.WebDataset(shards, shardshuffle=len(shards), seed=42).shuffle(1000).decode().map(_pair)
 
 

@@ -2,7 +2,7 @@
 
 wds-tools convert notes --input notes.csv --output notes
 wds-tools convert pairs --source csv --input pairs.csv --output pairs --encode colours
-wds-tools pack --input pairs --tokenizer Lumina-mGPT/ --template lumina-mgpt --seq-len 4096 --output rows
+wds-tools pack --input pairs --tokenizer Lumina-mGPT/ --template lumina-mgpt --max-length 4096 --output rows
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,14 +18,14 @@ import torch
 from numpy.typing import NDArray
 
 from loaders.order.plan import Ints
-from loaders.reading.source import LoadedSamples
+from loaders.reading.source import LoadedSamples, SampleBytes
 from wds_tools.errors import FormatError
 from wds_tools.format.checksum import crc32
 from wds_tools.format.codes import HW, CodeGrid, Shape, split_grids
 from wds_tools.format.index import ABSENT
 from wds_tools.format.schema import MARKED_TYPES, PAIR_TYPES, pair_fields
-from wds_tools.format.shard import IDS, IN_COLUMNS, image_number, parse_npy
-from wds_tools.format.tar import BLOCK, TarReader
+from wds_tools.format.shard import IDS, IN_COLUMNS, cut_name, image_number, parse_npy
+from wds_tools.format.tar import BLOCK, first_name, header_name
 from wds_tools.sequences.choices import Weights, check_texts, choose_text
 from wds_tools.sequences.rows import TokenBatch
 
@@ -33,11 +34,11 @@ Sample = dict[str, Any]
 NAME_BYTES = 100
 _AFTER_NAME_BYTES = BLOCK - NAME_BYTES
 _CACHE_BYTES = 256 << 10
+_LONG_JSON_BYTES = 1 << 10
+"""Of a sample on average, from which one call each is cheaper than to join them first."""
 _PLAIN_FIELDS = 5
 """data_type, text, length, width, height."""
 _FIELDS_OF_COLUMNS = ("data_type", "text", "length", "grids")
-Data = Sequence[memoryview]
-"""The bytes of each sample; see reading.source.bytes_of."""
 
 
 class Codes(NamedTuple):
@@ -138,20 +139,20 @@ def chosen_texts(
     ]
 
 
-def check_crc(loaded: Sequence[LoadedSamples], sample_indices: Sequence[int], data: Data) -> None:
+def check_crc(loaded: Sequence[LoadedSamples], sample_indices: Sequence[int], data: SampleBytes) -> None:
     """Raise FormatError for the first of these samples whose bytes are not those of the index."""
-    for samples, sample_index, sample_data in zip(loaded, sample_indices, data, strict=True):
+    for samples, sample_index, sample_data in zip(loaded, sample_indices, data.samples(), strict=True):
         if crc32(sample_data) != samples.index.crc32[sample_index - samples.first]:
             raise FormatError("it is damaged: its bytes have another CRC-32 than the index says")
 
 
-def read_columns(loaded: Sequence[LoadedSamples], sample_indices: Sequence[int], data: Data) -> Columns:
+def read_columns(loaded: Sequence[LoadedSamples], sample_indices: Sequence[int], data: SampleBytes) -> Columns:
     """Parse samples of sources that all follow our schema, or all do not.
 
     Args:
         loaded: what holds each sample; at least one.
         sample_indices: number of each sample in its shard.
-        data: the bytes of each.
+        data: their bytes.
 
     Returns:
         A value of each sample in every column, in the order given.
@@ -160,33 +161,30 @@ def read_columns(loaded: Sequence[LoadedSamples], sample_indices: Sequence[int],
         FormatError, or what a parser raises: one of them can't be read; Reject: it lacks a text that is chosen from.
     """
     if not loaded[0].reader.has_schema:
-        members = list(map(_members, loaded, sample_indices, data))
+        members = list(map(_members, loaded, sample_indices, data.samples()))
         names = dict.fromkeys(name for sample in members for name in sample)
         return Columns({name: [sample.get(name) for sample in members] for name in names}, None)
-    readers = {samples.reader for samples in loaded}
     keys, records, codes = read_records(loaded, sample_indices, data)
-    lists: dict[str, list[Any]] = {
-        "__key__": keys,
-        "data_type": [record["data_type"] for record in records],
-        "text": [record["text"] for record in records],
-    }
-    if any("visual_sft" in reader.data_types for reader in readers):
+    data_types, texts = map(list, zip(*map(itemgetter("data_type", "text"), records), strict=True))  # one look at each
+    lists: dict[str, list[Any]] = {"__key__": keys, "data_type": data_types, "text": texts}
+    if any("visual_sft" in reader.data_types for reader in data.readers):
         lists["conversations"] = [record.get("conversations") for record in records]
-    if any("texts" in record for record in records):
+    if max(map(len, records)) > _PLAIN_FIELDS and any("texts" in record for record in records):
         lists["texts"] = [record.get("texts") for record in records]
-    if any(reader.has_images for reader in readers):
-        lists["image"] = list(map(_image, loaded, sample_indices, data, records))
+    if any(reader.has_images for reader in data.readers):
+        lists["image"] = list(map(_image, loaded, sample_indices, data.samples(), records))
     return Columns(lists, codes)
 
 
-def read_samples(loaded: Sequence[LoadedSamples], sample_indices: Sequence[int], data: Data) -> list[Sample]:
+def read_samples(loaded: Sequence[LoadedSamples], sample_indices: Sequence[int], data: SampleBytes) -> list[Sample]:
     """The same samples as dicts with `__key__`, `__url__` and the fields that each has. See ShardDataset and read_columns."""
     if not loaded[0].reader.has_schema:
-        members = map(_members, loaded, sample_indices, data)
+        members = map(_members, loaded, sample_indices, data.samples())
         return [sample | {"__url__": samples.url} for sample, samples in zip(members, loaded, strict=True)]
     keys, records, codes = read_records(loaded, sample_indices, data)
     result = []
-    for samples, sample_index, sample_data, key, record in zip(loaded, sample_indices, data, keys, records, strict=True):
+    samples_data = data.samples()
+    for samples, sample_index, sample_data, key, record in zip(loaded, sample_indices, samples_data, keys, records, strict=True):
         sample: Sample = {"__key__": key, "__url__": samples.url, "data_type": record["data_type"], "text": record["text"]}
         if len(record) > _PLAIN_FIELDS or record["width"] is not None or record["height"] is not None:
             extra = {name: value for name, value in record.items() if name not in _FIELDS_OF_COLUMNS}
@@ -202,40 +200,41 @@ def read_samples(loaded: Sequence[LoadedSamples], sample_indices: Sequence[int],
 
 
 def read_records(
-    loaded: Sequence[LoadedSamples], sample_indices: Sequence[int], data: Data
+    loaded: Sequence[LoadedSamples], sample_indices: Sequence[int], data: SampleBytes
 ) -> tuple[list[str], list[dict[str, Any]], Codes | None]:
     """The keys, the parsed json, and the codes of samples that follow our schema. Args and Raises as read_columns."""
-    headers: list[memoryview] = []
-    json: list[memoryview] = []
-    codes: list[memoryview] = []
-    for samples, sample_index, sample_data in zip(loaded, sample_indices, data, strict=True):
-        offset = sample_index - samples.first
-        json_begin, json_end, codes_begin, codes_end = samples.member_spans
-        begin = json_begin[offset]
-        headers.append(sample_data[begin - BLOCK : begin - _AFTER_NAME_BYTES])
-        json.append(sample_data[begin : json_end[offset]])
-        codes.append(sample_data[codes_begin[offset] : codes_end[offset]])
-    records: list[dict[str, Any]] = []
-    for members in _in_cache(json):
-        records += orjson.loads(b"[%b]" % b",".join(members))
-    if len(records) != len(loaded):
-        raise FormatError("a json member is not one object")
-    grids = [None] * len(loaded)
-    if any(not reader.data_types.isdisjoint(MARKED_TYPES) for reader in {samples.reader for samples in loaded}):
+    records = _parse_json(data.members(0))
+    grids: list[Any] = []
+    if any(not reader.data_types.isdisjoint(MARKED_TYPES) for reader in data.readers):
         grids = list(map(_grids, loaded, sample_indices, records))
-    places = zip(loaded, sample_indices, strict=True)
-    stacked = _codes(codes, grids, [samples.reader.layout or _layout(samples, number) for samples, number in places])
-    if stacked is not None and any(samples.reader.made for samples in loaded):
+    (layout, *others) = {reader.layout for reader in data.readers}
+    layouts = [layout] if layout and not others else list(map(_layout, loaded, sample_indices))
+    stacked = _codes(data.members(1), grids, layouts)
+    if stacked is not None and any(reader.made for reader in data.readers):
         shapes = [stacked.shapes] * len(records) if isinstance(stacked.shapes, tuple) else stacked.shapes
         for samples, sample_index, record, shape in zip(loaded, sample_indices, records, shapes, strict=True):
             if samples.reader.made and isinstance(shape, tuple) and record["data_type"] in PAIR_TYPES:
                 column = _code_column(samples, sample_index)
                 record.update(pair_fields(column, shape, samples.reader.made.get(column, {}).get("stride")))
-    keys = read_keys(headers)
-    for samples, key, record in zip(loaded, keys, records, strict=True):
-        if weights := samples.reader.opened.texts:
-            check_texts(key, record["data_type"], record.get("texts"), weights)
+    header = data.spans[:, 2] - BLOCK
+    keys = read_keys(data.cut(header, header + NAME_BYTES))
+    if any(reader.opened.texts for reader in data.readers):
+        for samples, key, record in zip(loaded, keys, records, strict=True):
+            if weights := samples.reader.opened.texts:
+                check_texts(key, record["data_type"], record.get("texts"), weights)
     return keys, records, stacked
+
+
+def _parse_json(members: Sequence[memoryview]) -> list[dict[str, Any]]:
+    """The object of each json member. Raises FormatError, JSONDecodeError."""
+    if sum(map(len, members)) >= _LONG_JSON_BYTES * len(members):
+        return list(map(orjson.loads, members))
+    records: list[dict[str, Any]] = []
+    for together in _in_cache(members):
+        records += orjson.loads(b",".join((b"[0", *together, b"0]")))[1:-1]
+    if len(records) != len(members):
+        raise FormatError("a json member is not one object")
+    return records
 
 
 def _image(samples: LoadedSamples, sample_index: int, data: memoryview, record: dict[str, Any]) -> bytes | list[bytes] | None:
@@ -264,8 +263,8 @@ def _code_column(samples: LoadedSamples, sample_index: int) -> str:
 
 
 def _layout(samples: LoadedSamples, sample_index: int) -> CodeGrid:
-    """What the codes of a sample are, of a dataset that has them in several layouts."""
-    return samples.reader.opened.manifest.layout(_code_column(samples, sample_index))
+    """What the codes of a sample are."""
+    return samples.reader.layout or samples.reader.opened.manifest.layout(_code_column(samples, sample_index))
 
 
 def _payloads(samples: LoadedSamples, sample_index: int) -> Iterator[tuple[str, int, int]]:
@@ -278,22 +277,23 @@ def _payloads(samples: LoadedSamples, sample_index: int) -> Iterator[tuple[str, 
 
 def _members(samples: LoadedSamples, sample_index: int, data: memoryview) -> Sample:
     """A sample of a source without our schema: `__key__` and, by suffix, the members' bytes."""
-    sample: Sample = {"__key__": ""}
-    for suffix, begin, end in _payloads(samples, sample_index):
-        if not sample["__key__"]:
-            sample["__key__"] = _member_name(samples, sample_index, data, begin).removesuffix(f".{suffix}")
-        sample[suffix] = bytes(data[begin:end])
-    return sample
+    payloads = list(_payloads(samples, sample_index))
+    blocks = bytes(data[: min(begin for _, begin, _ in payloads)])
+    if len(blocks) > BLOCK and (b"path=" in blocks or blocks[156:157] == b"L"):  # other pax blocks say nothing of names
+        name = first_name(blocks, samples.where(sample_index), 0)
+    else:
+        name = header_name(blocks[-BLOCK:]).decode("utf-8", "replace")
+    return {"__key__": cut_name(name)[0], **{suffix: bytes(data[begin:end]) for suffix, begin, end in payloads}}
 
 
-def _in_cache(members: Data) -> Iterator[Data]:
+def _in_cache(members: Sequence[memoryview]) -> Iterator[Sequence[memoryview]]:
     """The members in runs that are joined without leaving the processor's cache."""
     size = max(_CACHE_BYTES * len(members) // max(sum(map(len, members)), 1), 1)
     for start in range(0, len(members), size):
         yield members[start : start + size]
 
 
-def read_keys(headers: Data) -> list[str]:
+def read_keys(headers: Sequence[memoryview]) -> list[str]:
     """The keys in tar headers of json members: up to the first dot. Our schema's keys are ASCII without dots."""
     joined = b"".join(headers)
     names = np.frombuffer(joined, np.uint8).reshape(len(headers), NAME_BYTES)
@@ -305,7 +305,14 @@ def read_keys(headers: Data) -> list[str]:
     return [text[start : start + end] for start, end in zip(starts, ends.tolist(), strict=True)]
 
 
-def _codes(members: Data, grids: Sequence[Any], layouts: Sequence[CodeGrid]) -> Codes | None:
+def _codes(members: Sequence[memoryview], grids: Sequence[Any], layouts: Sequence[CodeGrid]) -> Codes | None:
+    """The codes of samples.
+
+    Args:
+        members: the npy file of each, perhaps empty.
+        grids: shapes of the images of each; [] where no sample has several.
+        layouts: of each, or one of all.
+    """
     lengths = set(map(len, members))
     if lengths == {0}:
         return None
@@ -315,6 +322,7 @@ def _codes(members: Data, grids: Sequence[Any], layouts: Sequence[CodeGrid]) -> 
         return Codes(_tensor(stacked_B.reshape(-1), layouts[0]), shape)
     arrays = [parse_npy(member, "codes", IN_COLUMNS) if len(member) else None for member in members]
     shapes: list[Shape | list[Shape] | None] = []
+    grids, layouts = grids or [None] * len(arrays), layouts if len(layouts) > 1 else [layouts[0]] * len(arrays)
     for array, of_images, layout in zip(arrays, grids, layouts, strict=True):
         found = None if array is None else layout.shapes_of("codes", array, of_images)
         shapes.append(found if found is None or of_images is not None else found[0])
@@ -329,7 +337,7 @@ def _codes(members: Data, grids: Sequence[Any], layouts: Sequence[CodeGrid]) -> 
     )
 
 
-def stack_npy(members: Data, takes: str = IDS) -> NDArray[Any] | None:
+def stack_npy(members: Sequence[memoryview], takes: str = IDS) -> NDArray[Any] | None:
     """The arrays of npy members, side by side in a first dimension; None if they differ in type or shape.
 
     >>> from wds_tools.format.shard import npy_bytes
@@ -341,12 +349,12 @@ def stack_npy(members: Data, takes: str = IDS) -> NDArray[Any] | None:
         return None
     first = parse_npy(members[0], "an npy member", takes)
     skip = len(members[0]) - first.nbytes
-    head = np.frombuffer(members[0], np.uint8, skip)
+    head = bytes(members[0][:skip])
     stacked_BM = np.empty((len(members), first.nbytes), np.uint8)
     done, same = 0, True
     for together in _in_cache(members):
         raw_BM = np.frombuffer(b"".join(together), np.uint8).reshape(len(together), -1)
-        same = same and bool((raw_BM[:, :skip] == head).all())
+        same = same and raw_BM[:, :skip].tobytes() == head * len(together)
         stacked_BM[done : done + len(together)] = raw_BM[:, skip:]
         done += len(together)
     return stacked_BM.reshape(-1).view(first.dtype).reshape(len(members), *first.shape) if same else None
@@ -358,17 +366,3 @@ def _tensor(flat: NDArray[Any], layout: CodeGrid) -> torch.Tensor:
     if flat.dtype.itemsize > 2 and flat.size and int(flat.max()) >= 1 << 31:
         raise FormatError(f"the code {int(flat.max())} does not fit the int32 of a batch")
     return torch.from_numpy(flat if flat.dtype.itemsize > 1 else flat.astype(np.uint16))
-
-
-def _member_name(samples: LoadedSamples, sample_index: int, data: memoryview, begin: int) -> str:
-    """The full name of the member whose payload begins at `begin`."""
-    if begin > BLOCK:  # a pax or long-name header stands before it
-        blocks = bytes(data[:begin])
-        if b"path=" in blocks or blocks[156:157] == b"L":
-            members = TarReader(samples.where(sample_index)).feed(data)
-            return members[0].name.removeprefix("./")
-    header = bytes(data[begin - BLOCK : begin])
-    name = header[:NAME_BYTES].split(b"\0", 1)[0]
-    if header[257:263] == b"ustar\0" and header[345]:
-        name = header[345:500].split(b"\0", 1)[0] + b"/" + name
-    return name.decode("utf-8", "replace").removeprefix("./")

@@ -15,15 +15,15 @@ from typing import TypeVar
 import numpy as np
 import orjson
 
-from loaders.batches.collate import Data, check_crc
+from loaders.batches.collate import check_crc
 from loaders.order.mask import EXCLUDED, UNUSED, Mask, Substitution
 from loaders.order.samples import Located, SampleOrder
-from loaders.reading.source import LoadedSamples, bytes_of
+from loaders.reading.source import LoadedSamples, SampleBytes, bytes_of
 from wds_tools.errors import DataError, FormatError, Reject
 
 _MOST_TRIED = 64
 _T = TypeVar("_T")
-Parse = Callable[[Sequence[LoadedSamples], Sequence[int], Data], _T]
+Parse = Callable[[Sequence[LoadedSamples], Sequence[int], SampleBytes], _T]
 """Makes something of samples, as collate.read_columns does."""
 _EXCLUDED = Reject(EXCLUDED, "the sample is no longer to be handed over")
 _READING_ERRORS = (DataError, KeyError, IndexError, ValueError, TypeError)
@@ -72,7 +72,7 @@ class Decoder:
 
     def _parsed(self, loaded: Sequence[LoadedSamples], sample_indices: Sequence[int], parse: Parse[_T]) -> _T:
         data = bytes_of(loaded, sample_indices)
-        self.num_bytes += sum(map(len, data))
+        self.num_bytes += int((data.spans[:, 1] - data.spans[:, 0]).sum())
         if self._check_crc:
             check_crc(loaded, sample_indices, data)
         return parse(loaded, sample_indices, data)

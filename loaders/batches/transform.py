@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from loaders.batches.collate import Batch, Columns, Data, Sample, chosen_texts, read_samples
+from loaders.batches.collate import Batch, Columns, Sample, chosen_texts, read_samples
 from loaders.batches.decode import Decoder
 from loaders.order.mask import UNUSED, Substitution
 from loaders.order.plan import Ints
 from loaders.order.samples import Located, SampleOrder
-from loaders.reading.source import LoadedSamples
+from loaders.reading.source import LoadedSamples, SampleBytes
 from wds_tools.errors import Reject, TransformError
 from wds_tools.sequences.choices import generator_of
 
@@ -104,7 +104,7 @@ class Transformer:
         """The key of the next sample of its shard that is used, what the transform made of it, and its place."""
         found: list[tuple[str, dict[str, Any]]] = []
 
-        def parse(loaded: Sequence[LoadedSamples], sample_indices: Sequence[int], data: Data) -> None:
+        def parse(loaded: Sequence[LoadedSamples], sample_indices: Sequence[int], data: SampleBytes) -> None:
             (sample,) = read_samples(loaded, sample_indices, data)
             key, result = sample["__key__"], self._run(sample, before.source, epoch)
             if isinstance(result, Reject):

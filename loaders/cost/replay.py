@@ -11,6 +11,7 @@ Cost: a few seconds, whatever the length of the epoch.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -24,7 +25,7 @@ from loaders.order.plan import block_samples
 from loaders.order.samples import OpenSource, SampleOrder
 from loaders.reading.planner import PositionRange, Request
 from loaders.reading.reader import PositionReader, ReadAhead
-from wds_tools.dataset.offsets import OFFSETS_BYTES, part_bytes
+from wds_tools.dataset.offsets import OFFSETS_BYTES, REQUEST_BYTES, part_bytes
 from wds_tools.dataset.samples import INDEX_BYTES, RUN_BYTES, RUN_SAMPLES
 from wds_tools.format.offsets import OFFSET_BYTES, Groups
 from wds_tools.storage import LocalStore
@@ -110,7 +111,7 @@ class CountingFetches:
             span = groups.span(shard, first, last)
             part = part_bytes(groups.file_bytes)
             for number in range(span.entry * OFFSET_BYTES // part, (span.entry + span.num_groups) * OFFSET_BYTES // part + 1):
-                self._offset_parts[source].get(number, lambda _: self._fetch_about(min(part, groups.file_bytes)))
+                self._offset_parts[source].get(number, lambda _: self._fetch_about(min(part, groups.file_bytes), REQUEST_BYTES))
             first = first // span.group_samples * span.group_samples
             last = min(first + span.num_groups * span.group_samples, info.samples)
         else:
@@ -146,8 +147,8 @@ class CountingFetches:
     def _fetch_index(self, source: int, shard: int) -> range:
         return self._fetch_about(_INDEX_SAMPLE_BYTES * self._sources[source].manifest.shards[shard].samples)
 
-    def _fetch_about(self, num_bytes: int) -> range:
-        self.index_requests += 1
+    def _fetch_about(self, num_bytes: int, request_bytes: int = sys.maxsize) -> range:
+        self.index_requests += -(-num_bytes // request_bytes)
         self.index_bytes += num_bytes
         return range(num_bytes)  # something of that length
 

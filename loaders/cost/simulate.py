@@ -19,7 +19,7 @@ import numpy as np
 
 from loaders.config import LoaderConfig, Source
 from loaders.cost.replay import ProcessCost, replay
-from loaders.order.partition import BatchPartition
+from loaders.order.partition import BatchPartition, check_batch
 from loaders.order.plan import Ints
 from loaders.order.samples import OpenSource, SampleOrder, order_spec
 from loaders.order.shares import count_tokens
@@ -172,8 +172,6 @@ def simulate(
     Raises:
         UsageError: the settings do not fit the data, the world or the state.
     """
-    if config.batch_size < world_size:
-        raise UsageError(f"batch_size={config.batch_size} is less than one sample for each of {world_size} ranks")
     before, started = _resident_bytes(), time.perf_counter()
     if state is None:
         order = SampleOrder(sources, order_spec(sources, config))
@@ -183,11 +181,8 @@ def simulate(
     order.locate(order.latest_epoch, np.arange(1))
     epoch_s = time.perf_counter() - started - start_s
     after = _resident_bytes()
+    check_batch(order.length, config.batch_size, config.last_batch, world_size)
     steps = BatchPartition(order.length, 0, config.batch_size, config.last_batch, world_size)
-    if not len(steps):
-        raise UsageError(
-            f"an epoch of {order.length} samples is less than a batch of {config.batch_size}, and last_batch='drop' leaves it out"
-        )
     process = replay(order, config, steps, as_remote=as_remote)
     return Simulation(
         num_samples=sum(opened.manifest.samples for opened in sources),

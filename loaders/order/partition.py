@@ -13,6 +13,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from loaders.config import LastBatch
+from wds_tools.errors import UsageError
+
+
+def check_batch(length: int, batch_size: int, last_batch: LastBatch, world_size: int) -> None:
+    """Raise UsageError if batches leave a rank without a sample, or an epoch of this length without a batch."""
+    if batch_size < world_size:
+        raise UsageError(f"batch_size={batch_size} is less than one sample for each of {world_size} ranks")
+    if last_batch == "drop" and length < batch_size:
+        raise UsageError(
+            f"an epoch of {length} samples is less than a batch of {batch_size}, and last_batch='drop' leaves it out: choose a "
+            "smaller batch_size, or last_batch='short' or 'wrap'"
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -177,7 +177,7 @@ class SourcePlan:
         lane, cursor = positions % self.spec.lanes, positions // self.spec.lanes
         lane_start, lane_end = self._lane_bounds(lane)
         ordinal = lane_start + cursor  # number of the sample in the shuffled chunks, as the starts of chunks and blocks
-        number = np.searchsorted(starts, ordinal, "right") - 1
+        number = ordinal if len(chunks) == self.num_samples else np.searchsorted(starts, ordinal, "right") - 1
         chunk, start, end = chunks[number], starts[number], starts[number + 1]
         shard = np.searchsorted(self._chunks_before, chunk, "right") - 1
         block, num_samples, end = self._block(shard, ordinal, start, end, lane_start, lane_end)

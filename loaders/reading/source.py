@@ -2,7 +2,7 @@
 
     SourceReader.load(shard, first, last) -> LoadedSamples       offsets of groups -> one ranged read -> the headers in it
                                              without offsets:    index -> one ranged read
-    bytes_of(loaded, sample_indices) -> bytes of each sample     slices of it
+    bytes_of(loaded, sample_indices) -> SampleBytes              what holds each sample, and where in it its members lie
 
 What is fetched by the offsets of a dataset is whole groups of samples, of which every header is checked. If they do not go
 together, the index says what is there. It is also taken where there are no offsets, for a CRC-32, and for local files.
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import faulthandler
 import resource
-from array import array
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -26,6 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from loaders.order.plan import Ints
 from loaders.order.samples import OpenSource
 from loaders.reading.cache import BlockCache
 from wds_tools.dataset.offsets import OffsetsReader, Place
@@ -33,9 +33,9 @@ from wds_tools.dataset.samples import IndexReader
 from wds_tools.errors import FormatError, UsageError
 from wds_tools.format.codes import HW, chosen_codes, is_code_column
 from wds_tools.format.index import ABSENT, ShardIndex
-from wds_tools.format.own import own_samples
 from wds_tools.format.scan import scan_run
 from wds_tools.format.schema import IMAGE_EXTENSIONS, TOKEN_MEMBERS
+from wds_tools.format.tar.own import own_samples
 from wds_tools.storage import LocalStore, join
 from wds_tools.storage.recent import SingleFlight
 
@@ -46,7 +46,7 @@ _CACHE_REGION_BYTES = 4 << 20
 class LoadedSamples:
     """Samples [first, last) of a shard. Where those of a group lie is found out when one of them is asked for."""
 
-    __slots__ = ("_index", "_place", "begin", "data", "end", "first", "last", "member_spans", "reader", "shard", "start", "url")
+    __slots__ = ("_index", "_place", "begin", "data", "first", "last", "reader", "shard", "spans", "url")
 
     def __init__(
         self,
@@ -64,12 +64,10 @@ class LoadedSamples:
         self.data = data
         """From the first byte of the first sample to the last of the last; None of a local shard."""
         self.begin: int
-        """Byte of the shard at which the first sample begins."""
-        self.start: array[int]
-        self.end: array[int]
-        self.member_spans: list[array[int]]
-        """By sample, from `first` on: begin and end of the sample, in bytes from `begin` on (0, 0: not known yet, see `find`);
-        then begin and end of each wanted member, in bytes of the sample (0, 0: it has none)."""
+        """Byte of the shard at which what is in memory begins; 0 of a local shard."""
+        self.spans: memoryview
+        """Of int64, a row a sample, from `first` on: begin and end of the sample, in bytes from `begin` on (0, 0: not known yet,
+        see `find`); then begin and end of each wanted member (0, 0: it has none). Rows of it are joined for a batch."""
         self.url = join(reader.opened.store.url, reader.opened.shards.name(shard))
         """URL of the shard."""
         self._index: ShardIndex | None = None
@@ -78,8 +76,7 @@ class LoadedSamples:
             self._take(found)
         else:
             self._place, self.begin = found, found.bounds[0]
-            unknown = bytes(8 * (last - first))
-            self.start, self.end, *self.member_spans = [array("q", unknown) for _ in range(2 + 2 * len(reader.wanted))]
+            self.spans = memoryview(bytearray(8 * (last - first) * reader.span_width)).cast("q")
 
     @property
     def members(self) -> tuple[str, ...]:
@@ -98,9 +95,15 @@ class LoadedSamples:
         assert self._index is not None
         return self._index
 
+    @property
+    def is_found(self) -> bool:
+        """Whether `spans` has all samples."""
+        return self._place is None
+
     def find(self, offset: int) -> None:
         """Find out where the sample `first + offset` lies, and the others of its group. Raises as `index` does."""
-        if self._place is None or self.data is None:
+        width = self.reader.span_width
+        if self._place is None or self.data is None or self.spans[offset * width + 1]:
             return
         size, bounds = self._place.group_samples, self._place.bounds
         number = offset // size
@@ -109,13 +112,13 @@ class LoadedSamples:
         if samples is None or len(samples) != high - low:
             self._take(self.index)
             return
-        spans = self.member_spans
-        for at, (begin, end, members) in zip(range(low, high), samples, strict=True):
-            self.start[at], self.end[at] = begin, end
-            for column, names in zip(range(0, len(spans), 2), self.reader.wanted, strict=True):
+        spans = self.spans
+        for at, (begin, end, members) in zip(range(low * width, high * width, width), samples, strict=True):
+            spans[at], spans[at + 1] = begin, end
+            for column, names in zip(range(at + 2, at + width, 2), self.reader.wanted, strict=True):
                 for name in names:
                     if name in members:
-                        spans[column][at], spans[column + 1][at] = members[name]
+                        spans[column], spans[column + 1] = (begin + place for place in members[name])
                         break
 
     def _read_headers(self) -> ShardIndex:
@@ -131,49 +134,84 @@ class LoadedSamples:
             return again.index
 
     def _take(self, index: ShardIndex) -> None:
-        self._index, self._place, self.begin = index, None, int(index.start[0])
-        self.start, self.end, *self.member_spans = _spans(index, self.reader.wanted)
+        self._index, self._place, self.begin = index, None, 0 if self.data is None else int(index.start[0])
+        self.spans = memoryview(_spans(index, self.begin, self.reader.wanted).reshape(-1))
 
     def where(self, sample_index: int) -> str:
         """Shard and byte of a sample that was found, for messages."""
-        return f"{self.url}, sample {sample_index} at byte {self.begin + self.start[sample_index - self.first]}"
+        begin = self.begin + self.spans[(sample_index - self.first) * self.reader.span_width]
+        return f"{self.url}, sample {sample_index} at byte {begin}"
+
+    def view(self) -> memoryview | None:
+        """What `spans` count in; None of a file that does not stay mapped, or was cut off: see `copy`. Raises as that."""
+        if self.data is not None:
+            return self.data
+        mapped = self.reader.mapped(self.shard)
+        return mapped.view if mapped.stays and mapped.size >= len(mapped.view) else None
+
+    def copy(self, begin: int, end: int) -> memoryview:
+        """Bytes of a local shard. Raises FormatError: it is shorter than that; StorageError."""
+        mapped = self.reader.mapped(self.shard)
+        if end > mapped.size:
+            raise self.reader.cut_off(self.shard, mapped.size)
+        return memoryview(bytes(mapped.view[begin:end]))
 
 
-def bytes_of(loaded: Sequence[LoadedSamples], sample_indices: Sequence[int]) -> list[memoryview]:
-    """The bytes of each sample, from its first header to the last padding. Those of local shards are read here.
+class SampleBytes(NamedTuple):
+    """The bytes of B samples, in place."""
+
+    views: list[memoryview]
+    """What holds each."""
+    spans: Ints
+    """(B, 2 + 2 W) Begin and end of each in its view, from its first header to the last padding; then those of each of the W
+    members that the source's reader wants (an empty one: it has none)."""
+    readers: set[SourceReader]
+    """Of their sources."""
+
+    def cut(self, begin: Ints, end: Ints) -> list[memoryview]:
+        """Bytes begin ... end of each view, (B,) both."""
+        return [view[low:high] for view, low, high in zip(self.views, begin.tolist(), end.tolist(), strict=True)]
+
+    def samples(self) -> list[memoryview]:
+        """All bytes of each."""
+        return self.cut(self.spans[:, 0], self.spans[:, 1])
+
+    def members(self, number: int) -> list[memoryview]:
+        """The payload of one of the wanted members of each."""
+        return self.cut(self.spans[:, 2 + 2 * number], self.spans[:, 3 + 2 * number])
+
+
+def bytes_of(loaded: Sequence[LoadedSamples], sample_indices: Sequence[int]) -> SampleBytes:
+    """Where the bytes of some samples are. Those of local shards are looked up here.
 
     Args:
-        loaded: what holds each sample.
+        loaded: what holds each sample, of sources that want as many members.
         sample_indices: number of each sample in its shard.
 
     Returns:
-        A view of each, in the order given. Those of files that do not stay mapped are copies.
+        They, in the order given. Those of files that do not stay mapped are copies.
 
     Raises:
         FormatError: a shard is shorter than the manifest says.
         StorageError: it can't be read.
     """
-    out: list[memoryview] = []
-    local: dict[tuple[SourceReader, int], Mapped] = {}
-    for samples, sample_index in zip(loaded, sample_indices, strict=True):
-        offset = sample_index - samples.first
-        if samples.data is not None:
-            if not samples.end[offset]:
-                samples.find(offset)
-            out.append(samples.data[samples.start[offset] : samples.end[offset]])
-            continue
-        shard = samples.reader, samples.shard
-        mapped = local.get(shard)
-        if mapped is None:
-            mapped = samples.reader.mapped(samples.shard)
-            if mapped.stays:
-                local[shard] = mapped
-        end = samples.begin + samples.end[offset]
-        if end > mapped.size:
-            raise samples.reader.cut_off(samples.shard, mapped.size)
-        data = mapped.view[samples.begin + samples.start[offset] : end]
-        out.append(data if mapped.stays else memoryview(bytes(data)))
-    return out
+    held = set(loaded)
+    if not all(samples.is_found for samples in held):
+        for samples, sample_index in zip(loaded, sample_indices, strict=True):
+            samples.find(sample_index - samples.first)
+    width = loaded[0].reader.span_width
+    rows = [
+        samples.spans[(sample_index - samples.first) * width : (sample_index - samples.first + 1) * width]
+        for samples, sample_index in zip(loaded, sample_indices, strict=True)
+    ]
+    spans = np.frombuffer(bytearray().join(rows), np.int64).reshape(-1, width)
+    in_place = {samples: samples.view() for samples in held}
+    views = [in_place[samples] for samples in loaded]
+    for number in [number for number, view in enumerate(views) if view is None] if None in in_place.values() else ():
+        begin, end = spans[number, :2].tolist()
+        views[number] = loaded[number].copy(begin, end)
+        spans[number] -= begin
+    return SampleBytes(views, spans, {samples.reader for samples in held})
 
 
 class Mapped(NamedTuple):
@@ -210,6 +248,7 @@ class SourceReader:
         """What its codes are; None: that depends on the column."""
         self.wanted = _wanted(opened, self.code_members)
         """Members whose spans every sample gets: the first that it has of each of these."""
+        self.span_width = 2 + 2 * len(self.wanted)
         others = [name for name in opened.manifest.members if is_code_column(name) and name not in self.code_members]
         self.made: Mapping[str, Mapping[str, Any]] = opened.manifest.codes if others and self.code_members else {}
         """Provenance of the code columns, if samples may have others beside those that are read."""
@@ -353,18 +392,16 @@ def _wanted(opened: OpenSource, code_members: Sequence[str]) -> Sequence[Sequenc
     return [(name,) for name in TOKEN_MEMBERS] if opened.manifest.token_rows else ()
 
 
-def _spans(index: ShardIndex, wanted: Sequence[Sequence[str]]) -> list[array[int]]:
-    """See LoadedSamples.member_spans. Arrays, since taking one number from a numpy column costs four times as much."""
-    start = index.start.astype(np.int64)
-    start -= start[0]
-    out = np.zeros((2 + 2 * len(wanted), len(start)), np.int64)
-    out[0], out[1] = start, start + index.size
-    for low, names in zip(range(2, len(out), 2), wanted, strict=True):
+def _spans(index: ShardIndex, base: int, wanted: Sequence[Sequence[str]]) -> Ints:
+    """See LoadedSamples.spans; `base`: what they count from."""
+    start = index.start.astype(np.int64) - base
+    out = np.zeros((len(start), 2 + 2 * len(wanted)), np.int64)
+    out[:, 0], out[:, 1] = start, start + index.size
+    for low, names in zip(range(2, out.shape[1], 2), wanted, strict=True):
         for column, suffix in reversed(list(enumerate(index.members))):
             if suffix in names:
-                lengths = index.lengths[:, column]
+                lengths, offsets = (numbers[:, column].astype(np.int64) for numbers in (index.lengths, index.offsets))
                 present = lengths != ABSENT
-                begin = index.offsets[:, column].astype(np.int64)
-                out[low] = np.where(present, begin, out[low])
-                out[low + 1] = np.where(present, begin + lengths, out[low + 1])
-    return [array("q", numbers.tobytes()) for numbers in out]
+                out[present, low] = (start + offsets)[present]
+                out[present, low + 1] = (start + offsets + lengths)[present]
+    return out

@@ -13,7 +13,10 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
 
+import numpy as np
+
 from loaders.order.partition import BatchPartition
+from loaders.order.samples import SampleOrder
 from wds_tools.errors import UsageError
 from wds_tools.format.typed_json import shape
 
@@ -114,10 +117,24 @@ def parse_lanes(lanes: Any, num_lanes: int, position: int, *, is_whole: bool = F
     return parsed
 
 
-def check_packing(packing: Any, spec: Mapping[str, Any]) -> None:
-    """Raise UsageError unless a state's rows are made as the config makes them."""
+def lanes_of(state: Mapping[str, Any], spec: Mapping[str, Any] | None, num_lanes: int, *, is_whole: bool) -> dict[int, LaneState]:
+    """Where lanes stand by a state; none without packing.
+
+    Args:
+        state: of the loader, untrusted JSON values.
+        spec: how the config makes rows that are packed on the fly; None: it packs none.
+        num_lanes, is_whole: see parse_lanes.
+
+    Raises:
+        UsageError: the state's rows are made otherwise, or see parse_lanes.
+    """
+    packing = state.get("packing")
+    if (packing is None) != (spec is None):
+        raise UsageError(f"the state was saved with packing={packing is not None}, the config has {spec is not None}")
+    if spec is None:
+        return {}
     saved = packing.get("spec") if isinstance(packing, Mapping) else None
-    if not isinstance(saved, Mapping):
+    if not isinstance(packing, Mapping) or not isinstance(saved, Mapping):
         raise UsageError(f"not the state of packed rows: its packing is {str(packing)[:80]}")
     names = [name for name in [*saved, *spec] if saved.get(name) != spec.get(name)]
     if names:
@@ -125,6 +142,15 @@ def check_packing(packing: Any, spec: Mapping[str, Any]) -> None:
             f"the state was saved with other rows: {names[0]} was {saved.get(names[0])!r}, is {spec.get(names[0])!r}: "
             "keep the settings of the run, or start a new one"
         )
+    return parse_lanes(packing.get("lanes"), num_lanes, state["position"], is_whole=is_whole)
+
+
+def without_excluded(order: SampleOrder, number: int, lane: LaneState) -> LaneState:
+    """A lane in whose window samples that are excluded now begin again, as those that stand in for them."""
+    cursors = np.array([cursor for cursor, _ in lane.waiting], np.int64)
+    excluded = order.is_excluded(order.locate(0, cursors * order.spec.lanes + number)) if len(cursors) else cursors
+    waiting = zip(lane.waiting, excluded.tolist(), strict=True)
+    return lane._replace(waiting=tuple((cursor, 0 if begins else used) for (cursor, used), begins in waiting))
 
 
 def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -19,7 +19,6 @@ import torch
 from loaders.batches.collate import (
     NAME_BYTES,
     Columns,
-    Data,
     TokenTensors,
     chosen_texts,
     read_keys,
@@ -28,7 +27,7 @@ from loaders.batches.collate import (
 )
 from loaders.order.plan import Ints
 from loaders.order.samples import OpenSource
-from loaders.reading.source import LoadedSamples
+from loaders.reading.source import LoadedSamples, SampleBytes
 from wds_tools.errors import FormatError, UsageError
 from wds_tools.format.codes import Codes, join_grids
 from wds_tools.format.schema import TOKEN_MEMBERS, Sample
@@ -77,7 +76,7 @@ class RowMaker:
         """See ExampleBuilder.spec; kept, since it takes a hash of the tokenizer."""
         return self.builder.spec
 
-    def read(self, loaded: Sequence[LoadedSamples], sample_indices: Sequence[int], data: Data) -> list[Sample]:
+    def read(self, loaded: Sequence[LoadedSamples], sample_indices: Sequence[int], data: SampleBytes) -> list[Sample]:
         """Parse samples of which examples can be made. Args and Raises as collate.read_records, and Reject."""
         keys, records, codes = read_records(loaded, sample_indices, data)
         grids: Sequence[Sequence[Codes]] = codes.to_arrays() if codes is not None else [()] * len(keys)
@@ -138,34 +137,25 @@ def sample_of(key: str, record: Mapping[str, Any], grids: Sequence[Codes]) -> Sa
     return Sample(key=key, conversations=record.get("conversations"), texts=record.get("texts"), **fields)
 
 
-def read_token_rows(loaded: Sequence[LoadedSamples], sample_indices: Sequence[int], data: Data) -> Columns:
+def read_token_rows(loaded: Sequence[LoadedSamples], sample_indices: Sequence[int], data: SampleBytes) -> Columns:
     """A batch of rows that were packed ahead; each is a sample of its shard. Args as collate.read_columns.
 
     Raises:
         FormatError: they are not token rows, or have different lengths.
     """
-    headers: list[memoryview] = []
-    ids: list[memoryview] = []
-    loss_bits: list[memoryview] = []
-    lengths: list[memoryview] = []
-    for samples, sample_index, sample_data in zip(loaded, sample_indices, data, strict=True):
+    for samples, sample_index in zip(loaded, sample_indices, strict=True):
         if samples.members != TOKEN_MEMBERS:
             raise FormatError(
                 f"{samples.where(sample_index)} has members {', '.join(samples.members)}, expected {', '.join(TOKEN_MEMBERS)}"
             )
-        offset = sample_index - samples.first
-        headers.append(sample_data[:NAME_BYTES])
-        ids_begin, ids_end, loss_begin, loss_end, begin, end = samples.member_spans
-        ids.append(sample_data[ids_begin[offset] : ids_end[offset]])
-        loss_bits.append(sample_data[loss_begin[offset] : loss_end[offset]])
-        lengths.append(sample_data[begin[offset] : end[offset]])
-    ids_BL, bits_BM, segments = stack_npy(ids), stack_npy(loss_bits), _lists(lengths)
+    ids_BL, bits_BM, segments = stack_npy(data.members(0)), stack_npy(data.members(1)), _lists(data.members(2))
     if ids_BL is None or bits_BM is None or bits_BM.shape[1] != -(-ids_BL.shape[1] // 8):
         raise FormatError(f"{loaded[0].where(sample_indices[0])} and the others of its batch are not rows of one length")
     if max(map(sum, segments)) > ids_BL.shape[1]:
         raise FormatError(f"{loaded[0].where(sample_indices[0])}, or another of its batch, has segments beyond its end")
+    keys = read_keys(data.cut(data.spans[:, 0], data.spans[:, 0] + NAME_BYTES))
     loss_BL = np.unpackbits(bits_BM, axis=1, count=ids_BL.shape[1]).view(np.bool_)
-    return Columns({"__key__": read_keys(headers)}, None, TokenTensors.of(packed_batch(ids_BL, loss_BL, segments)))
+    return Columns({"__key__": keys}, None, TokenTensors.of(packed_batch(ids_BL, loss_BL, segments)))
 
 
 def _lists(members: Sequence[memoryview]) -> list[list[int]]:
@@ -199,7 +189,14 @@ def check_packed_ahead(sources: Sequence[OpenSource]) -> bool:
 
 
 def model_inputs(batch: dict[str, Any]) -> dict[str, Any]:
-    """What a causal language model of transformers takes of a batch: ids, labels, and what keeps tokens apart."""
+    """What a causal language model of transformers takes of a batch: ids, labels, and what keeps tokens apart.
+
+    Args:
+        batch: of token rows.
+
+    Returns:
+        Arguments of the model's `forward`: int64 tensors (B, L).
+    """
     return {name: batch[name] for name in ("input_ids", "labels", "attention_mask", "position_ids") if name in batch}
 
 

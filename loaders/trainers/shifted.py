@@ -37,7 +37,7 @@ def shifted(batch: Batch | dict[str, Any], seq_len: int) -> ShiftedRows:
         found = "no packed rows" if positions_BL is None else f"rows of {positions_BL.shape[1]} tokens"
         raise UsageError(
             f"{found}, expected packed rows of {seq_len}: give sequences=SequenceConfig(max_length={seq_len}, ...) and "
-            f"packing=True, or shards of `wds-tools pack --seq-len {seq_len}`"
+            f"packing=True, or shards of `wds-tools pack --max-length {seq_len}`"
         )
     labels_BL = torch.full_like(batch["labels"], -100)
     labels_BL[:, :-1] = batch["labels"][:, 1:]

@@ -33,7 +33,7 @@ class TokenRowLoader(BaseDataLoader):  # type: ignore[misc]  # torchtitan may be
         config: what to read.
         dp_world_size: number of data-parallel ranks.
         dp_rank: this one.
-        seq_len: tokens of a row: `max_length` of rows packed on the fly, `--seq-len` of rows packed ahead.
+        seq_len: tokens of a row: `max_length` of rows packed on the fly, `--max-length` of rows packed ahead.
         local_batch_size: rows of a rank; of all ranks they are the batch, whatever batch_size the loader's config has.
         others: what torchtitan hands to every loader, such as a tokenizer: not used.
 

@@ -15,6 +15,7 @@ from multiprocessing.queues import Queue
 from typing import Any
 
 from torch._utils import ExceptionWrapper
+from torch.utils.data import get_worker_info
 
 from loaders.config import LoaderConfig
 from loaders.order.samples import OpenSource
@@ -83,6 +84,15 @@ def tell_of_failures(_: int = 0, *, wrapped: bool = False) -> None:
         queue.put((item[0], ExceptionWrapper((StorageError, told, None)) if wrapped else told))  # type: ignore[no-untyped-call]
 
     Queue._on_queue_feeder_error = tell  # type: ignore[attr-defined]
+
+
+def begin_worker() -> tuple[int, int]:
+    """Number of this worker, and how many there are; 0 of 1 in a process that is none. To be called when a pipeline begins."""
+    info = get_worker_info()
+    if info is None:
+        return 0, 1
+    tell_of_failures(wrapped=True)
+    return info.id, info.num_workers
 
 
 def _free() -> str:

@@ -8,19 +8,20 @@ The request says all: which positions, and which come after them. A process keep
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from loaders.batches.collate import Columns, chosen_texts, read_columns
+from loaders.batches.collate import Batch, Columns, chosen_texts, read_columns
 from loaders.batches.decode import Decoder
 from loaders.batches.transform import Transformer
 from loaders.config import LoaderConfig
 from loaders.order.mask import Substitution
 from loaders.order.partition import BatchPartition
+from loaders.order.plan import Ints
 from loaders.order.samples import Located, SampleOrder
 from loaders.proof.receipt import SampleHash, total_of
 from loaders.proof.steps import StepSpan
@@ -80,6 +81,17 @@ class StepResult:
     """PositionReader.counts() of that process, and those of its RowMaker."""
     lanes: dict[int, LaneState]
     """With packing: where its lanes stand after it."""
+
+    def to_batch(self, names: Sequence[str]) -> Batch:
+        """The batch; `names` are those of the sources."""
+        columns, lists = self.columns, self.columns.lists
+        sources = lists.get("__source__") or list(map(names.__getitem__, self.sources))
+        batch: Batch = {"__key__": lists["__key__"], "__source__": sources, **lists}
+        if columns.tokens is not None:
+            batch |= columns.tokens.to_columns()
+        if columns.codes is not None:
+            batch["codes"] = columns.codes.to_tensors()
+        return (columns.made or {}) | batch
 
 
 class StepDataset(torch.utils.data.Dataset["StepResult | WdsToolsError"]):
@@ -157,19 +169,22 @@ class StepDataset(torch.utils.data.Dataset["StepResult | WdsToolsError"]):
     ) -> tuple[Columns, dict[int, Substitution]]:
         """Samples from position `low` on as columns; see Decoder.decode."""
         sources = located.source.tolist()
-        epochs = self._order.source_epochs(epoch, np.arange(low, low + len(loaded)))
+
+        def epochs() -> Ints:
+            return self._order.source_epochs(epoch, np.arange(low, low + len(loaded)))
+
         if self._transformer is not None:
-            return self._transformer.batch(located, loaded, epochs)
+            return self._transformer.batch(located, loaded, epochs())
         if self._maker is None:
             columns, substitutions = self._decoder.decode(located, loaded, self._parse)
             if "texts" in columns.lists:
                 weights = [opened.texts for opened in self._order.sources]
                 held = zip(*(columns.lists[name] for name in ("__key__", "text", "texts")), strict=True)
-                columns.lists["text"] = chosen_texts(weights, self._config.seed, epochs, sources, held)
+                columns.lists["text"] = chosen_texts(weights, self._config.seed, epochs(), sources, held)
             return columns, substitutions
         samples, substitutions = self._decoder.decode(located, loaded, self._maker.read)
         names = [self._order.sources[number].name for number in sources]
-        return self._maker.padded(samples, epochs, names, sources), substitutions
+        return self._maker.padded(samples, epochs(), names, sources), substitutions
 
     def _upcoming(self, request: StepRequest) -> Iterator[PositionRange]:
         """Positions of this worker's next steps, into the next epoch if there is one."""

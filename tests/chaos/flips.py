@@ -31,7 +31,7 @@ class Flips:
         write_samples(folder / "samples")
         write_small_sets(folder / "small")
         inputs = str(folder / "small/pairs"), str(folder / "small/texts")
-        words = {"tokenizer": str(folder / "small/tokenizer"), "seq_len": 1280, "quiet": True}
+        words = {"tokenizer": str(folder / "small/tokenizer"), "max_length": 1280, "quiet": True}
         pack(PackConfig(input=inputs, output=str(folder / "rows"), **words))
         (folder / "tars").mkdir()
         for number in range(2):

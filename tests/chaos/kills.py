@@ -51,7 +51,7 @@ COMMANDS: Mapping[str, Sequence[str]] = {
         "small/texts",
         "--tokenizer",
         "small/tokenizer",
-        "--seq-len",
+        "--max-length",
         "1280",
         "--task-samples",
         "10",
@@ -72,7 +72,6 @@ BEGUN = dict.fromkeys(COMMANDS, "_work/") | {"finalize": "_work/run-", "vocabula
 WITHOUT_RESUME = ("index", "finalize", "convert documents --part", "vocabulary")
 """Those that are run again as they are."""
 WITHOUT_PROGRESS = ("finalize", "vocabulary")
-WITHOUT_WORKERS = ("export hf", "export parquet", *WITHOUT_PROGRESS)
 RESOURCE_TRACKER = re.compile(r"^.*resource_tracker: There appear to be.*\n.*\n", re.MULTILINE)
 """What Python says of a process that was killed before it could tidy up."""
 LIMIT_S = 240.0
@@ -137,7 +136,7 @@ class Kills:
     def _words(self, name: str, url: str) -> list[str]:
         place = [url] if name == "index" else ["--output", url]
         quiet = [] if name in WITHOUT_PROGRESS else ["--quiet"]
-        workers = [] if name in WITHOUT_WORKERS else ["--workers", "2"]
+        workers = [] if name in WITHOUT_PROGRESS else ["--workers", "2"]
         return [*name.partition(" --")[0].split(), *COMMANDS[name], *place, *quiet, *workers]
 
     def _prepare(self, name: str, url: str) -> None:

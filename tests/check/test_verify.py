@@ -160,7 +160,15 @@ def test_damage_is_found_and_named(folder: Path, what: str, capsys: pytest.Captu
     assert len(found) <= 5, found
     assert main(["verify", str(folder), "--quiet"]) == 1
     assert f"verify: {counted(len(found), 'problem')}" in capsys.readouterr().out
-    assert problems(folder, workers=2) == found
+
+
+QUICK = ("a truncated shard", "a stale index", "a reject too few")
+
+
+@pytest.mark.parametrize("what", [*QUICK, *(pytest.param(what, marks=pytest.mark.slow) for what in DAMAGE if what not in QUICK)])
+def test_workers_find_the_same_damage(folder: Path, what: str) -> None:
+    DAMAGE[what][0](folder)
+    assert problems(folder, workers=2) == problems(folder)
 
 
 def test_a_problem_of_one_shard_hides_none_of_another(folder: Path) -> None:

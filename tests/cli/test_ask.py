@@ -127,7 +127,7 @@ def test_the_page_has_the_pictures_that_the_codes_decode_to(tmp_path: Path) -> N
 def test_rows_packed_ahead_are_asked_about_with_texts_and_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_tokenizer(tmp_path / "tokenizer")
     make_dataset(tmp_path / "pairs", (image_sample(n) for n in range(30)), codes=PROVENANCE)
-    given = {"input": (str(tmp_path / "pairs"),), "seq_len": 64, "output": str(tmp_path / "rows"), "quiet": True}
+    given = {"input": (str(tmp_path / "pairs"),), "max_length": 64, "output": str(tmp_path / "rows"), "quiet": True}
     pack(PackConfig(**given, tokenizer=str(tmp_path / "tokenizer"), shard_samples=5))
     state, steps = run_of(tmp_path, Source(str(tmp_path / "rows")), steps=2, batch_size=2)
     args = ("at", state, "--step", "1", "--text-tokenizer", str(tmp_path / "tokenizer"))

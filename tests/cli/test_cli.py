@@ -125,8 +125,8 @@ def test_wrong_arguments_are_status_2_without_a_traceback(args: list[str], capsy
         (["convert", "documents"], "missing: --input, --output (wds-tools convert documents --help says more)"),
         (
             ["audit"],
-            "missing: folders or URLs with saves of a loader, of which the newest counts; or receipts of all ranks and restarts: "
-            ".json files, or folders of them (wds-tools audit --help says more)",
+            "missing: folders or URLs with saves of a loader, of which the newest counts; or the receipts of all ranks and "
+            "restarts, as .json files or folders of these (wds-tools audit --help says more)",
         ),
         (
             ["export", "hf", "--input", "a", "--output", "b", "--format", "x"],
@@ -152,7 +152,7 @@ def test_a_command_of_several_that_is_not_named_lists_them_with_a_line_each(caps
         assert usage.startswith("usage: wds-tools convert KIND ")
         assert [line.split(maxsplit=2) for line in lines] == [[*words.split(), summary] for words, summary in kinds.items()]
     assert main(["convert", "bogus"]) == 2
-    assert capsys.readouterr().err == f"wds-tools: unknown command 'convert bogus': The commands are {', '.join(sorted(kinds))}\n"
+    assert capsys.readouterr().err == f"wds-tools: unknown command 'convert bogus': the commands are {', '.join(sorted(kinds))}\n"
 
 
 @EVERY_COMMAND
@@ -386,7 +386,7 @@ def test_a_full_disk_under_standard_output_is_one_line(tmp_path: Path, args: lis
     words = [word.replace("SET", str(tmp_path / "set")) for word in args]
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(
-            command(*words), env=environment(), stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False
+            command(*words), env=environment(), stdout=full, stderr=subprocess.PIPE, text=True, timeout=200, check=False
         )
     assert (done.returncode, done.stderr) == (1, "wds-tools: can't write to standard output: No space left on device\n")
 
@@ -412,7 +412,7 @@ def test_a_signal_while_modules_load_is_one_line(tmp_path: Path, number: signal.
         assert process.stdout is not None
         assert process.stdout.read(7) == "loading"
         process.send_signal(number)
-        _, said = process.communicate(timeout=60)
+        _, said = process.communicate(timeout=200)
     assert (process.returncode, said) == (128 + number, f"wds-tools: stopped by {number.name}\n")
 
 
@@ -424,7 +424,7 @@ def test_a_signal_ends_a_command_that_waits_for_a_silent_server() -> None:
         process = subprocess.Popen(command("verify", "s3://b/set"), env=environ, stderr=subprocess.PIPE, text=True)
         with process, silent.accept()[0]:
             process.send_signal(signal.SIGTERM)
-            _, said = process.communicate(timeout=40)
+            _, said = process.communicate(timeout=100)
     assert process.returncode == 143
     assert said.splitlines()[-1].startswith("wds-tools: stopped by SIGTERM")  # what to do follows if the main thread got to it
 
@@ -499,7 +499,7 @@ def test_json_says_what_the_lines_say(tmp_path: Path) -> None:
         ["compare-codes", "SET", "SET/"],
         ["select", "--input", "SET", "--output", "OUT"],
         ["relabel", "--input", "SET", "--with", "x.csv", "--texts", "a=b", "--output", "OUT"],
-        ["pack", "--input", "SET", "--tokenizer", "x", "--seq-len", "9", "--output", "OUT"],
+        ["pack", "--input", "SET", "--tokenizer", "x", "--max-length", "9", "--output", "OUT"],
         ["export", "hf", "--input", "SET", "--output", "OUT"],
         ["export", "parquet", "--input", "SET", "--output", "OUT"],
         ["simulate", "SET", "--batch-size", "1"],
@@ -583,6 +583,11 @@ def test_doctor_names_a_bucket_that_cannot_be_read(s3: S3Server, capsys: pytest.
     said = json.loads(capsys.readouterr().out)
     assert said["problems"][0].startswith("s3://no-such-bucket/set: ")
     assert said["facts"][-1]["is_fine"] is False
+
+
+def test_doctor_can_write_to_a_bucket_that_the_server_makes_on_the_way(s3: S3Server, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "s3://made-on-the-way", "--write"]) == 0
+    assert "nothing is there; writable in " in capsys.readouterr().out
 
 
 # ---- Completion ----

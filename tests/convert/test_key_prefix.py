@@ -99,7 +99,6 @@ def unpack(folder: Path, into: Path) -> list[str]:
     return sorted(tree(into))
 
 
-@pytest.mark.timeout(180)
 def test_two_datasets_in_one_folder_keep_all_their_samples(tmp_path: Path) -> None:
     for number in range(2):
         dclm(tmp_path / f"same/{number}")
@@ -111,7 +110,6 @@ def test_two_datasets_in_one_folder_keep_all_their_samples(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(180)
 def test_energon_prepares_two_datasets_in_one_folder(tmp_path: Path) -> None:
     pytest.importorskip("megatron.energon", reason="pip install megatron-energon")
     for number in range(2):

@@ -289,9 +289,23 @@ def test_a_layout_goes_in_with_the_command_of_the_page(number: str, tmp_path: Pa
 
 
 README = (ROOT / "README.md").read_text().partition("## You have … → run …\n")[2].partition("\n## ")[0]
+COMMANDS = re.findall(r"^\|.*`wds-tools (convert .*) --output data` \|$", README, re.MULTILINE)
+NEWCOMERS = {
+    "5": "pictures with .txt",
+    "1": "img2dataset",
+    "2": "images in Parquet",
+    "24": "FineWeb",
+    "23": ".json.gz",
+    "13": "LLaVA",
+}
 
 
-@pytest.mark.parametrize("command", re.findall(r"^\|.*`wds-tools (convert .*) --output data` \|$", README, re.MULTILINE))
+def test_the_readme_has_a_command_for_each_of_the_inputs_that_newcomers_have() -> None:
+    told = {command.removesuffix(" --encode tiny") for command in COMMANDS}
+    assert [about for number, about in NEWCOMERS.items() if not any(f"`{words}`" in table()[number] for words in told)] == []
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_what_the_readme_says_to_run_gives_a_training_batch(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

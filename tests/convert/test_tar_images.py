@@ -15,10 +15,11 @@ from commands import image_bytes, read_rejects, read_samples, tree, write_jsonl
 from obstore.store import S3Store
 from s3 import S3Server
 
-from wds_tools.convert import run_conversion, tar_images
-from wds_tools.convert.images import ImageReader
+from wds_tools.convert import run_conversion
+from wds_tools.convert.images import tars
+from wds_tools.convert.images.reader import ImageReader
+from wds_tools.convert.images.tars import TarImages
 from wds_tools.convert.pairs import PairsConfig
-from wds_tools.convert.tar_images import TarImages
 from wds_tools.errors import NotFound, Reject, StorageError, UsageError
 from wds_tools.format.manifest import Manifest
 from wds_tools.format.tar import END, header, padding
@@ -84,7 +85,7 @@ def test_headers_are_read_once_and_travel_to_the_workers_in_28_bytes_an_image(
     journey: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here = reader(journey.parent / "{000..001}.tar")
-    monkeypatch.setattr(tar_images, "_places_in", None)
+    monkeypatch.setattr(tars, "_places_in", None)
     there = pickle.loads(pickle.dumps(here))  # noqa: S301
     assert there.read("records.jsonl", LONG)[0] == image_bytes(3)
     assert there._tars is not None
@@ -121,7 +122,7 @@ def test_links_and_names_of_other_encodings_are_passed_by_and_the_images_behind_
 
 
 def test_two_names_of_one_hash_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tar_images, "_hash", lambda _: 7)
+    monkeypatch.setattr(tars, "_hash", lambda _: 7)
     (tmp_path / "a.tar").write_bytes(tar(*((f"{number}.jpg", image_bytes(number)) for number in range(5))))
     images = reader(tmp_path / "a.tar")
     assert [images.read("", f"{number}.jpg")[0] for number in range(5)] == [image_bytes(number) for number in range(5)]

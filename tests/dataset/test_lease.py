@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from commands import start, tree, wait_until, wds_tools, write_documents
+from commands import environment, start, tree, wait_until, wds_tools, write_documents
 from s3 import S3Server
 
 from wds_tools.dataset import lease as lease_module
@@ -74,7 +76,7 @@ def test_of_many_runs_that_begin_together_one_makes_its_bytes_and_the_others_are
         for how in ((), ("--overwrite",), ("--resume",)):
             ran[(samples, *how)] = start(*convert, "--shard-samples", samples, "--output", str(output), *how)
     for process in ran.values():
-        _, said = process.communicate(timeout=100)
+        _, said = process.communicate(timeout=200)
         assert process.returncode in (0, 2), said
         assert process.returncode == 0 or len(said.splitlines()) == 1, said
     assert any(process.returncode == 0 for process in ran.values())
@@ -189,3 +191,33 @@ def test_a_run_that_was_taken_for_dead_stops(store: Store, monkeypatch: pytest.M
         with pytest.raises(StorageError, match="another run took over"):
             slow.check()
     assert leases(store) == []
+
+
+DEAF = """
+import hashlib, sys
+import wds_tools.__main__ as program
+from pathlib import Path
+from wds_tools.dataset.writer import TaskWriter
+
+def add(writer, sample):
+    Path("begun").touch()
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # C that hears no signal
+
+program._PATIENCE_S = 0.2
+TaskWriter.add = add
+sys.exit(program.start())
+"""
+
+
+def test_a_run_whose_main_thread_does_not_hear_a_signal_frees_its_lease_all_the_same(tmp_path: Path) -> None:
+    write_documents(tmp_path / "in.jsonl.zst", [{"text": "a"}])
+    words = ["convert", "documents", "--input", str(tmp_path / "in.jsonl.zst"), "--output", str(tmp_path / "out")]
+    deaf = [sys.executable, "-c", DEAF, *words]
+    with subprocess.Popen(deaf, cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True) as process:
+        wait_until((tmp_path / "begun").exists, "it is in the midst")
+        assert leases(open_store(str(tmp_path / "out")))
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=200)
+    assert (process.returncode, said.splitlines()[-1]) == (143, "wds-tools: stopped by SIGTERM")
+    assert sorted(tree(tmp_path / "out")) == ["_work", PLAN]
+    wds_tools(*words, "--resume")

@@ -18,10 +18,11 @@ from factory import image_sample, make_dataset, text_sample
 from s3 import S3Server
 from tokens import write_tokenizer
 
+from wds_tools import DatasetWriter, open_dataset
 from wds_tools.check.verify import VerifyConfig, verify
 from wds_tools.cli.main import COMMANDS, load_command, main
 from wds_tools.dataset.lease import Lease
-from wds_tools.errors import StorageError
+from wds_tools.errors import StorageError, UsageError
 from wds_tools.export.options import ExportConfig
 from wds_tools.export.output import FILES
 from wds_tools.jobs.finalize import FinalizeConfig
@@ -128,7 +129,7 @@ def test_of_exports_that_begin_together_one_goes_on_and_the_others_are_refused(
         s3: S3Server = request.getfixturevalue("s3")
         url = f"s3://{s3.bucket}/{uuid.uuid4().hex}"
     runs = [start(*export(pairs, url, "--seed", str(seed))) for seed in range(3)]
-    said = [process.communicate(timeout=100)[1] for process in runs]
+    said = [process.communicate(timeout=200)[1] for process in runs]
     assert sorted(process.returncode for process in runs) == [0, 2, 2], said
     for process, text in zip(runs, said, strict=True):
         assert process.returncode == 0 or re.search("another run is writing there|holds an export already", text), text
@@ -305,7 +306,7 @@ def test_an_output_that_is_an_input_or_lies_in_one_is_refused_by_every_command(
     before = tree(folder)
     more = {
         "relabel": ["--with", "labels.jsonl"],
-        "pack": ["--tokenizer", "t", "--seq-len", "8"],
+        "pack": ["--tokenizer", "t", "--max-length", "8"],
         "hf": ["--tokenizer", "t", "--codebook-size", "8"],
     }
     options = more.get(words[-1], []) if words[0] != "export" else []
@@ -341,6 +342,16 @@ def test_a_tilde_is_home_also_behind_an_equals_sign(
     assert main(["stats", "~/out", "--html=~/a/report.html", "--quiet"]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "in", "out"]
     assert "WRONG" not in capsys.readouterr().out
+
+
+def test_a_tilde_in_python_is_refused_and_makes_no_folder_of_that_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=r"~/set: ~ is your home folder in a shell only.*expanduser\('~/set'\)"):
+        open_dataset("~/set")
+    with pytest.raises(UsageError, match="~ is your home folder"):
+        DatasetWriter("~/set").__enter__()
+    assert list(tmp_path.iterdir()) == []
+    assert open_store("./~").url == "./~"
 
 
 # ---- What can't be read ----

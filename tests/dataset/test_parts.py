@@ -74,7 +74,7 @@ def test_parts_in_any_order_and_on_any_number_of_workers_make_the_bytes_of_one_r
 def test_parts_that_begin_at_the_same_moment_join(convert: list[str], expected: dict[str, bytes | None], tmp_path: Path) -> None:
     parts = [start(*convert, "--output", tmp_path / "out", "--part", f"{part}/4") for part in range(4)]
     for process in parts:
-        out, err = process.communicate(timeout=100)
+        out, err = process.communicate(timeout=200)
         assert process.returncode == 0, out + err
     finalize(tmp_path / "out")
     assert tree(tmp_path / "out") == expected

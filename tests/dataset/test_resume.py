@@ -273,12 +273,12 @@ def test_a_killed_worker_ends_the_run_with_one_line(texts: Path, peace: Peace, t
     process = begin(args, output, 2)
     os.kill(workers_of(process)[0], signal.SIGKILL)
     go_on(process)
-    _, said = process.communicate(timeout=30)
+    _, said = process.communicate(timeout=200)
     assert process.returncode == 1, said
     assert "a worker process ended without a word" in last_line(said)
     assert "--resume" in last_line(said)
     assert len(said.splitlines()) == 1, said
-    wait_until(lambda: not session(process.pid), "no process is left", 20)
+    wait_until(lambda: not session(process.pid), "no process is left")
     wds_tools(*args, "--output", output, "--resume")
     assert tree(output) == peace(convert_documents(texts))[0]
 
@@ -289,7 +289,7 @@ def test_workers_end_when_their_parent_is_killed(texts: Path, tmp_path: Path) ->
     process.kill()
     go_on(process)
     process.communicate()
-    wait_until(lambda: not session(process.pid), "no process is left", 10)
+    wait_until(lambda: not session(process.pid), "no process is left")
 
 
 @pytest.mark.slow
@@ -311,11 +311,11 @@ def test_whatever_stops_a_run_one_line_says_so_and_nothing_is_left_but_what_is_f
     process = begin(args, output, 1)
     kill(process.pid, number)
     go_on(process)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=200)
     assert process.returncode == 128 + number, said
     what = "interrupted" if number == signal.SIGINT else f"stopped by {number.name}"
     assert said.splitlines() == [f"wds-tools: {what}; finished shards are kept, run again with --resume"]
-    wait_until(lambda: not session(process.pid), "no process is left", 10)
+    wait_until(lambda: not session(process.pid), "no process is left")
     assert not (output / "manifest.json").exists()
     assert not (output / ".tmp").exists()
     assert list(output.glob("_work/run-*")) == []  # so that a rerun on another machine need not wait
@@ -327,10 +327,10 @@ def test_ctrl_c_while_the_workers_start_says_one_line_too(texts: Path, tmp_path:
     process = start(*convert_documents(texts), "--output", str(tmp_path / "out"), "--workers", "4", "--quiet")
     wait_until(lambda: workers_of(process) or process.poll() is not None, "workers start")
     os.killpg(process.pid, signal.SIGINT)
-    _, said = process.communicate(timeout=30)
+    _, said = process.communicate(timeout=200)
     assert process.returncode == 130, said
     assert len(said.splitlines()) == 1, said
-    wait_until(lambda: not session(process.pid), "no process is left", 10)
+    wait_until(lambda: not session(process.pid), "no process is left")
 
 
 @pytest.fixture

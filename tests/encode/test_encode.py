@@ -118,11 +118,17 @@ def test_a_network_that_overflows_ends_the_run_and_names_image_precision_and_tok
     make_dataset(tmp_path / "in", [image(i) for i in range(3)], shard_samples=2)
     arguments = ["encode", "--input", tmp_path / "in", "--output", tmp_path / "out", "--device", "cpu", "--workers", workers]
     done = wds_tools(
-        *arguments, "--tokenizer=tiny", f"--weights={tmp_path}/w.safetensors", "--precision=fp16", "--quiet", status=1
+        *arguments,
+        "--tokenizer=tiny",
+        f"--weights={tmp_path}/w.safetensors",
+        "--precision=fp16",
+        "--mode=cc128",
+        "--quiet",
+        status=1,
     )
     assert re.fullmatch(
-        r"wds-tools: .*0000000\d: tokenizer tiny in fp16 gave NaN or infinite numbers for 1024 of the 1024 codes of image 0 "
-        r"\(512 x 512 pixels\): use --precision bf16 or fp32 .*\n",
+        r"wds-tools: .*0000000\d: tokenizer tiny in fp16 gave NaN or infinite numbers for 64 of the 64 codes of image 0 "
+        r"\(128 x 128 pixels\): use --precision bf16 or fp32 .*\n",
         done.stderr,
     ), done.stderr
     assert not (tmp_path / "out" / "manifest.json").exists()

@@ -183,7 +183,7 @@ def test_token_rows_and_batches_are_of_the_column_that_is_chosen(several: Path, 
         packed, rows, batches = [], [], []
         for url, choice in ((several, column), (tmp_path / f"alone-{column}", None)):
             out = tmp_path / f"rows-{column}-{len(packed)}"
-            settings = {"tokenizer": tokenizer, "seq_len": 400, "t2i_ratio": 1, "unconditional_ratio": 0, "quiet": True}
+            settings = {"tokenizer": tokenizer, "max_length": 400, "t2i_ratio": 1, "unconditional_ratio": 0, "quiet": True}
             packed.append(pack(PackConfig(input=(str(url),), output=str(out), code_set=choice, **settings)).fingerprint())  # type: ignore[arg-type]
             for found, config in ((rows, {"sequences": sequences}), (batches, {})):
                 source = Source(str(url), code_set=choice)

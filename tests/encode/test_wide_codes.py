@@ -121,7 +121,7 @@ def test_token_rows_hold_them_behind_the_text_on_the_fly_and_packed_ahead(encode
     loader = build_loader(LoaderConfig(sources=(Source(str(encoded)),), batch_size=5, seed=0, sequences=sequences))
     batches = list(loader)
     loader.close()
-    args = ["pack", "--input", encoded, "--tokenizer", tokenizer, "--seq-len", "4096"]
+    args = ["pack", "--input", encoded, "--tokenizer", tokenizer, "--max-length", "4096"]
     said = wds_tools(*args, "--output", tmp_path / "rows").stdout
     assert f"{2003 + SIZE:,}" in said
     assert verify(VerifyConfig(input=str(tmp_path / "rows"), quiet=True)).problems == ()
@@ -171,7 +171,7 @@ def test_a_vocabulary_beyond_int32_is_refused(tmp_path: Path) -> None:
     facts = {"vqcode_512": {"tokenizer": "huge", "codebook_size": 1 << 31, "weights_hash": "x"}}
     make_dataset(tmp_path / "set", [image_sample(0)], codes=facts)
     tokenizer = write_tokenizer(tmp_path / "tokenizer")
-    args = ["pack", "--input", tmp_path / "set", "--tokenizer", tokenizer, "--seq-len", "64", "--output", tmp_path / "rows"]
+    args = ["pack", "--input", tmp_path / "set", "--tokenizer", tokenizer, "--max-length", "64", "--output", tmp_path / "rows"]
     assert "2,147,485,651" in wds_tools(*args, status=2).stderr
     config = LoaderConfig(
         sources=(Source(str(tmp_path / "set")),),

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
 import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -27,10 +29,12 @@ from hypothesis import strategies as st
 from wds_tools.dataset import external_sort
 from wds_tools.dataset.external_sort import ExternalSort
 from wds_tools.errors import FormatError, MissingPackage, NotFound, OutOfSpace, UsageError
+from wds_tools.export import hf, output
 from wds_tools.export.hf import export_hf
 from wds_tools.export.options import ExportConfig, ExportSummary
-from wds_tools.export.shuffle import random_keys
+from wds_tools.export.shuffle import keys_from
 from wds_tools.format.schema import Sample
+from wds_tools.run.local import run_tasks
 from wds_tools.storage import open_store
 
 NUM_SAMPLES = 60
@@ -274,13 +278,71 @@ def test_an_input_named_twice_is_in_twice(source: Path, tmp_path: Path) -> None:
     assert multiset(load(tmp_path / "out")) == multiset([row(sample) for sample in samples()] * 2)
 
 
+# Workers
+
+
+@pytest.mark.parametrize("reader", ["any", "liquid"])
+@pytest.mark.parametrize("file_format", ["arrow", "parquet"])
+def test_neither_shares_nor_rounds_nor_buckets_change_a_byte(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file_format: str, reader: str
+) -> None:
+    make_dataset(tmp_path / "more", [sample._replace(provenance={"url": "x"}) for sample in samples(30)], shard_samples=4)
+    both = (source, tmp_path / "more")
+    plain = export(both, tmp_path / "out", num_shards=5, format=file_format, reader=reader)
+    before = files(tmp_path / "out")
+    read: list[int] = []
+
+    def in_turn(fn: Any, tasks: Sequence[Any], *, workers: int, on_report: Any) -> Iterator[Any]:
+        assert workers == 3
+        again = pickle.loads(pickle.dumps(fn))  # noqa: S301
+        read.append(len(tasks))
+        return run_tasks(again, tasks, workers=1, on_report=on_report)
+
+    monkeypatch.setattr(hf, "run_tasks", in_turn)
+    monkeypatch.setattr(output, "run_tasks", in_turn)
+    monkeypatch.setattr(external_sort, "BUCKET_BYTES", 4000)
+    monkeypatch.setattr(external_sort, "BUFFER_BYTES", 1000)
+    monkeypatch.setattr(hf, "ROUND_BYTES", 1000)
+    shared = export(both, tmp_path / "out", num_shards=5, format=file_format, reader=reader, workers=3, overwrite=True)
+    assert files(tmp_path / "out") == before
+    assert read == [6, 1] * 4  # four rounds: the shards in six shares, then the files but for the last
+    assert shared == plain
+    assert plain.passed_over == {"provenance": 30 if reader == "any" else 20}
+
+
+@pytest.mark.slow
+def test_worker_processes_write_the_same_bytes(source: Path, tmp_path: Path) -> None:
+    for workers in ("1", "2"):
+        wds_tools("export", "hf", "--input", source, "--output", tmp_path / workers, "--num-shards", "5", "--workers", workers)
+    assert files(tmp_path / "1") == files(tmp_path / "2")
+
+
+def test_rounds_are_as_many_as_the_free_disk_asks_for(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    peaks: list[int] = []
+
+    class Watched(hf.SortedRows):
+        def __call__(self, low: int, high: int) -> Iterator[bytes]:
+            peaks.append(sum(path.stat().st_size for path in (tmp_path / "out/.tmp").rglob("bucket-*")))
+            return super().__call__(low, high)
+
+    monkeypatch.setattr(hf, "SortedRows", Watched)
+    monkeypatch.setattr(external_sort, "BUCKET_BYTES", 1000)
+    export(source, tmp_path / "out", num_shards=10)
+    whole, before = peaks[0], files(tmp_path / "out")
+    monkeypatch.setattr(hf.shutil, "disk_usage", lambda _: SimpleNamespace(free=whole))
+    peaks.clear()
+    export(source, tmp_path / "out", num_shards=10, overwrite=True)
+    assert files(tmp_path / "out") == before
+    assert max(peaks) < 0.6 * whole
+
+
 # The shuffle alone
 
 
 def shuffled(records: list[bytes], *, seed: int = 42, num_buckets: int = 3, buffer_bytes: int = 1 << 20) -> list[bytes]:
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(external_sort, "BUFFER_BYTES", buffer_bytes):
         sort = ExternalSort(Path(folder) / "sort", (num_buckets - 1) * external_sort.BUCKET_BYTES)
-        for key, record in zip(random_keys(seed), records, strict=False):
+        for key, record in zip(keys_from(seed, 0, len(records)).tolist(), records, strict=True):
             sort.add(key, record)
         out = [record for _, record in sort.drain()]
         assert not list(Path(folder).glob("sort/*"))
@@ -304,9 +366,9 @@ def test_what_comes_out_is_what_went_in_sorted_by_random_keys(
 
 def test_each_permutation_of_four_is_about_equally_frequent() -> None:
     records = [b"a", b"b", b"c", b"d"]
-    found = Counter(tuple(shuffled(records, seed=seed)) for seed in range(2400))
+    found = Counter(tuple(shuffled(records, seed=seed)) for seed in range(600))
     assert len(found) == 24
-    chi_square = sum((count - 100) ** 2 / 100 for count in found.values())
+    chi_square = sum((count - 25) ** 2 / 25 for count in found.values())
     assert chi_square < 49.7  # 23 degrees of freedom: exceeded once in a thousand
 
 
@@ -521,6 +583,7 @@ def test_a_failure_leaves_no_temporary_files_and_nothing_that_looks_complete(
 
 KILLED = """
 import os, signal, sys
+from wds_tools.export import hf, output
 from wds_tools.export.hf import export_hf
 from wds_tools.export.options import ExportConfig
 from wds_tools.storage.local import LocalStore
@@ -569,7 +632,9 @@ def test_a_killed_export_cannot_be_read_and_is_repeated_with_overwrite(
 MEASURED = """
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from wds_tools.dataset import external_sort
+from wds_tools.export import hf, output
 from wds_tools.export.hf import export_hf
 from wds_tools.export.options import ExportConfig
 

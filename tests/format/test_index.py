@@ -195,7 +195,7 @@ def test_a_stale_index_is_refused() -> None:
 
 
 @given(ROWS, st.sampled_from([0, 1 << 33]), st.tuples(st.integers(0, 6), st.integers(0, 6)))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_rows_are_read_as_they_stand_in_the_whole(rows: list[Row], base: int, cut: tuple[int, int]) -> None:
     index = index_of(rows, base)
     data = serialize_index(index)

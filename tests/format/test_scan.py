@@ -342,7 +342,7 @@ CONTENTS = st.none() | st.binary(max_size=40) | st.sampled_from([bytes(512), b"x
     st.sampled_from(list(FORMATS.values())),
     st.sampled_from([0, 0.5, 99.75]),
 )
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_any_archive_is_scanned_as_it_is_read(files: Files, tar_format: int, mtime: float) -> None:
     try:
         archive = python_tar(files, tar_format, mtime=mtime)

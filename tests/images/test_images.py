@@ -497,7 +497,7 @@ import wds_tools.images
 from PIL import Image, ImageFile
 assert warnings.filters == before and not ImageFile.LOAD_TRUNCATED_IMAGES and Image.MAX_IMAGE_PIXELS == 89478485
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, timeout=200)
     assert done.returncode == 0, done.stderr
     assert "pip install 'wds-tools[convert]'" in done.stdout
 

@@ -114,7 +114,7 @@ def test_looking_at_an_output_writes_nothing_and_an_interrupted_run_gives_its_le
 def test_what_the_work_reports_and_its_writer_counts_arrive_together_and_whole(tmp_path: Path) -> None:
     reports: list[Advance] = []
     words = [f"{number}" if number % 3 else "" for number in range(200)]
-    _RunTask(write_words, str(tmp_path), ShardLimits(), "", {})((0, words), reports.append)
+    _RunTask(write_words, str(tmp_path), ShardLimits(), "", {})((0, words), reports.append).finish()
     assert sum(reports, Advance()) == Advance(units=sum(len(str(n)) for n in range(200) if n % 3), samples=133, rejects=67)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -18,11 +18,13 @@ from factory import make_dataset, text_sample
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokens import write_small_sets
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from loaders import EpochLoader, Loader, LoaderConfig, SequenceConfig, Source, World, build_loader, model_inputs
 from loaders.order.partition import BatchPartition
 from wds_tools.errors import UsageError
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
 
@@ -52,6 +54,8 @@ def rows(loader: Loader) -> list[tuple[str, list[int]]]:
 
 
 def model() -> LlamaForCausalLM:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     torch.manual_seed(0)
     shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
     return LlamaForCausalLM(LlamaConfig(vocab_size=2003 + 8192, **shape))
@@ -249,7 +253,6 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_accelerate_and_the_trainer_on_two_ranks_find_the_loss_of_one(data: Path, tmp_path: Path) -> None:
     script = tmp_path / "evaluate.py"
     script.write_text(ON_TWO_RANKS)

@@ -22,7 +22,7 @@ from wds_tools.convert.pairs import PairsConfig
 from wds_tools.errors import DataError, FormatError, StorageError, UsageError
 from wds_tools.export.hf import export_hf
 from wds_tools.export.options import ExportConfig
-from wds_tools.format.codes import join_grids
+from wds_tools.format.codes import CodeGrid, join_grids
 from wds_tools.format.schema import Sample
 from wds_tools.images import prepare
 from wds_tools.storage import LocalStore
@@ -299,6 +299,39 @@ def test_a_record_that_makes_no_token_row_is_a_bad_one(folder: Path, tokenizer: 
     assert data.validate()["bad"] == {reason: 1}
     with pytest.raises(FormatError, match=f"line 1: {reason}"):
         data[0]
+
+
+LAYOUTS = [
+    (CodeGrid(layout="n", codebook_size=9), [8, 0, 3]),
+    (CodeGrid(codebook_size=9), [[8, 0, 3], [1, 2, 4]]),
+    (CodeGrid(layout="hwk", codebook_size=(9, 300)), [[[8, 299], [0, 9]]]),
+    (CodeGrid(layout="thwk", codebook_size=9), [[[[1, 2]], [[3, 4]]], [[[5, 6]], [[7, 8]]]]),
+    (CodeGrid(layout="hwd", dtype="bfloat16"), [[[0.5, -1], [2, 3.25]]]),
+]
+
+
+@pytest.mark.parametrize(("layout", "codes"), LAYOUTS, ids=[layout.layout for layout, _ in LAYOUTS])
+def test_a_vq_code_of_any_layout_has_its_axes_and_another_is_refused(folder: Path, layout: CodeGrid, codes: Any) -> None:
+    beyond = np.where(np.array(codes) == np.max(codes), 1e300 if layout.is_float else 300, codes).tolist()
+    deeper = [[[[[1, 2], [3, 4]], [[1, 2], [3, 4]]]] * 2] * 2
+    values = [codes, json.dumps(codes), beyond, deeper, "[[1], [2, 3]]"]
+    data = dataset(folder, *({"text": "t", "vq_code": value} for value in values), layout=layout)
+    for number in (0, 1):
+        assert data[number]["codes"].tolist() == codes
+        assert data[number]["codes"].dtype == (torch.float32 if layout.is_float else torch.int64)
+    problems = [said.partition(", line ")[2][:12] for said in data.validate()["problems"]]
+    assert problems == [f"{line}: bad_codes" for line in (3, 4, 5)]
+
+
+def test_token_rows_need_a_template_that_orders_the_layout(folder: Path, tokenizer: str) -> None:
+    sequences = SequenceConfig(tokenizer=tokenizer, max_length=200, codebook_size=8192)
+    rows = []
+    for codes, layout in ([[[1, 2], [3, 4]], "hw"], [[1, 2, 3, 4], "n"]):
+        data = dataset(folder, {"text": "t", "vq_code": codes}, sequences=sequences, layout=CodeGrid(layout=layout))
+        rows.append(data.collate([data[0]])["input_ids"].tolist())
+    assert rows[0] == rows[1]
+    with pytest.raises(UsageError, match=r"vq_code has 16 codes \(hwk\), of which template liquid can't make the ids"):
+        dataset(folder, {"text": "t"}, sequences=sequences, layout=CodeGrid(layout="hwk", codebook_size=16))
 
 
 def test_collate_without_sequences_says_what_it_needs(folder: Path) -> None:

@@ -63,10 +63,23 @@ def loader(*sources: Source | str, rank: int = 0, world_size: int = 1, **setting
 TOPOLOGIES = [Topology(8), Topology(5, 2), Topology(8, 4), Topology(7, 7), Topology(11, 3)]
 
 
-@pytest.mark.parametrize(("count", "shard_samples"), [pytest.param(60, 1, marks=pytest.mark.slow), (61, 10), (13, 5), (3, 2)])
-def test_a_state_saved_anywhere_goes_on_on_any_topology(tmp_path: Path, count: int, shard_samples: int) -> None:
+@pytest.mark.parametrize(
+    ("count", "shard_samples", "every"),
+    [
+        pytest.param(60, 1, 1, marks=pytest.mark.slow),
+        pytest.param(61, 10, 1, marks=pytest.mark.slow),
+        (61, 10, 6),
+        (13, 5, 1),
+        (3, 2, 1),
+    ],
+)
+def test_a_state_saved_anywhere_goes_on_on_any_topology(tmp_path: Path, count: int, shard_samples: int, every: int) -> None:
     url = make_pairs(tmp_path / "set", count, shard_samples)
-    order = check_resume(lambda topology, world: build_loader(config(url, batch_size=topology.batch_size), world), TOPOLOGIES)
+
+    def make(topology: Topology, world: World) -> Loader:
+        return build_loader(config(url, batch_size=topology.batch_size), world)
+
+    order = check_resume(make, TOPOLOGIES, every=every)
     assert sorted(order) == [f"p-{number:05d}" for number in range(count)]
 
 
@@ -117,7 +130,7 @@ def test_worker_processes_read_the_same_sequence_and_resume_into_any_number(tmp_
     )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.data())
 def test_an_epoch_has_every_sample_once_over_any_ranks(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     count = data.draw(st.integers(1, 40))

@@ -25,8 +25,6 @@ from s3 import free_ports
 from loaders import Loader, LoaderConfig, ShardDataset, Source, World, build_loader
 from wds_tools.errors import UsageError
 
-pytestmark = pytest.mark.timeout(100)
-
 COUNT = 101
 
 
@@ -220,11 +218,16 @@ torchdata = pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
 
 
 @torchdata
-@pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("batch_size", [None, 7])
-@pytest.mark.parametrize("stop", [1, 5])
+@pytest.mark.parametrize(
+    ("stop", "batch_size", "num_workers"),
+    [
+        *((stop, batch_size, 0) for stop in (1, 5) for batch_size in (None, 7)),
+        (5, 7, 2),
+        *(pytest.param(*case, 2, marks=pytest.mark.slow) for case in ((1, None), (1, 7), (5, None))),
+    ],
+)
 def test_torchdatas_stateful_loader_goes_on_where_it_was(
-    url: str, all_keys: list[str], num_workers: int, batch_size: int | None, stop: int
+    url: str, all_keys: list[str], stop: int, batch_size: int | None, num_workers: int
 ) -> None:
     stateful = pytest.importorskip("torchdata.stateful_dataloader")
 

@@ -53,7 +53,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def config(inputs: Path, output: Path, **settings: Any) -> PackConfig:
     urls = (str(inputs / "pairs"), str(inputs / "text"))
-    given = {"input": urls, "tokenizer": str(inputs / "tokenizer"), "seq_len": LENGTH, "output": str(output), "quiet": True}
+    given = {"input": urls, "tokenizer": str(inputs / "tokenizer"), "max_length": LENGTH, "output": str(output), "quiet": True}
     return PackConfig(**{**given, **settings})
 
 
@@ -149,7 +149,7 @@ def test_verify_holds_rows_to_their_length_and_vocabulary(
     [
         (["encode", "--device", "cpu"], "encode the images first, then pack"),
         (["export", "hf"], "export those datasets"),
-        (["pack", "--seq-len", "64", "--tokenizer", "tok"], "train on the rows as they are, or pack those datasets again"),
+        (["pack", "--max-length", "64", "--tokenizer", "tok"], "train on the rows as they are, or pack those datasets again"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -165,7 +165,7 @@ def test_a_command_that_needs_samples_says_what_rows_are_and_what_to_do_instead(
 @pytest.mark.slow
 def test_workers_and_resumes_change_no_byte(inputs: Path, made: tuple[Path, Manifest], tmp_path: Path) -> None:
     words = ["pack", "--input", str(inputs / "pairs"), str(inputs / "text"), "--tokenizer", str(inputs / "tokenizer")]
-    words += ["--seq-len", str(LENGTH), "--task-samples", "200", "--shard-samples", "50"]
+    words += ["--max-length", str(LENGTH), "--task-samples", "200", "--shard-samples", "50"]
     disturb(words, tmp_path / "rows", workers=2, num_kills=1, work_s=0.5, rng=random.Random(7))
     assert tree(tmp_path / "rows") == tree(made[0])
 
@@ -182,13 +182,13 @@ def test_another_epoch_or_seed_makes_other_rows_of_the_same_samples(
 
 
 def test_what_does_not_fit_is_a_reject_with_its_key_or_stops_the_pass(inputs: Path, tmp_path: Path) -> None:
-    manifest = pack(config(inputs, tmp_path / "rows", seq_len=40, max_rejects="200"))
+    manifest = pack(config(inputs, tmp_path / "rows", max_length=40, max_rejects="200"))
     assert manifest.rejects == {"too_long": 200}
     lines = (tmp_path / "rows/rejects/task-000000.jsonl").read_text().splitlines()
     assert (len(lines), "image-00000000" in lines[0]) == (200, True)
     assert manifest.source["counts"]["samples"] == 300
     with pytest.raises(TooManyRejects):
-        pack(config(inputs, tmp_path / "few", seq_len=40))
+        pack(config(inputs, tmp_path / "few", max_length=40))
 
 
 def test_a_codebook_that_the_codes_exceed_is_refused_with_keys(inputs: Path, tmp_path: Path) -> None:
@@ -233,7 +233,7 @@ def test_impossible_arguments_are_refused_before_anything_is_written(inputs: Pat
         with pytest.raises(UsageError, match=r"--output .* is the input "):
             config(inputs, inputs / "text", input=(str(inputs / "pairs"), f"{inputs}/{spelling}"), overwrite=True)
     with pytest.raises(UsageError, match="max_length=1"):
-        config(inputs, tmp_path / "rows", seq_len=1)
+        config(inputs, tmp_path / "rows", max_length=1)
     assert not (tmp_path / "rows").exists()
 
 
@@ -244,5 +244,5 @@ def test_the_command_adds_tokens_and_packs_and_says_what_the_model_needs(inputs:
     assert "missing" in told
     told = wds_tools("vocabulary", bare, "--output", tmp_path / "new", "--codebook-size", "8192").stdout
     assert "10,195 at least, 10,240 as a multiple of 128" in told
-    words = ("--input", inputs / "pairs", "--tokenizer", tmp_path / "new", "--seq-len", "64", "--output", tmp_path / "rows")
+    words = ("--input", inputs / "pairs", "--tokenizer", tmp_path / "new", "--max-length", "64", "--output", tmp_path / "rows")
     assert "vocab_size >= 10,195" in wds_tools("pack", *words).stdout

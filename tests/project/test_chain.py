@@ -178,7 +178,9 @@ def test_padded_packed_on_the_fly_and_packed_ahead_hold_the_same_rows(chain: tup
 
     padded = made(codes, sequences=sequences)
     assert sum(padded.values()) == NUM
-    assert main(["pack", "--input", codes, "--output", rows, "--tokenizer", tokenizer, "--seq-len", str(LENGTH), "--quiet"]) == 0
+    assert (
+        main(["pack", "--input", codes, "--output", rows, "--tokenizer", tokenizer, "--max-length", str(LENGTH), "--quiet"]) == 0
+    )
     assert padded <= made(rows)
     assert padded <= made(codes, sequences=sequences, packing=True)
     assert main(["verify", rows, "--quiet"]) == 0

@@ -32,7 +32,6 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_the_demo_converts_encodes_verifies_streams_and_exports(demo: tuple[Path, str]) -> None:
     folder, printed = demo
     assert printed.count("verify: all is well") == 3

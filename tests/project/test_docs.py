@@ -20,7 +20,6 @@ import webdataset as wds
 from commands import ROOT, image_bytes, write_documents, write_jsonl
 from factory import image_sample, make_dataset, text_sample
 from plugin import write_example
-from s3 import S3Server
 from tokens import write_tokenizer
 
 from wds_tools.export.hf import export_hf
@@ -99,15 +98,26 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def place(tmp_path: Path, demo: Path) -> Path:
-    """Pictures with captions, documents, somebody's tars, a Hugging Face folder, and a pair of which half is broken.
-
-    `pip install ./examples/plugin` is a stand-in: the example's package is there.
-    """
+def start(tmp_path: Path) -> Path:
+    """Pictures with captions, and our command line: all that the README begins with. `pip install` is a stand-in."""
     (tmp_path / "photos").mkdir()
     for number in range(12):
         (tmp_path / f"photos/{number:04d}.jpg").write_bytes(image_bytes(number, 600, 520))
         (tmp_path / f"photos/{number:04d}.txt").write_text(f"picture {number}\n")
+    (tmp_path / "bin").mkdir()
+    for name, does in {"wds-tools": f'exec "{sys.executable}" -m wds_tools "$@"', "pip": "true"}.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{does}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    return tmp_path
+
+
+@pytest.fixture
+def place(start: Path, demo: Path) -> Path:
+    """Beside them documents, somebody's tars, a Hugging Face folder, and a pair of which half is broken.
+
+    `pip install ./examples/plugin` is a stand-in: the example's package is there.
+    """
+    tmp_path = start
     write_documents(tmp_path / "dclm/a.jsonl.zst", [{"text": f"document {number}"} for number in range(30)])
     (tmp_path / "laion").mkdir()
     with wds.TarWriter(str(tmp_path / "laion/00000.tar")) as writer:
@@ -126,10 +136,6 @@ def place(tmp_path: Path, demo: Path) -> Path:
     export_hf(ExportConfig(input=(str(demo / "pairs-512"),), output=str(tmp_path / "liquid-data"), num_shards=2, quiet=True))
     write_tokenizer(tmp_path / "gemma", added=())
     write_example(tmp_path)
-    (tmp_path / "bin").mkdir()
-    for name, does in {"wds-tools": f'exec "{sys.executable}" -m wds_tools "$@"', "pip": "true"}.items():
-        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{does}\n")
-        (tmp_path / "bin" / name).chmod(0o755)
     return tmp_path
 
 
@@ -142,8 +148,11 @@ def place(tmp_path: Path, demo: Path) -> Path:
         if page != SCALING and any(kind in ("python", "bash") for kind, _ in blocks(page))
     ],
 )
-def test_every_block_of_a_page_runs(page: str, place: Path, s3: S3Server) -> None:
-    open_store("s3://bucket").put("made", b"")  # the server makes buckets on the way
+def test_every_block_of_a_page_runs(page: str, request: pytest.FixtureRequest) -> None:
+    place = request.getfixturevalue("start" if page == "README.md" else "place")
+    if page != "README.md":
+        request.getfixturevalue("s3")
+        open_store("s3://bucket").put("made", b"")  # the server makes buckets on the way
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
@@ -288,19 +297,6 @@ def test_links_lead_to_files_that_are_there(page: str) -> None:
     assert [target for target in targets if not ((ROOT / page).parent / target).exists()] == []
 
 
-def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
-    pytest.importorskip("mkdocs", reason="pip install 'wds-tools[docs]'")
-    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", str(tmp_path / "site")]
-    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout + done.stderr) == (0, "")
-    front = (tmp_path / "site/index.html").read_text()
-    assert "From a folder of pictures to a training batch" in front
-    pages = "".join(page.read_text() for page in (tmp_path / "site").rglob("*.html"))
-    loaded = re.findall(r'(?:<script[^>]* src|<img[^>]* src|<link[^>]*stylesheet"? href)="?(https?://[^" >]+)', pages)
-    assert loaded == [], "pages that load anything from elsewhere do not work offline"
-
-
 def test_every_test_and_module_that_the_page_on_reliability_names_is_there() -> None:
     page = (ROOT / "docs/reliability.md").read_text()
     named = re.findall(r"`(test_\w+\.py)::(\w+)`", page)
@@ -318,6 +314,14 @@ def test_the_page_on_the_flow_says_for_a_dozen_tasks_in_which_files_they_begin()
     assert len(rows) >= 12
     assert min(map(len, rows)) > 0
     assert [name for row in rows for name in row if not (ROOT / name).is_file()] == []
+
+
+def test_every_file_of_ours_that_a_page_names_is_there() -> None:
+    pages = [ROOT / "CONTRIBUTING.md", ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    named = {name for page in pages for name in re.findall(r"`([\w./]+/\w+\.(?:py|js|css|html))`", page.read_text())}
+    homes = [ROOT / home for home in ("", "wds_tools", "loaders", "tests")]
+    assert {name for name in named if "NAME" not in name and not any((home / name).is_file() for home in homes)} == set()
+    assert len(named) > 50
 
 
 def test_every_row_of_the_page_on_reliability_names_a_test() -> None:

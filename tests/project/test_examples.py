@@ -24,5 +24,6 @@ def test_the_examples_of_a_module_do_what_they_say(module: str) -> None:
     assert not result.failed
 
 
-def test_the_order_is_explained_by_examples() -> None:
-    assert {"loaders.order.mix", "loaders.order.partition", "loaders.order.samples"} <= set(MODULES)
+def test_the_order_sequences_packing_and_batches_are_explained_by_examples() -> None:
+    order = {"loaders.order.mix", "loaders.order.partition", "loaders.order.samples"}
+    assert order | {"wds_tools.sequences.build", "wds_tools.sequences.pack", "loaders.batches.collate"} <= set(MODULES)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -173,3 +174,18 @@ def test_real_inputs_are_reached_in_one_place() -> None:
         path for path in (ROOT / "tests").rglob("*.py") if path != Path(__file__) and '"shared" / "data"' in path.read_text()
     ]
     assert others == [ROOT / "tests/commands.py"]
+
+
+def test_the_folders_of_tests_are_those_of_the_packages() -> None:
+    packages = {path.parent.relative_to(ROOT) for _, path in modules()}
+    folders = {path.parent.relative_to(ROOT / "tests") for path in (ROOT / "tests").rglob("test_*.py")}
+    assert {folder for folder in folders if folder not in packages and Path("wds_tools") / folder not in packages} == {
+        Path("project")
+    }
+
+
+def test_a_folder_has_ten_modules_at_most_and_a_module_four_hundred_lines() -> None:
+    """Not counted: __init__, and cli, with its one file a subcommand."""
+    counts = Counter(path.parent.relative_to(ROOT) for _, path in modules() if path.name != "__init__.py")
+    assert {str(folder) for folder, count in counts.items() if count > 10} <= {"wds_tools/cli"}
+    assert [name for name, path in modules() if len(path.read_text().splitlines()) > 400] == []

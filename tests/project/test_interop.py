@@ -204,7 +204,6 @@ print("\\n|" + json.dumps({
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(180)
 def test_ray_data_reads_every_sample_undecoded_where_images_are_of_several_formats(
     pairs: Path, jpeg_and_png: Path, tmp_path: Path
 ) -> None:
@@ -251,7 +250,6 @@ for batch in get_loader(dataset):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(180)
 def test_megatron_energon_prepares_and_loads_and_what_was_there_still_works(tmp_path: Path) -> None:
     pytest.importorskip("megatron.energon", reason="pip install megatron-energon")
     folder = tmp_path / "pairs"

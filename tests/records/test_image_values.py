@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from commands import image_bytes
 
-from wds_tools.convert.images import ImageReader
+from wds_tools.convert.images.reader import ImageReader
 from wds_tools.convert.pairs import PairsConfig
 from wds_tools.errors import Reject
 from wds_tools.records.images import ImageFile

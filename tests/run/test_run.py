@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import multiprocessing
+import operator
 import os
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 from commands import environment, session, wait_until
 
 from wds_tools.errors import MissingPackage, NotFound, OutOfSpace, Reject, TokenizerError, UsageError, WorkerDied
-from wds_tools.run.local import Report, run_tasks
+from wds_tools.run.local import Report, Rest, run_tasks
 from wds_tools.run.progress import Advance
 
 SERIAL_AND_PARALLEL = pytest.mark.parametrize("workers", [1, 2])
@@ -58,6 +60,26 @@ def chatter(task: int, report: Report) -> int:
     return os.getpid()
 
 
+def rests(task: int, report: Report) -> Rest[tuple[int, int]]:
+    """A task whose rest ends when the next one has begun in this process, or after a while."""
+    begun.append(task)
+
+    def finish() -> tuple[int, int]:
+        place, until = begun.index(task) + 2, time.monotonic() + 0.5
+        while len(begun) < place and time.monotonic() < until:
+            time.sleep(0.01)
+        return task, len(begun) - begun.index(task) - 1
+
+    return Rest(finish)
+
+
+def rest_fails(task: int, report: Report) -> Rest[int]:
+    return Rest(partial(operator.floordiv, 7, task))
+
+
+begun: list[int] = []
+
+
 def silent(new: Advance) -> None:
     pass
 
@@ -67,7 +89,7 @@ OTHERS = set(multiprocessing.active_children())
 
 
 def no_children_left() -> None:
-    wait_until(lambda: OTHERS.issuperset(multiprocessing.active_children()), "no worker is left", 10)
+    wait_until(lambda: OTHERS.issuperset(multiprocessing.active_children()), "no worker is left")
 
 
 @SERIAL_AND_PARALLEL
@@ -92,14 +114,38 @@ def test_more_reports_than_a_pipe_holds_neither_block_nor_get_lost() -> None:
     assert os.getpid() not in pids
 
 
-@SERIAL_AND_PARALLEL
-@pytest.mark.parametrize("kind", ERRORS)
+@pytest.mark.parametrize(
+    ("workers", "kind"),
+    [
+        *((1, kind) for kind in ERRORS),
+        *((2, kind) for kind in ("package", "foreign")),
+        *(pytest.param(2, kind, marks=pytest.mark.slow) for kind in ERRORS if kind not in ("package", "foreign")),
+    ],
+)
 def test_an_error_comes_through_with_its_type_and_words(workers: int, kind: str) -> None:
     error = ERRORS[kind]
     with pytest.raises(type(error)) as caught:
         list(run_tasks(fail, ["fine", kind, "also fine"], workers=workers, on_report=silent))
     assert str(caught.value) == str(error)
     assert caught.value.args == error.args
+    no_children_left()
+
+
+@SERIAL_AND_PARALLEL
+def test_the_rest_of_a_task_is_done_while_the_next_begins_and_no_result_is_lost(workers: int) -> None:
+    begun.clear()
+    found = dict(run_tasks(rests, range(7), workers=workers, on_report=silent))
+    assert sorted(found) == [*range(7)]
+    assert 7 - workers <= sum(found.values()) < 7  # one more had begun by then, but for the last of each process
+    assert max(found.values()) == 1
+    no_children_left()
+
+
+@SERIAL_AND_PARALLEL
+@pytest.mark.parametrize("tasks", [[3, 0, 2], [2, 3, 0]])
+def test_an_error_in_the_rest_of_a_task_comes_through(workers: int, tasks: list[int]) -> None:
+    with pytest.raises(ZeroDivisionError):
+        list(run_tasks(rest_fails, tasks, workers=workers, on_report=silent))
     no_children_left()
 
 
@@ -153,4 +199,4 @@ def test_workers_die_with_their_parent_however_it_ends(tmp_path: Path, how: sign
         assert session(process.pid)
         process.send_signal(how)
         process.wait(30)
-        wait_until(lambda: not session(process.pid), "the workers are gone", 10)
+        wait_until(lambda: not session(process.pid), "the workers are gone")

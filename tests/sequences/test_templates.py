@@ -270,7 +270,7 @@ def test_rows_that_are_packed_say_their_template_and_no_other_goes_on_with_them(
     make_dataset(tmp_path / "pairs", map(square, range(20)), codes=codes)
 
     def packed(output: str, **settings: Any) -> Any:
-        given = {"input": (str(tmp_path / "pairs"),), "tokenizer": str(chameleon), "seq_len": 64, "quiet": True}
+        given = {"input": (str(tmp_path / "pairs"),), "tokenizer": str(chameleon), "max_length": 64, "quiet": True}
         return pack(PackConfig(**{**given, "output": str(tmp_path / output), "template": "chameleon", **settings}))
 
     rows = packed("rows").source["rows"]

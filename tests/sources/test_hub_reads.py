@@ -47,7 +47,7 @@ def test_tars_tables_and_folders_are_read_from_the_hub_and_only_what_is_wanted(t
         hub.files["photos/1.jpg"], hub.files["photos/1.txt"] = b"jpeg", b"caption"
         env = {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1"}
         command = [sys.executable, "-c", READ_ALL]
-        done = subprocess.run(command, env={**environment(), **env}, capture_output=True, text=True, timeout=100, check=False)
+        done = subprocess.run(command, env={**environment(), **env}, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr
     assert [json.loads(line) for line in done.stdout.splitlines()] == [
         [{"jpg": 3, "txt": "abc"}, {"txt": "abc"}],

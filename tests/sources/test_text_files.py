@@ -77,7 +77,9 @@ def test_all_kinds_and_packings_give_the_same_records_whatever_they_are_called(s
         assert [record.fields for record in records(path.rename(tmp_path / "part-00000"))] == RECORDS
 
 
-@pytest.mark.parametrize("suffix", ["jsonl.gz", "json.gz", "json", "csv", "tsv.zst"])
+@pytest.mark.parametrize(
+    "suffix", ["jsonl.gz", "json", "tsv.zst", *(pytest.param(one, marks=pytest.mark.slow) for one in ("json.gz", "csv"))]
+)
 def test_workers_change_no_byte(suffix: str, tmp_path: Path) -> None:
     kind, _, packing = suffix.partition(".")
     (tmp_path / "in").mkdir()
@@ -200,7 +202,7 @@ def test_a_quote_that_is_not_closed_costs_what_it_swallows_and_is_seen(monkeypat
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (",".join(f"c{number}" for number in range(1_000_000)), "1000000 fields, at most 10000"),
+        (",".join(f"c{number}" for number in range(50_000)), "50000 fields, at most 10000"),
         ("," * 2_000_000, "it can't be read"),
         ("a,b,a\n", "two fields are named 'a'"),
         ('"a\n', "it can't be read"),

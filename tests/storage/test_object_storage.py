@@ -114,7 +114,7 @@ def test_a_run_killed_on_s3_resumes_to_the_same_bytes(bucket: str, tmp_path: Pat
     wait_until(lambda: len(list(output.list("_work/task-"))) >= 3 or process.poll() is not None, "tasks get done")
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    wait_until(lambda: not session(process.pid), "the workers are gone", 20)
+    wait_until(lambda: not session(process.pid), "the workers are gone")
     wds_tools(*args, "--output", f"{bucket}/out", status=2)
     wds_tools(*args, "--output", f"{bucket}/out", "--resume")
     assert files(f"{bucket}/out") == files(tmp_path / "peace")

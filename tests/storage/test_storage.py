@@ -21,6 +21,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -40,13 +41,13 @@ ODD_NAMES = ["a b/c d.txt", "ü/ö.txt", "p%20q#x?y*~&+=;:@!$", "日本.tar", "q
 
 def pattern(num_bytes: int) -> bytes:
     """Bytes that differ from place to place, so that a range or chunk out of order shows."""
-    return b"".join(number.to_bytes(8, "little") for number in range(num_bytes // 8 + 1))[:num_bytes]
+    return np.arange(num_bytes // 8 + 1, dtype="<u8").tobytes()[:num_bytes]
 
 
 def run_python(script: str, *arguments: str, prefix: tuple[str, ...] = ()) -> "subprocess.CompletedProcess[str]":
     command = [*prefix, sys.executable, "-W", "ignore", "-c", script, *arguments]
     return subprocess.run(
-        command, capture_output=True, text=True, timeout=100, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, check=False
+        command, capture_output=True, text=True, timeout=200, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, check=False
     )
 
 
@@ -706,7 +707,7 @@ def test_a_server_that_is_not_there_is_given_up_in_time(s3: S3Server, monkeypatc
             StorageError, match=r"no answer in [\d.]+ s of trying \(WDS_TOOLS_RETRY_S=1\).*AWS_ENDPOINT_URL.*refused"
         ):
             use()
-        assert time.monotonic() - start < 5
+        assert time.monotonic() - start < 30  # without the variable it is three minutes
 
 
 @pytest.mark.parametrize(

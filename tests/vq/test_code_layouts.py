@@ -199,7 +199,7 @@ def test_rows_have_the_codes_in_order_or_as_the_templates_own_rule_says(folder: 
         input=(str(folder / name),),
         output=str(folder / f"{name}-rows"),
         tokenizer=str(folder / "tokenizer"),
-        seq_len=1200,
+        max_length=1200,
         template=template,
         quiet=True,
     )

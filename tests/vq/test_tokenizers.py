@@ -185,7 +185,7 @@ def test_chameleon_gives_the_same_codes_in_any_batch(small_folder: Path) -> None
 
 
 def test_bf16_changes_few_codes_of_chameleon(small_folder: Path) -> None:
-    pixels = photo("coffee.png", 256, 256)[None]
+    pixels = photo("coffee.png", 160, 160)[None]
     exact = load_tokenizer("chameleon", weights=str(small_folder), device="cpu").encode(pixels)
     rough = load_tokenizer("chameleon", weights=str(small_folder), device="cpu", precision="bf16").encode(pixels)
     assert (exact == rough).float().mean() > 0.8
@@ -500,13 +500,6 @@ def test_cuda_where_there_is_none_is_refused(device: str) -> None:
         load_tokenizer("tiny", device=device)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_codes_on_a_gpu_are_nearly_those_of_the_cpu(tiny: ImageTokenizer) -> None:
-    pixels = photo("coffee.png")[None]
-    on_gpu = load_tokenizer("tiny", device="cuda").encode(pixels)
-    assert (on_gpu.cpu() == tiny.encode(pixels)).float().mean() > 0.999
-
-
 @pytest.mark.slow
 def test_importing_the_tokenizers_does_not_import_diffusers() -> None:
     code = "import sys, wds_tools.vq; print(sorted({'diffusers', 'yaml', 'PIL'} & set(sys.modules)))"
@@ -577,7 +570,8 @@ def test_nearest_refuses_shapes_that_do_not_go_together() -> None:
 def test_codes_depend_on_nothing_but_the_image(name: str, precision: str, small_folder: Path) -> None:
     weights = str(small_folder) if name == "chameleon" else None
     tokenizer = load_tokenizer(name, weights=weights, device="cpu", precision=precision)
-    pixels = torch.stack([photo(name, 192, 160) for name in PHOTOS])
+    H, W = (96, 80) if name == "chameleon" else (192, 160)
+    pixels = torch.stack([photo(name, H, W) for name in PHOTOS])
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -623,7 +617,7 @@ def test_a_forked_process_encodes_too(tiny: ImageTokenizer) -> None:
         "if child == 0: os._exit(not torch.equal(tokenizer.encode(pixels), codes))\n"
         "print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=200)
     assert done.stdout.strip() == "0"
 
 

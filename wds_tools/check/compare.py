@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 import sys
+from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -79,13 +80,6 @@ class Comparison:
     psnr_a_db: float | None = None
     """PSNR of A's pictures against the photographs; None if these were not kept, or are of another size."""
     psnr_b_db: float | None = None
-    errors: dict[str, list[float]] = field(default_factory=dict, repr=False)
-    """Mean squared error of each picture, by what was compared."""
-
-    def finish(self) -> None:
-        """Turn errors into PSNR."""
-        self.psnr_between_db = _psnr_db(self.errors.get("between"))
-        self.psnr_a_db, self.psnr_b_db = _psnr_db(self.errors.get("a")), _psnr_db(self.errors.get("b"))
 
 
 def compare_codes(config: CompareConfig) -> Comparison:
@@ -105,6 +99,7 @@ def compare_codes(config: CompareConfig) -> Comparison:
             raise UsageError(f"--weights {config.weights} are not those that the codes were made with ({tokenizer.weights_hash})")
     every = max(1, min(a[1].samples, b[1].samples) // max(config.pictures, 1))
     result = Comparison()
+    errors: dict[str, list[float]] = defaultdict(list)
     num_looked_at = 0
     with Progress("compare-codes", min(a[1].samples, b[1].samples), quiet=config.quiet) as progress:
         for sample_a, sample_b in _joined(_coded(*a, config.code_set_a, columns), _coded(*b, config.code_set_b, columns), result):
@@ -113,12 +108,14 @@ def compare_codes(config: CompareConfig) -> Comparison:
             if tokenizer is not None and is_due and sample_a.grids:
                 num_looked_at += 1
                 try:
-                    _look(result, tokenizer, columns[sample_a.column], sample_a, sample_b)
-                except UsageError as error:
-                    raise UsageError(f"{error}; --pictures 0 compares codes alone") from error
+                    for name, error in _errors(tokenizer, columns[sample_a.column], sample_a, sample_b):
+                        errors[name].append(error)
+                except UsageError as cause:
+                    raise UsageError(f"{cause}; --pictures 0 compares codes alone") from cause
             if result.samples % _REPORT_EVERY == 0:
                 progress(Advance(units=_REPORT_EVERY, samples=_REPORT_EVERY))
-    result.finish()
+    result.pictures = len(errors["between"])
+    result.psnr_between_db, result.psnr_a_db, result.psnr_b_db = (_psnr_db(errors[name]) for name in ("between", "a", "b"))
     return result
 
 
@@ -200,13 +197,12 @@ def _count(result: Comparison, a: _Coded, b: _Coded) -> None:
     result.equal_samples += equal == sum(sizes)
 
 
-def _look(result: Comparison, tokenizer: ImageTokenizer, made: Mapping[str, Any], a: _Coded, b: _Coded) -> None:
-    """Decode the images of both, and compare the pictures with each other and with the photographs."""
+def _errors(tokenizer: ImageTokenizer, made: Mapping[str, Any], a: _Coded, b: _Coded) -> Iterator[tuple[str, float]]:
+    """Decode the images of both: the mean squared error of their pictures, and of each against the photographs, by name."""
     photographs = a.sample.images or b.sample.images
     for number, grids in enumerate(zip(a.grids, b.grids, strict=True)):
         both_B = to_tensor(np.stack(grids), layout_of(tokenizer))
         pictures: dict[str, NDArray[Any]] = dict(zip("ab", tokenizer.decode(both_B).cpu().numpy(), strict=True))
-        result.pictures += 1
         pairs = {"between": (pictures["a"], pictures["b"])}
         if photographs:
             mode = mode_of_column(a.column).at(tokenizer.name, tokenizer.stride, made.get("min_pixels", 0))
@@ -214,11 +210,10 @@ def _look(result: Comparison, tokenizer: ImageTokenizer, made: Mapping[str, Any]
             if photograph.shape == pictures["a"].shape:  # codes without sides may decode to pictures of one size
                 pairs |= {"a": (pictures["a"], photograph), "b": (pictures["b"], photograph)}
         for name, (first, second) in pairs.items():
-            error = float(np.square(first.astype(np.float32) - second).mean())
-            result.errors.setdefault(name, []).append(error)
+            yield name, float(np.square(first.astype(np.float32) - second).mean())
 
 
-def _psnr_db(errors: list[float] | None) -> float | None:
+def _psnr_db(errors: list[float]) -> float | None:
     if not errors:
         return None
     mean = sum(errors) / len(errors)

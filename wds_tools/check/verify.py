@@ -54,10 +54,12 @@ class VerifyConfig(OnWorkers):
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyResult:
-    """The result of a check; `problems` is empty if all is well."""
+    """The result of a check."""
 
     manifest: Manifest
+    """Of the dataset that was checked."""
     problems: tuple[str, ...]
+    """Sentences about what is wrong; none if all is well."""
     notes: tuple[str, ...] = ()
     """Sentences about what could not be checked."""
 
@@ -89,6 +91,12 @@ class _ShardReport:
 
 def verify(config: VerifyConfig) -> VerifyResult:
     """Check a dataset.
+
+    Args:
+        config: which dataset.
+
+    Returns:
+        What is wrong, one sentence a problem; none if all is well.
 
     Raises:
         NotFound: there is no manifest.

@@ -26,22 +26,20 @@ _LEFT_OUT = {"grids", "members", "raw", "start", "total", "columns", "images", "
 
 @dataclass(frozen=True, kw_only=True)
 class Config(PagesConfig, Printed):
-    """Say what a training run was handed at a step: keys, texts, where they come from, and whether their bytes are intact.
-
-    Nothing was logged for this: the order is arithmetic, and a state or receipt says all that it depends on."""
+    """Show the samples of a step of a training run: keys, texts, their origin, and whether their bytes are intact."""
 
     input: Positional[str]
-    """A state, save or receipt of the run, as JSON. If the step came later, the run is taken to have gone on as it was then."""
+    """A state, save or receipt of the run, as JSON. For a later step, the settings of this state are assumed to continue."""
     step: int
-    """Number of the step in the training, from 0: the batches handed over before it."""
+    """Number of the step in the training, from 0: the number of batches before it."""
     rank: int | None = None
-    """Of this rank only; by default all of the batch."""
+    """Show only this rank; by default the whole batch."""
     source: tuple[str, ...] = ()
     """Where data of the run lies that is no longer at the URL in the state. It is recognised by its fingerprint."""
     exclude: str | None = None
     """File of keys that the run excluded, as its Source(exclude=...), if it did so before the step."""
     html: str | None = None
-    """Write a page with all texts and the pictures of the first 256 samples, decoded, to this file."""
+    """Write a page to this file, with all texts and the decoded pictures of the first 256 samples."""
 
     def __post_init__(self) -> None:
         if self.step < 0:

@@ -12,32 +12,32 @@ from wds_tools.cli.summary import Printed, show
 from wds_tools.errors import UsageError
 from wds_tools.run.progress import Advance, Progress, Shown
 from wds_tools.storage import join
-from wds_tools.terminal import counted
+from wds_tools.terminal import counted, from_to
 
 EXAMPLE = "wds-tools audit s3://bucket/run-7 --complete"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Printed, Shown):
-    """Compare what a training run has handed over, by its receipts, with the manifests: every sample of an epoch once.
+    """Compare the receipts of a training run with the manifests: every sample of an epoch must be used once.
 
     Exit status 1 if anything is missing or repeated."""
 
     input: Positional[tuple[str, ...]]
-    """Folders or URLs with saves of a loader, of which the newest counts; or receipts of all ranks and restarts: .json files, or
-    folders of them."""
+    """Folders or URLs with saves of a loader, of which the newest counts; or the receipts of all ranks and restarts, as .json
+    files or folders of these."""
     epoch: int | None = None
-    """Report this epoch only. Receipts are added up over all of theirs."""
+    """Report only this epoch. Receipts are still added up over all epochs."""
     source: tuple[str, ...] = ()
     """Where data of the run lies that is no longer at the URL in the receipts. It is recognised by its fingerprint."""
     exclude: str | None = None
-    """File of keys that the run excluded, as its Source(exclude=...): prove that none of their samples was handed over since."""
+    """File of keys that the run excluded with Source(exclude=...): prove that none of their samples was used after that."""
     complete: bool = False
-    """The last epoch has to be complete too; by default it may end where the run stood."""
+    """The last epoch must also be complete; by default, it may be unfinished."""
     quick: bool = False
-    """Compare positions only; do not add up the hashes of the samples: half a minute for 100 million."""
+    """Compare only positions, without adding up the hashes of the samples: half a minute for 100 million."""
     show: int = 20
-    """Ranges to list of each kind. What is not listed is counted. With --json they are [first, after the last]."""
+    """Ranges to list of each kind; others are only counted. With --json they are [first, after the last]."""
 
     def __post_init__(self) -> None:
         if not self.input:
@@ -123,16 +123,12 @@ def _describe_ranges(title: str, ranges: Ranges, by: tuple[tuple[str, ...], ...]
         return
     yield f"{title}: {ranges.num_samples:,} samples"
     for number, (low, high) in enumerate(ranges.positions):
-        yield f"          position {_range(low, high)}" + (f", by {' and '.join(by[number])}" if by else "")
+        yield f"          position {from_to(low, high)}" + (f", by {' and '.join(by[number])}" if by else "")
     if hidden := ranges.num_position_ranges - len(ranges.positions):
         yield f"          and {hidden:,} more ranges of positions"
     for samples in ranges.sample_ranges:
-        yield f"          {join(samples.source, samples.shard)} sample {_range(samples.first, samples.last)}"
+        yield f"          {join(samples.source, samples.shard)} sample {from_to(samples.first, samples.last)}"
     if hidden := ranges.num_sample_ranges - len(ranges.sample_ranges):
         yield f"          and {hidden:,} more ranges of samples"
     if ranges.num_untraced:
         yield f"          and {ranges.num_untraced:,} more samples, whose shards were not looked up"
-
-
-def _range(low: int, high: int) -> str:
-    return f"{low:,}" if high - low == 1 else f"{low:,} to {high - 1:,}"

@@ -13,12 +13,12 @@ EXAMPLE = "wds-tools compare-codes pairs-fp32 pairs-bf16 --weights vqgan/"
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Printed, CompareConfig):
-    """Say how many codes of two encoded datasets are equal, and how far apart the pictures are that they decode to."""
+    """Report how many codes of two encoded datasets are equal, and how far apart their decoded pictures are."""
 
     a: Positional[str]
     """The first dataset."""
     b: Positional[str]
-    """The second; it may be the same, if the names of the codes differ."""
+    """The second dataset; it may be the same one, if the names of the codes differ."""
 
 
 def run(config: Config) -> int:
@@ -38,5 +38,5 @@ def run(config: Config) -> int:
     ):
         if value is not None:
             facts[name] = f"{value:.2f} dB over {result.pictures:,} decoded pictures"
-    show(config, {name: value for name, value in asdict(result).items() if name != "errors"}, aligned(facts))
+    show(config, asdict(result), aligned(facts))
     return 0

@@ -20,7 +20,7 @@ _Options = Mapping[str, tuple[str, ...]]
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Print what makes a shell complete `wds-tools` commands. Without a file: `source <(wds-tools completion bash)`."""
+    """Print a script that makes a shell complete `wds-tools` commands. Without a file: `source <(wds-tools completion bash)`."""
 
     shell: Positional[Literal["bash", "zsh", "fish"]]
     """Which shell it is for."""

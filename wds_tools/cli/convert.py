@@ -35,7 +35,7 @@ class Encoding(TokenizerOptions):
     help_group = "encoding"
 
     encode: Annotated[str | None, Names("wds_tools.vq.registry:tokenizer_names")] = None
-    """An image tokenizer: fill the codes straight away, as `wds-tools encode --tokenizer` does."""
+    """Image tokenizer: makes the codes in the same step, like `wds-tools encode --tokenizer`."""
     keep_images: bool = False
     """With --encode: keep the source images beside the codes."""
 

@@ -21,8 +21,8 @@ import torch
 from wds_tools import __version__
 from wds_tools.cli.options import Positional
 from wds_tools.cli.summary import Printed, show
+from wds_tools.dataset.files import check_complete
 from wds_tools.dataset.layout import MANIFEST, PLAN
-from wds_tools.dataset.output import check_complete
 from wds_tools.dataset.reader import read_manifest
 from wds_tools.errors import FormatError, NotFound, WdsToolsError
 from wds_tools.plugins import Names
@@ -40,20 +40,20 @@ _PROBE = "wds-tools-doctor"
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Printed):
-    """Say what is installed, what devices there are, what a tokenizer costs on them, and whether what you name is in order.
+    """Show what is installed, the devices, the speed of a tokenizer, and whether the given places are in order.
 
     Exit status 1 if it is not, or if a package is missing that every command needs."""
 
     input: Positional[tuple[str, ...]] = ()
-    """Directories or URLs to judge: can they be read, is a dataset finished, are all its files there in their sizes?"""
+    """Directories or URLs to check: can they be read, is a dataset complete, do all its files have the right size?"""
     tokenizer: Annotated[str, Names("wds_tools.vq.registry:tokenizer_names")] = "tiny"
     """Image tokenizer to load and to time on this machine, in fp32."""
     weights: str | None = None
-    """Its weights: all but tiny need them, and what one costs is not known without."""
+    """Its weights; all tokenizers except tiny need them."""
     device: str = "auto"
     """Where it runs: auto (a GPU if there is one), cpu, cuda or cuda:N."""
     write: bool = False
-    """Try writing there too: a small file is put and deleted again."""
+    """Also try to write there: a small file is written and deleted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,14 +165,15 @@ def _place(url: str, write: bool) -> _Fact:
     name = redact(url)
     try:
         store = open_store(url)
-        begun = time.monotonic()
-        what = _read(store, write)
-        found = f"readable in {1000 * (time.monotonic() - begun):,.0f} ms: {what}"
-        if write:
+        writable = ""
+        if write:  # first, since some servers make a bucket on the way
             begun = time.monotonic()
             store.put(_PROBE, b"written by wds-tools doctor, to be deleted at once")
             store.delete(_PROBE)
-            found += f"; writable in {1000 * (time.monotonic() - begun):,.0f} ms"
+            writable = f"; writable in {1000 * (time.monotonic() - begun):,.0f} ms"
+        begun = time.monotonic()
+        what = _read(store, write)
+        found = f"readable in {1000 * (time.monotonic() - begun):,.0f} ms: {what}{writable}"
     except WdsToolsError as error:
         return _Fact(name=name, text=str(error), is_fine=False)
     return _Fact(name=name, text=found)

@@ -15,8 +15,8 @@ EXAMPLE = "wds-tools encode --input pairs-raw --output pairs --tokenizer chamele
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Printed, EncodeConfig):
-    """Fill the codes of a dataset's images with an image tokenizer. Image-caption pairs in any files are taken as well, and
-    read where they lie: that is `wds-tools convert pairs --encode`, which has more options."""
+    """Make the codes of a dataset's images with an image tokenizer. The input may also be files of image-caption pairs, as for
+    `wds-tools convert pairs --encode`, which has more options."""
 
 
 def run(config: Config) -> int:

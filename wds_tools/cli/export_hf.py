@@ -23,7 +23,7 @@ class Config(Printed, ExportConfig):
     help_group = "output"
 
     reader: Annotated[Literal["any", "liquid"], Named("for")] = "any"
-    """liquid: leave out and count what Liquid's own trainer takes for plain text: image_text_multi, visual_sft."""
+    """liquid: leave out and count samples that Liquid's own trainer would treat as plain text: image_text_multi, visual_sft."""
 
 
 def run(config: Config) -> int:

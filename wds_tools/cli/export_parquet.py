@@ -14,7 +14,7 @@ EXAMPLE = "wds-tools export parquet --input s3://bucket/pages s3://bucket/edits 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Printed, ParquetConfig):
-    """Write datasets as typed Parquet with everything that they hold, in their order; `convert coded` takes it back."""
+    """Write datasets as typed Parquet with all of their content, in their order; `convert coded` reads it back."""
 
 
 def run(config: Config) -> int:

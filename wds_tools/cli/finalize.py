@@ -10,7 +10,7 @@ EXAMPLE = "wds-tools finalize --output s3://bucket/pairs"
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Printed, FinalizeConfig):
-    """Write the manifest of a dataset that was made in parts; if some are missing, say which."""
+    """Write the manifest of a dataset that was made in parts, or name the missing parts."""
 
 
 def run(config: Config) -> int:

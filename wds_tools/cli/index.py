@@ -21,14 +21,15 @@ EXAMPLE = "wds-tools index s3://bucket/tars --workers 8"
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Printed, OnWorkers):
-    """Write the index files (.tar.index) of a dataset again; of a folder of any WebDataset tars, write them and a manifest."""
+    """Write the index files (.tar.index) of a dataset again; for a folder of any WebDataset tars, write index files and a
+    manifest."""
 
     input: Positional[str]
     """The dataset, or the folder or prefix of the tars: a directory or URL. Everything is written there, beside the tars."""
     fields: bool = False
-    """Make the fields of the samples too, which `select`, `relabel` and `stats --duplicates` read, if they are not there."""
+    """Also make the fields of the samples, which `select`, `relabel` and `stats --duplicates` read, if they are missing."""
     tokens: str | None = None
-    """Count the tokens of the texts too, by the Hugging Face tokenizer in this folder, for LoaderConfig(unit="tokens")."""
+    """Also count the tokens of the texts, with the Hugging Face tokenizer in this folder, for LoaderConfig(unit="tokens")."""
 
 
 def run(config: Config) -> int:

@@ -16,15 +16,15 @@ _Kind = Literal["pairs", "documents", "conversations", "interleaved", "coded"]
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Printed):
-    """Say what an input is, and what would become of it: its fields, which is what, the first samples, and the command to type.
-    Nothing is written."""
+    """Show what an input is and what it would become: its fields, which field is what, the first samples, and the command to
+    type. Writes nothing."""
 
     input: Positional[tuple[str, ...]]
     """Files, folders or patterns; paths or URLs."""
     converter: Annotated[_Kind | None, Named("as")] = None
-    """What it is to become. Default: what fits."""
+    """Kind of samples to make. Default: the kind that fits."""
     image_root: tuple[str, ...] = ()
-    """Folder that image paths are relative to, or tars with the images; this and what follows as `convert` has it."""
+    """Folder that image paths are relative to, or tars with the images; this and the following options work as in `convert`."""
     image: str | None = None
     """Field with the image."""
     text: tuple[str, ...] = ()
@@ -38,7 +38,7 @@ class Config(Printed):
     keep: tuple[str, ...] = ()
     """Fields to keep as provenance."""
     drop: tuple[str, ...] = ()
-    """Fields with an image that is left out on purpose."""
+    """Fields with images to leave out."""
     where: str | None = None
     """Take only records for which this is true."""
 

@@ -23,31 +23,31 @@ from wds_tools.storage.base import check_writable
 from wds_tools.terminal import say
 
 COMMANDS = {
-    ("inspect",): ("inspect", "what an input is, and what would become of it; writes nothing"),
+    ("inspect",): ("inspect", "show what an input is and what it would become; writes nothing"),
     ("convert", "pairs"): ("convert", "images with captions to shards: jsonl, img2dataset's tars, Parquet, folders"),
     ("convert", "documents"): ("convert", "texts to shards: DCLM, FineWeb, C4 and the like"),
     ("convert", "conversations"): ("convert", "conversations about images, and edits, to shards (LLaVA, MagicBrush)"),
     ("convert", "interleaved"): ("convert", "documents with images between their texts (OBELICS, MMC4) to shards"),
-    ("convert", "coded"): ("convert", "rows that hold codes to shards: Liquid's, our exports, codes of others"),
-    ("encode",): ("encode", "fill the VQ codes of a dataset's images"),
-    ("compare-codes",): ("compare_codes", "what another precision does to codes: two encodings side by side"),
-    ("vocabulary",): ("vocabulary", "special tokens of a text tokenizer, and the model size that it needs"),
+    ("convert", "coded"): ("convert", "rows with codes to shards: Liquid's, our exports, codes made elsewhere"),
+    ("encode",): ("encode", "make the VQ codes of a dataset's images"),
+    ("compare-codes",): ("compare_codes", "compare two encodings: equal codes, and the pictures they decode to"),
+    ("vocabulary",): ("vocabulary", "add special tokens to a text tokenizer, and show the model size it needs"),
     ("relabel",): ("relabel", "put other texts (recaptions) and fields into samples, from tables"),
     ("select",): ("select", "choose samples of datasets: conditions, keys, duplicates, splits"),
     ("pack",): ("pack", "datasets to shards of token rows, ready to train on"),
-    ("finalize",): ("finalize", "write the manifest of what was made in parts (--part)"),
+    ("finalize",): ("finalize", "write the manifest of a dataset made in parts (--part)"),
     ("export", "hf"): ("export_hf", "shards to a Hugging Face dataset of Liquid's columns, shuffled"),
-    ("export", "parquet"): ("export_parquet", "shards to typed Parquet with everything in it, and back by convert coded"),
+    ("export", "parquet"): ("export_parquet", "shards to typed Parquet with all content; convert coded reads it back"),
     ("verify",): ("verify", "check a dataset against its manifest"),
     ("stats",): ("stats", "lengths, codebook use, duplicates, drift: a table, or a page"),
     ("view",): ("view", "look at a dataset in a browser"),
-    ("index",): ("index", "index the tars of a dataset, or of others"),
+    ("index",): ("index", "index the tars of a dataset, or third-party tars"),
     ("audit",): ("audit", "compare receipts of a training run with the manifests"),
-    ("at",): ("at", "what a training run was handed at a step: texts, sources, pictures"),
-    ("seen",): ("seen", "when a training run was handed a sample: epochs, steps, ranks"),
-    ("doctor",): ("doctor", "what is installed, what devices there are, what can be read"),
+    ("at",): ("at", "the samples of a step of a training run: texts, sources, pictures"),
+    ("seen",): ("seen", "when a training run used a sample: epochs, steps, ranks"),
+    ("doctor",): ("doctor", "show what is installed, the devices, and what can be read"),
     ("completion",): ("completion", "make a shell complete these commands"),
-    ("simulate",): ("simulate", "what a training run will cost, from the manifests alone"),
+    ("simulate",): ("simulate", "estimate the cost of a training run, from the manifests alone"),
 }
 
 
@@ -130,5 +130,5 @@ def _no_command(args: list[str]) -> int:
     names = sorted(map(" ".join, known))
     said = " ".join(args[:2])
     close = meant(said, names, 0.85) or ("" if group else meant(args[0], names))
-    say(f"wds-tools: unknown command {said!r}: {close}The commands are {', '.join(names)}", error=True)
+    say(f"wds-tools: unknown command {said!r}: {f'{close}The' if close else 'the'} commands are {', '.join(names)}", error=True)
     return 2

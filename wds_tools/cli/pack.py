@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from wds_tools.cli.summary import Printed, dataset_record, describe_dataset, show
 from wds_tools.pack.rows import PackConfig, pack
 
-EXAMPLE = "wds-tools pack --input s3://bucket/pairs s3://bucket/dclm --tokenizer tok/ --seq-len 4096 --output s3://bucket/rows"
+EXAMPLE = "wds-tools pack --input s3://bucket/pairs s3://bucket/dclm --tokenizer tok/ --max-length 4096 --output s3://bucket/rows"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Printed, PackConfig):
-    """Pack datasets into shards of token rows of one length, so that training tokenizes nothing."""
+    """Pack datasets into shards of token rows of one length, so that training does not tokenize."""
 
 
 def run(config: Config) -> int:

@@ -19,14 +19,14 @@ EXAMPLE = "wds-tools seen 000012-00000007 --state checkpoints/state-60000.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Printed):
-    """Say when a training run was handed samples: every epoch, step and rank, up to a state.
+    """Show when a training run used samples: every epoch, step and rank, up to a state.
 
     Exit status 1 if a key is of no sample."""
 
     input: Positional[tuple[str, ...]] = ()
     """Keys."""
     keys: str | None = None
-    """File of keys, one a line; where several datasets of the run have a key, DATASET<tab>KEY."""
+    """File of keys, one a line; DATASET<tab>KEY if several datasets of the run have the key."""
     state: str
     """A state, a save or a receipt of the run, as JSON."""
     source: tuple[str, ...] = ()

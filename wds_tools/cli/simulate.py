@@ -16,23 +16,22 @@ from wds_tools.errors import UsageError
 from wds_tools.format.typed_json import read_json
 from wds_tools.sequences.config import SequenceConfig
 from wds_tools.storage import open_store, split_url
+from wds_tools.terminal import sized
 
 EXAMPLE = "wds-tools simulate --samples 10e9 --sample-bytes 4100 --batch-size 4096 --world 512 --workers 4"
 _NO_LENGTH = 1 << 20
 """Of rows, none of which are made."""
-_UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Printed):
-    """Say what training from datasets will cost: steps, requests, bytes, memory, and how well samples are mixed.
-
-    Reads manifests and nothing else; with --samples, not even these."""
+    """Estimate the cost of training from datasets: steps, requests, bytes, memory, and how well samples are mixed. Reads only
+    manifests; with --samples, not even these."""
 
     input: Positional[tuple[str, ...]] = ()
     """The datasets: directories or URLs."""
     samples: float | None = None
-    """Instead of datasets: samples of one that does not exist yet. 10e9 is ten billion."""
+    """Instead of datasets: number of samples of a dataset that does not exist yet. 10e9 is ten billion."""
     sample_bytes: float = 4100.0
     """With --samples: bytes of a sample in its tar, headers and padding included."""
     shard_samples: int = 10_000
@@ -46,22 +45,22 @@ class Config(Printed):
     weights: tuple[float, ...] = ()
     """Weights of the datasets in the mixture, in their order; by default every sample of each once an epoch."""
     tokenizer: str | None = None
-    """Folder of a Hugging Face tokenizer, by which `index --tokens` counted the datasets: weights are shares of tokens, and the
-    tokens of texts and images of each dataset are told."""
+    """Folder of a Hugging Face tokenizer with which `index --tokens` counted the datasets: weights are then shares of tokens, and
+    the tokens of texts and images of each dataset are reported."""
     last_batch: Literal["drop", "short", "wrap"] = "drop"
     """What happens to the last, incomplete batch of an epoch."""
     memory_bytes: int = 2 << 30
-    """Memory that one process may take for data that it has read."""
+    """Memory that one process may use for data that it has read."""
     max_requests: int = LoaderConfig.max_requests
     """Requests that one process may have in flight at a time."""
     latency_ms: float | None = None
-    """Milliseconds that object storage takes to answer a request: says how long the first batches take."""
+    """Milliseconds that object storage takes to answer a request, to estimate the time of the first batches."""
     seed: int = 42
     """Seed of the sample order."""
     exclude: str | None = None
     """File of keys to take out, as Source(exclude=...); samples are then looked up in the data."""
     state: str | None = None
-    """State of a run (JSON) that goes on with these settings: its lanes stay, and what differs holds from there on."""
+    """State (JSON) of a run that continues with these settings: its lanes stay, and changed settings take effect there."""
     remote: bool = False
     """Count local files as if they were fetched from object storage."""
 
@@ -87,16 +86,15 @@ def run(config: Config) -> int:
         Source(url, weight=weight, exclude=config.exclude)
         for url, weight in zip(config.input or ("imagined",), weights, strict=True)
     )
+    same: dict[str, Any] = {
+        name: getattr(config, name) for name in ("batch_size", "seed", "last_batch", "memory_bytes", "max_requests")
+    }
     settings = LoaderConfig(
         sources=sources,
-        batch_size=config.batch_size,
         unit="tokens" if config.tokenizer and config.weights else "samples",
         sequences=SequenceConfig(tokenizer=config.tokenizer, max_length=_NO_LENGTH) if config.tokenizer else None,
-        seed=config.seed,
-        last_batch=config.last_batch,
         num_workers=config.workers,
-        memory_bytes=config.memory_bytes,
-        max_requests=config.max_requests,
+        **{name: getattr(config, name) for name in same},
     )
     if config.samples is None:
         opened = [open_source(source) for source in sources]
@@ -113,14 +111,14 @@ def run(config: Config) -> int:
 
 def _describe(result: Simulation, config: Config) -> Iterator[tuple[str, str]]:
     count = result.num_samples
-    plan = "" if result.plan_bytes is None else f", {_bytes(result.plan_bytes)} of memory"
-    yield "data", f"{count:,} samples, {_bytes(result.total_bytes)}, {result.num_shards:,} shards"
+    plan = "" if result.plan_bytes is None else f", {sized(result.plan_bytes)} of memory"
+    yield "data", f"{count:,} samples, {sized(result.total_bytes)}, {result.num_shards:,} shards"
     left = f", {result.num_dropped:,} samples left over" if result.num_dropped else ""
     yield "epoch", f"{result.epoch_samples:,} samples: {result.num_steps:,} steps of {config.batch_size:,}{left}"
     yield (
         "order",
         f"{result.num_lanes:,} lanes, {result.lanes_per_sample} for each sample of the batch; {result.num_chunks:,} chunks of "
-        f"{_bytes(result.chunk_bytes)}, read in shuffle blocks of {_bytes(result.block_bytes)}",
+        f"{sized(result.chunk_bytes)}, read in shuffle blocks of {sized(result.block_bytes)}",
     )
     if result.weights_error:
         yield "", f"weights are kept as parts of 2**20: to {result.weights_error:.2g} of each"
@@ -157,24 +155,17 @@ def _describe_process(cost: ProcessCost, config: Config) -> Iterator[tuple[str, 
     if not cost.requests:
         yield "  requests", "none: local files are mapped (--remote counts them as if they were fetched)"
         return
-    yield "  requests", f"{cost.requests:,.0f} an epoch, of {_bytes(cost.bytes / cost.requests)} on average"
-    yield "  bytes", f"{_bytes(cost.bytes)} an epoch, {cost.amplification:.2f} x those of its samples"
-    yield "  offsets", f"{cost.index_requests:,.0f} requests, {_bytes(cost.index_bytes)} an epoch; indices where there are none"
-    yield "  first batch", f" waits for {cost.first_requests[0]:,} requests, {_bytes(cost.first_batch_bytes)}"
+    yield "  requests", f"{cost.requests:,.0f} an epoch, of {sized(cost.bytes / cost.requests)} on average"
+    yield "  bytes", f"{sized(cost.bytes)} an epoch, {cost.amplification:.2f} x those of its samples"
+    yield "  offsets", f"{cost.index_requests:,.0f} requests, {sized(cost.index_bytes)} an epoch; indices where there are none"
+    yield "  first batch", f" waits for {cost.first_requests[0]:,} requests, {sized(cost.first_batch_bytes)}"
     if config.latency_ms is not None:
         first, *others = opening_s(cost, config.latency_ms / 1000, config.max_requests)
         after = f", then each of {len(others)} that open lanes after {max(others):.2f} s at most" if others else ""
         yield "", f"comes after {first:.2f} s at {config.latency_ms:g} ms a request, bandwidth and computing aside{after}"
     yield (
         "  memory",
-        f"{_bytes(cost.peak_bytes)} at most, in {cost.peak_blocks:,} open blocks; {_bytes(config.memory_bytes)} allowed",
+        f"{sized(cost.peak_bytes)} at most, in {cost.peak_blocks:,} open blocks; {sized(config.memory_bytes)} allowed",
     )
     yield "  late", f"{cost.late:.0%} of the steps ask for what they need only when they are due"
     yield "  evicted", f"{cost.evicted:,.0f} requests an epoch, whose rows are not used up"
-
-
-def _bytes(count: float) -> str:
-    power = 0
-    while count >= 1000 and power < len(_UNITS) - 1:
-        count, power = count / 1000, power + 1
-    return f"{count:,.{1 if power and count < 100 else 0}f} {_UNITS[power]}"

@@ -28,9 +28,9 @@ class Config(Printed, StatsConfig):
     input: Positional[str]
     """The dataset: a directory or URL."""
     html: str | None = None
-    """Write a report to this file (a path or URL): one page that needs nothing else."""
+    """Write a report to this file (a path or URL): one self-contained page."""
     duplicates: str | None = None
-    """Write all samples of equal texts and of equal codes to this file: {"same": ..., "keys": [...]} a line."""
+    """Write all groups of samples with equal texts or equal codes to this file, one a line: {"same": ..., "keys": [...]}."""
 
 
 def run(config: Config) -> int:

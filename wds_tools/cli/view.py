@@ -16,7 +16,8 @@ EXAMPLE = "wds-tools view s3://bucket/pairs --open"
 
 @dataclass(frozen=True, kw_only=True)
 class Config(ViewConfig):
-    """Look at a dataset in a browser: its samples, what their codes decode to, its rejects, its numbers. Ctrl-C ends it."""
+    """Look at a dataset in a browser: its samples, the pictures that codes decode to, its rejects, its statistics. Ctrl-C ends
+    it."""
 
     input: Positional[str]
     """The dataset: a directory or URL."""

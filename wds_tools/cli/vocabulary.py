@@ -20,18 +20,18 @@ EXAMPLE = "wds-tools vocabulary gemma/ --output gemma-images/ --codebook-size 81
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Printed):
-    """Say which special tokens a text tokenizer has and what vocab_size a model needs; add the missing ones."""
+    """Show which special tokens a text tokenizer has and the vocab_size that a model needs; add missing tokens."""
 
     input: Positional[str]
     """Folder of a Hugging Face tokenizer, or a tokenizer.json."""
     output: str | None = None
-    """A new folder, for a copy to which the missing tokens are added."""
+    """New folder for a copy with the missing tokens."""
     template: Annotated[str, Names("wds_tools.sequences.templates:template_names")] = SequenceConfig.template
-    """Whose tokens: liquid, chameleon, emu3, or a template of a package."""
+    """Template whose tokens are used: liquid, chameleon, emu3, or one of a package."""
     tokens: tuple[str, ...] | None = None
     """The special tokens to look for; by default those of the template."""
     codebook_size: int | None = None
-    """Entries of the image codebook, which stand behind the text vocabulary, or in it if the template has names for them."""
+    """Entries of the image codebook: they come after the text vocabulary, or are part of it if the template names them."""
     multiple: int = 128
     """Round the size up to a multiple of this: such matrices are faster on a GPU."""
 

@@ -39,21 +39,21 @@ _NUM_AHEAD = 16
 
 @dataclass(frozen=True, kw_only=True)
 class CodedConfig(ConvertOptions):
-    """Convert datasets that hold codes to shards: Liquid's, those of `export`, or others with a field or npy file of codes."""
+    """Convert datasets with codes to shards: Liquid's, exports of this project, or others with a field or npy file of codes."""
 
     help_group = "codes and texts"
 
     input: tuple[str, ...]
-    """Folders written by save_to_disk, .parquet or .jsonl files of the same seven fields, or folders of any; paths or URLs."""
+    """Folders written by save_to_disk, .parquet or .jsonl files of the same seven fields, or folders of these; paths or URLs."""
     tokenizer: str = "chameleon"
-    """Name of the tokenizer that made the codes, for the manifest. Rows don't say it, but for those of `export parquet`; so too
-    the next three."""
+    """Name of the tokenizer that made the codes, for the manifest. Only rows of `export parquet` record this and the next three
+    options."""
     codebook_size: int = 8192
-    """Entries of its codebook; a row with a code beyond is rejected."""
+    """Entries of its codebook; a row with a larger code is rejected."""
     stride: int = 16
     """Pixels of an image on a side for each code."""
     weights_hash: str | None = None
-    """Hash of its weights, as the manifest of a set that was encoded here has it: only then can the two be exported together."""
+    """Hash of its weights, from the manifest of a dataset encoded by this project: needed to export both together."""
     layout: str = "hw"
     """Axes of the arrays, a letter each: hw, n for codes in one dimension (TiTok), hwk for several codebooks of one size."""
     mode: str | None = None
@@ -63,11 +63,12 @@ class CodedConfig(ConvertOptions):
     text: tuple[str, ...] = ()
     """Fields with the text: the first that is there. Default: well-known names in a documented order."""
     code_root: str | None = None
-    """Folder that paths of npy files in that field are relative to, and may not leave. Default: the folder of the records."""
+    """Folder that paths of npy files are relative to, and may not leave. Default: the folder of the records."""
     grid: tuple[int, int] | None = None
-    """Rows and columns of codes, where neither the array, the fields width and height, nor 512 pixels say it."""
+    """Rows and columns of codes, if they follow neither from the array, nor from the fields width and height, nor from 512
+    pixels."""
     crop: int | None = None
-    """With --grid: which of the grids in an array is taken, from 0, where there are several, such as those of ten crops."""
+    """With --grid: number of the grid to take, from 0, if an array has several, such as ten crops."""
 
     command = "convert coded"
     field_options = ("codes", "text")
@@ -115,7 +116,14 @@ class CodedConfig(ConvertOptions):
         return {**self._tokenizer_settings, **said, **super().settings}
 
     def code_columns(self, files: Sequence[InputFile]) -> Mapping[str, Mapping[str, Any]]:
-        """See ConvertOptions. Raises UsageError: files of `export parquet` contradict one another, or the options."""
+        """What the options and files of `export parquet` say of the codes; see ConvertOptions.
+
+        Args:
+            files: the input, as `Source.choose` chose it.
+
+        Raises:
+            UsageError: files of `export parquet` contradict one another, or the options.
+        """
         provenance = {**self._tokenizer_settings, "precision": "unknown", "imported": True}
         columns: dict[str, Mapping[str, Any]] = {}
         given = [

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from wds_tools.convert.images import NUM_AHEAD, ImageReader, MarkedImages
+from wds_tools.convert.images.reader import NUM_AHEAD, ImageReader, MarkedImages
 from wds_tools.format.schema import Sample
 from wds_tools.records.conversations import TalkReader
 
@@ -23,8 +23,8 @@ _SOURCE_ID, _FIRST_ANSWER = "source_id", "first_answer"
 
 @dataclass(frozen=True, kw_only=True)
 class ConversationsConfig(MarkedImages):
-    """Convert conversations about images to shards. The images go in byte for byte, and codes come with `wds-tools encode`; or
-    codes instead of images in one go, with --encode."""
+    """Convert conversations about images to shards. Images are stored byte for byte; `wds-tools encode` adds codes later. With
+    --encode, codes are stored instead of images, in one step."""
 
     help_group = "input"
 
@@ -33,15 +33,15 @@ class ConversationsConfig(MarkedImages):
     conversations: str | None = None
     """Field with the turns. Default: conversations, messages, conversation or texts."""
     image: str | None = None
-    """Field with the images. Default: image, images, or another well-known name; and those that stand in the turns."""
+    """Field with the images. Default: image, images, or another well-known name, and images in the turns."""
     edited: str | None = None
-    """Of edits, which have no turns: field with the edited image. --image has the source. Default: well-known names."""
+    """For edits, which have no turns: field with the edited image; --image is the source. Default: well-known names."""
     instruction: str | None = None
-    """Of edits, field with what was to be done. Default: well-known names."""
+    """For edits: field with the instruction. Default: well-known names."""
     image_marks: Literal["written", "first"] = "written"
-    """first: images of a record without an <image> mark are put before its first question; else such a record is a reject."""
+    """first: in a record without <image> marks, images go before the first question; otherwise the record is rejected."""
     keep: tuple[str, ...] = ()
-    """Fields of the record to keep as provenance. Its id is kept always, as source_id."""
+    """Fields of the record to keep as provenance. Its id is always kept, as source_id."""
 
     command = "convert conversations"
     field_options = ("conversations", "image", "edited", "instruction")

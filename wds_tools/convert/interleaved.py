@@ -11,15 +11,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from wds_tools.convert.images import NUM_AHEAD, ImageReader, MarkedImages
+from wds_tools.convert.images.reader import NUM_AHEAD, ImageReader, MarkedImages
 from wds_tools.format.schema import Sample
 from wds_tools.records.interleaved import PageReader
 
 
 @dataclass(frozen=True, kw_only=True)
 class InterleavedConfig(MarkedImages):
-    """Convert documents with images between their texts to shards. The images go in byte for byte, and codes come with
-    `wds-tools encode`; or codes instead of images in one go, with --encode."""
+    """Convert documents with images between their texts to shards. Images are stored byte for byte; `wds-tools encode` adds codes
+    later. With --encode, codes are stored instead of images, in one step."""
 
     help_group = "input"
 

@@ -33,6 +33,9 @@ class Converter(Protocol):
     def roles(self, fields: Mapping[str, Any], /) -> Mapping[str, str]:
         """What is read of a record: role, such as "text" or "image" -> name of the field that has it.
 
+        Args:
+            fields: of the record.
+
         Raises:
             Reject: as `convert`, where the fields alone show it: "unused_image" (two images, or one that is not used) and
                 "ambiguous_fields" in the first records stop the run, so their detail names the options to choose from.
@@ -68,23 +71,24 @@ class ConvertOptions(JobOptions):
     input: tuple[str, ...]
     """Files, folders or brace patterns; paths or URLs."""
     keep: tuple[str, ...] = ()
-    """Fields of the record to keep as provenance: FIELD, or NAME=FIELD to call it otherwise; a.b for one inside another."""
+    """Fields of the record to keep as provenance: FIELD, or NAME=FIELD to rename it; a.b for a field inside another."""
     drop: tuple[str, ...] = ()
-    """Fields with an image that is left out on purpose."""
+    """Fields with images to leave out."""
     where: str | None = None
     """Take only records for which this is true, such as 'similarity >= 0.28 and not nsfw'. See docs/fields.md."""
     key_prefix: str = ""
     """NAME makes keys NAME-TTTTTT-NNNNNNNN, so that samples of two datasets can lie in one folder. Letters, digits, _ and -."""
     strict_links: bool = False
-    """Of folders (--input, --image-root), follow no symlink that leads out: for what was unpacked from archives of strangers."""
+    """Follow no symlink that leads out of a folder (--input, --image-root): for archives from strangers."""
     source: str | None = None
-    """Source of an installed package that reads the input. Default: each file is read as what its content says it is."""
+    """Source of an installed package that reads the input. Default: each file is recognised by its content."""
     task_lines: int = 2000
     """Lines of a .jsonl file that a worker takes at a time; a shard holds no more."""
     task_records: int = 10_000
-    """Records of a JSON list, or of whole files or row groups that say how many they hold, that a worker takes at a time."""
+    """Records that a worker takes at a time: of a JSON list, or of whole files or row groups that state their number of
+    records."""
     task_bytes: int = 256 << 20
-    """Bytes of input at which a worker takes no further file or row group, whatever records they hold."""
+    """A worker takes no further file or row group once it has this many bytes of input."""
 
     command = ""
     """Name of the command, written into the manifest."""
@@ -165,5 +169,12 @@ class ConvertOptions(JobOptions):
         return {}
 
     def code_columns(self, files: Sequence[InputFile]) -> Mapping[str, Mapping[str, Any]]:  # noqa: ARG002  of these
-        """Column -> provenance of the codes that the records of these files bring."""
+        """Column -> provenance of the codes that the records of these files bring.
+
+        Args:
+            files: the input, as `Source.choose` chose it.
+
+        Returns:
+            What the manifest's `codes` will have; {} where records bring none.
+        """
         return {}

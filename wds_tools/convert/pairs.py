@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from wds_tools.convert.images import NUM_AHEAD, ImageReader, PairImages
+from wds_tools.convert.images.reader import NUM_AHEAD, ImageReader, PairImages
 from wds_tools.format.schema import Sample
 from wds_tools.images import Mode, parse_mode
 from wds_tools.records.field_map import FieldMap, parse_pairs
@@ -20,19 +20,19 @@ from wds_tools.records.fields import lacks, value_of
 
 @dataclass(frozen=True, kw_only=True)
 class PairsConfig(PairImages):
-    """Convert image-caption pairs to shards. The images go in byte for byte, and codes come with `wds-tools encode`; or
-    codes instead of images in one go, with --encode."""
+    """Convert image-caption pairs to shards. Images are stored byte for byte; `wds-tools encode` adds codes later. With --encode,
+    codes are stored instead of images, in one step."""
 
     help_group = "input"
 
     input: tuple[str, ...]
     """Folders of images, or files of records (.jsonl, JSON, CSV, Parquet, tars), their folders or patterns; paths or URLs."""
     image: str | None = None
-    """Field with the image: a path, bytes, or what else is read. Default: well-known names in a documented order."""
+    """Field with the image: a path, bytes, or any other form of image. Default: well-known names in a documented order."""
     text: tuple[str, ...] = ()
     """Fields with the caption: the first that is there. Default: those of --texts, else well-known names, in order."""
     texts: tuple[str, ...] = ()
-    """Several captions, NAME=FIELD each, all of which are kept, under these names; null where a record has none."""
+    """Several captions, NAME=FIELD each. All are kept under these names; null if a record has none."""
 
     command = "convert pairs"
     field_options = ("image", "text")

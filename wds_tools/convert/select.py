@@ -56,4 +56,4 @@ class Selection:
             values, path = (facts, field) if field in FACTS else (fields, field.removeprefix(RECORD))
             if path in values or value_of(values, path) is not None:
                 kept[name] = value_of(values, path)
-        return sample._replace(provenance=kept)
+        return sample.with_provenance(kept)

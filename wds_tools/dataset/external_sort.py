@@ -3,6 +3,7 @@
     add(key, record)            -> buffers, flushed to bucket files    (the bucket: which of B equal ranges the key is in)
     drain()                     -> bucket after bucket: read it, sort it by key, yield, delete it
     add_hashed(digest, record), by_hash()    the same by 16 bytes of a hash: all records of one hash together
+    merged(sorts, bucket)                    a bucket of several sorts, as if all records had been added to one
 
 The buckets are ranges of keys in ascending order, so they only decide on where the sorting happens. Of equal keys the earlier
 record goes first. Cost: memory is the buffers, then one bucket; the disk holds every record once, plus 12 bytes each, less the
@@ -13,12 +14,13 @@ from __future__ import annotations
 
 import struct
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from wds_tools.storage.local import translate
 
@@ -30,8 +32,18 @@ _HEAD = struct.Struct("<QI")
 """In front of a record in its bucket: key, size in bytes."""
 
 
+def count_buckets(num_bytes: int) -> int:
+    """Number of the buckets for so many bytes."""
+    return num_bytes // BUCKET_BYTES + 1
+
+
+def bucket_of(keys: NDArray[np.uint64], num_buckets: int) -> NDArray[np.int64]:
+    """(N,) the bucket of each key."""
+    return ((keys >> 32) * num_buckets >> 32).astype(np.int64)
+
+
 class ExternalSort:
-    """Records in, the same records out by their keys. First every `add`, then one `drain`.
+    """Records in, the same records out by their keys. First every `add`, then one `drain`, or `flush` and `merged`.
 
     Args:
         folder: for the bucket files: it is made here, and the caller removes it.
@@ -42,7 +54,7 @@ class ExternalSort:
         folder.mkdir()
         self._folder = folder
         self._buffers: dict[int, bytearray] = {}
-        self._num_buckets = num_bytes // BUCKET_BYTES + 1
+        self._num_buckets = count_buckets(num_bytes)
         self._waiting_bytes = 0
 
     def add(self, key: int, record: bytes) -> None:
@@ -59,7 +71,7 @@ class ExternalSort:
         buffer += record
         self._waiting_bytes += _HEAD.size + len(record)
         if self._waiting_bytes >= BUFFER_BYTES:
-            self._flush()
+            self.flush()
 
     def drain(self) -> Iterator[tuple[int, bytes]]:
         """All (key, record) in the order of the keys; each bucket file is deleted once it was read.
@@ -67,18 +79,12 @@ class ExternalSort:
         Raises:
             StorageError: a bucket can't be read.
         """
-        self._flush()
+        self.flush()
         for bucket in range(self._num_buckets):
-            path = self._path(bucket)
-            try:
-                data = path.read_bytes()
-                path.unlink()
-            except FileNotFoundError:
-                continue  # no key fell into this range
-            except OSError as error:
-                raise translate(error, "read", str(path)) from error
-            yield from _sorted_records(data)
-            del data  # before the next is read
+            for number, record in enumerate(merged([self._folder], bucket)):
+                if not number:  # all of it is in memory
+                    _path(self._folder, bucket).unlink()
+                yield record
 
     def add_hashed(self, digest: bytes, record: bytes) -> None:
         """Take in a record by its hash, of 16 bytes. Raises as `add`."""
@@ -92,9 +98,10 @@ class ExternalSort:
                 same.setdefault(record[:8], []).append(record[8:])
             yield from same.values()
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Write what waits in memory. Raises as `add`."""
         for bucket, buffer in self._buffers.items():
-            path = self._path(bucket)
+            path = _path(self._folder, bucket)
             try:
                 with path.open("ab") as file:
                     file.write(buffer)
@@ -103,8 +110,26 @@ class ExternalSort:
         self._buffers.clear()
         self._waiting_bytes = 0
 
-    def _path(self, bucket: int) -> Path:
-        return self._folder / f"bucket-{bucket:06d}"
+
+def merged(folders: Sequence[Path], bucket: int) -> Iterator[tuple[int, bytes]]:
+    """All (key, record) of a bucket of several sorts of one size, by their keys; of equal ones those of the earlier sort first.
+
+    Raises:
+        StorageError: it can't be read.
+    """
+    pieces: list[bytes] = []
+    for path in (_path(folder, bucket) for folder in folders):
+        try:
+            pieces.append(path.read_bytes())
+        except FileNotFoundError:
+            continue  # no key fell into this range
+        except OSError as error:
+            raise translate(error, "read", str(path)) from error
+    yield from _sorted_records(b"".join(pieces))
+
+
+def _path(folder: Path, bucket: int) -> Path:
+    return folder / f"bucket-{bucket:06d}"
 
 
 def _sorted_records(data: bytes) -> Iterator[tuple[int, bytes]]:

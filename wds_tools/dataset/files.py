@@ -11,8 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 
-from wds_tools.errors import NotFound
+from wds_tools.dataset.layout import OFFSETS, index_name
+from wds_tools.errors import FormatError, NotFound
 from wds_tools.format.checksum import content_hash
+from wds_tools.format.manifest import Manifest
 from wds_tools.run.progress import Advance, Progress
 from wds_tools.storage import Store
 from wds_tools.terminal import counted
@@ -72,6 +74,16 @@ def describe_changed(store: Store, changed: Mapping[str, str]) -> str:
     """What find_changed found, in a part of a line: the first few by name."""
     shown = [f"{name} {what}" for name, what in islice(changed.items(), 5)] + ["..."] * (len(changed) > 5)
     return f"{store.url}: {counted(len(changed), 'file is', 'files are')} not what was written: {', '.join(shown)}"
+
+
+def check_complete(store: Store, manifest: Manifest, *, verify: bool = False, quiet: bool = True) -> None:
+    """Raise FormatError if shards are missing or changed, or indices are missing. Arguments: see find_changed."""
+    files = {shard.name: Written(shard.bytes, shard.xxh128) for shard in manifest.shards}
+    files |= {index_name(name): Written(None) for name in files}
+    files |= {OFFSETS: Written(None)} if manifest.offsets_hash else {}
+    if changed := find_changed(store, files, verify=verify, quiet=quiet):
+        how = "copy them again, or make the dataset again with --overwrite (indices alone: `wds-tools index`)"
+        raise FormatError(f"{describe_changed(store, changed)}, but it has a manifest: {how}")
 
 
 def _hash(store: Store, name: str) -> str | None:

@@ -39,6 +39,8 @@ LEASE_TIMEOUT_S = 3.0 * HEARTBEAT_S
 _FIRST_LOOK_S, _LOOK_EVERY_S = 0.02, 2.0
 _LEAVE_S = 10.0
 _TRIES = 5
+_held: set[Lease] = set()
+"""Those of this process."""
 _PART = re.compile(r"-(\d+)-of-(\d+)\.json$")
 
 
@@ -89,6 +91,7 @@ class Lease:
         self._thread = threading.Thread(target=self._beat, daemon=True)
 
     def __enter__(self) -> Self:
+        _held.add(self)
         try:
             self._put_with_retries()
             self._thread.start()
@@ -153,6 +156,7 @@ class Lease:
             self._store.delete(self._name)
         except StorageError:
             pass  # whatever ended the run is worth more; a lease that is left is found to be dead
+        _held.discard(self)
 
     def _outlast(self, others: Mapping[str, bytes | None]) -> None:
         """Return when each of these leases has gone or gives way to this one; those of dead runs are removed.
@@ -210,6 +214,12 @@ class Lease:
             return self._store.read(name)
         except NotFound:
             return None
+
+
+def free_leases() -> None:
+    """Leave every output of this process, as an interrupt of its main thread would. For one that ends right after."""
+    for lease in tuple(_held):
+        lease.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
 
 
 def _lives(lease: bytes) -> bool | None:

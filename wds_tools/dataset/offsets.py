@@ -2,15 +2,19 @@
 
     OffsetsReader.locate(shard, first, last) -> Place      the groups that hold the samples, and where they lie in the shard
 
-The file is read in parts, each once for all threads: of 1 MiB as long as it fits OFFSETS_BYTES and may stay in memory, else small
-ones, so that a request for samples costs little more than its own bytes.
+The file is read once for all threads: whole, by requests of 1 MiB at the same time, if it fits OFFSETS_BYTES and may stay in
+memory; else in small parts, so that a request for samples costs little more than its own bytes.
 Invariant: whoever reads by a Place finds whole samples there, as many, or the offsets are not those of the shard. A file that is
-one part is taken only if it has the manifest's hash: offsets of another dataset may fit whole samples, of other numbers.
+read whole is taken only if it has the manifest's hash: offsets of another dataset may fit whole samples, of other numbers. The
+hash of a larger one, of a dataset above 250 GB, only `wds-tools verify` compares: one of many ranks would fetch more of it than
+of samples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from operator import ge
 from typing import Any, NamedTuple
 
@@ -20,14 +24,17 @@ from numpy.typing import NDArray
 from wds_tools.dataset.layout import OFFSETS
 from wds_tools.errors import FormatError, NotFound
 from wds_tools.format.manifest import Manifest
-from wds_tools.format.offsets import HEAD_BYTES, OFFSET_BYTES, Groups, hash_offsets
+from wds_tools.format.offsets import HEAD_BYTES, OFFSET_BYTES, Groups, hash_offsets, serialize_offsets
 from wds_tools.format.tar import BLOCK
 from wds_tools.storage import Store, join
 from wds_tools.storage.recent import Recent
 
 OFFSETS_BYTES = 64 << 20
 """Of the file in memory, for each reader."""
-_LARGE_PART, _SMALL_PART = 1 << 20, 8 << 10
+REQUEST_BYTES = 1 << 20
+"""Of a file that is read whole."""
+_SMALL_PART = 8 << 10
+_PARALLEL_READS = 16
 
 
 class Place(NamedTuple):
@@ -85,17 +92,31 @@ class OffsetsReader:
     def _read(self, number: int) -> NDArray[np.uint32]:
         size = self._groups.file_bytes
         begin = HEAD_BYTES + number * self._part * OFFSET_BYTES
+        end = min(begin + self._part * OFFSET_BYTES, size)
+        starts = range(begin, end, REQUEST_BYTES)
+
+        def fetch(start: int) -> Any:
+            return self._fetch(OFFSETS, start, min(start + REQUEST_BYTES, end), size)
+
         try:
-            data = self._fetch(OFFSETS, begin, min(begin + self._part * OFFSET_BYTES, size), size)
+            with ThreadPoolExecutor(_PARALLEL_READS, "wds-offsets") as pool:
+                data = b"".join(pool.map(fetch, starts) if len(starts) > 1 else map(fetch, starts))
         except NotFound as error:
             raise NotFound(f"{self._url} is missing: copy it, or write it with `wds-tools index`") from error
         offsets = np.frombuffer(data, "<u4")
         is_whole = len(data) == size - HEAD_BYTES
-        if is_whole and hash_offsets(self._groups.head + bytes(data)) != self._hash:
+        if is_whole and hash_offsets(self._groups.head + data) != self._hash:
             return np.full_like(offsets, ~np.uint32(0))  # beyond the end of any tar, so that nothing is located
         return offsets
 
 
 def part_bytes(file_bytes: int) -> int:
     """Size of the parts in which an offsets file of so many bytes is read."""
-    return _LARGE_PART if file_bytes <= OFFSETS_BYTES else _SMALL_PART
+    return OFFSETS_BYTES if file_bytes <= OFFSETS_BYTES else _SMALL_PART
+
+
+def put_offsets(store: Store, manifest: Manifest, marked: Iterable[NDArray[np.uint32]]) -> Manifest:
+    """Write the offsets file of a dataset, from what was marked of each shard; returns the manifest with its hash."""
+    data = serialize_offsets(manifest, marked)
+    store.put(OFFSETS, data)
+    return replace(manifest, offsets_hash=hash_offsets(data))

@@ -19,7 +19,7 @@ import base64
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Annotated, Any, Self
 
@@ -32,16 +32,15 @@ from wds_tools.dataset.layout import (
     LEASES,
     MADE_AGAIN,
     MANIFEST,
-    OFFSETS,
     PLAN,
     REMOVABLE,
     TASKS,
     WORK,
-    index_name,
     marker_name,
     rejects_name,
 )
 from wds_tools.dataset.lease import Lease, Part, files_of
+from wds_tools.dataset.offsets import put_offsets
 from wds_tools.dataset.writer import TaskResult
 from wds_tools.errors import FormatError, NotFound, UsageError
 from wds_tools.format.manifest import (
@@ -53,7 +52,6 @@ from wds_tools.format.manifest import (
     parse_manifest,
     serialize_manifest,
 )
-from wds_tools.format.offsets import hash_offsets, serialize_offsets
 from wds_tools.format.schema import SCHEMA_VERSION
 from wds_tools.format.shards import Shards
 from wds_tools.format.typed_json import Count, read_json
@@ -290,23 +288,6 @@ class Output:
             f"{self.store.url} was begun with other inputs or settings: {'; '.join(differences[:5])}: "
             "repeat the first command, or start again with --overwrite"
         )
-
-
-def put_offsets(store: Store, manifest: Manifest, marked: Iterable[NDArray[np.uint32]]) -> Manifest:
-    """Write the offsets file of a dataset, from what was marked of each shard; returns the manifest with its hash."""
-    data = serialize_offsets(manifest, marked)
-    store.put(OFFSETS, data)
-    return replace(manifest, offsets_hash=hash_offsets(data))
-
-
-def check_complete(store: Store, manifest: Manifest, *, verify: bool = False, quiet: bool = True) -> None:
-    """Raise FormatError if shards are missing or changed, or indices are missing. Arguments: see find_changed."""
-    files = {shard.name: Written(shard.bytes, shard.xxh128) for shard in manifest.shards}
-    files |= {index_name(name): Written(None) for name in files}
-    files |= {OFFSETS: Written(None)} if manifest.offsets_hash else {}
-    if changed := find_changed(store, files, verify=verify, quiet=quiet):
-        how = "copy them again, or make the dataset again with --overwrite (indices alone: `wds-tools index`)"
-        raise FormatError(f"{describe_changed(store, changed)}, but it has a manifest: {how}")
 
 
 def count_rejects(results: Iterable[TaskResult]) -> Counter[str]:

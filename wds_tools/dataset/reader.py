@@ -118,19 +118,23 @@ class ShardBytes:
             self._buffer = grown
 
 
-def read_shard(store: Store, shard: ShardInfo) -> Iterator[Sample]:
-    """The samples of a shard in order.
+def read_shard(store: Store, shard: ShardInfo, first: int = 0) -> Iterator[Sample]:
+    """The samples of a shard in order, from number `first` on; those before it are read, but not parsed.
 
     Raises:
         FormatError: the shard is damaged, or not what the manifest says.
         StorageError: it can't be read.
     """
-    for stored in read_stored(store, shard):
-        try:
-            sample = sample_from_members(stored.key, stored.payloads)
-        except FormatError as error:
-            raise FormatError(f"{store.url}/{shard.name}, byte {stored.start}: {error}") from error
-        yield sample
+    for stored in islice(read_stored(store, shard), first, None):
+        yield parse_stored(store, shard, stored)
+
+
+def parse_stored(store: Store, shard: ShardInfo, stored: StoredSample) -> Sample:
+    """A sample of a shard. Raises FormatError: it breaks the schema."""
+    try:
+        return sample_from_members(stored.key, stored.payloads)
+    except FormatError as error:
+        raise FormatError(f"{store.url}/{shard.name}, byte {stored.start}: {error}") from error
 
 
 def read_stored(store: Store, shard: ShardInfo) -> Iterator[StoredSample]:

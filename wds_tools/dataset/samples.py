@@ -31,6 +31,7 @@ from wds_tools.format.schema import IMAGE_EXTENSIONS
 from wds_tools.format.shard import split_name
 from wds_tools.format.tar import first_name
 from wds_tools.storage import Store, join
+from wds_tools.storage.ahead import ahead
 from wds_tools.storage.recent import Recent
 
 INDEX_BYTES = 128 << 20
@@ -243,13 +244,13 @@ class SampleReader:
             future.cancel()
 
     def stored(self, shard: int, rows: NDArray[np.int64]) -> Iterator[tuple[ShardIndex, list[memoryview]]]:
-        """Some samples of a shard as they lie in its tar, in pieces that fit PIECE_BYTES or are one sample, one piece ahead.
+        """Some samples of a shard as they lie in its tar, in pieces that fit PIECE_BYTES or are one sample, read ahead.
 
         Args:
             shard: a position in the manifest.
             rows: places in the shard, ascending.
 
-        Yields:
+        Returns:
             The index of a piece's samples, and the bytes of each.
 
         Raises:
@@ -260,8 +261,8 @@ class SampleReader:
         pieces = (np.cumsum(chosen.size, dtype=np.int64) - chosen.size) // PIECE_BYTES
         bounds = [0, *(np.flatnonzero(np.diff(pieces)) + 1).tolist(), len(rows)]
 
-        def fetch(first: int, last: int) -> tuple[ShardIndex, list[memoryview]]:
-            piece = chosen.part(first, last)
+        def fetch(bounds: tuple[int, int]) -> tuple[ShardIndex, list[memoryview]]:
+            piece = chosen.part(*bounds)
             start = piece.start.astype(np.int64)
             samples = self._ranges(info.name, start, start + piece.size.astype(np.int64))
             for sample, crc, at in zip(samples, piece.crc32.tolist(), start.tolist(), strict=True):
@@ -271,11 +272,7 @@ class SampleReader:
                     )
             return piece, samples
 
-        coming = self._ahead.submit(fetch, *bounds[:2])
-        for first, last in pairwise(bounds[1:]):
-            this, coming = coming, self._ahead.submit(fetch, first, last)
-            yield this.result()
-        yield coming.result()
+        return ahead(fetch, pairwise(bounds))
 
     def key_of(self, number: int) -> str:
         """The key of a sample: one GET of a header."""

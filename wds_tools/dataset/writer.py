@@ -95,7 +95,7 @@ class TaskWriter:
         self._store = store
         self._layouts = layouts
         self.task = task
-        self._key_prefix = f"{key_prefix}-" if key_prefix else ""
+        self._key_prefix = f"{key_prefix}-{task:06d}-" if key_prefix else f"{task:06d}-"
         self._limits = limits
         self._builder: ShardBuilder | None = None
         self._writer: Writer | None = None
@@ -121,11 +121,18 @@ class TaskWriter:
             self._writer = None
 
     def key(self, number: int) -> str:
-        """The key of the task's input of this number, from 0."""
-        return f"{self._key_prefix}{self.task:06d}-{number:08d}"
+        """The key of an input of the task.
+
+        Args:
+            number: of the input, from 0.
+        """
+        return f"{self._key_prefix}{number:08d}"
 
     def add(self, sample: Sample) -> None:
         """Append a sample; closes the shard if it is full.
+
+        Args:
+            sample: with a key of its own.
 
         Raises:
             FormatError: the sample breaks the schema; nothing was written.
@@ -133,10 +140,20 @@ class TaskWriter:
         """
         builder = self._builder or ShardBuilder(self._layouts)
         self._append(builder, builder.add(sample))
-        self._schema_version = max(self._schema_version, sample.schema_version)
+        if (version := sample.schema_version) > self._schema_version:
+            self._schema_version = version
 
     def add_members(self, key: str, payloads: Iterable[tuple[str, bytes | memoryview]], sample: Sample | None = None) -> None:
-        """Append a sample of any members, (suffix, payload) each: see ShardBuilder.add_members. Raises StorageError as `add`."""
+        """Append a sample of any members.
+
+        Args:
+            key: of the sample.
+            payloads: (suffix, bytes) of each member.
+            sample: what they are, if they follow the schema; see ShardBuilder.add_members.
+
+        Raises:
+            FormatError, StorageError: as `add`.
+        """
         builder = self._builder or ShardBuilder()
         self._append(builder, builder.add_members(key, payloads, sample))
 
@@ -158,7 +175,12 @@ class TaskWriter:
             first = last
 
     def count(self, what: str, number: int = 1) -> None:
-        """Add to a count of the manifest's `source["counts"]`."""
+        """Add to a count of the manifest's `source["counts"]`.
+
+        Args:
+            what: name of the count.
+            number: what is added.
+        """
         self._counts[what] += number
 
     def _append(self, builder: ShardBuilder, data: bytes, num_samples: int = 1) -> None:
@@ -172,9 +194,12 @@ class TaskWriter:
     def reject(
         self, cause: Reject, *, source: str, line: int | None = None, element: int | None = None, key: str | None = None
     ) -> None:
-        """Record an input that becomes no sample: its source; line, element of a JSON list, or key; reason and detail.
+        """Record an input that becomes no sample. A reason of FILTERED is counted, and no more.
 
-        A reason of FILTERED is counted, and no more.
+        Args:
+            cause: reason and detail.
+            source: URL of its file.
+            line, element, key: where it is in there: a line, an element of a JSON list, or a key.
         """
         self._rejects[cause.reason] += 1
         self.num_rejects += 1
@@ -192,6 +217,9 @@ class TaskWriter:
 
         Args:
             inputs: records that were read, counted by the reader.
+
+        Returns:
+            What the task has made, as its marker has it.
 
         Raises:
             FormatError: they are not the samples and rejects that arrived here.

@@ -41,15 +41,15 @@ class EncodeConfig(JobOptions, TokenizerOptions):
     input: str
     """The dataset to encode: a directory or URL."""
     tokenizer: Annotated[str | None, Names("wds_tools.vq.registry:tokenizer_names")] = None
-    """tiny (bundled, for trials; also if none is named), or, with --weights, chameleon or another of docs/tokenizers.md."""
+    """tiny (bundled, for trials; the default), or, with --weights, chameleon or another of docs/tokenizers.md."""
     keep_images: bool = False
     """Keep the source images beside the codes."""
     mode: str | None = None
-    """Size of the images of pairs: see `convert pairs --mode`. Default: that which they were converted for."""
+    """Size of the images of pairs: see `convert pairs --mode`. Default: the mode of their conversion."""
     sft_mode: str = "cc512"
-    """The same of conversations and interleaved documents: ccN, multiN or fitN."""
+    """Size of the images of conversations and interleaved documents: ccN, multiN or fitN."""
     max_pixels: int = ImageLimits.max_pixels
-    """Images with more pixels are rejected: decompression bombs."""
+    """Images with more pixels are rejected, as decompression bombs."""
 
     def __post_init__(self) -> None:
         JobOptions.__post_init__(self)
@@ -58,6 +58,9 @@ class EncodeConfig(JobOptions, TokenizerOptions):
 
 def encode(config: EncodeConfig) -> Manifest:
     """Fill the codes of a dataset.
+
+    Args:
+        config: what is encoded, with what, and where it goes.
 
     Returns:
         The manifest of the encoded dataset.

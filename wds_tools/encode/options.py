@@ -25,17 +25,17 @@ class TokenizerOptions:
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
     """Number format of the network. All but fp32 are faster and change some codes."""
     compile: bool = False
-    """Run the network through torch.compile, which takes a minute to begin with for each image size; changes some codes."""
+    """Run the network through torch.compile: needs a minute of preparation for each image size, and changes some codes."""
     batch_size: int = 16
-    """Images of 512 x 512 pixels in a batch; fewer of larger ones. Halved where memory runs out."""
+    """Images of 512 x 512 pixels in a batch; fewer if they are larger. Halved if memory runs out."""
     resize: Literal["pillow", "torch"] = "pillow"
-    """What scales the images. torch takes half of the processor time to prepare them, and changes some codes."""
+    """Library that scales the images. torch needs half of the processor time, and changes some codes."""
 
     min_pixels: int = 0
-    """With a mode such as fit720: images with fewer pixels are enlarged to so many."""
+    """With a mode such as fit720: images with fewer pixels are enlarged to this number."""
 
     code_set: str = ""
-    """Name of the code set, where a dataset gets several: its columns are then vqcode_512-NAME and so on."""
+    """Name of the code set, if a dataset gets several: its columns are then vqcode_512-NAME and so on."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:

@@ -9,7 +9,7 @@ from typing import Literal
 
 from wds_tools.errors import UsageError
 from wds_tools.export.rows import Format
-from wds_tools.run.progress import Shown
+from wds_tools.run.local import OnWorkers
 from wds_tools.storage import LocalStore, open_store
 from wds_tools.storage.place import check_apart
 
@@ -22,33 +22,34 @@ NAMES: Mapping[Format, str] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportOptions(Shown):
+class ExportOptions(OnWorkers):
     """What any export is told."""
 
     help_group = "output"
 
     input: tuple[str, ...]
-    """One or more datasets: folders or URLs. One that is named twice is in twice."""
+    """One or more datasets: folders or URLs. A dataset that is named twice is exported twice."""
     output: str
     """Where the result goes: a directory or an object-store prefix, empty or absent."""
     num_shards: int | None = None
-    """Files to write, at most one a sample. Default: one for each 256 MiB of the datasets' tars."""
+    """Files to write, at most one per sample. Default: one for each 256 MiB of the datasets' tars."""
     license: str | None = None
-    """Of the rows, for the dataset card, as the Hub names it: cc-by-4.0, apache-2.0, other ..."""
+    """Licence of the rows, for the dataset card, by its name on the Hub: cc-by-4.0, apache-2.0, other ..."""
     push_to_hub: str | None = None
-    """Upload the finished export, of Parquet files in a folder here, to this dataset repository of the Hugging Face Hub
-    (OWNER/NAME), made if need be. The token is that of Hugging Face's own tools: HF_TOKEN, or `hf auth login`."""
+    """Upload the finished export (Parquet, in a local folder) to this dataset repository of the Hugging Face Hub (OWNER/NAME),
+    which is made if it does not exist. Uses the token of Hugging Face's own tools: HF_TOKEN, or `hf auth login`."""
     private: bool = False
-    """With --push-to-hub: make the repository a private one."""
+    """With --push-to-hub: make the repository private."""
     resume: bool = False
-    """Go on after an interruption: a finished export of the same command is kept, an unfinished one begun again, and the Hub gets
-    the files that it does not have yet."""
+    """Continue after an interruption: a finished export of the same command is kept, an unfinished one starts again, and the Hub
+    gets the files that it does not have yet."""
     verify: bool = False
-    """With --resume: compare the hashes of a finished export's files too, which reads them; without, their sizes."""
+    """With --resume: also compare the hashes of a finished export's files, which reads them. Default: only their sizes."""
     overwrite: bool = False
-    """Remove the export that is at the output first, finished or not. Files of any other kind are never removed."""
+    """First remove the export at the output, finished or not. Other files are never removed."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.input:
             raise UsageError("--input: name at least one dataset")
         if self.num_shards is not None and not 1 <= self.num_shards <= MAX_FILES:
@@ -73,7 +74,7 @@ class ExportOptions(Shown):
 
 @dataclass(frozen=True, kw_only=True)
 class ParquetConfig(ExportOptions):
-    """Write datasets as typed Parquet with everything that they hold, in their order; `convert coded` takes it back."""
+    """Write datasets as typed Parquet with all of their content, in their order; `convert coded` reads it back."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,11 +86,11 @@ class ExportConfig(ExportOptions):
     format: Format = "arrow"
     """arrow: for datasets.load_from_disk. parquet: for load_dataset("parquet", ...), pandas and the hub."""
     code_set: str = ""
-    """Code set to export, where datasets have several (see `wds-tools encode --code-set`), or the column."""
+    """Code set to export, if datasets have several (see `wds-tools encode --code-set`), or the column."""
     seed: int = 42
-    """Of the shuffle: 0 to 2**64 - 1. The order depends on it and on the inputs, not on format or num_shards."""
+    """Seed of the shuffle, 0 to 2**64 - 1. The order depends on the seed and the inputs, not on format or num_shards."""
     reader: Literal["any", "liquid"] = "any"
-    """liquid: leave out and count what Liquid's own trainer takes for plain text: image_text_multi, visual_sft."""
+    """liquid: leave out and count samples that Liquid's own trainer would treat as plain text: image_text_multi, visual_sft."""
 
     def __post_init__(self) -> None:
         if self.format not in NAMES:
@@ -109,6 +110,7 @@ class ExportSummary:
     """What an export wrote."""
 
     rows: int
+    """Rows of all files."""
     files: int
     """Arrow or Parquet files, all of about the same number of rows, none empty."""
     data_types: Mapping[str, int]

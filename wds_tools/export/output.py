@@ -2,9 +2,11 @@
 
     Lease -> records of all inputs (`hf`, `parquet`) -> equal files (`rows`) -> state.json -> export.json [-> the Hub (`push`)]
 
-Invariant: an unfinished export can't be read as a finished one. Of `arrow`, state.json is written last; of `parquet`, the last
-file is begun as a line of text that no reader takes for Parquet. By the dataset card beside them (`card`), --resume knows them,
-and by export.json, which is written last of all, whether its files are still those that were written.
+Each file but the last is a task for a worker; the last is written by this process, when all others are there.
+Invariant: no number of workers changes a byte. An unfinished export can't be read as a finished one: of `arrow`, state.json is
+written last; of `parquet`, the last file is begun as a line of text that no reader takes for Parquet. By the dataset card beside
+them (`card`), --resume knows them, and by export.json, which is written last of all, whether its files are still those that were
+written.
 """
 
 from __future__ import annotations
@@ -14,11 +16,10 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
@@ -33,11 +34,12 @@ from wds_tools.export.card import NAME as CARD
 from wds_tools.export.card import TAG, serialize_card
 from wds_tools.export.options import MAX_FILES, NAMES, ExportOptions, ExportSummary
 from wds_tools.export.push import push
-from wds_tools.export.rows import FEATURES, Columns, Format, write_part
+from wds_tools.export.rows import FEATURES, Columns, write_part
 from wds_tools.format.manifest import Manifest
 from wds_tools.format.typed_json import read_json
+from wds_tools.run.local import Report, run_tasks
 from wds_tools.run.progress import Advance, Progress
-from wds_tools.storage import Store, open_store
+from wds_tools.storage import Store, Writer, open_store
 from wds_tools.storage.base import split_scheme
 from wds_tools.terminal import say
 
@@ -63,6 +65,16 @@ def open_sources(config: ExportOptions) -> list[Source]:
 
 
 @dataclass(frozen=True)
+class Round:
+    """Files whose rows are at hand at the same time."""
+
+    files: range
+    rows: Callable[[int, int], Iterator[Any]]
+    """The records of the rows [low, high), in any process."""
+    progress: Progress
+
+
+@dataclass(frozen=True)
 class Table:
     """What is written of datasets."""
 
@@ -72,7 +84,8 @@ class Table:
     """Of some records; see rows.write_part."""
     size: Callable[[Any], int]
     """Bytes of a record, about."""
-    records: Callable[[], AbstractContextManager[Iterator[Any]]]
+    rounds: Callable[[Sequence[int]], AbstractContextManager[Iterator[Round]]]
+    """Given the number of the first row of each file, and of all rows: the files round by round."""
     seed: int | None
     """Of the shuffle; None: there is none."""
     data_types: Mapping[str, int]
@@ -108,8 +121,7 @@ def write_export(config: ExportOptions, sources: Sequence[Source], table: Table,
         with Lease(store) as lease:
             if not is_complete:
                 _begin(store, config, page(), names[-1])
-                with table.records() as records:
-                    files = _write_parts(store, names, rows, records, config.writes, table, page, lease)
+                files = _write_files(store, config, names, table, page, lease)
                 lease.check()
                 if config.writes == "arrow":
                     files[STATE] = _write_state(store, names, fingerprint)
@@ -188,33 +200,52 @@ def local_path(url: str) -> str:
     return unquote(urlsplit(url).path) if split_scheme(url)[0] == "file" else url
 
 
-def _write_parts(
-    store: Store,
-    names: Sequence[str],
-    rows: int,
-    records: Iterator[Any],
-    file_format: Format,
-    table: Table,
-    page: Callable[..., bytes],
-    lease: Lease,
+def _write_files(
+    store: Store, config: ExportOptions, names: Sequence[str], table: Table, page: Callable[..., bytes], lease: Lease
 ) -> dict[str, Written]:
     """Cut the records into files whose row counts differ by one at most; the card is whole before the last is published."""
-    files = {}
-    each, more = divmod(rows, len(names))
-    num_bytes = 0
-    for number, name in enumerate(names):
-        with store.write(name) as writer:
-            files[name], written_bytes = write_part(
-                writer, islice(records, each + (number < more)), file_format, table.schema, table.columns, table.size
-            )
-            num_bytes += written_bytes
-            if name == names[-1]:
-                store.put(CARD, page(num_bytes=num_bytes))
-            lease.check()
-    return files
+    each, more = divmod(sum(table.data_types.values()), len(names))
+    bounds = [number * each + min(number, more) for number in range(len(names) + 1)]
+    files: dict[int, Written] = {}
+    last, num_bytes = len(names) - 1, 0
+    with table.rounds(bounds) as rounds:
+        for part in rounds:
+            write = _WriteFile(config, names, bounds, table, part.rows)
+            todo = [number for number in part.files if number != last]
+            with closing(run_tasks(write, todo, workers=config.workers, on_report=part.progress)) as written_files:
+                for number, file, more_bytes in written_files:
+                    files[number] = file
+                    num_bytes += more_bytes
+                    lease.check()
+            if last in part.files:
+                with store.write(names[last]) as writer:
+                    files[last], more_bytes = write.write(writer, last, part.progress)
+                    store.put(CARD, page(num_bytes=num_bytes + more_bytes))
+                    lease.check()
+    return {name: files[number] for number, name in enumerate(names)}
 
 
-def counted(items: Iterator[_Item], progress: Progress) -> Iterator[_Item]:
+@dataclass(frozen=True)
+class _WriteFile:
+    """Writes a file, in whatever process; picklable."""
+
+    config: ExportOptions
+    names: Sequence[str]
+    bounds: Sequence[int]
+    table: Table
+    rows: Callable[[int, int], Iterator[Any]]
+
+    def __call__(self, number: int, report: Report) -> tuple[int, Written, int]:
+        with open_store(self.config.output).write(self.names[number]) as writer:
+            return number, *self.write(writer, number, report)
+
+    def write(self, writer: Writer, number: int, report: Report) -> tuple[Written, int]:
+        """The same into a writer."""
+        with closing(counted(self.rows(*self.bounds[number : number + 2]), report)) as records:
+            return write_part(writer, records, self.config.writes, self.table.schema, self.table.columns, self.table.size)
+
+
+def counted(items: Iterator[_Item], progress: Report) -> Generator[_Item, None, None]:
     """The same items, reported as they pass."""
     passed = 0
     for item in items:

@@ -9,11 +9,13 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import chain
+from itertools import islice
+
+import numpy as np
 
 from wds_tools.dataset.reader import read_shard
 from wds_tools.export.options import ExportOptions, ExportSummary, ParquetConfig
-from wds_tools.export.output import Source, Table, counted, open_sources, write_export
+from wds_tools.export.output import Round, Source, Table, open_sources, write_export
 from wds_tools.export.typed import size_of, typed_columns, typed_schema
 from wds_tools.format.manifest import check_one_tokenizer
 from wds_tools.format.schema import Sample
@@ -22,20 +24,52 @@ from wds_tools.sources.arrow import load_pyarrow
 
 
 def export_parquet(config: ParquetConfig) -> ExportSummary:
-    """Export everything, in order; returns what was written once it is complete. Raises as export_hf."""
+    """Export everything, in order.
+
+    Args:
+        config: what is exported, and where it goes.
+
+    Returns:
+        What was written, once it is complete.
+
+    Raises:
+        WdsToolsError: see export_hf.
+    """
     pa = load_pyarrow("exporting")
     sources = open_sources(config)
     check_one_tokenizer((store.url, manifest, manifest.code_columns) for store, manifest in sources)
     data_types = dict(sorted(sum((Counter(manifest.data_types) for _, manifest in sources), Counter[str]()).items()))
     made_of = ["wds-tools export parquet 1", *(manifest.fingerprint() for _, manifest in sources)]
     schema = typed_schema(pa, [manifest for _, manifest in sources])
-    records = partial(_in_order, sources, config, sum(data_types.values()))
-    return write_export(config, sources, Table(schema, typed_columns, size_of, records, None, data_types), made_of)
+    rounds = partial(_one_round, sources, config)
+    return write_export(config, sources, Table(schema, typed_columns, size_of, rounds, None, data_types), made_of)
 
 
 @contextmanager
-def _in_order(sources: Sequence[Source], config: ExportOptions, rows: int) -> Iterator[Iterator[Sample]]:
-    """The samples."""
-    with Progress("export", rows, quiet=config.quiet) as progress:
-        shards = (read_shard(store, row) for store, manifest in sources for row in manifest.shards)
-        yield counted(chain.from_iterable(shards), progress)
+def _one_round(sources: Sequence[Source], config: ExportOptions, bounds: Sequence[int]) -> Iterator[Iterator[Round]]:
+    with Progress("export", bounds[-1], quiet=config.quiet) as progress:
+        yield iter([Round(range(len(bounds) - 1), _InOrder(sources), progress)])
+
+
+class _InOrder:
+    """The samples of datasets by their number, over all of them; picklable.
+
+    Where a file begins within a shard, the shard is read from its start; to its end by the file that has its last sample, which
+    is where its hash is compared.
+    """
+
+    def __init__(self, sources: Sequence[Source]) -> None:
+        self._sources = sources
+        self._ends = [np.cumsum([row.samples for row in manifest.shards], dtype=np.int64) for _, manifest in sources]
+
+    def __call__(self, low: int, high: int) -> Iterator[Sample]:
+        begin = 0
+        for (store, manifest), ends in zip(self._sources, self._ends, strict=True):
+            for shard in range(int(np.searchsorted(ends, low - begin, side="right")), len(ends)):
+                row = manifest.shards[shard]
+                start = begin + int(ends[shard]) - row.samples
+                if start >= high:
+                    return
+                first, last = max(low - start, 0), high - start
+                yield from islice(read_shard(store, row, first), None if last >= row.samples else last - first)
+            begin += manifest.samples

@@ -137,7 +137,11 @@ class Manifest:
         return code_layouts(self.codes)
 
     def layout(self, column: str) -> CodeGrid:
-        """What the arrays of a code column are; (h, w) if nothing is said of it."""
+        """What the arrays of a code column are; (h, w) if nothing is said of it.
+
+        Args:
+            column: its name, such as "vqcode_512".
+        """
         return self.layouts.get(column, HW)
 
     @property
@@ -151,7 +155,7 @@ class Manifest:
         return self.source.get("rows") if self.schema_version == ANY_MEMBERS else None
 
     def fingerprint(self) -> str:
-        """ "sha256:<hex>" over what training depends on."""
+        """The identity of the data: "sha256:<hex>" over what training depends on."""
         return self._fingerprint
 
     @cached_property

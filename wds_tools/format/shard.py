@@ -89,28 +89,19 @@ def encode_members(sample: Sample) -> list[tuple[str, bytes]]:
     Raises:
         FormatError: the text can't be written as UTF-8, or the provenance not as JSON.
     """
-    record: dict[str, Any] = {
-        "data_type": sample.data_type,
-        "text": sample.text,
-        "length": sample.length,
-        "width": sample.width,
-        "height": sample.height,
-    }
-    if sample.conversations is not None:
-        record["conversations"] = sample.conversations
-    if sample.grids is not None:
-        record["grids"] = sample.grids
-    if sample.texts is not None:
-        record["texts"] = sample.texts
-    if sample.provenance:
-        record.update(sample.provenance)
+    record: dict[str, Any] = {"data_type": sample.data_type, "text": sample.text, "length": sample.length}
+    record |= {"width": sample.width, "height": sample.height}
+    for name, value in (("conversations", sample.conversations), ("grids", sample.grids), ("texts", sample.texts)):
+        if value is not None:
+            record[name] = value
+    record.update(sample.provenance)
     try:
         members = [("json", orjson.dumps(record))]
     except (TypeError, UnicodeEncodeError) as error:
         raise FormatError(f"{sample.key}: can't be written as JSON: {error}") from error
     for column, grid_hw in sample.codes.items():
         members.append((f"{column}.npy", npy_bytes(grid_hw)))
-    for number, image in enumerate(sample.images):
+    for number, image in enumerate(sample.images) if sample.image is not None else ():
         members.append((f"{number}.{image.extension}" if number else image.extension, image.data))
     return members
 
@@ -236,7 +227,8 @@ class ShardBuilder:
         self._hash.update(data)
         facts = (sample.text_chars, sample.num_codes) if sample else (0, 0)
         self._index.add(self.num_bytes, offset, members, crc32(data), *facts)
-        self._data_types.update([sample.data_type] if sample else ())
+        if sample:
+            self._data_types[sample.data_type] += 1
         self.num_samples += 1
         self.num_bytes += offset
         return data

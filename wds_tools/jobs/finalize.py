@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from wds_tools.dataset.files import check_complete
 from wds_tools.dataset.layout import MANIFEST
-from wds_tools.dataset.output import Output, check_complete, clear_complete, count_rejects
+from wds_tools.dataset.output import Output, clear_complete, count_rejects
 from wds_tools.dataset.reader import read_manifest
 from wds_tools.format.manifest import Manifest
 from wds_tools.jobs.options import JobOptions, RejectBudget, check_kept, way_on
@@ -14,19 +15,25 @@ from wds_tools.storage import open_store
 
 @dataclass(frozen=True, kw_only=True)
 class FinalizeConfig:
-    """Write the manifest of a dataset that was made in parts; if some are missing, say which."""
+    """Write the manifest of a dataset that was made in parts, or name the missing parts."""
 
     output: str
-    """The dataset: what the parts had as --output."""
+    """The dataset: the --output of the parts."""
     max_rejects: str = JobOptions.max_rejects
-    """Most inputs that may be unusable, over all parts: a count or a share."""
+    """Maximum of unusable inputs, over all parts: a count or a share."""
 
     def __post_init__(self) -> None:
         RejectBudget.parse(self.max_rejects)
 
 
 def finalize(config: FinalizeConfig) -> Manifest:
-    """Write the manifest over all parts; returns it, also if it was written before.
+    """Write the manifest over all parts.
+
+    Args:
+        config: which dataset.
+
+    Returns:
+        The manifest, also if it was written before.
 
     Raises:
         NotFound: nothing was begun there, or a part is not finished; says which.

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from wds_tools.dataset.layout import MANIFEST, PLAN, TAR_SUFFIX, index_name
 from wds_tools.dataset.lease import Lease
-from wds_tools.dataset.output import put_offsets
+from wds_tools.dataset.offsets import put_offsets
 from wds_tools.dataset.reader import ShardBytes, check_unchanged, read_manifest
 from wds_tools.errors import FormatError, NotFound, OutOfSpace, StorageError, UsageError, WorkerDied
 from wds_tools.format.codes import NO_LAYOUTS, CodeGrid

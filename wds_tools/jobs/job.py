@@ -13,21 +13,22 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import closing, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
 import orjson
 
+from wds_tools.dataset.files import check_complete
 from wds_tools.dataset.lease import Part
-from wds_tools.dataset.output import Output, OutputSpec, check_complete, clear_complete, count_rejects
+from wds_tools.dataset.output import Output, OutputSpec, clear_complete, count_rejects
 from wds_tools.dataset.writer import ShardLimits, TaskResult, TaskWriter
 from wds_tools.errors import TooManyRejects, UsageError
 from wds_tools.format.codes import CodeGrid
 from wds_tools.format.manifest import Manifest, code_layouts
 from wds_tools.format.schema import SCHEMA_VERSION
 from wds_tools.jobs.options import JobOptions, RejectBudget, check_kept, way_on
-from wds_tools.run.local import Report, run_tasks
+from wds_tools.run.local import Report, Rest, run_tasks
 from wds_tools.run.progress import Advance, Progress
 from wds_tools.run.ray_cluster import check_device, on_cluster, run_on_ray
 from wds_tools.storage import open_store
@@ -193,9 +194,12 @@ class _RunTask(Generic[Task]):
     key_prefix: str
     layouts: Mapping[str, CodeGrid]
 
-    def __call__(self, numbered: tuple[int, Task], report: Report) -> TaskResult:
+    def __call__(self, numbered: tuple[int, Task], report: Report) -> Rest[TaskResult]:
+        """Do a task; publishing what is left of it is the rest."""
         number, task = numbered
-        with TaskWriter(open_store(self.output), number, self.limits, self.key_prefix, self.layouts) as writer:
+        with ExitStack() as opened:
+            store = open_store(self.output)
+            writer = opened.enter_context(TaskWriter(store, number, self.limits, self.key_prefix, self.layouts))
             written = Advance()
 
             def report_all(new: Advance) -> None:
@@ -206,4 +210,10 @@ class _RunTask(Generic[Task]):
 
             num_inputs = self.work(task, writer, report_all)
             report_all(Advance())
-            return writer.finish(num_inputs)
+            until_published = opened.pop_all()
+
+        def finish() -> TaskResult:
+            with until_published:
+                return writer.finish(num_inputs)
+
+        return Rest(finish)

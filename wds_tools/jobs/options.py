@@ -32,12 +32,12 @@ class Places(OnWorkers):
     help_group = "workers and machines"
 
     part: str | None = None
-    """Do one of N equal parts, as "3/64": on any machines, at any time, each by itself; then `wds-tools finalize`. Counted from 0
-    or from 1 (64/64 is 0/64). A part that is repeated goes on where it stopped."""
+    """Do one of N equal parts, such as "3/64", on any machine and at any time; after all parts, run `wds-tools finalize`. Counted
+    from 0 or from 1 (64/64 is 0/64). A repeated part continues where it stopped."""
     executor: Literal["local", "ray"] = "local"
-    """local: in this process, or in --workers. ray: on a Ray cluster, as many tasks at a time as it has room for."""
+    """local: in this process, or in --workers. ray: on a Ray cluster, with as many tasks at a time as it can hold."""
     ray_address: str | None = None
-    """Address of the Ray cluster. Default: RAY_ADDRESS, else the one on this machine, which is started if there is none."""
+    """Address of the Ray cluster. Default: RAY_ADDRESS, or else the cluster on this machine; it is started if there is none."""
     task_cpus: float = 1
     """With ray: CPUs that a task takes."""
     task_gpus: float | None = None
@@ -53,15 +53,15 @@ class JobOptions(Places):
     output: str
     """Where the dataset goes: a directory or an object-store prefix."""
     resume: bool = False
-    """Go on with an output that an earlier, interrupted run of the same command began. What it finished is kept if all files are
-    there in their sizes; a task with another is done again."""
+    """Continue an interrupted run of the same command. Finished tasks are kept if all of their files exist with the right size;
+    other tasks are done again."""
     verify: bool = False
-    """With --resume or --part: compare the hashes of what was finished too, which reads it."""
+    """With --resume or --part: also compare the hashes of finished files, which reads them."""
     overwrite: bool = False
-    """Remove the dataset that is at the output first."""
+    """First remove the dataset at the output."""
     max_rejects: str = "10%"
-    """Most inputs that may be unusable: a count ("100") or a share ("2.5%"). Images outside the aspect ratio don't count,
-    nor what --where drops."""
+    """Maximum of unusable inputs: a count ("100") or a share ("2.5%"). Images outside the aspect ratio, and records that --where
+    drops, don't count."""
     shard_samples: int = ShardLimits.samples
     """A shard holds at most this many samples."""
     shard_bytes: int = ShardLimits.bytes

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from importlib.metadata import version
 from itertools import islice
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 
@@ -22,14 +22,13 @@ from wds_tools.dataset.reader import read_manifest, read_stored
 from wds_tools.errors import FormatError, Reject, UsageError
 from wds_tools.format.codes import chosen_codes
 from wds_tools.format.manifest import Manifest, shard_info_from_json
-from wds_tools.format.schema import ANY_MEMBERS, Sample
+from wds_tools.format.schema import ANY_MEMBERS, PAIR_TYPES, Sample
 from wds_tools.format.shard import sample_from_members
 from wds_tools.jobs import Advance, Job, JobOptions, Report, TaskWriter, run_job
-from wds_tools.plugins import Names
 from wds_tools.sequences.build import ROWS_VERSION, ExampleBuilder
 from wds_tools.sequences.choices import Weights, check_texts, choose_text, text_weights
 from wds_tools.sequences.config import SequenceConfig
-from wds_tools.sequences.pack import Packer
+from wds_tools.sequences.pack import Packer, Row
 from wds_tools.sequences.rows import ids_dtype, row_members
 from wds_tools.sequences.sources import codebook_size_of
 from wds_tools.storage import open_store
@@ -39,58 +38,31 @@ _PACKED_ALREADY = "train on the rows as they are, or pack those datasets again i
 
 
 @dataclass(frozen=True, kw_only=True)
-class PackConfig(JobOptions):
-    """Pack datasets into shards of token rows of one length, so that training tokenizes nothing."""
+class PackConfig(SequenceConfig, JobOptions):
+    """Pack datasets into shards of token rows of one length, so that training does not tokenize."""
 
     help_group = "token rows"
 
     input: tuple[str, ...]
     """The datasets: directories or URLs. Every sample is used once."""
-    tokenizer: str
-    """Folder of a Hugging Face tokenizer, with the tokens around images (see `wds-tools vocabulary`)."""
-    seq_len: int
-    """Tokens of a row."""
     seed: int = 42
-    """Of the choice of form, wording, guidance drop, text, and images of interleaved documents that are trained."""
+    """Seed for the choice of form, wording, dropped texts, text, and trained images of interleaved documents."""
     epoch: int = 0
-    """Of the same: another epoch makes other examples of the same samples."""
-    template: Annotated[str, Names("wds_tools.sequences.templates:template_names")] = SequenceConfig.template
-    """What stands around images, and where their ids are: liquid, chameleon, emu3, or one of a package (docs/training.md)."""
-    t2i_ratio: float = SequenceConfig.t2i_ratio
-    """Share of the image-text pairs that become text to image; the others become captions."""
-    unconditional_ratio: float = SequenceConfig.unconditional_ratio
-    """Share of the text-to-image examples whose text gives way to <unconditional>."""
-    image_ratio: float = SequenceConfig.image_ratio
-    """Share of the images of interleaved documents that are trained, as their texts are."""
-    document_eos: bool = SequenceConfig.document_eos
-    """Put an EOS behind the last token of a document."""
-    prompts: str | None = None
-    """A JSON file with other wordings."""
+    """Epoch for the same choice: another epoch makes other examples from the same samples."""
     code_set: str | None = None
     """Code set to pack, where samples have several (`wds-tools encode --code-set`); by default the first they have."""
     texts: tuple[str, ...] = ()
     """Of samples with several texts, NAME=WEIGHT of those that are used: recap=0.9 alt=0.1; one that is null leaves its weight
     to the others. By default the text that is stored as such."""
-    codebook_size: int | None = None
-    """Entries of the image codebook; by default as the manifests say."""
-    bos: str | None = None
-    """The token that begins a sequence; by default the tokenizer's own; "": none."""
-    eos: str | None = None
-    """The token that ends a sequence; by default the tokenizer's own."""
-    boi: str | None = None
-    """The token that begins an image; by default the template's."""
-    eoi: str | None = None
-    """The token that ends it; by default the template's."""
-    unconditional: str | None = None
-    """The token that stands for a dropped text; by default the template's; "": none."""
     task_samples: int = 20_000
-    """Samples of a task: what a worker, and a resumed run, takes whole."""
+    """Samples of a task, the unit of work for a worker and a resumed run."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        SequenceConfig.__post_init__(self)
+        JobOptions.__post_init__(self)
         if self.task_samples < 1 or self.epoch < 0:
             raise UsageError(f"--task-samples {self.task_samples}, --epoch {self.epoch}: at least 1 and 0")
-        self.sequences, self.text_weights  # noqa: B018  # checks their values
+        self.text_weights  # noqa: B018  # checks them
 
     @property
     def text_weights(self) -> Weights:
@@ -107,12 +79,14 @@ class PackConfig(JobOptions):
     @property
     def sequences(self) -> SequenceConfig:
         """How samples become sequences."""
-        names = SequenceConfig.__dataclass_fields__.keys() - {"max_length"}
-        return SequenceConfig(max_length=self.seq_len, **{name: getattr(self, name) for name in names})
+        return SequenceConfig(**{field.name: getattr(self, field.name) for field in fields(SequenceConfig)})
 
 
 def pack(config: PackConfig) -> Manifest:
-    """Run the packing pass.
+    """Pack datasets into shards of token rows.
+
+    Args:
+        config: what is packed, into what rows, and where they go.
 
     Returns:
         The manifest of the rows; its `source` has "rows" (length, vocabulary) and "counts" (samples, tokens, padding ...).
@@ -125,6 +99,7 @@ def pack(config: PackConfig) -> Manifest:
         if manifest.codes and not chosen_codes(manifest.codes, config.code_set):
             known = ", ".join(manifest.codes)
             raise UsageError(f"{url} has no codes named {config.code_set!r}, but {known}: choose with --code-set")
+    _check_names(config.text_weights, config.input, manifests)
     size = codebook_size_of(manifests, config.input, config.sequences, [config.code_set] * len(manifests))
     made = {column: provenance for manifest in manifests for column, provenance in manifest.codes.items()}
     builder = ExampleBuilder(config.sequences, config.seed, size)
@@ -132,7 +107,7 @@ def pack(config: PackConfig) -> Manifest:
     num_tasks = -(-total // config.task_samples)
     settings = builder.spec | {"seed": config.seed, "epoch": config.epoch, "codes": config.code_set}
     settings |= {"texts": dict(config.text_weights)} if config.texts else {}
-    rows = {"version": ROWS_VERSION, "length": config.seq_len, **builder.vocabulary.rows_spec}
+    rows = {"version": ROWS_VERSION, "length": config.max_length, **builder.vocabulary.rows_spec}
     job = Job(
         command="pack",
         settings=settings,
@@ -151,6 +126,19 @@ def pack(config: PackConfig) -> Manifest:
         work=_PackSamples(config.sequences, config.seed, config.epoch, size, config.code_set, config.text_weights, made),
     )
     return run_job(job, config)
+
+
+def _check_names(weights: Weights, urls: Sequence[str], manifests: Sequence[Manifest]) -> None:
+    """Raise UsageError for the name of a text that the first pair of no input has: a misspelling would reject all of them."""
+    known: set[str] | None = None
+    for url, manifest in zip(urls, manifests, strict=True) if weights else ():
+        for row in [row for row in manifest.shards if not row.data_types.keys().isdisjoint(PAIR_TYPES)][:1]:
+            samples = (sample for _, sample in _read(url, [[asdict(row), 0, row.samples]]))
+            pair = next(sample for sample in samples if sample.data_type in PAIR_TYPES)
+            known = (known or set()) | {*(pair.texts or ())}
+    if known is not None and (missing := [name for name, _ in weights if name not in known]):
+        names = ", ".join(sorted(known)) or "none"
+        raise UsageError(f"--texts {missing[0]}: no input's first pair has a text of that name; their texts are: {names}")
 
 
 def _share(urls: Sequence[str], manifests: Sequence[Manifest], number: int, num_tasks: int) -> list[list[Any]]:
@@ -192,7 +180,14 @@ class _PackSamples:
     def __call__(self, task: Sequence[Sequence[Any]], writer: TaskWriter, report: Report) -> int:
         vocabulary = self.builder.vocabulary
         packer = Packer(self.config.max_length, vocabulary.eos)
-        sink = _Sink(writer, ids_dtype(vocabulary.size))
+        dtype, num_ended = ids_dtype(vocabulary.size), 0
+
+        def write(row: Row) -> None:
+            nonlocal num_ended
+            writer.add_members(writer.key(writer.num_samples), row_members(row, dtype))
+            writer.count("padding", row.num_padding)
+            num_ended += len(row.ended)
+
         samples = ((shard, self._chosen(sample)) for shard, sample in _interleaved(task))
         number = 0
         while chunk := list(islice(samples, _AT_ONCE)):
@@ -206,12 +201,12 @@ class _PackSamples:
                 packer.add(number, example)
                 number += 1
                 while not packer.wants_more:
-                    sink.write(packer.row())
+                    write(packer.row())
             report(Advance(units=len(chunk)))
         for row in packer.rest():
-            sink.write(row)
-        if sink.num_ended != number:
-            raise FormatError(f"task {writer.task}: {number} examples were packed, {sink.num_ended} came out: this is a bug")
+            write(row)
+        if num_ended != number:
+            raise FormatError(f"task {writer.task}: {number} examples were packed, {num_ended} came out: this is a bug")
         return writer.num_samples + writer.num_rejects
 
     def _chosen(self, sample: Sample) -> Sample:
@@ -231,21 +226,6 @@ class _PackSamples:
             writer.reject(cause, source=shard, key=sample.key)
             return False
         return True
-
-
-class _Sink:
-    """Numbers and writes rows."""
-
-    def __init__(self, writer: TaskWriter, dtype: np.dtype[Any]) -> None:
-        self._writer = writer
-        self._dtype = dtype
-        self.num_ended = 0
-
-    def write(self, row: Any) -> None:
-        key = self._writer.key(self._writer.num_samples)
-        self._writer.add_members(key, row_members(row, self._dtype))
-        self._writer.count("padding", row.num_padding)
-        self.num_ended += len(row.ended)
 
 
 def _interleaved(task: Sequence[Sequence[Any]]) -> Iterator[tuple[str, Sample]]:

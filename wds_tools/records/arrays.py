@@ -21,12 +21,13 @@ PICKLED = (".pkl", ".pickle", ".pyd", ".pt", ".pth")
 _HOW = "write them with numpy.save(path, codes), as .npy"
 
 
-def flat_and_shape(name: str, value: Any) -> tuple[NDArray[Any], Shape]:
+def flat_and_shape(name: str, value: Any, kinds: str = "iu") -> tuple[NDArray[Any], Shape]:
     """The codes in one line, and their shape without sides of 1 in front.
 
     Args:
         name: of the field.
         value: what it has.
+        kinds: numpy's letters of the numbers that a list may have.
 
     Raises:
         Reject: "bad_codes": no array of numbers; a pickle.
@@ -34,7 +35,7 @@ def flat_and_shape(name: str, value: Any) -> tuple[NDArray[Any], Shape]:
     if isinstance(value, bytes):
         array = _from_file(name, value)
     else:
-        array = _from_list(name, value)
+        array = _from_list(name, value, kinds)
     shape = array.shape
     while len(shape) > 1 and shape[0] == 1:
         shape = shape[1:]
@@ -53,11 +54,11 @@ def _from_file(name: str, data: bytes) -> NDArray[Any]:
         raise Reject("bad_codes", f"{error}; {_HOW}") from error
 
 
-def _from_list(name: str, value: Any) -> NDArray[Any]:
+def _from_list(name: str, value: Any, kinds: str) -> NDArray[Any]:
     try:
         array = np.array(orjson.loads(value) if isinstance(value, str) else value)
     except (ValueError, OverflowError):
         array = np.array([""])
-    if not isinstance(value, str | list) or array.dtype.kind not in "iu":
+    if not isinstance(value, str | list) or array.dtype.kind not in kinds:
         raise Reject("bad_codes", f"{name} is {str(value)[:40]!r}, expected a list of whole numbers, its JSON, or an npy file")
     return array

@@ -72,14 +72,11 @@ class CodedRows:
         Raises:
             Reject: "bad_codes".
         """
-        flat, shape = flat_and_shape(name, value)
         if self.other is not None:
             layout, mode = self.other
-            shape = (*(1,) * (len(layout.layout) - len(shape)), *shape)
-            if not layout.is_shape(shape):
-                raise Reject("bad_codes", f"{name} has the shape {shape}, expected the axes {layout.axes}")
-            codes = {mode.column: self.values(name, flat).reshape(shape)}
+            codes = {mode.column: self.array(layout, name, value)}
             return Sample(key=key, data_type=mode.data_type, text=text, codes=codes)
+        flat, shape = flat_and_shape(name, value)
         height, width = self._shape_of(name, flat, shape, row)
         is_512 = (height, width) == self._shape_512
         column, data_type = CODE_COLUMNS[not is_512], IMAGE_TYPES[not is_512]
@@ -87,6 +84,15 @@ class CodedRows:
         codes = {column: self.values(name, flat[start : start + height * width]).reshape(height, width)}
         sample = Sample(key=key, data_type=data_type, text=text, codes=codes)
         return sample if is_512 else sample._replace(width=width * self.stride, height=height * self.stride)
+
+    def array(self, layout: CodeGrid, name: str, value: Any) -> NDArray[Any]:
+        """The codes, or float32 in place of codes, of a field in another layout than (h, w). Raises Reject: "bad_codes"."""
+        flat, shape = flat_and_shape(name, value, "iuf" if layout.is_float else "iu")
+        shape = (*(1,) * (len(layout.layout) - len(shape)), *shape)
+        if not layout.is_shape(shape):
+            raise Reject("bad_codes", f"{name} has the shape {shape}, expected the axes {layout.axes}")
+        with np.errstate(over="ignore"):  # infinite then, which check_values refuses
+            return (flat.astype(np.float32) if layout.is_float else self.values(name, flat)).reshape(shape)
 
     def _shape_of(self, name: str, flat: NDArray[Any], shape: Shape, row: Mapping[str, Any]) -> Shape:
         shown = f"{name} has the shape ({', '.join(map(str, shape))})"

@@ -2,6 +2,7 @@
 
 `run_tasks(fn, tasks, workers=n)` yields `fn(task, report)` for each task as it finishes. With one worker everything happens in
 this process. With more, `fn` is pickled once to each spawned process and kept there, so what it loads (a model) is loaded once.
+What waits for others at the end of a task, such as an upload, fn may leave as a `Rest`: it is done while the next task begins.
 `report(Advance(...))` may be called as often as fn likes; reports reach `on_report` in this process.
 Invariant: no worker outlives this process or the generator: the generator kills those it leaves behind, and each worker watches
 a pipe that closes with this process, however it ends. What asks a run to stop (STOPS) is for this process alone to hear.
@@ -15,13 +16,13 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from multiprocessing.connection import wait as wait_for
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from wds_tools.errors import UsageError, WorkerDied
 from wds_tools.run.by_file import ByFile
@@ -52,13 +53,22 @@ class OnWorkers(Shown):
             raise UsageError(f"--workers {self.workers}: at least 1")
 
 
-Work = Callable[[Task, Report], Result]
+@dataclass(frozen=True)
+class Rest(Generic[Result]):
+    """What is left of a task when its work is done."""
+
+    finish: Callable[[], Result]
+    """Gives the task's result; called once, in a thread."""
+
+
+Work = Callable[[Task, Report], Result | Rest[Result]]
 
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """Signals that ask a run to stop: Ctrl-C; Slurm, Kubernetes, a machine that is taken back; a terminal that has gone."""
 _POLL_S = 0.25
 _LOOK_EVERY_S = 1.0
-_worker: tuple[Callable[..., Any], Report] | None = None
+_worker: _Tasks[Any, Any] | None = None
+_all_idle: Any = None
 
 
 def run_tasks(fn: Work[Task, Result], tasks: Sequence[Task], *, workers: int, on_report: Report) -> Generator[Result, None, None]:
@@ -71,36 +81,42 @@ def run_tasks(fn: Work[Task, Result], tasks: Sequence[Task], *, workers: int, on
         on_report: gets every report, in this process.
 
     Yields:
-        The results, as they come.
+        The results, as they come; those of a `Rest` when the next task of its process has been worked on.
 
     Raises:
         WorkerDied: a process was killed from outside.
         Exception: whatever `fn` raised; the other tasks are stopped.
     """
     if workers == 1 or len(tasks) <= 1:
-        for task in tasks:
-            yield fn(task, on_report)
+        with closing(_Tasks(fn, on_report)) as here:
+            for task in tasks:
+                yield from here.run(task)
+            yield from here.finish()
         return
-    context = multiprocessing.get_context("spawn")
+    context, num_processes = multiprocessing.get_context("spawn"), min(workers, len(tasks))
     with stops_held():
-        reports = context.SimpleQueue()
-    begun = ByFile(fn), reports
-    pool = ProcessPoolExecutor(min(workers, len(tasks)), mp_context=context, initializer=_start_worker, initargs=begun)
+        reports, all_idle = context.SimpleQueue(), context.Barrier(num_processes)
+    given = (ByFile(fn), reports, all_idle)
+    pool = ProcessPoolExecutor(num_processes, mp_context=context, initializer=_start_worker, initargs=given)
     others = set(multiprocessing.active_children())
     waiting = iter(tasks)
-    running: set[Future[Result]] = set()
+    running: set[Future[list[Result]]] = set()
+    num_rests = num_processes
     try:
         while True:
             with stops_held():
                 for task in islice(waiting, 2 * workers - len(running)):
                     running.add(pool.submit(_run_in_worker, task))
+                if not running:
+                    running = {pool.submit(_finish_in_worker) for _ in range(num_rests)}
+                    num_rests = 0
             if not running:
                 break
             done, running = wait(running, timeout=_POLL_S, return_when=FIRST_COMPLETED)
             while not reports.empty():
                 on_report(reports.get())
             for future in done:
-                yield future.result()
+                yield from future.result()
         while not reports.empty():
             on_report(reports.get())
         pool.shutdown()
@@ -148,16 +164,50 @@ def exit_with_parent(grace_s: float = 0.0) -> None:
     threading.Thread(target=_exit_with, args=(parent.sentinel, grace_s), daemon=True).start()
 
 
-def _start_worker(fn: Callable[..., Any], reports: Any) -> None:
-    global _worker
+class _Tasks(Generic[Task, Result]):
+    """Does tasks in this process, one after the other, and the rest of one while the next is worked on."""
+
+    def __init__(self, fn: Work[Task, Result], report: Report) -> None:
+        self._fn, self._report = fn, report
+        self._pool = ThreadPoolExecutor(1, "wds-rest")
+        self._rest: Future[Result] | None = None
+
+    def run(self, task: Task) -> list[Result]:
+        """Do a task; gives what is finished: the one before, if it had a rest, and this one, if it has none."""
+        done = self._fn(task, self._report)
+        finished = self.finish()
+        if isinstance(done, Rest):
+            self._rest = self._pool.submit(done.finish)
+            return finished
+        return [*finished, done]
+
+    def finish(self) -> list[Result]:
+        """Wait for the rest of the last task."""
+        rest, self._rest = self._rest, None
+        return [] if rest is None else [rest.result()]
+
+    def close(self) -> None:
+        """The same, whatever came of it."""
+        self._pool.shutdown()
+
+
+def _start_worker(fn: Callable[..., Any], reports: Any, all_idle: Any) -> None:
+    global _worker, _all_idle
     exit_with_parent()
-    _worker = (fn, reports.put)
+    _worker, _all_idle = _Tasks(fn, reports.put), all_idle
 
 
-def _run_in_worker(task: Any) -> Any:
+def _run_in_worker(task: Any) -> list[Any]:
     assert _worker is not None
-    fn, report = _worker
-    return fn(task, report)
+    return _worker.run(task)
+
+
+def _finish_in_worker() -> list[Any]:
+    """Waits for the other processes, so that each of them gets one call of this."""
+    assert _worker is not None
+    results = _worker.finish()
+    _all_idle.wait()
+    return results
 
 
 def _exit_with(parent: int, grace_s: float) -> None:

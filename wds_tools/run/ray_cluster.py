@@ -25,7 +25,7 @@ from itertools import islice
 from typing import Any, TypeVar
 
 from wds_tools.errors import MissingPackage, UsageError, WorkerDied
-from wds_tools.run.local import Report, Work
+from wds_tools.run.local import Report, Rest, Work
 from wds_tools.run.progress import Advance
 from wds_tools.terminal import say
 
@@ -161,7 +161,7 @@ def _run_in_worker(box: list[Any], board: Any, number: int, task: Any) -> Any:
 
     result = _held[key](task, report)
     ray.get(board.tell.remote(number, done))
-    return result
+    return result.finish() if isinstance(result, Rest) else result
 
 
 def _get(ray: Any, ref: Any, number: int) -> Any:

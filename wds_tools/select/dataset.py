@@ -38,6 +38,9 @@ def open_dataset(url: str) -> Dataset:
     Args:
         url: a directory or URL.
 
+    Returns:
+        The dataset; of its samples nothing is read yet.
+
     Raises:
         NotFound: there is no manifest.
         FormatError: it is damaged.
@@ -46,7 +49,14 @@ def open_dataset(url: str) -> Dataset:
 
 
 class Dataset:
-    """A dataset that is read: len(data), data[17], data["000012-00000007"], iteration in order. See `open_dataset`."""
+    """A dataset that is read: len(data), data[17], data["000012-00000007"], iteration in order.
+
+    Args:
+        url: a directory or URL.
+
+    Raises:
+        NotFound, FormatError: see `open_dataset`.
+    """
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -76,7 +86,14 @@ class Dataset:
         return sample_from_members(stored.key, stored.payloads)
 
     def members(self, which: int | str) -> dict[str, bytes]:
-        """The members of a sample of any schema: suffix, such as "json" or "jpg" -> bytes. Raises as `__getitem__`."""
+        """The members of a sample of any schema: suffix, such as "json" or "jpg" -> bytes.
+
+        Args:
+            which: its number from 0, or its key.
+
+        Raises:
+            UsageError, FormatError: see `__getitem__`.
+        """
         return {suffix: bytes(payload) for suffix, payload in self._read(which).payloads.items()}
 
     def fields(self, *names: str) -> Any:
@@ -175,6 +192,9 @@ class DatasetWriter:
 
     def add(self, sample: Sample) -> None:
         """Append a sample.
+
+        Args:
+            sample: with a key of its own.
 
         Raises:
             FormatError: it breaks the schema, or its key was there before; nothing was written.

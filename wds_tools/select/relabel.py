@@ -56,10 +56,10 @@ class RelabelConfig(JobOptions):
     labels: tuple[str, ...]
     """Tables with the texts and fields: files of any kind that conversions read, folders or patterns."""
     on: str = KEY
-    """Which row is of which sample: by `key`, or by a field; FIELD=COLUMN if the column of the table has another name."""
+    """How rows and samples are matched: by `key`, or by a field; FIELD=COLUMN if the column has another name."""
     texts: tuple[str, ...] = ()
-    """NAME=COLUMN: captions that go into the samples' `texts` under this name. The first that a sample gets is its `text`, too;
-    what it had stays among `texts`."""
+    """NAME=COLUMN: captions to put into the samples' `texts` under this name. The first one that a sample gets also becomes its
+    `text`; the previous text stays in `texts`."""
     fields: tuple[str, ...] = ()
     """NAME=COLUMN: further fields of the json, such as scores."""
 
@@ -77,6 +77,9 @@ class RelabelConfig(JobOptions):
 
 def relabel(config: RelabelConfig) -> Manifest:
     """Put texts and fields into the samples of a dataset; says on stderr what found no partner.
+
+    Args:
+        config: of which dataset, from which tables, and where it goes.
 
     Returns:
         The manifest of the new dataset; its source has `labels`: rows, samples that got one, and what found no partner.

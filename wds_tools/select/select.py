@@ -47,25 +47,25 @@ class SelectConfig(JobOptions):
     help_group = "choice"
 
     input: tuple[str, ...]
-    """The datasets: directories or URLs. Of several the samples follow one another."""
+    """The datasets: directories or URLs. The samples of several datasets follow one another."""
     where: str | None = None
-    """Take only samples for whose fields this is true: 'aesthetic >= 5.5 and not watermark'. See docs/choose.md."""
+    """Take only samples for which this is true: 'aesthetic >= 5.5 and not watermark'. See docs/choose.md."""
     keys: str | None = None
     """Take only samples whose keys are in this file: KEY, or DATASET<tab>KEY, a line."""
     exclude: str | None = None
     """Leave out the samples whose keys are in this file."""
     unique: Literal["text", "codes"] | None = None
-    """Of samples of equal text (with turns), or equal codes, take the first in the order of the inputs."""
+    """Of samples with equal text (including turns), or equal codes, take only the first, in the order of the inputs."""
     fraction: float | None = None
     """Take this share, drawn by a hash of the key."""
     split: str | None = None
     """Make several datasets, such as train=0.99,valid=0.01; --output has {split} where the name goes."""
     by: str | None = None
-    """Draw --fraction and --split by a hash of this field, so that samples of the same value stay together."""
+    """Draw --fraction and --split by a hash of this field, so that samples with the same value stay together."""
     seed: int = 0
-    """Of that hash: another seed is another draw."""
+    """Seed of that hash: another seed makes another draw."""
     key_prefix: tuple[str, ...] = ()
-    """One for each input: keys become PREFIX-KEY, where those of several inputs meet."""
+    """One prefix for each input: keys become PREFIX-KEY. Needed if several inputs have the same keys."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -105,6 +105,9 @@ class SelectConfig(JobOptions):
 
 def select(config: SelectConfig) -> dict[str, Manifest]:
     """Choose samples of datasets.
+
+    Args:
+        config: of which datasets, by what, and where they go.
 
     Returns:
         The manifest of each output, by its URL; of a part as run_job.

@@ -65,6 +65,25 @@ class Example(NamedTuple):
 class ExampleBuilder:
     """Makes examples.
 
+    A document and a caption, with a tokenizer of three words, which knows one word of the wording ("Write a caption for it."):
+
+    >>> import os, tempfile
+    >>> from tokenizers import Tokenizer, models, pre_tokenizers
+    >>> names = "<s> </s> <boi> <eoi> <unconditional> <unk> a red cat".split()
+    >>> words = Tokenizer(models.WordLevel({name: number for number, name in enumerate(names)}, unk_token="<unk>"))
+    >>> words.pre_tokenizer = pre_tokenizers.Whitespace()
+    >>> _ = words.add_special_tokens(names[:6])
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     words.save(path := os.path.join(folder, "tokenizer.json"))
+    ...     config = SequenceConfig(tokenizer=path, max_length=32, bos="<s>", eos="</s>", t2i_ratio=0)
+    ...     builder = ExampleBuilder(config, seed=1, codebook_size=16)
+    >>> document = Sample(key="document", data_type="text_pretrain", text="a red cat")
+    >>> pair = Sample(key="pair", data_type="image_text", text="a red cat", codes={"vqcode_512": np.array([[3, 5]])})
+    >>> for example in builder.build([document, pair], epochs=[0, 0]):
+    ...     print(example.ids.tolist(), example.loss.astype(int).tolist())
+    [0, 6, 7, 8] [1, 1, 1, 1]
+    [0, 2, 12, 14, 3, 5, 6, 5, 5, 5, 5, 6, 7, 8, 1] [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1]
+
     Args:
         config: how.
         seed: of the choices.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from wds_tools.errors import UsageError
+from wds_tools.plugins import Names
 
 DEFAULT_TEMPLATE = "liquid"
 
@@ -13,34 +15,38 @@ DEFAULT_TEMPLATE = "liquid"
 class SequenceConfig:
     """How samples become token sequences."""
 
+    help_group = "token rows"
+
     tokenizer: str
-    """Folder of a Hugging Face tokenizer (tokenizer.json and its tokenizer_config.json), or a tokenizer.json."""
+    """Folder of a Hugging Face tokenizer (tokenizer.json and its tokenizer_config.json), or a tokenizer.json, with the tokens
+    around images (see `wds-tools vocabulary`)."""
     max_length: int
-    """Tokens of a row. An image that does not fit a row is refused, never cut."""
-    template: str = DEFAULT_TEMPLATE
-    """What stands around images, and where their ids are: liquid, chameleon, emu3, or one of a package (docs/training.md)."""
+    """Tokens of a row. An image that does not fit in a row is refused, never cut."""
+    template: Annotated[str, Names("wds_tools.sequences.templates:template_names")] = DEFAULT_TEMPLATE
+    """Decides the tokens around images, and the ids of codes: liquid, chameleon, emu3, or a template of a package
+    (docs/training.md)."""
     t2i_ratio: float = 0.5
     """Share of the image-text pairs that become text to image; the others become captions."""
     unconditional_ratio: float = 0.1
-    """Share of the text-to-image examples whose text gives way to <unconditional>, for classifier-free guidance."""
+    """Share of the text-to-image examples whose text is replaced by <unconditional>, for classifier-free guidance."""
     image_ratio: float = 0.5
-    """Share of the images of interleaved documents that are trained, as their texts are."""
+    """Share of the images in interleaved documents that are trained; their texts always are."""
     document_eos: bool = False
-    """Put an EOS behind the last token of a document, interleaved or not."""
+    """Put an EOS after the last token of a document, interleaved or not."""
     prompts: str | None = None
     """A JSON file with other wordings (docs/training.md)."""
     codebook_size: int | None = None
-    """Entries of the image codebook; None: as the manifests say."""
+    """Entries of the image codebook; by default as the manifests say."""
     bos: str | None = None
-    """The token that begins a sequence; None: the one that tokenizer_config.json names; "": none."""
+    """The token that begins a sequence; by default the one that tokenizer_config.json names; "": none."""
     eos: str | None = None
-    """The token that ends a sequence; None: the one that tokenizer_config.json names."""
+    """The token that ends a sequence; by default the one that tokenizer_config.json names."""
     boi: str | None = None
-    """The token that begins an image; None, as for the next two: the template's."""
+    """The token that begins an image; by default the template's, also for the next two."""
     eoi: str | None = None
-    """The token that ends it."""
+    """The token that ends it; by default the template's."""
     unconditional: str | None = None
-    """The token that stands for a dropped text; "": none."""
+    """The token that stands for a dropped text; by default the template's; "": none."""
 
     def __post_init__(self) -> None:
         if self.max_length < 2:

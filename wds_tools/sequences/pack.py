@@ -72,6 +72,14 @@ class Waiting(NamedTuple):
 class Packer:
     """Packs one stream of examples.
 
+    >>> packer = Packer(max_length=8, pad_id=0)
+    >>> for number, (key, length) in enumerate([("a", 5), ("b", 4), ("c", 3), ("d", 3)], 1):
+    ...     packer.add(number, Example(key, np.full(length, number, np.int32), np.ones(length, bool), is_document=False))
+    >>> for row in packer.rest():
+    ...     print(row.ids.tolist(), row.segments, row.keys, row.num_padding)
+    [1, 1, 1, 1, 1, 3, 3, 3] [5, 3] ['a', 'c'] 0
+    [2, 2, 2, 2, 4, 4, 4, 0] [4, 3] ['b', 'd'] 1
+
     Args:
         max_length: tokens of a row.
         pad_id: what padding is made of.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from wds_tools.errors import UsageError
-from wds_tools.format.codes import chosen_codes
+from wds_tools.format.codes import CodeGrid, chosen_codes
 from wds_tools.format.manifest import Manifest
 from wds_tools.sequences.config import SequenceConfig
 from wds_tools.sequences.templates import Template, find_template
@@ -33,12 +33,7 @@ def codebook_size_of(
         told: list[tuple[object, ...]] = []
         for column, one in chosen_codes(manifest.codes, name).items():
             layout = manifest.layouts[column]
-            has_order = layout.is_sequence and (layout.has_sides or not template.states_shape)
-            if not has_order and type(template).to_ids is Template.to_ids:
-                raise UsageError(
-                    f"{url}: {column} has {layout}, of which template {template.name} can't make the ids of a text: name one "
-                    "whose own to_ids(codes) does; docs/tokenizers.md says how a package adds it"
-                )
+            check_order(f"{url}: {column}", layout, template)
             told.append((one.get("tokenizer"), one.get("weights_hash"), sum(layout.sizes) or None))
         if given is None and (not told or not all(size for *_, size in told)):
             raise UsageError(f"{url} has codes, but its manifest does not say of which codebook: give codebook_size")
@@ -47,3 +42,13 @@ def codebook_size_of(
         says = [f"{url}: {name}, {size} codes, weights {str(weights)[:19]}" for (name, weights, size), url in found.items()]
         raise UsageError(f"codes of different image tokenizers can't be mixed in one vocabulary ({'; '.join(says)})")
     return given or next((size for *_, size in found if isinstance(size, int)), 0)
+
+
+def check_order(what: str, layout: CodeGrid, template: Template) -> None:
+    """Raise UsageError, which begins with `what`, if the template can't make the ids of a text of codes in this layout."""
+    has_order = layout.is_sequence and (layout.has_sides or not template.states_shape)
+    if not has_order and type(template).to_ids is Template.to_ids:
+        raise UsageError(
+            f"{what} has {layout}, of which template {template.name} can't make the ids of a text: name one whose own "
+            "to_ids(codes) does; docs/tokenizers.md says how a package adds it"
+        )

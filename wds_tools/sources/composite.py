@@ -130,7 +130,7 @@ class Containers:
                     fields = record.fields
                     if record.key is not None and not isinstance(fields, Reject):
                         fields = {**fields, KEY: record.key}
-                    yield record._replace(number=number, fields=fields)
+                    yield Record(number, fields, *record[2:]) if first or record.key is not None else record
                     number += 1
                 first = number
             return

@@ -31,6 +31,9 @@ _REMARKS = {
 _COMPANIONS = (".parquet", "_stats.json")
 _NO_DATA = ("state.json", "dataset_info.json")
 """Of save_to_disk, beside the data."""
+_EXPORT = "export.json"
+_OF_EXPORT = (_EXPORT, "README.md")
+"""What `export` writes beside the data, if the first is there."""
 
 Choice = Callable[[str, Mapping[str, int]], Sequence[str]]
 """URL of a folder, and the names and sizes of the files below it -> the names of those that are inputs."""
@@ -191,5 +194,10 @@ def _add_files(inputs: Inputs, url: str, choose: Choice, strict_links: bool) -> 
     chosen = choose(url, {name: size for name, size in sizes.items() if name in allowed})
     for name in chosen:
         inputs.files.append(InputFile(join(url, name), sizes[name] or open_store(url).size(name)))  # raises for a link to nothing
-    left_out = sorted(sizes.keys() - set(chosen))
-    inputs.left_out.extend(join(url, name) for name in left_out if posixpath.basename(name) not in _NO_DATA)
+    names = (posixpath.split(name) for name in sorted(sizes.keys() - set(chosen)))
+    left_out = [
+        posixpath.join(folder, base)
+        for folder, base in names
+        if base not in (_NO_DATA + _OF_EXPORT if posixpath.join(folder, _EXPORT) in sizes else _NO_DATA)
+    ]
+    inputs.left_out.extend(join(url, name) for name in left_out)

@@ -21,7 +21,9 @@ class InputFile(NamedTuple):
     """One file to read."""
 
     url: str
+    """Where it is."""
     size: int
+    """Its bytes."""
 
 
 class Record(NamedTuple, Generic[Fields]):
@@ -34,8 +36,11 @@ class Record(NamedTuple, Generic[Fields]):
     source: str
     """URL of the file."""
     line: int | None = None
+    """Its line, from 1."""
     element: int | None = None
+    """Its element of a JSON list, or row of a table, from 0."""
     key: str | None = None
+    """Its key in the source."""
     num_units: int = 1
     """Work units of the plan's total that are done with this record."""
     num_passed_over: int = 0
@@ -72,7 +77,11 @@ class Source(Protocol):
         ...
 
     def read(self, task: Any) -> Iterator[Record[Mapping[str, Any]]]:
-        """The records of a task, in order; one that is unreadable has a Reject for its fields."""
+        """The records of a task, in order; one that is unreadable has a Reject for its fields.
+
+        Args:
+            task: one that `plan` made.
+        """
         ...
 
 

@@ -34,12 +34,14 @@ def open_store(url: str, *, strict_links: bool = False) -> Store:
         A store rooted there: picklable, usable from many threads and after a fork.
 
     Raises:
-        UsageError: the URL names no root (empty, `s3://` without a bucket), carries a query or a bucket's key, or could not be
-            written down: a control character (a newline) or bytes that are not UTF-8.
+        UsageError: the URL names no root (empty, `s3://` without a bucket), carries a query or a bucket's key, begins with `~`,
+            or could not be written down: a control character (a newline) or bytes that are not UTF-8.
     """
     if not url:
         raise UsageError("'' is not a path or URL: give a folder, or scheme://bucket/prefix")
     check_writable(url)
+    if url.partition("/")[0] == "~":
+        raise UsageError(f"{url}: ~ is your home folder in a shell only: in Python write os.path.expanduser({url!r})")
     scheme = split_scheme(url)[0]
     if scheme in ("", "file"):
         return LocalStore(url, strict_links=strict_links)

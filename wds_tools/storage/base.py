@@ -41,7 +41,14 @@ class Writer:
     _done = False
 
     def write(self, data: Buffer, /) -> int:
-        """Append bytes; returns how many (always all of them)."""
+        """Append bytes.
+
+        Args:
+            data: the bytes.
+
+        Returns:
+            How many: always all of them.
+        """
         raise NotImplementedError
 
     def close(self) -> None:
@@ -78,6 +85,9 @@ class Store(ABC):
     Attributes:
         url: the root as it was given, without credentials; safe to print.
         first_bytes_s: seconds to the answers of the latest reads of ranges, where they are known.
+
+    Args:
+        url: the root.
     """
 
     first_bytes_s: Collection[float] = ()
@@ -109,10 +119,21 @@ class Store(ABC):
 
     @abstractmethod
     def size(self, name: str) -> int:
-        """Size in bytes. Raises NotFound."""
+        """The size in bytes.
+
+        Args:
+            name: relative to the root, '/'-separated.
+
+        Raises:
+            NotFound: no such file.
+        """
 
     def exists(self, name: str) -> bool:
-        """Whether the file is there (and therefore complete)."""
+        """Whether the file is there (and therefore complete).
+
+        Args:
+            name: relative to the root, '/'-separated.
+        """
         try:
             self.size(name)
         except NotFound:
@@ -120,7 +141,14 @@ class Store(ABC):
         return True
 
     def read(self, name: str) -> bytes:
-        """The whole file. Raises NotFound."""
+        """The whole file.
+
+        Args:
+            name: relative to the root, '/'-separated.
+
+        Raises:
+            NotFound: no such file.
+        """
         with self.open(name) as file:
             return file.read()
 
@@ -132,6 +160,9 @@ class Store(ABC):
             start: first byte, from 0.
             end: one past the last byte; end = start gives b"" and asks nobody.
             size: what the file should have in all; compared where the answer says it, which fsspec does not.
+
+        Returns:
+            end - start bytes.
 
         Raises:
             UsageError: not 0 <= start <= end.
@@ -156,20 +187,46 @@ class Store(ABC):
 
     @abstractmethod
     def open(self, name: str) -> io.BufferedReader:
-        """Read from start to end in constant memory. Not seekable on every backend. Raises NotFound, at once."""
+        """A file to read from start to end in constant memory. Not seekable on every backend.
+
+        Args:
+            name: relative to the root, '/'-separated.
+
+        Raises:
+            NotFound: no such file; at once.
+        """
 
     def put(self, name: str, data: Buffer) -> None:
-        """Publish `data` under the name, atomically. Raises OutOfSpace."""
+        """Publish a file, atomically.
+
+        Args:
+            name: relative to the root, '/'-separated.
+            data: its bytes.
+
+        Raises:
+            OutOfSpace: there is no room for it.
+        """
         with self.write(name) as writer:
             writer.write(data)
 
     @abstractmethod
     def write(self, name: str) -> Writer:
-        """Start a file that appears under its name when the writer is closed. Raises OutOfSpace, as do its methods."""
+        """A writer of a file, which appears under its name when that is closed.
+
+        Args:
+            name: relative to the root, '/'-separated.
+
+        Raises:
+            OutOfSpace: there is no room; so do the writer's methods.
+        """
 
     @abstractmethod
     def delete(self, name: str) -> None:
-        """Remove the file; nothing happens if there is none."""
+        """Remove the file; nothing happens if there is none.
+
+        Args:
+            name: relative to the root, '/'-separated.
+        """
 
     def clean_temp(self) -> None:  # noqa: B027
         """Remove what killed local writers left under `.tmp/`. Call it while nobody writes here: theirs would go too.
@@ -234,7 +291,11 @@ def split_scheme(url: str) -> tuple[str, str]:
 
 
 def redact(text: str) -> str:
-    """Text with the credentials of any URL in it taken out: `user:key@` and everything from `?` on."""
+    """The text with the credentials of any URL in it taken out: `user:key@` and everything from `?` on.
+
+    Args:
+        text: with or without URLs.
+    """
     return _QUERY.sub(r"\1", _USERINFO.sub("://", text)) if "://" in text else text
 
 

@@ -81,6 +81,9 @@ class LocalStore(Store):
 
         A file that is cut short while it is mapped ends the process with SIGBUS: replace data by renaming, as put() does.
 
+        Args:
+            name: relative to the root, '/'-separated.
+
         Raises:
             NotFound, StorageError: as read().
         """
@@ -178,8 +181,10 @@ class LocalWriter(Writer):
         self._file = io.BufferedWriter(self._raw, BUFFER_BYTES)
 
     def write(self, data: Buffer, /) -> int:
-        with translating("write", self._show):
+        try:  # a context manager would take as long as to write a document
             return self._file.write(data)
+        except OSError as error:
+            raise translate(error, "write", self._show) from error
 
     def _publish(self) -> None:
         try:

@@ -1,10 +1,11 @@
 """Object stores and web servers, through obstore: s3, gs, az, http(s), and one memory store a process for tests.
 
 A small object is one GET or one PUT. A large one is read as ranges of 8 MiB, two ahead of the reader, so a slow consumer
-never meets a timeout; a writer sends parts of 8 MiB, two under way, and the object appears when the last is acknowledged.
-Either holds about 32 MiB. A range whose connection breaks, stalls or creeps is resumed at the byte reached (client.fetch). What
-fails is tried again with growing pauses, for WDS_TOOLS_RETRY_S seconds (default 180) without progress, then reported; after 5 of
-them a line on stderr says so (waits). Every request goes through _asking, which is where obstore's errors become ours.
+never meets a timeout, and up to eight for one who has to wait; a writer sends parts of 8 MiB, two under way, and the object
+appears when the last is acknowledged. Either holds about 32 MiB, a reader that has to wait up to 80. A range whose connection
+breaks, stalls or creeps is resumed at the byte reached (client.fetch). What fails is tried again with growing pauses, for
+WDS_TOOLS_RETRY_S seconds (default 180) without progress, then reported; after 5 of them a line on stderr says so (waits). Every
+request goes through _asking, which is where obstore's errors become ours.
 
 A reader or writer doesn't cross a fork; a store does (client.py says how).
 """
@@ -13,15 +14,14 @@ import io
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, suppress
-from itertools import islice
 from typing import Any
 from urllib.parse import unquote
 
 from wds_tools.errors import StorageError, UsageError
 from wds_tools.storage import client
+from wds_tools.storage.ahead import ahead
 from wds_tools.storage.base import Buffer, Entry, Store, Writer, cause, check_name, redact, split_scheme
 from wds_tools.storage.meanings import HINTS, reason, status_of, translated
 from wds_tools.storage.waits import Wait, waiting
@@ -38,7 +38,6 @@ SCHEMES = {
 }
 
 CHUNK_BYTES = 8 << 20  # of a ranged read, and of a part of a multipart upload (10,000 parts: objects up to 80 GiB)
-READ_AHEAD = 2  # chunks fetched while the reader works on another
 PARTS_UNDER_WAY = 2
 _ANSWERS = 256
 _UNDER_WAY_BYTES = (PARTS_UNDER_WAY + 1) * CHUNK_BYTES  # that a writer may have to send before it goes on
@@ -146,7 +145,7 @@ class ObjectStore(Store):
             client.obstore().delete(bucket, key)
 
     def _chunks(self, name: str) -> Generator[memoryview, None, None]:
-        """The object's bytes in order, fetched up to READ_AHEAD chunks ahead of whoever takes them."""
+        """The object's bytes in order, fetched ahead of whoever takes them."""
         key, bucket = self._key(name), self._connect("ranges")
 
         def fetch(start: int) -> tuple[memoryview, Any]:
@@ -168,8 +167,8 @@ class ObjectStore(Store):
         yield data
         if position >= size:
             return
-        with closing(_ahead(fetch, range(position, size, CHUNK_BYTES))) as ahead:
-            for data, meta in ahead:
+        with closing(ahead(fetch, range(position, size, CHUNK_BYTES))) as chunks:
+            for data, meta in chunks:
                 if meta["size"] != size or meta["e_tag"] != tag:
                     raise self._translate(client.Replaced(), "read", name)
                 end = min(position + CHUNK_BYTES, size)
@@ -309,22 +308,6 @@ class ObjectWriter(Writer):
 
 class _NoRangesError(Exception):
     """Read it with one plain GET."""
-
-
-def _ahead(
-    fetch: Callable[[int], tuple[memoryview, Any]], starts: Iterable[int]
-) -> Generator[tuple[memoryview, Any], None, None]:
-    """fetch(start) for each start, in order, with READ_AHEAD of them under way while the caller works on one."""
-    pool = ThreadPoolExecutor(READ_AHEAD, thread_name_prefix="wds-read")
-    try:
-        rest = iter(starts)
-        pending = deque(pool.submit(fetch, start) for start in islice(rest, READ_AHEAD))
-        while pending:
-            done = pending.popleft().result()
-            pending.extend(pool.submit(fetch, start) for start in islice(rest, 1))
-            yield done
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
 
 
 class _ChunkReader(io.RawIOBase):

@@ -10,11 +10,11 @@ from __future__ import annotations
 import base64
 from collections.abc import Iterable, Iterator, Mapping
 from html import escape
-from importlib.resources import files
 from typing import Any
 
 import orjson
 
+from wds_tools.check.stats.report import page_head
 from wds_tools.errors import WdsToolsError
 from wds_tools.view.pages import Pages, Request
 
@@ -43,9 +43,7 @@ def page(title: str, samples: Iterable[tuple[str, Pages, Mapping[str, Any]]]) ->
         title: its heading.
         samples: of each a heading, where it is from, and what `look` says.
     """
-    style = (files(__package__) / "static" / "common.css").read_text(encoding="utf-8")
-    yield '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="color-scheme" content="light dark">'
-    yield f'<title>{escape(title)}</title><style>{style}</style></head><body><main class="report"><h1>{escape(title)}</h1>'
+    yield f'{page_head(title)}<main class="report"><h1>{escape(title)}</h1>'
     for place, (heading, pages, shown) in enumerate(samples):
         pictures = "".join(_pictures(pages, shown)) if place < MAX_PICTURES else ""
         text = f'<p style="white-space: pre-wrap">{escape(text_of(shown))}</p>'

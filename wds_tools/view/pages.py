@@ -101,11 +101,11 @@ class PagesConfig:
     """Options of what is shown beside the dataset itself."""
 
     weights: str | None = None
-    """Weights of the tokenizer that made the codes, if it brings none: for chameleon, its folder."""
+    """Weights of the tokenizer that made the codes, if they are not bundled: for chameleon, its folder."""
     device: str = "auto"
     """Device that decodes pictures: auto, cpu, cuda or cuda:N."""
     text_tokenizer: str | None = None
-    """A tokenizer.json or the folder of one, to show how many tokens a text has, and the texts of token rows."""
+    """A tokenizer.json or its folder, to show the number of tokens of a text, and the texts of token rows."""
 
 
 class Pages:
@@ -142,7 +142,7 @@ class Pages:
         routes: tuple[tuple[str, Callable[..., Answer]], ...] = (
             (r"/|/rejects|/marks", lambda _: self._page()),
             (rf"/sample/{number}", self._sample_page),
-            (r"/static/([a-z]{1,20}\.[a-z]{1,4})", lambda _, name: _known_static(name)),
+            (r"/static/([a-z]{1,20}\.[a-z]{1,4})", lambda _, name: _static(name)),
             (r"/stats", lambda _: self._page(main_part(self._sampled(), served=True), "Statistics · ")),
             (r"/api/set", lambda _: _json(self._describe())),
             (r"/api/samples", self._samples),
@@ -331,11 +331,7 @@ def _png(data: bytes) -> Answer:
     return Answer(body=data, content_type="image/png", length=len(data), is_fixed=True)
 
 
-def _static(name: str, content_type: str) -> Answer:
-    return _answer((files(__package__) / "static" / name).read_bytes(), content_type)
-
-
-def _known_static(name: str) -> Answer:
+def _static(name: str) -> Answer:
     if name not in _STATIC:
         raise NotFound(f"there is no part {name!r} of the page")
-    return _static(name, _STATIC[name])
+    return _answer((files(__package__) / "static" / name).read_bytes(), _STATIC[name])

@@ -60,11 +60,11 @@ class ViewConfig(PagesConfig):
     port: int = 8765
     """Where to listen; 0 takes any free port."""
     host: str = "127.0.0.1"
-    """The address to listen on. Whoever reaches another one than the default can read the dataset: there is no password."""
+    """The address to listen on. There is no password: with any other address, everyone who can reach it can read the dataset."""
     allow_host: tuple[str, ...] = ()
-    """Names under which the page may be asked for, beside localhost and addresses in numbers: those of a proxy in front."""
+    """Host names that requests may use, beside localhost and numeric addresses: for a proxy in front."""
     strict_links: bool = False
-    """Follow no symlink that leads out of the dataset: for what was unpacked from archives of strangers."""
+    """Follow no symlink that leads out of the dataset: for archives from strangers."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:

@@ -81,7 +81,11 @@ class LayoutTokenizer(ImageTokenizer, Protocol):
     """Of what is stored: uint8 ... uint64, bfloat16, float16 or float32; None: as the codebook needs."""
 
     def codes_shape(self, height: int, width: int) -> tuple[int, ...]:
-        """Shape of the codes of an image of this size, in pixels; the letters of `layout` say what its axes are."""
+        """The shape of the codes of an image; the letters of `layout` say what its axes are.
+
+        Args:
+            height, width: of the image, in pixels.
+        """
         ...
 
 

@@ -20,10 +20,10 @@ from typing import Annotated, Any, Literal
 
 import torch
 
-from wds_tools.errors import MissingPackage, TokenizerError, UsageError
+from wds_tools.errors import MissingPackage, TokenizerError, UsageError, in_one_line
 from wds_tools.format.typed_json import shape
 from wds_tools.vq import huggingface
-from wds_tools.vq.checkpoints import first_line, read_weights
+from wds_tools.vq.checkpoints import read_weights
 from wds_tools.vq.quantize import Nearest
 
 CONFIG_NAME = "vqgan.yaml"
@@ -109,7 +109,7 @@ def read_config(path: Path) -> VqganConfig:
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise TokenizerError(f"{path} is not yaml: {first_line(error)}") from error
+        raise TokenizerError(f"{path} is not yaml: {in_one_line(error)}") from error
     params = tree
     for key in ("model", "params"):
         params = params[key] if isinstance(params, dict) and key in params else params

@@ -127,11 +127,6 @@ def load_pickle(path: Path) -> Any:
                 f"tensors by themselves: `state = torch.load({path.name!r}, 'cpu', weights_only=False)['state_dict']` (or "
                 f"whichever key they are under) and `torch.save(state, {path.name!r})`"
             ) from error
-        why = first_line(error)  # what follows is how to load it all the same
+        first = str(error).strip().partition("\n")[0].partition(". ")[0]  # what follows is how to load it all the same
+        why = f"{type(error).__name__}: {first[:200]}" if first else type(error).__name__
         raise TokenizerError(f"{path} is damaged or holds more than tensors, and was not loaded ({why})") from error
-
-
-def first_line(error: Exception) -> str:
-    """The error's type, and the first sentence of its message."""
-    first = str(error).strip().partition("\n")[0].partition(". ")[0]
-    return f"{type(error).__name__}: {first[:200]}" if first else type(error).__name__

@@ -41,15 +41,20 @@ class Convolutional:
     model: Any
     instead: str = ""
     """Where pictures come from, if the class has no decoder."""
+    compares_directions: bool = False
+    """Latents are scaled to length 1, before they are compared with a codebook that is as well."""
+    decodes_directions: bool = False
+    """Entries are scaled to length 1, before they are decoded: JanusVQVAE finds them by their distance."""
 
     def latents(self, pixels_BCHW: Tensor) -> Tensor:
         """Encoder and quant_conv."""
         pixels_BCHW = pixels_BCHW.contiguous(memory_format=torch.channels_last)
         latents_BDhw: Tensor = self.model.quant_conv(self.model.encoder(pixels_BCHW))
-        return latents_BDhw
+        return nn.functional.normalize(latents_BDhw.float(), dim=1) if self.compares_directions else latents_BDhw
 
     def image(self, latents_BDhw: Tensor) -> Tensor:
         """post_quant_conv and decoder."""
+        latents_BDhw = nn.functional.normalize(latents_BDhw, dim=1) if self.decodes_directions else latents_BDhw
         decoder = getattr(self.model, "decoder", None)
         if decoder is None:
             raise UsageError(f"{type(self.model).__name__} of transformers has no image decoder: {self.instead}")
@@ -57,22 +62,6 @@ class Convolutional:
         is_spatial = getattr(self.model.config, "norm_type", None) == "spatial"
         pixels_BCHW: Tensor = decoder(inner_BChw, latents_BDhw) if is_spatial else decoder(inner_BChw)
         return pixels_BCHW
-
-
-class _Janus(Convolutional):
-    """JanusVQVAE finds the entry by its distance, and decodes it scaled to length 1."""
-
-    def image(self, latents_BDhw: Tensor) -> Tensor:
-        """Entries scaled, then as the others."""
-        return super().image(nn.functional.normalize(latents_BDhw, dim=1))
-
-
-class Normalized(Convolutional):
-    """Latents and entries are compared as directions; with the codebook scaled to length 1 as well."""
-
-    def latents(self, pixels_BCHW: Tensor) -> Tensor:
-        """As the others, scaled."""
-        return nn.functional.normalize(super().latents(pixels_BCHW).float(), dim=1)
 
 
 @dataclass
@@ -214,7 +203,7 @@ def load_chameleon_vqvae(folder: Path) -> Loaded:
 def load_janus(folder: Path) -> Loaded:
     """Load transformers' JanusVQVAE, alone or of a Janus model. Raises as load_vq_model."""
     model = _transformers_model(folder, "janus_vqgan", "JanusVQVAE")
-    return _load("janus", folder, _Janus(model), _stride(model))
+    return _load("janus", folder, Convolutional(model, decodes_directions=True), _stride(model))
 
 
 def load_emu3(folder: Path) -> Loaded:

@@ -31,7 +31,7 @@ def load_llamagen(path: Path) -> huggingface.Loaded:
     config = config_of(state, path)
     model, name_of = vq_model(config), partial(_name_of, levels=len(config.ch_mult))
     huggingface.fill_model(model, state, weights=f"{path}: the weights", config="LlamaGen's network", name_of=name_of)
-    network = huggingface.Normalized(model)
+    network = huggingface.Convolutional(model, compares_directions=True)
     return huggingface.Loaded(name="llamagen", network=network, stride=config.stride, files=[path], is_unit=True)
 
 

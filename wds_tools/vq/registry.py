@@ -49,6 +49,9 @@ def load_tokenizer(
         precision: "fp32" (no TF32), "tf32" (GPUs only), "bf16" or "fp16" for the network; the codebook search is float32.
         compile: run the network through torch.compile.
 
+    Returns:
+        The tokenizer, on its device, ready to encode.
+
     Raises:
         UsageError: an unknown name or precision, a device that isn't there, or weights that were needed and not given.
         TokenizerError: the weights are missing, unsafe or do not fit their configuration.

@@ -38,7 +38,7 @@ class StatsConfig(OnWorkers):
     input: str
     """The dataset: a directory or URL."""
     hashes: int = 4_000_000
-    """Samples up to which duplicates are counted exactly; above, they are estimated from this many. 100 bytes each."""
+    """Number of samples up to which duplicates are counted exactly; above, they are estimated from this many. 100 bytes each."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from html import escape
 from typing import TypeVar
 
+from wds_tools.terminal import from_to
+
 Column = TypeVar("Column")
 WIDTH, HEIGHT = 520, 190
 _LEFT, _RIGHT, _TOP, _BOTTOM = 8, 8, 12, 26
@@ -44,7 +46,7 @@ def histogram(bins: Sequence[tuple[int, int, int]], unit: str, marks: Sequence[t
             height = max(1.5, count / most * (_FLOOR - _MARKED))
             left, right = x(low), x(high)
             width = max(right - left - min(1.0, (right - left) / 6), 0.5)
-            title = f"{_range(low, high)} {unit}: {count:,}"
+            title = f"{from_to(low, high)} {unit}: {count:,}"
             parts.append(_rect(left, _FLOOR - height, width, height, "bar", title))
     for value, name in marks:
         parts.append(f'<line class="mark" x1="{x(value):.1f}" x2="{x(value):.1f}" y1="{_MARKED}" y2="{_FLOOR}"/>')
@@ -117,11 +119,9 @@ def bars(columns: Sequence[tuple[str, float, bool]], top: float) -> str:
     step = (WIDTH - _LEFT - _RIGHT) / len(columns)
     parts = []
     for number, (name, share, is_odd) in enumerate(columns):
-        height = max(1.5, share / ceiling * (_FLOOR - _TOP))
-        width = max(step - min(1.0, step / 4), 0.5)
-        parts.append(
-            _rect(_LEFT + number * step, _FLOOR - height, width, height, "bar odd" if is_odd else "bar", f"{name}: {share:.1%}")
-        )
+        height, width = max(1.5, share / ceiling * (_FLOOR - _TOP)), max(step - min(1.0, step / 4), 0.5)
+        kind, title = "bar odd" if is_odd else "bar", f"{name}: {share:.1%}"
+        parts.append(_rect(_LEFT + number * step, _FLOOR - height, width, height, kind, title))
     return _svg([*parts, _label(_LEFT + 2, _TOP + 2, f"{ceiling:.0%}", "mark-name")], "by shard")
 
 
@@ -160,10 +160,6 @@ def _short(value: int) -> str:
         if value >= size:
             return f"{value // size}{unit}"
     return str(value)
-
-
-def _range(low: int, high: int) -> str:
-    return f"{low:,}" if high - low == 1 else f"{low:,} to {high - 1:,}"
 
 
 def _label(x: float, y: float, text: str, kind: str, anchor: str = "start") -> str:

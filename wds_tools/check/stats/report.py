@@ -22,6 +22,7 @@ from wds_tools.check.stats.describe import Stats
 from wds_tools.check.stats.duplicates import Repeats
 from wds_tools.check.stats.histogram import Histogram
 from wds_tools.check.stats.png import png_bytes
+from wds_tools.terminal import sized
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 _SHOWN_SHARDS = 50
@@ -88,15 +89,16 @@ def _use_json(use: CodeUse) -> dict[str, Any]:
 
 def render(stats: Stats) -> str:
     """The page that is a file of its own."""
+    return f"{page_head(f'{stats.url}: statistics')}{main_part(stats)}</body></html>"
+
+
+def page_head(title: str) -> str:
+    """A page that is a file of its own, up to its <main>; </body></html> ends it."""
     style = (files("wds_tools.view") / "static" / "common.css").read_text(encoding="utf-8")
-    return "".join(
-        (
-            '<!doctype html><html lang="en"><head><meta charset="utf-8">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">',
-            f"<title>{escape(stats.url)}: statistics</title><style>{style}</style></head><body>",
-            main_part(stats),
-            "</body></html>",
-        )
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">'
+        f"<title>{escape(title)}</title><style>{style}</style></head><body>"
     )
 
 
@@ -107,15 +109,10 @@ def main_part(stats: Stats, *, served: bool = False) -> str:
         stats: what to show.
         served: by the viewer, whose pages of samples it leads to.
     """
-    return "".join(
-        (
-            f'<main class="report"><header><h1>{escape(stats.url)}</h1>{_scope(stats, served)}</header>',
-            _tiles(*_totals(stats)),
-            '<div class="sections">',
-            *_sections(stats, served),
-            f"</div><footer>{escape(stats.manifest.fingerprint())}</footer></main>",
-        )
-    )
+    head = f"<header><h1>{escape(stats.url)}</h1>{_scope(stats, served)}</header>{_tiles(*_totals(stats))}"
+    sections = "".join(_sections(stats, served))
+    footer = f"<footer>{escape(stats.manifest.fingerprint())}</footer>"
+    return f'<main class="report">{head}<div class="sections">{sections}</div>{footer}</main>'
 
 
 def _scope(stats: Stats, served: bool) -> str:
@@ -130,7 +127,7 @@ def _totals(stats: Stats) -> Iterable[tuple[str, str, str]]:
     manifest = stats.manifest
     kinds = ", ".join(f"{kind} {number:,}" for kind, number in manifest.data_types.items()) or ", ".join(manifest.members)
     yield "samples", f"{manifest.samples:,}", kinds
-    yield "shards", f"{len(manifest.shards):,}", f"{_bytes(manifest.bytes)} in all"
+    yield "shards", f"{len(manifest.shards):,}", f"{sized(manifest.bytes)} in all"
     yield "rejects", f"{sum(manifest.rejects.values()):,}", f"of {manifest.inputs:,} inputs"
     for column, use in sorted(stats.count.codes.items()):
         yield column, f"{use.used / max(use.size, 1):.1%}", f"of {use.size:,} codes in use, {use.entropy_bits:.2f} bits"
@@ -184,14 +181,12 @@ def _codebook(column: str, use: CodeUse, provenance: Mapping[str, Any]) -> str:
         ]
     )
     picture = base64.b64encode(png_bytes(_map(use.counts))).decode()
+    level = 1 / max(use.size, 1), "if all were equally frequent"
+    curve = plots.curve((counts / total).tolist(), "share of each code by rank", *level)
     shown = (
-        '<figure class="split"><div>'
-        + plots.curve(
-            (counts / total).tolist(), "share of each code by rank", 1 / max(use.size, 1), "if all were equally frequent"
-        )
-        + "<figcaption>Share of the codes, by rank</figcaption></div>"
-        + f'<div><img class="codebook" alt="use of every entry of the codebook" src="data:image/png;base64,{picture}">'
-        + f"<figcaption>Each entry, {_MAP_WIDTH} a line: brighter is more frequent, black is never</figcaption></div></figure>"
+        f'<figure class="split"><div>{curve}<figcaption>Share of the codes, by rank</figcaption></div>'
+        f'<div><img class="codebook" alt="use of every entry of the codebook" src="data:image/png;base64,{picture}">'
+        f"<figcaption>Each entry, {_MAP_WIDTH} a line: brighter is more frequent, black is never</figcaption></div></figure>"
     )
     return _section(f"Codebook: {column}", shown + facts, "wide")
 
@@ -275,11 +270,8 @@ def _tiles(*tiles: tuple[str, str, str]) -> str:
 
 
 def _facts(facts: Sequence[tuple[str, str]]) -> str:
-    return (
-        '<dl class="facts">'
-        + "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts)
-        + "</dl>"
-    )
+    shown = (f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts)
+    return f'<dl class="facts">{"".join(shown)}</dl>'
 
 
 class _SampleLink(NamedTuple):
@@ -297,11 +289,3 @@ def _table(names: Sequence[str], rows: Iterable[Sequence[str | _SampleLink]]) ->
 
 def _cell(cell: str | _SampleLink) -> str:
     return escape(cell) if isinstance(cell, str) else f'<a href="/sample/{cell.number}">{escape(cell.key)}</a>'
-
-
-def _bytes(count: float) -> str:
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:,.0f} {unit}" if unit == "bytes" else f"{count:,.1f} {unit}"
-        count /= 1000
-    return f"{count:,.1f} TB"

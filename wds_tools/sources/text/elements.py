@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 from wds_tools.errors import FormatError, Reject
 from wds_tools.sources.record import InputFile
@@ -22,8 +23,12 @@ _RANGE_BYTES = 64 << 20
 _STRING = rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
 _TOKEN = re.compile(rb"[\s:]*+(" + _STRING + rb'|[\[\]{},]|[^\s\[\]{},:"]++|")', re.DOTALL)
 """A string, a mark, any other value; a quote alone is where a string begins that has no end yet."""
-_INSIDE = re.compile(rb"(?:" + _STRING + rb'|[^"\[\]{}]++)*+([\[{]++|[\]}]++|")', re.DOTALL)
-"""In an element: all up to the next brackets, as many as there are, or to such a quote."""
+_NEAR = rb'[^"\[\]{}]{0,8}+'
+_INSIDE = re.compile(
+    rb"(?:" + _STRING + rb'|[^"\[\]{}]++)*+([\[{](?:' + _NEAR + rb"[\[{])*+|[\]}](?:" + _NEAR + rb'[\]}])*+|")', re.DOTALL
+)
+"""In an element: all up to the next brackets, as many as there are of one kind near each other; or to such a quote."""
+_CLOSING = re.compile(rb"[\]}]")
 
 
 @dataclass(frozen=True)
@@ -121,9 +126,13 @@ def _elements(chunks: Iterable[bytes]) -> Iterator[tuple[int, int]]:
                 at = start
                 break
             if depth > 1:
-                num_closed = 0 if mark[0] in b"[{" else min(len(mark), depth - 1)
-                depth += -num_closed or len(mark)
-                at = start + num_closed if num_closed else at
+                if mark[0] in b"[{":
+                    depth += mark.count(b"[") + mark.count(b"{")
+                elif (num_closed := mark.count(b"]") + mark.count(b"}")) < depth:
+                    depth -= num_closed
+                else:
+                    at = start + next(islice(_CLOSING.finditer(mark), depth - 2, None)).end()
+                    depth = 1
                 continue
             if mark in b"[{" and not is_closed:
                 depth += 1

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 
@@ -104,12 +105,14 @@ def split_lines(chunks: Iterable[bytes]) -> Iterator[bytes | None]:
     held = 0  # its bytes so far, also those that are no longer kept since it is too long
     for chunk in chunks:
         *ends, tail = chunk.split(b"\n")
-        for end in ends:
-            held += len(end)
-            pieces.append(end)
+        if ends:
+            held += len(ends[0])
+            pieces.append(ends[0])
             yield b"".join(pieces) if held <= MAX_LINE_BYTES else None
             pieces.clear()
             held = 0
+            for end in islice(ends, 1, None):
+                yield end if len(end) <= MAX_LINE_BYTES else None
         held += len(tail)
         pieces.append(tail)
         if held > MAX_LINE_BYTES:

@@ -1,0 +1,1 @@
+"""The images that records name: where they are, and how they are read."""
