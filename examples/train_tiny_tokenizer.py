@@ -287,11 +287,12 @@ def train(args: argparse.Namespace, photos: list[Photo]) -> None:
     step, sums, checkpoint = 0, torch.zeros(3), args.out.with_suffix(".ckpt")
     settings = {name: getattr(args, name) for name in ("steps", "batch", "lr", "commit", "seed", "threads")}
     settings["photographs"] = hashlib.sha256("/".join(photo.name for photo in trained).encode()).hexdigest()
-    settings["start"] = hash_files(args.start) if args.start else ""
-    if args.start and not args.resume:
+    settings["start"], run = hash_files(args.start) if args.start else "", ""
+    if args.start:
         state = torch.load(args.start, weights_only=True)
         model.load_state_dict(state["model"])
         codebook.counts_K, codebook.sums_KD = state["counts"], state["sums"]
+        run = f", from what {state['step']} steps of another run had made"
     if args.resume:
         state = torch.load(checkpoint, weights_only=True)
         if state["settings"] != settings:
@@ -360,7 +361,7 @@ def train(args: argparse.Namespace, photos: list[Photo]) -> None:
                 print(f"step {step}: held out {measure(args.out, held)}", flush=True)
     figures = {"held out": measure(args.out, held), "trained on": measure(args.out, trained)}
     print(figures, flush=True)
-    run = f"{step} steps of {args.batch} crops of 256 px, seed {args.seed}, {args.threads} threads"
+    run = f"{step} steps of {args.batch} crops of 256 px, seed {args.seed}, {args.threads} threads{run}"
     write_card(args.out.with_suffix(".md"), trained, held, figures, run)
 
 

@@ -94,6 +94,7 @@ def test_the_same_steps_give_the_same_file_also_over_a_kill(script: Any, tmp_pat
     assert one == two
     script.main([*words, str(tmp_path / "c.safetensors"), "--start", str(tmp_path / "a.ckpt")])
     assert (tmp_path / "c.safetensors").read_bytes() != one
+    assert "1 threads, from what 9 steps of another run had made)" in (tmp_path / "c.md").read_text()
     with pytest.raises(SystemExit, match="give the same"):
         script.main([*words, str(tmp_path / "c.safetensors"), "--resume"])
     codes = load_tiny(tmp_path / "a.safetensors").encode(script.square(script.load_photos(tmp_path, None)[0], 64))

@@ -112,7 +112,7 @@ def run_job(job: Job[Task], options: JobOptions) -> Manifest:
         if part is None:
             clear_complete(output.store)
         return manifest
-    with on_cluster(options.ray_address) if options.executor == "ray" else nullcontext(), output:
+    with on_cluster(options.ray_address, quiet=options.quiet) if options.executor == "ray" else nullcontext(), output:
         return output.begin() or _run_tasks(job, options, output)
 
 
