@@ -23,7 +23,7 @@ from loaders.reading.fetches import end_with_trainer
 from loaders.workers.handover import begin_worker
 from loaders.world import World
 from wds_tools.errors import NotFound
-from wds_tools.format.scan import scan_tar
+from wds_tools.format.tar.scan import scan_tar
 from wds_tools.storage import join, open_store
 
 

@@ -34,9 +34,9 @@ from wds_tools.dataset.samples import IndexReader
 from wds_tools.errors import FormatError
 from wds_tools.format.codes import HW, is_code_column
 from wds_tools.format.index import ABSENT, ShardIndex
-from wds_tools.format.scan import scan_run
 from wds_tools.format.schema import IMAGE_EXTENSIONS
 from wds_tools.format.tar.own import own_samples
+from wds_tools.format.tar.scan import scan_run
 from wds_tools.storage import LocalStore, join
 from wds_tools.storage.recent import SingleFlight
 

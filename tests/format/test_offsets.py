@@ -17,9 +17,9 @@ from wds_tools.errors import FormatError
 from wds_tools.format.index import parse_index
 from wds_tools.format.manifest import Manifest, parse_manifest
 from wds_tools.format.offsets import Groups, hash_offsets, marked, serialize_offsets
-from wds_tools.format.scan import scan_run
 from wds_tools.format.shard import ShardBuilder
 from wds_tools.format.tar.own import own_samples
+from wds_tools.format.tar.scan import scan_run
 from wds_tools.storage import Store, open_store
 
 

@@ -25,10 +25,10 @@ from wds_tools.errors import DataError, FormatError, StorageError, UsageError
 from wds_tools.format.index import check_fresh, parse_index, serialize_index
 from wds_tools.format.manifest import FILTERED, Manifest, hash_rejects
 from wds_tools.format.offsets import hash_offsets, marked, serialize_offsets
-from wds_tools.format.scan import Scan, scan_tar
 from wds_tools.format.schema import ANY_MEMBERS, Sample, validate
 from wds_tools.format.shard import sample_from_members
 from wds_tools.format.shards import ShardInfo
+from wds_tools.format.tar.scan import Scan, scan_tar
 from wds_tools.format.typed_json import read_json
 from wds_tools.jobs.index_tars import Contents
 from wds_tools.run.local import OnWorkers, Report, run_tasks

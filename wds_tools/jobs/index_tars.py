@@ -28,10 +28,10 @@ from wds_tools.format.codes import NO_LAYOUTS, CodeGrid
 from wds_tools.format.index import parse_index, serialize_index
 from wds_tools.format.manifest import INDEX_COMMAND, PASSED_OVER, Manifest, are_plain_names, serialize_manifest
 from wds_tools.format.offsets import marked
-from wds_tools.format.scan import Scan, scan_tar
 from wds_tools.format.schema import ANY_MEMBERS, SCHEMA_VERSION, check_key, validate
 from wds_tools.format.shard import form_of, sample_from_members
 from wds_tools.format.shards import ShardInfo, Shards
+from wds_tools.format.tar.scan import Scan, scan_tar
 from wds_tools.run.local import Report, run_tasks
 from wds_tools.run.progress import Advance, Progress
 from wds_tools.storage import Store, join

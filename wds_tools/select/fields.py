@@ -25,9 +25,9 @@ from wds_tools.dataset.reader import ShardBytes, check_unchanged
 from wds_tools.errors import FormatError, StorageError, in_one_line
 from wds_tools.format.index import check_fresh, parse_index
 from wds_tools.format.manifest import Manifest
-from wds_tools.format.scan import scan_tar
 from wds_tools.format.schema import ANY_MEMBERS
 from wds_tools.format.shards import ShardInfo
+from wds_tools.format.tar.scan import scan_tar
 from wds_tools.run.local import Report, run_tasks
 from wds_tools.run.progress import Advance, Progress
 from wds_tools.sources.arrow import load_pyarrow

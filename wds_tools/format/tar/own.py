@@ -2,7 +2,7 @@
 
     own_samples(data, begin, end, members) -> (begin, end, suffix -> payload) of each sample; None: not that layout, or damaged
 
-Every header is checked: magic, kind, checksum, and that its payload ends within the bytes. format/scan.py takes any tar, and is
+Every header is checked: magic, kind, checksum, and that its payload ends within the bytes. scan.py takes any tar, and is
 faster for thousands of samples. Cost: 1.5 us a member.
 """
 

@@ -20,11 +20,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wds_tools.errors import FormatError
-from wds_tools.format import scan as scan_module
 from wds_tools.format.index import IndexBuilder, serialize_index
-from wds_tools.format.scan import Scan, scan_tar
 from wds_tools.format.shard import ShardBuilder, group_samples
 from wds_tools.format.tar import BLOCK, END, header, padding
+from wds_tools.format.tar import scan as scan_module
+from wds_tools.format.tar.scan import Scan, scan_tar
 
 TARS = SHARED / "malformed" / "tars"
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
