@@ -136,7 +136,7 @@ class LoadedSamples:
 
     def _take(self, index: ShardIndex) -> None:
         self._index, self._place, self.begin = index, None, 0 if self.data is None else int(index.start[0])
-        self.spans = memoryview(_spans(index, self.begin, self.reader.wanted).reshape(-1))
+        self.spans = _spans(index, self.begin, self.reader.wanted).reshape(-1).data
 
     def where(self, sample_index: int) -> str:
         """Shard and byte of a sample that was found, for messages."""
@@ -207,7 +207,7 @@ def bytes_of(loaded: Sequence[LoadedSamples], sample_indices: Sequence[int]) -> 
     ]
     spans = np.frombuffer(bytearray().join(rows), np.int64).reshape(-1, width)
     in_place = {samples: samples.view() for samples in held}
-    views = [in_place[samples] for samples in loaded]
+    views: list[Any] = [in_place[samples] for samples in loaded]
     for number in [number for number, view in enumerate(views) if view is None] if None in in_place.values() else ():
         begin, end = spans[number, :2].tolist()
         views[number] = loaded[number].copy(begin, end)

@@ -31,6 +31,8 @@ from wds_tools.run.ray_cluster import _Board
 
 pytest.importorskip("ray", reason="needs pip install 'wds-tools[ray]'")
 
+pytestmark = pytest.mark.timeout(600)  # a cluster of two nodes on a busy machine
+
 NUM_FILES = 6
 
 

@@ -194,7 +194,7 @@ class _RunTask(Generic[Task]):
     key_prefix: str
     layouts: Mapping[str, CodeGrid]
 
-    def __call__(self, numbered: tuple[int, Task], report: Report) -> Rest[TaskResult]:
+    def __call__(self, numbered: tuple[int, Task], report: Report) -> TaskResult | Rest[TaskResult]:
         """Do a task; publishing what is left of it is the rest."""
         number, task = numbered
         with ExitStack() as opened:

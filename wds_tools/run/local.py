@@ -191,7 +191,7 @@ class _Tasks(Generic[Task, Result]):
         self._pool.shutdown()
 
 
-def _start_worker(fn: Callable[..., Any], reports: Any, all_idle: Any) -> None:
+def _start_worker(fn: Any, reports: Any, all_idle: Any) -> None:
     global _worker, _all_idle
     exit_with_parent()
     _worker, _all_idle = _Tasks(fn, reports.put), all_idle
