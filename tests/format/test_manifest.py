@@ -182,13 +182,12 @@ def test_inputs_are_samples_and_rejects(inputs: int) -> None:
 # --- Its hash ------------------------------------------------------------------------------------------------------
 
 
-def test_every_bit_of_a_manifest_is_protected() -> None:
+def test_every_byte_of_a_manifest_is_protected() -> None:
     data = serialize_manifest(MANIFEST)
     for at in range(len(data)):
-        for bit in range(8):
-            flipped = data[:at] + bytes([data[at] ^ 1 << bit]) + data[at + 1 :]
-            with pytest.raises(FormatError):
-                parse_manifest(flipped)
+        flipped = data[:at] + bytes([data[at] ^ 1 << at % 8]) + data[at + 1 :]
+        with pytest.raises(FormatError):
+            parse_manifest(flipped)
 
 
 def test_the_hash_is_that_of_the_file_with_zeros_in_its_place() -> None:
