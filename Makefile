@@ -120,7 +120,7 @@ $(TRAINERS)/.ready: tests/trainers.txt $(READY)
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(TRAINERS) --requirement tests/trainers.txt
 	touch $@
 
-# All at once, so that one numpy fits all; if that fails, one by one, and the benchmark reports those that are missing.
+# All at once, so that one numpy fits all (and pins for what pip would search through years of versions for); if that fails, one by one, and the benchmark reports those that are missing.
 $(PEERS_READY): benchmarks/peers/requirements.txt constraints.txt
 	$(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/python -m pip install --quiet --upgrade pip

@@ -7,7 +7,7 @@
     restore   first batch after a restore; plan; memory over epochs             loader_restore.py
 
 Everything but latency is measured in rounds in which the ways take turns, each in a process of its own; the figures are medians.
-Rounds of speed are left out where they would not fit --minutes, with what the other parts take on two idle cores.
+Repetitions of the speed part are left out if they would not fit in --minutes, with what the other parts take on two idle cores.
 Writes OUT/loader.json and OUT/loader.svg, prints a table; `--publish` puts both into docs/ (loader_report.py).
 """
 

@@ -17,7 +17,7 @@ from typing import Any
 from benchmarks.paced_s3 import BUCKET, bare_gets, serve_paced
 
 LATENCY_MS, MB_PER_S = 30.0, 50.0
-TIMEOUT_S = 60.0
+TIMEOUT_S = 90.0
 
 
 def measure(data: Path, ways: list[str], run: Callable[[str, dict[str, str]], dict[str, Any]]) -> dict[str, Any]:

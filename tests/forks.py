@@ -63,8 +63,8 @@ class Forks:
                 raise subprocess.TimeoutExpired(list(args), timeout_s)
             return int(self._process.stdout.readline())
         except BaseException:  # an answer that nobody took would be the next command's
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+            with self._process:  # which closes its pipes, and waits for it
+                os.killpg(self._process.pid, signal.SIGKILL)
             raise
 
 

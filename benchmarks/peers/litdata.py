@@ -11,6 +11,7 @@ from typing import Any
 
 import litdata
 import torch
+from litdata.streaming import downloader
 
 from benchmarks.loader_workload import Text, read_source
 from benchmarks.peers.measure import BATCH, Remote, main, stack_codes
@@ -42,7 +43,8 @@ def batches(folder: Path) -> Iterator[tuple[list[str], torch.Tensor]]:
 
 
 def remote(place: Remote) -> Iterator[tuple[list[str], torch.Tensor]]:
-    """The same through its cache of chunks."""
+    """The same through its cache of chunks. The server has no TLS, which litData's client must be told."""
+    downloader._OBSTORE_CLIENT_OPTIONS["allow_http"] = True
     where = {"cache_dir": str(place.scratch), "storage_options": {"endpoint_url": place.endpoint}}
     yield from _batches(litdata.StreamingDataset(place.s3, shuffle=True, drop_last=False, seed=42, **where))
 

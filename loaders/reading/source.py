@@ -28,13 +28,14 @@ import numpy as np
 from loaders.order.plan import Ints
 from loaders.order.samples import OpenSource
 from loaders.reading.cache import BlockCache
+from loaders.reading.members import code_members, wanted_members
 from wds_tools.dataset.offsets import OffsetsReader, Place
 from wds_tools.dataset.samples import IndexReader
-from wds_tools.errors import FormatError, UsageError
-from wds_tools.format.codes import HW, chosen_codes, is_code_column
+from wds_tools.errors import FormatError
+from wds_tools.format.codes import HW, is_code_column
 from wds_tools.format.index import ABSENT, ShardIndex
 from wds_tools.format.scan import scan_run
-from wds_tools.format.schema import IMAGE_EXTENSIONS, TOKEN_MEMBERS
+from wds_tools.format.schema import IMAGE_EXTENSIONS
 from wds_tools.format.tar.own import own_samples
 from wds_tools.storage import LocalStore, join
 from wds_tools.storage.recent import SingleFlight
@@ -135,7 +136,7 @@ class LoadedSamples:
 
     def _take(self, index: ShardIndex) -> None:
         self._index, self._place, self.begin = index, None, 0 if self.data is None else int(index.start[0])
-        self.spans = memoryview(_spans(index, self.begin, self.reader.wanted).reshape(-1))
+        self.spans = _spans(index, self.begin, self.reader.wanted).reshape(-1).data
 
     def where(self, sample_index: int) -> str:
         """Shard and byte of a sample that was found, for messages."""
@@ -206,7 +207,7 @@ def bytes_of(loaded: Sequence[LoadedSamples], sample_indices: Sequence[int]) -> 
     ]
     spans = np.frombuffer(bytearray().join(rows), np.int64).reshape(-1, width)
     in_place = {samples: samples.view() for samples in held}
-    views = [in_place[samples] for samples in loaded]
+    views: list[Any] = [in_place[samples] for samples in loaded]
     for number in [number for number, view in enumerate(views) if view is None] if None in in_place.values() else ():
         begin, end = spans[number, :2].tolist()
         views[number] = loaded[number].copy(begin, end)
@@ -242,11 +243,11 @@ class SourceReader:
         self.has_schema = opened.has_schema
         self.has_images = any(suffix in IMAGE_EXTENSIONS for suffix in opened.manifest.members)
         self.data_types = {*opened.manifest.data_types}
-        self.code_members = _code_members(opened)
+        self.code_members = code_members(opened)
         layouts = [opened.manifest.layout(name.removesuffix(".npy")) for name in self.code_members] or [HW]
         self.layout = layouts[0] if layouts.count(layouts[0]) == len(layouts) else None
         """What its codes are; None: that depends on the column."""
-        self.wanted = _wanted(opened, self.code_members)
+        self.wanted = wanted_members(opened, self.code_members)
         """Members whose spans every sample gets: the first that it has of each of these."""
         self.span_width = 2 + 2 * len(self.wanted)
         others = [name for name in opened.manifest.members if is_code_column(name) and name not in self.code_members]
@@ -371,25 +372,6 @@ def _most_mapped() -> int:
     """Files that a reader may keep mapped: they hold a quarter of the descriptors that the process may have."""
     allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return _OPEN_SHARDS if allowed == resource.RLIM_INFINITY else min(allowed // 4, _OPEN_SHARDS)
-
-
-def _code_members(opened: OpenSource) -> Sequence[str]:
-    """The members that hold the codes of a source; of those that a sample has the first counts."""
-    members = {name.removesuffix(".npy"): name for name in opened.manifest.members if name.endswith(".npy")}
-    code_set = opened.source.code_set
-    if code_set is None:
-        return list(members.values())
-    if not (chosen := chosen_codes(members, code_set)):
-        known = ", ".join(members.values()) or "none at all"
-        raise UsageError(f"source {opened.source.url} has no codes named {code_set!r}, but {known}")
-    return list(chosen.values())
-
-
-def _wanted(opened: OpenSource, code_members: Sequence[str]) -> Sequence[Sequence[str]]:
-    """The json and the codes of a sample, or the members of a row that was packed ahead; none of third-party tars."""
-    if opened.has_schema:
-        return ("json",), code_members
-    return [(name,) for name in TOKEN_MEMBERS] if opened.manifest.token_rows else ()
 
 
 def _spans(index: ShardIndex, base: int, wanted: Sequence[Sequence[str]]) -> Ints:

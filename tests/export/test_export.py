@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -32,7 +33,7 @@ from wds_tools.errors import FormatError, MissingPackage, NotFound, OutOfSpace, 
 from wds_tools.export import hf, output
 from wds_tools.export.hf import export_hf
 from wds_tools.export.options import ExportConfig, ExportSummary
-from wds_tools.export.shuffle import keys_from
+from wds_tools.export.shuffle import SortedRows, keys_from
 from wds_tools.format.schema import Sample
 from wds_tools.run.local import run_tasks
 from wds_tools.storage import open_store
@@ -320,7 +321,7 @@ def test_worker_processes_write_the_same_bytes(source: Path, tmp_path: Path) -> 
 def test_rounds_are_as_many_as_the_free_disk_asks_for(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     peaks: list[int] = []
 
-    class Watched(hf.SortedRows):
+    class Watched(SortedRows):
         def __call__(self, low: int, high: int) -> Iterator[bytes]:
             peaks.append(sum(path.stat().st_size for path in (tmp_path / "out/.tmp").rglob("bucket-*")))
             return super().__call__(low, high)
@@ -329,7 +330,7 @@ def test_rounds_are_as_many_as_the_free_disk_asks_for(source: Path, tmp_path: Pa
     monkeypatch.setattr(external_sort, "BUCKET_BYTES", 1000)
     export(source, tmp_path / "out", num_shards=10)
     whole, before = peaks[0], files(tmp_path / "out")
-    monkeypatch.setattr(hf.shutil, "disk_usage", lambda _: SimpleNamespace(free=whole))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=whole))
     peaks.clear()
     export(source, tmp_path / "out", num_shards=10, overwrite=True)
     assert files(tmp_path / "out") == before

@@ -16,6 +16,7 @@ from wds_tools.dataset.reader import read_shard
 from wds_tools.errors import Reject, UsageError
 from wds_tools.jobs import Advance, Job, JobOptions, Report, ShardLimits, TaskWriter, run_job
 from wds_tools.jobs.job import _RunTask
+from wds_tools.run.local import Rest
 from wds_tools.storage import Entry, LocalStore, open_store
 
 
@@ -114,7 +115,9 @@ def test_looking_at_an_output_writes_nothing_and_an_interrupted_run_gives_its_le
 def test_what_the_work_reports_and_its_writer_counts_arrive_together_and_whole(tmp_path: Path) -> None:
     reports: list[Advance] = []
     words = [f"{number}" if number % 3 else "" for number in range(200)]
-    _RunTask(write_words, str(tmp_path), ShardLimits(), "", {})((0, words), reports.append).finish()
+    done = _RunTask(write_words, str(tmp_path), ShardLimits(), "", {})((0, words), reports.append)
+    assert isinstance(done, Rest)
+    assert done.finish().inputs == 200
     assert sum(reports, Advance()) == Advance(units=sum(len(str(n)) for n in range(200) if n % 3), samples=133, rejects=67)
 
 

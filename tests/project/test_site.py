@@ -101,16 +101,17 @@ def test_the_search_finds_what_a_newcomer_types(page: Page) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("width", [360, 1400])
-def test_no_page_and_no_diagram_is_cut_off(page: Page, site: Path, width: int) -> None:
-    page.set_viewport_size({"width": width, "height": 800})
-    for path in sorted(file.parent.relative_to(site).as_posix() for file in site.rglob("index.html")):
+@pytest.mark.timeout(600)
+def test_no_page_and_no_diagram_is_cut_off_on_a_phone_and_on_a_wide_screen(page: Page, site: Path) -> None:
+    pages = sorted(file.parent.relative_to(site).as_posix() for file in site.rglob("index.html"))
+    for path in [name for name in pages if not name.startswith("decisions/2")]:  # words alone
         page.goto(path)
-        assert page.evaluate("document.documentElement.scrollWidth") <= width, path
-        shown = page.locator("article img").all()
-        boxes = [image.bounding_box() for image in shown if image.is_visible()]
-        assert all(box and box["x"] >= 0 and box["x"] + box["width"] <= width for box in boxes), path
-        assert len(boxes) >= DIAGRAMS.get(f"{path}/", 0), path
+        for width in (360, 1400):
+            page.set_viewport_size({"width": width, "height": 800})
+            assert page.evaluate("document.documentElement.scrollWidth") <= width, path
+            boxes = [image.bounding_box() for image in page.locator("article img").all() if image.is_visible()]
+            assert all(box and box["x"] >= 0 and box["x"] + box["width"] <= width for box in boxes), path
+            assert len(boxes) >= DIAGRAMS.get(f"{path}/", 0), path
 
 
 @pytest.mark.slow

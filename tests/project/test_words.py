@@ -35,7 +35,6 @@ STIFF = {
     r"but for": "except for",
     r"for want of": "for lack of",
     r"foretold": "estimated",
-    r"has to go|have to go": "must be removed",
     r"in mid-run": "during a run",
     r"(?:is|are) (?:said|told)": "the message says, the command reports",
     r"of late": "recently",

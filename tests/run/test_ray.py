@@ -31,6 +31,8 @@ from wds_tools.run.ray_cluster import _Board
 
 pytest.importorskip("ray", reason="needs pip install 'wds-tools[ray]'")
 
+pytestmark = pytest.mark.timeout(600)  # a cluster of two nodes on a busy machine
+
 NUM_FILES = 6
 
 
@@ -204,7 +206,8 @@ def test_each_pass_gives_the_bytes_of_a_local_run(
 
 def assert_the_bytes_are_those_of_a_local_run(words: list[str | Path], cluster: Cluster, tmp_path: Path) -> None:
     wds_tools(*words, "--output", tmp_path / "local")
-    wds_tools(*words, "--output", tmp_path / "ray", *on(cluster))
+    made = wds_tools(*words, "--output", tmp_path / "ray", *on(cluster), "--quiet")
+    assert made.stderr == ""
     assert tree(tmp_path / "ray") == tree(tmp_path / "local")
     assert len(list((tmp_path / "ray").glob("*.tar"))) > 1, "one task would prove little"
 

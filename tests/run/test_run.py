@@ -60,7 +60,7 @@ def chatter(task: int, report: Report) -> int:
     return os.getpid()
 
 
-def rests(task: int, report: Report) -> Rest[tuple[int, int]]:
+def rests(task: int, report: Report) -> tuple[int, int] | Rest[tuple[int, int]]:
     """A task whose rest ends when the next one has begun in this process, or after a while."""
     begun.append(task)
 
@@ -73,7 +73,7 @@ def rests(task: int, report: Report) -> Rest[tuple[int, int]]:
     return Rest(finish)
 
 
-def rest_fails(task: int, report: Report) -> Rest[int]:
+def rest_fails(task: int, report: Report) -> int | Rest[int]:
     return Rest(partial(operator.floordiv, 7, task))
 
 
@@ -152,7 +152,7 @@ def test_an_error_in_the_rest_of_a_task_comes_through(workers: int, tasks: list[
 def test_an_error_does_not_wait_for_the_other_tasks() -> None:
     begun = time.monotonic()
     with pytest.raises(TypeError):
-        list(run_tasks(sleep, ["not a number", 60.0, 60.0], workers=2, on_report=silent))  # type: ignore[list-item]
+        list(run_tasks(sleep, ["not a number", 60.0, 60.0], workers=2, on_report=silent))  # type: ignore[arg-type]
     assert time.monotonic() - begun < 30
     no_children_left()
 

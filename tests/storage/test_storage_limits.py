@@ -16,7 +16,8 @@ import pytest
 from faults import serve_raw
 
 from wds_tools.errors import NotFound, OutOfSpace, StorageError
-from wds_tools.storage import Store, client, open_store, profile, waits
+from wds_tools.storage import Store, open_store
+from wds_tools.storage.remote import client, profile, waits
 
 DATA = bytes(range(256)) * 400
 IN_TIME_S = 15.0

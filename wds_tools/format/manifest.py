@@ -239,12 +239,13 @@ def parse_manifest(data: bytes | BinaryIO, name: str = "manifest.json") -> Manif
     """
     what = f"{name}: not a manifest that this release reads"
     text = ManifestText(io.BytesIO(data) if isinstance(data, bytes) else data, what)
-    document = read_json(_Document, text.head, what)
-    shards = Shards.join(text.shards())
-    if len(shards):
-        document = read_json(_Document, text.document, what)  # with what is behind them
-    else:
-        shards = Shards.of_json(document.shards, what, 0)
+    try:
+        shards = Shards.join(text.shards())
+    except FormatError:
+        read_json(_Document, text.head, what)  # what is wrong there comes first
+        raise
+    document = read_json(_Document, text.document, what)
+    shards = shards or Shards.of_json(document.shards, what, 0)
     shape(_Source, document.source, f"{what}: source")
     code_layouts(document.codes, f"{what}: codes")
     others = {entry.name: getattr(document, entry.name) for entry in fields(Manifest) if entry.name != "shards"}

@@ -136,7 +136,11 @@ class Sample(NamedTuple):
         return [codes] if self.grids is None else split_grids(codes, self.grids[column])
 
     def with_provenance(self, provenance: Mapping[str, Any]) -> Sample:
-        """With other further fields. A quarter of what _replace takes, which millions of samples pay."""
+        """The sample with these provenance fields; four times as fast as `_replace`.
+
+        Args:
+            provenance: by name, values that JSON can hold.
+        """
         return Sample._make((*self[:_AT_PROVENANCE], provenance, *self[_AT_PROVENANCE + 1 :]))
 
     def with_codes(self, columns: Sequence[str], provenance: Mapping[str, Mapping[str, Any]]) -> Sample:

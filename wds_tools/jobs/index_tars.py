@@ -250,18 +250,12 @@ def _publish(store: Store, lease: Lease, manifest: Manifest, offsets: Sequence[N
 
 @contextlib.contextmanager
 def _lease_of(store: Store) -> Iterator[Lease]:
-    """No other run writes among the tars meanwhile; however it ends, no unfinished file is left among them."""
+    """No other run writes among the tars meanwhile; what one left that was killed goes first."""
     with contextlib.ExitStack() as stack:
         with _beside_tars():
             lease = stack.enter_context(Lease(store))
-        try:
-            yield lease
-        finally:
-            with contextlib.suppress(
-                StorageError
-            ):  # another run has taken over, or the storage is gone: there is an error already
-                lease.check()
-                store.clean_temp()
+            store.clean_temp()
+        yield lease
 
 
 def _put(store: Store, name: str, data: bytes) -> None:

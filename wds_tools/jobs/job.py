@@ -112,7 +112,7 @@ def run_job(job: Job[Task], options: JobOptions) -> Manifest:
         if part is None:
             clear_complete(output.store)
         return manifest
-    with on_cluster(options.ray_address) if options.executor == "ray" else nullcontext(), output:
+    with on_cluster(options.ray_address, quiet=options.quiet) if options.executor == "ray" else nullcontext(), output:
         return output.begin() or _run_tasks(job, options, output)
 
 
@@ -194,7 +194,7 @@ class _RunTask(Generic[Task]):
     key_prefix: str
     layouts: Mapping[str, CodeGrid]
 
-    def __call__(self, numbered: tuple[int, Task], report: Report) -> Rest[TaskResult]:
+    def __call__(self, numbered: tuple[int, Task], report: Report) -> TaskResult | Rest[TaskResult]:
         """Do a task; publishing what is left of it is the rest."""
         number, task = numbered
         with ExitStack() as opened:

@@ -162,8 +162,7 @@ def images_within(fields: Mapping[str, Any] | Sequence[Any], depth: int = _MAX_D
     """(name, value) of the fields that hold images, also inside objects and lists; one that is nested deeper than anybody can
     look counts as such."""
     images: list[tuple[str, Any]] = []
-    is_object = type(fields) is dict or isinstance(fields, Mapping)  # the first is known at once
-    for name, value in fields.items() if is_object else enumerate(fields):
+    for name, value in fields.items() if type(fields) is dict or isinstance(fields, Mapping) else enumerate(fields):
         kind = type(value)
         name = str(name)
         if kind in _PLAIN or (kind is str and name.lower() not in _IMAGE_NAMES and value[:1] not in "dD"):

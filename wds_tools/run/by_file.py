@@ -13,6 +13,7 @@ import mmap
 import os
 import pickle
 import tempfile
+import weakref
 from multiprocessing.context import get_spawning_popen
 from multiprocessing.reduction import DupFd, ForkingPickler
 from typing import Any
@@ -44,7 +45,9 @@ class ByFile:
     def place(self, array: Any) -> _Place:
         """Where an array lies in the file."""
         if id(array) not in self._places:
-            self._file = self._file or tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - lives as long as this
+            if self._file is None:
+                self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 (it stays as long as this)
+                weakref.finalize(self, self._file.close)
             self._places[id(array)] = array, (self._file.seek(0, os.SEEK_END), array.dtype.str, array.shape)
             left = memoryview(array).cast("B")
             while left:

@@ -96,7 +96,7 @@ def run_tasks(fn: Work[Task, Result], tasks: Sequence[Task], *, workers: int, on
     context, num_processes = multiprocessing.get_context("spawn"), min(workers, len(tasks))
     with stops_held():
         reports, all_idle = context.SimpleQueue(), context.Barrier(num_processes)
-    given = (ByFile(fn), reports, all_idle)
+    given: tuple[Any, Any, Any] = (ByFile(fn), reports, all_idle)
     pool = ProcessPoolExecutor(num_processes, mp_context=context, initializer=_start_worker, initargs=given)
     others = set(multiprocessing.active_children())
     waiting = iter(tasks)
@@ -191,7 +191,7 @@ class _Tasks(Generic[Task, Result]):
         self._pool.shutdown()
 
 
-def _start_worker(fn: Callable[..., Any], reports: Any, all_idle: Any) -> None:
+def _start_worker(fn: Any, reports: Any, all_idle: Any) -> None:
     global _worker, _all_idle
     exit_with_parent()
     _worker, _all_idle = _Tasks(fn, reports.put), all_idle

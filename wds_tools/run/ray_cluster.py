@@ -12,6 +12,7 @@ Invariant: whatever ends the driver ends its tasks: the cluster does that for dr
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
@@ -19,7 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -44,11 +45,12 @@ _held: dict[str, Callable[..., Any]] = {}
 
 
 @contextmanager
-def on_cluster(address: str | None) -> Iterator[None]:
+def on_cluster(address: str | None, *, quiet: bool = False) -> Iterator[None]:
     """Connected to a cluster while this is open, if this process was not before.
 
     Args:
         address: of the cluster, as `ray.init` takes it; None: RAY_ADDRESS, the one on this machine, or one that is started.
+        quiet: show nothing of what Ray tells, such as of workers that died and are replaced.
 
     Raises:
         MissingPackage: Ray is not installed.
@@ -56,7 +58,8 @@ def on_cluster(address: str | None) -> Iterator[None]:
     """
     os.environ.setdefault(*_FEW_TRIES)
     ray = _load_ray()
-    with redirect_stdout(sys.stderr):  # Ray tells of dead workers on standard output, which is for what a command found
+    with ExitStack() as stack:  # Ray tells of dead workers on standard output, which is for what a command found
+        stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w")) if quiet else sys.stderr))
         is_ours = not ray.is_initialized()
         if is_ours:
             listener = signal.getsignal(signal.SIGTERM)
@@ -190,7 +193,9 @@ def _connect(ray: Any, address: str | None) -> None:
     try:
         if colon and port.isdecimal():  # Ray itself would try for longer
             socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S).close()
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR", configure_logging=False)
+        logging.getLogger("ray").setLevel(logging.ERROR)  # ray.init sets it only where it configures logging
+        started = {} if address else {"include_dashboard": False}  # of a cluster that is started for this run
+        ray.init(address=address, log_to_driver=False, configure_logging=False, **started)
     except (OSError, OverflowError, ValueError, RuntimeError) as error:
         cause = str(error).partition("\n")[0]
         what = {"--ray-address": "see `ray start --head`", "RAY_ADDRESS": "correct or unset it, or give --ray-address"}[named]

@@ -20,11 +20,11 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 from wds_tools.errors import MissingPackage, NotFound, StorageError, UsageError
-from wds_tools.storage import client
 from wds_tools.storage.base import TEMP_FOLDER, Buffer, Entry, Store, Writer, cause, check_name, join, redact, split_scheme
 from wds_tools.storage.local import translate, translating
-from wds_tools.storage.meanings import translated
-from wds_tools.storage.waits import waiting
+from wds_tools.storage.remote import client
+from wds_tools.storage.remote.meanings import translated
+from wds_tools.storage.remote.waits import waiting
 
 Answer = TypeVar("Answer")
 BLOCK_BYTES = 8 << 20  # what a reader fetches at once

@@ -20,11 +20,11 @@ from typing import Any
 from urllib.parse import unquote
 
 from wds_tools.errors import StorageError, UsageError
-from wds_tools.storage import client
 from wds_tools.storage.ahead import ahead
 from wds_tools.storage.base import Buffer, Entry, Store, Writer, cause, check_name, redact, split_scheme
-from wds_tools.storage.meanings import HINTS, reason, status_of, translated
-from wds_tools.storage.waits import Wait, waiting
+from wds_tools.storage.remote import client
+from wds_tools.storage.remote.meanings import HINTS, reason, status_of, translated
+from wds_tools.storage.remote.waits import Wait, waiting
 
 SCHEMES = {
     "s3": "s3",

@@ -148,7 +148,7 @@ def test_other_weights_are_another_order_and_names_that_are_not_there_stop_the_r
     with pytest.raises(UsageError, match=r"--texts ocr: no input's first pair has a text .*: alt, recap"):
         pack(PackConfig(**given, texts=("ocr=1", "alt=1")))
     assert not (tmp_path / "rows").exists()
-    make_dataset(tmp_path / "plain", [image_sample(number, side=6) for number in range(3)], codes=PROVENANCE)
+    make_dataset(tmp_path / "plain", [image_sample(number) for number in range(3)], codes=PROVENANCE)
     both = given | {"input": (*given["input"], str(tmp_path / "plain")), "max_rejects": "100%"}
     assert pack(PackConfig(**both, texts=("alt=1",))).rejects == {"unknown_text": 3}
     for texts in (("ocr",), ("alt=x",), ("=1",), ("alt=1", "alt=2"), ("alt=0",)):

@@ -16,7 +16,7 @@ from typing import Any
 
 from wds_tools.errors import MissingPackage, StorageError
 from wds_tools.storage.base import cause
-from wds_tools.storage.meanings import reason
+from wds_tools.storage.remote.meanings import reason
 
 LOOK_EVERY_S = 30.0
 

@@ -29,9 +29,9 @@ from urllib.parse import unquote
 
 from wds_tools.errors import StorageError, UsageError
 from wds_tools.storage.base import Buffer, cause
-from wds_tools.storage.meanings import EXPIRED, HINTS, code_of, reason, status_of
-from wds_tools.storage.profile import ProfileKeys, has_default_profile
-from wds_tools.storage.waits import Wait
+from wds_tools.storage.remote.meanings import EXPIRED, HINTS, code_of, reason, status_of
+from wds_tools.storage.remote.profile import ProfileKeys, has_default_profile
+from wds_tools.storage.remote.waits import Wait
 
 RETRY_VARIABLE = "WDS_TOOLS_RETRY_S"
 RETRY_S = 180.0  # obstore advises to stay below 5 minutes: a retried request keeps its credentials

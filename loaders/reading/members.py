@@ -1,0 +1,29 @@
+"""Which members of a sample are read, of a source."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from loaders.order.samples import OpenSource
+from wds_tools.errors import UsageError
+from wds_tools.format.codes import chosen_codes
+from wds_tools.format.schema import TOKEN_MEMBERS
+
+
+def code_members(opened: OpenSource) -> Sequence[str]:
+    """The members that hold the codes of a source; of those that a sample has the first counts."""
+    members = {name.removesuffix(".npy"): name for name in opened.manifest.members if name.endswith(".npy")}
+    code_set = opened.source.code_set
+    if code_set is None:
+        return list(members.values())
+    if not (chosen := chosen_codes(members, code_set)):
+        known = ", ".join(members.values()) or "none at all"
+        raise UsageError(f"source {opened.source.url} has no codes named {code_set!r}, but {known}")
+    return list(chosen.values())
+
+
+def wanted_members(opened: OpenSource, code_members: Sequence[str]) -> Sequence[Sequence[str]]:
+    """The json and the codes of a sample, or the members of a row that was packed ahead; none of third-party tars."""
+    if opened.has_schema:
+        return ("json",), code_members
+    return [(name,) for name in TOKEN_MEMBERS] if opened.manifest.token_rows else ()
