@@ -91,7 +91,7 @@ HEAVY = {
     "accelerate": set(),
     "lightning": set(),
     "tarfile": set(),
-    "pickle": set(),
+    "pickle": {"wds_tools.run.by_file"},  # from a process to those that it spawns, as multiprocessing itself does; never data
 }
 
 
