@@ -1,7 +1,7 @@
 """For mkdocs: the pages at the repository's root (README, CHANGELOG, CONTRIBUTING) become pages of the site.
 
 Links between the two places are rewritten. A link to a file that is not a page becomes its words alone. Pages that a docstring
-names, as docs/order.md, become links in the Python reference.
+names, as docs/order.md, become links in the Python reference. What looks like an HTML tag, such as <image>, is text.
 """
 
 from __future__ import annotations
@@ -10,11 +10,26 @@ import re
 from pathlib import Path
 from typing import Any
 
+from markdown import Markdown
+from markdown.extensions import Extension
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
 PAGES = {"README.md": "index.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
 _LINK = re.compile(r"(!?)\[([^\]]+)\]\((?!https?:|#)([^)#\s]+)(#[^)\s]*)?\)")
+
+
+class TagsAreText(Extension):
+    """Show <image> and its like as they are written: as HTML they would vanish from the page."""
+
+    def extendMarkdown(self, md: Markdown) -> None:
+        md.inlinePatterns.deregister("html")
+
+
+def on_config(config: Any) -> Any:
+    """Read Markdown without HTML."""
+    config.markdown_extensions.append(TagsAreText())
+    return config
 
 
 def on_files(files: Files, config: Any) -> Files:
