@@ -75,6 +75,13 @@ def test_the_converter_is_what_the_records_hold_unless_told_otherwise(
     assert inspect_json(capsys, path, "--as", "pairs", "--image-root", tmp_path)["converter"] == "pairs"
 
 
+def test_where_no_image_is_found_the_command_asks_for_their_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_pairs(tmp_path / "in", 2).rename(tmp_path / "moved.jsonl")
+    assert inspect_json(capsys, tmp_path / "moved.jsonl")["command"].endswith(" --image-root FOLDER --output OUTPUT")
+    found = inspect_json(capsys, tmp_path / "moved.jsonl", "--image-root", tmp_path / "in")
+    assert "image_text" in found["samples"][0]
+
+
 def test_options_of_convert_are_taken_and_shown_in_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     records = [{"image": "a.jpg", "image_path": "b.jpg", "text": "x", "score": score} for score in range(4)]
     path = write_jsonl(tmp_path / "in.jsonl", records)

@@ -125,6 +125,7 @@ def test_a_set_whose_images_are_missing_is_refused(tmp_path: Path) -> None:
     source = shared("sft/llava_coco30_missing_images.json")
     failed = wds_tools("convert", "conversations", "--input", source, "--output", tmp_path / "out", status=1)
     assert "30 of 30 inputs can't be used, allowed are 10% (30 missing_image)" in last_line(failed.stderr)
+    assert "--image-root names the folder that image paths are relative to" in last_line(failed.stderr)
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,7 @@ def test_the_reference_has_the_fields_of_configs_and_the_arguments_of_functions(
     for name in ("LoaderConfig.batch_size", "Source.weight", "World.from_mesh", "Loader.state_dict", "SequenceConfig.max_length"):
         assert re.search(rf'id="[\w.]+\.{re.escape(name)}"', train), name
     assert "Samples of a batch over all ranks." in train
+    assert "replaced by &lt;unconditional&gt;" in train, "a mark in a docstring is text, not an HTML tag that vanishes"
     locations = [entry["location"] for entry in json.loads((site / "search/search_index.json").read_text())["docs"]]
     assert sum(location.startswith("reference/") for location in locations) > 300
 

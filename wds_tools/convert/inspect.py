@@ -79,9 +79,12 @@ def inspect_input(patterns: Sequence[str], *, converter: str | None = None, **se
         mapped.check()
     except UsageError as error:
         problem = str(error)
+    samples = _first_samples(source.read, tasks, options, selection)
     said_options: list[str] = []
     for option, value in settings.items():
         said_options += [f"--{option.replace('_', '-')}", *([value] if isinstance(value, str) else value)]
+    if samples and "image_root" not in settings and all(": a reject, missing_image" in line for line in samples):
+        said_options += ["--image-root", "FOLDER"]
     words = ["wds-tools", "convert", name, "--input"]
     found = {
         field: {"types": dict(types), "example": survey.examples.get(field, "null")} for field, types in survey.fields.items()
@@ -90,7 +93,7 @@ def inspect_input(patterns: Sequence[str], *, converter: str | None = None, **se
         **{"input": said, "left_out": inputs.source.get("left_out")},
         **{"num_records": survey.num_records, "rejects": dict(mapped.rejects), "fields": found},
         **{"converter": name, "field_map": mapped.field_map(), "problem": problem},
-        "samples": _first_samples(source.read, tasks, options, selection),
+        "samples": samples,
         "command": None if problem else shlex.join([*words, *patterns, *said_options, "--output", "OUTPUT"]),
     }
 

@@ -152,7 +152,7 @@ def _run_tasks(job: Job[Task], options: JobOptions, output: Output) -> Manifest:
     run_task = _RunTask(job.work, options.output, options.shard_limits, job.key_prefix, code_layouts(job.codes))
 
     def judge(*, final: bool) -> None:
-        on = way_on(output.store) if is_kept() else "none of them is usable, so nothing is left there"
+        on = way_on(output.store) if is_kept() else "no input was usable, so no files are left"
         budget.check(rejects, num_inputs, final=final, store=output.store, way_on=on)
 
     def is_kept() -> bool:

@@ -147,9 +147,9 @@ class RejectBudget:
         if is_judged and num_faults > self.limit * (inputs if self.is_share else 1):
             allowed = f"{100 * self.limit:g}%" if self.is_share else f"{self.limit}"
             reasons = ", ".join(f"{count} {reason}" for reason, count in faults.most_common(6))
-            raise TooManyRejects(
-                f"{num_faults} of {inputs} inputs can't be used, allowed are {allowed} ({reasons}){_first_fault(store)}: {way_on}"
-            )
+            where = "; --image-root names the folder that image paths are relative to" if "missing_image" in faults else ""
+            fault = f"({reasons}){_first_fault(store)}: {way_on}{where}"
+            raise TooManyRejects(f"{num_faults} of {inputs} inputs can't be used, allowed are {allowed} {fault}")
 
 
 def way_on(store: Store) -> str:
