@@ -78,7 +78,7 @@ ROWS = st.builds(
 @settings(max_examples=100, deadline=None)
 def test_any_manifest_survives(shards: list[ShardInfo], rejects: dict[str, int], codes: dict[str, Any]) -> None:
     inputs = sum(shard.samples for shard in shards) + sum(rejects.values())
-    manifest = Manifest(shards=tuple(shards), inputs=inputs, rejects=rejects, codes=codes, source=dict(codes))
+    manifest = Manifest(shards=tuple(shards), inputs=inputs, rejects=rejects, codes=codes, source={"of": codes})
     assert parse_manifest(serialize_manifest(manifest)) == manifest
 
 
