@@ -14,7 +14,8 @@ _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
 def say(*lines: str, error: bool = False) -> None:
     """Write lines to standard output, or to standard error."""
-    print(*map(printable, lines), sep="\n", file=sys.stderr if error else sys.stdout, flush=True)
+    if lines:
+        print(*map(printable, lines), sep="\n", file=sys.stderr if error else sys.stdout, flush=True)
 
 
 def printable(text: str) -> str:

@@ -92,9 +92,11 @@ def test_keys_that_several_datasets_have_need_their_dataset(tmp_path: Path, caps
     keys.write_text(f"c\ttext-00000003\n{a.url}\tnone\n{b.url}\ttext-00000002\n")
     assert main(["seen", "--keys", str(keys), "--state", state]) == 1
     said = capsys.readouterr()
-    assert "1 lines are of other datasets, such as c" in said.err
+    assert "1 line is of other datasets, such as c" in said.err
     assert "1 key is of no sample, such as none" in said.err
     assert f"text-00000002 of {b.url}" in said.out
+    assert main(["seen", "none", "--state", state]) == 1
+    assert capsys.readouterr() == ("", "wds-tools: seen: 1 key is of no sample, such as none\n")
     assert main(["seen", "--state", state]) == 2
 
 

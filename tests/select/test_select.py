@@ -220,7 +220,7 @@ def test_listed_keys_are_taken_or_left_out_and_those_of_no_sample_are_named(
     assert choose(source, tmp_path / "out", keys=str(listed)).rejects == {"not_chosen": 38}
     assert keys(tmp_path / "out") == [3, 5]
     said = capsys.readouterr().err
-    assert "--keys: 1 lines are of other datasets, such as elsewhere" in said
+    assert "--keys: 1 line is of other datasets, such as elsewhere" in said
     assert "--keys: 1 key is of no sample, such as 000000-99999999" in said
     choose(source, tmp_path / "rest", exclude=str(listed))
     assert keys(tmp_path / "rest") == [n for n in range(40) if n not in (3, 5)]

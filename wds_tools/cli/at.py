@@ -14,6 +14,7 @@ from wds_tools.cli.summary import Printed, show
 from wds_tools.errors import UsageError
 from wds_tools.storage import open_store, split_url
 from wds_tools.storage.place import check_apart
+from wds_tools.terminal import counted
 from wds_tools.view.batch import look, page, text_of
 from wds_tools.view.pages import Pages, PagesConfig
 
@@ -75,10 +76,11 @@ def run(config: Config) -> int:
 
 def _title(found: Step) -> str:
     excluded = f"; {found.excluded:,} stand in for excluded samples" if found.excluded else ""
-    to_come = "; it is to come after the state" if found.is_to_come else ""
+    to_come = "; this step comes after the state" if found.is_to_come else ""
+    ranks = counted(found.start.world_size, "rank")
     return (
         f"step {found.step:,}: epoch {found.epoch}, from position {found.position:,} of the run on, in batches of "
-        f"{found.start.batch_size:,} over {found.start.world_size:,} ranks since step {found.start.step:,}{excluded}{to_come}"
+        f"{found.start.batch_size:,} over {ranks} since step {found.start.step:,}{excluded}{to_come}"
     )
 
 

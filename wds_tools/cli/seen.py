@@ -77,7 +77,7 @@ def find(config: Config, history: Run) -> tuple[list[tuple[str, Place]], bool]:
         lost = asked.bare.difference(*found)
         for each, keys, reader in zip(found, named, readers, strict=True):
             each |= find_in_headers(reader, (keys | lost) - each.keys())
-    asked.check(list(map(set, found)), urls, "--keys")
+    asked.check(list(map(set, found)), urls, "seen" if config.keys is None else "--keys")
     is_all = asked.bare <= set().union(*found) and all(keys <= each.keys() for keys, each in zip(named, found, strict=True))
     items = [(number, key, codes) for number, each in enumerate(found) for key, codes in sorted(each.items())]
     return [(key, Place(number, code >> 32, code & 0xFFFFFFFF)) for number, key, codes in items for code in codes], is_all

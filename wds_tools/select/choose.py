@@ -63,7 +63,8 @@ class KeyList:
             else:
                 keys[number].add(key)
         if others:
-            say(f"wds-tools: {option}: {len(others):,} lines are of other datasets, such as {others[0]}", error=True)
+            said = f"{counted(len(others), 'line is', 'lines are')} of other datasets, such as {others[0]}"
+            say(f"wds-tools: {option}: {said}", error=True)
         return cls(tuple(map(frozenset, keys[:-1])), frozenset(keys[-1]))
 
     def check(self, found: Sequence[set[str]], datasets: Sequence[str], option: str) -> None:
