@@ -175,11 +175,10 @@ class _Tasks(Generic[Task, Result]):
     def run(self, task: Task) -> list[Result]:
         """Do a task; gives what is finished: the one before, if it had a rest, and this one, if it has none."""
         done = self._fn(task, self._report)
-        finished = self.finish()
-        if isinstance(done, Rest):
-            self._rest = self._pool.submit(done.finish)
-            return finished
-        return [*finished, done]
+        if not isinstance(done, Rest):
+            return [*self.finish(), done]
+        rest, self._rest = self._rest, self._pool.submit(done.finish)  # before the one before can fail: each Rest is called
+        return [] if rest is None else [rest.result()]
 
     def finish(self) -> list[Result]:
         """Wait for the rest of the last task."""
