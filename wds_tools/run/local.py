@@ -123,7 +123,7 @@ def run_tasks(fn: Work[Task, Result], tasks: Sequence[Task], *, workers: int, on
     except BrokenProcessPool as error:
         raise WorkerDied(
             "a worker process ended without a word: it was killed, or memory ran out. "
-            "Finished shards are kept: run again with --resume, and with fewer --workers if memory was short"
+            "Run again with --resume, where the command has that, and with fewer --workers if memory was short"
         ) from error
     finally:
         for process in set(multiprocessing.active_children()) - others:  # none if all went well
