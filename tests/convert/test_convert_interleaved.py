@@ -14,8 +14,9 @@ from commands import image_bytes, read_rejects, read_samples, write_jsonl
 
 from wds_tools.check.stats.describe import StatsConfig, stats
 from wds_tools.check.verify import VerifyConfig, verify
-from wds_tools.convert import ConvertOptions, images, run_conversion
+from wds_tools.convert import ConvertOptions, run_conversion
 from wds_tools.convert.conversations import ConversationsConfig
+from wds_tools.convert.images import reader
 from wds_tools.convert.interleaved import InterleavedConfig
 from wds_tools.encode.encode import EncodeConfig, encode
 from wds_tools.encode.image_encoder import ImageEncoder
@@ -101,7 +102,7 @@ def test_webdataset_and_hugging_face_read_what_was_written(chain: tuple[str, Pat
 def test_images_that_are_too_large_together_reject_their_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     image = image_bytes(0, kind="PNG")
     (tmp_path / "0.png").write_bytes(image)
-    monkeypatch.setattr(images, "MAX_SAMPLE_BYTES", 3 * len(image))
+    monkeypatch.setattr(reader, "MAX_SAMPLE_BYTES", 3 * len(image))
     pages = [{"text": "<image>" * count, "images": ["0.png"] * count} for count in (3, 4)]
     read: Any = {"input": (str(write_jsonl(tmp_path / "in.jsonl", pages)),), "max_rejects": "90%", "quiet": True}
     read["max_image_bytes"] = len(image)

@@ -147,6 +147,7 @@ SCRATCH = {
     "wds_tools/dataset/external_sort.py": "a run's own temporary folder",
     "wds_tools/sequences/vocabulary.py": "a folder that is renamed when it is whole",
     "loaders/reading/cache.py": "a cache, whose files are renamed when they are whole, and checked when they are read",
+    "wds_tools/run/ray_cluster.py": "/dev/null, for what Ray prints",
 }
 
 

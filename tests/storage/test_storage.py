@@ -328,7 +328,7 @@ def test_a_large_file_is_written_and_streamed_in_bounded_memory(
     assert done.returncode == 0, done.stderr
     written_mb, streamed_mb = map(int, done.stdout.split())
     assert written_mb < 64
-    assert streamed_mb < 80
+    assert streamed_mb < 120  # eight ranges of 8 MiB ahead, and what the client holds
 
 
 # --- urls ------------------------------------------------------------------------------------------------------------------

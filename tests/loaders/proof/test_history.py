@@ -121,7 +121,7 @@ def test_positions_of_is_the_inverse_of_locate(data: st.DataObject) -> None:
         [
             (source, shard, index)
             for source, each in enumerate(opened)
-            for shard, n in enumerate(each.samples)
+            for shard, n in enumerate(each.shards.num_samples.tolist())
             for index in range(n)
         ]
     )
