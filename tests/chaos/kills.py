@@ -117,7 +117,7 @@ class Kills:
         for number, target, is_at_work, moment in blows:
             with started(*self._words(name, url), *again, cwd=self._inputs) as process:
                 if is_at_work:
-                    wait_until(lambda: store.list(BEGUN[name]) or process.poll() is not None, "the run begins", LIMIT_S)
+                    wait_until(lambda: any(store.list(BEGUN[name])) or process.poll() is not None, "the run begins", LIMIT_S)
                     time.sleep(moment * (peace.ends_s - peace.starts_s))
                 else:
                     time.sleep(moment * peace.ends_s)
@@ -157,7 +157,7 @@ class Kills:
         self._prepare(name, url)
         begun = time.monotonic()
         with started(*self._words(name, url), cwd=self._inputs) as process:
-            wait_until(lambda: store.list(BEGUN[name]) or process.poll() is not None, "the run begins", LIMIT_S)
+            wait_until(lambda: any(store.list(BEGUN[name])) or process.poll() is not None, "the run begins", LIMIT_S)
             starts_s = time.monotonic() - begun
             _, said = process.communicate(timeout=LIMIT_S)
         assert process.returncode == 0, said

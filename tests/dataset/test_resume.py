@@ -269,7 +269,7 @@ def go_on(process: subprocess.Popen[str]) -> None:
 
 @pytest.mark.slow
 def test_a_killed_worker_ends_the_run_with_one_line(texts: Path, peace: Peace, tmp_path: Path) -> None:
-    args, output = [*convert_documents(texts), "--workers", "2"], tmp_path / "out"
+    args, output = [*convert_documents(texts), "--workers", "2", "--quiet"], tmp_path / "out"
     process = begin(args, output, 2)
     os.kill(workers_of(process)[0], signal.SIGKILL)
     go_on(process)
