@@ -102,6 +102,8 @@ class JsonlDataset(Dataset[Item]):
             raise UsageError(f"size={size}, mode={mode!r}: a size is at least 1 pixel, and takes the place of a mode")
         if stride < 1 or SIDE_512 % stride:
             raise UsageError(f"stride={stride}, expected a divisor of {SIDE_512}")
+        if not isinstance(layout, CodeGrid | None):
+            raise UsageError(f"layout={layout!r}, expected a CodeGrid, such as CodeGrid(layout='hw')")
         self._path = path
         root, self._name = split_url(path)
         self._store = open_store(root)

@@ -269,7 +269,7 @@ def go_on(process: subprocess.Popen[str]) -> None:
 
 @pytest.mark.slow
 def test_a_killed_worker_ends_the_run_with_one_line(texts: Path, peace: Peace, tmp_path: Path) -> None:
-    args, output = [*convert_documents(texts), "--workers", "2"], tmp_path / "out"
+    args, output = [*convert_documents(texts), "--workers", "2", "--quiet"], tmp_path / "out"
     process = begin(args, output, 2)
     os.kill(workers_of(process)[0], signal.SIGKILL)
     go_on(process)
@@ -314,7 +314,7 @@ def test_whatever_stops_a_run_one_line_says_so_and_nothing_is_left_but_what_is_f
     _, said = process.communicate(timeout=200)
     assert process.returncode == 128 + number, said
     what = "interrupted" if number == signal.SIGINT else f"stopped by {number.name}"
-    assert said.splitlines() == [f"wds-tools: {what}; finished shards are kept, run again with --resume"]
+    assert said.splitlines() == [f"wds-tools: {what}; run again with --resume"]
     wait_until(lambda: not session(process.pid), "no process is left")
     assert not (output / "manifest.json").exists()
     assert not (output / ".tmp").exists()

@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,7 +35,9 @@ from wds_tools.export import hf, output
 from wds_tools.export.hf import export_hf
 from wds_tools.export.options import ExportConfig, ExportSummary
 from wds_tools.export.shuffle import SortedRows, keys_from
+from wds_tools.format.manifest import serialize_manifest
 from wds_tools.format.schema import Sample
+from wds_tools.format.shards import Shards
 from wds_tools.run.local import run_tasks
 from wds_tools.storage import open_store
 
@@ -226,6 +229,16 @@ def test_an_export_for_liquid_without_any_row_for_it_is_refused(tmp_path: Path) 
     with pytest.raises(UsageError, match="none can be exported for liquid"):
         export(tmp_path / "in", tmp_path / "out", reader="liquid")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("num_pairs", [1, 3, 5])
+def test_a_manifest_that_says_of_what_types_samples_are_and_lies_is_refused(tmp_path: Path, num_pairs: int) -> None:
+    manifest = make_dataset(tmp_path / "in", [*map(image_sample, range(2)), *map(multi_sample, range(3))])
+    types = {"image_text": num_pairs} | ({"image_text_multi": 5 - num_pairs} if num_pairs < 5 else {})
+    lied = replace(manifest, shards=Shards.of([replace(manifest.shards[0], data_types=types)]))
+    (tmp_path / "in/manifest.json").write_bytes(serialize_manifest(lied))
+    with pytest.raises(FormatError, match=f"2 samples of the data types to export, the manifest says {num_pairs}"):
+        export(tmp_path / "in", tmp_path / "out", reader="liquid")
 
 
 # The order

@@ -111,6 +111,20 @@ def test_what_is_wrong_with_a_whole_manifest_is_said_before_its_shards() -> None
         parse_manifest(json.dumps(record, indent=2).encode())
 
 
+@pytest.mark.parametrize("place", ["before", "inside another"])
+def test_a_manifest_with_shards_in_two_places_is_refused(place: str) -> None:
+    text = serialize_manifest(MANIFEST).decode()
+    head, shards = text.split('\n  "shards": [\n', 1)
+    if place == "before":
+        odd = f'{head}\n  "shards": [\n{shards[: shards.rindex("]") + 1]},\n  "shards": [{{}}]\n}}\n'
+    else:
+        odd = head.replace('"source": {', f'"source": {{\n  "shards": [\n{shards[: shards.rindex("]") + 1]},', 1)
+        odd += '"shards": [{}]}'
+    assert json.loads(odd)["shards"] == [{}]
+    with pytest.raises(FormatError, match="shards in two places"):
+        parse_manifest(odd.encode())
+
+
 def test_a_manifest_that_is_cut_off_anywhere_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(manifest_json, "_PIECE_BYTES", 512)
     text = serialize_manifest(MANIFEST)

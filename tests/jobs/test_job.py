@@ -10,13 +10,14 @@ import pytest
 from commands import tree
 
 from wds_tools import Sample
-from wds_tools.dataset.layout import MANIFEST, OFFSETS, PLAN, TASKS, WORK
+from wds_tools.dataset.layout import MANIFEST, OFFSETS, PLAN, TASKS, WORK, marker_name
 from wds_tools.dataset.output import Output, OutputSpec
 from wds_tools.dataset.reader import read_shard
-from wds_tools.errors import Reject, UsageError
+from wds_tools.errors import OutOfSpace, Reject, UsageError, WorkerDied
 from wds_tools.jobs import Advance, Job, JobOptions, Report, ShardLimits, TaskWriter, run_job
 from wds_tools.jobs.job import _RunTask
-from wds_tools.run.local import Rest
+from wds_tools.run.local import Rest, run_tasks
+from wds_tools.run.progress import Progress
 from wds_tools.storage import Entry, LocalStore, open_store
 
 
@@ -93,7 +94,10 @@ def test_an_output_that_was_begun_is_taken_up_with_the_spec_that_it_was_begun_wi
         other.look()
 
 
-def test_looking_at_an_output_writes_nothing_and_an_interrupted_run_gives_its_lease_back(tmp_path: Path) -> None:
+@pytest.mark.parametrize("end", [KeyboardInterrupt(), WorkerDied("killed"), OutOfSpace("full"), ZeroDivisionError()])
+def test_looking_at_an_output_writes_nothing_and_a_run_that_ends_before_its_time_leaves_no_lease_and_no_half_file(
+    tmp_path: Path, end: BaseException
+) -> None:
     store = open_store(str(tmp_path / "out"))
     output = Output(store, OutputSpec(num_tasks=1, source={}))
     assert output.look() is None
@@ -104,9 +108,9 @@ def test_looking_at_an_output_writes_nothing_and_an_interrupted_run_gives_its_le
             output.begin()
             (tmp_path / "out/.tmp").mkdir(exist_ok=True)
             (tmp_path / "out/.tmp/half").write_bytes(b"a shard")
-            raise KeyboardInterrupt
+            raise end
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(type(end)):
         interrupted()
     assert [entry.name for entry in store.list(WORK)] == [PLAN]
     assert not (tmp_path / "out/.tmp/half").exists()
@@ -119,6 +123,29 @@ def test_what_the_work_reports_and_its_writer_counts_arrive_together_and_whole(t
     assert isinstance(done, Rest)
     assert done.finish().inputs == 200
     assert sum(reports, Advance()) == Advance(units=sum(len(str(n)) for n in range(200) if n % 3), samples=133, rejects=67)
+
+
+def write_one(task: str, writer: TaskWriter, report: Report) -> int:
+    writer.add(Sample(key=writer.key(0), data_type="text_pretrain", text=task))
+    return 1
+
+
+def test_where_a_task_can_not_be_published_the_next_one_leaves_no_half_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put = LocalStore.put
+
+    def put_but_the_first(store: LocalStore, name: str, data: bytes) -> None:
+        if name == marker_name(0):
+            raise OutOfSpace("full")
+        put(store, name, data)
+
+    monkeypatch.setattr(LocalStore, "put", put_but_the_first)
+    run_task = _RunTask(write_one, str(tmp_path), ShardLimits(), "", {})
+    with pytest.raises(OutOfSpace):
+        list(run_tasks(run_task, [(0, "a"), (1, "b"), (2, "c")], workers=1, on_report=Progress("x", 3, quiet=True)))
+    assert not any(name.startswith(".tmp") for name in tree(tmp_path))
+    assert (tmp_path / marker_name(1)).exists()
 
 
 def count_nothing(task: list[str], writer: TaskWriter, report: Report) -> int:

@@ -323,6 +323,11 @@ def test_a_vq_code_of_any_layout_has_its_axes_and_another_is_refused(folder: Pat
     assert problems == [f"{line}: bad_codes" for line in (3, 4, 5)]
 
 
+def test_a_layout_that_is_a_word_is_refused(folder: Path) -> None:
+    with pytest.raises(UsageError, match=r"layout='hw', expected a CodeGrid"):
+        dataset(folder, {"text": "t", "vq_code": [[1]]}, layout="hw")
+
+
 def test_token_rows_need_a_template_that_orders_the_layout(folder: Path, tokenizer: str) -> None:
     sequences = SequenceConfig(tokenizer=tokenizer, max_length=200, codebook_size=8192)
     rows = []

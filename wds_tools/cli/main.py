@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None, *, begin: Callable[[], None] = lambd
         number = signal.Signals(stops[0] if stops else signal.SIGINT)
         what = "interrupted" if number == signal.SIGINT else f"stopped by {number.name}"
         can_resume = hasattr(config, "resume")
-        how = "finished shards are kept, run again with --resume" if can_resume else "run the same command again"
+        how = "run again with --resume" if can_resume else "run the same command again"
         say(f"wds-tools: {what}; {how}", error=True)
         return 128 + number
     return status

@@ -28,7 +28,7 @@ from typing import Any, Self
 import orjson
 
 from wds_tools.dataset.layout import LABELS, LEASES
-from wds_tools.errors import FormatError, NotFound, StorageError, UsageError, WorkerDied
+from wds_tools.errors import FormatError, NotFound, StorageError, UsageError
 from wds_tools.format.typed_json import read_json
 from wds_tools.storage import Store
 from wds_tools.terminal import say
@@ -109,10 +109,10 @@ class Lease:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if isinstance(error, KeyboardInterrupt | WorkerDied) and self._part is None:  # else other parts write there too
+        if error is not None and self._part is None:  # else other parts write there too
             with suppress(StorageError):
                 self.check()
-                self._store.clean_temp()  # something was stopped in the midst of writing
+                self._store.clean_temp()  # of workers that were stopped in the midst of writing, whoever failed
         self._leave()
 
     def check(self) -> None:

@@ -24,7 +24,7 @@ from typing import Any
 
 from wds_tools.dataset.external_sort import ExternalSort, bucket_of, count_buckets
 from wds_tools.dataset.reader import parse_stored, read_stored
-from wds_tools.errors import UsageError
+from wds_tools.errors import FormatError, UsageError
 from wds_tools.export.card import LIQUID_TYPES
 from wds_tools.export.options import ExportConfig, ExportSummary
 from wds_tools.export.output import Round, Source, Table, counted, local_path, open_sources, write_export
@@ -216,16 +216,24 @@ class _Scatter:
             store, made = self.sources[source]
             keys = keys_from(self.config.seed, first, num_rows)
             bucket = bucket_of(keys, count_buckets(self.size)) - self.buckets.start
-            coming = zip(keys.tolist(), bucket.tolist(), strict=True)
+            coming, num_taken = zip(keys.tolist(), bucket.tolist(), strict=True), 0
             for stored in counted(read_stored(store, row), report):
                 sample = parse_stored(store, row, stored) if num_rows < row.samples else None
                 if sample is not None and not _takes(self.config, sample.data_type):
                     continue
                 key, place = next(coming, (0, -1))
+                num_taken += 1
                 if 0 <= place < len(self.buckets):
-                    record, passed = self._row(sample or parse_stored(store, row, stored), made)
+                    sample = sample or parse_stored(store, row, stored)
+                    num_taken -= not _takes(self.config, sample.data_type)
+                    record, passed = self._row(sample, made)
                     sort.add(key, record)
                     passed_over.update(passed if place or not self.is_shared else ())
+            if num_taken != num_rows:
+                raise FormatError(
+                    f"{store.url}/{row.name}: {num_taken} samples of the data types to export, the manifest says {num_rows}: "
+                    "it was edited or damaged"
+                )
         sort.flush()
         return passed_over
 

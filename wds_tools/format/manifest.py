@@ -245,6 +245,8 @@ def parse_manifest(data: bytes | BinaryIO, name: str = "manifest.json") -> Manif
         read_json(_Document, text.head, what)  # what is wrong there comes first
         raise
     document = read_json(_Document, text.document, what)
+    if shards and document.shards:  # laid out by hand, so that this reader and others would see different ones
+        raise FormatError(f"{what} (it has shards in two places)")
     shards = shards or Shards.of_json(document.shards, what, 0)
     shape(_Source, document.source, f"{what}: source")
     code_layouts(document.codes, f"{what}: codes")

@@ -248,13 +248,16 @@ class Shards(Sequence[ShardInfo]):
 
     def data_types(self) -> dict[str, int]:
         """Samples by data type."""
-        names = sorted({name for _, types in self.kinds for name in types})
+        named = {name: place for place, name in enumerate(sorted({name for _, types in self.kinds for name in types}))}
         places = Ragged.of(
-            np.array([names.index(name) for _, types in self.kinds for name in types], np.int64),
+            np.array([named[name] for _, types in self.kinds for name in types], np.int64),
             [len(types) for _, types in self.kinds],
         )
         of_counts = places.values[spread(places.bounds[self.kind], np.diff(self.counts.bounds))]
-        return {name: total(self.counts.values[of_counts == place]) for place, name in enumerate(names)}
+        sums = np.zeros((2, len(named)), np.int64)  # the upper bits and the lower ones, as in `total`
+        np.add.at(sums[0], of_counts, self.counts.values >> 32)
+        np.add.at(sums[1], of_counts, self.counts.values & _LOW)
+        return {name: (high << 32) + low for name, high, low in zip(named, *sums.tolist(), strict=True)}
 
     def rows(self, first: int, last: int) -> list[ShardInfo]:
         """The shards [first, last), at least one."""

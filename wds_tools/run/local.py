@@ -123,7 +123,7 @@ def run_tasks(fn: Work[Task, Result], tasks: Sequence[Task], *, workers: int, on
     except BrokenProcessPool as error:
         raise WorkerDied(
             "a worker process ended without a word: it was killed, or memory ran out. "
-            "Finished shards are kept: run again with --resume, and with fewer --workers if memory was short"
+            "Run again with --resume, where the command has that, and with fewer --workers if memory was short"
         ) from error
     finally:
         for process in set(multiprocessing.active_children()) - others:  # none if all went well
@@ -175,11 +175,10 @@ class _Tasks(Generic[Task, Result]):
     def run(self, task: Task) -> list[Result]:
         """Do a task; gives what is finished: the one before, if it had a rest, and this one, if it has none."""
         done = self._fn(task, self._report)
-        finished = self.finish()
-        if isinstance(done, Rest):
-            self._rest = self._pool.submit(done.finish)
-            return finished
-        return [*finished, done]
+        if not isinstance(done, Rest):
+            return [*self.finish(), done]
+        rest, self._rest = self._rest, self._pool.submit(done.finish)  # before the one before can fail: each Rest is called
+        return [] if rest is None else [rest.result()]
 
     def finish(self) -> list[Result]:
         """Wait for the rest of the last task."""
