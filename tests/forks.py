@@ -26,7 +26,8 @@ from typing import Any
 
 HEAVY = ("numpy", "orjson", "PIL.Image", "pyarrow.parquet", "torch", "zstandard")
 
-COMMANDS = Path(__file__).parents[1] / "wds_tools/cli"
+ROOT = Path(__file__).parents[1]
+COMMANDS = ROOT / "wds_tools/cli"
 
 
 class Forks:
@@ -77,6 +78,7 @@ def _read_at_start(env: Mapping[str, str]) -> dict[str, str]:
 
 
 def _serve() -> None:
+    sys.path[0] = str(ROOT)  # beside this file, tests/loaders would be taken for the package
     for name in (*HEAVY, *(f"wds_tools.cli.{module.name}" for module in pkgutil.iter_modules([str(COMMANDS)]))):
         importlib.import_module(name)
     gc.freeze()  # what a command collects is its own
