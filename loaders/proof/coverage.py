@@ -23,6 +23,7 @@ from loaders.order.samples import SampleOrder
 from loaders.proof.receipt import MODULUS, Receipt, SampleHash, Span, total_of
 from loaders.proof.steps import skipped
 from loaders.proof.totals import SourceTotals
+from wds_tools.format.shards import spread
 from wds_tools.storage import join
 
 _WINDOW = 1 << 18
@@ -108,10 +109,7 @@ class _Handed(NamedTuple):
     high: Ints
 
     def positions(self) -> Ints:
-        sizes = self.high - self.low
-        ends = np.cumsum(sizes)
-        positions: Ints = np.arange(ends[-1]) + np.repeat(self.low - (ends - sizes), sizes)
-        return positions
+        return spread(self.low, self.high - self.low)
 
 
 class Coverage:

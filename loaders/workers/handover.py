@@ -87,7 +87,7 @@ def tell_of_failures(_: int = 0, *, wrapped: bool = False) -> None:
 
 
 def begin_worker() -> tuple[int, int]:
-    """Number of this worker, and how many there are; 0 of 1 in a process that is none. To be called when a pipeline begins."""
+    """Number of this worker, and how many there are; 0 of 1 in a process that is not a worker. Called when a pipeline begins."""
     info = get_worker_info()
     if info is None:
         return 0, 1

@@ -99,8 +99,11 @@ class OffsetsReader:
             return self._fetch(OFFSETS, start, min(start + REQUEST_BYTES, end), size)
 
         try:
-            with ThreadPoolExecutor(_PARALLEL_READS, "wds-offsets") as pool:
-                data = b"".join(pool.map(fetch, starts) if len(starts) > 1 else map(fetch, starts))
+            if len(starts) > 1:
+                with ThreadPoolExecutor(_PARALLEL_READS, "wds-offsets") as pool:
+                    data = b"".join(pool.map(fetch, starts))
+            else:  # as for each small part: no pool
+                data = b"".join(map(fetch, starts))
         except NotFound as error:
             raise NotFound(f"{self._url} is missing: copy it, or write it with `wds-tools index`") from error
         offsets = np.frombuffer(data, "<u4")

@@ -60,7 +60,7 @@ class ManifestText:
         return self.document + b"]}" if self._rest else self.document
 
     def shards(self) -> Iterator[Shards]:
-        """The shards, some at a time. Raises FormatError: one is none."""
+        """The shards, some at a time. Raises FormatError: one is not a shard."""
         rest, count, end, more = self._rest, 0, -1, self._rest
         while more and end < 0:
             end = rest.find(_END)

@@ -92,7 +92,7 @@ class Headers:
         return kind, size
 
     def member(self, block: bytes, kind: bytes, payload: memoryview, offset: int) -> Member | None:
-        """The regular file of a header block; None for what is none, and is minded for the next.
+        """The regular file of a header block; None for what is not a file, and is kept in mind for the next.
 
         Raises:
             FormatError: what it says of the next member can't be represented.
