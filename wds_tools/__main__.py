@@ -22,6 +22,7 @@ except KeyboardInterrupt:  # Ctrl-C before anybody listens
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
+    from sys import UnraisableHookArgs
     from threading import Event
     from types import FrameType
     from typing import NoReturn
@@ -30,6 +31,7 @@ _STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _PATIENCE_S = 20.0
 """For clearing up. Who sends SIGTERM sends SIGKILL after 30 s, most often."""
 _LEAVE_S = 2.0
+_AGAIN_S = 0.01
 _stops: list[int] = []
 """Those that came."""
 
@@ -56,14 +58,24 @@ def start() -> int:
     sys.stdout = io.TextIOWrapper(io.BufferedWriter(out), encoding, "backslashreplace", line_buffering=out.isatty())
     sys.stderr = io.TextIOWrapper(error, encoding, "backslashreplace", write_through=True)
 
-    from threading import Event, Thread
+    from threading import Event, Thread, Timer, get_ident
 
     from wds_tools.cli.main import main
     from wds_tools.terminal import say
 
     over = Event()
+    report = sys.unraisablehook
+
+    def unheard(raised: UnraisableHookArgs) -> None:
+        """A signal that comes while a finaliser runs, or whatever else C calls, is lost in there: it is sent once more."""
+        if not isinstance(raised.exc_value, KeyboardInterrupt):
+            report(raised)
+        elif not over.is_set():
+            signal.signal(signal.SIGINT, _stop)
+            Timer(_AGAIN_S, signal.pthread_kill, (get_ident(), signal.SIGINT)).start()
 
     def begin() -> None:
+        sys.unraisablehook = unheard
         told, tell = os.pipe()
         os.set_blocking(tell, False)
         signal.set_wakeup_fd(tell, warn_on_full_buffer=False)

@@ -221,3 +221,34 @@ def test_a_run_whose_main_thread_does_not_hear_a_signal_frees_its_lease_all_the_
     assert (process.returncode, said.splitlines()[-1]) == (143, "wds-tools: stopped by SIGTERM")
     assert sorted(tree(tmp_path / "out")) == ["_work", PLAN]
     wds_tools(*words, "--resume")
+
+
+FINALISER = """
+import os, signal, sys, time
+import wds_tools.__main__ as program
+from wds_tools.dataset.writer import TaskWriter
+
+class Dies:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)
+
+def add(writer, sample):
+    Dies()
+    time.sleep(100)
+
+TaskWriter.add = add
+sys.exit(program.start())
+"""
+
+
+def test_a_signal_that_a_finaliser_swallows_ends_the_run_all_the_same(tmp_path: Path) -> None:
+    write_documents(tmp_path / "in.jsonl.zst", [{"text": "a"}])
+    words = ["convert", "documents", "--input", str(tmp_path / "in.jsonl.zst"), "--output", str(tmp_path / "out")]
+    ended = subprocess.run(
+        [sys.executable, "-c", FINALISER, *words], env=environment(), capture_output=True, text=True, timeout=200, check=False
+    )
+    said = ended.stderr.splitlines()
+    assert (ended.returncode, said[-1]) == (143, "wds-tools: stopped by SIGTERM; run again with --resume")
+    assert "Traceback" not in ended.stderr
+    assert sorted(tree(tmp_path / "out")) == ["_work", PLAN]
