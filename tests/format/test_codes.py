@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wds_tools.errors import FormatError
+from wds_tools.errors import FormatError, UsageError
 from wds_tools.format.codes import (
     CODE_COLUMNS,
     HW,
@@ -91,6 +92,21 @@ def test_arrays_of_every_layout_are_joined_stored_read_and_split_again(
         ):
             with pytest.raises(FormatError, match="expected a non-empty"):
                 layout.check("c", wrong, is_joined=False)
+
+
+@pytest.mark.parametrize(
+    ("made", "problem"),
+    [
+        ({"dtype": "int7"}, "dtype='int7', expected one of uint8, "),
+        ({"codebook_size": 0}, "codebook_size=0, expected 1 to"),
+        ({"codebook_size": (4, -1)}, r"codebook_size=\(4, -1\)"),
+        ({"codebook_size": 2**32 + 1}, "codebook_size=4294967297"),
+        ({"codebook_size": "8192"}, "codebook_size='8192'"),
+    ],
+)
+def test_python_makes_no_grid_that_a_manifest_could_not_declare(made: dict[str, Any], problem: str) -> None:
+    with pytest.raises(UsageError, match=problem):
+        CodeGrid(**made)
 
 
 def test_a_code_beyond_its_own_codebook_and_a_float_that_is_no_number_are_found() -> None:

@@ -46,7 +46,8 @@ class CodeGrid:
     """How the codes of one image lie in an array, and those of several images in one: what a column's provenance declares.
 
     Raises:
-        UsageError: a layout of other than one to four different lower-case letters; floats with a codebook, or an empty list.
+        UsageError: a layout of other than one to four different lower-case letters; a dtype that codes can't have;
+            floats with a codebook, an empty list, or a codebook of no entries or more than 2**32.
     """
 
     layout: str = "hw"
@@ -59,8 +60,12 @@ class CodeGrid:
     def __post_init__(self) -> None:
         if not re.fullmatch("[a-z]{1,4}", self.layout) or len({*self.layout}) < len(self.layout):
             raise UsageError(f"layout {self.layout[:40]!r}: expected 1 to 4 different letters, one an axis, as hw, n or hwk")
+        if self.dtype is not None and self.dtype not in _NPY_DTYPES:
+            raise UsageError(f"dtype={self.dtype!r:.40}, expected one of {', '.join(_NPY_DTYPES)}")
         if self.codebook_size == () or (self.sizes and self.is_float):
             raise UsageError(f"codebook_size={self.codebook_size!r}: expected one or more with codes, and none with floats")
+        if not all(isinstance(size, int) and 1 <= size <= 1 << 32 for size in self.sizes):
+            raise UsageError(f"codebook_size={self.codebook_size!r:.40}, expected 1 to 2**32 entries, or several such numbers")
 
     def __str__(self) -> str:
         runs = [(size, len(list(run))) for size, run in groupby(self.sizes)]
