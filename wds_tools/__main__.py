@@ -70,9 +70,9 @@ def start() -> int:
         """A signal that comes while a finaliser runs, or whatever else C calls, is lost in there: it is sent once more."""
         if not isinstance(raised.exc_value, KeyboardInterrupt):
             report(raised)
-        elif not over.is_set():
-            signal.signal(signal.SIGINT, _stop)
-            Timer(_AGAIN_S, signal.pthread_kill, (get_ident(), signal.SIGINT)).start()
+        elif _stops and not over.is_set():
+            signal.signal(_stops[0], _stop)
+            Timer(_AGAIN_S, signal.pthread_kill, (get_ident(), _stops[0])).start()
 
     def begin() -> None:
         sys.unraisablehook = unheard

@@ -32,7 +32,8 @@ MAX_COLUMN_BYTES = 31
 NAME_ALPHABET = frozenset("0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ_-")
 """Characters of keys and of code columns."""
 
-_Size = Annotated[int, range(1, (1 << 32) + 1)]
+_SIZES = range(1, (1 << 32) + 1)
+_Size = Annotated[int, _SIZES]
 _Dtype = Literal["uint8", "uint16", "uint32", "uint64", "bfloat16", "float16", "float32"]
 _NPY_DTYPES = dict(zip(get_args(_Dtype), ("|u1", "<u2", "<u4", "<u8", "<u2", "<f2", "<f4"), strict=True))
 _AXES = {"h": "height", "w": "width", "k": "codebook", "n": "number", "t": "frame"}
@@ -64,7 +65,7 @@ class CodeGrid:
             raise UsageError(f"dtype={self.dtype!r:.40}, expected one of {', '.join(_NPY_DTYPES)}")
         if self.codebook_size == () or (self.sizes and self.is_float):
             raise UsageError(f"codebook_size={self.codebook_size!r}: expected one or more with codes, and none with floats")
-        if not all(isinstance(size, int) and 1 <= size <= 1 << 32 for size in self.sizes):
+        if not all(isinstance(size, int) and size in _SIZES for size in self.sizes):
             raise UsageError(f"codebook_size={self.codebook_size!r:.40}, expected 1 to 2**32 entries, or several such numbers")
 
     def __str__(self) -> str:
