@@ -489,7 +489,7 @@ def test_json_says_what_the_lines_say(tmp_path: Path) -> None:
     assert len(said("verify", out, status=1)["problems"]) == 1
     (out / "extra").unlink()
     exported = said("export", "hf", "--input", out, "--output", tmp_path / "hf")
-    assert (exported["rows"], exported["files"], exported["data_types"]) == (2, 2, {"text_pretrain": 2})
+    assert (exported["rows"], exported["files"], exported["data_types"]) == (2, 1, {"text_pretrain": 2})
 
 
 @pytest.mark.parametrize(
