@@ -24,8 +24,9 @@ from wds_tools.run.progress import Advance
 from wds_tools.sources.record import Record
 
 _REPORT_EVERY = 64
-_BATCH_RECORDS, _BATCH_UNITS = 64, 1 << 20
-"""Of those that wait for nothing; units are bytes, as most sources count them."""
+_BATCH_RECORDS, _BATCH_UNITS = 64, 128 << 10
+"""Of those that wait for nothing. Units are bytes of the input, as most sources count them, and may become a thousand times as
+many, so few make a batch."""
 
 Converted = tuple[Record[Any], Sample | Reject]
 
