@@ -14,7 +14,7 @@ import tarfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -97,7 +97,7 @@ def write_arrow(folder: Path, megabytes: int) -> None:
             file.write_batch(batch)
 
 
-def add_pairs(file: IO[bytes], megabytes: int) -> None:
+def add_pairs(file: Any, megabytes: int) -> None:
     with tarfile.open(fileobj=file, mode="w|") as archive:
         for number in images(megabytes):
             for suffix, data in (("jpg", IMAGE), ("txt", b"a few words")):
