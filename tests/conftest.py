@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import HealthCheck, settings
+from properties import SHARE
 from s3 import S3Server, find_weed, serve_s3
 
 if TYPE_CHECKING:
@@ -30,15 +31,21 @@ for number, handler in (
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 
+# Tests share the cores with other tests: two threads of torch would mostly wait for each other, at full load.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# Quick tests try the same examples in every run, however busy the machine is; `make test-slow` looks for others.
+gc.disable()  # while all is imported
+
+
+# Quick tests try the same few examples in every run, however busy the machine is; `make test-slow` looks for others.
 settings.register_profile("explore", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
-settings.register_profile("quick", settings.get_profile("explore"), derandomize=True)
+settings.register_profile("quick", settings.get_profile("explore"), derandomize=True, max_examples=100 // SHARE)
 settings.load_profile("quick")
 
 
 def pytest_collection_finish() -> None:
     """What has been imported is no garbage: a collection looks at what tests made."""
+    gc.enable()
     gc.collect()
     gc.freeze()
 
