@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -14,8 +16,22 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from commands import ROOT, environment, last_line, start, tree, wait_until, wds_tools, write_documents, write_jsonl, write_pairs
+from commands import (
+    ROOT,
+    environment,
+    image_bytes,
+    last_line,
+    start,
+    tree,
+    wait_until,
+    wds_tools,
+    write_documents,
+    write_jsonl,
+    write_pairs,
+)
 from factory import image_sample, make_dataset
 from tokens import PROVENANCE, write_small_sets
 
@@ -191,9 +207,22 @@ def passes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str | Pat
     }
 
 
-def test_pairs_have_the_bytes_of_a_local_run(cluster: Cluster, tmp_path: Path) -> None:
-    words = ["convert", "pairs", "--input", write_pairs(tmp_path / "in", 4), "--task-lines", "2"]
-    assert_the_bytes_are_those_of_a_local_run(words, cluster, tmp_path)
+def test_pairs_of_every_container_have_the_bytes_of_a_local_run(cluster: Cluster, tmp_path: Path) -> None:
+    lines = write_pairs(tmp_path / "lines", 4)
+    for name in ("tars", "table", "photos"):
+        (tmp_path / name).mkdir()
+    for number in range(2):
+        with tarfile.open(tmp_path / f"tars/{number}.tar", "w") as tar:
+            for image in (tmp_path / "lines/images").iterdir():
+                tar.add(image, f"{number}{image.name}")
+                tar.addfile(tarfile.TarInfo(f"{number}{image.stem}.txt"))
+                shutil.copy(image, tmp_path / f"photos/{number}{image.name}")
+                (tmp_path / f"photos/{number}{image.stem}.txt").write_text(f"photo {number}")
+        rows = [{"image": {"bytes": image_bytes(row), "path": "a.jpg"}, "text": f"row {row}"} for row in range(3)]
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / f"table/{number}.parquet", row_group_size=2)
+    inputs = [lines, *(tmp_path / name for name in ("tars", "table", "photos"))]
+    how = ["--task-lines", "2", "--task-bytes", "1", "--max-rejects", "8"]
+    assert_the_bytes_are_those_of_a_local_run(["convert", "pairs", "--input", *inputs, *how], cluster, tmp_path)
 
 
 @pytest.mark.slow
