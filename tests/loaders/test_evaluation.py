@@ -166,7 +166,7 @@ def test_the_trainer_of_transformers_evaluates_the_whole_set_each_time(data: Pat
     from loaders.trainers.transformers import LoaderTrainer
 
     quiet: dict[str, Any] = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "save_strategy": "no"}
-    arguments = TrainingArguments(str(tmp_path), max_steps=4, eval_strategy="steps", eval_steps=2, ignore_data_skip=True, **quiet)
+    arguments = TrainingArguments(str(tmp_path), max_steps=4, eval_strategy="steps", eval_steps=2, **quiet)
 
     def trainer_of(validation_set: Any) -> LoaderTrainer:
         return LoaderTrainer(model=model(), args=arguments, train_dataset=train_rounds(data), eval_dataset=validation_set)

@@ -35,11 +35,11 @@ def test_a_stage_that_fails_says_so_and_the_next_one_follows(tmp_path: Path, cap
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1900)
 def test_every_stage_runs_in_a_reduced_size_without_packages_that_a_bare_machine_lacks(tmp_path: Path) -> None:
     names = repr(dict.fromkeys(MISSING))
     code = f"import sys; sys.modules.update({names}); from benchmarks.gpu import main; main(sys.argv[1:])"
-    arguments = ["--device", "cpu", "--quick", "--out", str(tmp_path)]
+    arguments = ["--device", "cpu", "--quick", "--minutes", "30", "--out", str(tmp_path)]  # other work may be going on here
     command = [sys.executable, "-c", code, *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=True)
     written = json.loads((tmp_path / "gpu.json").read_text())

@@ -299,7 +299,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(1900)
 @pytest.mark.parametrize("strategy", ["ddp", "ddp_spawn"])
 def test_lightning_on_two_devices_gives_each_its_half_and_goes_on(data: Path, tmp_path: Path, strategy: str) -> None:
     script = tmp_path / "fit.py"
@@ -307,7 +307,7 @@ def test_lightning_on_two_devices_gives_each_its_half_and_goes_on(data: Path, tm
 
     def keys(*args: str | Path) -> list[list[str]]:
         """Of each step, the keys of both ranks."""
-        subprocess.run([sys.executable, script, data, tmp_path, strategy, *args], check=True, timeout=180, env=environment())
+        subprocess.run([sys.executable, script, data, tmp_path, strategy, *args], check=True, timeout=900, env=environment())
         ranks = [json.loads((tmp_path / f"rank-{rank}-{args[0]}.json").read_text()) for rank in range(2)]
         return [of_first + of_second for of_first, of_second in zip(*ranks, strict=True)]
 
