@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +11,7 @@ import pytest
 import zstandard
 from commands import (
     captions,
-    command,
     documents,
-    environment,
     read_rejects,
     read_samples,
     shared,
@@ -158,36 +153,6 @@ def test_workers_and_task_size_decide_on_speed_and_shards_but_not_on_samples(tmp
     assert tree(tmp_path / "one") == tree(tmp_path / "two")
     assert (len(one.shards), len(together.shards)) == (6, 1)
     assert captions(read_samples(tmp_path / "one")) == captions(read_samples(tmp_path / "together"))
-
-
-MEASURE = """
-import re, sys
-from wds_tools.cli.main import main
-status = main(sys.argv[1:])
-print(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
-sys.exit(status)
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc; ru_maxrss would count the parent too")
-def test_memory_does_not_grow_with_the_input(tmp_path: Path) -> None:
-    words = random.Random(1).choices(["sea", "tar", "shard", "token", "image", "text"], k=300)
-    line = json.dumps({"text": " ".join(words) * 20}).encode() + b"\n"
-    peaks_kb = []
-    for megabytes in (30, 300):
-        path = tmp_path / f"{megabytes}.jsonl.zst"
-        compressor = zstandard.ZstdCompressor().compressobj()
-        with path.open("wb") as file:
-            block = line * (1_000_000 // len(line))
-            for _ in range(megabytes):
-                file.write(compressor.compress(block))
-            file.write(compressor.flush())
-        args = [*command()[:1], "-c", MEASURE, "convert", "documents", "--input", path, "--output", tmp_path / f"out-{megabytes}"]
-        done = subprocess.run(args, env=environment(), capture_output=True, text=True, check=True)
-        peaks_kb.append(int(done.stdout.split()[-1]))
-    assert peaks_kb[1] < 400_000, peaks_kb
-    assert peaks_kb[1] < peaks_kb[0] + 100_000, peaks_kb
 
 
 # ---- real inputs ----

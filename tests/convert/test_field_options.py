@@ -201,6 +201,14 @@ def test_every_conversion_says_in_two_lines_what_it_reads_and_which_field_is_wha
     assert said == ""
 
 
+def test_of_large_records_fewer_are_read_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", [{"text": "a" * 100}, {"text": "b"}, {"text": "c", "image": "c.jpg"}])
+    with pytest.raises(UsageError, match="line 3: image holds an image"):
+        convert(DocumentsConfig, tmp_path / "no", source)
+    monkeypatch.setattr(survey, "NUM_UNITS", 100)
+    assert convert(DocumentsConfig, tmp_path / "out", source, max_rejects="1").rejects == {"unused_image": 1}
+
+
 def test_a_record_of_very_many_fields_is_looked_at_within_bounds() -> None:
     look = survey.Survey(lambda _fields: {})
     look.add(Record(0, {f"f{number}": "x" * 1000 for number in range(200_000)}, "in.jsonl"))

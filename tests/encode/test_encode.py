@@ -357,7 +357,7 @@ def test_pairs_are_encoded_straight_through_to_the_same_samples(tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_encode_takes_files_of_pairs_as_convert_pairs_does(tmp_path: Path) -> None:
+def test_encode_takes_files_as_the_converter_does_that_fits(tmp_path: Path) -> None:
     path = write_pairs(tmp_path / "pairs", 3, width=60)
     how = ["--device", "cpu", "--keep-images", "--shard-samples", "2", "--max-pixels", "100000"]
     wds_tools("convert", "pairs", "--input", path, "--encode", "tiny", *how, "--output", tmp_path / "straight")
@@ -367,7 +367,18 @@ def test_encode_takes_files_of_pairs_as_convert_pairs_does(tmp_path: Path) -> No
     failed = wds_tools("encode", "--input", path, *others, "--output", tmp_path / "encoded", "--resume", status=2)
     assert "keep_images" in failed.stderr
     failed = wds_tools("encode", "--input", path, "--sft-mode", "multi768", "--output", tmp_path / "out", status=2)
-    assert "is read as pairs" in failed.stderr
+    assert "--sft-mode: the input is read as by convert pairs --encode, which has no such option" in failed.stderr
+    turns = [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "Noise."}]
+    chats = [write_jsonl(tmp_path / f"pairs/{n}.jsonl", [{"image": f"images/{n}.jpg", "conversations": turns}]) for n in range(3)]
+    size = ["--sft-mode", "cc256", "--device", "cpu"]
+    wds_tools("convert", "conversations", "--input", *chats, "--encode", "tiny", *size, "--output", tmp_path / "chats")
+    wds_tools("encode", "--input", *chats, *size, "--output", tmp_path / "encoded-chats")
+    assert tree(tmp_path / "encoded-chats") == tree(tmp_path / "chats")
+    text = write_jsonl(tmp_path / "text.jsonl", [{"text": "no image"}])
+    failed = wds_tools("encode", "--input", text, "--output", tmp_path / "out", status=2)
+    assert "no images to encode: `wds-tools convert documents` takes these" in failed.stderr
+    failed = wds_tools("encode", "--input", tmp_path / "chats", path, "--output", tmp_path / "out", status=2)
+    assert "expected one dataset, or files and nothing else" in failed.stderr
 
 
 @pytest.mark.slow

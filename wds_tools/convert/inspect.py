@@ -22,7 +22,7 @@ from wds_tools.convert.interleaved import InterleavedConfig
 from wds_tools.convert.options import ConvertOptions
 from wds_tools.convert.pairs import PairsConfig
 from wds_tools.convert.select import Selection
-from wds_tools.convert.survey import Read, place_of, shown, survey_records
+from wds_tools.convert.survey import Read, Survey, place_of, shown, survey_records
 from wds_tools.errors import Reject, UsageError
 from wds_tools.format.codes import CODE_COLUMNS
 from wds_tools.format.schema import DATA_TYPES, IMAGE_MARK
@@ -61,16 +61,12 @@ def inspect_input(patterns: Sequence[str], *, converter: str | None = None, **se
     Raises:
         UsageError, NotFound: the input can't be read; or the converter has no such option.
     """
-    options = _options(converter or "pairs", patterns, {})
-    source = options.make_source()
+    source = _options(converter or "pairs", patterns, {}).make_source()
     inputs = expand_inputs(patterns, source.choose)
     tasks, _ = source.plan(inputs.files)
     said = inputs.describe(map(kind_of_task, tasks))
     survey = survey_records(source.read, tasks, lambda fields: {"converter": converter or _fitting(fields)}, {})
-    if not survey.fields:
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in survey.rejects.items())
-        raise UsageError(f"{said}: no record in it can be read ({reasons or 'there is none'})")
-    name = survey.roles["converter"].most_common(1)[0][0]
+    name = _most(survey, said)
     options = _options(name, patterns, settings)
     selection = Selection.of(options, options.make_converter())
     mapped = survey_records(source.read, tasks, selection.roles, options.named_fields)
@@ -96,6 +92,23 @@ def inspect_input(patterns: Sequence[str], *, converter: str | None = None, **se
         "samples": samples,
         "command": None if problem else shlex.join([*words, *patterns, *said_options, "--output", "OUTPUT"]),
     }
+
+
+def fitting_converter(patterns: Sequence[str]) -> str:
+    """The converter that fits an input: one of CONVERTERS. Arguments and errors: see inspect_input."""
+    source = _options("pairs", patterns, {}).make_source()
+    inputs = expand_inputs(patterns, source.choose)
+    tasks, _ = source.plan(inputs.files)
+    survey = survey_records(source.read, tasks, lambda fields: {"converter": _fitting(fields)}, {})
+    return _most(survey, inputs.describe(map(kind_of_task, tasks)))
+
+
+def _most(survey: Survey, said: str) -> str:
+    """The converter of most records."""
+    if not survey.fields:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in survey.rejects.items())
+        raise UsageError(f"{said}: no record in it can be read ({reasons or 'there is none'})")
+    return survey.roles["converter"].most_common(1)[0][0]
 
 
 def _options(name: str, patterns: Sequence[str], settings: Mapping[str, Any]) -> ConvertOptions:

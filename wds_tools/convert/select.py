@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from wds_tools.convert.options import Converter, ConvertOptions, ImageFacts
@@ -52,8 +53,13 @@ class Selection:
         if not self.keep:
             return sample
         kept = dict(sample.provenance)
-        for name, field in self.keep:
-            values, path = (facts, field) if field in FACTS else (fields, field.removeprefix(RECORD))
-            if path in values or value_of(values, path) is not None:
-                kept[name] = value_of(values, path)
+        for name, path, is_fact in self._kept:
+            values = facts if is_fact else fields
+            if (value := value_of(values, path)) is not None or path in values:
+                kept[name] = value
         return sample.with_provenance(kept)
+
+    @cached_property
+    def _kept(self) -> tuple[tuple[str, str, bool], ...]:
+        """Of `keep`: the name, where the value is, and whether it is a fact of the image."""
+        return tuple((name, field.removeprefix(RECORD), field in FACTS) for name, field in self.keep)

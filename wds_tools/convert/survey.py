@@ -1,6 +1,6 @@
 """A look at the first records of an input, before anything is written: which field is what, and what would go wrong.
 
-    source.read(task), first tasks -> NUM_RECORDS records -> converter.roles(fields) -> Survey -> two lines, or a UsageError
+    first tasks -> NUM_RECORDS records, or NUM_UNITS of them -> converter.roles(fields) -> Survey -> two lines, or a UsageError
 
 A record with two images, or with one that nobody uses, stops the run here; later it is a reject. So does a field that an option
 names and no record has; it is looked for in the first records of MAX_TASKS tasks, spread over the input.
@@ -22,6 +22,8 @@ from wds_tools.records.fields import value_of
 from wds_tools.sources.record import Record
 
 NUM_RECORDS: Final = 1000
+NUM_UNITS: Final = 32 << 20
+"""Of large records fewer are read: so many bytes of the input, as most sources count them."""
 MAX_TASKS: Final = 100
 _STOPS: Final = ("unused_image", "ambiguous_fields")
 _MAX_DEPTH: Final = 3
@@ -127,12 +129,15 @@ def survey_records(read: Read, tasks: Sequence[Any], roles: Roles, named: Mappin
         named: option -> fields that it names.
     """
     survey = Survey(roles, {(option, name) for option, names in named.items() for name in names})
-    num_tasks = 0
+    num_tasks = units = 0
     for task in tasks:
         for record in islice(read(task), NUM_RECORDS - survey.num_records):
             survey.add(record)
+            units += record.num_units
+            if units >= NUM_UNITS:
+                break
         num_tasks += 1
-        if survey.num_records >= NUM_RECORDS:
+        if survey.num_records >= NUM_RECORDS or units >= NUM_UNITS:
             break
     for task in tasks[num_tasks :: max(1, (len(tasks) - num_tasks) // MAX_TASKS)][:MAX_TASKS]:
         for record in islice(read(task), NUM_RECORDS if survey.wanted else 0):

@@ -34,6 +34,9 @@ from wds_tools.format.shards import ShardInfo
 from wds_tools.format.typed_json import Count
 from wds_tools.storage import Store, Writer
 
+_WRITE_BYTES = 256 << 10
+"""A write takes as long as to make a document, so that many share one; large samples are written as they come."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ShardLimits:
@@ -99,6 +102,8 @@ class TaskWriter:
         self._limits = limits
         self._builder: ShardBuilder | None = None
         self._writer: Writer | None = None
+        self._unwritten: list[bytes] = []
+        self._unwritten_bytes = 0
         self._publisher = ThreadPoolExecutor(1)
         self._publishing: Future[None] | None = None
         self._shards: list[ShardInfo] = []
@@ -186,10 +191,18 @@ class TaskWriter:
     def _append(self, builder: ShardBuilder, data: bytes, num_samples: int = 1) -> None:
         if self._writer is None:
             self._builder, self._writer = builder, self._store.write(shard_name(self.task, len(self._shards)))
-        self._writer.write(data)
+        self._unwritten.append(data)
+        self._unwritten_bytes += len(data)
+        if self._unwritten_bytes >= _WRITE_BYTES:
+            self._write_out(self._writer)
         self.num_samples += num_samples
         if builder.num_samples >= self._limits.samples or builder.num_bytes >= self._limits.bytes:
             self._close_shard()
+
+    def _write_out(self, writer: Writer) -> None:
+        writer.write(b"".join(self._unwritten))
+        self._unwritten.clear()
+        self._unwritten_bytes = 0
 
     def reject(
         self, cause: Reject, *, source: str, line: int | None = None, element: int | None = None, key: str | None = None
@@ -253,7 +266,8 @@ class TaskWriter:
             return
         name = shard_name(self.task, len(self._shards))
         data, index, shard = self._builder.finish(name)
-        self._writer.write(data)
+        self._unwritten.append(data)
+        self._write_out(self._writer)
         self._wait_for_publication()
         self._publishing = self._publisher.submit(self._publish, self._writer, index, shard)
         self._builder = self._writer = None

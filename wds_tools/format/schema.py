@@ -160,6 +160,9 @@ class Sample(NamedTuple):
 
 
 _AT_PROVENANCE = Sample._fields.index("provenance")
+_BEHIND_TEXT = slice(Sample._fields.index("text") + 1, _AT_PROVENANCE)
+_ONLY_TEXT = Sample(key="", data_type="", text="")[_BEHIND_TEXT]
+"""What a document has between its text and its provenance, as nearly all have: nothing to be checked."""
 
 
 def pair_fields(column: str, shape: Sequence[int], stride: Any) -> dict[str, Any]:
@@ -211,6 +214,13 @@ def validate(sample: Sample, layouts: Mapping[str, CodeGrid] = NO_LAYOUTS) -> No
         FormatError: names the key, the field, what was got and what is expected.
     """
     check_key(sample.key)
+    if not (sample.data_type == "text_pretrain" and type(sample.text) is str and sample[_BEHIND_TEXT] == _ONLY_TEXT):
+        _check_fields(sample, layouts)
+    if sample.provenance and (taken := _taken_of(tuple(sample.provenance))):
+        raise FormatError(f"{sample.key}: provenance may not use the reserved names {', '.join(sorted(taken))}")
+
+
+def _check_fields(sample: Sample, layouts: Mapping[str, CodeGrid]) -> None:
     if sample.data_type not in DATA_TYPES:
         raise FormatError(f"{sample.key}: data_type={sample.data_type!r} is not one of {', '.join(DATA_TYPES)}")
     if not isinstance(sample.text, str):
@@ -234,8 +244,6 @@ def validate(sample: Sample, layouts: Mapping[str, CodeGrid] = NO_LAYOUTS) -> No
         raise FormatError(f"{sample.key}: text_pretrain has neither image nor codes")
     if sample.texts is not None and not _are_texts(sample.texts):
         raise FormatError(f"{sample.key}: texts are not an object of strings, or null, by name")
-    if sample.provenance and (taken := _taken_of(tuple(sample.provenance))):
-        raise FormatError(f"{sample.key}: provenance may not use the reserved names {', '.join(sorted(taken))}")
 
 
 def _check_images(sample: Sample) -> None:

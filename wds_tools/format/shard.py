@@ -89,11 +89,19 @@ def encode_members(sample: Sample) -> list[tuple[str, bytes]]:
     Raises:
         FormatError: the text can't be written as UTF-8, or the provenance not as JSON.
     """
-    record: dict[str, Any] = {"data_type": sample.data_type, "text": sample.text, "length": sample.length}
-    record |= {"width": sample.width, "height": sample.height}
-    for name, value in (("conversations", sample.conversations), ("grids", sample.grids), ("texts", sample.texts)):
-        if value is not None:
-            record[name] = value
+    record: dict[str, Any] = {
+        "data_type": sample.data_type,
+        "text": sample.text,
+        "length": sample.length,
+        "width": sample.width,
+        "height": sample.height,
+    }
+    if sample.conversations is not None:
+        record["conversations"] = sample.conversations
+    if sample.grids is not None:
+        record["grids"] = sample.grids
+    if sample.texts is not None:
+        record["texts"] = sample.texts
     record.update(sample.provenance)
     try:
         members = [("json", orjson.dumps(record))]

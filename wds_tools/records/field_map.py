@@ -12,6 +12,7 @@ import posixpath
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from typing import Any, Final
 
@@ -103,7 +104,7 @@ class FieldMap:
     spared: frozenset[str] = frozenset()
     """Fields that are kept or dropped: an image in them is no fault."""
 
-    @property
+    @cached_property
     def text_names(self) -> Sequence[str]:
         """Fields in which the text is looked for, in order."""
         return self.text or [field for _, field in self.texts] or TEXT_NAMES
@@ -164,9 +165,9 @@ def images_within(fields: Mapping[str, Any] | Sequence[Any], depth: int = _MAX_D
     images: list[tuple[str, Any]] = []
     for name, value in fields.items() if type(fields) is dict or isinstance(fields, Mapping) else enumerate(fields):
         kind = type(value)
-        name = str(name)
-        if kind in _PLAIN or (kind is str and name.lower() not in _IMAGE_NAMES and value[:1] not in "dD"):
+        if kind in _PLAIN or (kind is str and value[:1] not in "dD" and str(name).lower() not in _IMAGE_NAMES):
             continue  # as nearly all do: without a call
+        name = str(name)
         if is_image(value, name):
             images.append((name, value))
         elif kind is dict or (kind is list and not _PLAIN.issuperset(map(type, value))):

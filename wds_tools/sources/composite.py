@@ -127,10 +127,9 @@ class Containers:
                 number = first
                 for record in container.read(unit):
                     number = first + record.number
-                    fields = record.fields
-                    if record.key is not None and not isinstance(fields, Reject):
-                        fields = {**fields, KEY: record.key}
-                    yield Record(number, fields, *record[2:]) if first or record.key is not None else record
+                    if record.key is not None and not isinstance(record.fields, Reject):
+                        record = record._replace(fields={**record.fields, KEY: record.key})
+                    yield Record(number, *record[1:]) if first else record
                     number += 1
                 first = number
             return

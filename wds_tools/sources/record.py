@@ -97,7 +97,7 @@ def file_records(
     line, number = 0, -1
     try:
         for number, (line, fields, num_units) in enumerate(numbered):
-            yield Record(number, fields, url, line=line, num_units=num_units)
+            yield Record(number, fields, url, line, None, None, num_units)
     except Reject as cause:
         yield Record(number + 1, cause, url, line=line + 1, num_units=0)
 

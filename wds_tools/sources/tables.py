@@ -113,7 +113,7 @@ class Tables:
             try:
                 for number, (fields, num_bytes) in enumerate(rows):
                     line += 1
-                    yield Record(number, fields, unit.url, line=line, num_units=num_bytes)
+                    yield Record(number, fields, unit.url, line, None, None, num_bytes)
             except Reject as cause:
                 yield Record(
                     number + 1, Reject(cause.reason, f"{cause.detail} (behind row {line})"), unit.url, line=line + 1, num_units=0
@@ -199,14 +199,15 @@ def _parquet_rows(pa: Any, stream: _Seekable, unit: Unit, columns: Sequence[str]
     buffer_bytes = min(_BUFFER_BYTES, max(_BUFFERS_BYTES // max(metadata.num_columns, 1), 1 << 16))
     table = _parquet_file(pa, stream, metadata=metadata, buffer_size=buffer_bytes)
     size = _rows_at_a_time(num_rows, num_bytes)
-    done = 0
+    done = counted = 0
     with _rejecting(pa, "corrupt_parquet"):
         names = _wanted(pa, table.schema_arrow, columns)
         for group in range(first, last):  # one by one, since a batch that ends in a damaged one would be lost
             for batch in table.iter_batches(size, row_groups=[group], columns=names, use_threads=False):
                 for fields in _fields(pa, batch):
                     done += 1
-                    yield fields, unit.num_bytes * done // num_rows - unit.num_bytes * (done - 1) // num_rows
+                    counted, before = unit.num_bytes * done // num_rows, counted
+                    yield fields, counted - before
     if done != sum(rows[first:last]):
         raise Reject("corrupt_parquet", f"{done} rows where its footer says {sum(rows[first:last])}")
 

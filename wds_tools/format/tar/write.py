@@ -14,8 +14,8 @@ MAX_SIZE = 8**11 - 1
 _MODE_UID_GID = b"0000644\x00" + b"0000000\x00" * 2
 _MTIME = b"\x00" + b"00000000000\x00"
 _TYPE_TO_DEVICES = b"0" + bytes(100) + b"ustar\x0000" + bytes(64) + b"0000000\x00" * 2
-_NAME_PADS = tuple(bytes(100 - n) for n in range(101))
-_PREFIX_PADS = tuple(bytes(BLOCK - 345 - n) for n in range(156))
+_BEHIND_CHECKSUM = _TYPE_TO_DEVICES + bytes(BLOCK - 345)
+"""To the end of the block, where there is no prefix."""
 _CONSTANT_SUM = sum(_MODE_UID_GID + _MTIME + _TYPE_TO_DEVICES) + 8 * 0x20
 _PADS = tuple(bytes(-n % BLOCK) for n in range(BLOCK))
 
@@ -41,15 +41,15 @@ def header(name: str, size: int) -> bytes:
         name_bytes = name.encode()
     except UnicodeEncodeError as error:
         raise FormatError(f"the member name {name!r} can't be written as UTF-8") from error
-    prefix = b""
+    prefix, behind = b"", _BEHIND_CHECKSUM
     if len(name_bytes) > 100:
         name_bytes, prefix = _split_name(name_bytes)
+        behind = _TYPE_TO_DEVICES + prefix.ljust(BLOCK - 345, b"\0")
     if not 0 <= size <= MAX_SIZE:
         raise FormatError(f"{name}: {size} bytes do not fit a ustar member (at most {MAX_SIZE})")
     digits = b"%011o" % size
-    checksum = b"%06o\x00 " % (_CONSTANT_SUM + sum(name_bytes) + sum(digits) + sum(prefix))
-    pads = _NAME_PADS[len(name_bytes)], _PREFIX_PADS[len(prefix)]
-    return b"".join((name_bytes, pads[0], _MODE_UID_GID, digits, _MTIME, checksum, _TYPE_TO_DEVICES, prefix, pads[1]))
+    checksum = b"%06o\x00 " % (_CONSTANT_SUM + sum(name_bytes + prefix + digits))
+    return b"".join((name_bytes.ljust(100, b"\0"), _MODE_UID_GID, digits, _MTIME, checksum, behind))
 
 
 def _split_name(name: bytes) -> tuple[bytes, bytes]:

@@ -5,7 +5,7 @@ One that breaks off or is damaged gives the records before the damage, and one r
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,17 +40,17 @@ class TextFiles:
 
     def read(self, unit: Unit) -> Iterator[Record[Mapping[str, Any]]]:
         """See Container."""
-        chunks = _Chunks(unit.url, self.compression)
-        is_list = self.kind == "list"
-        numbered = ((number + is_list, fields, chunks.take_new_bytes()) for number, fields in self._numbered(chunks))
-        for record in file_records(unit.url, numbered):
-            yield record._replace(line=None, element=(record.line or 1) - 1) if is_list else record
+        records = file_records(unit.url, self._numbered(_Chunks(unit.url, self.compression)))
+        return map(_as_element, records) if self.kind == "list" else records
 
-    def _numbered(self, chunks: Iterable[bytes]) -> Iterator[tuple[int, Mapping[str, Any] | Reject]]:
+    def _numbered(self, chunks: _Chunks) -> Iterator[tuple[int, Mapping[str, Any] | Reject, int]]:
+        """From 1: number, fields, bytes of the file."""
         if self.kind in _SEPARATORS:
-            return read_rows(chunks, _SEPARATORS[self.kind])
-        lines = split_elements(chunks) if self.kind == "list" else number_lines(chunks)
-        return ((line.number, fields_of(line)) for line in lines)
+            rows = read_rows(chunks, _SEPARATORS[self.kind])
+            return ((number, fields, chunks.take_new_bytes()) for number, fields in rows)
+        if self.kind == "list":
+            return ((line.number + 1, fields_of(line), chunks.take_new_bytes()) for line in split_elements(chunks))
+        return ((line.number, fields_of(line), chunks.take_new_bytes()) for line in number_lines(chunks))
 
     def _check_header(self, file: InputFile) -> None:
         try:
@@ -58,6 +58,10 @@ class TextFiles:
         except Reject as cause:
             if cause.reason == "bad_header":
                 raise UsageError(f"{file.url}: {cause.detail}") from cause
+
+
+def _as_element(record: Record[Any]) -> Record[Any]:
+    return record._replace(line=None, element=(record.line or 1) - 1)
 
 
 class _Chunks:
