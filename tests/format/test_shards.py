@@ -163,7 +163,7 @@ def test_rows_alike_are_read_without_a_parser() -> None:
 
 
 @given(st.lists(ROWS, min_size=1, max_size=4), ROWS, st.booleans())
-@settings(max_examples=50, deadline=None)
+@tries(50)
 def test_any_rows_are_read_as_a_parser_reads_them_or_left_to_it(rows: list[ShardInfo], kind: ShardInfo, are_plain: bool) -> None:
     types = kind.data_types
     rows = [replace(each, members=kind.members, data_types=dict.fromkeys(types, each.samples)) for each in rows]
@@ -174,7 +174,7 @@ def test_any_rows_are_read_as_a_parser_reads_them_or_left_to_it(rows: list[Shard
 
 
 @given(st.integers(0, 1200), st.sampled_from(b'01 -.eE"\\\n\t,:{}A\x7f\xff'), st.sampled_from(["put", "insert", "remove"]))
-@settings(max_examples=100, deadline=None)
+@tries(100)
 def test_mutated_rows_are_read_as_a_parser_reads_them_or_left_to_it(at: int, byte: int, way: str) -> None:
     text = bytearray(rows_text(ALIKE[:4]))
     at %= len(text)
