@@ -17,7 +17,7 @@ from properties import tries
 from wds_tools.errors import FormatError
 from wds_tools.format import manifest_json
 from wds_tools.format.manifest import Manifest, parse_manifest, serialize_manifest
-from wds_tools.format.shard_rows import rows_alike
+from wds_tools.format.manifest_json import rows_alike
 from wds_tools.format.shards import ShardInfo, Shards
 
 NAMES = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
