@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
+import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,6 +17,7 @@ from properties import tries
 from wds_tools.errors import FormatError
 from wds_tools.format import manifest_json
 from wds_tools.format.manifest import Manifest, parse_manifest, serialize_manifest
+from wds_tools.format.manifest_json import rows_alike
 from wds_tools.format.shards import ShardInfo, Shards
 
 NAMES = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
@@ -141,3 +144,42 @@ def test_no_more_than_a_piece_is_read_before_its_shards_are_taken(monkeypatch: p
     assert sum(count for count, _ in taken) == 200
     assert len(taken) > 10
     assert [place for _, place in taken][:3] == [4096, 8192, 12288]
+
+
+def rows_text(rows: list[ShardInfo]) -> bytes:
+    """As they stand in a manifest, each with a comma behind it."""
+    text = orjson.dumps({"shards": rows}, option=orjson.OPT_INDENT_2)
+    return text[text.index(b"\n    {") :].removesuffix(b"\n  ]\n}") + b","
+
+
+ALIKE = [replace(row(number), members=("json",), text_chars=9 << number % 40) for number in range(1, 200, 3) if number % 7 != 3]
+
+
+def test_rows_alike_are_read_without_a_parser() -> None:
+    shards = rows_alike(rows_text(ALIKE))
+    assert shards == ALIKE
+    assert list(shards.kinds) == [(("json",), ("image_text", "text_pretrain"))]
+    assert rows_alike(rows_text([*ALIKE, row(3)])) is None
+
+
+@given(st.lists(ROWS, min_size=1, max_size=4), ROWS, st.booleans())
+@tries(50)
+def test_any_rows_are_read_as_a_parser_reads_them_or_left_to_it(rows: list[ShardInfo], kind: ShardInfo, are_plain: bool) -> None:
+    types = kind.data_types
+    rows = [replace(each, members=kind.members, data_types=dict.fromkeys(types, each.samples)) for each in rows]
+    if are_plain:
+        rows = [replace(each, name=f"{number}.tar", bytes=each.samples) for number, each in enumerate(rows)]
+    found = rows_alike(rows_text(rows))
+    assert found is None or found == rows
+
+
+@given(st.integers(0, 1200), st.sampled_from(b'01 -.eE"\\\n\t,:{}A\x7f\xff'), st.sampled_from(["put", "insert", "remove"]))
+@tries(100)
+def test_mutated_rows_are_read_as_a_parser_reads_them_or_left_to_it(at: int, byte: int, way: str) -> None:
+    text = bytearray(rows_text(ALIKE[:4]))
+    at %= len(text)
+    text[at : at + (way != "insert")] = b"" if way == "remove" else bytes([byte])
+    found = rows_alike(bytes(text))
+    if found is not None:
+        assert bytes(text).endswith(b",")
+        assert found == Shards.of_json(orjson.loads(b"[" + text[:-1] + b"]"), "", 0)
