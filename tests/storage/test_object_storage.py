@@ -131,7 +131,8 @@ def test_overwrite_on_s3_removes_only_its_own_files_and_not_a_neighbours(bucket:
     wds_tools(*args, status=2)
     open_store(f"{bucket}/out").put("notes.txt", b"mine")
     wds_tools(*args, "--overwrite")
-    assert sorted(files(f"{bucket}/out")) == ["notes.txt", "shard-000000-0000.tar", "shard-000000-0000.tar.index"]
+    shard = "shard-000000-0000.tar"
+    assert sorted(files(f"{bucket}/out")) == ["notes.txt", "offsets.safetensors", shard, f"{shard}.index"]
     assert files(f"{bucket}/out-2") == neighbour
 
 

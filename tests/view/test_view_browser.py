@@ -282,6 +282,7 @@ def test_marks_are_kept_and_become_a_file_that_select_takes(watched: Watched, fo
     watched.open("/sample/41")
     page.get_by_role("button", name="mark talk-").click()
     page.reload()
+    page.wait_for_selector(".mark[aria-pressed=true]")
     assert page.locator(".mark[aria-pressed=true]").count() == 1
     watched.open("/marks")
     with page.expect_download() as download:
