@@ -121,8 +121,9 @@ def token_ids(rows: Path) -> list[np.ndarray[Any, Any]]:
 def test_the_line_of_a_model_can_be_typed(model: str, tmp_path: Path) -> None:
     encode, template, pack = LINES[model]
     write_pairs(tmp_path, 1, width=300, height=220)
-    write_plugin(tmp_path, "somebodys", COLOURS, "magvit2 = somebodys:load")
-    write_plugin(tmp_path, "others", BLOCKS, "titok = others:Line\nunitok = others:Eight")
+    write_plugin(tmp_path, "somebodys", COLOURS.replace('"colours"', '"magvit2"'), "magvit2 = somebodys:load")
+    others = BLOCKS.replace('"line"', '"titok"').replace('"eight"', '"unitok"')
+    write_plugin(tmp_path, "others", others, "titok = others:Line\nunitok = others:Eight")
     write_plugin(
         tmp_path, "wds_tools_notes", NOTES.read_text(), "[wds_tools.templates]\nlumina-mgpt = wds_tools_notes:LuminaMGPT"
     )
