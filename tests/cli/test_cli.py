@@ -28,6 +28,7 @@ from wds_tools.dataset.reader import read_manifest
 from wds_tools.errors import UsageError
 from wds_tools.sequences.templates import find_template
 from wds_tools.storage import open_store
+from wds_tools.terminal import sized
 from wds_tools.vq.registry import load_tokenizer
 
 
@@ -342,7 +343,7 @@ def test_the_summary_of_a_conversion_is_true(tmp_path: Path) -> None:
         f"dataset      {out}",
         "samples      2 of 4 inputs (2 image_text)",
         f"rejects      2 (1 aspect_ratio, 1 bad_json), listed in {out}/rejects/",
-        f"shards       1, {size / 1e6:,.1f} MB, {size / 2:,.0f} bytes a sample",
+        f"shards       1, {sized(size)}, {size / 2:,.0f} bytes a sample",
         "images       2, 2 smaller than their crop, so enlarged (convert with --min-side leaves such out)",
         f"fingerprint  {manifest.fingerprint()}",
     ]
@@ -488,7 +489,7 @@ def test_json_says_what_the_lines_say(tmp_path: Path) -> None:
     assert len(said("verify", out, status=1)["problems"]) == 1
     (out / "extra").unlink()
     exported = said("export", "hf", "--input", out, "--output", tmp_path / "hf")
-    assert (exported["rows"], exported["files"], exported["data_types"]) == (2, 2, {"text_pretrain": 2})
+    assert (exported["rows"], exported["files"], exported["data_types"]) == (2, 1, {"text_pretrain": 2})
 
 
 @pytest.mark.parametrize(

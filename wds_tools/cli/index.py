@@ -14,7 +14,7 @@ from wds_tools.pack.count import count_tokens
 from wds_tools.run.local import OnWorkers
 from wds_tools.select.fields import Fields
 from wds_tools.storage import open_store
-from wds_tools.terminal import counted
+from wds_tools.terminal import counted, sized
 
 EXAMPLE = "wds-tools index s3://bucket/tars --workers 8"
 
@@ -47,7 +47,7 @@ def run(config: Config) -> int:
     what = f"{'rebuilt' if is_set else 'indexed'} {counted(len(manifest.shards), 'index file' if is_set else 'tar')}"
     passed_over = manifest.source.get("counts", {}).get(PASSED_OVER)
     lines = [
-        f"index: {what} of {config.input}: {counted(manifest.samples, 'sample')}, {manifest.bytes / 1e6:,.1f} MB, "
+        f"index: {what} of {config.input}: {counted(manifest.samples, 'sample')}, {sized(manifest.bytes)}, "
         f"{manifest.samples / elapsed_s:,.0f} samples/s",
         f"schema: {describe_samples(manifest)}",
     ]

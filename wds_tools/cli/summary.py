@@ -12,7 +12,7 @@ import orjson
 from wds_tools.dataset.layout import REJECTS
 from wds_tools.format.manifest import ENLARGED, FILTERED, IMAGES, PASSED_OVER, Manifest
 from wds_tools.format.schema import ANY_MEMBERS
-from wds_tools.terminal import say
+from wds_tools.terminal import say, sized
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +80,7 @@ def describe_dataset(url: str, manifest: Manifest) -> Iterator[str]:
         "dataset": url,
         "samples": f"{manifest.samples:,} of {manifest.inputs:,} inputs ({describe_samples(manifest)})",
         "rejects": f"{rejected:,} ({itemize(listed)}), listed in {url.rstrip('/')}/{REJECTS}" if rejected else "none",
-        "shards": f"{len(manifest.shards):,}, {manifest.bytes / 1e6:,.1f} MB, {_per_sample(manifest)}",
+        "shards": f"{len(manifest.shards):,}, {sized(manifest.bytes)}, {_per_sample(manifest)}",
     }
     if filtered:
         lacking = filtered.get("filtered_missing", 0)

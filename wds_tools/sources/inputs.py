@@ -20,7 +20,7 @@ from wds_tools.sources.folders import named_by_records, pictures_of
 from wds_tools.sources.record import InputFile
 from wds_tools.storage import join, open_store, split_url
 from wds_tools.storage.base import split_scheme
-from wds_tools.terminal import counted, say
+from wds_tools.terminal import counted, say, sized
 
 _NAMED_FILES = 8
 _STARS = re.compile(r"[*?]")
@@ -50,8 +50,7 @@ class Inputs(NamedTuple):
         """One line: what is read, files of these kinds."""
         names = ", ".join(dict.fromkeys(kinds)) or "empty"
         left_out = f"; {counted(len(self.left_out), 'file is', 'files are')} left out" if self.left_out else ""
-        num_bytes = sum(file.size for file in self.files)
-        size = f"{num_bytes / 1e6:,.1f} MB" if num_bytes >= 1e6 else f"{num_bytes:,} bytes"
+        size = sized(sum(file.size for file in self.files))
         return f"{counted(len(self.files), 'file')} ({names}), {size}{left_out}"
 
     @property
