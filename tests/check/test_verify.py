@@ -16,6 +16,7 @@ from commands import tree, wds_tools
 from factory import CODEBOOK_SIZE, image_sample, make_dataset, text_sample
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from properties import tries
 
 from wds_tools.check.verify import VerifyConfig, verify
 from wds_tools.cli.main import main
@@ -279,7 +280,7 @@ def test_a_sample_that_breaks_the_schema_is_one_problem(tmp_path: Path, monkeypa
     assert "data_type='poem'" in problem
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(tries(60), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_no_single_byte_of_a_set_can_change_unnoticed(original: Path, tmp_path: Path, data: st.DataObject) -> None:
     folder = tmp_path / "copy"

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 from commands import image_bytes, last_line, read_rejects, read_samples, shared, tree, wds_tools, write_jsonl
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import tries
 
 from loaders import ShardDataset
 from wds_tools.check.verify import VerifyConfig, verify
@@ -300,7 +301,7 @@ STYLES: list[Callable[[object], str]] = [
 
 
 @given(content=st.lists(JSON, max_size=8), style=st.sampled_from(STYLES), read_bytes=st.integers(1, 40), size=st.integers(1, 4))
-@settings(max_examples=200, deadline=None)
+@tries(200)
 def test_a_list_is_cut_where_its_elements_end_however_it_is_written_and_read(
     tmp_path_factory: pytest.TempPathFactory, content: list[Any], style: Callable[[object], str], read_bytes: int, size: int
 ) -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 from commands import SHARED
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import tries
 
 from wds_tools.errors import NotFound, Reject, UsageError
 from wds_tools.records.fields import required_text
@@ -101,7 +102,7 @@ PARTS = [b"{}", b"\n", b"\r\n", b" ", BOM, b"\0", b'{"text": "\xe2\x80\xa8"}', b
     lines_per_range=st.integers(1, 12),
     sizes=st.tuples(st.integers(1, 30), st.integers(1, 60), st.integers(1, 50)),
 )
-@settings(max_examples=300, deadline=None)
+@tries(300)
 def test_any_file_any_range_and_any_read_size_give_the_same_lines(
     tmp_path_factory: pytest.TempPathFactory, parts: list[bytes], lines_per_range: int, sizes: tuple[int, int, int]
 ) -> None:
@@ -152,7 +153,7 @@ def test_several_files_are_planned_one_after_the_other(tmp_path: Path) -> None:
 
 
 @given(st.lists(st.binary(max_size=20), max_size=8))
-@settings(max_examples=100, deadline=None)
+@tries(100)
 def test_chunks_of_any_size_are_numbered_alike(chunks: list[bytes]) -> None:
     assert list(number_lines(chunks)) == expected_lines(b"".join(chunks))
 

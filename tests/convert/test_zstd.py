@@ -9,8 +9,9 @@ from collections.abc import Iterator
 import pytest
 import zstandard
 from commands import SHARED
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import tries
 
 from wds_tools.errors import Reject
 from wds_tools.sources.text.compression import read_pieces
@@ -117,7 +118,7 @@ def test_a_cut_file_of_many_frames_gives_what_was_whole() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, len(FILE) - 1), st.integers(0, 255)), max_size=5), st.binary(max_size=40))
-@settings(max_examples=300, deadline=None)
+@tries(300)
 def test_mutated_files_are_decompressed_or_rejected(changes: list[tuple[int, int]], tail: bytes) -> None:
     bad = bytearray(FILE + tail)
     for at, value in changes:
@@ -127,7 +128,7 @@ def test_mutated_files_are_decompressed_or_rejected(changes: list[tuple[int, int
 
 
 @given(st.binary(max_size=200))
-@settings(max_examples=200, deadline=None)
+@tries(200)
 def test_random_bytes_behind_a_magic_number_are_decompressed_or_rejected(data: bytes) -> None:
     _, reason = outcome(MAGIC + data)
     assert reason in (None, "not_zst", "truncated_zst", "corrupt_zst")

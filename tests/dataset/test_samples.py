@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from factory import image_sample, make_dataset
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import tries
 
 from wds_tools.dataset import samples
 from wds_tools.dataset.reader import read_manifest
@@ -29,7 +30,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-@settings(max_examples=30)
+@tries(30)
 @given(run_samples=st.integers(1, NUM_SAMPLES + 1), first=st.integers(0, NUM_SAMPLES), count=st.integers(0, NUM_SAMPLES))
 def test_any_part_of_an_index_is_that_of_the_whole(url: str, run_samples: int, first: int, count: int) -> None:
     store = open_store(url)

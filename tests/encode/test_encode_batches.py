@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 import torch
 from commands import wait_until
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import tries
 from torch import Tensor
 
 from wds_tools.encode.batches import Prepare, encode_in_batches
@@ -69,7 +70,7 @@ def test_the_fake_is_a_tokenizer() -> None:
     assert isinstance(FakeTokenizer(), ImageTokenizer)
 
 
-@settings(deadline=None, max_examples=60)
+@tries(60)
 @given(
     kinds=st.lists(st.sampled_from([*SIZES, None, "bad"]), max_size=60),
     batch_size=st.integers(1, 5),

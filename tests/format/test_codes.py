@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import tries
 
 from wds_tools.errors import FormatError, UsageError
 from wds_tools.format.codes import (
@@ -63,7 +64,7 @@ LAYOUTS = [
 ]
 
 
-@settings(max_examples=50)
+@tries(50)
 @given(st.sampled_from(LAYOUTS), st.lists(st.tuples(SIDES, SIDES, SIDES, SIDES), max_size=3), st.integers(0, 1 << 32))
 def test_arrays_of_every_layout_are_joined_stored_read_and_split_again(
     layout: CodeGrid, sides: list[tuple[int, ...]], seed: int

@@ -14,8 +14,9 @@ import pytest
 import safetensors.numpy
 import xxhash
 from factory import read_members
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import tries
 
 from wds_tools.errors import FormatError
 from wds_tools.format.index import ABSENT, IndexBuilder, ShardIndex, check_fresh, parse_index, read_part, serialize_index
@@ -89,7 +90,7 @@ def third_party_tar(tar_format: int, members: list[tuple[str, bytes | None]]) ->
     st.booleans(),
     st.booleans(),
 )
-@settings(max_examples=60, deadline=None)
+@tries(60)
 def test_an_index_survives_and_is_the_one_rebuilt_from_the_tar(texts: list[str], with_codes: bool, last_has_image: bool) -> None:
     archive, index = shard(texts, with_codes=with_codes, last_has_image=last_has_image)
     data = serialize_index(index)
@@ -134,7 +135,7 @@ def index_of(rows: list[Row], base: int) -> ShardIndex:
 
 
 @given(ROWS, st.sampled_from([0, 1 << 33]))
-@settings(max_examples=100, deadline=None)
+@tries(100)
 def test_any_layout_survives(rows: list[Row], base: int) -> None:
     index = index_of(rows, base)
     assert equal(parse_index(serialize_index(index)), index)
@@ -195,7 +196,7 @@ def test_a_stale_index_is_refused() -> None:
 
 
 @given(ROWS, st.sampled_from([0, 1 << 33]), st.tuples(st.integers(0, 6), st.integers(0, 6)))
-@settings(max_examples=80, deadline=None)
+@tries(80)
 def test_rows_are_read_as_they_stand_in_the_whole(rows: list[Row], base: int, cut: tuple[int, int]) -> None:
     index = index_of(rows, base)
     data = serialize_index(index)
@@ -248,7 +249,7 @@ INDICES = [
     st.lists(st.tuples(st.integers(0, 2000), st.integers(0, 255)), min_size=1, max_size=6),
     st.sampled_from([(0, 0), (0, 1), (1, 2), (1, 3), (2, 3)]),
 )
-@settings(max_examples=1000, deadline=None)
+@tries(1000)
 def test_a_mutated_index_is_possible_or_a_format_error(data: bytes, changes: list[tuple[int, int]], cut: tuple[int, int]) -> None:
     bad = bytearray(data)
     for at, value in changes:
@@ -274,7 +275,7 @@ def check_possible(index: ShardIndex) -> None:
 
 
 @given(st.binary(max_size=300))
-@settings(max_examples=100, deadline=None)
+@tries(100)
 def test_random_bytes_are_a_format_error(data: bytes) -> None:
     with pytest.raises(FormatError):
         parse_index(data)

@@ -9,8 +9,9 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import tries
 
 from wds_tools.errors import FormatError
 from wds_tools.format.manifest import Manifest, ShardInfo, parse_manifest, serialize_manifest
@@ -75,7 +76,7 @@ ROWS = st.builds(
     st.dictionaries(NAMES, st.integers(0, 10**9), max_size=3),
     st.dictionaries(NAMES, st.dictionaries(NAMES, st.integers(0, 9) | NAMES | st.none(), max_size=3), max_size=2),
 )
-@settings(max_examples=100, deadline=None)
+@tries(100)
 def test_any_manifest_survives(shards: list[ShardInfo], rejects: dict[str, int], codes: dict[str, Any]) -> None:
     inputs = sum(shard.samples for shard in shards) + sum(rejects.values())
     manifest = Manifest(shards=tuple(shards), inputs=inputs, rejects=rejects, codes=codes, source={"of": codes})
@@ -368,7 +369,7 @@ def test_values_of_a_wrong_kind_are_a_format_error(change: Callable[[Any], Any])
         max_leaves=4,
     ),
 )
-@settings(max_examples=300, deadline=None)
+@tries(300)
 def test_any_value_anywhere_is_read_or_a_format_error(keys: list[str], row_keys: list[str], value: Any) -> None:
     def change(record: Any) -> None:
         for key in row_keys:
@@ -383,7 +384,7 @@ def test_any_value_anywhere_is_read_or_a_format_error(keys: list[str], row_keys:
 
 
 @given(st.lists(st.tuples(st.integers(0, 3000), st.integers(0, 255)), min_size=1, max_size=4))
-@settings(max_examples=300, deadline=None)
+@tries(300)
 def test_a_mutated_manifest_is_read_or_a_format_error(changes: list[tuple[int, int]]) -> None:
     bad = bytearray(serialize_manifest(MANIFEST))
     for at, value in changes:

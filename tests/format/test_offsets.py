@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from factory import make_dataset, text_sample
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import tries
 
 from wds_tools.dataset.layout import OFFSETS, index_name
 from wds_tools.dataset.offsets import OffsetsReader
@@ -32,7 +33,7 @@ def dataset(sizes: list[int], shard_samples: int) -> tuple[Store, Manifest]:
     return open_store(url), manifest
 
 
-@settings(max_examples=25, deadline=None)
+@tries(25)
 @given(st.lists(st.integers(0, 60_000), min_size=1, max_size=60), st.integers(1, 40), st.data())
 def test_any_samples_lie_between_the_bounds_of_their_groups(sizes: list[int], shard_samples: int, data: st.DataObject) -> None:
     store, manifest = dataset(sizes, shard_samples)

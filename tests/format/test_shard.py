@@ -17,9 +17,10 @@ import pytest
 import xxhash
 from commands import SHARED
 from factory import image_sample, read_members
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from properties import tries
 
 from wds_tools.errors import FormatError
 from wds_tools.format.codes import CODE_COLUMNS, code_dtype, join_grids
@@ -120,7 +121,7 @@ def samples(draw: st.DrawFn) -> Sample:
 
 @pytest.mark.slow
 @given(st.lists(samples(), max_size=4, unique_by=lambda sample: sample.key))
-@settings(max_examples=150, deadline=None)
+@tries(150)
 def test_samples_of_every_kind_survive(batch: list[Sample]) -> None:
     archive = build(batch)
     found = read_back(archive)
@@ -411,7 +412,7 @@ def test_members_that_make_no_sample_are_refused(members: dict[str, bytes], prob
 
 
 @given(st.binary(max_size=200))
-@settings(max_examples=100, deadline=None)
+@tries(100)
 def test_random_json_and_npy_bytes_are_a_format_error(data: bytes) -> None:
     with pytest.raises(FormatError):
         sample_from_members("a", {"json": data})
@@ -498,7 +499,7 @@ def test_a_pickle_in_an_npy_is_never_run(tmp_path: Path) -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 200), st.integers(0, 255)), min_size=1, max_size=4))
-@settings(max_examples=300, deadline=None)
+@tries(300)
 def test_a_mutated_npy_is_an_array_of_codes_or_refused(changes: list[tuple[int, int]]) -> None:
     bad = bytearray(npy_bytes(np.arange(40, dtype="<u2").reshape(5, 8)))
     for at, value in changes:

@@ -8,8 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import tries
 
 from wds_tools.errors import FormatError
 from wds_tools.format import manifest_json
@@ -32,7 +33,7 @@ ROWS = st.builds(
 
 
 @given(st.lists(ROWS, max_size=6), st.lists(ROWS, max_size=3), st.integers(-7, 7), st.integers(-7, 7))
-@settings(max_examples=100, deadline=None)
+@tries(100)
 def test_columns_give_the_rows_that_they_were_made_of(rows: list[ShardInfo], more: list[ShardInfo], low: int, high: int) -> None:
     shards = Shards.join([Shards.of(rows), Shards.of(more)])
     rows = rows + more

@@ -19,10 +19,11 @@ from typing import Any
 import numpy as np
 import pytest
 from commands import SHARED
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from memory import grown_mb
 from PIL import Image, ImageFile
+from properties import tries
 
 from wds_tools.errors import Reject, UsageError
 from wds_tools.images import (
@@ -678,7 +679,7 @@ SEEDS = seeds()
 
 
 @pytest.mark.slow
-@settings(max_examples=1500, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@tries(1500)
 @given(st.data())
 def test_flipped_and_cut_bytes_never_raise_anything_but_a_reject(choose: st.DataObject) -> None:
     data = bytearray(choose.draw(st.sampled_from(SEEDS)))

@@ -1,8 +1,9 @@
 """Every block of the documentation that is marked `python` or `bash` runs, page by page, in a folder such as the pages speak of;
 commands in `text` are parsed.
 
-That of the README is the path of a newcomer: in a folder with pictures and captions, what it says, in its order, nothing else. An
-`output` block is what the block before it prints, but for `…`, which stands for anything on its line.
+That of the README is the path of a newcomer: in a folder with pictures and captions, what it says, in its order, nothing else.
+Quick tests go as far as the first batch. An `output` block is what the block before it prints, but for `…`, which stands for
+anything on its line.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -31,6 +33,8 @@ PAGES = sorted(
 )
 TINY = 4096
 """Codes of the bundled tokenizer."""
+TO_A_BATCH = 4
+"""Blocks of the README that a newcomer begins with."""
 SCALING = "docs/scaling.md"
 """Its blocks run too, but clusters are not at hand: Ray, Slurm, ssh and pip are stand-ins, and our commands are parsed only."""
 CLUSTER = {
@@ -60,10 +64,10 @@ def blocks(page: str) -> list[tuple[str, str]]:
     return _BLOCK.findall((ROOT / page).read_text())
 
 
-def script(page: str) -> str:
-    """A program that runs the page's blocks in their order: Python here, bash in a shell."""
+def script(of_page: Sequence[tuple[str, str]]) -> str:
+    """A program that runs blocks of a page in their order: Python here, bash in a shell."""
     lines = ["import subprocess as _subprocess"]
-    for language, content in blocks(page):
+    for language, content in of_page:
         if language == "python":
             lines.append(content)
         elif language == "bash":
@@ -74,11 +78,11 @@ def script(page: str) -> str:
     return "\n".join(lines)
 
 
-def shown_outputs(page: str) -> dict[int, str]:
+def shown_outputs(of_page: Sequence[tuple[str, str]]) -> dict[int, str]:
     """Number of a block that runs -> what the page says it prints, as a pattern."""
     outputs: dict[int, str] = {}
     number = -1
-    for language, content in blocks(page):
+    for language, content in of_page:
         if language == "output":
             outputs[number] = re.escape(content).replace("…", ".*")
         number += language in ("python", "bash")
@@ -140,19 +144,23 @@ def place(start: Path, demo: Path) -> Path:
 
 
 @pytest.mark.timeout(480)
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "page",
-    [
-        pytest.param(page, marks=[] if page == "README.md" else [pytest.mark.slow])
-        for page in PAGES
-        if page != SCALING and any(kind in ("python", "bash") for kind, _ in blocks(page))
-    ],
+    "page", [page for page in PAGES if page != SCALING and any(kind in ("python", "bash") for kind, _ in blocks(page))]
 )
 def test_every_block_of_a_page_runs(page: str, request: pytest.FixtureRequest) -> None:
     place = request.getfixturevalue("start" if page == "README.md" else "place")
     if page != "README.md":
         request.getfixturevalue("s3")
         open_store("s3://bucket").put("made", b"")  # the server makes buckets on the way
+    run_blocks(blocks(page), place)
+
+
+def test_a_newcomer_gets_from_pictures_to_a_batch_as_the_readme_says(start: Path) -> None:
+    run_blocks(blocks("README.md")[:TO_A_BATCH], start)
+
+
+def run_blocks(of_page: Sequence[tuple[str, str]], place: Path) -> None:
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
@@ -161,11 +169,11 @@ def test_every_block_of_a_page_runs(page: str, request: pytest.FixtureRequest) -
         "HF_DATASETS_CACHE": str(place / "cache"),
     }
     program = place / "page.py"
-    program.write_text(script(page))
+    program.write_text(script(of_page))
     done = subprocess.run([sys.executable, program], cwd=place, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     printed = done.stdout.split(f"{END_OF_BLOCK}\n")
-    for number, shown in shown_outputs(page).items():
+    for number, shown in shown_outputs(of_page).items():
         assert re.fullmatch(shown, printed[number]), f"block {number} printed:\n{printed[number]}"
 
 
@@ -230,7 +238,7 @@ def test_the_blocks_about_clusters_run_on_stand_ins_and_their_commands_are_those
         (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{does}\n")
         (tmp_path / "bin" / name).chmod(0o755)
     (tmp_path / "hosts").write_text("one\ntwo\n")
-    (tmp_path / "page.py").write_text(script(SCALING))
+    (tmp_path / "page.py").write_text(script(blocks(SCALING)))
     path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": path, "SLURM_ARRAY_TASK_ID": "64"}
     command = [sys.executable, tmp_path / "page.py"]
@@ -264,7 +272,7 @@ def test_commands_that_are_only_shown_are_those_that_there_are(page: str, tmp_pa
 def test_the_readme_begins_with_a_newcomers_path_from_pictures_to_a_batch() -> None:
     section = (ROOT / "README.md").read_text().partition("to a training batch\n")[2].partition("\n## ")[0]
     path = _BLOCK.findall(section)
-    assert path == blocks("README.md")[:4]
+    assert path == blocks("README.md")[:TO_A_BATCH]
     assert [language for language, _ in path] == ["bash", "output", "python", "output"]
 
 

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 from factory import CODEBOOK_SIZE, answer_sample, image_sample, page_sample, random_codes
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import tries
 from tokenizers import Tokenizer
 from tokens import IMAGE_TOKENS, write_tokenizer
 
@@ -127,7 +128,7 @@ SHAPES = st.lists(st.tuples(st.integers(1, 4), st.integers(1, 4)), max_size=6)
 WORDS = st.sampled_from(["", " ", "a ", "some words, ", "many words " * 9, "🐶 Hund "])
 
 
-@settings(max_examples=60, deadline=None)
+@tries(60)
 @given(SHAPES, st.data())
 def test_a_long_interleaved_document_becomes_pieces_that_begin_with_bos_and_cut_no_image(
     long_builders: dict[str, ExampleBuilder], shapes: list[tuple[int, int]], data: st.DataObject

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import tries
 
 from loaders.batches.collate import TokenTensors
 from wds_tools.errors import UsageError
@@ -56,7 +57,7 @@ STREAMS = st.lists(ONE | PIECES, max_size=60).map(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@tries(150)
 @given(STREAMS)
 def test_every_token_is_in_the_rows_once_in_order_and_only_documents_are_cut_anywhere(stream: list[Example]) -> None:
     found: dict[str, list[np.ndarray]] = {}
@@ -76,7 +77,7 @@ def test_every_token_is_in_the_rows_once_in_order_and_only_documents_are_cut_any
     assert sorted(ended) == list(range(len(stream)))
 
 
-@settings(max_examples=60, deadline=None)
+@tries(60)
 @given(STREAMS, st.data())
 def test_a_packer_made_anew_from_its_numbers_goes_on_alike(stream: list[Example], data: st.DataObject) -> None:
     packer, number = Packer(LENGTH, PAD), 0

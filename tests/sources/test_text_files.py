@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 import zstandard
 from commands import tree
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import tries
 
 from wds_tools.convert import run_conversion
 from wds_tools.convert.documents import DocumentsConfig
@@ -113,7 +114,7 @@ LINES = b"".join(b"%d %d\n" % (number, number * 7919 % 1009) for number in range
     end=st.integers(0, 1 << 17),
     flip=st.none() | st.integers(0, 1 << 17),
 )
-@settings(max_examples=60, deadline=None)
+@tries(60)
 def test_of_a_cut_or_damaged_gzip_nothing_before_the_damage_is_lost(members: list[int], end: int, flip: int | None) -> None:
     places = [0, *sorted(members), len(LINES)]
     data = b"".join(gzip.compress(LINES[a:b], mtime=0) for a, b in pairwise(places))

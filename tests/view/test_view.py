@@ -23,9 +23,10 @@ import pytest
 import torch
 from commands import image_bytes, last_line, read_rejects, read_samples, session, start, wait_until, wds_tools
 from factory import CODEBOOK_SIZE, image_sample, make_dataset, text_sample
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from properties import tries
 from s3 import S3Server
 from viewer import CODES, HOSTILE, TINY, ask, conversation, fetch, samples, serving, small_codes, write_set
 
@@ -200,7 +201,7 @@ def search_all(reader: SampleReader, query: browse.Query, limit: int, budget_s: 
     return found
 
 
-@settings(max_examples=25, deadline=None)
+@tries(25)
 @given(
     text=st.sampled_from(["", "DOCUMENT 2", "caption 1", "number 3?", "answer", "nothing of the kind", "<script>"]),
     data_type=st.sampled_from(["", "text_pretrain", "visual_sft", "image_text"]),
@@ -485,7 +486,7 @@ def test_no_path_leads_anywhere_but_to_the_pages(server: ViewServer, path: str) 
     assert b'"format": "wds-tools"' not in answer
 
 
-@settings(max_examples=60, deadline=None)
+@tries(60)
 @given(st.text(st.characters(min_codepoint=33, max_codepoint=126), max_size=60))
 def test_any_address_is_answered_with_a_sentence_or_a_page(server: ViewServer, text: str) -> None:
     for path in (f"/{text}", f"/api/{text}", f"/api/samples?{text}", f"/api/search?text={urllib.parse.quote(text)}&limit=1"):

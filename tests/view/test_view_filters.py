@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from commands import read_samples, tree
 from factory import make_dataset, text_sample
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import tries
 from viewer import ask, fetch, samples, serving
 
 from wds_tools.dataset.layout import FIELDS
@@ -76,7 +77,7 @@ def found(folder: Path, query: browse.Query, limit: int, budget_s: float) -> tup
     return numbers, wrong_type
 
 
-@settings(max_examples=25, deadline=None)
+@tries(25)
 @given(
     where=st.sampled_from(list(CONDITIONS)),
     text=st.sampled_from(["", "1"]),
@@ -105,7 +106,7 @@ def test_the_filter_chooses_what_select_chooses(scores: Path, tmp_path: Path, wh
     assert wrong_type == made.rejects.get("wrong_type", 0)
 
 
-@settings(max_examples=30, deadline=None)
+@tries(30)
 @given(
     by=st.sampled_from(["score", "-score"]),
     where=st.sampled_from(["", "sample_index != 1"]),

@@ -19,9 +19,10 @@ import numpy as np
 import pytest
 import skimage.data
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from properties import tries
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
@@ -513,7 +514,7 @@ INTEGERS = st.integers(-50, 50).map(float)  # exact in float32, so that ties are
 
 
 @pytest.mark.slow
-@settings(deadline=None, max_examples=200)
+@tries(200)
 @given(data=st.data(), N=st.integers(0, 40), K=st.integers(1, 30), D=st.integers(1, 6), chunk=st.integers(1, 50))
 def test_nearest_is_a_brute_force_argmin_with_ties_to_the_lowest_index(
     data: st.DataObject, N: int, K: int, D: int, chunk: int

@@ -16,8 +16,9 @@ import pytest
 import xxhash
 from commands import SHARED
 from factory import image_sample, read_members, text_sample
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import tries
 
 from wds_tools.errors import FormatError
 from wds_tools.format.index import IndexBuilder, serialize_index
@@ -342,7 +343,7 @@ CONTENTS = st.none() | st.binary(max_size=40) | st.sampled_from([bytes(512), b"x
     st.sampled_from(list(FORMATS.values())),
     st.sampled_from([0, 0.5, 99.75]),
 )
-@settings(max_examples=200, deadline=None)
+@tries(200)
 def test_any_archive_is_scanned_as_it_is_read(files: Files, tar_format: int, mtime: float) -> None:
     try:
         archive = python_tar(files, tar_format, mtime=mtime)
@@ -363,7 +364,7 @@ TELLING = st.sampled_from([*b'\0 ./0179=\n"LKxgS5', 0x80, 0xFF])
     MUTATIONS | st.lists(st.tuples(st.integers(0, 60), FIELDS, TELLING), min_size=1, max_size=3),
     st.booleans(),
 )
-@settings(max_examples=1500, deadline=None)
+@tries(1500)
 def test_a_mutated_archive_is_scanned_as_it_is_read_or_refused_alike(
     archive: bytes, changes: Iterable[tuple[int, int, int]], repair: bool
 ) -> None:
@@ -383,7 +384,7 @@ PAX = st.lists(
 
 
 @given(st.lists(PAX, min_size=1, max_size=5), st.integers(0, 3))
-@settings(max_examples=300, deadline=None)
+@tries(300)
 def test_any_pax_records_are_understood_as_they_are_read(blocks: list[list[tuple[str, str]]], flaw: int) -> None:
     archive = b""
     for number, records in enumerate(blocks):

@@ -15,6 +15,7 @@ from commands import SHARED, tar_bytes
 from factory import read_members
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from properties import tries
 
 from wds_tools.errors import FormatError
 from wds_tools.format.tar import BLOCK, END, MAX_MEMBER_BYTES, MAX_SIZE, Member, TarReader, header, padding
@@ -200,7 +201,7 @@ def test_an_absolute_name_keeps_its_slash() -> None:  # CPython's tarfile writes
         max_size=5,
     )
 )
-@settings(max_examples=100, deadline=None)
+@tries(100)
 def test_any_names_and_payloads_survive(members: list[tuple[str, bytes]]) -> None:
     assert contents(read_members(write_tar(members))) == members
 
@@ -329,7 +330,7 @@ def test_a_member_beyond_the_readers_limit_is_refused_at_its_header() -> None:
 
 
 @given(st.binary(max_size=3000))
-@settings(max_examples=200, deadline=None)
+@tries(200)
 def test_random_bytes_are_a_format_error(data: bytes) -> None:
     if not data.strip(b"\0") and len(data) >= BLOCK:
         assert read_members(data) == []
@@ -360,7 +361,7 @@ def checksummed(archive: bytearray) -> bytes:
     st.booleans(),
     st.lists(st.integers(0, 1 << 30), max_size=4),
 )
-@settings(max_examples=400, deadline=None)
+@tries(400)
 def test_mutated_archives_are_read_or_a_format_error(
     archive: bytes, changes: list[tuple[int, int]], repaired: bool, cuts: list[int]
 ) -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from properties import tries
 
 from loaders.order.mix import Mixture, Weights
 from wds_tools.errors import UsageError
@@ -125,7 +126,7 @@ def weights_of_any_kind(draw: st.DrawFn) -> tuple[float, ...]:
 
 
 @given(weights_of_any_kind(), st.integers(1, 5000), st.integers(0, 10**12))
-@settings(deadline=None, max_examples=60)
+@tries(60)
 @example((9999.0, 1.0), 320, 0)
 @example((0.0987, 0.9013), 2048, 0)
 @example((1.0, 2.0**19), 1597, 0)

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from commands import last_line
 from factory import make_dataset, random_codes, text_sample
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import tries
 
 from loaders import Loader, LoaderConfig, Source, World, build_loader
 from loaders.order.partition import BatchPartition
@@ -361,7 +362,7 @@ def receipt_of(
 SPANS = st.lists(st.tuples(st.integers(0, 1), st.integers(0, 60), st.integers(1, 9), st.integers(1, 9), st.integers(1, 3)))
 
 
-@settings(max_examples=50, deadline=None)
+@tries(50)
 @given(SPANS, st.sampled_from(["drop", "short", "wrap"]), st.integers(1, 70), st.booleans())
 def test_any_spans_of_any_ranks_are_counted_as_one_by_one(
     order: SampleOrder, spans: list[tuple[int, int, int, int, int]], last_batch: Any, chunk: int, complete: bool

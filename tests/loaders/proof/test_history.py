@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from properties import tries
 from trainings import Training, config, grown, make
 
 from loaders import LoaderConfig, ShardDataset, Source, World, build_loader
@@ -90,7 +91,7 @@ def check(run: Run, history: Asked) -> None:
     assert set(seen) == expected
 
 
-@settings(max_examples=60, deadline=None)
+@tries(60)
 @given(st.data())
 def test_positions_of_is_the_inverse_of_locate(data: st.DataObject) -> None:
     draw = data.draw

@@ -198,7 +198,7 @@ class Bounded:
     [
         pytest.param(None, [Topology(4), Topology(12, 3), Topology(2, 1, 2), Topology(6, 2)], 120, marks=pytest.mark.slow),
         pytest.param((0.6, 0.4), [Topology(3), Topology(12, 4), Topology(4, 2)], 120, marks=pytest.mark.slow),
-        ((0.6, 0.4), [Topology(3), Topology(12, 4), Topology(4, 2)], 60),
+        ((0.6, 0.4), [Topology(3), Topology(12, 4), Topology(4, 2)], 36),
     ],
 )
 def test_rows_packed_on_the_fly_resume_on_any_topology(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from commands import environment
@@ -46,11 +48,11 @@ print(json.dumps(found))
 
 
 @pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Batches of 64 take 512 KiB."""
-    folder = tmp_path_factory.mktemp("shm") / "set"
-    make_dataset(folder, (image_sample(number, side=64) for number in range(512)))
-    return str(folder)
+def url() -> Iterator[str]:
+    """Batches of 64 take 512 KiB. Not below pytest's folder, which may be in the /dev/shm that another hides."""
+    with TemporaryDirectory() as folder:
+        make_dataset(f"{folder}/set", (image_sample(number, side=64) for number in range(512)))
+        yield f"{folder}/set"
 
 
 @pytest.fixture(scope="module")
