@@ -22,7 +22,7 @@ from wds_tools.convert.interleaved import InterleavedConfig
 from wds_tools.convert.options import ConvertOptions
 from wds_tools.convert.pairs import PairsConfig
 from wds_tools.convert.select import Selection
-from wds_tools.convert.survey import Read, Survey, place_of, shown, survey_records
+from wds_tools.convert.survey import Read, place_of, shown, survey_records
 from wds_tools.errors import Reject, UsageError
 from wds_tools.format.codes import CODE_COLUMNS
 from wds_tools.format.schema import DATA_TYPES, IMAGE_MARK
@@ -61,12 +61,8 @@ def inspect_input(patterns: Sequence[str], *, converter: str | None = None, **se
     Raises:
         UsageError, NotFound: the input can't be read; or the converter has no such option.
     """
-    source = _options(converter or "pairs", patterns, {}).make_source()
-    inputs = expand_inputs(patterns, source.choose)
-    tasks, _ = source.plan(inputs.files)
-    said = inputs.describe(map(kind_of_task, tasks))
-    survey = survey_records(source.read, tasks, lambda fields: {"converter": converter or _fitting(fields)}, {})
-    name = _most(survey, said)
+    look = _FirstLook(patterns, converter)
+    source, tasks, survey, name = look.source, look.tasks, look.survey, look.converter
     options = _options(name, patterns, settings)
     selection = Selection.of(options, options.make_converter())
     mapped = survey_records(source.read, tasks, selection.roles, options.named_fields)
@@ -86,7 +82,7 @@ def inspect_input(patterns: Sequence[str], *, converter: str | None = None, **se
         field: {"types": dict(types), "example": survey.examples.get(field, "null")} for field, types in survey.fields.items()
     }
     return {
-        **{"input": said, "left_out": inputs.source.get("left_out")},
+        **{"input": look.said, "left_out": look.inputs.source.get("left_out")},
         **{"num_records": survey.num_records, "rejects": dict(mapped.rejects), "fields": found},
         **{"converter": name, "field_map": mapped.field_map(), "problem": problem},
         "samples": samples,
@@ -96,19 +92,24 @@ def inspect_input(patterns: Sequence[str], *, converter: str | None = None, **se
 
 def fitting_converter(patterns: Sequence[str]) -> str:
     """The converter that fits an input: one of CONVERTERS. Arguments and errors: see inspect_input."""
-    source = _options("pairs", patterns, {}).make_source()
-    inputs = expand_inputs(patterns, source.choose)
-    tasks, _ = source.plan(inputs.files)
-    survey = survey_records(source.read, tasks, lambda fields: {"converter": _fitting(fields)}, {})
-    return _most(survey, inputs.describe(map(kind_of_task, tasks)))
+    return _FirstLook(patterns, None).converter
 
 
-def _most(survey: Survey, said: str) -> str:
-    """The converter of most records."""
-    if not survey.fields:
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in survey.rejects.items())
-        raise UsageError(f"{said}: no record in it can be read ({reasons or 'there is none'})")
-    return survey.roles["converter"].most_common(1)[0][0]
+class _FirstLook:
+    """The files of an input, and the converter of most of its first records. Arguments and errors: see inspect_input."""
+
+    def __init__(self, patterns: Sequence[str], converter: str | None) -> None:
+        self.source = _options(converter or "pairs", patterns, {}).make_source()
+        self.inputs = expand_inputs(patterns, self.source.choose)
+        self.tasks, _ = self.source.plan(self.inputs.files)
+        self.said = self.inputs.describe(map(kind_of_task, self.tasks))
+        self.survey = survey_records(
+            self.source.read, self.tasks, lambda fields: {"converter": converter or _fitting(fields)}, {}
+        )
+        if not self.survey.fields:
+            reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.survey.rejects.items())
+            raise UsageError(f"{self.said}: no record in it can be read ({reasons or 'there is none'})")
+        self.converter = self.survey.roles["converter"].most_common(1)[0][0]
 
 
 def _options(name: str, patterns: Sequence[str], settings: Mapping[str, Any]) -> ConvertOptions:

@@ -45,6 +45,8 @@ class Survey:
     """(option, field) of fields that an option names and no record had yet."""
     num_records: int = 0
     """Records that were looked at; those that can't be read, too."""
+    num_units: int = 0
+    """Work units of these."""
     fields: dict[str, Counter[str]] = field(default_factory=dict)
     """Name of a field, also of one inside an object -> records by the type that it has."""
     examples: dict[str, str] = field(default_factory=dict)
@@ -61,6 +63,7 @@ class Survey:
     def add(self, record: Record[Mapping[str, Any]]) -> None:
         """Count a record."""
         self.num_records += 1
+        self.num_units += record.num_units
         fields = record.fields
         try:
             if isinstance(fields, Reject):
@@ -114,6 +117,11 @@ class Survey:
         return "; ".join(parts) or f"none of the first {self.num_records:,} records can be used ({reasons or 'no known field'})"
 
     @property
+    def is_enough(self) -> bool:
+        """Whether no more records are to be looked at."""
+        return self.num_records >= NUM_RECORDS or self.num_units >= NUM_UNITS
+
+    @property
     def num_usable(self) -> int:
         """Records whose roles are clear."""
         return self.num_records - self.rejects.total()
@@ -129,16 +137,15 @@ def survey_records(read: Read, tasks: Sequence[Any], roles: Roles, named: Mappin
         named: option -> fields that it names.
     """
     survey = Survey(roles, {(option, name) for option, names in named.items() for name in names})
-    num_tasks = units = 0
+    num_tasks = 0
     for task in tasks:
-        for record in islice(read(task), NUM_RECORDS - survey.num_records):
-            survey.add(record)
-            units += record.num_units
-            if units >= NUM_UNITS:
-                break
-        num_tasks += 1
-        if survey.num_records >= NUM_RECORDS or units >= NUM_UNITS:
+        if survey.is_enough:
             break
+        num_tasks += 1
+        for record in read(task):
+            survey.add(record)
+            if survey.is_enough:
+                break
     for task in tasks[num_tasks :: max(1, (len(tasks) - num_tasks) // MAX_TASKS)][:MAX_TASKS]:
         for record in islice(read(task), NUM_RECORDS if survey.wanted else 0):
             if not isinstance(record.fields, Reject):

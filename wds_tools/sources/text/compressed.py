@@ -48,9 +48,9 @@ class TextFiles:
         if self.kind in _SEPARATORS:
             rows = read_rows(chunks, _SEPARATORS[self.kind])
             return ((number, fields, chunks.take_new_bytes()) for number, fields in rows)
-        if self.kind == "list":
-            return ((line.number + 1, fields_of(line), chunks.take_new_bytes()) for line in split_elements(chunks))
-        return ((line.number, fields_of(line), chunks.take_new_bytes()) for line in number_lines(chunks))
+        is_list = self.kind == "list"
+        lines = split_elements(chunks) if is_list else number_lines(chunks)
+        return ((line.number + is_list, fields_of(line), chunks.take_new_bytes()) for line in lines)
 
     def _check_header(self, file: InputFile) -> None:
         try:
