@@ -150,7 +150,7 @@ def test_of_runs_that_come_at_the_same_moment_exactly_one_goes_on(
 @contextlib.contextmanager
 def on_machine(name: str) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lease_module, "_process", lambda pid: [name, "namespace", str(pid)])
+        patch.setattr(lease_module, "identity", lambda pid: [name, "namespace", str(pid)])
         yield
 
 

@@ -463,8 +463,9 @@ def test_symlinks_are_followed_by_every_read_and_nothing_is_written_or_removed_t
     (root / ".tmp").symlink_to(blobs)
     with pytest.raises(StorageError, match="nothing is written"):
         store.put("new", b"")
-    with pytest.raises(StorageError):
-        store.clean_temp()
+    for only_dead in (False, True):
+        with pytest.raises(StorageError):
+            store.clean_temp(only_dead=only_dead)
     assert sorted(path.name for path in blobs.iterdir()) == ["more", "x"]
 
 
@@ -491,8 +492,16 @@ def test_a_killed_writer_leaves_only_a_temporary_file(tmp_path: Path) -> None:
     assert list(store.list()) == []
     store.put("b", b"1")
     assert files[0].exists(), "another writer must not sweep it away"
+    elsewhere = tmp_path / ".tmp" / f"0{files[0].name}"
+    elsewhere.write_bytes(b"of another machine")
+    with store.write("c") as writer:
+        writer.write(b"of a process that lives")
+        store.clean_temp(only_dead=True)
+        assert not files[0].exists()
+    assert (tmp_path / "c").exists()
+    assert elsewhere.exists(), "whether that process lives can't be known here"
     store.clean_temp()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["b"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "c"]
 
 
 def test_a_finished_writer_leaves_no_temporary_folder(tmp_path: Path) -> None:

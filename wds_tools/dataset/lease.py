@@ -21,7 +21,6 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -31,6 +30,7 @@ from wds_tools.dataset.layout import LABELS, LEASES
 from wds_tools.errors import FormatError, NotFound, StorageError, UsageError
 from wds_tools.format.typed_json import read_json
 from wds_tools.storage import Store
+from wds_tools.storage.process import identity
 from wds_tools.terminal import say
 
 HEARTBEAT_S = 60.0
@@ -80,7 +80,7 @@ class Lease:
         self._facts: dict[str, Any] = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
-            "process": _process(os.getpid()),
+            "process": identity(os.getpid()),
             "since": datetime.now(UTC).isoformat(timespec="seconds"),
             "is_held": False,
         }
@@ -109,10 +109,10 @@ class Lease:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if error is not None and self._part is None:  # else other parts write there too
+        if error is not None:
             with suppress(StorageError):
                 self.check()
-                self._store.clean_temp()  # of workers that were stopped in the midst of writing, whoever failed
+                self._store.clean_temp(only_dead=self._part is not None)  # of workers that were stopped in the midst of writing
         self._leave()
 
     def check(self) -> None:
@@ -225,11 +225,11 @@ def free_leases() -> None:
 def _lives(lease: bytes) -> bool | None:
     """Whether the process of a lease runs on this machine; None if it can't be told from here."""
     process = _facts(lease).get("process")
-    this = _process(os.getpid())
+    this = identity(os.getpid())
     if this is None or not isinstance(process, list) or len(process) != len(this) or process[:2] != this[:2]:
         return None
     pid = _facts(lease).get("pid")
-    return isinstance(pid, int) and _process(pid) == process
+    return isinstance(pid, int) and identity(pid) == process
 
 
 def _who(lease: bytes | None) -> str:
@@ -242,17 +242,3 @@ def _facts(lease: bytes) -> dict[str, Any]:
         return read_json(dict[str, Any], lease, "not a lease")
     except FormatError:
         return {}
-
-
-def _process(pid: int) -> list[str] | None:
-    """What tells a process from all others: the boot of its machine, its namespace of process ids, when it began.
-
-    None where the system does not say (only Linux does), or there is no such process.
-    """
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        namespace = str(Path("/proc/self/ns/pid").readlink())
-        status = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if status[0] in "ZX" else [boot, namespace, status[19]]

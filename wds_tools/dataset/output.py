@@ -152,8 +152,8 @@ class Output:
             if self._overwrites:
                 remove(self.store)
             self.store.put(PLAN, orjson.dumps(self.spec, option=orjson.OPT_INDENT_2))
-        elif self.part is None:
-            self.store.clean_temp()
+        else:
+            self.store.clean_temp(only_dead=self.part is not None)
         return None
 
     def results(self) -> dict[int, TaskResult]:

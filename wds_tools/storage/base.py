@@ -228,8 +228,11 @@ class Store(ABC):
             name: relative to the root, '/'-separated.
         """
 
-    def clean_temp(self) -> None:  # noqa: B027
+    def clean_temp(self, *, only_dead: bool = False) -> None:  # noqa: B027
         """Remove what killed local writers left under `.tmp/`. Call it while nobody writes here: theirs would go too.
+
+        Args:
+            only_dead: while others write here: only what is of processes of this machine that have ended.
 
         Elsewhere it does nothing. The parts of an unfinished multipart upload are invisible but may be billed: give the
         bucket a lifecycle rule that aborts incomplete uploads after a day.

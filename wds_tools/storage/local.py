@@ -1,6 +1,6 @@
 """Folders on this machine or a mounted file system.
 
-A write goes to `.tmp/<random>` under the root, is flushed to the disk, and is renamed: a name that exists is complete,
+A write goes to `.tmp/<process>-<random>` under the root, is flushed to the disk, and is renamed: a name that exists is complete,
 also after a power cut, and whatever a killed process leaves lies in `.tmp/`. A file costs two fsyncs: its own and its
 folder's.
 
@@ -12,7 +12,7 @@ through a link; the root itself may be one. Only regular files are opened: a FIF
 """
 
 # A listing makes 100,000 of these calls, and realpath, fsync and O_EXCL live in os:
-# ruff: noqa: PTH100, PTH103, PTH105, PTH106, PTH108, PTH113, PTH114, PTH115, PTH116, PTH120, PTH202
+# ruff: noqa: PTH100, PTH103, PTH105, PTH106, PTH108, PTH113, PTH114, PTH115, PTH116, PTH120, PTH202, PTH208
 import errno
 import io
 import mmap
@@ -27,6 +27,7 @@ from urllib.parse import unquote, urlsplit
 
 from wds_tools.errors import NotFound, OutOfSpace, StorageError, UsageError
 from wds_tools.storage.base import TEMP_FOLDER, Buffer, Entry, Store, Writer, check_name, join, redact, split_scheme
+from wds_tools.storage.process import is_gone, mark
 
 BUFFER_BYTES = 1 << 20  # of a reader and of a writer
 _NO_FILE = "is a folder, a device or a pipe, not a file"
@@ -104,9 +105,16 @@ class LocalStore(Store):
             os.unlink(path)
         self._drop_empty_folder(os.path.dirname(path))
 
-    def clean_temp(self) -> None:
+    def clean_temp(self, *, only_dead: bool = False) -> None:
+        folder = join(self._root, TEMP_FOLDER)
         try:
-            shutil.rmtree(join(self._root, TEMP_FOLDER))
+            if only_dead:
+                self._refuse_links(TEMP_FOLDER, TEMP_FOLDER)
+                for name in filter(is_gone, os.listdir(folder)):
+                    os.unlink(join(folder, name))
+                self._drop_empty_folder(folder)
+            else:
+                shutil.rmtree(folder)
         except FileNotFoundError:
             pass
         except OSError as error:
@@ -175,7 +183,7 @@ class LocalWriter(Writer):
 
     def __init__(self, path: str, root: str, show: str) -> None:
         self._path, self._root, self._show = path, root, show
-        self._temp = join(join(root, TEMP_FOLDER), os.urandom(12).hex())
+        self._temp = join(join(root, TEMP_FOLDER), f"{mark()}-{os.urandom(12).hex()}")
         with translating("write", show):
             self._raw = io.FileIO(_create(self._temp), "wb")
         self._file = io.BufferedWriter(self._raw, BUFFER_BYTES)
