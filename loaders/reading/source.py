@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import faulthandler
 import resource
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from itertools import islice
 from mmap import mmap
 from threading import Lock
 from typing import Any, NamedTuple
@@ -35,13 +36,14 @@ from wds_tools.errors import FormatError
 from wds_tools.format.codes import HW, is_code_column
 from wds_tools.format.index import ABSENT, ShardIndex
 from wds_tools.format.schema import IMAGE_EXTENSIONS
-from wds_tools.format.tar.own import own_samples
-from wds_tools.format.tar.scan import scan_run
+from wds_tools.format.tar.scan import Runs, scan_run, scan_runs
 from wds_tools.storage import LocalStore, join
 from wds_tools.storage.recent import SingleFlight
 
 _OPEN_SHARDS = 4096
 _CACHE_REGION_BYTES = 4 << 20
+_FEW_GROUPS, _MANY_GROUPS = 64, 256
+"""To scan fewer groups costs as much as to scan twice as many: others of their requests, so many, are scanned with them."""
 
 
 class LoadedSamples:
@@ -77,7 +79,7 @@ class LoadedSamples:
             self._take(found)
         else:
             self._place, self.begin = found, found.bounds[0]
-            self.spans = memoryview(bytearray(8 * (last - first) * reader.span_width)).cast("q")
+            self.spans = np.zeros((last - first) * reader.span_width, np.int64).data
 
     @property
     def members(self) -> tuple[str, ...]:
@@ -101,26 +103,38 @@ class LoadedSamples:
         """Whether `spans` has all samples."""
         return self._place is None
 
-    def find(self, offset: int) -> None:
-        """Find out where the sample `first + offset` lies, and the others of its group. Raises as `index` does."""
-        width = self.reader.span_width
-        if self._place is None or self.data is None or self.spans[offset * width + 1]:
+    def missing(self, sample_index: int) -> int | None:
+        """The group of a sample, if it is not known yet where in it the samples lie."""
+        if self._place is None or self.spans[(sample_index - self.first) * self.reader.span_width + 1]:
+            return None
+        return (sample_index - self.first) // self._place.group_samples
+
+    def others_missing(self) -> Iterator[int]:
+        """All groups of which that is not known yet."""
+        if self._place is not None:
+            size = self._place.group_samples
+            ends = self.spans[1 :: size * self.reader.span_width].tolist()
+            yield from (number for number, end in enumerate(ends) if not end)
+
+    def group(self, number: int) -> tuple[int, memoryview]:
+        """Where in `data` a missing group begins, and its bytes."""
+        assert self._place is not None
+        assert self.data is not None
+        begin, end = self._place.bounds[number] - self.begin, self._place.bounds[number + 1] - self.begin
+        return begin, self.data[begin:end]
+
+    def found(self, number: int, spans: Ints) -> None:
+        """Take note of where the samples of a missing group lie, rows of `spans`: if they are as many as it should have. If not,
+        raises as `index` does."""
+        if self._place is None:  # known since another group of the same samples was not as it should be
             return
-        size, bounds = self._place.group_samples, self._place.bounds
-        number = offset // size
-        low, high = number * size, min(number * size + size, self.last - self.first)
-        samples = own_samples(self.data, bounds[number] - self.begin, bounds[number + 1] - self.begin, self.members)
-        if samples is None or len(samples) != high - low:
+        low = number * self._place.group_samples
+        high = min(low + self._place.group_samples, self.last - self.first)
+        if len(spans) != high - low:
             self._take(self.index)
             return
-        spans = self.spans
-        for at, (begin, end, members) in zip(range(low * width, high * width, width), samples, strict=True):
-            spans[at], spans[at + 1] = begin, end
-            for column, names in zip(range(at + 2, at + width, 2), self.reader.wanted, strict=True):
-                for name in names:
-                    if name in members:
-                        spans[column], spans[column + 1] = (begin + place for place in members[name])
-                        break
+        width = self.reader.span_width
+        self.spans[low * width : high * width] = spans.reshape(-1).data
 
     def _read_headers(self) -> ShardIndex:
         """What the headers say, or the index of the shard if they do not go together with the offsets."""
@@ -198,8 +212,7 @@ def bytes_of(loaded: Sequence[LoadedSamples], sample_indices: Sequence[int]) -> 
     """
     held = set(loaded)
     if not all(samples.is_found for samples in held):
-        for samples, sample_index in zip(loaded, sample_indices, strict=True):
-            samples.find(sample_index - samples.first)
+        _find(loaded, sample_indices)
     width = loaded[0].reader.span_width
     rows = [
         samples.spans[(sample_index - samples.first) * width : (sample_index - samples.first + 1) * width]
@@ -213,6 +226,27 @@ def bytes_of(loaded: Sequence[LoadedSamples], sample_indices: Sequence[int]) -> 
         views[number] = loaded[number].copy(begin, end)
         spans[number] -= begin
     return SampleBytes(views, spans, {samples.reader for samples in held})
+
+
+def _find(loaded: Sequence[LoadedSamples], sample_indices: Sequence[int]) -> None:
+    """Find out where samples lie, and the others of their groups; of all those at once whose shards have the same members."""
+    alike: dict[Any, dict[tuple[LoadedSamples, int], None]] = {}
+    for samples, sample_index in zip(loaded, sample_indices, strict=True):
+        if (number := samples.missing(sample_index)) is not None:
+            alike.setdefault((samples.reader, samples.members), {})[samples, number] = None
+    for (reader, members), groups in alike.items():
+        if len(groups) < _FEW_GROUPS:
+            held = dict.fromkeys(samples for samples, _ in groups)
+            others = ((samples, number) for samples in held for number in samples.others_missing())
+            groups.update(dict.fromkeys(islice(others, _MANY_GROUPS)))
+        begins, data = zip(*[samples.group(number) for samples, number in groups], strict=True)
+        runs = scan_runs(data)
+        if runs is None or not set(runs.suffixes) <= set(members):
+            first, spans = [0] * (len(groups) + 1), np.zeros((0, reader.span_width), np.int64)
+        else:
+            first, spans = runs.first.tolist(), _spans_of_runs(runs, begins, reader.wanted)
+        for (samples, number), low, high in zip(groups, first[:-1], first[1:], strict=True):
+            samples.found(number, spans[low:high])
 
 
 class Mapped(NamedTuple):
@@ -386,4 +420,18 @@ def _spans(index: ShardIndex, base: int, wanted: Sequence[Sequence[str]]) -> Int
                 present = lengths != ABSENT
                 out[present, low] = (start + offsets)[present]
                 out[present, low + 1] = (start + offsets + lengths)[present]
+    return out
+
+
+def _spans_of_runs(runs: Runs, begins: Sequence[int], wanted: Sequence[Sequence[str]]) -> Ints:
+    """See LoadedSamples.spans; `begins`: where each run begins in what they count from."""
+    base = np.repeat(np.array(begins, np.int64), np.diff(runs.first))
+    out = np.zeros((len(runs.start), 2 + 2 * len(wanted)), np.int64)
+    out[:, 0], out[:, 1] = base + runs.start, base + runs.end
+    for low, names in zip(range(2, out.shape[1], 2), wanted, strict=True):
+        for name in reversed([name for name in names if name in runs.suffixes]):
+            members = np.flatnonzero(runs.suffix == runs.suffixes.index(name))
+            sample = runs.sample[members]
+            out[sample, low] = base[sample] + runs.offset[members]
+            out[sample, low + 1] = out[sample, low] + runs.length[members]
     return out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -13,14 +14,13 @@ from hypothesis import strategies as st
 from properties import tries
 
 from wds_tools.dataset.layout import OFFSETS, index_name
-from wds_tools.dataset.offsets import OffsetsReader
+from wds_tools.dataset.offsets import OffsetsReader, Place
 from wds_tools.errors import FormatError
 from wds_tools.format.index import parse_index
 from wds_tools.format.manifest import Manifest, parse_manifest
 from wds_tools.format.offsets import Groups, hash_offsets, marked, serialize_offsets
 from wds_tools.format.shard import ShardBuilder
-from wds_tools.format.tar.own import own_samples
-from wds_tools.format.tar.scan import scan_run
+from wds_tools.format.tar.scan import scan_run, scan_runs
 from wds_tools.storage import Store, open_store
 
 
@@ -52,12 +52,20 @@ def test_any_samples_lie_between_the_bounds_of_their_groups(sizes: list[int], sh
     run = memoryview(store.read_range(info.name, place.bounds[0], place.bounds[-1]))
     found = scan_run(run, info.members, place.last - place.first, info.name)
     assert (found.start + place.bounds[0]).tolist() == start[place.first : place.last]
-    own = own_samples(run, 0, len(run), info.members)
-    assert own is not None
-    assert [(sample.begin, sample.end) for sample in own] == list(zip(found.start, found.start + found.size, strict=True))
-    assert [sample.members["json"] for sample in own] == [
-        (begin, begin + length) for begin, length in zip(found.offsets[:, 0], found.lengths[:, 0], strict=True)
-    ]
+    groups = [run[low - place.bounds[0] : high - place.bounds[0]] for low, high in pairwise(place.bounds)]
+    runs = scan_runs(groups)
+    assert runs is not None
+    assert np.diff(runs.first).tolist() == [len(found.start[at : at + place.group_samples]) for at in group_starts(place)]
+    base = np.repeat(place.bounds[:-1], np.diff(runs.first)) - place.bounds[0]
+    assert (runs.start + base).tolist() == found.start.tolist()
+    assert (runs.end + base).tolist() == (found.start + found.size).tolist()
+    assert runs.suffixes == ("json",)
+    assert (runs.offset + base[runs.sample] - found.start).tolist() == found.offsets[:, 0].tolist()
+    assert runs.length.tolist() == found.lengths[:, 0].tolist()
+
+
+def group_starts(place: Place) -> range:
+    return range(0, place.last - place.first, place.group_samples)
 
 
 def test_the_file_is_what_safetensors_reads_and_its_hash_is_in_the_manifest() -> None:
@@ -105,8 +113,8 @@ def test_a_byte_that_was_changed_in_a_header_is_noticed(at: int) -> None:
     good = b"".join(builder.add_members(f"key{number}", [("txt", b"abc"), ("cls", b"1")]) for number in range(2))
     bad = bytearray(good)
     bad[at] ^= 4
-    assert own_samples(memoryview(good), 0, len(good), ("txt", "cls")) is not None
-    found = own_samples(memoryview(bytes(bad)), 0, len(bad), ("txt", "cls"))
-    assert found is None or len(found) != 2
+    assert scan_runs([memoryview(good)]) is not None
+    found = scan_runs([memoryview(good), memoryview(bytes(bad))])
+    assert found is None or np.diff(found.first).tolist() != [2, 2] or not {*found.suffixes} <= {"txt", "cls"}
     with pytest.raises(FormatError):
         scan_run(memoryview(bytes(bad)), ("txt", "cls"), 2, "damaged.tar")

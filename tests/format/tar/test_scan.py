@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import re
 import subprocess
 import tarfile
 import zlib
 from collections.abc import Callable, Iterable
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from wds_tools.format.index import IndexBuilder, serialize_index
 from wds_tools.format.shard import ShardBuilder, group_samples
 from wds_tools.format.tar import BLOCK, END, header, padding
 from wds_tools.format.tar import scan as scan_module
-from wds_tools.format.tar.scan import Scan, scan_tar
+from wds_tools.format.tar.scan import Scan, scan_runs, scan_tar
 
 TARS = SHARED / "malformed" / "tars"
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
@@ -107,6 +109,7 @@ def check_same(archive: bytes) -> bool:
     """Whether the archive can be read; scanner and reader agree on it, and on what is wrong with it."""
     refusal = refusal_of(lambda: expected(archive))
     assert refusal_of(lambda: scan_tar(archive, "a.tar")) == refusal
+    check_runs(archive)
     if refusal is not None:
         return False
     samples = expected(archive)
@@ -118,6 +121,35 @@ def check_same(archive: bytes) -> bool:
     assert list(scan.payloads(memoryview(archive))) == payloads
     assert serialize_index(scan.index(memoryview(archive), "0" * 32)) == serialize_index(built_index(archive))
     return True
+
+
+SCAN_ANY = scan_module._scan_any
+"""The slow way, also where a test forbids it to scan_tar."""
+
+
+def check_runs(archive: bytes) -> None:
+    """What is found in the archive as a run, and in its samples as runs of one and two, is what the scanner finds."""
+    run = memoryview(archive)
+    found = scan_runs([run])
+    if found is None:
+        return
+    refusal = refusal_of(lambda: SCAN_ANY(archive, "a.tar", is_part=True))
+    if refusal is not None:
+        assert re.search("keys are unique|is not UTF-8", refusal), "keys are compared with their neighbours', and no more"
+        return
+    scan = SCAN_ANY(archive, "a.tar", is_part=True)
+    assert found.first.tolist() == [0, len(scan.keys)]
+    ends = scan.start + scan.size
+    borders = [*scan.start[::2].tolist(), int(ends[-1])]
+    runs = scan_runs([run[begin:end] for begin, end in pairwise(borders)])
+    assert runs is not None
+    for part, begins in ((found, [0]), (runs, borders[:-1])):
+        base = np.repeat(begins, np.diff(part.first))
+        assert ((part.start + base).tolist(), (part.end + base).tolist()) == (scan.start.tolist(), ends.tolist())
+        assert [part.suffixes[number] for number in part.suffix] == [scan.suffixes[number] for number in scan.suffix]
+        assert part.sample.tolist() == scan.sample.tolist()
+        assert (part.offset + base[part.sample]).tolist() == scan.offset.tolist()
+        assert part.length.tolist() == scan.length.tolist()
 
 
 def refusal_of(read: Callable[[], object]) -> str | None:

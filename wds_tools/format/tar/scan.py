@@ -15,7 +15,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import compress
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -128,6 +129,73 @@ def scan_run(run: memoryview, members: tuple[str, ...], num_samples: int, name: 
     columns = {"start": scan.start, "size": scan.size, "crc32": none, "text_chars": none, "num_codes": none}
     offset = scan.offset - scan.start[scan.sample]
     return make_index(members, scan.sample, suffix, offset, scan.length, columns, len(run), "")
+
+
+class Runs(NamedTuple):
+    """The samples of several runs of an archive, or of archives, as if the runs lay end to end. See Scan."""
+
+    first: _Array
+    """(R + 1,) Number of the first sample of each run, and of all."""
+    start: _Array
+    """(N,) Offset of each sample's first header block, in its run, ..."""
+    end: _Array
+    """(N,) ... and the one after the padding of its last member."""
+    suffixes: tuple[str, ...]
+    sample: _Array
+    suffix: _Array
+    offset: _Array
+    """(K,) Where the payload of each member begins, in its run, ..."""
+    length: _Array
+    """(K,) ... and the bytes that it has."""
+
+
+def scan_runs(runs: Sequence[memoryview]) -> Runs | None:
+    """The samples of many short runs at once, header by header, of all runs together. Their payloads are not touched.
+
+    Args:
+        runs: the bytes of whole samples, at least one run; an end marker may follow.
+
+    Returns:
+        None if a member is no plain file, or a run is damaged, or does not end where a sample ends. Keys are compared with their
+        neighbours' and no more: two samples of one key at the border of two runs are taken for one, which belongs to the first.
+    """
+    sizes = np.array([len(run) for run in runs])
+    live, at = np.arange(len(runs)), np.zeros(len(runs), np.int64)
+    heads: list[bytes] = []
+    steps: list[tuple[_Array, _Array, _Array]] = []
+    while len(live):
+        where = list(zip(live.tolist(), at.tolist(), strict=True))
+        together = b"".join([runs[number][begin : begin + BLOCK] for number, begin in where])
+        if len(together) < len(live) * BLOCK:
+            return None
+        blocks = np.frombuffer(together, np.uint8).reshape(-1, BLOCK)
+        if not blocks[:, 0].all():
+            is_more = blocks[:, 0] != 0
+            if any(bytes(runs[number][begin:]).strip(b"\0") for number, begin in compress(where, ~is_more)):
+                return None
+            live, at, blocks = live[is_more], at[is_more], blocks[is_more]
+        length = _octal(blocks.view(_HEADER)["size"][:, 0, :11])
+        heads.append(blocks.tobytes())
+        steps.append((live, at, length))
+        at = _next(at // BLOCK, length) * BLOCK
+        is_more = at < sizes[live]
+        if (at > sizes[live]).any():
+            return None
+        live, at = live[is_more], at[is_more]
+    run, begin, length = (np.concatenate(column) for column in zip(*steps, strict=True))
+    order = np.argsort(run, kind="stable")
+    run, begin, length = run[order], begin[order], length[order]
+    blocks = np.frombuffer(b"".join(heads), np.uint8).reshape(-1, BLOCK)[order]
+    headers = blocks.view(_HEADER)[:, 0]
+    if not len(run) or not _are_plain(blocks, headers, np.arange(len(run)), length) or (headers["kind"] != _FILE).any():
+        return None
+    named = _cut_names(headers["name"])
+    if named is None:
+        return None
+    lasts = np.append(named.firsts[1:], len(run)) - 1
+    first = np.searchsorted(run[named.firsts], np.arange(len(runs) + 1))
+    end = _next(begin[lasts] // BLOCK, length[lasts]) * BLOCK
+    return Runs(first, begin[named.firsts], end, named.suffixes, named.sample, named.suffix, begin + BLOCK, length)
 
 
 def _scan_any(archive: bytes | memoryview, name: str, *, is_part: bool = False) -> Scan:
@@ -259,8 +327,41 @@ def _group(names: _Array, begin: _Array, offset: _Array, length: _Array) -> Scan
         begin: offset of the member's first header block.
         offset, length: of its payload.
     """
-    if not len(names):
+    named = _cut_names(names) if len(names) else None
+    if named is None:
         return None
+    try:
+        keys = b"\0".join(_as_bytes(named.keys)).decode().split("\0")
+    except UnicodeDecodeError:
+        return None
+    if len(set(keys)) < len(keys):
+        return None
+    lasts = np.append(named.firsts[1:], len(names)) - 1
+    start = begin[named.firsts]
+    size = offset[lasts] + -(-length[lasts] // BLOCK) * BLOCK - start
+    return Scan(keys, start, size, named.suffixes, named.sample, named.suffix, offset, length)
+
+
+class _Named(NamedTuple):
+    """What the names of K members say of them."""
+
+    keys: _Array
+    """(N, ...) bytes of the key of each sample, zeros after it."""
+    firsts: _Array
+    """(N,) Its first member."""
+    sample: _Array
+    """(K,) The sample of each member ..."""
+    suffixes: tuple[str, ...]
+    suffix: _Array
+    """(K,) ... and its suffix, as a position in `suffixes`."""
+
+
+def _cut_names(names: _Array) -> _Named | None:
+    """Cut names into key and suffix; None where group_samples finds a fault, but for keys that come again.
+
+    Args:
+        names: (K, 100) bytes, zeros after the name.
+    """
     is_dotted = (names[:, 0] == ord(".")) & (names[:, 1] == ord("/"))
     if is_dotted.any():
         names[is_dotted] = np.pad(names[is_dotted, 2:], ((0, 0), (0, 2)))
@@ -279,22 +380,16 @@ def _group(names: _Array, begin: _Array, offset: _Array, length: _Array) -> Scan
     is_first[1:] = (keys[1:] != keys[:-1]).any(axis=1)
     firsts = np.flatnonzero(is_first)
     sample = is_first.cumsum() - 1
-    suffixes: dict[bytes, int] = {}
+    found: dict[bytes, int] = {}
     name_bytes = zip(_as_bytes(names), (dot + 1).tolist(), strict=True)
-    suffix = np.array([suffixes.setdefault(name[dot_end:], len(suffixes)) for name, dot_end in name_bytes])
+    suffix = np.array([found.setdefault(name[dot_end:], len(found)) for name, dot_end in name_bytes])
     try:
-        key_texts = b"\0".join(_as_bytes(keys[firsts])).decode().split("\0")
-        suffix_texts = tuple(text.decode() for text in suffixes)
+        suffixes = tuple(text.decode() for text in found)
     except UnicodeDecodeError:
         return None
-    if any(map(is_reserved, suffix_texts)):
+    if any(map(is_reserved, suffixes)) or len(np.unique(sample * len(found) + suffix)) < len(names):
         return None
-    if len(set(key_texts)) < len(key_texts) or len(np.unique(sample * len(suffixes) + suffix)) < len(names):
-        return None
-    lasts = np.append(firsts[1:], len(names)) - 1
-    start = begin[firsts]
-    size = offset[lasts] + -(-length[lasts] // BLOCK) * BLOCK - start
-    return Scan(key_texts, start, size, suffix_texts, sample, suffix, offset, length)
+    return _Named(keys[firsts], firsts, sample, suffixes, suffix)
 
 
 def _as_bytes(rows: _Array) -> list[bytes]:
