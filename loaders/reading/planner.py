@@ -257,9 +257,9 @@ class Planner:
         """(S,) samples of a region of each shard if the source is kept whole, zeros if it is read in pieces.
 
         Kept whole is a mapped source whose samples' offsets fit an eighth of the memory, and a fetched one that fits three
-        quarters of it. Regions have 4 MiB if this process reads half of the lanes or more, since the ends of pieces would be as many
-        bytes again, or if the source is small; else they are the chunks, if its lanes that lie side by side have several: the few
-        chunks at their ends are others' too.
+        quarters of it. Regions have 4 MiB if this process reads half of the lanes or more, since the ends of pieces would come to
+        as many bytes again, or if the source is small; else they are the chunks, if its lanes that lie side by side have several:
+        the few chunks at their ends are others' too.
         """
         manifest, spec = opened.manifest, self._order.spec
         if is_mapped:
