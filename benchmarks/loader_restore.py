@@ -90,7 +90,7 @@ def plan(_: str) -> dict[str, float]:
     order = default_order(int(sizes.sum()), BATCH, seed=42)
 
     def build() -> None:
-        SourcePlan(samples, sizes, order).locate(0, np.arange(BATCH))
+        SourcePlan(samples, sizes, 8, order).locate(0, np.arange(BATCH))
 
     build()
     seconds = []
