@@ -257,16 +257,18 @@ class Planner:
         """(S,) samples of a region of each shard if the source is kept whole, zeros if it is read in pieces.
 
         Kept whole is a mapped source whose samples' offsets fit an eighth of the memory, and a fetched one that fits three
-        quarters of it. Regions have 4 MiB if this process reads half of the lanes or more, since the ends of pieces would come to
-        as many bytes again, or if the source is small; else they are the chunks, if its lanes that lie side by side have several:
-        the few chunks at their ends are others' too.
+        quarters of it. Regions have 4 MiB if this process reads most of the lanes, or as many bytes in pieces as the source has
+        (both neighbours read the block where a lane ends), or the source is small; else they are the chunks, if its lanes that lie
+        side by side have several: the few chunks at their ends are others' too.
         """
         manifest, spec = opened.manifest, self._order.spec
         if is_mapped:
             is_kept = manifest.samples * _SAMPLE_BYTES <= self._memory_bytes // 8
         else:
             is_kept = manifest.bytes <= self._memory_bytes * 3 // 4 // len(self._order.sources)
-        if is_kept and (is_mapped or self.num_lanes >= spec.lanes // 2 or manifest.bytes <= SMALL_BYTES):
+        bytes_in_pieces = self.num_lanes * (manifest.bytes / spec.lanes + spec.block_bytes)
+        is_most = self.num_lanes > spec.lanes // 2 or bytes_in_pieces >= manifest.bytes
+        if is_kept and (is_mapped or is_most or manifest.bytes <= SMALL_BYTES):
             size = max(math.ceil(MAX_CHUNK_BYTES * manifest.samples / max(manifest.bytes, 1)), 1)
             return np.full(len(manifest.shards), size)
         if is_kept and side_by_side * manifest.bytes / spec.lanes >= _CHUNKS_SIDE_BY_SIDE * spec.chunk_bytes:

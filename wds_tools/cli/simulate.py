@@ -165,7 +165,8 @@ def _describe_process(cost: ProcessCost, config: Config) -> Iterator[tuple[str, 
         yield "", f"comes after {first:.2f} s at {config.latency_ms:g} ms a request, bandwidth and computing aside{after}"
     yield (
         "  memory",
-        f"{sized(cost.peak_bytes)} at most, in {cost.peak_blocks:,} open blocks; {sized(config.memory_bytes)} allowed",
+        f"{sized(cost.peak_bytes)} of data at most, in {cost.peak_blocks:,} open blocks; {sized(config.memory_bytes)} allowed"
+        + (", and 0.1 to 0.3 GB for batches, threads and what the allocator holds" if cost.peak_bytes else ""),
     )
     yield "  late", f"{cost.late:.0%} of the steps ask for what they need only when they are due"
     yield "  evicted", f"{cost.evicted:,.0f} requests an epoch, whose rows are not used up"

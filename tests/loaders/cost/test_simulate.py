@@ -131,6 +131,17 @@ def test_a_process_with_lanes_of_its_own_fetches_each_byte_about_once(world_size
     assert not any("lanes" in warning and "processes" in warning for warning in found.warnings)
 
 
+def test_what_fits_memory_is_fetched_whole_where_pieces_would_be_as_many_bytes() -> None:
+    """Two workers, each of half of the lanes: of many short lanes the ends are as long as the rest, of few long ones they are not."""
+    short = imagine(200_000, batch_size=1024, num_workers=2, last_batch="short")
+    assert short.process.is_whole
+    assert short.process.amplification == pytest.approx(2, rel=0.02)
+    assert short.process.bytes / short.process.requests > 4 * MB
+    in_pieces = imagine(200_000, batch_size=1024, num_workers=2, last_batch="short", memory_bytes=1000 * MB).process
+    assert in_pieces.amplification > 1.9
+    assert imagine(200_000, batch_size=64, num_workers=2, last_batch="short").process.amplification < 1.15
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("steps", [4000, 600])
 def test_what_is_not_replayed_is_extrapolated(
