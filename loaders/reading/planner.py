@@ -258,8 +258,8 @@ class Planner:
 
         Kept whole is a mapped source whose samples' offsets fit an eighth of the memory, and a fetched one that fits three
         quarters of it. Regions have 4 MiB if this process reads most of the lanes, or as many bytes in pieces as the source has
-        (both neighbours read the block where a lane ends), or the source is small; else they are the chunks, if its lanes that lie
-        side by side have several: the few chunks at their ends are others' too.
+        (both neighbours read the block where a lane ends), or the source is small; else they are the chunks, if its lanes that
+        lie side by side have several: the few chunks at their ends are others' too.
         """
         manifest, spec = opened.manifest, self._order.spec
         if is_mapped:

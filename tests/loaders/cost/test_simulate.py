@@ -132,13 +132,11 @@ def test_a_process_with_lanes_of_its_own_fetches_each_byte_about_once(world_size
 
 
 def test_what_fits_memory_is_fetched_whole_where_pieces_would_be_as_many_bytes() -> None:
-    """Two workers, each of half of the lanes: of many short lanes the ends are as long as the rest, of few long ones they are not."""
+    """Two workers, each of half of the lanes: the ends of short lanes are as long as the rest, those of long ones are not."""
     short = imagine(200_000, batch_size=1024, num_workers=2, last_batch="short")
     assert short.process.is_whole
     assert short.process.amplification == pytest.approx(2, rel=0.02)
     assert short.process.bytes / short.process.requests > 4 * MB
-    in_pieces = imagine(200_000, batch_size=1024, num_workers=2, last_batch="short", memory_bytes=1000 * MB).process
-    assert in_pieces.amplification > 1.9
     assert imagine(200_000, batch_size=64, num_workers=2, last_batch="short").process.amplification < 1.15
 
 
