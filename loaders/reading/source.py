@@ -6,21 +6,17 @@
 
 What is fetched by the offsets of a dataset is whole groups of samples, of which every header is checked. If they do not go
 together, the index says what is there. It is also taken where there are no offsets, for a CRC-32, and for local files.
-A local file is mapped, so its bytes stay in the page cache that all processes share; a remote one is fetched. A mapping holds a
-descriptor: `_most_mapped` files stay mapped, any others are for as long as a batch is read. Before a batch is sliced, each file
-is asked for its size: to touch what was cut off would end the process. Usable from many threads.
+A local file is mapped (mapped.py), so its bytes stay in the page cache that all processes share; a remote one is fetched. Usable
+from many threads.
 Cost: 48 bytes a sample that is loaded, 3 us for one that is found, and the bound of IndexReader for indices used last.
 """
 
 from __future__ import annotations
 
-import faulthandler
-import resource
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
-from mmap import mmap
 from threading import Lock
 from typing import Any, NamedTuple
 
@@ -29,18 +25,19 @@ import numpy as np
 from loaders.order.plan import Ints
 from loaders.order.samples import OpenSource
 from loaders.reading.cache import BlockCache
+from loaders.reading.mapped import MappedShards
 from loaders.reading.members import code_members, wanted_members
+from loaders.reading.spans import spans_of_index, spans_of_runs
 from wds_tools.dataset.offsets import OffsetsReader, Place
 from wds_tools.dataset.samples import IndexReader
 from wds_tools.errors import FormatError
 from wds_tools.format.codes import HW, is_code_column
-from wds_tools.format.index import ABSENT, ShardIndex
+from wds_tools.format.index import ShardIndex
 from wds_tools.format.schema import IMAGE_EXTENSIONS
-from wds_tools.format.tar.scan import Runs, scan_run, scan_runs
+from wds_tools.format.tar.scan import scan_run, scan_runs
 from wds_tools.storage import LocalStore, join
 from wds_tools.storage.recent import SingleFlight
 
-_OPEN_SHARDS = 4096
 _CACHE_REGION_BYTES = 4 << 20
 _FEW_GROUPS, _MANY_GROUPS = 64, 256
 """To scan fewer groups costs as much as to scan twice as many: others of their requests, so many, are scanned with them."""
@@ -150,7 +147,7 @@ class LoadedSamples:
 
     def _take(self, index: ShardIndex) -> None:
         self._index, self._place, self.begin = index, None, 0 if self.data is None else int(index.start[0])
-        self.spans = _spans(index, self.begin, self.reader.wanted).reshape(-1).data
+        self.spans = spans_of_index(index, self.begin, self.reader.wanted).reshape(-1).data
 
     def where(self, sample_index: int) -> str:
         """Shard and byte of a sample that was found, for messages."""
@@ -161,14 +158,16 @@ class LoadedSamples:
         """What `spans` count in; None of a file that does not stay mapped, or was cut off: see `copy`. Raises as that."""
         if self.data is not None:
             return self.data
-        mapped = self.reader.mapped(self.shard)
+        assert self.reader.maps is not None
+        mapped = self.reader.maps.get(self.shard)
         return mapped.view if mapped.stays and mapped.size >= len(mapped.view) else None
 
     def copy(self, begin: int, end: int) -> memoryview:
         """Bytes of a local shard. Raises FormatError: it is shorter than that; StorageError."""
-        mapped = self.reader.mapped(self.shard)
+        assert self.reader.maps is not None
+        mapped = self.reader.maps.get(self.shard)
         if end > mapped.size:
-            raise self.reader.cut_off(self.shard, mapped.size)
+            raise self.reader.maps.cut_off(self.shard, mapped.size)
         return memoryview(bytes(mapped.view[begin:end]))
 
 
@@ -244,20 +243,9 @@ def _find(loaded: Sequence[LoadedSamples], sample_indices: Sequence[int]) -> Non
         if runs is None or not set(runs.suffixes) <= set(members):
             first, spans = [0] * (len(groups) + 1), np.zeros((0, reader.span_width), np.int64)
         else:
-            first, spans = runs.first.tolist(), _spans_of_runs(runs, begins, reader.wanted)
+            first, spans = runs.first.tolist(), spans_of_runs(runs, begins, reader.wanted)
         for (samples, number), low, high in zip(groups, first[:-1], first[1:], strict=True):
             samples.found(number, spans[low:high])
-
-
-class Mapped(NamedTuple):
-    """A local shard."""
-
-    view: memoryview
-    """Its bytes, as far as it was mapped."""
-    size: int
-    """Its size in bytes at this moment; touching what lies beyond would end the process (SIGBUS)."""
-    stays: bool
-    """Whether it stays mapped; else nothing may refer to it for long."""
 
 
 class SourceReader:
@@ -288,11 +276,9 @@ class SourceReader:
         self.made: Mapping[str, Mapping[str, Any]] = opened.manifest.codes if others and self.code_members else {}
         """Provenance of the code columns, if samples may have others beside those that are read."""
         self._store = opened.store
-        self._local = opened.store if isinstance(opened.store, LocalStore) else None
-        self.is_mapped = self._local is not None
+        self.maps = MappedShards(opened.store, opened.shards, num_sources) if isinstance(opened.store, LocalStore) else None
+        self.is_mapped = self.maps is not None
         self._cache = None if self.is_mapped else cache
-        self._maps: dict[int, memoryview] = {}
-        self._most_maps = _most_mapped() // num_sources
         self.indices = IndexReader(opened.store, opened.manifest, None if self.is_mapped else self._count)
         has_offsets = opened.manifest.offsets_hash is not None and not (self.is_mapped or check_crc)
         self._offsets = OffsetsReader(opened.store, opened.manifest, self._fetch) if has_offsets else None
@@ -372,66 +358,3 @@ class SourceReader:
         with self._counting:
             self.num_requests += 1
             self.num_bytes += num_bytes
-
-    def mapped(self, shard: int) -> Mapped:
-        """A local shard.
-
-        Raises:
-            FormatError: it was not as long as the manifest says when it was mapped.
-            StorageError: it can't be read.
-        """
-        view = self._maps.get(shard)
-        if view is None:
-            info = self.opened.shards[shard]
-            assert self._local is not None
-            if not faulthandler.is_enabled():  # a file may still be cut between the look at its size and the reading
-                faulthandler.enable(2)
-            view = self._local.map(info.name)
-            if len(view) != info.bytes:
-                raise self.cut_off(shard, len(view))
-            if len(self._maps) < self._most_maps:
-                self._maps[shard] = view
-        return Mapped(view, view.obj.size() if isinstance(view.obj, mmap) else 0, shard in self._maps)
-
-    def cut_off(self, shard: int, num_bytes: int) -> FormatError:
-        """What to raise for a shard that has so many bytes."""
-        info = self.opened.shards[shard]
-        return FormatError(
-            f"{join(self._store.url, info.name)}: {num_bytes} bytes, the manifest says {info.bytes}: "
-            "the shard was cut off or replaced"
-        )
-
-
-def _most_mapped() -> int:
-    """Files that a reader may keep mapped: they hold a quarter of the descriptors that the process may have."""
-    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return _OPEN_SHARDS if allowed == resource.RLIM_INFINITY else min(allowed // 4, _OPEN_SHARDS)
-
-
-def _spans(index: ShardIndex, base: int, wanted: Sequence[Sequence[str]]) -> Ints:
-    """See LoadedSamples.spans; `base`: what they count from."""
-    start = index.start.astype(np.int64) - base
-    out = np.zeros((len(start), 2 + 2 * len(wanted)), np.int64)
-    out[:, 0], out[:, 1] = start, start + index.size
-    for low, names in zip(range(2, out.shape[1], 2), wanted, strict=True):
-        for column, suffix in reversed(list(enumerate(index.members))):
-            if suffix in names:
-                lengths, offsets = (numbers[:, column].astype(np.int64) for numbers in (index.lengths, index.offsets))
-                present = lengths != ABSENT
-                out[present, low] = (start + offsets)[present]
-                out[present, low + 1] = (start + offsets + lengths)[present]
-    return out
-
-
-def _spans_of_runs(runs: Runs, begins: Sequence[int], wanted: Sequence[Sequence[str]]) -> Ints:
-    """See LoadedSamples.spans; `begins`: where each run begins in what they count from."""
-    base = np.repeat(np.array(begins, np.int64), np.diff(runs.first))
-    out = np.zeros((len(runs.start), 2 + 2 * len(wanted)), np.int64)
-    out[:, 0], out[:, 1] = base + runs.start, base + runs.end
-    for low, names in zip(range(2, out.shape[1], 2), wanted, strict=True):
-        for name in reversed([name for name in names if name in runs.suffixes]):
-            members = np.flatnonzero(runs.suffix == runs.suffixes.index(name))
-            sample = runs.sample[members]
-            out[sample, low] = base[sample] + runs.offset[members]
-            out[sample, low + 1] = out[sample, low] + runs.length[members]
-    return out
