@@ -205,7 +205,7 @@ def test_a_first_line_that_is_merely_wrong_is_left_to_its_reject(first: str, tmp
 
 def test_a_missing_file_is_not_found(tmp_path: Path) -> None:
     with pytest.raises(NotFound, match="nothing"):
-        plan_lines([InputFile(str(tmp_path / "nothing.jsonl"), 0)], 10)
+        plan_lines([InputFile(str(tmp_path / "nothing.jsonl"), 9)], 10)
 
 
 # --- Inputs --------------------------------------------------------------------------------------------------------

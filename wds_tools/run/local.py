@@ -2,7 +2,7 @@
 
 `run_tasks(fn, tasks, workers=n)` yields `fn(task, report)` for each task as it finishes. With one worker everything happens in
 this process. With more, `fn` is pickled once to each spawned process and kept there, so what it loads (a model) is loaded once.
-What waits for others at the end of a task, such as an upload, fn may leave as a `Rest`: it is done while the next task begins.
+What waits for others at the end of a task, such as an upload, fn may leave as a `Rest`: it is done while the next tasks begin.
 `report(Advance(...))` may be called as often as fn likes; reports reach `on_report` in this process.
 Invariant: no worker outlives this process or the generator: the generator kills those it leaves behind, and each worker watches
 a pipe that closes with this process, however it ends. What asks a run to stop (STOPS) is for this process alone to hear.
@@ -15,6 +15,7 @@ import os
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -65,6 +66,8 @@ Work = Callable[[Task, Report], Result | Rest[Result]]
 
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """Signals that ask a run to stop: Ctrl-C; Slurm, Kubernetes, a machine that is taken back; a terminal that has gone."""
+MOST_RESTS = 4
+"""Of a process, under way at a time: an upload takes six round trips."""
 _POLL_S = 0.25
 _LOOK_EVERY_S = 1.0
 _worker: _Tasks[Any, Any] | None = None
@@ -81,7 +84,7 @@ def run_tasks(fn: Work[Task, Result], tasks: Sequence[Task], *, workers: int, on
         on_report: gets every report, in this process.
 
     Yields:
-        The results, as they come; those of a `Rest` when the next task of its process has been worked on.
+        The results, as they come; those of a `Rest` when a later task of its process has been worked on.
 
     Raises:
         WorkerDied: a process was killed from outside.
@@ -165,25 +168,28 @@ def exit_with_parent(grace_s: float = 0.0) -> None:
 
 
 class _Tasks(Generic[Task, Result]):
-    """Does tasks in this process, one after the other, and the rest of one while the next is worked on."""
+    """Does tasks in this process, one after the other, and the rests of some while the next ones are worked on."""
 
     def __init__(self, fn: Work[Task, Result], report: Report) -> None:
         self._fn, self._report = fn, report
-        self._pool = ThreadPoolExecutor(1, "wds-rest")
-        self._rest: Future[Result] | None = None
+        self._pool = ThreadPoolExecutor(MOST_RESTS, "wds-rest")
+        self._rests: deque[Future[Result]] = deque()
 
     def run(self, task: Task) -> list[Result]:
-        """Do a task; gives what is finished: the one before, if it had a rest, and this one, if it has none."""
+        """Do a task; gives what is finished: this one, if it has no rest, and those before it that had one."""
         done = self._fn(task, self._report)
         if not isinstance(done, Rest):
             return [*self.finish(), done]
-        rest, self._rest = self._rest, self._pool.submit(done.finish)  # before the one before can fail: each Rest is called
-        return [] if rest is None else [rest.result()]
+        self._rests.append(self._pool.submit(done.finish))  # before one that was earlier can fail: each Rest is called
+        results = []
+        while self._rests and (len(self._rests) > MOST_RESTS or self._rests[0].done()):
+            results.append(self._rests.popleft().result())
+        return results
 
     def finish(self) -> list[Result]:
-        """Wait for the rest of the last task."""
-        rest, self._rest = self._rest, None
-        return [] if rest is None else [rest.result()]
+        """Wait for the rests of the last tasks."""
+        rests, self._rests = self._rests, deque()
+        return [rest.result() for rest in rests]
 
     def close(self) -> None:
         """The same, whatever came of it."""

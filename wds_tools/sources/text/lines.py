@@ -17,6 +17,7 @@ from wds_tools.run.progress import Advance, Progress
 from wds_tools.sources.record import InputFile
 from wds_tools.sources.text.objects import MAX_LINE_BYTES, Line
 from wds_tools.storage import open_store, split_url
+from wds_tools.storage.ahead import ahead
 
 _READ_BYTES = 4 << 20
 _RANGE_BYTES = 64 << 20
@@ -46,10 +47,12 @@ def plan_lines(files: Sequence[InputFile], lines_per_range: int, *, quiet: bool 
     """
     if lines_per_range < 1:
         raise UsageError(f"lines_per_range={lines_per_range}: a range holds at least one line")
+    pieces = ((file.url, at, file.size) for file in files for at in range(0, file.size, _READ_BYTES))
     ranges: list[LineRange] = []
     with Progress("plan", sum(file.size for file in files), quiet=quiet, unit="lines") as progress:
+        chunks = _read_all(pieces, are_far=any("://" in file.url for file in files))
         for file in files:
-            for span in _plan_file(file.url, lines_per_range):
+            for span in _plan_file(file.url, islice(chunks, -(-file.size // _READ_BYTES)), lines_per_range):
                 ranges.append(span)
                 progress(Advance(units=span.end - span.start, samples=span.num_lines))
     return ranges
@@ -57,11 +60,19 @@ def plan_lines(files: Sequence[InputFile], lines_per_range: int, *, quiet: bool 
 
 def read_lines(span: LineRange) -> Iterator[Line]:
     """The lines of a range."""
-    root, name = split_url(span.url)
-    store = open_store(root)
-    starts = range(span.start, span.end, _READ_BYTES)
-    chunks = (bytes(store.read_range(name, at, min(at + _READ_BYTES, span.end))) for at in starts)
-    return number_lines(chunks, span.first_line)
+    pieces = ((span.url, at, span.end) for at in range(span.start, span.end, _READ_BYTES))
+    return number_lines(_read_all(pieces, are_far="://" in span.url), span.first_line)
+
+
+def _read_all(pieces: Iterable[tuple[str, int, int]], *, are_far: bool) -> Iterator[bytes]:
+    """The _READ_BYTES from `at` of each (file, at, end), ahead of whoever takes them if a request waits for an answer."""
+
+    def read(piece: tuple[str, int, int]) -> bytes:
+        url, at, end = piece
+        root, name = split_url(url)
+        return bytes(open_store(root).read_range(name, at, min(at + _READ_BYTES, end)))
+
+    return ahead(read, pieces) if are_far else map(read, pieces)
 
 
 def number_lines(chunks: Iterable[bytes], first: int = 1) -> Iterator[Line]:
@@ -73,28 +84,26 @@ def number_lines(chunks: Iterable[bytes], first: int = 1) -> Iterator[Line]:
             yield Line(number, data)
 
 
-def _plan_file(url: str, lines_per_range: int) -> Iterator[LineRange]:
-    root, name = split_url(url)
+def _plan_file(url: str, chunks: Iterable[bytes], lines_per_range: int) -> Iterator[LineRange]:
     at = start = 0
     line = first_line = 1
     last = b"\n"
-    with open_store(root).open(name) as stream:
-        while chunk := stream.read(_READ_BYTES):
-            ends = np.flatnonzero(np.frombuffer(chunk, np.uint8) == 10) + (at + 1)
-            taken = 0
-            while taken < len(ends):
-                wanted = lines_per_range - (line - first_line)
-                stop = min(taken + wanted, len(ends))
-                if ends[stop - 1] - start > _RANGE_BYTES:  # very long lines: close early, but hold at least one
-                    stop = max(taken + 1, min(stop, int(np.searchsorted(ends, start + _RANGE_BYTES, "right"))))
-                line += stop - taken
-                end = int(ends[stop - 1])
-                taken = stop
-                if line - first_line >= lines_per_range or end - start >= _RANGE_BYTES:
-                    yield LineRange(url, start, end, first_line, line - first_line)
-                    start, first_line = end, line
-            at += len(chunk)
-            last = chunk[-1:]
+    for chunk in chunks:
+        ends = np.flatnonzero(np.frombuffer(chunk, np.uint8) == 10) + (at + 1)
+        taken = 0
+        while taken < len(ends):
+            wanted = lines_per_range - (line - first_line)
+            stop = min(taken + wanted, len(ends))
+            if ends[stop - 1] - start > _RANGE_BYTES:  # very long lines: close early, but hold at least one
+                stop = max(taken + 1, min(stop, int(np.searchsorted(ends, start + _RANGE_BYTES, "right"))))
+            line += stop - taken
+            end = int(ends[stop - 1])
+            taken = stop
+            if line - first_line >= lines_per_range or end - start >= _RANGE_BYTES:
+                yield LineRange(url, start, end, first_line, line - first_line)
+                start, first_line = end, line
+        at += len(chunk)
+        last = chunk[-1:]
     if at > start:
         yield LineRange(url, start, at, first_line, line - first_line + (last != b"\n"))
 
