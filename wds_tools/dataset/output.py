@@ -178,8 +178,7 @@ class Output:
         results = {number: result for number, result in self.results().items() if number in numbers}
         changed = find_changed(self.store, _files(results.values()), verify=verify, quiet=quiet)
         again = [task for task, result in results.items() if not changed.keys().isdisjoint(result.files)]
-        for task in again:
-            self.store.delete(marker_name(task))
+        self.store.delete_all(map(marker_name, again))
         if again:
             done = counted(len(again), "finished task is", "finished tasks are")
             say(f"wds-tools: {describe_changed(self.store, changed)}; {done} done again", error=True)
@@ -314,8 +313,7 @@ def remove(store: Store) -> None:
     names = _check_removable(store)
     store.delete(MANIFEST)
     store.delete(PLAN)
-    with ThreadPoolExecutor(_PARALLEL_READS) as pool:
-        list(pool.map(store.delete, names))
+    store.delete_all(names)
     store.clean_temp()
 
 
@@ -329,9 +327,7 @@ def clear_complete(store: Store) -> None:
 def _drop_working_files(store: Store) -> None:
     """Remove what a complete dataset does not need any more; a lease belongs to its run."""
     store.clean_temp()
-    for entry in list(store.list(WORK)):
-        if not entry.name.startswith(LEASES):
-            store.delete(entry.name)
+    store.delete_all([entry.name for entry in store.list(WORK) if not entry.name.startswith(LEASES)])
 
 
 def _read_spec(store: Store) -> OutputSpec:

@@ -190,9 +190,7 @@ def _begin(store: Store, config: ExportOptions, page: bytes, last_part: str) -> 
         first = last_part
         store.put(first, _UNFINISHED)
     store.put(CARD, page)
-    for name in found:
-        if name not in (first, CARD):
-            store.delete(name)
+    store.delete_all(name for name in found if name not in (first, CARD))
 
 
 def local_path(url: str) -> str:

@@ -8,11 +8,13 @@ import io
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import NamedTuple, Self
 
 from wds_tools.errors import NotFound, StorageError, UsageError
 
+_PARALLEL_DELETES = 16
 TEMP_FOLDER = ".tmp"  # under a local root: files being written; hidden from list(), refused as a name
 
 Buffer = bytes | bytearray | memoryview
@@ -227,6 +229,16 @@ class Store(ABC):
         Args:
             name: relative to the root, '/'-separated.
         """
+
+    def delete_all(self, names: Iterable[str]) -> None:
+        """Remove files, several at a time and in any order.
+
+        Args:
+            names: relative to the root, '/'-separated.
+        """
+        with ThreadPoolExecutor(_PARALLEL_DELETES) as pool:
+            for _ in pool.map(self.delete, names):
+                pass
 
     def clean_temp(self, *, only_dead: bool = False) -> None:  # noqa: B027
         """Remove what killed local writers left under `.tmp/`. Call it while nobody writes here: theirs would go too.
