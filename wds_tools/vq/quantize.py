@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -66,7 +65,6 @@ def nearest(latents_ND: Tensor, codebook_KD: Tensor, chunk: int | None = None, *
     if chunk < 1 or not len(codebook_KD):
         raise UsageError(f"nearest() got chunk={chunk} and {len(codebook_KD)} codebook entries: both must be at least 1")
     codes_N = torch.empty(len(latents_ND), dtype=torch.int64, device=device)
-    lowest_N = torch.empty(len(latents_ND), device=device)
     with torch.no_grad(), torch.autocast(device.type, enabled=False), running_in(device, "fp32"):
         codebook_DK = codebook_KD.float().T
         norms_K = codebook_DK.square().sum(dim=0) if by == "distance" else codebook_DK.new_zeros(len(codebook_KD))
@@ -74,14 +72,13 @@ def nearest(latents_ND: Tensor, codebook_KD: Tensor, chunk: int | None = None, *
             part_ND = latents_ND[start : start + chunk].float()
             # |x - c|^2 without the |x|^2 that all entries share
             scores_NK = torch.addmm(norms_K, part_ND, codebook_DK, alpha=-2.0)
-            part = slice(start, start + len(part_ND))
             if device.type == "cpu":  # numpy's argmin uses the vector units, torch's does not
-                found = scores_NK.numpy().argmin(axis=1)
-                lowest_N.numpy()[part] = scores_NK.numpy()[np.arange(len(found)), found]
-                codes_N.numpy()[part] = found
+                codes_N.numpy()[start : start + chunk] = scores_NK.numpy().argmin(axis=1)
             else:
-                torch.min(scores_NK, dim=1, out=(lowest_N[part], codes_N[part]))
-        return codes_N.masked_fill_(~(lowest_N.abs() < torch.inf), NO_CODE)
+                torch.argmin(scores_NK, dim=1, out=codes_N[start : start + chunk])
+        # NaN or infinite as soon as one number of a latent is
+        lengths_N = torch.linalg.vector_norm(latents_ND, dim=1, dtype=torch.float32)
+        return codes_N.masked_fill_(~(lengths_N < torch.inf), NO_CODE)
 
 
 class Network(Protocol):
