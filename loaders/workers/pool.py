@@ -129,12 +129,25 @@ class WorkerPool:
         try:
             yield
         except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
-            if isinstance(error, WdsToolsError) or not (_tells_of_a_worker(error) or isinstance(error, OSError | EOFError)):
+            named: Exception | None = None
+            while named is None:
+                try:
+                    named = self._named(error)
+                except RuntimeError as another:  # torch's handler of SIGCHLD tells, in the midst of this, of one more
+                    if not _tells_of_a_worker(another):
+                        raise
+            if named is error:
                 raise
-            self.close()
-            is_clear = self._has_answered or self._method == "fork"
-            hint = "" if is_clear else f"; where workers are started by {self._method}, {_GUARD}"
-            raise WorkerDied(f"a worker process ended ({error}{self._cut_off()}){hint}") from error
+            raise named from error
+
+    def _named(self, error: Exception) -> Exception:
+        """What to raise: WorkerDied if a worker died, and all are ended then; else the error itself."""
+        if isinstance(error, WdsToolsError) or not (_tells_of_a_worker(error) or isinstance(error, OSError | EOFError)):
+            return error
+        self.close()
+        is_clear = self._has_answered or self._method == "fork"
+        hint = "" if is_clear else f"; where workers are started by {self._method}, {_GUARD}"
+        return WorkerDied(f"a worker process ended ({error}{self._cut_off()}){hint}")
 
     def _cut_off(self) -> str:
         """A local shard that is not as long as it was: who touches what is missing of a mapped file, dies."""
