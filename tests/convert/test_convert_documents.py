@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import gzip
 import json
 from pathlib import Path
@@ -12,6 +13,7 @@ import zstandard
 from commands import (
     captions,
     documents,
+    image_bytes,
     read_rejects,
     read_samples,
     shared,
@@ -211,3 +213,13 @@ def test_every_bad_line_has_the_outcome_that_it_should(tmp_path: Path) -> None:
         14: "not_an_object",
         16: "invalid_utf8",
     }
+
+
+def test_a_text_that_begins_with_an_image_is_a_text_and_one_that_is_an_image_is_not(tmp_path: Path) -> None:
+    """As a page in Markdown may, that shows a picture in line."""
+    image = f"data:image/png;base64,{base64.b64encode(image_bytes(0)).decode()}"
+    path = write_documents(tmp_path / "in/a.jsonl.zst", [{"text": "A text."}, {"text": f"{image}) is shown here."}])
+    assert convert(tmp_path / "out", path).samples == 2
+    path = write_documents(tmp_path / "images/a.jsonl.zst", [{"text": "A text."}, {"text": image}])
+    with pytest.raises(UsageError, match="text holds an image"):
+        convert(tmp_path / "others", path)

@@ -41,6 +41,8 @@ _MAGIC: Final = re.compile(
     re.DOTALL,
 )
 _DATA_URI: Final = "data:image/"
+_DATA_HEAD: Final = 64
+"""Characters of it in which a space may stand, before the data."""
 _PLAIN: Final = frozenset((int, float, bool, type(None)))
 _IMAGE_NAMES: Final = frozenset(IMAGE_NAMES)
 _MAX_DEPTH: Final = 40
@@ -182,7 +184,10 @@ def names_image(text: str) -> bool:
 
 
 def _is_data(text: str) -> bool:
-    return text[: len(_DATA_URI)].lower() == _DATA_URI
+    """Whether a text is an image, and does not only begin with one, as a page may that shows one."""
+    if text[: len(_DATA_URI)].lower() != _DATA_URI:
+        return False
+    return ";base64," not in text[:_DATA_HEAD].lower() or text.find(" ", _DATA_HEAD) < 0
 
 
 def _is_same(value: Any, other: Any) -> bool:
