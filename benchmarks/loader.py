@@ -141,7 +141,7 @@ class Bench:
             raise _Failed(f"no end after {timeout_s:.0f} s") from None
         except subprocess.CalledProcessError as error:
             log.write_text(error.stdout + error.stderr)
-            raise _Failed(f"{reason(error)} (all that it said: {log})") from error
+            raise _Failed(f"{reason(error)} (all that it said: {os.path.relpath(log, ROOT)})") from error
         return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 

@@ -31,8 +31,9 @@ def batches(folder: Path) -> Iterator[tuple[list[str], torch.Tensor]]:
 
 
 def remote(place: Remote) -> Iterator[tuple[list[str], torch.Tensor]]:
-    """The Arrow files by URL; `load_from_disk` would copy all of them first."""
-    stream = datasets.load_dataset("arrow", data_files=place.http(".arrow"), split="train", streaming=True)
+    """The Arrow files of rows by URL, not those of how they were shuffled; `load_from_disk` would copy all of them first."""
+    files = [url for url in place.http(".arrow") if "/data-" in url]
+    stream = datasets.load_dataset("arrow", data_files=files, split="train", streaming=True)
     for batch in stream.shuffle(seed=42, buffer_size=1000).iter(batch_size=BATCH):
         yield collate(batch)
 
