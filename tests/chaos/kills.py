@@ -115,6 +115,8 @@ class Kills:
         again: list[str] = []
         self._prepare(name, url)
         for number, target, is_at_work, moment in blows:
+            if name == "vocabulary" and Path(url).exists():  # which is whole as soon as it exists
+                break
             before = {entry.name for entry in store.list("_work/run-")}  # of a run that was killed
             with started(*self._words(name, url), *again, cwd=self._inputs) as process:
                 if is_at_work:
@@ -125,7 +127,7 @@ class Kills:
                 wait_until(lambda: is_ours(process), "Python has started", LIMIT_S)
                 self._check_end(process, number, strike(process, number, target), store, before)
             again = [] if name in WITHOUT_RESUME else ["--resume"]
-        if name != "vocabulary" or not Path(url).exists():  # which is whole as soon as it exists
+        if name != "vocabulary" or not Path(url).exists():
             with started(*self._words(name, url), *again, cwd=self._inputs) as process:
                 _, said = process.communicate(timeout=LIMIT_S)
             assert process.returncode == 0, f"the run that should go on: {said}"
