@@ -83,13 +83,16 @@ def start() -> int:
         _listen(handled, _stop)
 
     try:
-        status = main(begin=begin, stops=_stops)
-    except SystemExit as ended:  # --help
-        status = int(ended.code or 0)
-    except KeyboardInterrupt:  # once more, in the midst of saying so
-        _end(signal.SIGINT, None)
-    over.set()
-    _listen((number for number in handled if signal.getsignal(number) is _stop), _end)
+        try:
+            status = main(begin=begin, stops=_stops)
+        except SystemExit as ended:  # --help
+            status = int(ended.code or 0)
+        if _stops:
+            _free_leases()  # the signal may have come in the midst of that
+        over.set()
+        _listen((number for number in handled if signal.getsignal(number) is _stop), _end)
+    except KeyboardInterrupt:  # at the end of all, or once more, in the midst of saying so
+        _end(_stops[-1] if _stops else signal.SIGINT, None)
     sys.stdout.flush()
     if out.failure is None:
         return status
@@ -120,11 +123,15 @@ def _see_to_the_end(told: int, over: Event) -> None:
         from threading import Timer
 
         Timer(_LEAVE_S, _end, (number, None)).start()  # should the store be silent
-        if lease := sys.modules.get("wds_tools.dataset.lease"):  # else nothing has been written
-            lease.free_leases()
+        _free_leases()
         _end(number, None)
     time.sleep(_LEAVE_S)  # for threads that the interpreter waits for
     os._exit(128 + number)
+
+
+def _free_leases() -> None:
+    if lease := sys.modules.get("wds_tools.dataset.lease"):  # else nothing has been written
+        lease.free_leases()
 
 
 def _end(number: int, _: FrameType | None) -> NoReturn:

@@ -417,6 +417,41 @@ def test_a_signal_while_modules_load_is_one_line(tmp_path: Path, number: signal.
     assert (process.returncode, said) == (128 + number, f"wds-tools: stopped by {number.name}\n")
 
 
+LATE = {
+    "while the lease is set free": "from wds_tools.dataset.lease import Lease as owner; name = '_leave'",
+    "when the command has ended": "import wds_tools.__main__ as owner; name = '_listen'",
+}
+
+
+@pytest.mark.parametrize("when", LATE)
+def test_a_signal_at_the_end_of_a_command_is_one_line_too_and_leaves_no_lease(tmp_path: Path, when: str) -> None:
+    write_documents(tmp_path / "in/a.jsonl.zst", [{"text": "A text."}])
+    code = f"""if True:
+        import os, signal, sys
+        from wds_tools.__main__ import start
+        {LATE[when]}
+        real = getattr(owner, name)
+        def hit(*args):
+            if name == "_leave" or getattr(signal.getsignal(signal.SIGTERM), "__name__", "") == "_stop":
+                setattr(owner, name, real)
+                os.kill(os.getpid(), signal.SIGTERM)
+                for _ in range(1000):
+                    pass
+            return real(*args)
+        setattr(owner, name, hit)
+        if name == "_listen":
+            start.__globals__[name] = hit
+        sys.argv[0] = "wds-tools"
+        sys.exit(start())
+    """
+    args = ["convert", "documents", "--input", str(tmp_path / "in"), "--output", str(tmp_path / "out"), "--quiet"]
+    done = subprocess.run([sys.executable, "-c", code, *args], env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 143, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("wds-tools: stopped by SIGTERM")
+    assert "Traceback" not in done.stderr
+    assert list((tmp_path / "out").glob("_work/run-*")) == []
+
+
 @pytest.mark.slow
 def test_a_signal_ends_a_command_that_waits_for_a_silent_server() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
