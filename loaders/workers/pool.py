@@ -2,7 +2,8 @@
 
     WorkerPool.begin(requests), then next() for each
 
-torch's DataLoader runs them. What it tells of a dead worker is translated into WorkerDied here.
+torch's DataLoader runs them. It tells of a dead worker by an error raised from a handler of SIGCHLD, in whatever line the
+trainer has come to; here only while the trainer waits for a batch, so that it is one error, at one place: WorkerDied.
 """
 
 from __future__ import annotations
@@ -10,13 +11,17 @@ from __future__ import annotations
 import atexit
 import math
 import multiprocessing
+import signal
+import threading
 import time
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from multiprocessing.connection import wait
+from typing import Any, TypeVar
 
 import torch
+from torch._C import _remove_worker_pids, _set_worker_pids
 from torch.utils.data._utils import MP_STATUS_CHECK_INTERVAL
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
@@ -29,6 +34,7 @@ from wds_tools.errors import StorageError, UsageError, WdsToolsError, WorkerDied
 from wds_tools.run.by_file import ByFile
 from wds_tools.storage import LocalStore, join
 
+T = TypeVar("T")
 _GUARD = "a script puts what it does below `if __name__ == '__main__':`, since worker processes import it"
 
 
@@ -63,9 +69,7 @@ class WorkerPool:
             WorkerDied: a worker ended.
         """
         self._requests.current = requests
-        self._begin_to_wait()
-        with self._named_death(), torch.device("cpu"):  # whatever the trainer has for its tensors: workers inherit this
-            self._results = iter(self._fetched())
+        self._results = self._awaited(self._begun)
 
     def next(self) -> StepResult:
         """The result of the next step.
@@ -74,9 +78,7 @@ class WorkerPool:
             WdsToolsError: the step met an error.
             WorkerDied: a worker ended, or gives no batch for timeout_s.
         """
-        self._begin_to_wait()
-        with self._named_death():
-            result = next(self._results)
+        result = self._awaited(lambda: next(self._results))
         self._has_answered = True
         if isinstance(result, WdsToolsError):
             raise result
@@ -86,20 +88,48 @@ class WorkerPool:
         """End the worker processes."""
         workers, self._workers = self._workers, None
         if workers is not None and workers._iterator is not None:
-            try:
-                workers._iterator._shutdown_workers()
-            except RuntimeError as error:  # torch's handler of SIGCHLD tells, in the midst of this, of one that was killed
-                if not _tells_of_a_worker(error):
-                    raise
+            workers._iterator._shutdown_workers()
 
     @property
     def _method(self) -> str:
         """How worker processes start."""
         return self._config.start_method or multiprocessing.get_start_method()
 
-    def _begin_to_wait(self) -> None:
-        if self._workers is not None and self._workers._iterator is not None:
-            self._workers._iterator.begun, self._workers._iterator.timeout_s = time.monotonic(), self._config.timeout_s
+    @property
+    def _iterator(self) -> _Waiting | None:
+        """Of the workers, once they have started."""
+        return None if self._workers is None else self._workers._iterator
+
+    def _awaited(self, what: Callable[[], T]) -> T:
+        """What comes of something that waits for workers.
+
+        Raises:
+            WorkerDied: one ended. DataLoader tells of it by a RuntimeError, or fails to get the tensors that it had sent.
+        """
+        iterator = self._iterator
+        if iterator is None and self._config.num_workers == 0:
+            return what()
+        try:
+            if iterator is None:
+                return what()
+            try:
+                iterator.watch(self._config.timeout_s)
+                return what()
+            finally:
+                iterator.unwatch()
+        except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
+            if isinstance(error, WdsToolsError) or (isinstance(error, RuntimeError) and not _tells_of_a_worker(error)):
+                raise
+            if not (ended := self._iterator.ended() if self._iterator is not None else str(error)):
+                raise
+            self.close()
+            is_clear = self._has_answered or self._method == "fork"
+            hint = "" if is_clear else f"; where workers are started by {self._method}, {_GUARD}"
+            raise WorkerDied(f"a worker process ended ({ended}{self._cut_off()}){hint}") from error
+
+    def _begun(self) -> Iterator[StepResult | WdsToolsError]:
+        with torch.device("cpu"):  # whatever the trainer has for its tensors: workers inherit this
+            return iter(self._fetched())
 
     def _fetched(self) -> Iterable[StepResult | WdsToolsError]:
         if not self._config.num_workers:
@@ -123,32 +153,6 @@ class WorkerPool:
             atexit.register(_close, weakref.ref(self))  # in good order, before multiprocessing kills them
         return self._workers  # type: ignore[no-any-return]
 
-    @contextmanager
-    def _named_death(self) -> Iterator[None]:
-        """DataLoader tells of a dead worker by a RuntimeError, or fails to get the tensors that it had sent."""
-        try:
-            yield
-        except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
-            named: Exception | None = None
-            while named is None:
-                try:
-                    named = self._named(error)
-                except RuntimeError as another:  # torch's handler of SIGCHLD tells, in the midst of this, of one more
-                    if not _tells_of_a_worker(another):
-                        raise
-            if named is error:
-                raise
-            raise named from error
-
-    def _named(self, error: Exception) -> Exception:
-        """What to raise: WorkerDied if a worker died, and all are ended then; else the error itself."""
-        if isinstance(error, WdsToolsError) or not (_tells_of_a_worker(error) or isinstance(error, OSError | EOFError)):
-            return error
-        self.close()
-        is_clear = self._has_answered or self._method == "fork"
-        hint = "" if is_clear else f"; where workers are started by {self._method}, {_GUARD}"
-        return WorkerDied(f"a worker process ended ({error}{self._cut_off()}){hint}")
-
     def _cut_off(self) -> str:
         """A local shard that is not as long as it was: who touches what is missing of a mapped file, dies."""
         for opened in self._sources:
@@ -160,19 +164,58 @@ class WorkerPool:
 
 
 class _Waiting(_MultiProcessingDataLoaderIter):
-    """Waits for a batch as DataLoader does, which does so for ever, but no longer than `timeout_s`. DataLoader's own `timeout`
-    would not look whether the workers live."""
+    """Waits for a batch as DataLoader does, which does so for ever, but no longer than `timeout_s` (DataLoader's own `timeout`
+    would not look whether the workers live); and is told of dead workers only meanwhile."""
 
-    begun, timeout_s = 0.0, math.inf
+    _begun, _timeout_s = 0.0, math.inf
+
+    def __init__(self, workers: _Workers) -> None:
+        super().__init__(workers)
+        self.unwatch()
+
+    def watch(self, timeout_s: float) -> None:
+        """A worker that ends is told of by a RuntimeError, wherever this process is, from here on until `unwatch`.
+
+        Raises:
+            RuntimeError: one has ended before.
+        """
+        self._begun, self._timeout_s = time.monotonic(), timeout_s
+        if threading.current_thread() is threading.main_thread():  # in others no handler runs: DataLoader looks now and then
+            _set_worker_pids(id(self), tuple(worker.pid for worker in self._workers if worker.pid is not None))
+            self._worker_pids_set = True
+        if pids := [worker.pid for worker in self._workers if worker.exitcode is not None]:
+            raise RuntimeError(f"DataLoader worker (pid(s) {pids}) ended between two batches")
+
+    def unwatch(self) -> None:
+        if self._worker_pids_set:
+            _remove_worker_pids(id(self))
+            self._worker_pids_set = False
+
+    def ended(self) -> str:
+        """Which workers have ended, and how, after a moment for the one that is about to. Empty if none."""
+        dying = wait([worker.sentinel for worker in self._workers], 1)
+        for worker in self._workers:
+            if worker.sentinel in dying:
+                worker.join()
+        codes = {worker.pid: worker.exitcode for worker in self._workers if worker.exitcode is not None}
+        return ", ".join(f"{pid}: {signal.strsignal(-code) if code < 0 else f'exit code {code}'}" for pid, code in codes.items())
 
     def _try_get_data(self, timeout: float = MP_STATUS_CHECK_INTERVAL) -> Any:
-        left = self.begun + self.timeout_s - time.monotonic()
+        left = self._begun + self._timeout_s - time.monotonic()
         if left <= 0:
             raise WorkerDied(
-                f"the workers gave no batch for timeout_s={self.timeout_s:g} seconds: a transform that never ends, a lock that "
+                f"the workers gave no batch for timeout_s={self._timeout_s:g} seconds: a transform that never ends, a lock that "
                 "was held when they were forked (start_method='spawn' helps), or a slow storage"
             )
         return super()._try_get_data(min(left, timeout))  # type: ignore[no-untyped-call]
+
+    def _shutdown_workers(self) -> None:
+        """In good order; all at once if one was killed, since it may have held the lock of the event that tells them to end."""
+        if any(worker.exitcode for worker in self._workers):
+            for worker in self._workers:
+                worker.kill()
+            self._workers_done_event: Any = threading.Event()
+        super()._shutdown_workers()
 
 
 class _Workers(torch.utils.data.DataLoader["StepResult | WdsToolsError"]):
