@@ -210,17 +210,19 @@ class _Waiting(_MultiProcessingDataLoaderIter):
         return super()._try_get_data(min(left, timeout))  # type: ignore[no-untyped-call]
 
     def _shutdown_workers(self) -> None:
-        """In good order; all at once if one was killed, since it may have held the lock of the event that tells them to end."""
-        if any(worker.exitcode for worker in self._workers):
+        """In good order, unless the lock of the event that tells workers to end was in the hand of one that was killed."""
+        event: Any = self._workers_done_event
+        if not event._cond.acquire(timeout=MP_STATUS_CHECK_INTERVAL):
             for worker in self._workers:
                 worker.kill()
             self._workers_done_event: Any = threading.Event()
+        else:
+            event._cond.release()
         super()._shutdown_workers()
 
 
 class _Workers(torch.utils.data.DataLoader["StepResult | WdsToolsError"]):
     def _get_iterator(self) -> Any:
-        self.check_worker_number_rationality()
         return _Waiting(self)
 
 
