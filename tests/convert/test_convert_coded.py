@@ -8,6 +8,8 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from commands import read_rejects, read_samples, tree, wds_tools, write_jsonl
 from factory import image_sample, make_dataset, multi_sample, random_codes, talk_sample, text_sample
@@ -17,7 +19,8 @@ from wds_tools.convert import run_conversion
 from wds_tools.convert.coded import CodedConfig
 from wds_tools.errors import FormatError, NotFound, UsageError
 from wds_tools.export.hf import export_hf
-from wds_tools.export.options import ExportConfig
+from wds_tools.export.options import ExportConfig, ParquetConfig
+from wds_tools.export.parquet import export_parquet
 from wds_tools.format.manifest import Manifest
 from wds_tools.format.schema import Sample
 from wds_tools.storage import open_store
@@ -187,6 +190,48 @@ def test_an_unfinished_parquet_export_is_refused_and_a_damaged_file_is_a_reject(
             convert(source, output=tmp_path / "unfinished")
 
 
+def codes_export(folder: Path, tokenizer: str, number: int = 0) -> Path:
+    """A file of typed columns of a pair and a document."""
+    made = {"tokenizer": tokenizer, "codebook_size": 8192, "stride": 16, "weights_hash": None}
+    make_dataset(folder / "set", [image_sample(number, side=32), text_sample(number)], codes={"vqcode_512": made})
+    export_parquet(ParquetConfig(input=(str(folder / "set"),), output=str(folder / "out"), quiet=True))
+    return next((folder / "out").rglob("*.parquet"))
+
+
+def test_an_export_that_was_written_again_by_others_needs_the_tokenizer_said(tmp_path: Path) -> None:
+    table = pq.read_table(codes_export(tmp_path, "emu3"))
+    pq.write_table(table.replace_schema_metadata({}), tmp_path / "again.parquet")
+    with pytest.raises(UsageError, match="left out what made its codes: say --tokenizer, --codebook-size and --stride"):
+        convert(tmp_path / "again.parquet", output=tmp_path / "back")
+    manifest = convert(tmp_path / "again.parquet", output=tmp_path / "back", tokenizer="emu3")
+    assert (manifest.samples, manifest.codes["vqcode_512"]["tokenizer"]) == (2, "emu3")
+
+
+def test_every_exported_file_of_a_folder_is_asked_what_made_its_codes(tmp_path: Path) -> None:
+    (tmp_path / "both").mkdir()
+    for tokenizer in ("chameleon", "emu3"):
+        codes_export(tmp_path / tokenizer, tokenizer).rename(tmp_path / f"both/{tokenizer}.parquet")
+    with pytest.raises(UsageError, match=r"emu3.parquet says itself how vqcode_512 was made: convert what has other codes apart"):
+        convert(tmp_path / "both", output=tmp_path / "back")
+
+
+@pytest.mark.parametrize("is_ours", [True, False])
+@pytest.mark.parametrize("code", [-1, 8192, 70_000])
+def test_exported_rows_with_a_code_outside_the_codebook_are_rejects(tmp_path: Path, code: int, is_ours: bool) -> None:
+    table = pq.read_table(codes_export(tmp_path, "chameleon"))
+    rows = table.to_pylist()
+    place = next(place for place, row in enumerate(rows) if row["vqcode_512"])
+    rows[place]["vqcode_512"]["codes"][0] = code
+    kinds = {field.name: field.type for field in table.schema.field("vqcode_512").type}
+    wide = pa.field("vqcode_512", pa.struct(list({**kinds, "codes": pa.list_(pa.int64())}.items())))
+    schema = table.schema.set(table.schema.get_field_index("vqcode_512"), wide)
+    changed = pa.Table.from_pylist(rows, schema.with_metadata(table.schema.metadata if is_ours else None))
+    pq.write_table(changed, tmp_path / "changed.parquet")
+    settings = {} if is_ours else {"tokenizer": "chameleon"}
+    manifest = convert(tmp_path / "changed.parquet", output=tmp_path / "back", max_rejects="1", **settings)
+    assert (manifest.samples, manifest.rejects) == (1, {"bad_codes": 1})
+
+
 def test_documents_alone_name_no_tokenizer(tmp_path: Path) -> None:
     assert convert(save([document(1)], tmp_path / "in"), output=tmp_path / "set").codes == {}
 
@@ -224,6 +269,7 @@ def test_another_stride_and_codebook_make_other_grids_and_types(tmp_path: Path) 
         (talk({"grids": {"vqcode_512": [[1, -2]]}}), "bad_codes", "expected a list of [height, width]"),
         (talk({"grids": [[2, 2]]}), "bad_codes", "expected an object with the code columns"),
         (talk({}), "bad_codes", "has 4 codes, expected 32 x 32"),
+        ({**talk({}), "vqcode_512": "no"}, "missing_codes", "visual_sft with <image>, without vqcode_512 and"),
         (pair(0, text=None), "missing_field", "no text"),
         (pair(0, text=""), "empty_text", "text is empty"),
         (pair(0, data_type="text_pretrain"), "unwritable_record", "text_pretrain has neither image nor codes"),

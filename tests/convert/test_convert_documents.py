@@ -8,6 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import zstandard
 from commands import (
@@ -223,3 +225,20 @@ def test_a_text_that_begins_with_an_image_is_a_text_and_one_that_is_an_image_is_
     path = write_documents(tmp_path / "images/a.jsonl.zst", [{"text": "A text."}, {"text": image}])
     with pytest.raises(UsageError, match="text holds an image"):
         convert(tmp_path / "others", path)
+
+
+def test_a_field_in_a_column_whose_name_has_a_dot_is_found_in_tables_too(tmp_path: Path) -> None:
+    rows = [{"meta.info": {"lang": lang, "body": f"text {number}"}} for number, lang in enumerate(("en", "fr") * 600)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    chosen = {"text": ("meta.info.body",), "keep": ("lang=meta.info.lang",), "where": 'record["meta.info"].lang == "en"'}
+    manifest = convert(tmp_path / "out", tmp_path / "a.parquet", **chosen)
+    assert (manifest.samples, manifest.rejects) == (600, {"filtered": 600})
+    assert {sample.provenance["lang"] for sample in read_samples(tmp_path / "out")} == {"en"}
+
+
+def test_a_table_without_any_field_that_is_read_is_rejects_row_by_row(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    pq.write_table(pa.table({"text": ["t"] * 3}), tmp_path / "in/0.parquet")
+    pq.write_table(pa.table({"body": ["b"] * 2000}), tmp_path / "in/1.parquet")
+    manifest = convert(tmp_path / "out", tmp_path / "in")
+    assert (manifest.samples, manifest.rejects) == (3, {"missing_field": 2000})

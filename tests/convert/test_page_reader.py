@@ -35,7 +35,7 @@ PAGES: list[tuple[Record, str, list[Any]]] = [
         {"text_list": ["A.", "B."], "image_info": [at(1, image_name="a.jpg", raw_url="https://h/a.jpg"), at(0, image=STRUCT)]},
         *("<image> A. <image> B.", [STRUCT, "a.jpg"]),
     ),
-    ({"text_list": ["A.", "B."], "image_info": [], "url": "https://h/"}, "A.\n\nB.", []),
+    ({"text_list": ["A.", "B."], "image_info": [], "url": "https://h/"}, "A. B.", []),
     ({"content": [{"type": "text", "text": "A "}, {"type": "image", "image": "a.jpg"}, "B"]}, "A <image>B", ["a.jpg"]),
     ({"content": [{"text": "A"}, {"type": "image"}, {"type": "image"}], "images": ["a", "b"]}, "A<image><image>", ["a", "b"]),
     ({"parts": ["A", STRUCT, JPEG, None, {"image_url": {"url": "a.jpg"}}]}, "A<image><image><image>", [STRUCT, JPEG, "a.jpg"]),

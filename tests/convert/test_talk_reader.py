@@ -16,6 +16,7 @@ Record = dict[str, Any]
 
 URI = "data:image/png;base64,iVBORw0KGgo="
 STRUCT = {"bytes": b"\xff\xd8\xff\xe0", "path": None}
+NAMED = {"bytes": b"\x89PNG", "path": "1.png"}
 
 
 def turns(*values: str) -> list[dict[str, str]]:
@@ -105,7 +106,7 @@ def test_what_gpt_says_before_anybody_asked_stands_beside_the_turns() -> None:
         turns_of(record)
 
 
-@pytest.mark.parametrize("name", ["tools", "videos"])
+@pytest.mark.parametrize("name", ["tools", "videos", "video_id", "audio_file"])
 def test_tools_and_other_media_are_refused_unless_they_are_kept_as_they_are(name: str) -> None:
     record = messages("What?", **{name: [{"name": "search"}]})
     assert reason(record).startswith("unsupported_")
@@ -144,6 +145,29 @@ def test_fields_of_other_names_are_named() -> None:
     assert reader.roles(record) == {"conversations": "chat", "image": "photo"}
 
 
+@pytest.mark.parametrize(
+    ("used", "same"),
+    [
+        ("train/1.jpg", "1.jpg"),
+        ("1.jpg", "/data/train/1.jpg"),
+        ("a/1.jpg", "https://example.org/b/1.jpg"),
+        ({"bytes": b"\x89PNG", "path": "1.png"}, "images/1.png"),
+        ({"bytes": b"\x89PNG", "path": None}, b"\x89PNG"),
+    ],
+)
+def test_another_field_may_say_where_the_image_is_from(used: Any, same: Any) -> None:
+    assert TalkReader().read(messages("<image>What?", image=used, source=same)).images == [used]
+
+
+def test_only_what_can_be_kept_is_said_to_be() -> None:
+    assert "--keep mask or --drop mask leaves it out" in reason(messages("<image>", image="a.jpg", mask="b.jpg"))
+    assert "; --image mask uses it, --drop mask leaves it out" in reason(messages("<image>", image="a.jpg", mask=NAMED))
+
+
+def test_a_page_about_video_is_text() -> None:
+    assert TalkReader().read(messages("<video>\n</video> is closed?", "Yes.")).turns[0]["value"].startswith("<video>")
+
+
 def test_of_two_conversations_one_has_to_be_named() -> None:
     record = messages("What?", conversations=turns("Why?", "So."), system="Be kind.")
     assert "ambiguous_fields: conversations and messages hold conversations: say --conversations" in reason(record)
@@ -161,6 +185,16 @@ def test_of_two_conversations_one_has_to_be_named() -> None:
         (messages("What?", photo=STRUCT), "unused_image: photo holds an image"),
         (messages("What?", scan={"of": [b"\xff\xd8\xff"]}), "unused_image: scan.of holds an image"),
         (messages("What?", scan=ImageFile("/x/a.jpg")), "unused_image: scan holds an image"),
+        (messages("<image>", images=["src/1.png"], mask="mask/1.png"), "unused_image: mask holds an image"),
+        (messages("<image>", image=NAMED, mask={**NAMED, "bytes": b"\x89PNG2"}), "unused_image: mask holds an image"),
+        (
+            {"image": "a.jpg", "conversations": [turn | {"image": "b.jpg"} for turn in turns("<image>", "a")]},
+            "unused_image: image",
+        ),
+        (messages([text("<image>"), {**text("What?"), "images": ["b.jpg"]}], images=["a.jpg"]), "unused_image: images holds"),
+        (messages("What?", image_base64_str=["/9j/4AAQ"]), "unused_image: image_base64_str holds an image"),
+        (messages("What?", scan=f"iVBORw0KGgo{'A' * 200}=="), "unused_image: scan holds an image"),
+        (messages("<video>\nWhat?"), "unsupported_media: a turn begins with <video>"),
         (messages([text("What?"), {"type": "image", "index": 1}], images=["a", "b"]), "image_marks: a part is image 1"),
         (messages("Say it in HTML.", "Write <image>."), "image_marks: 1 <image> marks, 0 images"),
         (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 import pytest
@@ -52,6 +53,9 @@ def reject(records: str, value: Any, **settings: Any) -> Reject:
         URI,
         URI.replace("data:image/png;base64", "DATA:;Base64"),
         {"bytes": URI},
+        TEXT,
+        "\n".join([*wrap(TEXT, 76), ""]),
+        {"bytes": TEXT, "path": None},
     ],
 )
 def test_a_path_bytes_a_struct_and_a_data_uri_give_the_same_image(records: str, value: Any) -> None:
@@ -84,6 +88,7 @@ def test_a_file_that_the_source_found_is_read_whatever_the_image_root_is(records
         (b"<svg xmlns=''/>", "not_an_image", "SVG"),
         ("data:image/png;base64," + TEXT[:-2], "corrupt_image", "is broken"),
         ("data:image/png;base64," + TEXT[:40] + "*" + TEXT[41:], "corrupt_image", "is broken"),
+        (TEXT[:-2], "corrupt_image", "is broken"),
         ("data:image/png;base64,", "empty_image", "0 bytes"),
         ("data:image/png;base64", "unsupported_format", "not in base64"),
         ("data:image/svg+xml;utf8,<svg/>", "unsupported_format", "not in base64"),

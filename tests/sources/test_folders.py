@@ -14,7 +14,7 @@ from wds_tools.errors import Reject
 from wds_tools.records.images import ImageFile
 from wds_tools.sources import folders as folders_module
 from wds_tools.sources.containers import Unit
-from wds_tools.sources.folders import Folders, named_by_records, pictures_of
+from wds_tools.sources.folders import Folders, companions, named_by_records, pictures_of
 from wds_tools.sources.record import InputFile, Record
 from wds_tools.storage import join, open_store
 
@@ -109,6 +109,13 @@ def test_images_with_their_sidecars_are_taken_and_nothing_else() -> None:
     others = ["x.txt", "notes/readme.txt", ".hidden.jpg", "._b.JPG", "set/e.mp4", "captions.json"]
     assert pictures_of([*FILES, *others]) == {*FILES}
     assert pictures_of(["/a/b.jpg", "/a/b.txt"]) == {"/a/b.jpg", "/a/b.txt"}
+
+
+def test_tars_name_no_pictures_and_what_is_about_a_folder_of_them_is_not_read() -> None:
+    assert named_by_records(["a.jpg", "a.txt"], ["0.tar", "1.TGZ", "2.tar.gz"]) == set()
+    pictures = ["x/00000/1.jpg", "x/00001/2.jpg", "train/3.jpg"]
+    about = ["x/00000.parquet", "x/00000_stats.json", "y.parquet", "y_stats.json"]
+    assert companions([*pictures, *about, "y.tar", "x/00001.parquet", "train.parquet"], pictures) == {*about}
 
 
 @pytest.mark.parametrize("metadata", ["metadata.jsonl", "metadata.csv", "metadata.parquet", "captions.json"])

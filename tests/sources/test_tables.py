@@ -100,6 +100,22 @@ def test_only_wanted_columns_are_read_and_those_that_may_hold_images(tmp_path: P
     assert rows(read(path, ())) == TABLE.select(["image"]).to_pylist()
 
 
+@pytest.mark.parametrize("write", WRITERS)
+def test_rows_without_a_wanted_column_are_rows_all_the_same(tmp_path: Path, write: Callable[[Path, Any], Path]) -> None:
+    path = write(tmp_path / "a", TABLE.select(["score", "turns"]))
+    records = read(path, ("text",))
+    assert rows(records) == [{}] * ROWS
+    assert [record.line for record in records] == list(range(1, ROWS + 1))
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_a_column_with_an_image_inside_or_a_name_of_one_in_other_letters_is_read(
+    tmp_path: Path, write: Callable[[Path, Any], Path]
+) -> None:
+    table = pa.table({"text": ["t"], "meta": [{"n": 1, "image": "x.jpg"}], "Image": ["y"], "all": [[{"JPG": "z"}]], "other": [1]})
+    assert rows(read(write(tmp_path / "a", table), ("text",))) == table.drop_columns(["other"]).to_pylist()
+
+
 def test_columns_that_are_not_wanted_are_not_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     noise = random.Random(0).randbytes(50 << 10).hex()
     path = write_parquet(

@@ -11,14 +11,15 @@ others are not read: the codes are what the row has of them.
 
 from __future__ import annotations
 
-import posixpath
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any
 
 from wds_tools.convert.options import ConvertOptions
 from wds_tools.errors import Reject, UsageError
 from wds_tools.format.codes import CODE_COLUMNS, HW, CodeGrid
+from wds_tools.format.manifest import code_layouts
 from wds_tools.format.schema import Sample
 from wds_tools.images import Mode, parse_mode
 from wds_tools.records.arrays import PICKLED
@@ -29,6 +30,8 @@ from wds_tools.records.images import ImageSource
 from wds_tools.sources.record import InputFile
 from wds_tools.sources.tables import PARQUET, exported_codes
 
+_LIQUIDS = "chameleon"
+"""What made the codes of Liquid's datasets."""
 CODE_NAMES = ("vq_code", "vq_codes", "codes", "npy")
 """Fields in which codes are looked for, beside Liquid's columns."""
 _SUFFIXES = (".npy", *PICKLED)
@@ -45,9 +48,9 @@ class CodedConfig(ConvertOptions):
 
     input: tuple[str, ...]
     """Folders written by save_to_disk, .parquet or .jsonl files of the same seven fields, or folders of these; paths or URLs."""
-    tokenizer: str = "chameleon"
-    """Name of the tokenizer that made the codes, for the manifest. Only rows of `export parquet` record this and the next three
-    options."""
+    tokenizer: str | None = None
+    """Name of the tokenizer that made the codes, for the manifest; default: chameleon. Only rows of `export parquet` record this
+    and the next three options."""
     codebook_size: int = 8192
     """Entries of its codebook; a row with a larger code is rejected."""
     stride: int = 16
@@ -101,7 +104,7 @@ class CodedConfig(ConvertOptions):
     @property
     def _tokenizer_settings(self) -> dict[str, Any]:
         return {
-            "tokenizer": self.tokenizer,
+            "tokenizer": self.tokenizer or _LIQUIDS,
             "codebook_size": self.codebook_size,
             "stride": self.stride if self._other is None or self._other[0].has_sides else None,
             "weights_hash": self.weights_hash,
@@ -122,7 +125,7 @@ class CodedConfig(ConvertOptions):
             files: the input, as `Source.choose` chose it.
 
         Raises:
-            UsageError: files of `export parquet` contradict one another, or the options.
+            UsageError: files of `export parquet` contradict one another, or the options, or lost what made their codes.
         """
         provenance = {**self._tokenizer_settings, "precision": "unknown", "imported": True}
         columns: dict[str, Mapping[str, Any]] = {}
@@ -131,11 +134,18 @@ class CodedConfig(ConvertOptions):
             for name in ("tokenizer", "codebook_size", "stride", "weights_hash")
             if getattr(self, name) != getattr(CodedConfig, name)
         ]
-        for folder in {posixpath.dirname(file.url): file for file in files if file.url.lower().endswith(PARQUET)}.values():
-            for column, made in exported_codes(folder).items():
-                if given or columns.setdefault(column, made) != made:
-                    how = f"leave out --{given[0].replace('_', '-')}" if given else "convert what has other codes apart"
-                    raise UsageError(f"{folder.url} says itself how {column} was made: {how}")
+        urls = [file.url for file in files if file.url.lower().endswith(PARQUET)]
+        with ThreadPoolExecutor(_NUM_AHEAD, "footer") as pool:
+            for url, exported in zip(urls, pool.map(exported_codes, urls), strict=True):
+                if exported is None and self.tokenizer is None:
+                    raise UsageError(
+                        f"{url} is from `export parquet`, but something wrote it again and left out what made its codes: say "
+                        "--tokenizer, --codebook-size and --stride, as the manifest of the dataset has them"
+                    )
+                for column, made in (exported or {}).items():
+                    if given or columns.setdefault(column, made) != made:
+                        how = f"leave out --{given[0].replace('_', '-')}" if given else "convert what has other codes apart"
+                        raise UsageError(f"{url} says itself how {column} was made: {how}")
         return {**dict.fromkeys(CODE_COLUMNS if self._other is None else (self._other[1].column,), provenance), **columns}
 
 
@@ -144,15 +154,18 @@ class Coded:
     """Records that hold codes -> samples."""
 
     rows: CodedRows
-    field: str | None
+    codes_field: str | None
     field_map: FieldMap
     root: str | None
     strict_links: bool
     num_ahead: int
+    made: dict[str, Mapping[str, CodeGrid]] = field(default_factory=dict)
+    """URL of a file of `export parquet` that was met -> what its columns of codes are."""
 
     def roles(self, fields: Mapping[str, Any]) -> Mapping[str, str]:
         """See Converter."""
-        names = (*CODE_COLUMNS, *CODE_NAMES, *(suffix[1:] for suffix in PICKLED)) if self.field is None else (self.field,)
+        known = (*CODE_COLUMNS, *CODE_NAMES, *(suffix[1:] for suffix in PICKLED))
+        names = known if self.codes_field is None else (self.codes_field,)
         found = [name for name in names if value_of(fields, name) not in (None, ABSENT)]
         if len(found) > 1 and not set(found) <= {*CODE_COLUMNS}:
             options = " or ".join(f"--codes {name}" for name in found)
@@ -164,7 +177,9 @@ class Coded:
     def convert(self, key: str, fields: Mapping[str, Any], source: str) -> Sample:
         """See Converter."""
         if fields.keys() >= {*TYPED_FIELDS}:
-            return self.rows.typed(key, fields)
+            if source not in self.made:
+                self.made[source] = code_layouts(exported_codes(source) or {}) if source.lower().endswith(PARQUET) else {}
+            return self.rows.typed(key, fields, self.made[source])
         name, kind = self.roles(fields).get("codes"), fields.get("data_type")
         if name is None and (kind is None or self.rows.other):
             raise lacks(fields, " or ".join((*CODE_COLUMNS, *CODE_NAMES)), "; see --codes", "missing_codes")

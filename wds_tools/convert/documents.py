@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from wds_tools.convert.options import ConvertOptions
@@ -41,7 +42,7 @@ class DocumentsConfig(ConvertOptions):
         condition = self.condition
         names = [*(self.text or TEXT_NAMES), *(field.removeprefix(RECORD) for _, field in self.kept), *self.drop]
         names += condition.names if condition else ()
-        return tuple(sorted({*names, *(name.partition(".")[0] for name in names)}))
+        return tuple(sorted({part for name in names for part in accumulate(name.split("."), "{}.{}".format)}))
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from wds_tools.errors import FormatError, Reject, UsageError
 from wds_tools.format.codes import CODE_COLUMNS, HW, CodeGrid, Codes, code_dtype, is_code_column
-from wds_tools.format.schema import DATA_TYPES, MARKED_TYPES, Sample, SourceImage, image_fields, validate
+from wds_tools.format.schema import DATA_TYPES, IMAGE_MARK, MARKED_TYPES, Sample, SourceImage, image_fields, validate
 from wds_tools.records.arrays import Shape, flat_and_shape
 from wds_tools.records.conversations import turns_of
 from wds_tools.records.fields import required_text
@@ -146,8 +146,14 @@ class CodedRows:
             raise Reject("missing_codes", f"{data_type} without vqcode_512 and vqcode_multi768")
         return Sample(key=key, data_type=data_type, text=text, codes=codes, width=width, height=height)
 
-    def typed(self, key: str, row: Mapping[str, Any]) -> Sample:
-        """The sample of a row of `export parquet`. Raises Reject: "bad_codes"."""
+    def typed(self, key: str, row: Mapping[str, Any], made: Mapping[str, CodeGrid]) -> Sample:
+        """The sample of a row of `export parquet`. Raises Reject: "bad_codes".
+
+        Args:
+            key: the sample's.
+            row: with TYPED_FIELDS, columns of codes, and perhaps images.
+            made: column -> what its codes are, for those of which that is known.
+        """
         try:
             held = {name: value for name, value in row.items() if is_code_column(name) and value is not None}
             codes = {name: np.array(one["codes"], one["dtype"]).reshape(one["shape"]) for name, one in held.items()}
@@ -164,7 +170,9 @@ class CodedRows:
             )
             layouts = {name: CodeGrid(layout="hwkt"[: array.ndim], dtype=array.dtype.name) for name, array in codes.items()}
             validate(sample, layouts)  # of any array: what the columns' are, is known where they are written
-        except (FormatError, UsageError, KeyError, TypeError, ValueError, AttributeError) as error:
+            for name, array in codes.items():
+                made.get(name, CodeGrid(codebook_size=self.codebook_size)).check_values(name, array)
+        except (FormatError, UsageError, KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
             raise Reject("bad_codes", f"not a row of export parquet: {type(error).__name__}: {error}") from error
         return sample
 
@@ -192,6 +200,9 @@ class CodedRows:
                 codes[column] = self._grid(column, flat, shapes[0])
             else:
                 codes[column] = self.values(column, flat)[None]
+        texts = [sample.text, *(turn["value"] for turn in sample.conversations or ())]
+        if not codes and any(IMAGE_MARK in text for text in texts):
+            raise Reject("missing_codes", f"{sample.data_type} with {IMAGE_MARK}, without {' and '.join(CODE_COLUMNS)}")
         sample = sample._replace(codes=codes, grids=grids)
         try:
             validate(sample)

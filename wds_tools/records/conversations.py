@@ -11,7 +11,6 @@ Invariant: nothing is guessed, and no text is changed: what does not fit is a re
 
 from __future__ import annotations
 
-import posixpath
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ import orjson
 from wds_tools.errors import Reject
 from wds_tools.format.schema import IMAGE_MARK
 from wds_tools.records.edits import EDITED, INSTRUCTIONS, SOURCES, edit_turns
-from wds_tools.records.field_map import IMAGE_NAMES, TEXT_NAMES, images_within, is_image
+from wds_tools.records.field_map import IMAGE_NAMES, TEXT_NAMES, images_within, is_image, is_same_image, path_of
 from wds_tools.records.fields import lacks, value_of
 from wds_tools.records.parts import NOTHING, files_in, filled, given_in, images_in, text_of
 
@@ -38,10 +37,12 @@ ROLES = {
 }
 """Role of a turn -> what others call it, in upper or lower case."""
 _ROLE_OF = {name: role for role, names in ROLES.items() for name in names}
-_MEDIA_FIELD = re.compile(r"(video|audio)s?(_path|_url)?|mp4|webm|mkv|mov|avi|mp3|wav|flac|ogg|m4a")
+_MEDIA_FIELD = re.compile(
+    r"(video|audio)s?(_?(path|url|id|file|name|file_?name|bytes))?s?|mp4|webm|mkv|mov|avi|mp3|wav|flac|ogg|m4a"
+)
 _IMAGE_FIELD = re.compile(
     r"(image|img|picture|photo|pixel|jpe?g|png|webp)s?"
-    r"(_?(path|url|uri|src|file|file_?name|bytes|data|values|base64|b64))?s?",
+    r"(_?(path|url|uri|src|file|file_?name|bytes|data|values|base64|b64))?(_?str)?s?",
     re.I,
 )
 _OTHER_MARK = re.compile(
@@ -50,8 +51,11 @@ _OTHER_MARK = re.compile(
     re.I,
 )
 """Marks of images in other conventions than LLaVA's."""
+_MEDIA_MARK = re.compile(r"\s*<(video|audio)>(?!.*</\1>)", re.DOTALL)
+"""At the beginning of a turn, and no element of a page."""
 _SPEAKERS = ("from", "role")
 _TEXTS = ("value", "content")
+_OF_A_TURN = (*_SPEAKERS, "user", "assistant")
 PROMPTS = ("system", "system_prompt")
 """Fields with a prompt of the system."""
 Turn = dict[str, str]
@@ -136,6 +140,8 @@ class TalkReader:
         for turn in turns:
             if mark := _OTHER_MARK.search(turn["value"]):
                 raise Reject("unused_image", f"a turn holds {mark[0]}; expected {IMAGE_MARK}, and the path in image")
+            if mark := _MEDIA_MARK.match(turn["value"]):
+                raise Reject("unsupported_media", f"a turn begins with {mark[0].strip()}; only images can be converted")
         if IMAGE_MARK in (first_answer or ""):
             raise Reject("image_marks", f"gpt begins, with {IMAGE_MARK}: what it says before anybody asked is left out")
         if own and not places and (self.marks == "first" or name == "texts"):
@@ -183,26 +189,32 @@ class TalkReader:
         contents = [turn[name] for turn, name in zip(turns, said, strict=True) if isinstance(turn.get(name), list)]
         parts = [part for content in contents for part in content if isinstance(part, dict)]
         images = [*(part for part in parts if part.get("text") is None), *own]
-        used = {posixpath.basename(path) for _, path in files_in("", images) if path}
+        used = [image for _, image in files_in("", images)]
         known = {*used_fields, *self.left_out}
-        fields = [item for item in record.items() if item[0] not in known]
-        known_in_turns = (*_SPEAKERS, "user", "assistant")
-        fields += [
-            item
-            for turn, name in zip(turns, said, strict=True)
-            for item in turn.items()
-            if item[0] not in (name, *known_in_turns)
-        ]
-        fields += [item for part in parts if part.get("text") is not None for item in part.items() if item[0] != "text"]
-        for field, value in fields:
+        fields = [(field, value, known) for field, value in record.items() if field not in known]
+        spared = {*self.left_out}
+        for turn, name in zip(turns, said, strict=True):
+            fields += [(field, value, spared) for field, value in turn.items() if field not in (name, *_OF_A_TURN)]
+        for part in parts:
+            if part.get("text") is not None:
+                fields += [(field, value, spared) for field, value in part.items() if field != "text"]
+        for field, value, spared in fields:
             is_left = not images and ((_IMAGE_FIELD.fullmatch(field) and given_in(value)) or images_within({field: value}))
-            found = [(field, "")] if is_left else []
-            for name, file in (*files_in(field, value), *found):
+            for name, image in (*files_in(field, value), *([(field, "")] if is_left else [])):
                 steps = name.removeprefix("json.").split(".")
-                if posixpath.basename(file) not in used and known.isdisjoint(accumulate(steps, "{}.{}".format)):
-                    shown = f": {file[:80]!r}" if file else ""
-                    how = f"--image {name} uses it, --keep {name} or --drop {name} leaves it out"
+                if spared.isdisjoint(accumulate(steps, "{}.{}".format)) and not any(_is_same(image, each) for each in used):
+                    path = path_of(image)
+                    shown, kept = f": {path[:80]!r}" if path else "", f"--keep {name} or " if isinstance(image, str) else ""
+                    how = f"--image {name} uses it, {kept}--drop {name} leaves it out"
                     raise Reject("unused_image", f"{name} holds an image that is not used{shown}; {how}")
+
+
+def _is_same(image: Any, used: Any) -> bool:
+    """Whether an image is one that is used, or the URL that this one is from, by its name."""
+    path = path_of(image)
+    if "://" in path and path.rpartition("/")[2] == path_of(used).rpartition("/")[2]:
+        return True
+    return is_same_image(image, used)
 
 
 def _own(record: Mapping[str, Any], roles: Mapping[str, str]) -> list[Any]:

@@ -19,7 +19,7 @@ from typing import Any, Final
 from wds_tools.errors import Reject, UsageError
 from wds_tools.format.schema import taken_names
 from wds_tools.records.fields import check_text, required_text, value_of
-from wds_tools.records.images import ImageFile
+from wds_tools.records.images import ImageFile, is_base64
 from wds_tools.records.where import RECORD
 
 TEXT_NAMES: Final = (
@@ -153,7 +153,7 @@ class FieldMap:
             steps = name.removeprefix("json.").split(".")
             if name == used or not self.spared.isdisjoint((name, *accumulate(steps, "{}.{}".format))):
                 continue
-            if _is_same(other, value) or (is_inside and name in _FILE_NAMES and isinstance(other, str)):
+            if is_same_image(other, value) or (is_inside and name in _FILE_NAMES and isinstance(other, str)):
                 continue
             if used is None:
                 raise Reject("unused_image", f"{name} holds an image, which is not used: --drop {name} leaves it out")
@@ -167,7 +167,7 @@ def images_within(fields: Mapping[str, Any] | Sequence[Any], depth: int = _MAX_D
     images: list[tuple[str, Any]] = []
     for name, value in fields.items() if type(fields) is dict or isinstance(fields, Mapping) else enumerate(fields):
         kind = type(value)
-        if kind in _PLAIN or (kind is str and value[:1] not in "dD" and str(name).lower() not in _IMAGE_NAMES):
+        if kind in _PLAIN or (kind is str and value[:1] not in "dD/iRU" and str(name).lower() not in _IMAGE_NAMES):
             continue  # as nearly all do: without a call
         name = str(name)
         if is_image(value, name):
@@ -186,18 +186,27 @@ def names_image(text: str) -> bool:
 def _is_data(text: str) -> bool:
     """Whether a text is an image, and does not only begin with one, as a page may that shows one."""
     if text[: len(_DATA_URI)].lower() != _DATA_URI:
-        return False
+        return is_base64(text)
     return ";base64," not in text[:_DATA_HEAD].lower() or text.find(" ", _DATA_HEAD) < 0
 
 
-def _is_same(value: Any, other: Any) -> bool:
-    """Whether two values are one image: equal, or a path and the end of it, as where a record says where its image is from."""
+def is_same_image(value: Any, other: Any) -> bool:
+    """Whether two values are one image: equal; or a path and the end of it, as where a record says where its image is from. Two
+    that bring their bytes are the same if these are."""
     if value is not None and value == other:
         return True
-    path, end = sorted((_path(value), _path(other)), key=len, reverse=True)
-    return bool(end) and path.endswith(f"/{end.removeprefix('./')}")
+    if (data := _data_in(value)) and (others := _data_in(other)):
+        return bool(data == others)
+    path, end = sorted((path_of(value), path_of(other)), key=len, reverse=True)
+    return bool(end) and f"/{path}".endswith(f"/{end.removeprefix('./')}")
 
 
-def _path(value: Any) -> str:
+def path_of(value: Any) -> str:
+    """The path or URL of an image; "" if it has none."""
     path = value.get("path") if isinstance(value, dict) else value.url if isinstance(value, ImageFile) else value
     return path if isinstance(path, str) and not _is_data(path) else ""
+
+
+def _data_in(value: Any) -> Any:
+    data = value.get("bytes") if isinstance(value, dict) else value
+    return data if isinstance(data, bytes) or (isinstance(data, str) and _is_data(data)) else None

@@ -1,4 +1,4 @@
-"""What a record has for an image -> the image's bytes: a path, a data URI, the bytes themselves, or Hugging Face's struct.
+"""What a record has for an image -> the image's bytes: a path, a data URI, base64, the bytes, or Hugging Face's struct.
 
 One file that can't be read is a reject, wherever it lies on this machine; a storage that does not answer is an error.
 """
@@ -9,6 +9,7 @@ import binascii
 import errno
 import os
 import posixpath
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -20,6 +21,10 @@ _SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 _MOUNT_IS_GONE = (errno.ENOTCONN, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ECONNRESET)
 
 
+_BASE64 = re.compile(r"(/9j/|iVBORw0KGgo|R0lGOD|UklGR)[A-Za-z0-9+/\s]{100,}={0,2}\s*")
+"""An image in base64, by how JPEG, PNG, GIF and RIFF begin. No path is as long without a dot."""
+
+
 class ImageFile(NamedTuple):
     """An image that a source found itself, beside its record: read where it lies, whatever --image-root says."""
 
@@ -27,11 +32,16 @@ class ImageFile(NamedTuple):
     """Path or URL."""
 
 
+def is_base64(text: str) -> bool:
+    """Whether a text is the base64 of an image, without a data URI's head."""
+    return text[:1] in "/iRU" and _BASE64.fullmatch(text) is not None
+
+
 def read_image(value: Any, max_bytes: int, read_file: Callable[[str, int], bytes]) -> bytes:
     """The bytes of an image, one more than max_bytes at most where they are read from a file.
 
     Args:
-        value: a path, a data URI, bytes, an ImageFile, or {"bytes", "path"}, of which the bytes count if there are any.
+        value: a path, a data URI, base64, bytes, an ImageFile, or {"bytes", "path"}, of which the bytes count if there are any.
         max_bytes: of the image.
         read_file: (path, max_bytes) -> bytes, for paths.
 
@@ -53,7 +63,9 @@ def read_image(value: Any, max_bytes: int, read_file: Callable[[str, int], bytes
         raise Reject("wrong_type", f"an image is a {type(value).__name__}, expected a path, a data URI, bytes or {{bytes, path}}")
     if not value or value.isspace():
         raise Reject("empty_text", "the path of an image is empty")
-    return _data_of_uri(value, max_bytes) if value[:5].lower() == "data:" else read_file(value, max_bytes)
+    if value[:5].lower() == "data:":
+        return _data_of_uri(value, max_bytes)
+    return _decoded(value, 0, max_bytes) if is_base64(value) else read_file(value, max_bytes)
 
 
 def _read_file(store: Store, name: str, path: str, max_bytes: int) -> bytes:
@@ -77,16 +89,22 @@ def _read_file(store: Store, name: str, path: str, max_bytes: int) -> bytes:
 
 def _data_of_uri(uri: str, max_bytes: int) -> bytes:
     """The bytes in data:image/png;base64,... . Raises Reject."""
-    head, comma, text = uri[:300].partition(",")
+    head, comma, _ = uri[:300].partition(",")
     if not comma or not head.lower().endswith(";base64"):
         raise Reject("unsupported_format", f"the data URI {uri[:60]!r} is not in base64")
-    num_characters = len(uri) - len(uri[:300]) + len(text)
-    if num_characters // 4 * 3 > max_bytes + 2:
-        raise Reject("too_many_bytes", f"a data URI of {num_characters:,} characters, at most {max_bytes:,} bytes are allowed")
+    return _decoded(uri, len(head) + 1, max_bytes)
+
+
+def _decoded(text: str, begin: int, max_bytes: int) -> bytes:
+    """The bytes of the base64 behind `begin`, which may be in lines. Raises Reject."""
+    if (num_characters := len(text) - begin) // 4 * 3 > max_bytes + 2:
+        raise Reject(
+            "too_many_bytes", f"an image of {num_characters:,} base64 characters, at most {max_bytes:,} bytes are allowed"
+        )
     try:
-        return binascii.a2b_base64(uri[len(head) + 1 :], strict_mode=True)
+        return binascii.a2b_base64("".join(text[begin:].split()), strict_mode=True)
     except ValueError as error:
-        raise Reject("corrupt_image", f"the data URI {uri[:60]!r} is broken: {error}") from error
+        raise Reject("corrupt_image", f"the base64 of {text[:60]!r} is broken: {error}") from error
 
 
 class ImageSource:

@@ -31,6 +31,7 @@ TEXT_LISTS: Final = ("texts", "text_list", "interleaved", "parts")
 IMAGE_LISTS: Final = ("images", "image_info", "image_list")
 """Names of the field with the images, in this order; before members of a tar, and those of field_map.IMAGE_NAMES."""
 _MEMBER: Final = re.compile(r"(?:(\d{1,6})\.)?(?:jpe?g|png|webp|gif|bmp|tiff?|avif)")
+_SENTENCES: Final = "text_list"
 _PLACE: Final = "matched_text_index"
 _NAMES: Final = ("bytes", "image", "image_name", "path")
 """What the object of such an image has it in."""
@@ -80,12 +81,12 @@ class PageReader:
         """
         name = self.roles(record)["text"]
         texts, (_, images) = value_of(record, name), self._images(record)
-        places: list[Any] = []
+        own, places = given_in(images), list[Any]()
         if isinstance(texts, str):
             places, text = [None] * texts.count(IMAGE_MARK), texts
         elif not isinstance(texts, list):
             raise Reject("wrong_type", f"{name} is a {type(texts).__name__}, expected a text, or a list of texts or parts")
-        elif any(isinstance(image, dict) and _PLACE in image for image in images):
+        elif any(isinstance(image, dict) and _PLACE in image for image in images) or (name == _SENTENCES and not own):
             text, images = " ".join(_pieces(name, _at_sentences(name, texts, images), places)), []
         elif all(isinstance(part, str | None) for part in texts):
             text, images = "\n\n".join(_pieces(name, _at_gaps(name, texts, images), places)), []

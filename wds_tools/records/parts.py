@@ -84,15 +84,14 @@ def filled(places: list[Any], own: list[Any], hint: str = "") -> list[Any]:
     return [next(following) if place is None else place for place in places]
 
 
-def files_in(name: str, value: Any, depth: int = 40) -> Iterator[tuple[str, str]]:
-    """(field, name of an image) in a value, and in its lists and objects; "" of an image that has no name."""
+def files_in(name: str, value: Any, depth: int = 40) -> Iterator[tuple[str, Any]]:
+    """(field, image) in a value, and in its lists and objects: a path, bytes or what else is_same_image compares."""
     if isinstance(value, str):
         if names_image(value):
             yield name, value
     elif isinstance(value, bytes | ImageFile) or (isinstance(value, dict) and value.keys() <= {"bytes", "path"}):
         if is_image(value, name):
-            path = value.url if isinstance(value, ImageFile) else "" if isinstance(value, bytes) else value.get("path")
-            yield name, path if isinstance(path, str) else ""
+            yield name, value
     elif isinstance(value, list) and depth:
         for inner in value:
             yield from files_in(name, inner, depth - 1)

@@ -20,7 +20,7 @@ from wds_tools.dataset.layout import MANIFEST, PLAN, REMOVABLE
 from wds_tools.errors import NotFound, Reject, UsageError
 from wds_tools.sources.containers import Container, Unit
 from wds_tools.sources.detect import SUFFIXES, Kind, detect, is_candidate
-from wds_tools.sources.folders import Folders, named_by_records, pictures_of
+from wds_tools.sources.folders import Folders, companions, named_by_records, pictures_of
 from wds_tools.sources.record import InputFile, Record, group_to_limits
 from wds_tools.sources.tables import ARROW, Tables, saved_files
 from wds_tools.sources.tars import Tars
@@ -78,10 +78,11 @@ class Containers:
         saved = saved_files(url, {name: sizes[name] for name in names})
         states = {posixpath.dirname(state) for state in saved}
         pictures = pictures_of(names)
+        passed_over = pictures | companions(names, pictures)
         candidates = [
             name
             for name in names
-            if name not in pictures
+            if name not in passed_over
             and is_candidate(name)
             and not (name.lower().endswith(ARROW) and (posixpath.dirname(name) in states or _OF_DATASETS.search(name)))
         ]

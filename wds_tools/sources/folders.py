@@ -25,6 +25,8 @@ from wds_tools.sources.tars import sample_fields
 from wds_tools.storage import join, open_store, split_url
 
 IMAGE_SUFFIXES = frozenset((*IMAGE_EXTENSIONS, "jpeg", "tiff", "avif"))
+_TARS = (".tar", ".tar.gz", ".tgz", ".tar.zst")
+_ABOUT, _STATS = ".parquet", "_stats.json"
 SIDECAR_SUFFIXES = frozenset(("txt", "caption", "json"))
 _MAX_SIDECAR_BYTES = 4 << 20
 _UNIT_RECORDS, _UNIT_BYTES = 500, 64 << 20
@@ -39,9 +41,18 @@ def pictures_of(names: Iterable[str]) -> set[str]:
 
 
 def named_by_records(pictures: Iterable[str], records: Iterable[str]) -> set[str]:
-    """Those of `pictures_of` that belong to files of records: which lie in their folder, or in one above."""
-    claimed = {posixpath.dirname(name) for name in records}
+    """Those of `pictures_of` that belong to files of records: which lie in their folder, or in one above. Tars name no others."""
+    claimed = {posixpath.dirname(name) for name in records if not name.lower().endswith(_TARS)}
     return {name for name in pictures if any(folder in claimed for folder in _folders(name))}
+
+
+def companions(names: Iterable[str], pictures: Iterable[str]) -> set[str]:
+    """What img2dataset writes about its output, and nobody needs to read it: X.parquet and X_stats.json beside X.tar, or both
+    beside a folder X of pictures."""
+    names = {*names}
+    tars = {name[:-4] for name in names if name.lower().endswith(".tar")}
+    folders = {folder for folder in map(posixpath.dirname, pictures) if {folder + _ABOUT, folder + _STATS} <= names}
+    return {stem + suffix for suffix in (_ABOUT, _STATS) for stem in tars | folders} & names
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from braceexpand import braceexpand
 from wds_tools.dataset.layout import IS_REJECTS_FILE
 from wds_tools.errors import NotFound, StorageError, UsageError
 from wds_tools.sources.detect import is_candidate
-from wds_tools.sources.folders import named_by_records, pictures_of
+from wds_tools.sources.folders import companions, named_by_records, pictures_of
 from wds_tools.sources.record import InputFile
 from wds_tools.storage import join, open_store, split_url
 from wds_tools.storage.base import split_scheme
@@ -28,7 +28,6 @@ _REMARKS = {
     "left_out": ("file of the input folders is not read as a record", "files of the input folders are not read as records"),
     "named_twice": ("input is named twice, and read once", "inputs are named twice, and read once"),
 }
-_COMPANIONS = (".parquet", "_stats.json")
 _NO_DATA = ("state.json", "dataset_info.json")
 """Of save_to_disk, beside the data."""
 _EXPORT = "export.json"
@@ -112,12 +111,11 @@ def expand_inputs(patterns: Sequence[str], choose: Choice, *, strict_links: bool
 
 
 def _beside(files: Sequence[InputFile]) -> set[InputFile]:
-    """Of the files of a folder or pattern those that lie beside what is read: img2dataset's X.parquet and X_stats.json beside
-    X.tar, and images below files of records. What is named by itself is read."""
+    """Of the files of a folder or pattern those that lie beside what is read: `companions`, and images below files of records.
+    What is named by itself is read."""
     by_name = {_identity(file.url).lstrip("/"): file for file in files}
-    tars = {name[:-4] for name in by_name if name.lower().endswith(".tar")}
-    beside = {name for name in by_name for suffix in _COMPANIONS if name.endswith(suffix) and name.removesuffix(suffix) in tars}
     pictures = pictures_of(by_name)
+    beside = companions(by_name, pictures)
     beside |= named_by_records(pictures, (name for name in by_name if name not in beside | pictures and is_candidate(name)))
     return {by_name[name] for name in beside}
 

@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from wds_tools.errors import NotFound, Reject, StorageError, UsageError, in_one_line
+from wds_tools.format.codes import is_code_column
 from wds_tools.format.typed_json import read_json, shape
+from wds_tools.records.coded import TYPED_FIELDS
 from wds_tools.records.field_map import IMAGE_NAMES
 from wds_tools.sources.arrow import load_pyarrow
 from wds_tools.sources.containers import Unit
@@ -120,17 +122,27 @@ class Tables:
                 )
 
 
-def exported_codes(file: InputFile) -> Mapping[str, Mapping[str, Any]]:
-    """Column -> provenance of the codes in a file of `export parquet`; none of any other. Raises FormatError: it is no JSON."""
+def exported_codes(url: str) -> Mapping[str, Mapping[str, Any]] | None:
+    """Column -> provenance of the codes in a file of `export parquet`; none of any other.
+
+    Returns:
+        None for one that has columns of codes as such a file, but was written again by something that left out what made them.
+
+    Raises:
+        FormatError: what it says of them is no JSON.
+    """
     pa = load_pyarrow(_READING)
-    root, name = split_url(file.url)
-    with closing(_Seekable(open_store(root), name, file.size)) as stream:
+    root, name = split_url(url)
+    with closing(_Seekable(open_store(root), name)) as stream:
         try:
-            metadata = _parquet_file(pa, stream).schema_arrow.metadata or {}
+            schema = _parquet_file(pa, stream).schema_arrow
         except Reject:  # which its rows will be
             return {}
-    data = metadata.get(MADE.encode(), b"{}")
-    return read_json(dict[str, dict[str, Any]], data, f"{file.url}: not the metadata of an export")
+    data = (schema.metadata or {}).get(MADE.encode())
+    if data is None:
+        is_export = {*TYPED_FIELDS} <= {*schema.names} and any(map(is_code_column, schema.names))
+        return None if is_export else {}
+    return read_json(dict[str, dict[str, Any]], data, f"{url}: not the metadata of an export")
 
 
 def _data_files(url: str, state_name: str) -> list[str]:
@@ -237,16 +249,20 @@ def _wanted(pa: Any, schema: Any, columns: Sequence[str] | None) -> list[str]:
     return [
         column.name
         for column in schema
-        if columns is None or column.name in columns or column.name in IMAGE_NAMES or _may_hold_bytes(pa, column.type)
+        if columns is None or column.name in columns or _may_hold_image(pa, column.name, column.type)
     ]
 
 
-def _may_hold_bytes(pa: Any, kind: Any) -> bool:
+def _may_hold_image(pa: Any, name: str, kind: Any) -> bool:
+    """By its name, or since it holds bytes; or something in it may."""
     types = pa.types
-    if types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind) or types.is_fixed_size_binary(kind):
+    if name.lower() in IMAGE_NAMES or types.is_binary(kind) or types.is_large_binary(kind):
         return True
-    inner = [field.type for field in kind] if types.is_struct(kind) else [kind.value_type] if hasattr(kind, "value_type") else []
-    return any(_may_hold_bytes(pa, each) for each in inner)
+    if types.is_binary_view(kind) or types.is_fixed_size_binary(kind):
+        return True
+    if types.is_struct(kind):
+        return any(_may_hold_image(pa, field.name, field.type) for field in kind)
+    return hasattr(kind, "value_type") and _may_hold_image(pa, "", kind.value_type)
 
 
 def _rows_at_a_time(num_rows: int, num_bytes: int) -> int:
@@ -256,6 +272,8 @@ def _rows_at_a_time(num_rows: int, num_bytes: int) -> int:
 
 def _fields(pa: Any, batch: Any) -> list[dict[str, Any] | Reject]:
     """Rows as JSON values and bytes; a column that has no such type stays as it is."""
+    if not batch.num_columns:  # none of them is wanted; a batch that is made anew of no columns has no rows
+        return [{} for _ in range(batch.num_rows)]
     batch = pa.RecordBatch.from_arrays([_as_json(pa, column) for column in batch.columns], names=batch.schema.names)
     try:
         rows: list[dict[str, Any] | Reject] = batch.to_pylist()
