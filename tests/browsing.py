@@ -44,5 +44,5 @@ def until(page: Page, condition: str, timeout_s: float = 20) -> None:
 
 
 def keys_shown(page: Page) -> list[str]:
-    page.wait_for_selector("#cards:not(.stale) .card, .state")
+    page.wait_for_selector("#cards:not(.stale) .card, .state:not(.stale .state)")
     return page.locator(".card .foot .mono").all_inner_texts()

@@ -53,7 +53,11 @@ REFUSED = [
     ("a.parquet", b"an unfinished export", "no Parquet file but text"),
     ("a.tar", b"", "empty"),
     ("a.parquet.gz", gzip.compress(b"PAR1" + bytes(99), mtime=0), "a compressed parquet file"),
-    ("a.json", b'{\n  "a": 1\n}\n', "one object; expected a list"),
+    (
+        "a.json",
+        b'{\n  "a": 1\n}\n',
+        "one object; expected a list of records, or one record a line: `jq -c .` writes",
+    ),
 ]
 
 

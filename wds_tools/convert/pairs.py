@@ -14,7 +14,7 @@ from typing import Any
 from wds_tools.convert.images.reader import NUM_AHEAD, ImageReader, PairImages
 from wds_tools.format.schema import Sample
 from wds_tools.images import Mode, parse_mode
-from wds_tools.records.field_map import FieldMap, parse_pairs
+from wds_tools.records.field_map import FieldMap, parse_pairs, path_of
 from wds_tools.records.fields import lacks, value_of
 
 
@@ -67,6 +67,9 @@ class PairsConfig(PairImages):
         return {**super().named_fields, "--texts": [field for _, field in self.field_map.texts]}
 
 
+_WEB = ("http://", "https://")
+
+
 @dataclass(frozen=True)
 class Pairs:
     """Records with a caption, or several, and an image -> pairs."""
@@ -90,13 +93,15 @@ class Pairs:
         self.field_map.check_unused(fields, image_field)
         text = self.field_map.required_text(fields)
         if image_field is None:
-            raise lacks(fields, "image", "; --image FIELD names it")
+            urls = [name for name, value in fields.items() if isinstance(value, str) and value.startswith(_WEB)]
+            hint = f", or img2dataset downloads what {urls[0]} names" if urls else ""
+            raise lacks(fields, "image", f"; --image FIELD names it{hint}")
         value = value_of(fields, image_field)
         if isinstance(value, list) and len(value) == 1:
             value = value[0]
         image, info = self.images.read(source, value)
         crop = self.mode.crop_for(info.width, info.height)
-        is_path = isinstance(value, str) and not value.startswith("data:")
+        is_path = isinstance(value, str) and bool(path_of(value))
         return Sample(
             key=key,
             data_type=self.mode.data_type,

@@ -38,7 +38,8 @@ def required_text(record: Mapping[str, Any], names: Sequence[str]) -> str:
         if text is None:
             continue
         if type(text) is not str:
-            raise Reject("wrong_type", f"{name} is a {type(text).__name__}, expected a string")
+            hint = f"; --text {name}.0 takes its first" if isinstance(text, list) and text and isinstance(text[0], str) else ""
+            raise Reject("wrong_type", f"{name} is a {type(text).__name__}, expected a string{hint}")
         return filled_text(text, name)
     raise lacks(record, " or ".join(names[:_SHOWN_NAMES]) + (" ..." if len(names) > _SHOWN_NAMES else ""))
 

@@ -199,8 +199,8 @@ def _one_object(first: bytes, rest: bytes, is_whole: bool) -> str:
         with suppress(Reject):
             parse_record(Line(2, rest.lstrip().partition(b"\n")[0].strip()))
             return ""
-    inside = f"`jq '.{lists[0]}'`" if lists else "`jq`"
-    return f"one object; expected a list of records, or one record a line: take the list out with {inside}"
+    how = f"take the list out with `jq '.{lists[0]}'`" if lists else "`jq -c .` writes each on a line"
+    return f"one object; expected a list of records, or one record a line: {how}"
 
 
 def _decompressed(head: bytes, compression: str) -> bytes:

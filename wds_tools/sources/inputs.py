@@ -19,7 +19,7 @@ from wds_tools.sources.detect import is_candidate
 from wds_tools.sources.folders import companions, named_by_records, pictures_of
 from wds_tools.sources.record import InputFile
 from wds_tools.storage import join, open_store, split_url
-from wds_tools.storage.base import split_scheme
+from wds_tools.storage.base import check_writable, split_scheme
 from wds_tools.terminal import counted, say, sized
 
 _NAMED_FILES = 8
@@ -183,13 +183,14 @@ def _add_files(inputs: Inputs, url: str, choose: Choice, strict_links: bool) -> 
         inputs.files.append(InputFile(url, open_store(root).size(name)))
         return
     except (UsageError, StorageError):
-        if split_scheme(url)[0] in ("http", "https"):
-            raise  # there are no folders
+        if split_scheme(url)[0] in ("http", "https") or (os.path.exists(url) and not os.path.isdir(url)):  # noqa: PTH110, PTH112
+            raise  # there are no folders, or it is none: a pipe
         # a bucket, or a folder: what is wrong with it shows when it is listed
     sizes = dict(open_store(url).list())
     allowed = {name for name, _ in open_store(url, strict_links=True).list()} if strict_links else sizes.keys()
     chosen = choose(url, {name: size for name, size in sizes.items() if name in allowed})
     for name in chosen:
+        check_writable(name)
         inputs.files.append(InputFile(join(url, name), sizes[name] or open_store(url).size(name)))  # raises for a link to nothing
     names = (posixpath.split(name) for name in sorted(sizes.keys() - set(chosen)))
     left_out = [

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import NamedTuple, Self
+from urllib.parse import unquote
 
 from wds_tools.errors import NotFound, StorageError, UsageError
 
@@ -351,5 +352,7 @@ def split_url(url: str) -> tuple[str, str]:
     if not name or (host_is_root and not folder):
         raise UsageError(f"{redact(url)} names no file: expected something like folder/file.tar or s3://bucket/file.tar")
     if scheme:
+        if scheme in ("http", "https"):  # as the root is, where that is opened
+            name = unquote(name)
         return f"{scheme}://{folder}{'/' if slash and not folder else ''}", name
     return folder or ("/" if slash else "."), name

@@ -243,6 +243,7 @@ function keysOf(cards, forward, back, stop = () => {}) {
   };
   const move = (step) => {
     const nodes = all();
+    if (!nodes.length) return; // they are on their way: nobody has seen the end of them
     const at = nodes.indexOf(document.activeElement);
     const to = at < 0 ? (step > 0 ? 0 : nodes.length - 1) : at + step;
     if (to >= nodes.length && Math.abs(step) === 1) forward();
