@@ -175,7 +175,7 @@ class Loader:
                             "begin again"
                         )
                     started = time.perf_counter()
-                    result = self._pool.next()
+                    result = self._pool.next((loop, span.epoch, span.steps.part(step, self.world.rank)[0]))
                     self._ledger.waits.append(time.perf_counter() - started)
                     batch = self._batch(result)
                     self._hand_over(result, span.steps, step)

@@ -69,19 +69,26 @@ class WorkerPool:
             WorkerDied: a worker ended.
         """
         self._requests.current = requests
-        self._results = self._awaited(self._begun)
+        try:
+            self._results = self._awaited(self._begun)
+        except BaseException:  # in the midst of asking workers to leave what they do: what they give could be of a loop before
+            self.close()
+            raise
 
-    def next(self) -> StepResult:
-        """The result of the next step.
+    def next(self, asked: tuple[int, int, int]) -> StepResult:
+        """The result of the next step, which is the one that is asked for; see StepResult.asked.
 
         Raises:
             WdsToolsError: the step met an error.
-            WorkerDied: a worker ended, or gives no batch for timeout_s.
+            WorkerDied: a worker ended, gives no batch for timeout_s, or another step.
         """
         result = self._awaited(lambda: next(self._results))
         self._has_answered = True
         if isinstance(result, WdsToolsError):
             raise result
+        if result.asked != asked:
+            self.close()
+            raise WorkerDied(f"a worker gave the step {result.asked} where {asked} was asked for: begin another loop")
         return result
 
     def close(self) -> None:
@@ -117,6 +124,11 @@ class WorkerPool:
                 return what()
             finally:
                 iterator.unwatch()
+        except WorkerDied:  # they give nothing
+            if self._iterator is not None:
+                self._iterator.kill()
+            self.close()
+            raise
         except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
             if isinstance(error, WdsToolsError) or (isinstance(error, RuntimeError) and not _tells_of_a_worker(error)):
                 raise
@@ -210,15 +222,25 @@ class _Waiting(_MultiProcessingDataLoaderIter):
         return super()._try_get_data(min(left, timeout))  # type: ignore[no-untyped-call]
 
     def _shutdown_workers(self) -> None:
-        """In good order, unless the lock of the event that tells workers to end was in the hand of one that was killed."""
+        """In good order, unless the lock of the event that tells workers to end was in the hand of one that was killed. One that
+        does not end, such as a stopped one, is killed."""
+        if not hasattr(self, "_workers_done_event"):  # it came to nothing
+            return
         event: Any = self._workers_done_event
         if not event._cond.acquire(timeout=MP_STATUS_CHECK_INTERVAL):
-            for worker in self._workers:
-                worker.kill()
+            self.kill()
             self._workers_done_event: Any = threading.Event()
         else:
             event._cond.release()
         super()._shutdown_workers()
+        self.kill()
+
+    def kill(self) -> None:
+        """End those that live."""
+        for worker in self._workers:
+            if worker.is_alive():
+                worker.kill()
+                worker.join()
 
 
 class _Workers(torch.utils.data.DataLoader["StepResult | WdsToolsError"]):

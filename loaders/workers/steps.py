@@ -75,6 +75,8 @@ class StepResult:
     """Sum of the hashes of the samples, substitutes aside."""
     substitutions: list[Substitution]
     """Samples that could not be read, and their substitutes."""
+    asked: tuple[int, int, int]
+    """What it answers: the loop, the epoch, and the first position of the share."""
     worker: int
     """Number of the process that made it."""
     counts: dict[str, int]
@@ -155,6 +157,7 @@ class StepDataset(torch.utils.data.Dataset["StepResult | WdsToolsError"]):
             good = (np.delete(column, list(replaced)) if replaced else column for column in located[:3])
             hash_total = total_of(self._hashes, *good)
         return StepResult(
+            asked=(request.loop, request.epoch, low),
             columns=columns,
             sources=sources,
             hash_total=hash_total,

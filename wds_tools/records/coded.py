@@ -125,10 +125,12 @@ class CodedRows:
         data_type = row.get("data_type")
         if data_type not in DATA_TYPES:
             raise Reject("unknown_data_type", f"data_type is {data_type!r}, expected one of {', '.join(DATA_TYPES)}")
-        if data_type == "visual_sft":
-            return self.conversation(key, row, talk_of(row))
-        if data_type == "interleaved":
-            return self.page(key, row)
+        if data_type in MARKED_TYPES:
+            sample = self.page(key, row) if data_type == "interleaved" else self.conversation(key, row, talk_of(row))
+            texts = [sample.text, *(turn["value"] for turn in sample.conversations or ())]
+            if not sample.codes and any(IMAGE_MARK in text for text in texts):
+                raise Reject("missing_codes", f"{data_type} with {IMAGE_MARK}, without {' and '.join(CODE_COLUMNS)}")
+            return sample
         text = required_text(dict(row), ("text",))
         codes: dict[str, Codes] = {}
         width = height = None
@@ -200,9 +202,6 @@ class CodedRows:
                 codes[column] = self._grid(column, flat, shapes[0])
             else:
                 codes[column] = self.values(column, flat)[None]
-        texts = [sample.text, *(turn["value"] for turn in sample.conversations or ())]
-        if not codes and any(IMAGE_MARK in text for text in texts):
-            raise Reject("missing_codes", f"{sample.data_type} with {IMAGE_MARK}, without {' and '.join(CODE_COLUMNS)}")
         sample = sample._replace(codes=codes, grids=grids)
         try:
             validate(sample)

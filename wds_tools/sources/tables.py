@@ -272,7 +272,7 @@ def _rows_at_a_time(num_rows: int, num_bytes: int) -> int:
 
 def _fields(pa: Any, batch: Any) -> list[dict[str, Any] | Reject]:
     """Rows as JSON values and bytes; a column that has no such type stays as it is."""
-    if not batch.num_columns:  # none of them is wanted; a batch that is made anew of no columns has no rows
+    if not batch.num_columns:  # none of them is wanted; a batch that is made of no columns has no rows
         return [{} for _ in range(batch.num_rows)]
     batch = pa.RecordBatch.from_arrays([_as_json(pa, column) for column in batch.columns], names=batch.schema.names)
     try:

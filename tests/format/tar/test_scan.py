@@ -139,6 +139,10 @@ def check_runs(archive: bytes) -> None:
         return
     scan = SCAN_ANY(archive, "a.tar", is_part=True)
     assert found.first.tolist() == [0, len(scan.keys)]
+    twice = scan_runs([run, run])
+    assert twice is not None
+    assert twice.first.tolist() == [0, len(scan.keys), 2 * len(scan.keys)], "a run ends a sample, whatever the next one's key is"
+    assert (twice.start.tolist(), twice.end.tolist()) == (found.start.tolist() * 2, found.end.tolist() * 2)
     ends = scan.start + scan.size
     borders = [*scan.start[::2].tolist(), int(ends[-1])]
     runs = scan_runs([run[begin:end] for begin, end in pairwise(borders)])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import tarfile
 import uuid
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,7 +20,7 @@ from wds_tools.dataset.layout import OFFSETS
 from wds_tools.errors import FormatError, NotFound, UsageError
 from wds_tools.format.manifest import parse_manifest, serialize_manifest
 from wds_tools.format.offsets import Groups
-from wds_tools.jobs.index_tars import rebuild_indices
+from wds_tools.jobs.index_tars import index_tars, rebuild_indices
 from wds_tools.storage import open_store
 from wds_tools.storage.objects import ObjectStore
 
@@ -221,3 +223,22 @@ def test_what_is_neither_by_headers_nor_by_the_index_is_an_error(url: str) -> No
     store.put(SHARD, bytes(tar))
     with pytest.raises(FormatError, match=SHARD):
         list(rows(loader(url)))
+
+
+def test_samples_of_one_key_in_several_shards_keep_all_their_bytes() -> None:
+    """As in third-party tars that number their samples from 0 in each; here the last of one is named as the first of the next."""
+    store = open_store(f"memory://by-offsets/{uuid.uuid4().hex}")
+    shards = [{"x.png": 20_000, "a.jpg": 60_000}, {"a.png": 30_000, "y.jpg": 40_000}]
+    for shard, members in enumerate(shards):
+        out = io.BytesIO()
+        with tarfile.open(fileobj=out, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+            for name, size in members.items():
+                info = tarfile.TarInfo(name)
+                info.size = size
+                tar.addfile(info, io.BytesIO(bytes(size)))
+        store.put(f"{shard}.tar", out.getvalue())
+    index_tars(store)
+    (batch,) = loader(store.url, shuffle=False)
+    held = ((key, name, batch[name][number]) for number, key in enumerate(batch["__key__"]) for name in ("jpg", "png"))
+    found = {f"{key}.{name}": len(data) for key, name, data in held if data is not None}
+    assert found == shards[0] | shards[1]

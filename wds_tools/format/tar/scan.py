@@ -156,8 +156,7 @@ def scan_runs(runs: Sequence[memoryview]) -> Runs | None:
         runs: the bytes of whole samples, at least one run; an end marker may follow.
 
     Returns:
-        None if a member is no plain file, or a run is damaged, or does not end where a sample ends. Keys are compared with their
-        neighbours' and no more: two samples of one key at the border of two runs are taken for one, which belongs to the first.
+        None if a member is no plain file, or a run is damaged. Keys are compared with their neighbours' in the run, and no more.
     """
     sizes = np.array([len(run) for run in runs])
     live, at = np.arange(len(runs)), np.zeros(len(runs), np.int64)
@@ -189,7 +188,7 @@ def scan_runs(runs: Sequence[memoryview]) -> Runs | None:
     headers = blocks.view(_HEADER)[:, 0]
     if not len(run) or not _are_plain(blocks, headers, np.arange(len(run)), length) or (headers["kind"] != _FILE).any():
         return None
-    named = _cut_names(headers["name"])
+    named = _cut_names(headers["name"], run)
     if named is None:
         return None
     lasts = np.append(named.firsts[1:], len(run)) - 1
@@ -356,11 +355,12 @@ class _Named(NamedTuple):
     """(K,) ... and its suffix, as a position in `suffixes`."""
 
 
-def _cut_names(names: _Array) -> _Named | None:
+def _cut_names(names: _Array, run: _Array | None = None) -> _Named | None:
     """Cut names into key and suffix; None where group_samples finds a fault, but for keys that come again.
 
     Args:
         names: (K, 100) bytes, zeros after the name.
+        run: (K,) run of each, at whose end a sample ends, too.
     """
     is_dotted = (names[:, 0] == ord(".")) & (names[:, 1] == ord("/"))
     if is_dotted.any():
@@ -378,6 +378,8 @@ def _cut_names(names: _Array) -> _Named | None:
     keys = names * (columns < dot[:, None])
     is_first = np.ones(len(names), bool)
     is_first[1:] = (keys[1:] != keys[:-1]).any(axis=1)
+    if run is not None:
+        is_first[1:] |= run[1:] != run[:-1]
     firsts = np.flatnonzero(is_first)
     sample = is_first.cumsum() - 1
     found: dict[bytes, int] = {}
