@@ -27,6 +27,7 @@ MAX_PERIOD = 1 << 20
 _MAX_SOURCES = 4096
 _SQRT2, _GOLDEN = 0x6A09E667, 0x9E3779B9
 """sqrt(2) - 1 and (sqrt(5) - 1) / 2, times 2**32."""
+_EVEN = 10
 
 
 class Draws(NamedTuple):
@@ -73,6 +74,8 @@ class Weights:
         self._turn = _turn(_SQRT2, self.period)
         back = pow(self._turn, -1, self.period)
         self._phase = _turn(_GOLDEN, self.period) * back % self.period
+        if max(_quotients(self._phase, self.period)) > _EVEN:  # lanes would begin in clumps, and meet a rare source together
+            self._phase = _turn(_GOLDEN, self.period, back) * back % self.period
         # Visit j of the ring is to slot turn * j; sorted: by source, then visits.
         visits = np.arange(self.period) * back % self.period
         self._visits = np.sort(np.repeat(np.arange(len(shares)), self.counts) * self.period + visits).astype(np.uint32)
@@ -94,12 +97,12 @@ class Weights:
         return until
 
 
-def _turn(share: int, period: int) -> int:
+def _turn(share: int, period: int, back: int = 1) -> int:
     """A step near share / 2**32 of the period that comes to every slot, and meets any run of slots in its proportion within few
-    steps: of those, the one whose continued fraction has the smallest largest quotient."""
+    steps: of those, the one whose continued fraction has the smallest largest quotient, and that of `back` times it."""
     first = max(share * period >> 32, 1)
     near = (step for step in range(first, first + min(period // 8, 64) + 8) if math.gcd(step, period) == 1)
-    return min(near, key=lambda step: max(_quotients(step, period)))
+    return min(near, key=lambda step: max(*_quotients(step, period), *_quotients(step * back % period, period)))
 
 
 def _quotients(numerator: int, denominator: int) -> Iterator[int]:

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 from wds_tools.errors import UsageError
 from wds_tools.format.typed_json import Count
 
-ORDER_VERSION = 2
+ORDER_VERSION = 3
 """Version of the order's arithmetic. A state saved under another one is refused."""
 
 

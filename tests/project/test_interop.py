@@ -18,7 +18,7 @@ import pytest
 import webdataset as wds
 from commands import image_bytes, wds_tools
 from energon import energon, prepare
-from factory import CODEBOOK_SIZE, image_sample, make_dataset, multi_sample, text_sample
+from factory import CODEBOOK_SIZE, image_sample, make_dataset, multi_sample, talk_sample, text_sample
 
 from loaders import LoaderConfig, ShardDataset, Source, TarDataset, build_loader
 from wds_tools.export.hf import export_hf
@@ -168,6 +168,14 @@ def test_load_dataset_takes_its_columns_from_the_first_kind_of_a_list(kinds: Pat
 def test_load_dataset_can_not_cast_square_and_wide_images_in_one_list(kinds: Path, tmp_path: Path) -> None:
     with pytest.raises(datasets.exceptions.DatasetGenerationError) as caught:
         load([*tars(kinds / "pairs"), *tars(kinds / "wide")], tmp_path, streaming=False)
+    assert "Couldn't cast" in str(caught.value.__cause__)
+
+
+def test_load_dataset_reads_conversations_that_begin_without_images_only_as_a_stream(tmp_path: Path) -> None:
+    make_dataset(tmp_path / "set", [talk_sample(number, *[(2, 2)] * (number > 5)) for number in range(9)])
+    assert len(load(tars(tmp_path / "set"), tmp_path, streaming=True)) == 9
+    with pytest.raises(datasets.exceptions.DatasetGenerationError) as caught:
+        load(tars(tmp_path / "set"), tmp_path, streaming=False)
     assert "Couldn't cast" in str(caught.value.__cause__)
 
 

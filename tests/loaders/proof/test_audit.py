@@ -305,7 +305,7 @@ def test_a_receipt_that_can_not_be_is_refused(tmp_path: Path, change: dict[str, 
         audited(receipts[0] | change)
 
 
-@pytest.mark.parametrize("data", [b"", b"[]", b"{}", b'{"version": 5, "order_version": 2}', b"\xff"])
+@pytest.mark.parametrize("data", [b"", b"[]", b"{}", b'{"version": 5, "order_version": 3}', b"\xff"])
 def test_what_is_no_receipt_is_said_to_be_none(data: bytes) -> None:
     with pytest.raises(FormatError, match="x: not the receipt of a loader"):
         parse_receipt(data, "x")
