@@ -168,5 +168,7 @@ def test_a_row_that_is_none_is_a_reject(source: Path, tmp_path: Path) -> None:
     table.at[1, "provenance"] = "{"
     table.at[2, "vqcode_multi768"] = {**table.at[2, "vqcode_multi768"], "dtype": "object"}
     table.to_parquet(tmp_path / "wrong.parquet")
-    config = CodedConfig(input=(str(tmp_path / "wrong.parquet"),), output=str(tmp_path / "back"), max_rejects="50%", quiet=True)
+    config = CodedConfig(
+        input=(str(tmp_path / "wrong.parquet"),), tokenizer="tiny", output=str(tmp_path / "back"), max_rejects="50%", quiet=True
+    )
     assert run_conversion(config).rejects == {"bad_codes": 3}
