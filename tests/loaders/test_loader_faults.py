@@ -19,7 +19,7 @@ import pytest
 import torch
 from commands import environment
 from factory import image_sample, make_dataset, text_sample
-from faults import FaultProxy, Faults, Request, stall, status, truncate
+from faults import FaultProxy, Faults, Request, reset, stall, status, truncate
 from obstore.store import S3Store
 from s3 import S3Server
 
