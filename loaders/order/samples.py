@@ -50,6 +50,12 @@ class OpenSource:
     removed: Origin | None = None
     """Of a source that the run went on without: what it was. Its manifest is empty."""
 
+    @property
+    def part(self) -> SourceSpec:
+        """What it is in the order."""
+        source = self.source
+        return SourceSpec(repeat=source.repeat, max_samples=self.max_samples, code_set=source.code_set, texts=self.texts)
+
     @cached_property
     def origin(self) -> Origin:
         """What states and receipts say of it."""
@@ -172,19 +178,23 @@ def order_spec(
         length = config.stop_at
     elif schedule:
         mixture = Mixture(counts, spec.lanes, ((0, weights), *((at * spec.batch_size, changed) for at, changed in steps)))
-        ends = [
-            mixture.exhausted_at(number, opened.source.repeat)
-            for number, opened in enumerate(sources)
-            if any(drawn[number] for _, drawn in schedule)
-        ]
-        length = min(ends) if config.stop_at == "first_exhausted" else max(ends)
-    specs = tuple(
-        SourceSpec(
-            repeat=opened.source.repeat, max_samples=opened.max_samples, code_set=opened.source.code_set, texts=opened.texts
-        )
-        for opened in sources
-    )
-    return replace(spec, sources=specs, schedule=schedule, length=length)
+        are_drawn = [any(column) for column in zip(*(drawn for _, drawn in schedule), strict=True)]
+        length = _end_of(mixture, sources, are_drawn, config)
+    return replace(spec, sources=tuple(opened.part for opened in sources), schedule=schedule, length=length)
+
+
+def _end_of(mixture: Mixture, sources: Sequence[OpenSource], are_drawn: Sequence[bool], config: LoaderConfig) -> int:
+    """Where an epoch of a mixture ends. Raises UsageError: a source that decides on it is never seen in full."""
+    ends = []
+    for number, opened in enumerate(sources):
+        try:
+            ends += [mixture.exhausted_at(number, opened.source.repeat)] if are_drawn[number] else []
+        except UsageError as error:
+            if config.stop_at != "first_exhausted":
+                raise UsageError(f"{error}: stop_at=NUMBER ends the epoch after so many samples") from error
+    if not ends:
+        raise UsageError("no source is ever seen in full: stop_at=NUMBER ends the epoch after so many samples")
+    return min(ends) if config.stop_at == "first_exhausted" else max(ends)
 
 
 class SampleOrder:

@@ -99,7 +99,7 @@ def num_positions(receipts: Sequence[Receipt], *, complete: bool = False) -> int
     epochs, last = _latest(receipts).epochs, max(ends)
     return sum(
         ends[epoch] if epoch == last and not complete else max(ends.get(epoch, 0), epochs.length(epoch))
-        for epoch in range(min(ends), last + 1)
+        for epoch in range(last + 1)
     )
 
 
@@ -144,7 +144,7 @@ def audit(
     excluded, unproved = _excluded(receipts, order, exclude) if exclude else ([], [])
     coverage = Coverage(order, counted, quick=quick, show=show, excluded=excluded, on_counted=on_counted)
     named = {epoch for receipt in counted for epoch, *_ in receipt.spans}
-    epochs = range(min(named), max(named) + 1) if named else range(0)
+    epochs = range(max(named, default=-1) + 1)  # from the first on: of those before the receipts nothing is known to be seen
     audited = tuple(coverage.epoch(epoch, may_end_early=epoch == epochs[-1] and not complete) for epoch in epochs)
     totals = coverage.complete_epochs()
     broken = [

@@ -26,7 +26,7 @@ from loaders.order.generations import (
 )
 from loaders.order.mask import Held
 from loaders.order.samples import OpenSource, SampleOrder, order_spec
-from loaders.order.spec import ORDER_VERSION, OrderSpec
+from loaders.order.spec import ORDER_VERSION, OrderSpec, SourceSpec
 from wds_tools.errors import FormatError, UsageError, WdsToolsError
 from wds_tools.format.manifest import Manifest
 from wds_tools.format.shards import ShardInfo, Shards
@@ -239,6 +239,13 @@ def _spec_of(sources: Sequence[OpenSource], config: LoaderConfig, begun: Generat
     return replace(spec, sources=tuple(before if each.removed else part for before, part, each in parts))
 
 
+def _is_meant(opened: OpenSource, origin: Origin, part: SourceSpec) -> bool:
+    """Whether it is this source of the run by its name, or by where it lies and how it is used."""
+    if opened.origin.fingerprint != origin.fingerprint or opened.origin.name != origin.name:
+        return False
+    return origin.name is not None or (opened.origin.url == origin.url and opened.part == part)
+
+
 def _arranged(
     config: LoaderConfig, opened: Sequence[OpenSource], last: Generation, change: Change, *, is_packed: bool
 ) -> tuple[LoaderConfig, list[OpenSource]]:
@@ -249,7 +256,15 @@ def _arranged(
     """
     left = dict(enumerate(opened))
     columns: list[int | None] = []
-    for origin, part in zip(last.sources, last.spec.sources, strict=True):
+    meant: dict[int, int] = {}  # where several have the same data
+    for place, pair in enumerate(zip(last.sources, last.spec.sources, strict=True)):
+        if (number := next((number for number in left if _is_meant(left[number], *pair)), None)) is not None:
+            meant[place] = number
+            left.pop(number)
+    for place, (origin, part) in enumerate(zip(last.sources, last.spec.sources, strict=True)):
+        if place in meant:
+            columns.append(meant[place])
+            continue
         same = [number for number, each in left.items() if each.origin.fingerprint == origin.fingerprint]
         same += [number for number, each in left.items() if change and _has_grown(each, origin)]
         if same and left[same[0]].origin.fingerprint != origin.fingerprint and part.max_samples is not None:

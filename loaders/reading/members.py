@@ -11,11 +11,24 @@ from wds_tools.format.schema import TOKEN_MEMBERS
 
 
 def code_members(opened: OpenSource) -> Sequence[str]:
-    """The members that hold the codes of a source; of those that a sample has the first counts."""
+    """The members that hold the codes of a source; of those that a sample has the first counts.
+
+    Raises:
+        UsageError: there is no such code set; or samples that have none of the first have another: codes of another tokenizer.
+    """
     members = {name.removesuffix(".npy"): name for name in opened.manifest.members if name.endswith(".npy")}
     code_set = opened.source.code_set
-    if code_set is None:
+    if code_set is None and not opened.has_schema:
         return list(members.values())
+    if code_set is None:
+        first = [name for column in chosen_codes(opened.manifest.codes or members, None) if (name := members.get(column))]
+        for kind, _ in opened.manifest.shards.kinds:
+            if (others := [name for name in kind if name in members.values()]) and not {*others} & {*first}:
+                raise UsageError(
+                    f"source {opened.source.url} has samples with {', '.join(others)} beside others with {', '.join(first)}: "
+                    "codes of different tokenizers; code_set= chooses, and `wds-tools select` keeps them apart"
+                )
+        return first
     if not (chosen := chosen_codes(members, code_set)):
         known = ", ".join(members.values()) or "none at all"
         raise UsageError(f"source {opened.source.url} has no codes named {code_set!r}, but {known}")

@@ -6,6 +6,7 @@ import json
 import pickle
 import re
 import shutil
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from commands import captions, image_bytes, read_rejects, read_samples, shared, 
 from conversions import write_tars
 from datasets import load_from_disk
 from factory import image_sample, make_dataset, text_sample
+from PIL import Image
 from s3 import S3Server
 
 from loaders import LoaderConfig, Source, build_loader
@@ -395,6 +397,23 @@ def test_encode_reads_tars_where_they_lie_and_writes_codes_alone(tmp_path: Path,
     found = read_samples(tmp_path / "s3")
     assert captions(found) == ["caption 0", "caption 1", "caption 2"]
     assert {(*sample.codes, sample.image) for sample in found} == {("vqcode_512", None)}
+
+
+def test_a_png_that_is_turned_by_what_lies_behind_its_pixels_has_the_size_of_its_grid(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turn = exif.tobytes().removeprefix(b"Exif\0\0")
+    chunk = len(turn).to_bytes(4, "big") + b"eXIf" + turn + zlib.crc32(b"eXIf" + turn).to_bytes(4, "big")
+    png = image_bytes(1, 300, 100, kind="PNG")
+    (tmp_path / "a.png").write_bytes(png[:-12] + chunk + png[-12:])  # before IEND
+    path = write_jsonl(tmp_path / "pairs.jsonl", [{"image": "a.png", "text": "a"}])
+    wds_tools(
+        *("convert", "pairs", "--input", path, "--mode", "multi768", "--encode", "tiny", "--device", "cpu"),
+        *("--output", tmp_path / "out"),
+    )
+    (sample,) = read_samples(tmp_path / "out")
+    assert (sample.height, sample.width) == tuple(16 * side for side in sample.codes["vqcode_multi768"].shape)
+    assert sample.height > sample.width
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import pickle
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, get_args
 
@@ -328,6 +329,44 @@ def test_a_mixture_ends_when_the_first_or_the_last_source_was_seen(
     assert sum(count for key, count in last.items() if key.startswith("d")) - 60 < 8
     assert {count for key, count in last.items() if key.startswith("p")} <= {2, 3, 4}
     assert len(keys(loader(*sources, stop_at=33))) == 33
+
+
+def test_a_source_may_be_left_off_before_it_was_seen_in_full(tmp_path: Path) -> None:
+    sources = Source(make_pairs(tmp_path / "pairs", 50), weight=1), Source(make_documents(tmp_path / "documents", 1000), weight=1)
+    schedule = ((20, (1.0, 0.0)),)
+    found = Counter(keys(loader(*sources, schedule=schedule)))
+    assert sum(key.startswith("p") for key in found) == 50
+    assert sum(key.startswith("d") for key in found) == 40
+    with pytest.raises(UsageError, match=r"source 1 is never seen in full: .*: stop_at=NUMBER"):
+        loader(*sources, schedule=schedule, stop_at="all_exhausted")
+
+
+def test_of_two_sources_with_the_same_data_the_one_that_is_left_goes_on(tmp_path: Path) -> None:
+    url = make_documents(tmp_path / "set", 60)
+    one, two = Source(url, weight=1, name="one"), Source(url, weight=3, name="two")
+    first = loader(one, two)
+    seen = [
+        key
+        for batch in islice(first, 10)
+        for source, key in zip(batch["__source__"], batch["__key__"], strict=True)
+        if source == "two"
+    ]
+    second = loader(two)
+    second.load_state_dict(first.state_dict(), change="future")
+    seen += keys(islice(second, (60 - len(seen)) // 4 - 2))
+    assert len(seen) == len(set(seen)) > 45
+
+
+def test_codes_of_two_tokenizers_in_one_source_are_chosen_or_refused(tmp_path: Path) -> None:
+    pairs = [pair(number) for number in range(8)]
+    pairs[4:] = [one._replace(codes={"vqcode_512-b": one.codes["vqcode_512"]}) for one in pairs[4:]]
+    codes = {name: {"tokenizer": name, "codebook_size": 8192} for name in ("vqcode_512", "vqcode_512-b")}
+    url = str(tmp_path / "set")
+    make_dataset(url, pairs, codes=codes, shard_samples=4)
+    with pytest.raises(UsageError, match=r"samples with vqcode_512-b.npy beside others with vqcode_512.npy: codes of diff"):
+        keys(loader(url))
+    grids = [grid for batch in loader(Source(url, code_set="b")) for grid in batch.get("codes", [None] * 4)]
+    assert sum(grid is not None for grid in grids) == 4
 
 
 def test_a_mixture_goes_on_through_its_sources_over_its_own_epochs(

@@ -223,6 +223,15 @@ def test_one_of_several_sets_of_codes_is_packed_and_streamed_alone(inputs: Path,
         pack(config(inputs, tmp_path / "none", input=(str(tmp_path / "both"),), code_set="c"))
 
 
+def test_codes_of_two_tokenizers_in_one_input_are_not_mixed(inputs: Path, tmp_path: Path) -> None:
+    pairs = [image_sample(number, side=6) for number in range(8)]
+    pairs[4:] = [one._replace(codes={"vqcode_512-b": one.codes["vqcode_512"]}) for one in pairs[4:]]
+    facts = {"vqcode_512": PROVENANCE["vqcode_512"], "vqcode_512-b": {"tokenizer": "other", "codebook_size": 9000}}
+    make_dataset(tmp_path / "joined", pairs, codes=facts, shard_samples=4)
+    with pytest.raises(UsageError, match="samples with vqcode_512-b beside others with vqcode_512: codes of different"):
+        pack(config(inputs, tmp_path / "rows", input=(str(tmp_path / "joined"),)))
+
+
 def test_impossible_arguments_are_refused_before_anything_is_written(inputs: Path, tmp_path: Path) -> None:
     bare = write_tokenizer(tmp_path / "bare", added=())
     with pytest.raises(UsageError, match="no <boi>"):

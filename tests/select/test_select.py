@@ -136,6 +136,24 @@ def sides_of(url: Path, **options: Any) -> dict[str, int]:
     return dict(zip(names, sides.tolist(), strict=True))
 
 
+def test_a_split_by_a_field_inside_another_keeps_equal_values_together(tmp_path: Path) -> None:
+    pages = (text_sample(number)._replace(provenance={"meta": {"page": number // 20}}) for number in range(200))
+    make_dataset(tmp_path / "set", pages, shard_samples=50)
+    sides = sides_of(tmp_path / "set", by="meta.page")
+    assert len(set(sides.values())) > 1
+    assert all(sides[text_sample(number).key] == sides[text_sample(number // 20 * 20).key] for number in range(200))
+    with pytest.raises(UsageError, match=r"no field meta\.sheet in the json of its samples"):
+        sides_of(tmp_path / "set", by="meta.sheet")
+
+
+def test_keys_meet_as_they_are_written(tmp_path: Path) -> None:
+    for name, names in (("a", ["pairs-1"]), ("b", ["1"]), ("c", ["2-1"]), ("d", ["-1"])):
+        make_dataset(tmp_path / name, [text_sample(0)._replace(key=key) for key in names])
+    with pytest.raises(UsageError, match="have the same key"):
+        choose((tmp_path / "a", tmp_path / "b"), tmp_path / "out", key_prefix=("all", "all-pairs"))
+    assert choose((tmp_path / "c", tmp_path / "d"), tmp_path / "both", key_prefix=("v", "v2")).samples == 2
+
+
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 2**64 - 1), by=st.sampled_from([None, "url"]))
 def test_a_split_stays_as_it_is_when_a_dataset_grows_and_keeps_equal_values_together(

@@ -244,5 +244,9 @@ class ImageEncoder:
             return filled._replace(grids={**(sample.grids or {}), column: shapes})
         if sample.codes:  # what it is, and its size, go with those
             return filled
-        pixels = (None, None) if mode.family == "cc" else crops[0].size
-        return filled._replace(data_type=mode.data_type, width=pixels[0], height=pixels[1])
+        if mode.family == "cc":
+            return filled._replace(data_type=mode.data_type, width=None, height=None)
+        width, height = crops[0].size
+        if layout.has_sides and width * grids[0].shape[0] != height * grids[0].shape[1]:
+            width, height = height, width  # what lies behind its pixels turns it upright, which its head does not say
+        return filled._replace(data_type=mode.data_type, width=width, height=height)

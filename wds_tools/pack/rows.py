@@ -99,6 +99,13 @@ def pack(config: PackConfig) -> Manifest:
         if manifest.codes and not chosen_codes(manifest.codes, config.code_set):
             known = ", ".join(manifest.codes)
             raise UsageError(f"{url} has no codes named {config.code_set!r}, but {known}: choose with --code-set")
+        for members, _ in manifest.shards.kinds if config.code_set is None else ():
+            columns, first = {name.removesuffix(".npy") for name in members}, chosen_codes(manifest.codes, None)
+            if (others := sorted(columns & manifest.codes.keys())) and columns.isdisjoint(first):
+                raise UsageError(
+                    f"{url} has samples with {', '.join(others)} beside others with {', '.join(first)}: codes of different "
+                    "tokenizers; choose with --code-set"
+                )
     _check_names(config.text_weights, config.input, manifests)
     size = codebook_size_of(manifests, config.input, config.sequences, [config.code_set] * len(manifests))
     made = {column: provenance for manifest in manifests for column, provenance in manifest.codes.items()}

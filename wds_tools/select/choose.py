@@ -28,7 +28,7 @@ from wds_tools.records.fields import value_of
 from wds_tools.records.where import Where
 from wds_tools.run.local import Report, run_tasks
 from wds_tools.run.progress import Advance, Progress
-from wds_tools.select.fields import CODES_HASH, KEY, TEXT_HASH, Fields, as_text, values_of
+from wds_tools.select.fields import CODES_HASH, KEY, TEXT_HASH, Fields, as_text, field_of, values_of
 from wds_tools.sources.text.keys import OTHER, read_keys
 from wds_tools.terminal import counted, say
 
@@ -140,7 +140,7 @@ class Judge:
         wanted = {*heads, *self.names, *((UNIQUE[self.unique],) if self.unique else ())}
         needs_keys = bool(self.lists or self.edges or self.prefixes)
         table = self.fields[dataset].read(shard, sorted(wanted | ({KEY} if needs_keys else set())))
-        keys, there = values_of(table, KEY) if needs_keys else [], set(table.column_names)
+        keys, there, has_by = values_of(table, KEY) if needs_keys else [], set(table.column_names), True
         fates, sides = np.zeros((2, shard.samples), np.uint8)
         listed = {}
         for option, wants in self.lists.items():
@@ -150,7 +150,8 @@ class Judge:
         if self.where is not None:
             self._ask(self.where, {name: values_of(table, name) for name in sorted(there & {*heads, *self.names})}, fates)
         if self.edges:
-            values = values_of(table, self.by) if self.by else keys
+            values = field_of(table, self.by) if self.by else keys
+            has_by = any(value is not None for value in values)
             drawn = [self._draw(key if value is None else value) for key, value in zip(keys, values, strict=True)]
             sides = np.searchsorted(np.array(self.edges), np.array(drawn), side="right").astype(np.uint8)
         report(Advance(units=shard.samples, samples=shard.samples))
@@ -159,9 +160,11 @@ class Judge:
             fates=fates,
             sides=sides,
             contents=values_of(table, UNIQUE[self.unique]) if self.unique else (),
-            keys=() if self.prefixes is None else [xxh3_128_digest((self.prefixes[dataset] + key).encode()) for key in keys],
+            keys=() if self.prefixes is None else [_hash_of(self.prefixes[dataset], key) for key in keys],
             listed=listed,
-            absent=frozenset(name for name in self.names if not {name, name.partition(".")[0]} & there),
+            absent=frozenset(
+                name for name in self.names if not {name, name.partition(".")[0]} & there or (name == self.by and not has_by)
+            ),
         )
 
     def _draw(self, value: Any) -> float:
@@ -182,6 +185,15 @@ class Judge:
             except Reject as cause:
                 new[row] = FATES.index(cause.reason)
         fates[:] = new
+
+
+def prefixed(prefix: str, key: str) -> str:
+    """The key of a sample in the output."""
+    return f"{prefix}-{key}" if prefix else key
+
+
+def _hash_of(prefix: str, key: str) -> bytes:
+    return xxh3_128_digest(prefixed(prefix, key).encode())
 
 
 def choose(

@@ -28,6 +28,7 @@ from wds_tools.format.manifest import Manifest
 from wds_tools.format.schema import ANY_MEMBERS
 from wds_tools.format.shards import ShardInfo
 from wds_tools.format.tar.scan import scan_tar
+from wds_tools.records.fields import value_of
 from wds_tools.run.local import Report, run_tasks
 from wds_tools.run.progress import Advance, Progress
 from wds_tools.sources.arrow import load_pyarrow
@@ -192,6 +193,13 @@ def values_of(table: Any, name: str) -> list[Any]:
     if _IS_JSON in (table.schema.field(name).metadata or {}):
         return [None if value is None else orjson.loads(value) for value in values]
     return values
+
+
+def field_of(table: Any, name: str) -> list[Any]:
+    """The values of a field, which may lie inside another, as `value_of` finds it; None where there is none."""
+    columns = {column: values_of(table, column) for column in (name.partition(".")[0], name) if column in table.column_names}
+    rows = zip(*columns.values(), strict=True) if columns else [()] * len(table)
+    return [value_of(dict(zip(columns, row, strict=True)), name) for row in rows]
 
 
 def as_text(value: Any) -> str:

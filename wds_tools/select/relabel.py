@@ -30,7 +30,7 @@ from wds_tools.format.shard import encode_members, sample_from_members
 from wds_tools.jobs import Advance, Job, JobOptions, Report, TaskWriter, run_job
 from wds_tools.records.field_map import parse_pairs
 from wds_tools.records.fields import value_of
-from wds_tools.select.fields import EXACT, KEY, Fields, as_text, values_of
+from wds_tools.select.fields import EXACT, KEY, Fields, as_text, field_of, values_of
 from wds_tools.select.select import check_output, of_parents
 from wds_tools.sources.composite import Containers
 from wds_tools.sources.inputs import expand_inputs
@@ -134,13 +134,13 @@ class _Labels:
             by_value.add_hashed(xxh3_128_digest(value.encode()), _ROW + row)
         known = set()
         for shard in manifest.shards:
-            table = made.read(shard, [KEY, field])
+            table = made.read(shard, sorted({KEY, field, field.partition(".")[0]}))
             known.update(table.column_names)
-            for key, value in zip(values_of(table, KEY), values_of(table, field), strict=True):
+            for key, value in zip(values_of(table, KEY), field_of(table, field), strict=True):
                 record = _SAMPLE + self.counts["samples"].to_bytes(8, "big") + key.encode()
                 by_value.add_hashed(xxh3_128_digest(as_text(value).encode()), record)
                 self.counts["samples"] += 1
-        if self.counts["samples"] and field not in known:
+        if self.counts["samples"] and known.isdisjoint((field, field.partition(".")[0])):
             raise UsageError(f"--on {config.on}: {config.input} has no field {field} in the json of its samples")
         scale = (1 << 64) // max(self.counts["samples"], 1)
         for number, label in self._matches(by_value):

@@ -31,7 +31,7 @@ from wds_tools.format.shards import ShardInfo, Shards
 from wds_tools.format.tar import first_name
 from wds_tools.jobs import Advance, Job, JobOptions, Report, TaskWriter, run_job
 from wds_tools.records.where import Where
-from wds_tools.select.choose import FATES, NOT_CHOSEN, Judge, KeyList, choose
+from wds_tools.select.choose import FATES, NOT_CHOSEN, Judge, KeyList, choose, prefixed
 from wds_tools.select.fields import Fields
 from wds_tools.sources.record import group_to_limits
 from wds_tools.storage import join, open_store
@@ -237,7 +237,7 @@ class CopySamples:
                     spans = zip(index.offsets[row].tolist(), index.lengths[row].tolist(), index.members, strict=True)
                     members = sorted(span for span in spans if span[1] != ABSENT)
                     name = first_name(data[: members[0][0]], shard.name, int(index.start[row]))
-                    key = "-".join((*self.prefixes[dataset : dataset + 1], split_name(name, shard.name)[0]))
+                    key = prefixed(self.prefixes[dataset] if self.prefixes else "", split_name(name, shard.name)[0])
                     payloads = {suffix: data[begin : begin + length] for begin, length, suffix in members}
                     sample = sample_from_members(key, payloads) if shard.data_types else None
                     if sample is not None:

@@ -190,6 +190,15 @@ def test_an_epoch_that_is_not_there_at_all_is_missing(tmp_path: Path) -> None:
     assert rows_in(found.epochs[1].missing.sample_ranges) == rows_of(f"text-{number}" for number in range(100))
 
 
+def test_epochs_before_all_receipts_are_missing_too(tmp_path: Path) -> None:
+    wanted = config(make_texts(tmp_path), batch_size=10)
+    _, state, _ = train(wanted, 1, 10)
+    later, _, _ = train(wanted, 1, 10, state, run="b")
+    found = audited(*later, complete=True)
+    assert [one.missing.positions for one in found.epochs] == [((0, 100),), ()]
+    assert not found.is_exact()
+
+
 def test_an_unfinished_epoch_is_no_failure_unless_it_should_be_complete(tmp_path: Path) -> None:
     receipts, _, _ = train(config(make_texts(tmp_path), batch_size=10), 2, 3)
     (one,) = audited(*receipts).epochs
