@@ -115,7 +115,9 @@ def every_kind(number: int) -> list[Sample]:
     talks = [talk_sample(number), talk_sample(number, (32, 32)), talk_sample(number, (2, 6), (3, 4), (32, 32))]
     one_grid = talk_sample(number, (32, 32))._replace(grids=None)
     bare = talk_sample(number)._replace(codes={}, grids=None)
-    samples = [text_sample(number), image_sample(number, side=32), multi_sample(number), *talks, one_grid, bare]
+    square = image_sample(number, side=32)
+    both = square._replace(codes={**square.codes, "vqcode_multi768": random_codes(number, 2, 6)})
+    samples = [text_sample(number), square, both, multi_sample(number), *talks, one_grid, bare]
     return [sample._replace(key=f"{number:08d}-{place}") for place, sample in enumerate(samples)]
 
 

@@ -32,7 +32,7 @@ from wds_tools.export.rows import ROW_BYTES, TYPED_INSTEAD, liquid_columns, liqu
 from wds_tools.export.shuffle import SortedRows, bucket_ends, keys_from
 from wds_tools.format.codes import CODE_COLUMNS, chosen_codes, codes_named, is_code_column
 from wds_tools.format.manifest import check_one_tokenizer
-from wds_tools.format.schema import IMAGE_EXTENSIONS, Sample
+from wds_tools.format.schema import IMAGE_EXTENSIONS, PAIR_TYPES, Sample
 from wds_tools.format.shards import ShardInfo
 from wds_tools.run.local import Report, run_tasks
 from wds_tools.run.progress import Progress
@@ -241,6 +241,10 @@ class _Scatter:
         """The record of a sample, and what is not in it."""
         code_set = self.config.code_set
         chosen = sample.with_codes(list(chosen_codes(sample.codes, code_set)), made)
+        wide = next((column for column in chosen.codes if column.partition("-")[0] == CODE_COLUMNS[1]), None)
+        if wide and chosen.data_type == PAIR_TYPES[0] and isinstance(stride := made.get(wide, {}).get("stride"), int):
+            height, width = (side * stride for side in chosen.codes[wide].shape)  # a sample has those of its first column
+            chosen = chosen._replace(width=width, height=height)
         grids = None if chosen.grids is None else codes_named(chosen.grids, code_set)
         passed = [name for name in ("texts", "image", "provenance") if getattr(sample, name)]
         passed += sample.codes.keys() - chosen.codes.keys()

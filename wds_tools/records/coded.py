@@ -144,6 +144,8 @@ class CodedRows:
                 )
             codes["vqcode_multi768"] = self._grid("vqcode_multi768", flat, (height // self.stride, width // self.stride))
             data_type = "image_text_multi" if data_type == "image_text" and len(codes) == 1 else data_type
+        if data_type == IMAGE_TYPES[0]:  # what it has are those of its first column
+            width = height = None
         if data_type in IMAGE_TYPES and not codes:
             raise Reject("missing_codes", f"{data_type} without vqcode_512 and vqcode_multi768")
         return Sample(key=key, data_type=data_type, text=text, codes=codes, width=width, height=height)
