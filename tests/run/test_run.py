@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import operator
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 from commands import environment, session, wait_until
 
+import wds_tools
 from wds_tools.errors import MissingPackage, NotFound, OutOfSpace, Reject, TokenizerError, UsageError, WorkerDied
 from wds_tools.run.local import MOST_RESTS, Report, Rest, run_tasks
 from wds_tools.run.progress import Advance
@@ -199,3 +201,13 @@ def test_workers_die_with_their_parent_however_it_ends(tmp_path: Path, how: sign
         process.send_signal(how)
         process.wait(30)
         wait_until(lambda: not session(process.pid), "the workers are gone")
+
+
+def test_whoever_loops_over_tasks_closes_them() -> None:
+    """An interrupt in the loop's own lines would leave the processes at work behind whatever is cleared up."""
+    lines = [line for path in Path(wds_tools.__file__).parent.rglob("*.py") for line in path.read_text().splitlines()]
+    calls = [line.strip() for line in lines if re.search(r"(?<!def )\brun_tasks\(", line) and "`" not in line]
+    assert len(calls) > 6
+    assert [call for call in calls if "closing(run_tasks(" not in call] == [
+        "finished = run_tasks(run_task, todo, workers=options.workers, on_report=report)"  # closed where both ways meet
+    ]

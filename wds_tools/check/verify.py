@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from operator import lt
 from typing import Any
@@ -107,7 +108,8 @@ def verify(config: VerifyConfig) -> VerifyResult:
     manifest = read_manifest(store, any_members=True)
     with Progress("verify", manifest.samples, quiet=config.quiet) as progress:
         check = _CheckShard(config.input, manifest)
-        reports = dict(run_tasks(check, range(len(manifest.shards)), workers=config.workers, on_report=progress))
+        with closing(run_tasks(check, range(len(manifest.shards)), workers=config.workers, on_report=progress)) as found:
+            reports = dict(found)
     problems = [problem for number in sorted(reports) for problem in reports[number].problems]
     problems += _check_keys(manifest, [reports[number] for number in sorted(reports)])
     problems += _check_offsets(store, manifest, [reports[number].offsets for number in sorted(reports)])

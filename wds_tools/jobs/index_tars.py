@@ -13,6 +13,7 @@ import contextlib
 import sys
 from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -226,7 +227,8 @@ def _run(
     """Index shards; what came of each, and its marked offsets, in the same order; members passed over, and the newest schema."""
     with Progress("index", sum(shard.bytes for shard in shards), quiet=quiet) as progress:
         try:
-            indexed = {done[0].name: done for done in run_tasks(index_shard, shards, workers=workers, on_report=progress)}
+            with closing(run_tasks(index_shard, shards, workers=workers, on_report=progress)) as found:
+                indexed = {done[0].name: done for done in found}
         except WorkerDied as error:
             raise WorkerDied(
                 "a worker process ended without a word: it was killed, or memory ran out. Each holds a whole shard: "

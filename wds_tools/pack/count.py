@@ -7,6 +7,7 @@ Cost: one read of every shard, and the tokenizer's.
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -43,7 +44,8 @@ def count_tokens(store: Store, manifest: Manifest, tokenizer: str, *, workers: i
         raise UsageError(f"{store.url} has no texts to count: token rows, or tars of any members")
     key = tokenizer_hash(tokenizer)
     with Lease(store) as lease, Progress("tokens", manifest.samples, quiet=quiet) as progress:
-        text_tokens = sum(run_tasks(_Counter(store, tokenizer), manifest.shards, workers=workers, on_report=progress))
+        with closing(run_tasks(_Counter(store, tokenizer), manifest.shards, workers=workers, on_report=progress)) as counts:
+            text_tokens = sum(counts)
         lease.check()
         count = TokenCount(fingerprint=manifest.fingerprint(), text_tokens=text_tokens)
         write_token_count(store, count, key)

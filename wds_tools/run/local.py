@@ -83,6 +83,8 @@ def run_tasks(fn: Work[Task, Result], tasks: Sequence[Task], *, workers: int, on
         workers: processes, at least 1.
         on_report: gets every report, in this process.
 
+    Close it, whatever ends the loop over it: an interrupt in the loop's own lines would leave the processes at work.
+
     Yields:
         The results, as they come; those of a `Rest` when a later task of its process has been worked on.
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import repeat
 from pathlib import Path
@@ -222,8 +223,11 @@ def choose(
     has_content: set[int] = set()
     with tempfile.TemporaryDirectory(prefix="wds-tools-") as folder:
         contents, keys = (ExternalSort(Path(folder) / name, total * RECORD_BYTES) for name in ("contents", "keys"))
-        with Progress("choose", total, quiet=quiet) as progress:
-            for verdict in run_tasks(judge, list(enumerate(tasks)), workers=workers, on_report=progress):
+        with (
+            Progress("choose", total, quiet=quiet) as progress,
+            closing(run_tasks(judge, list(enumerate(tasks)), workers=workers, on_report=progress)) as verdicts,
+        ):
+            for verdict in verdicts:
                 dataset, first = tasks[verdict.task][0], int(firsts[verdict.task])
                 fates[first : first + len(verdict.fates)] = verdict.fates
                 sides[first : first + len(verdict.fates)] = verdict.sides

@@ -12,7 +12,7 @@ that is there is right. Cost: one read of every shard, about 12 us a sample; mem
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -94,8 +94,9 @@ class Fields:
                     if spare is not None:
                         say(f"wds-tools: {store.url} can't be written: its fields go to {spare.url} ({error})", error=True)
                     continue
-                with Progress("fields", sum(shard.samples for shard in missing), quiet=quiet) as progress:
-                    for _ in run_tasks(made.write, missing, workers=workers, on_report=progress):
+                progress = stack.enter_context(Progress("fields", sum(shard.samples for shard in missing), quiet=quiet))
+                with closing(run_tasks(made.write, missing, workers=workers, on_report=progress)) as written:
+                    for _ in written:
                         lease.check()
                 home.clean_temp()  # of runs that were killed
             return made

@@ -11,6 +11,7 @@ duplicates) and 1 KB a shard.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -73,10 +74,10 @@ def stats(config: StatsConfig) -> Stats:
     with Progress("stats", manifest.samples, quiet=config.quiet) as progress:
         tasks = list(range(len(manifest.shards)))
         work = _CountShard(config.input, manifest)
-        counts = run_tasks(work, tasks, workers=config.workers, on_report=progress)
-        reader = SampleReader(store, manifest)
-        result = _describe(config.input, reader, counts, config.hashes)
-        reader.close()
+        with closing(run_tasks(work, tasks, workers=config.workers, on_report=progress)) as counts:
+            reader = SampleReader(store, manifest)
+            result = _describe(config.input, reader, counts, config.hashes)
+            reader.close()
     return result
 
 
