@@ -133,7 +133,8 @@ class ShardDataset(wds.DataPipeline, wds.compat.FluidInterface):  # type: ignore
         return {**state_to_json(source.order, position, position, source.starts), "epoch": source.epoch}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state with the next iteration: behind the last sample of an epoch, with the next epoch.
+        """Go on from a state with the next iteration: behind the last sample of an epoch, with the next epoch. StatefulDataLoader
+        with workers does not hand over states of a finished epoch: call set_epoch behind it.
 
         Args:
             state: of the same worker of the same number.

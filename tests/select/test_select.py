@@ -146,6 +146,19 @@ def test_a_split_by_a_field_inside_another_keeps_equal_values_together(tmp_path:
         sides_of(tmp_path / "set", by="meta.sheet")
 
 
+def test_fields_of_another_shard_are_refused(tmp_path: Path) -> None:
+    make_dataset(tmp_path / "set", map(sample, range(20)), shard_samples=10, codes=CODES)
+    choose(tmp_path / "set", tmp_path / "one", where="score >= 3")
+    first, second = sorted((tmp_path / "set" / FIELDS).rglob("*.parquet"))
+    data = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(data)
+    with pytest.raises(
+        FormatError, match=r"0000.tar.parquet: it is of shard-000000-0001.tar: remove the file, and it is made again"
+    ):
+        choose(tmp_path / "set", tmp_path / "two", where="score >= 3")
+
+
 def test_keys_meet_as_they_are_written(tmp_path: Path) -> None:
     for name, names in (("a", ["pairs-1"]), ("b", ["1"]), ("c", ["2-1"]), ("d", ["-1"])):
         make_dataset(tmp_path / name, [text_sample(0)._replace(key=key) for key in names])

@@ -36,6 +36,7 @@ from wds_tools.storage import Store, join
 from wds_tools.terminal import say
 
 KEY, TEXT_HASH, CODES_HASH = "key", "text_hash", "codes_hash"
+_SHARD = "shard"
 _NO_FIELDS = {"text", "conversations", "grids", "texts"}
 _IS_JSON = b"wds_tools_json"
 EXACT = 1 << 53
@@ -132,7 +133,10 @@ class Fields:
             if file.metadata.num_rows != shard.samples or sum(sizes) > _MAX_ROW_BYTES * shard.samples + (1 << 20):
                 raise FormatError(f"{file.metadata.num_rows} rows of {sum(sizes)} bytes, for {shard.samples} samples")
             wanted = [name for name in file.schema_arrow.names if names is None or name in names]
-            return file.read(columns=wanted, use_threads=False)
+            table = file.read(columns=list(dict.fromkeys((_SHARD, *wanted))), use_threads=False)
+            if len(table) and (of := table[_SHARD][0].as_py()) != shard.name:
+                raise FormatError(f"it is of {of}")
+            return table.select(wanted)
         except (pa.ArrowException, OSError, ValueError) as error:
             raise FormatError(f"{where}: {error}: remove the file, and it is made again") from error
 
@@ -168,7 +172,7 @@ class Fields:
             )
         own = {
             KEY: pa.array(scan.keys, pa.string()),
-            "shard": pa.array([shard.name] * len(scan.keys), pa.string()),
+            _SHARD: pa.array([shard.name] * len(scan.keys), pa.string()),
             "sample_index": pa.array(range(len(scan.keys)), pa.int32()),
             "bytes": pa.array(index.size.astype("i8")),
             "text_chars": pa.array(index.text_chars.astype("i8")),
