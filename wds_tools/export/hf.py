@@ -241,7 +241,7 @@ class _Scatter:
         """The record of a sample, and what is not in it."""
         code_set = self.config.code_set
         chosen = sample.with_codes(list(chosen_codes(sample.codes, code_set)), made)
-        wide = next((column for column in chosen.codes if column.partition("-")[0] == CODE_COLUMNS[1]), None)
+        wide = codes_named({column: column for column in chosen.codes}, code_set).get(CODE_COLUMNS[1])
         if wide and chosen.data_type == PAIR_TYPES[0] and isinstance(stride := made.get(wide, {}).get("stride"), int):
             height, width = (side * stride for side in chosen.codes[wide].shape)  # a sample has those of its first column
             chosen = chosen._replace(width=width, height=height)
