@@ -345,6 +345,7 @@ def test_a_large_file_is_written_and_streamed_in_bounded_memory(
         ("file:///a/b.tar", "file:///a", "b.tar"),
         ("file:///b.tar", "file:///", "b.tar"),
         ("memory://x", "memory://", "x"),
+        ("https://host/a%20b/c%20d.jsonl", "https://host/a%20b", "c d.jsonl"),
         ("hf://datasets/o/n/a.tar", "hf://datasets/o/n", "a.tar"),
     ],
 )
