@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from loaders.order.samples import OpenSource
 from wds_tools.errors import UsageError
 from wds_tools.format.codes import chosen_codes
+from wds_tools.format.manifest import check_one_code_set
 from wds_tools.format.schema import TOKEN_MEMBERS
 
 
@@ -22,12 +23,9 @@ def code_members(opened: OpenSource) -> Sequence[str]:
         return list(members.values())
     if code_set is None:
         first = [name for column in chosen_codes(opened.manifest.codes or members, None) if (name := members.get(column))]
-        for kind, _ in opened.manifest.shards.kinds:
-            if (others := [name for name in kind if name in members.values()]) and not {*others} & {*first}:
-                raise UsageError(
-                    f"source {opened.source.url} has samples with {', '.join(others)} beside others with {', '.join(first)}: "
-                    "codes of different tokenizers; code_set= chooses, and `wds-tools select` keeps them apart"
-                )
+        kinds = (kind for kind, _ in opened.manifest.shards.kinds)
+        how = "code_set= chooses, and `wds-tools select` keeps them apart"
+        check_one_code_set(f"source {opened.source.url}", kinds, members.values(), first, how)
         return first
     if not (chosen := chosen_codes(members, code_set)):
         known = ", ".join(members.values()) or "none at all"

@@ -134,9 +134,9 @@ class CodedConfig(ConvertOptions):
             for name in ("tokenizer", "codebook_size", "stride", "weights_hash")
             if getattr(self, name) != getattr(CodedConfig, name)
         ]
-        urls = [file.url for file in files if file.url.lower().endswith(PARQUET)]
+        tables = [file for file in files if file.url.lower().endswith(PARQUET)]
         with ThreadPoolExecutor(_NUM_AHEAD, "footer") as pool:
-            for url, exported in zip(urls, pool.map(exported_codes, urls), strict=True):
+            for (url, _), exported in zip(tables, pool.map(lambda file: exported_codes(*file), tables), strict=True):
                 if exported is None and self.tokenizer is None:
                     raise UsageError(
                         f"{url} is from `export parquet`, but something wrote it again and left out what made its codes: say "

@@ -67,9 +67,6 @@ class PairsConfig(PairImages):
         return {**super().named_fields, "--texts": [field for _, field in self.field_map.texts]}
 
 
-_WEB = ("http://", "https://")
-
-
 @dataclass(frozen=True)
 class Pairs:
     """Records with a caption, or several, and an image -> pairs."""
@@ -93,7 +90,9 @@ class Pairs:
         self.field_map.check_unused(fields, image_field)
         text = self.field_map.required_text(fields)
         if image_field is None:
-            urls = [name for name, value in fields.items() if isinstance(value, str) and value.startswith(_WEB)]
+            urls = [
+                name for name, value in fields.items() if isinstance(value, str) and value.startswith(("http://", "https://"))
+            ]
             hint = f", or img2dataset downloads what {urls[0]} names" if urls else ""
             raise lacks(fields, "image", f"; --image FIELD names it{hint}")
         value = value_of(fields, image_field)

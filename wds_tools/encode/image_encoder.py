@@ -24,7 +24,7 @@ from wds_tools.encode.options import TokenizerOptions
 from wds_tools.encode.resize import check_torch_resize, prepare_with_torch
 from wds_tools.errors import FormatError, Reject, TokenizerError, UsageError
 from wds_tools.format.codes import join_grids, named_column
-from wds_tools.format.schema import MARKED_TYPES, PAIR_TYPES, Sample
+from wds_tools.format.schema import MARKED_TYPES, PAIR_TYPES, Sample, pair_fields
 from wds_tools.images import PREPROCESSING_VERSION, ImageLimits, Mode, parse_mode, prepare, probe
 from wds_tools.run.local import stops_held
 from wds_tools.run.ray_cluster import check_device
@@ -244,9 +244,7 @@ class ImageEncoder:
             return filled._replace(grids={**(sample.grids or {}), column: shapes})
         if sample.codes:  # what it is, and its size, go with those
             return filled
-        if mode.family == "cc":
-            return filled._replace(data_type=mode.data_type, width=None, height=None)
-        width, height = crops[0].size
-        if layout.has_sides and width * grids[0].shape[0] != height * grids[0].shape[1]:
-            width, height = height, width  # what lies behind its pixels turns it upright, which its head does not say
-        return filled._replace(data_type=mode.data_type, width=width, height=height)
+        if layout.has_sides:  # not by its head: what lies behind its pixels may turn it upright
+            return filled._replace(**pair_fields(column, grids[0].shape, tokenizer.stride))
+        pixels = (None, None) if mode.family == "cc" else crops[0].size
+        return filled._replace(data_type=mode.data_type, width=pixels[0], height=pixels[1])

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from itertools import chain
@@ -266,6 +266,22 @@ def parse_manifest(data: bytes | BinaryIO, name: str = "manifest.json") -> Manif
 def code_layouts(codes: Mapping[str, Mapping[str, Any]], what: str = "codes") -> dict[str, CodeGrid]:
     """Code column -> what its arrays are, from their provenance. Raises FormatError, which names `what` and the column."""
     return {column: shape(CodeGrid, made, f"{what}.{column}") for column, made in codes.items()}
+
+
+def check_one_code_set(what: str, kinds: Iterable[Iterable[str]], known: Collection[str], first: Sequence[str], how: str) -> None:
+    """Raise UsageError for samples that have codes of `known`, but none of `first`, which are those of one code set.
+
+    Args:
+        what, how: the message begins and ends so.
+        kinds: names of all that samples of a kind have.
+        known, first: names of all codes, and of those that are read.
+    """
+    for kind in kinds:
+        if (others := sorted({*kind}.intersection(known))) and {*others}.isdisjoint(first):
+            raise UsageError(
+                f"{what} has samples with {', '.join(others)} beside others with {', '.join(first)}: codes of different "
+                f"tokenizers; {how}"
+            )
 
 
 def check_one_tokenizer(datasets: Iterable[tuple[str, Manifest, Iterable[str]]]) -> None:

@@ -44,8 +44,10 @@ from wds_tools.format.tar import BLOCK, END, Member, header, padding
 _PIXELS = {int, type(None)}
 _IMAGE_SUFFIX = re.compile(rf"(?:([1-9]\d{{0,5}})\.)?(?:{'|'.join(IMAGE_EXTENSIONS)})", re.ASCII)
 _RARE_FIELDS = {"conversations", "grids", "texts"}
-_NPY_1 = b"\x93NUMPY\x01\x00"
-_NPY_BEGIN = {_NPY_1: 10, b"\x93NUMPY\x02\x00": 12, b"\x93NUMPY\x03\x00": 12}
+NPY = b"\x93NUMPY"
+"""How any npy file begins."""
+_NPY_1 = NPY + b"\x01\x00"
+_NPY_BEGIN = {_NPY_1: 10, NPY + b"\x02\x00": 12, NPY + b"\x03\x00": 12}
 _MAX_NPY_HEADER_BYTES = 4096
 _USUAL_NPY_BEGIN = 128
 """Where numpy lets the data of an array with few dimensions begin."""

@@ -21,7 +21,7 @@ import numpy as np
 from wds_tools.dataset.reader import read_manifest, read_stored
 from wds_tools.errors import FormatError, Reject, UsageError
 from wds_tools.format.codes import chosen_codes
-from wds_tools.format.manifest import Manifest, shard_info_from_json
+from wds_tools.format.manifest import Manifest, check_one_code_set, shard_info_from_json
 from wds_tools.format.schema import ANY_MEMBERS, PAIR_TYPES, Sample
 from wds_tools.format.shard import sample_from_members
 from wds_tools.jobs import Advance, Job, JobOptions, Report, TaskWriter, run_job
@@ -99,13 +99,9 @@ def pack(config: PackConfig) -> Manifest:
         if manifest.codes and not chosen_codes(manifest.codes, config.code_set):
             known = ", ".join(manifest.codes)
             raise UsageError(f"{url} has no codes named {config.code_set!r}, but {known}: choose with --code-set")
-        for members, _ in manifest.shards.kinds if config.code_set is None else ():
-            columns, first = {name.removesuffix(".npy") for name in members}, chosen_codes(manifest.codes, None)
-            if (others := sorted(columns & manifest.codes.keys())) and columns.isdisjoint(first):
-                raise UsageError(
-                    f"{url} has samples with {', '.join(others)} beside others with {', '.join(first)}: codes of different "
-                    "tokenizers; choose with --code-set"
-                )
+        if config.code_set is None:
+            kinds = ([name.removesuffix(".npy") for name in members] for members, _ in manifest.shards.kinds)
+            check_one_code_set(url, kinds, manifest.codes, [*chosen_codes(manifest.codes, None)], "choose with --code-set")
     _check_names(config.text_weights, config.input, manifests)
     size = codebook_size_of(manifests, config.input, config.sequences, [config.code_set] * len(manifests))
     made = {column: provenance for manifest in manifests for column, provenance in manifest.codes.items()}

@@ -14,9 +14,8 @@ import orjson
 from numpy.typing import NDArray
 
 from wds_tools.errors import FormatError, Reject
-from wds_tools.format.shard import OF_OTHERS, parse_npy
+from wds_tools.format.shard import NPY, OF_OTHERS, parse_npy
 
-_NPY = b"\x93NUMPY"
 Shape = tuple[int, ...]
 PICKLED = (".pkl", ".pickle", ".pyd", ".pt", ".pth")
 _HOW = "write them with numpy.save(path, codes), as .npy"
@@ -53,7 +52,7 @@ def _from_file(name: str, data: bytes) -> NDArray[Any]:
     try:
         return parse_npy(data, name, OF_OTHERS)
     except FormatError as error:
-        raise Reject("bad_codes", f"{error}; {_IN_ORDER if data.startswith(_NPY) else _HOW}") from error
+        raise Reject("bad_codes", f"{error}; {_IN_ORDER if data.startswith(NPY) else _HOW}") from error
 
 
 def _from_list(name: str, value: Any, kinds: str) -> NDArray[Any]:

@@ -19,8 +19,6 @@ from wds_tools.storage import LocalStore, Store, open_store, split_url
 _NO_SUCH_NAME = (errno.ENAMETOOLONG, errno.ELOOP)
 _SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 _MOUNT_IS_GONE = (errno.ENOTCONN, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ECONNRESET)
-
-
 _BASE64 = re.compile(r"(/9j/|iVBORw0KGgo|R0lGOD|UklGR)[A-Za-z0-9+/\s]{100,}={0,2}\s*")
 """An image in base64, by how JPEG, PNG, GIF and RIFF begin. No path is as long without a dot."""
 
@@ -34,7 +32,7 @@ class ImageFile(NamedTuple):
 
 def is_base64(text: str) -> bool:
     """Whether a text is the base64 of an image, without a data URI's head."""
-    return text[:1] in "/iRU" and _BASE64.fullmatch(text) is not None
+    return bool(_BASE64.fullmatch(text))
 
 
 def read_image(value: Any, max_bytes: int, read_file: Callable[[str, int], bytes]) -> bytes:

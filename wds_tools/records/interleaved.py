@@ -26,12 +26,12 @@ from wds_tools.records.fields import filled_text, lacks, value_of
 from wds_tools.records.images import ImageFile
 from wds_tools.records.parts import NOTHING, filled, given_in, part_of
 
-TEXT_LISTS: Final = ("texts", "text_list", "interleaved", "parts")
+_SENTENCES: Final = "text_list"
+TEXT_LISTS: Final = ("texts", _SENTENCES, "interleaved", "parts")
 """Names of the field with the text, in this order; and then those of field_map.TEXT_NAMES."""
 IMAGE_LISTS: Final = ("images", "image_info", "image_list")
 """Names of the field with the images, in this order; before members of a tar, and those of field_map.IMAGE_NAMES."""
 _MEMBER: Final = re.compile(r"(?:(\d{1,6})\.)?(?:jpe?g|png|webp|gif|bmp|tiff?|avif)")
-_SENTENCES: Final = "text_list"
 _PLACE: Final = "matched_text_index"
 _NAMES: Final = ("bytes", "image", "image_name", "path")
 """What the object of such an image has it in."""

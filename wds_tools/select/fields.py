@@ -201,7 +201,7 @@ def values_of(table: Any, name: str) -> list[Any]:
 
 
 def field_of(table: Any, name: str) -> list[Any]:
-    """The values of a field, which may lie inside another, as `value_of` finds it; None where there is none."""
+    """The values of a field, which may lie inside another, as `value_of` finds it; None where a sample lacks it."""
     columns = {column: values_of(table, column) for column in (name.partition(".")[0], name) if column in table.column_names}
     rows = zip(*columns.values(), strict=True) if columns else [()] * len(table)
     return [value_of(dict(zip(columns, row, strict=True)), name) for row in rows]

@@ -20,12 +20,12 @@ from wds_tools.errors import Reject
 from wds_tools.format.schema import IMAGE_EXTENSIONS
 from wds_tools.records.images import ImageFile
 from wds_tools.sources.containers import Unit
+from wds_tools.sources.detect import suffix_of
 from wds_tools.sources.record import InputFile, Record
 from wds_tools.sources.tars import sample_fields
 from wds_tools.storage import join, open_store, split_url
 
 IMAGE_SUFFIXES = frozenset((*IMAGE_EXTENSIONS, "jpeg", "tiff", "avif"))
-_TARS = (".tar", ".tar.gz", ".tgz", ".tar.zst")
 _ABOUT, _STATS = ".parquet", "_stats.json"
 SIDECAR_SUFFIXES = frozenset(("txt", "caption", "json"))
 _MAX_SIDECAR_BYTES = 4 << 20
@@ -42,7 +42,7 @@ def pictures_of(names: Iterable[str]) -> set[str]:
 
 def named_by_records(pictures: Iterable[str], records: Iterable[str]) -> set[str]:
     """Those of `pictures_of` that belong to files of records: which lie in their folder, or in one above. Tars name no others."""
-    claimed = {posixpath.dirname(name) for name in records if not name.lower().endswith(_TARS)}
+    claimed = {posixpath.dirname(name) for name in records if suffix_of(name)[0] != "tar"}
     return {name for name in pictures if any(folder in claimed for folder in _folders(name))}
 
 

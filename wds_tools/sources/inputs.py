@@ -184,7 +184,7 @@ def _add_files(inputs: Inputs, url: str, choose: Choice, strict_links: bool) -> 
         return
     except (UsageError, StorageError):
         if split_scheme(url)[0] in ("http", "https") or (os.path.exists(url) and not os.path.isdir(url)):  # noqa: PTH110, PTH112
-            raise  # there are no folders, or it is none: a pipe
+            raise  # there are no folders, or this is a pipe
         # a bucket, or a folder: what is wrong with it shows when it is listed
     sizes = dict(open_store(url).list())
     allowed = {name for name, _ in open_store(url, strict_links=True).list()} if strict_links else sizes.keys()

@@ -122,8 +122,11 @@ class Tables:
                 )
 
 
-def exported_codes(url: str) -> Mapping[str, Mapping[str, Any]] | None:
+def exported_codes(url: str, size: int | None = None) -> Mapping[str, Mapping[str, Any]] | None:
     """Column -> provenance of the codes in a file of `export parquet`; none of any other.
+
+    Args:
+        url, size: of the file; None: it is asked for.
 
     Returns:
         None for one that has columns of codes as such a file, but was written again by something that left out what made them.
@@ -133,7 +136,7 @@ def exported_codes(url: str) -> Mapping[str, Mapping[str, Any]] | None:
     """
     pa = load_pyarrow(_READING)
     root, name = split_url(url)
-    with closing(_Seekable(open_store(root), name)) as stream:
+    with closing(_Seekable(open_store(root), name, size)) as stream:
         try:
             schema = _parquet_file(pa, stream).schema_arrow
         except Reject:  # which its rows will be
